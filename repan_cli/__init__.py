@@ -1,0 +1,26 @@
+"""RepAn: train re-parameterizable networks in annealing cycles, then merge them into plain ones.
+
+Importing this package is light: torch is loaded at the first use of one of the names below.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_DOORS = {
+    "load": "repan_cli.models",
+    "reparameterize": "repan_cli.blocks",
+    "restart": "repan_cli.anneal",
+    "set_attach_rate": "repan_cli.blocks",
+}
+
+__all__ = ["__version__", *_DOORS]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DOORS:
+        return getattr(importlib.import_module(_DOORS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

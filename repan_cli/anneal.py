@@ -1,0 +1,277 @@
+"""The method: the restart between two annealing cycles, and the plan of a run as pure functions of position.
+
+RepAn, "Enhanced Annealing through Re-parameterization" (CVPR 2024): merge every block (Rep), re-initialise its side branches
+(expansion), write the merged kernel back into the trunk so that the function is kept (restoration), train on.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from repan_cli.blocks import FAMILIES, RepBlock, rep_blocks, reparameterize
+from repan_cli.blocks.kernel import Kernel, exact
+from repan_cli.config import Config, Cycle, Optim, baseline_phase
+from repan_cli.errors import InputError
+from repan_cli.optim import learning_rate
+
+TINY_GAMMA = 1e-6
+"""Below this |gamma| the rule `running` cannot divide by it."""
+
+
+# ---------------------------------------------------------------------------------------------- restoration
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance (C_out,) of `conv(x; K)` over images and positions, in float64."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class Trunk(NamedTuple):
+    """What restoration writes into a trunk: weight (C_out, C_in / groups, kh, kw), the rest (C_out,); float64 on the CPU."""
+
+    weight: Tensor
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor
+    beta: Tensor
+
+
+def restore_calibrate(kernel: Kernel, moments: Moments, eps: float, scale: Tensor) -> Trunk:
+    """Measured statistics and the affine parameters that undo them: exact in eval mode, kept in train mode.
+
+    With W = s K: mean = s m, var = s^2 v, gamma = sqrt(s^2 v + eps) / s, beta = b + m. `scale` is s, (C_out,), positive.
+    """
+    weight, bias = kernel
+    mean, var = moments
+    gamma = torch.sqrt(scale**2 * var + eps) / scale
+    return Trunk(weight * scale.view(-1, 1, 1, 1), scale * mean, scale**2 * var, gamma, bias + mean)
+
+
+def restore_reset(kernel: Kernel, eps: float) -> Trunk:
+    """A fresh BN made an identity in eval mode: mean 0, var 1, gamma sqrt(1 + eps), W = K, beta = b."""
+    weight, bias = kernel
+    ones = torch.ones_like(bias)
+    return Trunk(weight, torch.zeros_like(bias), ones, (1 + eps) ** 0.5 * ones, bias)
+
+
+def restore_running(kernel: Kernel, norm: nn.BatchNorm2d, *, unit_gamma: bool) -> Trunk:
+    """As the method was released: the trunk's BN statistics and gamma stay, W = K sigma / gamma, beta = b + mean gamma / sigma.
+
+    With `unit_gamma` gamma becomes 1; so it does for channels whose gamma is too small to divide by.
+    """
+    weight, bias = kernel
+    mean, var, gamma = exact(norm.running_mean), exact(norm.running_var), exact(norm.weight)
+    sigma = torch.sqrt(var + norm.eps)
+    gamma = torch.ones_like(gamma) if unit_gamma else torch.where(gamma.abs() < TINY_GAMMA, 1.0, gamma)
+    return Trunk(weight * (sigma / gamma).view(-1, 1, 1, 1), mean, var, gamma, bias + mean * gamma / sigma)
+
+
+@torch.no_grad()
+def _write(block: RepBlock, trunk: Trunk) -> None:
+    """Copy into the storage that is there: optimizers, DDP and captured graphs hold on to it."""
+    conv, norm = block.trunk.conv, block.trunk.norm
+    for target, value in ((conv.weight, trunk.weight), (norm.running_mean, trunk.mean), (norm.running_var, trunk.var)):
+        target.copy_(value)
+    norm.weight.copy_(trunk.gamma)
+    norm.bias.copy_(trunk.beta)
+
+
+# ---------------------------------------------------------------------------------------------- calibration
+
+
+class _Sums:
+    """Sums of a channel's values and squares in float64 (float32 on devices without it)."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+        self.count = 0
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        values = output.detach().double()
+        self.total = self.total + values.sum((0, 2, 3))
+        self.squares = self.squares + values.square().sum((0, 2, 3))
+        self.count += values.numel() // values.shape[1]
+
+    def moments(self, bias: Tensor) -> Moments:
+        """Of the convolution's output without its bias."""
+        mean, squares = (exact(value) / self.count for value in (self.total, self.squares))
+        return Moments(mean - bias, (squares - mean**2).clamp_min(0))
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Iterable[Tensor]) -> dict[str, Moments]:
+    """The moments of `conv(x; K)` at every block, by the block's name.
+
+    One pass of `images`, batches (N, C, H, W), through a merged copy in eval mode measures all blocks at once, because every block
+    keeps its function. The copy leaves hooks away from compiled and wrapped modules.
+    """
+    merged = reparameterize(copy.deepcopy(model)).eval()
+    sums = {name: _Sums() for name, _ in rep_blocks(model)}
+    modules = dict(merged.named_modules())
+    for name, collect in sums.items():
+        modules[name].register_forward_hook(collect)
+    device = next(merged.parameters()).device
+    for batch in images:
+        merged(batch.to(device))
+    if not all(collect.count for collect in sums.values()):
+        raise InputError("cycle.rule=calibrate needs images that reach every block, and got none")
+    return {name: collect.moments(exact(modules[name].bias)) for name, collect in sums.items()}
+
+
+# ---------------------------------------------------------------------------------------------- restart
+
+
+@dataclass(frozen=True)
+class RestartReport:
+    """What a restart did: how many blocks, and in how many channels `running` had to replace a zero gamma by 1."""
+
+    blocks: int
+    zero_gammas: int = 0
+
+
+def restart(
+    model: nn.Module,
+    *,
+    rule: str = "calibrate",
+    images: Iterable[Tensor] = (),
+    attach: str = "ramp",
+    branch_init: str = "kaiming",
+    trunk_scale: str = "merged",
+    generator: torch.Generator | None = None,
+) -> RestartReport:
+    """Rep, expansion and restoration of every block, in place on the same parameters.
+
+    The function in eval mode is kept (except with `attach="one"`, which lets the fresh branches in at once); with the rule
+    `calibrate` the one in train mode is too, up to the difference between `images` and the training batches.
+    Zero the optimizer's momentum afterwards.
+
+    Args:
+        rule: restoration rule: `calibrate`, `running` (as released) or `reset`.
+        images: batches (N, C, H, W) that `calibrate` measures on, 1,000 images or more, as train mode will see them.
+        attach: `ramp` sets the attach rate to 0, `zero-gamma` to 1 with the branches silenced, `one` to 1.
+        branch_init: weights of the fresh branches, `kaiming` or `small`.
+        trunk_scale: under `calibrate`, `merged` writes K, `keep` scales every channel to the trunk's old norm.
+        generator: draws the fresh weights.
+
+    Raises InputError when the model has no block or `calibrate` got no images.
+    """
+    blocks = dict(rep_blocks(model))
+    if not blocks:
+        raise InputError("the network has no re-parameterizable block, so there is nothing to restart")
+    moments = calibrate(model, images) if rule == "calibrate" else {}
+    zero_gammas = 0
+    for name, block in blocks.items():
+        kernel, norm = block.equivalent_kernel(), block.trunk.norm
+        if rule == "calibrate":
+            values = restore_calibrate(kernel, moments[name], norm.eps, _scale(block, kernel, trunk_scale))
+        elif rule == "reset":
+            values = restore_reset(kernel, norm.eps)
+        else:
+            unit_gamma = FAMILIES[block.family].unit_gamma
+            zero_gammas += 0 if unit_gamma else int((norm.weight.abs() < TINY_GAMMA).sum())
+            values = restore_running(kernel, norm, unit_gamma=unit_gamma)
+        _write(block, values)
+        _refresh(block, attach, branch_init, generator)
+    return RestartReport(len(blocks), zero_gammas)
+
+
+def _scale(block: RepBlock, kernel: Kernel, trunk_scale: str) -> Tensor:
+    """The factor on each channel of the merged kernel, (C_out,): 1, or |W_old| / |K| (1 where either is 0)."""
+    merged = kernel[0].flatten(1).norm(dim=1)
+    if trunk_scale == "merged":
+        return torch.ones_like(merged)
+    old = exact(block.trunk.conv.weight).flatten(1).norm(dim=1)
+    return torch.where((merged > 0) & (old > 0), old / merged, 1.0)
+
+
+def _refresh(block: RepBlock, attach: str, branch_init: str, generator: torch.Generator | None) -> None:
+    for branch in block.branches:
+        branch.reset(branch_init, generator)
+        if attach == "zero-gamma":
+            branch.silence()
+    block.attach_rate.fill_(0.0 if attach == "ramp" else 1.0)
+
+
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a run: the baseline (cycle 0, no restart) or one annealing cycle.
+
+    `course_start` and `course_length` place the phase, in epochs, within its course of the learning rate.
+    """
+
+    cycle: int
+    epochs: int
+    optim: Optim
+    settings: Cycle | None
+    course_start: float
+    course_length: float
+
+    def learning_rate(self, elapsed: float) -> float:
+        """The rate `elapsed` epochs into this phase."""
+        return learning_rate(self.optim, self.course_start + elapsed, self.course_length)
+
+    @property
+    def restarts(self) -> bool:
+        """Whether blocks are merged and regrown before this phase; the baseline and the control go without."""
+        return self.settings is not None and self.settings.restart == "repan"
+
+    def attach_rate(self, elapsed: float) -> float | None:
+        """The attach rate `elapsed` epochs into this phase; None where it stays as it is."""
+        if not self.restarts or self.settings.attach != "ramp":
+            return None
+        return min(1.0, elapsed / self.settings.attach_epochs) if self.settings.attach_epochs else 1.0
+
+    def trunk_is_frozen(self, elapsed: float) -> bool:
+        """Whether the trunk stays fixed `elapsed` epochs into this phase."""
+        return self.restarts and self.settings.freeze_trunk and elapsed < self.settings.attach_epochs
+
+    def data_cycle(self) -> int:
+        """The cycle whose data order this phase uses."""
+        return min(self.cycle, 1) if self.settings and self.settings.reseed == "same" else self.cycle
+
+
+def training_plan(config: Config) -> tuple[Phase, ...]:
+    """The one phase of `train`."""
+    return (Phase(0, config.epochs, config.optim, None, 0, config.epochs),)
+
+
+def cycle_plan(config: Config, *, baseline: bool) -> tuple[Phase, ...]:
+    """The phases of `cycle`: the baseline, unless the run starts from a trained network, and the annealing cycles."""
+    start = baseline_phase(config)
+    lengths = ([start.epochs] if baseline else []) + [config.epochs] * config.cycle.count
+    return tuple(_phases(config, start.optim, lengths, first=0 if baseline else 1))
+
+
+def _phases(config: Config, baseline: Optim, lengths: list[int], *, first: int) -> Iterator[Phase]:
+    done = 0
+    for cycle, epochs in enumerate(lengths, start=first):
+        optim = _decayed(config.optim, config.cycle.lr_decay ** (cycle - 1)) if cycle else baseline
+        course = (0, epochs)
+        if config.cycle.lr == "continuous":
+            course = (done, sum(lengths))
+            optim = _with_course_of(optim, baseline if first == 0 else config.optim)
+        yield Phase(cycle, epochs, optim, config.cycle if cycle else None, *course)
+        done += epochs
+
+
+def _decayed(optim: Optim, factor: float) -> Optim:
+    return dataclasses.replace(optim, lr=max(optim.lr * factor, optim.min_lr))
+
+
+def _with_course_of(optim: Optim, course: Optim) -> Optim:
+    """`optim` with the learning-rate settings of `course`."""
+    same = {name: getattr(course, name) for name in ("lr", "min_lr", "schedule", "warmup_epochs")}
+    return dataclasses.replace(optim, **same)

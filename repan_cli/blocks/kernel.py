@@ -1,0 +1,66 @@
+"""The algebra of merging: pure functions on equivalent kernels, in float64 on the CPU.
+
+A kernel is a pair (K, b): K of shape (C_out, C_in / groups, kh, kw) and b of shape (C_out,), standing for the convolution
+`y = conv(x; K) + b` with the geometry (stride, padding, dilation, groups) of the block it belongs to.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+Kernel = tuple[Tensor, Tensor]
+Size = tuple[int, int]
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """A detached float64 copy on the CPU: merging happens there, because rounding is visible and MPS has no float64."""
+    return tensor.detach().to("cpu", torch.float64, copy=True)
+
+
+def norm_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """What a BN does in eval mode, as `y = scale * x + shift`; both of shape (C,).
+
+    scale = gamma / sigma, shift = beta - mean * gamma / sigma, sigma = sqrt(var + eps); a BN without affine parameters has
+    gamma 1 and beta 0. Raises ValueError for a BN that keeps no running statistics: in eval mode it is no fixed function.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("a BN without running statistics (track_running_stats=False) cannot be merged")
+    scale = 1 / torch.sqrt(exact(norm.running_var) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * exact(norm.weight)
+    shift = -exact(norm.running_mean) * scale
+    if norm.bias is not None:
+        shift = shift + exact(norm.bias)
+    return scale, shift
+
+
+def fold_norm(kernel: Kernel, norm: nn.modules.batchnorm._BatchNorm) -> Kernel:
+    """The kernel of a convolution followed by a BN (RepVGG, Ding et al. 2021, equation 3)."""
+    weight, bias = kernel
+    scale, shift = norm_affine(norm)
+    return weight * scale.view(-1, 1, 1, 1), bias * scale + shift
+
+
+def conv_kernel(conv: nn.Conv2d) -> Kernel:
+    """The kernel of a convolution by itself; without a bias, b is 0."""
+    weight = exact(conv.weight)
+    bias = exact(conv.bias) if conv.bias is not None else weight.new_zeros(weight.shape[0])
+    return weight, bias
+
+
+def embed(kernel: Kernel, size: Size, offset: Size) -> Kernel:
+    """A smaller kernel written into zeros of `size` (kh, kw), its first tap at `offset` (row, column)."""
+    weight, bias = kernel
+    canvas = weight.new_zeros(*weight.shape[:2], *size)
+    (top, left), (height, width) = offset, weight.shape[2:]
+    canvas[:, :, top : top + height, left : left + width] = weight
+    return canvas, bias
+
+
+def identity_kernel(channels: int, groups: int) -> Kernel:
+    """The 1x1 kernel that copies its input: E[i, i mod (C / g)] = 1."""
+    index = torch.arange(channels)
+    weight = torch.zeros(channels, channels // groups, 1, 1, dtype=torch.float64)
+    weight[index, index % (channels // groups)] = 1
+    return weight, torch.zeros(channels, dtype=torch.float64)

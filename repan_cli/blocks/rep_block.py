@@ -1,0 +1,99 @@
+"""The re-parameterizable block: a sum of linear branches that merges into one convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from repan_cli.blocks.branch import Branch, ConvBN
+from repan_cli.blocks.kernel import Kernel
+
+
+class RepBlock(nn.Module):
+    """`trunk(x) + attach_rate * sum(branch(x) for branch in branches)`; the non-linearity stays outside.
+
+    `attach_rate` is a 0-d buffer: part of the function, saved with the weights, folded in by merging, and set in place,
+    so that compiled and captured graphs see it change. A freshly built block has 1.
+    """
+
+    attach_rate: Tensor
+
+    def __init__(self, trunk: ConvBN, branches: Sequence[Branch], *, family: str) -> None:
+        super().__init__()
+        self.family = family
+        self.trunk = trunk
+        self.branches = nn.ModuleList(branches)
+        self.register_buffer("attach_rate", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H_out, W_out)."""
+        y = self.trunk(x)
+        for branch in self.branches:
+            y = torch.addcmul(y, branch(x), self.attach_rate)
+        return y
+
+    def equivalent_kernel(self) -> Kernel:
+        """The one convolution that the block equals in eval mode: float64, on the CPU, attach rate folded in."""
+        weight, bias = self.trunk.equivalent_kernel()
+        rate = self.attach_rate.item()
+        for branch in self.branches:
+            side_weight, side_bias = branch.equivalent_kernel()
+            weight, bias = weight + rate * side_weight, bias + rate * side_bias
+        return weight, bias
+
+    def reparameterize(self) -> nn.Conv2d:
+        """A new convolution equal to this block in eval mode, with the trunk's device, dtype and memory format."""
+        conv, (weight, bias) = self.trunk.conv, self.equivalent_kernel()
+        merged = nn.Conv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            padding_mode=conv.padding_mode,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+        if conv.weight.is_contiguous(memory_format=torch.channels_last):
+            merged = merged.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            merged.weight.copy_(weight)
+            merged.bias.copy_(bias)
+        merged.requires_grad_(conv.weight.requires_grad)
+        return merged.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"family={self.family}"
+
+
+def rep_blocks(model: nn.Module) -> Iterator[tuple[str, RepBlock]]:
+    """The blocks of a network with their names, in the order of its modules."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, RepBlock))
+
+
+def set_attach_rate(model: nn.Module, rate: float) -> None:
+    """Set the attach rate of every block, in place."""
+    for _, block in rep_blocks(model):
+        block.attach_rate.fill_(rate)
+
+
+def reparameterize(model: nn.Module) -> nn.Module:
+    """Merge every block of a network into its convolution, in place, and return the plain network.
+
+    Nothing else changes: device, dtype, memory format, training mode and `requires_grad` of all other modules stay. A model
+    that is itself a block is returned as its convolution.
+    """
+    if isinstance(model, RepBlock):
+        return model.reparameterize()
+    merged: dict[RepBlock, nn.Conv2d] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children would skip a second name
+            if isinstance(child, RepBlock):
+                if child not in merged:
+                    merged[child] = child.reparameterize()
+                setattr(parent, name, merged[child])
+    return model

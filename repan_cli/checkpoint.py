@@ -1,0 +1,138 @@
+"""Checkpoints: tensors and plain types only, written atomically, verified by a digest, never unpickled.
+
+A checkpoint is weights by name and a description (`meta`) that is enough to rebuild the network. As `.pt` it is a dictionary that
+`torch.load(weights_only=True)` reads, as `.safetensors` the description travels in the header. Both carry a SHA-256 over names,
+dtypes, shapes, bytes and description, and are refused when it does not match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from repan_cli.errors import InputError
+from repan_cli.runs import write_atomically
+
+FORMAT = 1
+MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights by name, on the CPU, and a description in plain types.
+
+    `meta` holds at least: model, block, form ("multi-branch", "fused" or "plain"), classes, in_chans, image_size, mean, std, data, cycle,
+    epoch, metrics.
+    """
+
+    weights: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    def digest(self) -> str:
+        """SHA-256 over the weights (name, dtype, shape, logical bytes) and the description."""
+        total = hashlib.sha256(json.dumps(self.meta, sort_keys=True).encode())
+        for name in sorted(self.weights):
+            tensor = self.weights[name].detach().cpu().contiguous()
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
+
+
+def capture(model: nn.Module, meta: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint of a network: its weights copied to the CPU."""
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    return Checkpoint(weights, dict(meta))
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint; the name's ending, .pt or .safetensors, is its format."""
+    buffer = _as_safetensors(checkpoint) if path.suffix == ".safetensors" else _as_pt(checkpoint)
+    write_atomically(path, lambda file: file.write(buffer))
+
+
+def _as_pt(checkpoint: Checkpoint) -> bytes:
+    buffer = io.BytesIO()
+    header = {"format": "repan", "version": FORMAT, "digest": checkpoint.digest()}
+    torch.save({**header, "meta": checkpoint.meta, "weights": checkpoint.weights}, buffer)
+    return buffer.getvalue()
+
+
+def _as_safetensors(checkpoint: Checkpoint) -> bytes:
+    header = {"format": "pt", "repan": str(FORMAT), "digest": checkpoint.digest(), "meta": json.dumps(checkpoint.meta)}
+    return safetensors.torch.save(checkpoint.weights, header)
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read and verify a checkpoint, from `.pt` or `.safetensors`.
+
+    Raises InputError, naming the file, when it is missing, damaged, or not written by repan.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no checkpoint {path}" + (": it is a folder; name a file in it" if path.is_dir() else ""))
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    if int(content["version"]) > FORMAT:
+        raise InputError(f"{path} was written by a newer repan: upgrade this one")
+    checkpoint = Checkpoint(content["weights"], content["meta"])
+    if checkpoint.digest() != content["digest"]:
+        raise InputError(f"{path} is damaged: its content does not match its digest; use another copy")
+    return checkpoint
+
+
+def _read_pt(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} is damaged, or holds more than tensors and plain types: refused, no code is run") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # the reader of a damaged archive raises nearly anything
+        raise InputError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or content.get("format") != "repan":
+        raise InputError(f"{path} was not written by repan")
+    if not {"version", "digest", "meta", "weights"} <= set(content):
+        raise InputError(f"{path} is damaged: parts of it are missing")
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        if "repan" not in header:
+            raise InputError(f"{path} was not written by repan")
+        return {"version": header["repan"], "digest": header["digest"], "meta": json.loads(header["meta"]), "weights": weights}
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:
+        raise InputError(f"{path} is damaged or no safetensors file: {str(error).splitlines()[0]}") from None
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, source: str) -> None:
+    """Copy a checkpoint's weights into a network, in place and strictly.
+
+    Raises InputError naming the first keys or shapes that differ.
+    """
+    own = model.state_dict()
+    missing, extra = own.keys() - checkpoint.weights.keys(), checkpoint.weights.keys() - own.keys()
+    shapes = [name for name in own.keys() & checkpoint.weights.keys() if own[name].shape != checkpoint.weights[name].shape]
+    for what, names in (("lacks", missing), ("has, unlike the network,", extra), ("has another shape for", shapes)):
+        if names:
+            raise InputError(
+                f"{source} does not fit the network: it {what} {len(names)} of the weights, such as '{min(names)}'"
+            )
+    model.load_state_dict(checkpoint.weights)

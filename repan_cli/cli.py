@@ -1,0 +1,275 @@
+"""The command line: options, help, and errors to exit codes. Light: torch is imported inside commands only."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import repan_cli
+from repan_cli import config
+from repan_cli.errors import InputError, OutOfSpaceError, RepanError
+from repan_cli.registry import did_you_mean
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SHORTCUTS = {
+    "model": "model.name",
+    "block": "block.name",
+    "dataset": "data.name",
+    "data_root": "data.root",
+    "epochs": "epochs",
+    "lr": "optim.lr",
+    "batch_size": "data.batch_size",
+    "baseline_epochs": "baseline.epochs",
+    "baseline_lr": "baseline.optim.lr",
+    "cycles": "cycle.count",
+    "init": "model.init",
+    "seed": "run.seed",
+    "device": "run.device",
+    "out": "run.out",
+}
+"""Which setting an option stands for."""
+
+
+def _shortcut(name: str, metavar: str, text: str | None = None) -> Any:
+    key = SHORTCUTS[name]
+    declared = config.SCHEMA.get(key) or config.OVERLAY[key]
+    flags = [f"--{name.replace('_', '-')}", *{"model": ["-m"], "dataset": ["-d"], "out": ["-o"]}.get(name, [])]
+    return typer.Option(*flags, metavar=metavar, help=text or declared.text, show_default=False)
+
+
+ModelOption = Annotated[str | None, _shortcut("model", "NAME")]
+BlockOption = Annotated[str | None, _shortcut("block", "NAME")]
+DatasetOption = Annotated[str | None, _shortcut("dataset", "NAME")]
+DataRootOption = Annotated[str | None, _shortcut("data_root", "FOLDER")]
+EpochsOption = Annotated[str | None, _shortcut("epochs", "N")]
+LrOption = Annotated[str | None, _shortcut("lr", "RATE")]
+BatchSizeOption = Annotated[str | None, _shortcut("batch_size", "N")]
+SeedOption = Annotated[str | None, _shortcut("seed", "N")]
+DeviceOption = Annotated[str | None, _shortcut("device", "NAME")]
+OutOption = Annotated[str | None, _shortcut("out", "FOLDER")]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option("-c", "--config", metavar="FILE", help="Settings from a YAML file or a preset (recipes/cifar); without it, the recipe of the data set."),
+]
+PrintConfigOption = Annotated[bool, typer.Option("--print-config", help="Print the settings as YAML and stop.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Any other setting, such as optim.weight_decay=2e-4; see 'repan list settings'.", show_default=False),
+]
+
+
+def _dispatch(module: str, *arguments: Any, **options: Any) -> None:
+    """Import a command's module and run it; an error becomes its lines on stderr and its exit code."""
+    try:
+        importlib.import_module(f"repan_cli.commands.{module}").run(*arguments, **options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except Exception as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> None:
+    """Say what went wrong in a line and leave with its exit code; what nobody foresaw keeps its traceback."""
+    known = _as_known(error)
+    if known is None or os.environ.get("REPAN_DEBUG") == "1":
+        raise error
+    for line in str(known).splitlines():
+        print(f"Error: {line}", file=sys.stderr)
+    raise typer.Exit(known.exit_code) from None
+
+
+def _as_known(error: Exception) -> RepanError | None:
+    if isinstance(error, RepanError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutOfSpaceError(f"no space left to write {error.filename or 'a file of the run'}; free some, or give another --out")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OutOfSpaceError("out of memory; set a smaller --batch-size")
+    return None
+
+
+def _train(command: str, *, file: str | None, settings: list[str] | None, print_config: bool, as_json: bool, **options: Any) -> None:
+    try:
+        given = config.parse_assignments(settings or [])
+        for name, value in options.items():
+            if value is not None and SHORTCUTS[name] in given:
+                raise InputError(f"--{name.replace('_', '-')} and {SHORTCUTS[name]}= are the same setting: give one")
+            if value is not None:
+                given[SHORTCUTS[name]] = value
+        resolved = config.resolve(command, file, given)
+    except RepanError as error:
+        _fail(error)
+    if print_config:
+        print(config.dump(resolved.config, cycles=command == "cycle"), end="")
+        return
+    _dispatch("train", command, resolved, as_json=as_json)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"repan {repan_cli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def repan(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    """RepAn: train re-parameterizable networks in annealing cycles, then merge them into plain, fast ones."""
+
+
+@app.command(rich_help_panel="Training")
+def cycle(
+    settings: Settings = None,
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    block: BlockOption = None,
+    data_root: DataRootOption = None,
+    baseline_epochs: Annotated[str | None, _shortcut("baseline_epochs", "N", "Length of the baseline.")] = None,
+    baseline_lr: Annotated[str | None, _shortcut("baseline_lr", "RATE", "Peak learning rate of the baseline.")] = None,
+    cycles: Annotated[str | None, _shortcut("cycles", "N")] = None,
+    epochs: Annotated[str | None, _shortcut("epochs", "N", "Length of each cycle.")] = None,
+    lr: Annotated[str | None, _shortcut("lr", "RATE", "Peak learning rate of each cycle.")] = None,
+    init: Annotated[str | None, _shortcut("init", "CHECKPOINT", "Start the cycles from this checkpoint instead of a baseline.")] = None,
+    batch_size: BatchSizeOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    config_file: ConfigOption = None,
+    print_config: PrintConfigOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train by RepAn: a baseline, then cycles of merging, regrowing and training on.
+
+    Examples:
+
+    [cyan]repan cycle --model repvgg --dataset digits[/cyan]
+
+    [cyan]repan cycle --model repvgg --dataset cifar100 --cycles 5 --epochs 20 --seed 1[/cyan]
+
+    [cyan]repan cycle --init runs/train/NAME/best.pt --dataset cifar100 cycle.rule=running[/cyan]
+    """
+    options = {name: value for name, value in locals().items() if name in SHORTCUTS}
+    _train("cycle", file=config_file, settings=settings, print_config=print_config, as_json=as_json, **options)
+
+
+@app.command(rich_help_panel="Training")
+def train(
+    settings: Settings = None,
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    block: BlockOption = None,
+    data_root: DataRootOption = None,
+    epochs: EpochsOption = None,
+    lr: LrOption = None,
+    batch_size: BatchSizeOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    config_file: ConfigOption = None,
+    print_config: PrintConfigOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a network plainly: one course, no restart.
+
+    Examples:
+
+    [cyan]repan train --model repvgg --dataset cifar100 --epochs 100[/cyan]
+
+    [cyan]repan train --model repvgg_a0_cifar --block acb --dataset folder --data-root photos data.image_size=64[/cyan]
+    """
+    options = {name: value for name, value in locals().items() if name in SHORTCUTS}
+    _train("train", file=config_file, settings=settings, print_config=print_config, as_json=as_json, **options)
+
+
+CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pt or .safetensors file that repan wrote.", show_default=False)]
+
+
+@app.command(rich_help_panel="Deployment")
+def fuse(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to write; default CHECKPOINT_fused.pt beside it.")] = None,
+    formats: Annotated[list[str] | None, typer.Option("--format", "-f", metavar="FORMAT", help="pt or safetensors; may be repeated.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge a trained network into plain convolutions, prove it equal, write it.
+
+    Examples:
+
+    [cyan]repan fuse checkpoint.pt[/cyan]
+
+    [cyan]repan fuse runs/cycle/NAME/best.pt --out plain.safetensors[/cyan]
+    """
+    _dispatch("fuse", checkpoint, out=out, formats=formats or [], as_json=as_json)
+
+
+@app.command(rich_help_panel="Inspection")
+def evaluate(
+    checkpoint: CheckpointArgument,
+    dataset: Annotated[str | None, typer.Option("--dataset", "-d", metavar="NAME", help="Another data set than it was trained on.")] = None,
+    data_root: Annotated[str | None, typer.Option("--data-root", metavar="FOLDER", help="Folder of the data sets, where it has moved.")] = None,
+    split: Annotated[str, typer.Option("--split", metavar="PART", help="test, val or train.")] = "test",
+    fused: Annotated[bool, typer.Option("--fused", help="Merge it first.")] = False,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the accuracy of a checkpoint, multi-branch or fused.
+
+    Examples:
+
+    [cyan]repan evaluate runs/cycle/NAME/best.pt --fused[/cyan]
+
+    [cyan]repan evaluate plain.safetensors --split val --json[/cyan]
+    """
+    if split not in ("test", "val", "train"):
+        _fail(InputError(f"--split {split} is none of test, val, train{did_you_mean(split, ('test', 'val', 'train'))}"))
+    _dispatch("evaluate", checkpoint, dataset=dataset, data_root=data_root, split=split, fused=fused, device=device, as_json=as_json)
+
+
+@app.command(rich_help_panel="Inspection")
+def info(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+    """Show what is in a checkpoint: network, form, classes, figures, settings.
+
+    Example:
+
+    [cyan]repan info runs/cycle/NAME/fused.pt[/cyan]
+    """
+    _dispatch("info", checkpoint, as_json=as_json)
+
+
+@app.command("list", rich_help_panel="Inspection")
+def list_names(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="models, blocks, datasets, presets, schedules or settings.", show_default=False)],
+    pattern: Annotated[str | None, typer.Argument(metavar="[GLOB]", help="Only names that match, such as 'optim.*'.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the names that can be typed: models, blocks, datasets, presets, schedules, settings.
+
+    Examples:
+
+    [cyan]repan list models[/cyan]
+
+    [cyan]repan list settings 'cycle.*'[/cyan]
+    """
+    _dispatch("list_names", kind, pattern, as_json=as_json)
+
+
+def main() -> None:
+    """The entry point of the `repan` command."""
+    app()

@@ -1,0 +1,1 @@
+"""One module a subcommand: the only place where configuration meets objects."""

@@ -1,0 +1,51 @@
+"""`repan info`: what is in a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from repan_cli import checkpoint, models
+from repan_cli.blocks import rep_blocks
+from repan_cli.checkpoint import Checkpoint
+from repan_cli.console import print_table
+
+
+def run(path: Path, *, as_json: bool) -> None:
+    """Describe PATH: network, form, blocks, classes, where in its run it was saved, figures, settings, digest."""
+    facts = describe(path, checkpoint.load(path))
+    if as_json:
+        print(json.dumps(facts))
+        return
+    settings, layers = facts.pop("config"), facts.pop("layers")
+    print_table(["", str(path)], [(name, _text(value)) for name, value in facts.items()])
+    print_table(["block", "convolution"], layers.items())
+    print_table(["setting", "value"], [(key, _text(value)) for key, value in settings.items()])
+
+
+def describe(path: Path, saved: Checkpoint) -> dict[str, Any]:
+    """The facts in plain types. `layers` maps the name of each block, or merged convolution, to its shape."""
+    model = models.rebuild(saved, str(path))
+    blocks = dict(rep_blocks(model))
+    layers = {name: f"{block.family}, {block.trunk.conv}" for name, block in blocks.items()}
+    meta = {key: value for key, value in saved.meta.items() if key != "config"}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in saved.weights.values())
+    return {
+        **meta,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": size,
+        "attach_rate": max((float(block.attach_rate) for block in blocks.values()), default=None),
+        "digest": saved.digest(),
+        "layers": layers,
+        "config": saved.meta["config"],
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        shown = ", ".join(_text(inner) for inner in value[:10])
+        return f"{len(value)}: {shown}, ..." if len(value) > 10 else shown
+    return f"{value:.6g}" if isinstance(value, float) else "-" if value is None or value == "" else str(value)

@@ -1,0 +1,75 @@
+"""`repan list`: the names that can be typed, with what they mean."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import json
+from collections.abc import Callable
+
+from repan_cli.config import OVERLAY, SCHEMA, presets
+from repan_cli.console import print_table
+from repan_cli.errors import InputError
+from repan_cli.registry import Registry
+
+Rows = dict[str, str]
+KINDS: Registry[Callable[[], Rows]] = Registry("kind of name")
+
+
+@KINDS.register("models")
+def _models() -> Rows:
+    import timm
+
+    from repan_cli import models
+
+    ours = {name: (timm.model_entrypoint(name).__doc__ or "") for name in models.OURS}
+    return {**ours, **{f"timm:{name}": "train only" for name in timm.list_models() if name not in ours}}
+
+
+@KINDS.register("blocks")
+def _blocks() -> Rows:
+    from repan_cli.blocks import FAMILIES
+
+    return {name: FAMILIES[name].text for name in FAMILIES}
+
+
+@KINDS.register("datasets")
+def _datasets() -> Rows:
+    from repan_cli.data.datasets import DATASETS
+
+    return {name: DATASETS[name].text for name in DATASETS}
+
+
+@KINDS.register("schedules")
+def _schedules() -> Rows:
+    from repan_cli.optim import SCHEDULES
+
+    return {name: inspect.getdoc(SCHEDULES[name]) or "" for name in SCHEDULES}
+
+
+@KINDS.register("presets")
+def _presets() -> Rows:
+    return {name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, path in presets().items()}
+
+
+@KINDS.register("settings")
+def _settings() -> Rows:
+    rows = {key: f"{entry.text} Default: {'null' if entry.default is None else entry.default}." for key, entry in SCHEMA.items()}
+    return {**rows, **{key: "The same for the baseline of cycle." for key in OVERLAY}}
+
+
+def run(kind: str, pattern: str | None, *, as_json: bool) -> None:
+    """Print the names of one kind that match a glob; without one, timm's models are counted instead of listed."""
+    rows = KINDS[kind]()
+    if pattern:
+        shown = {name: text for name, text in rows.items() if fnmatch.fnmatch(name, pattern)}
+        if not shown:
+            raise InputError(f"no {kind} match '{pattern}'")
+    else:
+        shown = {name: text for name, text in rows.items() if not name.startswith("timm:")}
+    if as_json:
+        print(json.dumps(shown))
+        return
+    print_table([kind, ""], shown.items())
+    if len(rows) > len(shown) and not pattern:
+        print(f"and {len(rows) - len(shown)} of timm's: repan list {kind} 'timm:*'")

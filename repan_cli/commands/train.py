@@ -1,0 +1,202 @@
+"""`repan train` and `repan cycle`: one session from configuration to summary, which differ in their plan alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from repan_cli import anneal, checkpoint, engine, export, models, plots, runs, runtime
+from repan_cli.blocks import rep_blocks
+from repan_cli.checkpoint import FUSED, Checkpoint
+from repan_cli.commands.prepare import Session, prepare
+from repan_cli.config import Resolved, dump
+from repan_cli.console import Display, duration, percent, sparkline
+from repan_cli.errors import InterruptedRunError, RepanError
+from repan_cli.trackers import Csv, JsonLines, read_metrics
+
+
+def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
+    """Prepare, train, merge, and report. Raises InterruptedRunError on Ctrl-C, with what there is saved."""
+    began = time.perf_counter()
+    session = prepare(command, resolved)
+    config = session.config
+    names = (config.model.name, config.block.name, config.data.name)
+    folder = runs.RunDirectory(Path(config.run.out) if config.run.out else runs.default_path(command, *names))
+    folder.write_text("config.yaml", dump(config, cycles=command == "cycle"))
+    folder.write_json("env.json", {**runs.software(), **runtime.describe_machine(session.training.runtime)})
+    epochs = {phase.cycle: phase.epochs for phase in session.training.plan}
+    display = Display(epochs=epochs, steps=session.training.train.steps(config.data.batch_size), log=folder / "log.txt")
+    display.header(_header(session, folder))
+    try:
+        summary = _train(session, folder, display)
+        _finish(session, folder, display, summary, began)
+    except KeyboardInterrupt:
+        folder.status("interrupted")
+        _draw(session, folder, display)
+        raise InterruptedRunError(f"interrupted; {folder.path} holds what was trained so far") from None
+    except RepanError:
+        folder.status("failed")
+        raise
+    finally:
+        display.close()
+    if as_json:
+        print(json.dumps(summary))
+
+
+def _header(session: Session, folder: runs.RunDirectory) -> dict[str, str]:
+    config, data, training = session.config, session.dataset, session.training
+    sizes = [("training", data.train), ("validation", data.val), ("test", data.test)]
+    blocks = sum(1 for _ in rep_blocks(training.model))
+    return {
+        f"repan {session.command}": f"{config.model.name}: {blocks} {config.block.name} blocks, "
+        f"{export.count_parameters(training.model):,} parameters",
+        "data": f"{data.name}: {', '.join(f'{len(part.labels):,} {name}' for name, part in sizes if part)} images of "
+        f"{data.image_size}x{data.image_size}, {len(data.classes)} classes",
+        "plan": _describe_plan(training.plan),
+        "device": training.runtime.describe(),
+        "settings": session.source,
+        "run": str(folder.path),
+    }
+
+
+def _describe_plan(plan: tuple[anneal.Phase, ...]) -> str:
+    parts = []
+    cycles = [phase for phase in plan if phase.cycle]
+    if plan[0].cycle == 0:
+        parts.append(f"{plan[0].epochs} epochs at lr {plan[0].optim.lr:g}" + (" as baseline" if cycles else ""))
+    if cycles:
+        settings = cycles[0].settings
+        what = f"restart by {settings.rule}, {settings.attach}" if cycles[0].restarts else "no restart (control)"
+        parts.append(f"{len(cycles)} cycles of {cycles[0].epochs} epochs at lr {cycles[0].optim.lr:g}, {what}")
+        if settings.lr == "continuous":
+            parts.append("one course of the learning rate over all")
+    return "; ".join(parts)
+
+
+def _train(session: Session, folder: runs.RunDirectory, display: Display) -> dict[str, Any]:
+    """Train through the plan, saving after every epoch; returns the summary so far."""
+    trackers = [JsonLines(folder / "metrics.jsonl"), Csv(folder / "metrics.csv")]
+    summary = _new_summary(session)
+    starts: dict[int, engine.CycleStart] = {}
+    try:
+        with display:
+            for event in engine.fit(session.training):
+                display.show(event)
+                if isinstance(event, engine.CycleStart):
+                    starts[event.cycle] = event
+                elif isinstance(event, engine.Epoch):
+                    for tracker in trackers:
+                        tracker.log(dataclasses.asdict(event))
+                    _save_epoch(session, folder, event)
+                elif isinstance(event, engine.CycleEnd):
+                    _save(session, folder / f"cycle_{event.cycle:02d}.pt", event.cycle, None, _metrics(event))
+                    _note_cycle(summary, starts[event.cycle], event)
+    finally:
+        for tracker in trackers:
+            tracker.close()
+    return summary
+
+
+def _new_summary(session: Session) -> dict[str, Any]:
+    config = session.config
+    return {
+        "command": session.command,
+        "model": config.model.name,
+        "block": config.block.name,
+        "dataset": config.data.name,
+        "seed": config.run.seed,
+        "baseline": session.start,
+        "cycles": [],
+    }
+
+
+def _note_cycle(summary: dict[str, Any], start: engine.CycleStart, end: engine.CycleEnd) -> None:
+    row = {"top1": end.top1, "test_top1": end.test_top1, "seconds": end.seconds}
+    if end.cycle == 0:
+        summary["baseline"] = row
+        return
+    before = {"top1_before": start.top1_before, "top1_after_restart": start.top1_after_restart, "logit_error": start.logit_error}
+    summary["cycles"].append({"cycle": end.cycle, **before, **row})
+
+
+def _metrics(event: engine.Epoch | engine.CycleEnd) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(event).items() if name not in ("cycle", "epoch", "best")}
+
+
+def _save_epoch(session: Session, folder: runs.RunDirectory, event: engine.Epoch) -> None:
+    if event.best:
+        _save(session, folder / "best.pt", event.cycle, event.epoch, _metrics(event))
+    _save(session, folder / "last.pt", event.cycle, event.epoch, _metrics(event))
+    folder.status("running", cycle=event.cycle, epoch=event.epoch)
+
+
+def _save(session: Session, path: Path, cycle: int, epoch: int | None, metrics: dict[str, Any]) -> None:
+    meta = session.meta(cycle=cycle, epoch=epoch, metrics=metrics)
+    checkpoint.save(checkpoint.capture(session.training.model, meta), path)
+
+
+# ---------------------------------------------------------------------------------------------- the end
+
+
+def _finish(session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any], began: float) -> None:
+    """Measure the network that validation chose, merge it, write summary and picture, say where everything is."""
+    source = folder / ("best.pt" if (folder / "best.pt").exists() else "last.pt")
+    chosen = checkpoint.load(source)
+    model = models.rebuild(chosen, str(source))
+    summary["chosen"] = {"file": source.name, "cycle": chosen.meta["cycle"], "epoch": chosen.meta["epoch"]}
+    summary["test"] = _score(session, model)
+    if any(rep_blocks(model)):
+        summary["fused"] = _fuse(session, folder, chosen, model)
+    summary["seconds"] = time.perf_counter() - began
+    folder.write_json("summary.json", summary)
+    folder.status("done")
+    _draw(session, folder, display)
+    _report(folder, display, summary)
+
+
+def _score(session: Session, model: nn.Module) -> dict[str, Any]:
+    machine = session.training.runtime
+    model.to(machine.device, memory_format=machine.memory_format)
+    return dataclasses.asdict(engine.evaluate(model, session.training.test, machine, exactly=True))
+
+
+def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model: nn.Module) -> dict[str, Any]:
+    """fused.pt, proven equal on validation-style images, and its own test accuracy."""
+    images, _ = next(session.training.test.batches(export.PROOF_IMAGES))
+    fused, report = export.fuse(model, images.cpu())
+    checkpoint.save(checkpoint.capture(fused, {**chosen.meta, "form": FUSED, "fused_from": chosen.digest()}), folder / "fused.pt")
+    return {"out": "fused.pt", **dataclasses.asdict(report), "test_top1": _score(session, fused)["top1"]}
+
+
+def _draw(session: Session, folder: runs.RunDirectory, display: Display) -> None:
+    if not plots.available():
+        return display.say("No curves.png: it needs matplotlib, pip install 'repan-cli[plot]'")
+    if (folder / "metrics.jsonl").exists():
+        config = session.config
+        title = f"repan {session.command}: {config.model.name}, {config.block.name}, {config.data.name}, seed {config.run.seed}"
+        plots.draw_curves(folder / "metrics.jsonl", folder / "curves.png", title=title)
+    return None
+
+
+def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
+    records = read_metrics(folder / "metrics.jsonl")
+    test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
+    display.table(summary)
+    display.say()
+    curve = sparkline(record["val_top1"] for record in records)
+    if curve:
+        display.say(f"validation  {curve}  best {percent(max(record['val_top1'] for record in records))}")
+    display.say(f"chosen      {chosen['file']} (cycle {chosen['cycle']}, epoch {chosen['epoch']}): test top-1 {percent(test['top1'])}, top-5 {percent(test['top5'])}")
+    if fused:
+        display.say(
+            f"merged      fused.pt: test top-1 {percent(fused['test_top1'])}, {fused['params_before']:,} parameters became "
+            f"{fused['params_after']:,}, relative error {fused['rel_error_fp64']:.0e} (float64)"
+        )
+    display.say(f"time        {duration(summary['seconds'])}")
+    display.say(f"files       {folder.path}")
+    display.say(f"next        repan evaluate {folder / ('fused.pt' if fused else chosen['file'])}")

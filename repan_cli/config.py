@@ -1,0 +1,481 @@
+"""Settings: declared once here, read from YAML and KEY=VALUE as text, typed by the schema, checked all at once.
+
+A `Config` is a tree of frozen dataclasses, one a section. Everything else about a setting (its text, type, bounds, default)
+follows from its one declaration. Layers of settings are flat, `{"optim.lr": "0.1"}`, and the later layer wins:
+defaults < `base:` file < `-c` file < command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repan_cli.errors import InputError
+from repan_cli.registry import did_you_mean
+
+RECIPES = {"digits": "recipes/digits", "cifar10": "recipes/cifar", "cifar100": "recipes/cifar"}
+"""The recipe a data set is trained with when no `-c FILE` is given."""
+
+Layer = Mapping[str, Any]
+
+
+def setting(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A dataclass field with its text, and its bounds: low <= value, above < value, value <= high."""
+    metadata = {"text": text, "choices": choices, "low": low, "above": above, "high": high}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str | None = setting(None, "Network: a short name (repvgg), a full one (repvgg_a1_cifar) or timm:NAME.")
+    init: str | None = setting(None, "A repan checkpoint to start from; cycle then skips the baseline.")
+
+
+@dataclass(frozen=True)
+class Block:
+    name: str = setting("repvgg", "Block family, see 'repan list blocks'.")
+
+
+@dataclass(frozen=True)
+class Data:
+    name: str | None = setting(None, "Data set, see 'repan list datasets'.")
+    root: str = setting("data", "Folder of the data sets; ROOT/NAME is read (for 'folder': ROOT itself).")
+    image_size: int | None = setting(None, "Side of the images in pixels; null takes the data set's own.", low=4)
+    batch_size: int = setting(128, "Images a training step.", low=2)
+    val_fraction: float = setting(0.1, "Part of the training set held out to choose by; 0 trains on everything.", low=0, high=0.9)
+    split_seed: int = setting(0, "Seed of that part, independent of run.seed.", low=0)
+    augment: str = setting("standard", "standard: random crop, and flip where that makes sense; none.", choices=("standard", "none"))
+    crop_padding: int | None = setting(None, "Pixels around the image before the random crop; null is an eighth of its side.", low=0)
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = setting(0.1, "Peak learning rate.", above=0)
+    min_lr: float = setting(0.0, "Learning rate that the schedule ends at.", low=0)
+    momentum: float = setting(0.9, "Momentum of SGD.", low=0, high=0.9999)
+    nesterov: bool = setting(True, "Nesterov momentum (no effect without momentum).")
+    weight_decay: float = setting(5e-4, "Weight decay.", low=0)
+    decay: str = setting("weights", "What decays: weights spares BN, biases and the classifier; all.", choices=("weights", "all"))
+    clip: float | None = setting(10.0, "Bound on the gradient's norm; null is none.", above=0)
+    clip_params: str = setting("all", "Whose gradient is clipped: all parameters, or the convs' weights.", choices=("all", "convs"))
+    schedule: str = setting("cosine", "Course of the learning rate, see 'repan list schedules'.")
+    warmup_epochs: float = setting(0.0, "Epochs of linear warm-up at the start of each course.", low=0)
+    label_smoothing: float = setting(0.0, "Label smoothing.", low=0, high=0.99)
+
+    def problems(self) -> Iterator[str]:
+        if self.min_lr > self.lr:
+            yield f"optim.min_lr={self.min_lr:g} is above optim.lr={self.lr:g}"
+
+
+@dataclass(frozen=True)
+class Cycle:
+    count: int = setting(4, "Number of annealing cycles after the baseline.", low=1)
+    restart: str = setting("repan", "At the start of a cycle: repan merges and regrows; none is the control.", choices=("repan", "none"))
+    lr: str = setting(
+        "restart",
+        "restart: a new course of the learning rate in every cycle; continuous: one over baseline and all cycles, from the baseline's rate.",
+        choices=("restart", "continuous"),
+    )
+    lr_decay: float = setting(1.0, "Factor on the learning rate from one cycle to the next.", above=0)
+    rule: str = setting(
+        "calibrate",
+        "How merged weights return to the trunk: calibrate keeps train mode too; running (as released) and reset do not.",
+        choices=("calibrate", "running", "reset"),
+    )
+    calibration_images: int = setting(1000, "Augmented training images that calibrate measures on.", low=2)
+    attach: str = setting(
+        "ramp",
+        "How fresh branches come in: ramp of the attach rate; zero-gamma: rate 1, last gamma 0; one: at once, changing the function.",
+        choices=("ramp", "zero-gamma", "one"),
+    )
+    attach_epochs: float = setting(5.0, "Epochs of the ramp, and of freeze_trunk.", low=0)
+    freeze_trunk: bool = setting(False, "Keep the trunk's parameters fixed during attach_epochs.")
+    branch_init: str = setting("kaiming", "Weights of fresh branches: kaiming, or small (std 0.01).", choices=("kaiming", "small"))
+    trunk_scale: str = setting(
+        "merged",
+        "Scale of the trunk's weights under calibrate: merged kernel as it is, or keep each channel's old norm.",
+        choices=("merged", "keep"),
+    )
+    start_from: str = setting("last", "Weights the next cycle starts from: last, or best on the validation part.", choices=("last", "best"))
+    reseed: str = setting("fresh", "Data order of a cycle: fresh, or the same as in the first cycle.", choices=("fresh", "same"))
+
+    def problems(self) -> Iterator[str]:
+        if self.trunk_scale == "keep" and self.rule != "calibrate":
+            yield f"cycle.trunk_scale=keep belongs to cycle.rule=calibrate, not {self.rule}"
+        if self.lr == "continuous" and self.lr_decay != 1:
+            yield "cycle.lr_decay belongs to cycle.lr=restart; with continuous set it to 1"
+
+
+@dataclass(frozen=True)
+class Run:
+    seed: int = setting(0, "Seed of weights, data order and augmentation.", low=0)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N.")
+    precision: str = setting("auto", "auto: bf16 where the device computes in it; bf16; fp32.", choices=("auto", "bf16", "fp32"))
+    channels_last: bool = setting(True, "Channels-last memory format.")
+    out: str | None = setting(None, "Run directory; null makes runs/COMMAND/TIME-MODEL-BLOCK-DATASET.")
+    log_every: int = setting(20, "Training steps between two looks at the loss (a host-device sync each).", low=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Model = field(default_factory=Model)
+    block: Block = field(default_factory=Block)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    epochs: int = setting(30, "Length of the run, or of one cycle.", low=1)
+    baseline: Mapping[str, Any] = field(default_factory=dict)
+    """`epochs` and `optim.*` keys that the baseline phase of `cycle` lays over the main ones."""
+    cycle: Cycle = field(default_factory=Cycle)
+    run: Run = field(default_factory=Run)
+
+    def problems(self) -> Iterator[str]:
+        if self.data.val_fraction == 0 and self.cycle.start_from == "best":
+            yield "cycle.start_from=best needs a validation part; set data.val_fraction above 0 or start_from=last"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One declared setting: its dotted key, type, default, text and bounds."""
+
+    key: str
+    type: Any
+    default: Any
+    text: str
+    choices: tuple[str, ...]
+    low: float | None
+    above: float | None
+    high: float | None
+
+    def parse(self, text: Any) -> Any:
+        """The value that `text` (a string, or a list of them) means. Raises ValueError with what is wrong."""
+        kind, optional = _optional(self.type)
+        if optional and text in ("null", "~", "", "None", None):
+            return None
+        if not isinstance(text, str):
+            raise ValueError(f"expected one value, not {text!r}")
+        value = _PARSERS[kind](text.strip())
+        self._check_bounds(value)
+        return value
+
+    def _check_bounds(self, value: Any) -> None:
+        if self.choices and value not in self.choices:
+            hint = did_you_mean(value, self.choices) or f"; choose {' or '.join(self.choices)}"
+            raise ValueError(f"'{value}' is not a choice{hint}")
+        for bound, broken, words in (
+            (self.low, lambda: value < self.low, "at least"),
+            (self.above, lambda: value <= self.above, "above"),
+            (self.high, lambda: value > self.high, "at most"),
+        ):
+            if bound is not None and broken():
+                raise ValueError(f"{value:g} must be {words} {bound:g}")
+
+
+def _optional(kind: Any) -> tuple[Any, bool]:
+    if isinstance(kind, types.UnionType):
+        (inner,) = (part for part in typing.get_args(kind) if part is not type(None))
+        return inner, True
+    return kind, False
+
+
+def _parse_bool(text: str) -> bool:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in words:
+        raise ValueError(f"'{text}' is neither true nor false")
+    return words[text.lower()]
+
+
+def _parse_int(text: str) -> int:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():  # also nan and inf
+        raise ValueError(f"'{text}' is not a whole number")
+    return int(text) if text.lstrip("+-").isdigit() else int(number)
+
+
+def _parse_float(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"'{text}' is not a finite number")
+    return number
+
+
+_PARSERS = {bool: _parse_bool, int: _parse_int, float: _parse_float, str: str}
+
+
+def _declared() -> Iterator[Setting]:
+    hints = typing.get_type_hints(Config)
+    for entry in dataclasses.fields(Config):
+        if entry.name == "baseline":
+            continue
+        if not dataclasses.is_dataclass(hints[entry.name]):
+            yield Setting(entry.name, hints[entry.name], entry.default, **entry.metadata)
+            continue
+        inner = typing.get_type_hints(hints[entry.name])
+        for leaf in dataclasses.fields(hints[entry.name]):
+            yield Setting(f"{entry.name}.{leaf.name}", inner[leaf.name], leaf.default, **leaf.metadata)
+
+
+SCHEMA: dict[str, Setting] = {entry.key: entry for entry in _declared()}
+"""Every setting by its dotted key."""
+
+OVERLAY: dict[str, Setting] = {
+    f"baseline.{key}": entry for key, entry in SCHEMA.items() if key == "epochs" or key.startswith("optim.")
+}
+"""The keys of the baseline phase, typed as the settings they are laid over."""
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class _TextLoader(yaml.BaseLoader):
+    """YAML whose scalars all stay text and whose duplicate keys are errors."""
+
+
+def _mapping(loader: _TextLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=key_node.start_mark)
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_TextLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """The flat layer of settings in a YAML text. `source` names it in errors."""
+    try:
+        tree = yaml.load(text, Loader=_TextLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{source}{where}: {getattr(error, 'problem', None) or 'not YAML'}") from None
+    if tree is None or tree == "":
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(f"{source}: expected 'key: value' lines, found {type(tree).__name__}")
+    return dict(_flatten(tree, ""))
+
+
+def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def preset_folders() -> list[Path]:
+    """Where presets lie: beside the package in a checkout, inside it once installed."""
+    package = Path(__file__).resolve().parent
+    return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+
+
+def presets() -> dict[str, Path]:
+    """The shipped presets by name, such as recipes/cifar."""
+    found = {}
+    for folder in preset_folders():
+        for path in sorted(folder.rglob("*.yaml")):
+            found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+    return found
+
+
+def find_preset(name: str, *, near: Path | None = None) -> Path:
+    """The file that `name` means: a path, a path beside the file `near`, or the name of a shipped preset."""
+    for path in (Path(name), *([near.parent / name] if near else [])):
+        if path.is_file():
+            return path
+    shipped = presets()
+    if name.removesuffix(".yaml") in shipped:
+        return shipped[name.removesuffix(".yaml")]
+    hint = did_you_mean(name, shipped) or "; 'repan list presets' shows those that ship with repan"
+    raise InputError(f"no configuration file or preset '{name}'{hint}")
+
+
+def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The layer of settings in a file, laid over that of its `base:` file."""
+    if path.resolve() in seen:
+        raise InputError(f"{path}: 'base' leads back to itself")
+    try:
+        layer = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    base = layer.pop("base", None)
+    if not base:
+        return layer
+    if not isinstance(base, str):
+        raise InputError(f"{path}: base: expected the name of one file")
+    return {**read_file(find_preset(base, near=path), seen=(*seen, path.resolve())), **layer}
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """The layer of `KEY=VALUE` words from the command line."""
+    layer: dict[str, Any] = {}
+    for word in assignments:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise InputError(f"'{word}' is not KEY=VALUE, such as optim.lr=0.1")
+        if key in layer:
+            raise InputError(f"{key} is given twice on the command line")
+        layer[key] = value
+    return layer
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def build(*layers: Layer) -> Config:
+    """The configuration that `layers` describe, the later one winning.
+
+    Raises `InputError` with one line for each thing wrong: unknown keys, values of the wrong type or out of bounds,
+    settings that contradict each other.
+    """
+    problems, values = [], {}
+    for key, text in {key: text for layer in layers for key, text in layer.items()}.items():
+        entry = SCHEMA.get(key) or OVERLAY.get(key)
+        if entry is None:
+            problems.append(_unknown_key(key))
+            continue
+        try:
+            values[key] = entry.parse(text)
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    if not problems:
+        config = _assemble(values)
+        problems = [*_section_problems(config)]
+    if problems:
+        raise InputError("\n".join(problems))
+    return config
+
+
+def _unknown_key(key: str) -> str:
+    sections = {known.partition(".")[0] for known in SCHEMA if "." in known} | {"baseline"}
+    if key in sections:
+        return f"{key} is a section: give {key}.SETTING=VALUE, see 'repan list settings \"{key}.*\"'"
+    return f"unknown setting '{key}'{did_you_mean(key, [*SCHEMA, *OVERLAY]) or '; see repan list settings'}"
+
+
+def _section_problems(config: Config) -> Iterator[str]:
+    yield from config.optim.problems()
+    yield from config.cycle.problems()
+    yield from config.problems()
+    yield from (f"baseline: {problem}" for problem in baseline_phase(config).optim.problems())
+
+
+def _assemble(values: dict[str, Any]) -> Config:
+    baseline = {key.removeprefix("baseline."): value for key, value in values.items() if key in OVERLAY}
+    return replace(dataclasses.replace(Config(), baseline=baseline), {k: v for k, v in values.items() if k in SCHEMA})
+
+
+def replace(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with some typed values changed, by dotted key."""
+    sections: dict[str, dict[str, Any]] = {}
+    top = {}
+    for key, value in values.items():
+        section, dot, name = key.partition(".")
+        if dot:
+            sections.setdefault(section, {})[name] = value
+        else:
+            top[key] = value
+    changed = {name: dataclasses.replace(getattr(config, name), **inner) for name, inner in sections.items()}
+    return dataclasses.replace(config, **changed, **top)
+
+
+def baseline_phase(config: Config) -> Config:
+    """The configuration that the baseline of `cycle` trains with."""
+    return dataclasses.replace(replace(config, config.baseline), baseline={})
+
+
+def baseline_layer(layer: Layer) -> dict[str, Any]:
+    """A file's layer as `train` reads it: its baseline keys laid over the main ones, the cycles left out."""
+    main = {key: text for key, text in layer.items() if not key.startswith(("baseline.", "cycle."))}
+    laid_over = {key.removeprefix("baseline."): text for key, text in layer.items() if key in OVERLAY}
+    return {**main, **laid_over}
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def flatten(config: Config, *, cycles: bool = True) -> dict[str, Any]:
+    """Typed values by dotted key; without `cycles`, what `train` uses."""
+    flat = {}
+    for key in SCHEMA:
+        section, dot, name = key.partition(".")
+        flat[key] = getattr(getattr(config, section), name) if dot else getattr(config, section)
+    if not cycles:
+        return {key: value for key, value in flat.items() if not key.startswith("cycle.")}
+    return {**flat, **{f"baseline.{key}": value for key, value in config.baseline.items()}}
+
+
+def dump(config: Config, *, cycles: bool = True) -> str:
+    """The configuration as YAML that `-c` reads back to the same values."""
+    tree: dict[str, Any] = {}
+    for key, value in flatten(config, cycles=cycles).items():
+        *path, leaf = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=False, allow_unicode=True)
+
+
+# ---------------------------------------------------------------------------------------------- from the command line
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration and a line that says where it came from."""
+
+    config: Config
+    source: str
+
+
+def resolve(command: str, file: str | None, given: Layer) -> Resolved:
+    """The configuration of `repan COMMAND -c FILE`, with the settings `given` on the command line on top.
+
+    Without a file the recipe of the data set is read, where there is one. `train` reads the baseline of a file of cycles.
+    """
+    if file is None:
+        file = RECIPES.get(str(given.get("data.name")))
+    path = find_preset(file) if file else None
+    layer = read_file(path) if path else {}
+    if command != "cycle":
+        _refuse_cycle_keys(command, given)
+        layer = baseline_layer(layer)
+    config = build(layer, given)
+    if config.data.name is None:
+        raise InputError("no data set: give --dataset NAME, see 'repan list datasets'")
+    if config.model.name is None and config.model.init is None:
+        raise InputError("no network: give --model NAME, see 'repan list models'")
+    return Resolved(config, f"{path or 'defaults'}, {len(given)} from the command line")
+
+
+def _refuse_cycle_keys(command: str, given: Layer) -> None:
+    for key in given:
+        if key.startswith(("cycle.", "baseline.")):
+            raise InputError(f"{key} has no effect in 'repan {command}': it belongs to 'repan cycle'")

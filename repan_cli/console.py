@@ -1,0 +1,183 @@
+"""Everything that people read while repan works, on stderr: the header, the live display, epoch lines, the summary.
+
+On a terminal one live display shows where the run is; elsewhere plain lines say so, at least one a minute. Permanent lines also go to
+the run's log.txt. Knows floats and names only, never a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 30
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 4.2 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def sparkline(values: Iterable[float | None]) -> str:
+    """A row of bars between the lowest and the highest value."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return ""
+    low, span = min(known), (max(known) - min(known)) or 1
+    return "".join(SPARKS[round((value - low) / span * (len(SPARKS) - 1))] for value in known)
+
+
+class Display:
+    """Shows one run. `epochs` holds the length of each phase, the baseline being cycle 0; `steps` are those of an epoch."""
+
+    def __init__(self, *, epochs: Mapping[int, int], steps: int, log: Path | None = None) -> None:
+        self.epochs, self.steps = epochs, steps
+        self.console = Console(stderr=True, highlight=False)
+        self.log = log.open("a", encoding="utf-8") if log else None
+        self.progress = self._progress() if self.console.is_terminal else None
+        self.tasks: tuple[TaskID, TaskID] | None = None
+        self.spoke = time.monotonic()
+
+    def _progress(self) -> Progress:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[figures]}"),
+        )
+        return Progress(*columns, console=self.console, transient=True)
+
+    def __enter__(self) -> Display:
+        if self.progress:
+            self.progress.start()
+            total = self.steps * sum(self.epochs.values())
+            self.tasks = (
+                self.progress.add_task("epoch", total=self.steps, figures=""),
+                self.progress.add_task("run", total=total, figures=""),
+            )
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def close(self) -> None:
+        if self.log:
+            self.log.close()
+
+    def say(self, text: str | Text | Table = "") -> None:
+        """A permanent line, on screen and in log.txt."""
+        self.console.print(text, soft_wrap=not isinstance(text, Table), markup=False)
+        self.spoke = time.monotonic()
+        if self.log:
+            Console(file=self.log, width=120, no_color=True).print(text, soft_wrap=True, markup=False)
+            self.log.flush()
+
+    def header(self, rows: Mapping[str, str]) -> None:
+        """What is about to happen, a row each."""
+        for name, text in rows.items():
+            self.say(Text.assemble((f"{name:<13}", "bold"), text))
+
+    def name(self, cycle: int) -> str:
+        """What a phase is called."""
+        if len(self.epochs) == 1 and cycle == 0:
+            return "train"
+        return "baseline" if cycle == 0 else f"cycle {cycle}/{max(self.epochs)}"
+
+    def show(self, event: Any) -> None:
+        """Show one event of the engine."""
+        {"CycleStart": self._start, "Step": self._step, "Epoch": self._epoch, "CycleEnd": self._end}[type(event).__name__](event)
+
+    def _start(self, event: Any) -> None:
+        if event.cycle == 0:
+            return
+        if not event.restarted:
+            return self.say(f"{self.name(event.cycle)}  goes on without merging (control), momentum zeroed")
+        text = f"{self.name(event.cycle)}  merged {event.blocks} blocks and grew fresh branches"
+        if event.top1_before is not None:
+            text += f": val {percent(event.top1_before)} before, {percent(event.top1_after_restart)} after"
+        self.say(f"{text}; logits moved by {event.logit_error:.0e}")
+        if event.zero_gammas:
+            self.say(f"{self.name(event.cycle)}  {event.zero_gammas} channels had gamma 0, which rule=running cannot keep: set to 1")
+
+    def _step(self, event: Any) -> None:
+        figures = f"{event.images_per_second:,.0f} img/s  loss {event.loss:.3f}  lr {event.lr:.4f}  attach {event.attach_rate:.2f}"
+        where = f"{self.name(event.cycle)}  epoch {event.epoch}/{self.epochs[event.cycle]}"
+        if self.progress and self.tasks:
+            epoch_task, run_task = self.tasks
+            done = sum(length for cycle, length in self.epochs.items() if cycle < event.cycle) + event.epoch - 1
+            self.progress.update(epoch_task, description=where, completed=event.step, figures=figures)
+            self.progress.update(run_task, description="whole run", completed=done * self.steps + event.step, figures="")
+        elif time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
+            self.say(f"{where}  step {event.step}/{self.steps}  {figures}")
+
+    def _epoch(self, event: Any) -> None:
+        width = len(str(self.epochs[event.cycle]))
+        parts = [
+            f"{self.name(event.cycle)}  epoch {event.epoch:>{width}}/{self.epochs[event.cycle]}",
+            f"loss {event.loss:6.3f}",
+            f"train {event.train_top1:5.2f}",
+            *([f"val {event.val_top1:5.2f}{'*' if event.best else ' '}"] if event.val_top1 is not None else []),
+            f"lr {event.lr:.4f}",
+            f"attach {event.attach_rate:.2f}",
+            f"{event.images_per_second:,.0f} img/s",
+        ]
+        self.say(Text("  ".join(parts), style="bold" if event.best else ""))
+
+    def _end(self, event: Any) -> None:
+        val = f"val {percent(event.top1)}, " if event.top1 is not None else ""
+        self.say(f"{self.name(event.cycle)}  done in {duration(event.seconds)}: {val}test {percent(event.test_top1)}")
+
+    def table(self, summary: Mapping[str, Any]) -> None:
+        """A row per phase: top-1 before and after the restart, at the end, on the test set, and the time."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("phase", "val before", "after restart", "val at end", "test", "time"):
+            table.add_column(title, justify="left" if title == "phase" else "right")
+        baseline = summary["baseline"]
+        table.add_row(self.name(0) if 0 in self.epochs else "start", "", "", *_figures(baseline))
+        for row in summary["cycles"]:
+            table.add_row(
+                self.name(row["cycle"]), percent(row["top1_before"]), percent(row["top1_after_restart"]), *_figures(row)
+            )
+        self.say()
+        self.say(table)
+
+
+def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return percent(row["top1"]), percent(row["test_top1"]), duration(row["seconds"])
+
+
+def print_table(title: list[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table on stdout, for commands whose data it is."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in title:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def warn(text: str) -> None:
+    """A line on stderr that begins with 'Warning:'."""
+    Console(stderr=True, highlight=False).print(Text.assemble(("Warning: ", "yellow"), text), soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """A line on stderr."""
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)

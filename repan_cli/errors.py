@@ -1,0 +1,35 @@
+"""Errors that people see: one line that names the thing and the mend, and the process's exit code."""
+
+
+class RepanError(Exception):
+    """A run failed for a reason that is worth one line instead of a traceback."""
+
+    exit_code = 1
+
+
+class MergeError(RepanError):
+    """A merged network does not equal the network it came from: a bug, so nothing is written."""
+
+
+class InputError(RepanError, ValueError):
+    """Something that a person gave (an option, a setting, a file, a data set) cannot be used."""
+
+    exit_code = 2
+
+
+class DivergedError(RepanError):
+    """The training loss stopped being a finite number."""
+
+    exit_code = 3
+
+
+class OutOfSpaceError(RepanError):
+    """The disk or the memory is full."""
+
+    exit_code = 4
+
+
+class InterruptedRunError(RepanError):
+    """Ctrl-C."""
+
+    exit_code = 130

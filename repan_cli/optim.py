@@ -1,0 +1,113 @@
+"""The optimizer, its parameter groups, and the learning rate as a pure function of progress."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from repan_cli.blocks import rep_blocks
+from repan_cli.config import Optim
+from repan_cli.registry import Registry
+
+Schedule = Callable[[float], float]
+SCHEDULES: Registry[Schedule] = Registry("schedule")
+"""Functions from progress in [0, 1] to a factor in [0, 1]: 1 is the peak rate, 0 is `optim.min_lr`."""
+
+
+@SCHEDULES.register("cosine")
+def cosine(progress: float) -> float:
+    """Half a cosine (SGDR, Loshchilov & Hutter 2017)."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@SCHEDULES.register("linear")
+def linear(progress: float) -> float:
+    """A straight line down."""
+    return 1 - progress
+
+
+@SCHEDULES.register("step")
+def step(progress: float) -> float:
+    """A tenth after half of the course, a hundredth after three quarters."""
+    return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
+
+
+@SCHEDULES.register("constant")
+def constant(progress: float) -> float:
+    """The peak rate throughout."""
+    return 1.0
+
+
+def learning_rate(optim: Optim, elapsed: float, length: float) -> float:
+    """The rate `elapsed` epochs into a course of `length` epochs: a linear warm-up, then the schedule."""
+    warmup = min(optim.warmup_epochs, length)
+    if elapsed < warmup:
+        return optim.lr * elapsed / warmup
+    progress = min(1.0, (elapsed - warmup) / max(length - warmup, 1e-12))
+    return optim.min_lr + (optim.lr - optim.min_lr) * SCHEDULES[optim.schedule](progress)
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """The parameters by what they are: `role` weight, norm (BN and biases) or classifier; `trunk` of a block or not.
+
+    The groups never change during a run, only their settings do, so that one optimizer serves all phases.
+    """
+    trunk = {id(p) for _, block in rep_blocks(model) for p in block.trunk.parameters()}
+    classifier = {id(p) for p in _classifier(model).parameters()}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        role = "classifier" if id(parameter) in classifier else "weight" if parameter.ndim > 1 else "norm"
+        groups.setdefault((role, id(parameter) in trunk), []).append(parameter)
+    return [{"params": params, "role": role, "trunk": is_trunk} for (role, is_trunk), params in groups.items()]
+
+
+def _classifier(model: nn.Module) -> nn.Module:
+    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    return found if isinstance(found, nn.Module) else nn.Identity()
+
+
+def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.SGD:
+    """SGD over `parameter_groups`, set up for `optim`."""
+    optimizer = torch.optim.SGD(parameter_groups(model), lr=optim.lr, fused=True)
+    apply_settings(optimizer, optim)
+    return optimizer
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, optim: Optim) -> None:
+    """Set momentum and weight decay of every group for the phase that begins."""
+    for group in optimizer.param_groups:
+        group["momentum"] = optim.momentum
+        group["nesterov"] = optim.nesterov and optim.momentum > 0
+        group["weight_decay"] = optim.weight_decay if optim.decay == "all" or group["role"] == "weight" else 0.0
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zero the optimizer's memory in place: after a restart its coordinates have changed."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
+def drop_trunk_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Leave the trunks out of the next step and out of the gradient's norm: no update, no decay, no growing momentum."""
+    for group in optimizer.param_groups:
+        if group["trunk"]:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, optim: Optim) -> None:
+    """Scale gradients down to a total 2-norm of `optim.clip`, without a host-device sync; None leaves them."""
+    if optim.clip is None:
+        return
+    groups = [group for group in optimizer.param_groups if optim.clip_params == "all" or group["role"] == "weight"]
+    torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], optim.clip, foreach=True)
