@@ -17,7 +17,7 @@ _DOORS = {
     "set_attach_rate": "repan_cli.blocks",
 }
 
-__all__ = ["__version__", *_DOORS]  # noqa: PLE0604
+__all__ = ["__version__", *_DOORS]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """The method: the restart between two annealing cycles, and the plan of a run as pure functions of position.
 
-RepAn, "Enhanced Annealing through Re-parameterization" (CVPR 2024): merge every block (Rep), re-initialise its side branches
-(expansion), write the merged kernel back into the trunk so that the function is kept (restoration), train on.
+RepAn, "Enhanced Annealing through Re-parameterization" (CVPR 2024): merge every block (Rep), re-initialise its side
+branches (expansion), write the merged kernel back into the trunk so that the function is kept (restoration), train
+on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Moments(NamedTuple):
 
 
 class Trunk(NamedTuple):
-    """What restoration writes into a trunk: weight (C_out, C_in / groups, kh, kw), the rest (C_out,); float64 on the CPU."""
+    """What restoration writes into a trunk: weight (C_out, C_in / groups, kh, kw), the rest (C_out,); float64 on
+    the CPU.
+    """
 
     weight: Tensor
     mean: Tensor
@@ -48,7 +51,8 @@ class Trunk(NamedTuple):
 def restore_calibrate(kernel: Kernel, moments: Moments, eps: float, scale: Tensor) -> Trunk:
     """Measured statistics and the affine parameters that undo them: exact in eval mode, kept in train mode.
 
-    With W = s K: mean = s m, var = s^2 v, gamma = sqrt(s^2 v + eps) / s, beta = b + m. `scale` is s, (C_out,), positive.
+    With W = s K: mean = s m, var = s^2 v, gamma = sqrt(s^2 v + eps) / s, beta = b + m. `scale` is s, (C_out,),
+    positive.
     """
     weight, bias = kernel
     mean, var = moments
@@ -64,7 +68,8 @@ def restore_reset(kernel: Kernel, eps: float) -> Trunk:
 
 
 def restore_running(kernel: Kernel, norm: nn.BatchNorm2d, *, unit_gamma: bool) -> Trunk:
-    """As the method was released: the trunk's BN statistics and gamma stay, W = K sigma / gamma, beta = b + mean gamma / sigma.
+    """As the method was released: the trunk's BN statistics and gamma stay, W = K sigma / gamma, beta = b + mean
+    gamma / sigma.
 
     With `unit_gamma` gamma becomes 1; so it does for channels whose gamma is too small to divide by.
     """
@@ -112,8 +117,8 @@ class _Sums:
 def calibrate(model: nn.Module, images: Iterable[Tensor]) -> dict[str, Moments]:
     """The moments of `conv(x; K)` at every block, by the block's name.
 
-    One pass of `images`, batches (N, C, H, W), through a merged copy in eval mode measures all blocks at once, because every block
-    keeps its function. The copy leaves hooks away from compiled and wrapped modules.
+    One pass of `images`, batches (N, C, H, W), through a merged copy in eval mode measures all blocks at once,
+    because every block keeps its function. The copy leaves hooks away from compiled and wrapped modules.
     """
     merged = reparameterize(copy.deepcopy(model)).eval()
     sums = {name: _Sums() for name, _ in rep_blocks(model)}
@@ -151,8 +156,8 @@ def restart(
 ) -> RestartReport:
     """Rep, expansion and restoration of every block, in place on the same parameters.
 
-    The function in eval mode is kept (except with `attach="one"`, which lets the fresh branches in at once); with the rule
-    `calibrate` the one in train mode is too, up to the difference between `images` and the training batches.
+    The function in eval mode is kept (except with `attach="one"`, which lets the fresh branches in at once); with the
+    rule `calibrate` the one in train mode is too, up to the difference between `images` and the training batches.
     Zero the optimizer's momentum afterwards.
 
     Args:

@@ -1,8 +1,8 @@
 """Checkpoints: tensors and plain types only, written atomically, verified by a digest, never unpickled.
 
-A checkpoint is weights by name and a description (`meta`) that is enough to rebuild the network. As `.pt` it is a dictionary that
-`torch.load(weights_only=True)` reads, as `.safetensors` the description travels in the header. Both carry a SHA-256 over names,
-dtypes, shapes, bytes and description, and are refused when it does not match.
+A checkpoint is weights by name and a description (`meta`) that is enough to rebuild the network. As `.pt` it is a
+dictionary that `torch.load(weights_only=True)` reads, as `.safetensors` the description travels in the header. Both
+carry a SHA-256 over names, dtypes, shapes, bytes and description, and are refused when it does not match.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
 class Checkpoint:
     """Weights by name, on the CPU, and a description in plain types.
 
-    `meta` holds at least: model, block, form ("multi-branch", "fused" or "plain"), classes, in_chans, image_size, mean, std, data, cycle,
-    epoch, metrics.
+    `meta` holds at least: model, block, form ("multi-branch", "fused" or "plain"), classes, in_chans, image_size,
+    mean, std, data, cycle, epoch, metrics.
     """
 
     weights: dict[str, Tensor]
@@ -94,7 +94,9 @@ def _read_pt(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise InputError(f"{path} is damaged, or holds more than tensors and plain types: refused, no code is run") from None
+        raise InputError(
+            f"{path} is damaged, or holds more than tensors and plain types: refused, no code is run"
+        ) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # the reader of a damaged archive raises nearly anything
@@ -113,7 +115,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         if "repan" not in header:
             raise InputError(f"{path} was not written by repan")
-        return {"version": header["repan"], "digest": header["digest"], "meta": json.loads(header["meta"]), "weights": weights}
+        return {
+            "version": header["repan"],
+            "digest": header["digest"],
+            "meta": json.loads(header["meta"]),
+            "weights": weights,
+        }
     except InputError:
         raise
     except OSError as error:
@@ -129,7 +136,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, source: str) -> None:
     """
     own = model.state_dict()
     missing, extra = own.keys() - checkpoint.weights.keys(), checkpoint.weights.keys() - own.keys()
-    shapes = [name for name in own.keys() & checkpoint.weights.keys() if own[name].shape != checkpoint.weights[name].shape]
+    shapes = [
+        name for name in own.keys() & checkpoint.weights.keys() if own[name].shape != checkpoint.weights[name].shape
+    ]
     for what, names in (("lacks", missing), ("has, unlike the network,", extra), ("has another shape for", shapes)):
         if names:
             raise InputError(

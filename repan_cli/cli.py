@@ -61,13 +61,22 @@ DeviceOption = Annotated[str | None, _shortcut("device", "NAME")]
 OutOption = Annotated[str | None, _shortcut("out", "FOLDER")]
 ConfigOption = Annotated[
     str | None,
-    typer.Option("-c", "--config", metavar="FILE", help="Settings from a YAML file or a preset (recipes/cifar); without it, the recipe of the data set."),
+    typer.Option(
+        "-c",
+        "--config",
+        metavar="FILE",
+        help="Settings from a YAML file or a preset (recipes/cifar); without it, the recipe of the data set.",
+    ),
 ]
 PrintConfigOption = Annotated[bool, typer.Option("--print-config", help="Print the settings as YAML and stop.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Any other setting, such as optim.weight_decay=2e-4; see 'repan list settings'.", show_default=False),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Any other setting, such as optim.weight_decay=2e-4; see 'repan list settings'.",
+        show_default=False,
+    ),
 ]
 
 
@@ -98,13 +107,17 @@ def _as_known(error: Exception) -> RepanError | None:
     if isinstance(error, RepanError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return OutOfSpaceError(f"no space left to write {error.filename or 'a file of the run'}; free some, or give another --out")
+        return OutOfSpaceError(
+            f"no space left to write {error.filename or 'a file of the run'}; free some, or give another --out"
+        )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return OutOfSpaceError("out of memory; set a smaller --batch-size")
     return None
 
 
-def _train(command: str, *, file: str | None, settings: list[str] | None, print_config: bool, as_json: bool, **options: Any) -> None:
+def _train(
+    command: str, *, file: str | None, settings: list[str] | None, print_config: bool, as_json: bool, **options: Any
+) -> None:
     try:
         given = config.parse_assignments(settings or [])
         for name, value in options.items():
@@ -129,7 +142,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def repan(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
 ) -> None:
     """RepAn: train re-parameterizable networks in annealing cycles, then merge them into plain, fast ones."""
 
@@ -146,7 +161,9 @@ def cycle(
     cycles: Annotated[str | None, _shortcut("cycles", "N")] = None,
     epochs: Annotated[str | None, _shortcut("epochs", "N", "Length of each cycle.")] = None,
     lr: Annotated[str | None, _shortcut("lr", "RATE", "Peak learning rate of each cycle.")] = None,
-    init: Annotated[str | None, _shortcut("init", "CHECKPOINT", "Start the cycles from this checkpoint instead of a baseline.")] = None,
+    init: Annotated[
+        str | None, _shortcut("init", "CHECKPOINT", "Start the cycles from this checkpoint instead of a baseline.")
+    ] = None,
     batch_size: BatchSizeOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
@@ -198,14 +215,21 @@ def train(
     _train("train", file=config_file, settings=settings, print_config=print_config, as_json=as_json, **options)
 
 
-CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pt or .safetensors file that repan wrote.", show_default=False)]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A .pt or .safetensors file that repan wrote.", show_default=False)
+]
 
 
 @app.command(rich_help_panel="Deployment")
 def fuse(
     checkpoint: CheckpointArgument,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to write; default CHECKPOINT_fused.pt beside it.")] = None,
-    formats: Annotated[list[str] | None, typer.Option("--format", "-f", metavar="FORMAT", help="pt or safetensors; may be repeated.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Where to write; default CHECKPOINT_fused.pt beside it."),
+    ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", "-f", metavar="FORMAT", help="pt or safetensors; may be repeated.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge a trained network into plain convolutions, prove it equal, write it.
@@ -222,8 +246,12 @@ def fuse(
 @app.command(rich_help_panel="Inspection")
 def evaluate(
     checkpoint: CheckpointArgument,
-    dataset: Annotated[str | None, typer.Option("--dataset", "-d", metavar="NAME", help="Another data set than it was trained on.")] = None,
-    data_root: Annotated[str | None, typer.Option("--data-root", metavar="FOLDER", help="Folder of the data sets, where it has moved.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", metavar="NAME", help="Another data set than it was trained on.")
+    ] = None,
+    data_root: Annotated[
+        str | None, typer.Option("--data-root", metavar="FOLDER", help="Folder of the data sets, where it has moved.")
+    ] = None,
     split: Annotated[str, typer.Option("--split", metavar="PART", help="test, val or train.")] = "test",
     fused: Annotated[bool, typer.Option("--fused", help="Merge it first.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -239,7 +267,16 @@ def evaluate(
     """
     if split not in ("test", "val", "train"):
         _fail(InputError(f"--split {split} is none of test, val, train{did_you_mean(split, ('test', 'val', 'train'))}"))
-    _dispatch("evaluate", checkpoint, dataset=dataset, data_root=data_root, split=split, fused=fused, device=device, as_json=as_json)
+    _dispatch(
+        "evaluate",
+        checkpoint,
+        dataset=dataset,
+        data_root=data_root,
+        split=split,
+        fused=fused,
+        device=device,
+        as_json=as_json,
+    )
 
 
 @app.command(rich_help_panel="Inspection")
@@ -255,8 +292,16 @@ def info(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
 
 @app.command("list", rich_help_panel="Inspection")
 def list_names(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="models, blocks, datasets, presets, schedules or settings.", show_default=False)],
-    pattern: Annotated[str | None, typer.Argument(metavar="[GLOB]", help="Only names that match, such as 'optim.*'.", show_default=False)] = None,
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="KIND", help="models, blocks, datasets, presets, schedules or settings.", show_default=False
+        ),
+    ],
+    pattern: Annotated[
+        str | None,
+        typer.Argument(metavar="[GLOB]", help="Only names that match, such as 'optim.*'.", show_default=False),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the names that can be typed: models, blocks, datasets, presets, schedules, settings.

@@ -1,8 +1,8 @@
 """Settings: declared once here, read from YAML and KEY=VALUE as text, typed by the schema, checked all at once.
 
-A `Config` is a tree of frozen dataclasses, one a section. Everything else about a setting (its text, type, bounds, default)
-follows from its one declaration. Layers of settings are flat, `{"optim.lr": "0.1"}`, and the later layer wins:
-defaults < `base:` file < `-c` file < command line.
+A `Config` is a tree of frozen dataclasses, one a section. Everything else about a setting (its text, type, bounds,
+default) follows from its one declaration. Layers of settings are flat, `{"optim.lr": "0.1"}`, and the later layer
+wins: defaults < `base:` file < `-c` file < command line.
 """
 
 from __future__ import annotations
@@ -58,10 +58,16 @@ class Data:
     root: str = setting("data", "Folder of the data sets; ROOT/NAME is read (for 'folder': ROOT itself).")
     image_size: int | None = setting(None, "Side of the images in pixels; null takes the data set's own.", low=4)
     batch_size: int = setting(128, "Images a training step.", low=2)
-    val_fraction: float = setting(0.1, "Part of the training set held out to choose by; 0 trains on everything.", low=0, high=0.9)
+    val_fraction: float = setting(
+        0.1, "Part of the training set held out to choose by; 0 trains on everything.", low=0, high=0.9
+    )
     split_seed: int = setting(0, "Seed of that part, independent of run.seed.", low=0)
-    augment: str = setting("standard", "standard: random crop, and flip where that makes sense; none.", choices=("standard", "none"))
-    crop_padding: int | None = setting(None, "Pixels around the image before the random crop; null is an eighth of its side.", low=0)
+    augment: str = setting(
+        "standard", "standard: random crop, and flip where that makes sense; none.", choices=("standard", "none")
+    )
+    crop_padding: int | None = setting(
+        None, "Pixels around the image before the random crop; null is an eighth of its side.", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,13 @@ class Optim:
     momentum: float = setting(0.9, "Momentum of SGD.", low=0, high=0.9999)
     nesterov: bool = setting(True, "Nesterov momentum (no effect without momentum).")
     weight_decay: float = setting(5e-4, "Weight decay.", low=0)
-    decay: str = setting("weights", "What decays: weights spares BN, biases and the classifier; all.", choices=("weights", "all"))
+    decay: str = setting(
+        "weights", "What decays: weights spares BN, biases and the classifier; all.", choices=("weights", "all")
+    )
     clip: float | None = setting(10.0, "Bound on the gradient's norm; null is none.", above=0)
-    clip_params: str = setting("all", "Whose gradient is clipped: all parameters, or the convs' weights.", choices=("all", "convs"))
+    clip_params: str = setting(
+        "all", "Whose gradient is clipped: all parameters, or the convs' weights.", choices=("all", "convs")
+    )
     schedule: str = setting("cosine", "Course of the learning rate, see 'repan list schedules'.")
     warmup_epochs: float = setting(0.0, "Epochs of linear warm-up at the start of each course.", low=0)
     label_smoothing: float = setting(0.0, "Label smoothing.", low=0, high=0.99)
@@ -86,34 +96,42 @@ class Optim:
 @dataclass(frozen=True)
 class Cycle:
     count: int = setting(4, "Number of annealing cycles after the baseline.", low=1)
-    restart: str = setting("repan", "At the start of a cycle: repan merges and regrows; none is the control.", choices=("repan", "none"))
+    restart: str = setting(
+        "repan", "At the start of a cycle: repan merges and regrows; none is the control.", choices=("repan", "none")
+    )
     lr: str = setting(
         "restart",
-        "restart: a new course of the learning rate in every cycle; continuous: one over baseline and all cycles, from the baseline's rate.",
+        "restart: a new course in every cycle; continuous: one over baseline and cycles, from the baseline's rate.",
         choices=("restart", "continuous"),
     )
     lr_decay: float = setting(1.0, "Factor on the learning rate from one cycle to the next.", above=0)
     rule: str = setting(
         "calibrate",
-        "How merged weights return to the trunk: calibrate keeps train mode too; running (as released) and reset do not.",
+        "How merged weights return to the trunk: calibrate keeps train mode too; running (as released), reset do not.",
         choices=("calibrate", "running", "reset"),
     )
     calibration_images: int = setting(1000, "Augmented training images that calibrate measures on.", low=2)
     attach: str = setting(
         "ramp",
-        "How fresh branches come in: ramp of the attach rate; zero-gamma: rate 1, last gamma 0; one: at once, changing the function.",
+        "How fresh branches come in: ramp of the attach rate; zero-gamma: rate 1, last gamma 0; one: all at once.",
         choices=("ramp", "zero-gamma", "one"),
     )
     attach_epochs: float = setting(5.0, "Epochs of the ramp, and of freeze_trunk.", low=0)
     freeze_trunk: bool = setting(False, "Keep the trunk's parameters fixed during attach_epochs.")
-    branch_init: str = setting("kaiming", "Weights of fresh branches: kaiming, or small (std 0.01).", choices=("kaiming", "small"))
+    branch_init: str = setting(
+        "kaiming", "Weights of fresh branches: kaiming, or small (std 0.01).", choices=("kaiming", "small")
+    )
     trunk_scale: str = setting(
         "merged",
         "Scale of the trunk's weights under calibrate: merged kernel as it is, or keep each channel's old norm.",
         choices=("merged", "keep"),
     )
-    start_from: str = setting("last", "Weights the next cycle starts from: last, or best on the validation part.", choices=("last", "best"))
-    reseed: str = setting("fresh", "Data order of a cycle: fresh, or the same as in the first cycle.", choices=("fresh", "same"))
+    start_from: str = setting(
+        "last", "Weights the next cycle starts from: last, or best on the validation part.", choices=("last", "best")
+    )
+    reseed: str = setting(
+        "fresh", "Data order of a cycle: fresh, or the same as in the first cycle.", choices=("fresh", "same")
+    )
 
     def problems(self) -> Iterator[str]:
         if self.trunk_scale == "keep" and self.rule != "calibrate":
@@ -126,7 +144,9 @@ class Cycle:
 class Run:
     seed: int = setting(0, "Seed of weights, data order and augmentation.", low=0)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.")
-    precision: str = setting("auto", "auto: bf16 where the device computes in it; bf16; fp32.", choices=("auto", "bf16", "fp32"))
+    precision: str = setting(
+        "auto", "auto: bf16 where the device computes in it; bf16; fp32.", choices=("auto", "bf16", "fp32")
+    )
     channels_last: bool = setting(True, "Channels-last memory format.")
     out: str | None = setting(None, "Run directory; null makes runs/COMMAND/TIME-MODEL-BLOCK-DATASET.")
     log_every: int = setting(20, "Training steps between two looks at the loss (a host-device sync each).", low=1)
@@ -458,7 +478,8 @@ class Resolved:
 def resolve(command: str, file: str | None, given: Layer) -> Resolved:
     """The configuration of `repan COMMAND -c FILE`, with the settings `given` on the command line on top.
 
-    Without a file the recipe of the data set is read, where there is one. `train` reads the baseline of a file of cycles.
+    Without a file the recipe of the data set is read, where there is one. `train` reads the baseline of a file of
+    cycles.
     """
     if file is None:
         file = RECIPES.get(str(given.get("data.name")))

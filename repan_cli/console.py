@@ -1,7 +1,7 @@
 """Everything that people read while repan works, on stderr: the header, the live display, epoch lines, the summary.
 
-On a terminal one live display shows where the run is; elsewhere plain lines say so, at least one a minute. Permanent lines also go to
-the run's log.txt. Knows floats and names only, never a tensor.
+On a terminal one live display shows where the run is; elsewhere plain lines say so, at least one a minute. Permanent
+lines also go to the run's log.txt. Knows floats and names only, never a tensor.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 30
+COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7} {:>7}"
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -43,7 +44,9 @@ def sparkline(values: Iterable[float | None]) -> str:
 
 
 class Display:
-    """Shows one run. `epochs` holds the length of each phase, the baseline being cycle 0; `steps` are those of an epoch."""
+    """Shows one run. `epochs` holds the length of each phase, the baseline being cycle 0; `steps` are those of
+    an epoch.
+    """
 
     def __init__(self, *, epochs: Mapping[int, int], steps: int, log: Path | None = None) -> None:
         self.epochs, self.steps = epochs, steps
@@ -69,7 +72,7 @@ class Display:
             total = self.steps * sum(self.epochs.values())
             self.tasks = (
                 self.progress.add_task("epoch", total=self.steps, figures=""),
-                self.progress.add_task("run", total=total, figures=""),
+                self.progress.add_task("whole run", total=total, figures=""),
             )
         return self
 
@@ -89,8 +92,8 @@ class Display:
             Console(file=self.log, width=120, no_color=True).print(text, soft_wrap=True, markup=False)
             self.log.flush()
 
-    def header(self, rows: Mapping[str, str]) -> None:
-        """What is about to happen, a row each."""
+    def facts(self, rows: Mapping[str, str]) -> None:
+        """Rows of a name and what is to be said of it."""
         for name, text in rows.items():
             self.say(Text.assemble((f"{name:<13}", "bold"), text))
 
@@ -102,47 +105,48 @@ class Display:
 
     def show(self, event: Any) -> None:
         """Show one event of the engine."""
-        {"CycleStart": self._start, "Step": self._step, "Epoch": self._epoch, "CycleEnd": self._end}[type(event).__name__](event)
+        shown_by = {"CycleStart": self._start, "Step": self._step, "Epoch": self._epoch, "CycleEnd": self._end}
+        shown_by[type(event).__name__](event)
 
     def _start(self, event: Any) -> None:
-        if event.cycle == 0:
-            return
-        if not event.restarted:
-            return self.say(f"{self.name(event.cycle)}  goes on without merging (control), momentum zeroed")
-        text = f"{self.name(event.cycle)}  merged {event.blocks} blocks and grew fresh branches"
-        if event.top1_before is not None:
-            text += f": val {percent(event.top1_before)} before, {percent(event.top1_after_restart)} after"
-        self.say(f"{text}; logits moved by {event.logit_error:.0e}")
+        if event.restarted:
+            text = f"{self.name(event.cycle)}: merged {event.blocks} blocks, grew fresh branches"
+            if event.top1_before is not None:
+                text += f"; val {percent(event.top1_before)} before, {percent(event.top1_after_restart)} after"
+            self.say(f"{text}; logits moved by {event.logit_error:.0e}")
+        elif event.cycle:
+            self.say(f"{self.name(event.cycle)}: no merging (control), momentum zeroed")
         if event.zero_gammas:
-            self.say(f"{self.name(event.cycle)}  {event.zero_gammas} channels had gamma 0, which rule=running cannot keep: set to 1")
+            self.say(f"{event.zero_gammas} channels had gamma 0, which rule=running cannot divide by: set to 1")
+        self.say(Text(COLUMNS.format("phase", "epoch", "loss", "train", "val", "lr", "attach", "img/s"), style="dim"))
 
     def _step(self, event: Any) -> None:
-        figures = f"{event.images_per_second:,.0f} img/s  loss {event.loss:.3f}  lr {event.lr:.4f}  attach {event.attach_rate:.2f}"
-        where = f"{self.name(event.cycle)}  epoch {event.epoch}/{self.epochs[event.cycle]}"
+        figures = f"loss {event.loss:.3f}  lr {event.lr:.4f}  {event.images_per_second:,.0f} img/s"
+        where = f"{self.name(event.cycle)}, epoch {event.epoch}/{self.epochs[event.cycle]}"
         if self.progress and self.tasks:
             epoch_task, run_task = self.tasks
             done = sum(length for cycle, length in self.epochs.items() if cycle < event.cycle) + event.epoch - 1
             self.progress.update(epoch_task, description=where, completed=event.step, figures=figures)
-            self.progress.update(run_task, description="whole run", completed=done * self.steps + event.step, figures="")
+            self.progress.update(run_task, completed=done * self.steps + event.step)
         elif time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
-            self.say(f"{where}  step {event.step}/{self.steps}  {figures}")
+            self.say(f"{where}, step {event.step}/{self.steps}  {figures}")
 
     def _epoch(self, event: Any) -> None:
-        width = len(str(self.epochs[event.cycle]))
-        parts = [
-            f"{self.name(event.cycle)}  epoch {event.epoch:>{width}}/{self.epochs[event.cycle]}",
-            f"loss {event.loss:6.3f}",
-            f"train {event.train_top1:5.2f}",
-            *([f"val {event.val_top1:5.2f}{'*' if event.best else ' '}"] if event.val_top1 is not None else []),
-            f"lr {event.lr:.4f}",
-            f"attach {event.attach_rate:.2f}",
-            f"{event.images_per_second:,.0f} img/s",
-        ]
-        self.say(Text("  ".join(parts), style="bold" if event.best else ""))
+        line = COLUMNS.format(
+            self.name(event.cycle),
+            f"{event.epoch}/{self.epochs[event.cycle]}",
+            f"{event.loss:.3f}",
+            percent(event.train_top1),
+            percent(event.val_top1) + ("*" if event.best else " "),
+            f"{event.lr:.4f}",
+            f"{event.attach_rate:.2f}",
+            f"{event.images_per_second:,.0f}",
+        )
+        self.say(Text(line, style="bold" if event.best else ""))
 
     def _end(self, event: Any) -> None:
         val = f"val {percent(event.top1)}, " if event.top1 is not None else ""
-        self.say(f"{self.name(event.cycle)}  done in {duration(event.seconds)}: {val}test {percent(event.test_top1)}")
+        self.say(f"{self.name(event.cycle)}: {val}test {percent(event.test_top1)}, {duration(event.seconds)}")
 
     def table(self, summary: Mapping[str, Any]) -> None:
         """A row per phase: top-1 before and after the restart, at the end, on the test set, and the time."""

@@ -28,7 +28,9 @@ FIRST_STEPS = 10
 
 @dataclass(frozen=True)
 class CycleStart:
-    """A phase begins. For a restart: top-1 on the validation part before and after it, and how far it moved the logits."""
+    """A phase begins. For a restart: top-1 on the validation part before and after it, and how far it moved the
+    logits.
+    """
 
     cycle: int
     restarted: bool

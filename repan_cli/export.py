@@ -15,7 +15,9 @@ from repan_cli.blocks import rep_blocks, reparameterize
 from repan_cli.errors import InputError, MergeError
 
 TOLERANCE = 1e-10
-"""Bound on the relative error in float64. A right merge is at 1e-15, a wrong one at 1e-2: it detects bugs, not rounding."""
+"""Bound on the relative error in float64. A right merge is at 1e-15, a wrong one at 1e-2: it detects bugs, not
+rounding.
+"""
 
 PROOF_IMAGES = 16
 """Images that a merge is proven on."""
@@ -47,8 +49,8 @@ def count_parameters(model: nn.Module) -> int:
 def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
     """A merged float32 copy of a network on the CPU, in eval mode, and the proof that it is equal.
 
-    The proof runs on a float64 copy whose merged kernels are not rounded: every block on the input it gets, and the logits,
-    must agree to `TOLERANCE` relative. The float32 error is reported beside it.
+    The proof runs on a float64 copy whose merged kernels are not rounded: every block on the input it gets, and the
+    logits, must agree to `TOLERANCE` relative. The float32 error is reported beside it.
 
     Args:
         model: a network with blocks; it is left as it is.
@@ -79,7 +81,9 @@ def _error_in_float64(model: nn.Module, images: Tensor) -> float:
     for name, found, expected in pairs:
         error = relative_error(found, expected)
         if not error <= TOLERANCE:  # also catches nan
-            raise MergeError(f"merging changed the function at {name}: relative error {error:.1e} in float64; nothing was written")
+            raise MergeError(
+                f"merging changed the function at {name}: relative error {error:.1e} in float64; nothing was written"
+            )
         worst = max(worst, error)
     return worst
 
@@ -89,7 +93,9 @@ def _recorded(model: nn.Module) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
     """Collect name, input and output of every block that is called meanwhile."""
     calls: list[tuple[str, Tensor, Tensor]] = []
     hooks = [
-        block.register_forward_hook(lambda _, inputs, output, name=name: calls.append((name, inputs[0].clone(), output.clone())))
+        block.register_forward_hook(
+            lambda _, inputs, output, name=name: calls.append((name, inputs[0].clone(), output.clone()))
+        )
         for name, block in rep_blocks(model)
     ]
     try:

@@ -98,7 +98,9 @@ def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def drop_trunk_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Leave the trunks out of the next step and out of the gradient's norm: no update, no decay, no growing momentum."""
+    """Leave the trunks out of the next step and out of the gradient's norm: no update, no decay, no growing
+    momentum.
+    """
     for group in optimizer.param_groups:
         if group["trunk"]:
             for parameter in group["params"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ def available() -> bool:
 
 
 def draw_curves(metrics: Path, target: Path, *, title: str) -> None:
-    """Draw the records of a metrics.jsonl into a PNG, a panel for accuracy, loss and both rates; restarts are dotted lines."""
+    """Draw the records of a metrics.jsonl into a PNG, a panel for accuracy, loss and both rates; restarts are
+    dotted lines.
+    """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     records = read_metrics(metrics)
@@ -29,21 +32,21 @@ def draw_curves(metrics: Path, target: Path, *, title: str) -> None:
     accuracy.set_ylabel("top-1, %")
     _line(loss, epochs, records, "loss", "training", "tab:gray")
     _line(loss, epochs, records, "val_loss", "validation", "tab:blue")
-    loss.set_ylabel("loss")
+    loss.set(ylabel="loss", yscale="log")
     _line(rates, epochs, records, "lr", "learning rate", "tab:orange")
-    rates.set(ylabel="learning rate", xlabel="epoch")
+    rates.set(xlabel="epoch")
+    rates.set_ylabel("learning rate", color="tab:orange")
     attach = rates.twinx()
     _line(attach, epochs, records, "attach_rate", "attach rate", "tab:green")
-    attach.set(ylabel="attach rate", ylim=(-0.05, 1.05))
+    attach.set(ylim=(-0.05, 1.05))
+    attach.set_ylabel("attach rate", color="tab:green")
 
-    starts = [n for n, (a, b) in enumerate(zip(records, records[1:], strict=False), start=1) if a["cycle"] != b["cycle"]]
+    starts = [n for n, (a, b) in enumerate(itertools.pairwise(records), start=1) if a["cycle"] != b["cycle"]]
     for axes in (accuracy, loss, rates):
         axes.grid(alpha=0.25)
         for start in starts:
             axes.axvline(start + 0.5, color="black", linestyle=":", linewidth=0.8)
     accuracy.legend(loc="lower right", frameon=False)
-    handles = [*rates.get_lines()[:1], *attach.get_lines()[:1]]
-    rates.legend(handles=handles, loc="upper right", frameon=True, framealpha=0.8, fontsize=8)
     figure.savefig(target, dpi=110)
 
 

@@ -1,4 +1,6 @@
-"""Run directories: naming, the files in them, and writing a file so that a reader never sees half of it. No torch here."""
+"""Run directories: naming, the files in them, and writing a file so that a reader never sees half of it. No
+torch here.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "t
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: flushed, renamed, the folder flushed too."""
+    """Let `write` fill a temporary file beside `path`, then put it in place: flushed, renamed, the folder
+    flushed too.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -63,7 +63,9 @@ def find_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name} is not supported; give auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name} is not there: PyTorch sees {torch.cuda.device_count()} GPUs; try --device auto")
+        raise InputError(
+            f"device {name} is not there: PyTorch sees {torch.cuda.device_count()} GPUs; try --device auto"
+        )
     return device
 
 

@@ -2,7 +2,7 @@
 
 from repan_cli.blocks.branch import Branch, ConvBN, Geometry, IdentityBN
 from repan_cli.blocks.families import FAMILIES, make_block
-from repan_cli.blocks.rep_block import RepBlock, reparameterize, rep_blocks, set_attach_rate
+from repan_cli.blocks.rep_block import RepBlock, rep_blocks, reparameterize, set_attach_rate
 
 __all__ = [
     "FAMILIES",

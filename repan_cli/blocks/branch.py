@@ -32,11 +32,16 @@ class Geometry:
 
     def center(self, kernel_size: Size) -> Size:
         """The offset at which a small kernel lies in the middle of the trunk's, tap (k - 1) // 2."""
-        return tuple((outer - 1) // 2 - (inner - 1) // 2 for outer, inner in zip(self.kernel_size, kernel_size, strict=True))
+        return tuple(
+            (outer - 1) // 2 - (inner - 1) // 2 for outer, inner in zip(self.kernel_size, kernel_size, strict=True)
+        )
 
     def output_size(self, input_size: Size) -> Size:
         """Height and width of the block's output for an input of `input_size`."""
-        return tuple(_outputs(*row) for row in zip(input_size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True))
+        return tuple(
+            _outputs(*row)
+            for row in zip(input_size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
+        )
 
 
 def _outputs(size: int, padding: int, dilation: int, kernel: int, stride: int) -> int:
@@ -78,7 +83,9 @@ class Branch(Protocol):
         """(N, C_in, H, W) to (N, C_out, H_out, W_out)."""
 
     def equivalent_kernel(self) -> Kernel:
-        """The one convolution, with the trunk's kernel size and geometry, that this equals in eval mode; float64, CPU."""
+        """The one convolution, with the trunk's kernel size and geometry, that this equals in eval mode;
+        float64, CPU.
+        """
 
     def reset(self, init: str, generator: torch.Generator | None) -> None:
         """Make it fresh in place: new weights, gamma 1, beta 0, mean 0, variance 1."""
@@ -112,7 +119,8 @@ def reset_norm(norm: nn.BatchNorm2d) -> None:
 def placed(geometry: Geometry, kernel_size: Size, offset: Size) -> tuple[nn.Module, Size]:
     """How a small kernel at `offset` reads its input: a window module and the padding the convolution adds itself.
 
-    A kernel in the middle of the trunk's needs no window: the convolution's own padding p - o * d says the same, cheaper.
+    A kernel in the middle of the trunk's needs no window: the convolution's own padding p - o * d says the same,
+    cheaper.
     """
     padding = tuple(p - o * d for p, o, d in zip(geometry.padding, offset, geometry.dilation, strict=True))
     middle = all(2 * o + k == size for o, k, size in zip(offset, kernel_size, geometry.kernel_size, strict=True))
@@ -124,7 +132,8 @@ def placed(geometry: Geometry, kernel_size: Size, offset: Size) -> tuple[nn.Modu
 class ConvBN(nn.Module):
     """A convolution and its BN: the trunk of a block, or a side branch with a smaller kernel.
 
-    Without `kernel_size` it is the trunk's own; a smaller one lies in the middle unless `offset` (row, column) places it.
+    Without `kernel_size` it is the trunk's own; a smaller one lies in the middle unless `offset` (row, column) places
+    it.
     """
 
     def __init__(self, geometry: Geometry, kernel_size: Size | None = None, offset: Size | None = None) -> None:

@@ -1,4 +1,6 @@
-"""Block families: each a function from the block's geometry to its side branches. Adding one takes one function here."""
+"""Block families: each a function from the block's geometry to its side branches. Adding one takes one function
+here.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Family(NamedTuple):
 FAMILIES: Registry[Family] = Registry("block family")
 
 
-def family(name: str, *, unit_gamma: bool = False) -> Callable[[Callable[[Geometry], list[Branch]]], Callable[[Geometry], list[Branch]]]:
+def family(
+    name: str, *, unit_gamma: bool = False
+) -> Callable[[Callable[[Geometry], list[Branch]]], Callable[[Geometry], list[Branch]]]:
     """Enter a function from geometry to branches into the registry, its docstring as the text."""
 
     def enter(branches: Callable[[Geometry], list[Branch]]) -> Callable[[Geometry], list[Branch]]:

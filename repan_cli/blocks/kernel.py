@@ -1,7 +1,7 @@
 """The algebra of merging: pure functions on equivalent kernels, in float64 on the CPU.
 
-A kernel is a pair (K, b): K of shape (C_out, C_in / groups, kh, kw) and b of shape (C_out,), standing for the convolution
-`y = conv(x; K) + b` with the geometry (stride, padding, dilation, groups) of the block it belongs to.
+A kernel is a pair (K, b): K of shape (C_out, C_in / groups, kh, kw) and b of shape (C_out,), standing for the
+convolution `y = conv(x; K) + b` with the geometry (stride, padding, dilation, groups) of the block it belongs to.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ def exact(tensor: Tensor) -> Tensor:
 def norm_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     """What a BN does in eval mode, as `y = scale * x + shift`; both of shape (C,).
 
-    scale = gamma / sigma, shift = beta - mean * gamma / sigma, sigma = sqrt(var + eps); a BN without affine parameters has
-    gamma 1 and beta 0. Raises ValueError for a BN that keeps no running statistics: in eval mode it is no fixed function.
+    scale = gamma / sigma, shift = beta - mean * gamma / sigma, sigma = sqrt(var + eps); a BN without affine
+    parameters has gamma 1 and beta 0. Raises ValueError for a BN that keeps no running statistics: in eval mode it is
+    no fixed function.
     """
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a BN without running statistics (track_running_stats=False) cannot be merged")

@@ -84,8 +84,8 @@ def set_attach_rate(model: nn.Module, rate: float) -> None:
 def reparameterize(model: nn.Module) -> nn.Module:
     """Merge every block of a network into its convolution, in place, and return the plain network.
 
-    Nothing else changes: device, dtype, memory format, training mode and `requires_grad` of all other modules stay. A model
-    that is itself a block is returned as its convolution.
+    Nothing else changes: device, dtype, memory format, training mode and `requires_grad` of all other modules stay. A
+    model that is itself a block is returned as its convolution.
     """
     if isinstance(model, RepBlock):
         return model.reparameterize()

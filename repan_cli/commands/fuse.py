@@ -37,7 +37,11 @@ def _targets(path: Path, out: Path | None, formats: list[str]) -> list[Path]:
     for ending in endings:
         if ending not in FORMATS:
             raise InputError(f"cannot write the format '{ending}': choose {' or '.join(FORMATS)}")
-    stem = out.with_suffix("") if out and out.suffix.removeprefix(".") in FORMATS else out or path.with_name(f"{path.stem}_fused")
+    stem = (
+        out.with_suffix("")
+        if out and out.suffix.removeprefix(".") in FORMATS
+        else out or path.with_name(f"{path.stem}_fused")
+    )
     targets = [stem.with_name(f"{stem.name}.{ending}") for ending in dict.fromkeys(endings)]
     for target in targets:
         if not target.parent.is_dir():
@@ -56,7 +60,8 @@ def _proof_images(saved: Checkpoint) -> torch.Tensor:
 
 def _report(path: Path, targets: list[Path], report: export.FuseReport) -> None:
     tell(f"merged {report.blocks} blocks of {path} in {report.seconds:.2f} s")
-    tell(f"relative error  {report.rel_error_fp64:.1e} in float64 (bound {export.TOLERANCE:.0e}), {report.rel_error_fp32:.1e} in float32")
+    bound = f"(bound {export.TOLERANCE:.0e})"
+    tell(f"relative error  {report.rel_error_fp64:.1e} in float64 {bound}, {report.rel_error_fp32:.1e} in float32")
     tell(f"parameters      {report.params_before:,} before, {report.params_after:,} after")
     for target in targets:
         tell(f"wrote           {target} ({target.stat().st_size / 2**20:.2f} MiB)")

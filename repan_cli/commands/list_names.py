@@ -54,8 +54,11 @@ def _presets() -> Rows:
 
 @KINDS.register("settings")
 def _settings() -> Rows:
-    rows = {key: f"{entry.text} Default: {'null' if entry.default is None else entry.default}." for key, entry in SCHEMA.items()}
-    return {**rows, **{key: "The same for the baseline of cycle." for key in OVERLAY}}
+    rows = {
+        key: f"{entry.text} Default: {'null' if entry.default is None else entry.default}."
+        for key, entry in SCHEMA.items()
+    }
+    return {**rows, **dict.fromkeys(OVERLAY, "The same for the baseline of cycle.")}
 
 
 def run(kind: str, pattern: str | None, *, as_json: bool) -> None:

@@ -32,7 +32,9 @@ from repan_cli.tasks import Classification
 
 @dataclass(frozen=True)
 class Session:
-    """A run that is ready to go. `config` has the network's full name; `start` is the score of the weights it begins with."""
+    """A run that is ready to go. `config` has the network's full name; `start` is the score of the weights it
+    begins with.
+    """
 
     command: str
     config: Config
@@ -107,7 +109,9 @@ def _check_origin(config: Config, dataset: Dataset, initial: checkpoint.Checkpoi
         if found != wanted:
             raise InputError(f"{source} holds {what} {found}, not {wanted}: give --model and --block as it was trained")
     if meta["form"] == checkpoint.FUSED:
-        raise InputError(f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run")
+        raise InputError(
+            f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run"
+        )
     check_classes(source, meta["classes"], dataset)
     if meta["split_digest"] != dataset.split_digest:
         warn(f"{source} was trained with another validation part: images it has seen are now used to choose by")
@@ -118,16 +122,23 @@ def check_classes(source: str | Path, classes: list[str], dataset: Dataset) -> N
     if classes == list(dataset.classes):
         return
     if len(classes) != len(dataset.classes):
-        raise InputError(f"{source} knows {len(classes)} classes, {dataset.name} has {len(dataset.classes)}: give the data it was trained on")
+        counts = f"{source} knows {len(classes)} classes, {dataset.name} has {len(dataset.classes)}"
+        raise InputError(f"{counts}: give the data it was trained on")
     first = next((a, b) for a, b in zip(classes, dataset.classes, strict=True) if a != b)
-    raise InputError(f"{source} and {dataset.name} name their classes differently, such as '{first[0]}' and '{first[1]}'")
+    raise InputError(
+        f"{source} and {dataset.name} name their classes differently, such as '{first[0]}' and '{first[1]}'"
+    )
 
 
 def _training(
     command: str, config: Config, dataset: Dataset, model: torch.nn.Module, machine: runtime.Runtime
 ) -> engine.Training:
     SCHEDULES[config.optim.schedule]  # an unknown one is an error before the first step
-    plan = anneal.cycle_plan(config, baseline=config.model.init is None) if command == "cycle" else anneal.training_plan(config)
+    plan = (
+        anneal.cycle_plan(config, baseline=config.model.init is None)
+        if command == "cycle"
+        else anneal.training_plan(config)
+    )
     padding, flip = 0, False
     if config.data.augment == "standard":
         padding, flip = config.data.crop_padding, dataset.flip
@@ -135,7 +146,12 @@ def _training(
 
     def resident(part: Images, **views: Any) -> ResidentImages:
         return ResidentImages(
-            part, mean=dataset.mean, std=dataset.std, device=machine.device, memory_format=machine.memory_format, **views
+            part,
+            mean=dataset.mean,
+            std=dataset.std,
+            device=machine.device,
+            memory_format=machine.memory_format,
+            **views,
         )
 
     return engine.Training(

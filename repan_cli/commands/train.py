@@ -31,7 +31,7 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
     folder.write_json("env.json", {**runs.software(), **runtime.describe_machine(session.training.runtime)})
     epochs = {phase.cycle: phase.epochs for phase in session.training.plan}
     display = Display(epochs=epochs, steps=session.training.train.steps(config.data.batch_size), log=folder / "log.txt")
-    display.header(_header(session, folder))
+    display.facts(_header(session, folder))
     try:
         summary = _train(session, folder, display)
         _finish(session, folder, display, summary, began)
@@ -120,7 +120,11 @@ def _note_cycle(summary: dict[str, Any], start: engine.CycleStart, end: engine.C
     if end.cycle == 0:
         summary["baseline"] = row
         return
-    before = {"top1_before": start.top1_before, "top1_after_restart": start.top1_after_restart, "logit_error": start.logit_error}
+    before = {
+        "top1_before": start.top1_before,
+        "top1_after_restart": start.top1_after_restart,
+        "logit_error": start.logit_error,
+    }
     summary["cycles"].append({"cycle": end.cycle, **before, **row})
 
 
@@ -143,7 +147,9 @@ def _save(session: Session, path: Path, cycle: int, epoch: int | None, metrics: 
 # ---------------------------------------------------------------------------------------------- the end
 
 
-def _finish(session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any], began: float) -> None:
+def _finish(
+    session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any], began: float
+) -> None:
     """Measure the network that validation chose, merge it, write summary and picture, say where everything is."""
     source = folder / ("best.pt" if (folder / "best.pt").exists() else "last.pt")
     chosen = checkpoint.load(source)
@@ -169,34 +175,38 @@ def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model
     """fused.pt, proven equal on validation-style images, and its own test accuracy."""
     images, _ = next(session.training.test.batches(export.PROOF_IMAGES))
     fused, report = export.fuse(model, images.cpu())
-    checkpoint.save(checkpoint.capture(fused, {**chosen.meta, "form": FUSED, "fused_from": chosen.digest()}), folder / "fused.pt")
+    checkpoint.save(
+        checkpoint.capture(fused, {**chosen.meta, "form": FUSED, "fused_from": chosen.digest()}), folder / "fused.pt"
+    )
     return {"out": "fused.pt", **dataclasses.asdict(report), "test_top1": _score(session, fused)["top1"]}
 
 
 def _draw(session: Session, folder: runs.RunDirectory, display: Display) -> None:
+    config = session.config
+    title = (session.command, config.model.name, config.block.name, config.data.name, f"seed {config.run.seed}")
     if not plots.available():
-        return display.say("No curves.png: it needs matplotlib, pip install 'repan-cli[plot]'")
-    if (folder / "metrics.jsonl").exists():
-        config = session.config
-        title = f"repan {session.command}: {config.model.name}, {config.block.name}, {config.data.name}, seed {config.run.seed}"
-        plots.draw_curves(folder / "metrics.jsonl", folder / "curves.png", title=title)
-    return None
+        display.say("no curves.png: it needs matplotlib, pip install 'repan-cli[plot]'")
+    elif (folder / "metrics.jsonl").exists():
+        plots.draw_curves(folder / "metrics.jsonl", folder / "curves.png", title=", ".join(title))
 
 
 def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
-    records = read_metrics(folder / "metrics.jsonl")
+    """The end of a run on screen: a row a phase, what was chosen, what merging brought, where it lies."""
     test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
+    validation = [record["val_top1"] for record in read_metrics(folder / "metrics.jsonl")]
     display.table(summary)
-    display.say()
-    curve = sparkline(record["val_top1"] for record in records)
-    if curve:
-        display.say(f"validation  {curve}  best {percent(max(record['val_top1'] for record in records))}")
-    display.say(f"chosen      {chosen['file']} (cycle {chosen['cycle']}, epoch {chosen['epoch']}): test top-1 {percent(test['top1'])}, top-5 {percent(test['top5'])}")
+    rows = {"chosen": f"{chosen['file']}, cycle {chosen['cycle']} epoch {chosen['epoch']}"}
+    if any(validation):
+        rows["validation"] = f"{sparkline(validation)}  best {percent(max(validation))}"
+        rows["chosen"] += ", the first with the best validation top-1"
+    rows["test"] = f"top-1 {percent(test['top1'])}, top-5 {percent(test['top5'])}"
     if fused:
-        display.say(
-            f"merged      fused.pt: test top-1 {percent(fused['test_top1'])}, {fused['params_before']:,} parameters became "
-            f"{fused['params_after']:,}, relative error {fused['rel_error_fp64']:.0e} (float64)"
+        rows["merged"] = (
+            f"top-1 {percent(fused['test_top1'])} from {fused['params_after']:,} parameters instead of "
+            f"{fused['params_before']:,}; relative error {fused['rel_error_fp64']:.0e} in float64"
         )
-    display.say(f"time        {duration(summary['seconds'])}")
-    display.say(f"files       {folder.path}")
-    display.say(f"next        repan evaluate {folder / ('fused.pt' if fused else chosen['file'])}")
+    rows["time"] = duration(summary["seconds"])
+    rows["files"] = str(folder.path)
+    rows["next"] = f"repan evaluate {folder / (fused['out'] if fused else chosen['file'])}"
+    display.say()
+    display.facts(rows)

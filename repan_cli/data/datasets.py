@@ -79,7 +79,9 @@ class Dataset:
         """The part called train, val or test. Raises InputError when there is no validation part."""
         images = getattr(self, name)
         if images is None:
-            raise InputError(f"{self.name} has no validation part: it was trained with data.val_fraction=0; use --split test")
+            raise InputError(
+                f"{self.name} has no validation part: it was trained with data.val_fraction=0; use --split test"
+            )
         return images
 
 
@@ -91,8 +93,8 @@ def load(
 ) -> Dataset:
     """Read a data set and hold out its validation part.
 
-    A folder set with both val and test uses them as they are. Otherwise the one it has is the test set, and `val_fraction` of
-    the training set, stratified and drawn by `split_seed` alone, is held out.
+    A folder set with both val and test uses them as they are. Otherwise the one it has is the test set, and
+    `val_fraction` of the training set, stratified and drawn by `split_seed` alone, is held out.
     """
     spec = DATASETS[name]
     raw = spec.load(Path(root), image_size)
@@ -109,7 +111,9 @@ def load(
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """A mask (N,) that holds out `fraction` of every class, at least one image of each and never all, drawn by `seed`."""
+    """A mask (N,) that holds out `fraction` of every class, at least one image of each and never all, drawn by
+    `seed`.
+    """
     mask = np.zeros(len(labels), dtype=bool)
     order = np.random.default_rng(seed).permutation(len(labels))
     for label in np.unique(labels):
@@ -125,7 +129,9 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def load_folders(root: Path, image_size: int | None) -> Raw:
     """`root/train/<class>/*` and `root/val/<class>/*` or `root/test/<class>/*`, as RGB."""
     if not (root / "train").is_dir():
-        raise InputError(f"no folder {root / 'train'}: expected {root}/train/<class>/* and {root}/test/<class>/* (or val)")
+        raise InputError(
+            f"no folder {root / 'train'}: expected {root}/train/<class>/* and {root}/test/<class>/* (or val)"
+        )
     if not any((root / part).is_dir() for part in ("val", "test")):
         raise InputError(f"neither {root / 'val'} nor {root / 'test'}: without one of them nothing can be reported")
     classes = _class_folders(root / "train")
@@ -139,7 +145,9 @@ def load_folders(root: Path, image_size: int | None) -> Raw:
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
-    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+    classes = tuple(
+        sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    )
     if len(classes) < 2:
         raise InputError(f"{folder} holds {len(classes)} class folders; at least two are needed")
     return classes
@@ -171,7 +179,9 @@ def _read_classes(folder: Path, classes: tuple[str, ...], image_size: int | None
 def _common_size(path: Path) -> int:
     image = _open(path)
     if image.width != image.height:
-        raise InputError(f"{path} is {image.width}x{image.height} pixels: set data.image_size, images are cropped to a square")
+        raise InputError(
+            f"{path} is {image.width}x{image.height} pixels: set data.image_size, images are cropped to a square"
+        )
     return image.width
 
 
@@ -185,7 +195,9 @@ def _open(path: Path) -> Image.Image:
 def _read_image(path: Path, image_size: int | None, size: int) -> np.ndarray:
     image = _open(path)
     if image_size is None and image.size != (size, size):
-        raise InputError(f"{path} is {image.width}x{image.height} pixels, others are {size}x{size}: set data.image_size")
+        raise InputError(
+            f"{path} is {image.width}x{image.height} pixels, others are {size}x{size}: set data.image_size"
+        )
     return np.asarray(_square(image, size))
 
 
@@ -241,18 +253,28 @@ def _load_cifar(class_name: str, folder: str) -> Callable[[Path, int | None], Ra
 
 
 DATASETS.register("digits")(
-    DatasetSpec("8x8 handwritten digits from scikit-learn, no download: the demo", _load_digits, (0.305,), (0.376,), flip=False)
+    DatasetSpec(
+        "8x8 handwritten digits from scikit-learn, no download: the demo", _load_digits, (0.305,), (0.376,), flip=False
+    )
 )
 DATASETS.register("cifar10")(
     DatasetSpec(
-        "32x32 photographs, 10 classes, 60,000 images", _load_cifar("CIFAR10", "cifar10"), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+        "32x32 photographs, 10 classes, 60,000 images",
+        _load_cifar("CIFAR10", "cifar10"),
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
     )
 )
 DATASETS.register("cifar100")(
     DatasetSpec(
-        "32x32 photographs, 100 classes, 60,000 images", _load_cifar("CIFAR100", "cifar100"), (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)
+        "32x32 photographs, 100 classes, 60,000 images",
+        _load_cifar("CIFAR100", "cifar100"),
+        (0.5071, 0.4866, 0.4409),
+        (0.2673, 0.2564, 0.2762),
     )
 )
 DATASETS.register("folder")(
-    DatasetSpec("your own images: ROOT/train/<class>/*, ROOT/{val,test}/<class>/*", load_folders, IMAGENET_MEAN, IMAGENET_STD)
+    DatasetSpec(
+        "your own images: ROOT/train/<class>/*, ROOT/{val,test}/<class>/*", load_folders, IMAGENET_MEAN, IMAGENET_STD
+    )
 )

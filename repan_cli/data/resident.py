@@ -1,7 +1,8 @@
-"""Images that live on the device as uint8; batches are gathered, cropped, flipped and normalised there, a view a sample.
+"""Images that live on the device as uint8; batches are gathered, cropped, flipped and normalised there, a view a
+sample.
 
-A view of an image is a crop position and a flip, numbered `(row * side + column) * 2 + flip` with side = 2 * padding + 1. An epoch is
-a plan: an order of the images and a view for each image, drawn from (seed, cycle, epoch).
+A view of an image is a crop position and a flip, numbered `(row * side + column) * 2 + flip` with side = 2 * padding
++ 1. An epoch is a plan: an order of the images and a view for each image, drawn from (seed, cycle, epoch).
 """
 
 from __future__ import annotations

@@ -54,14 +54,17 @@ def create(name: str, *, block: str, num_classes: int, in_chans: int) -> nn.Modu
 
 
 def form_of(model: nn.Module) -> str:
-    """What `meta["form"]` says of a network that was not fused: multi-branch, or plain when no block has a side branch."""
+    """What `meta["form"]` says of a network that was not fused: multi-branch, or plain when no block has a side
+    branch.
+    """
     return MULTI_BRANCH if any(len(block.branches) for _, block in rep_blocks(model)) else PLAIN
 
 
 def rebuild(saved: Checkpoint, source: str) -> nn.Module:
     """The network in a checkpoint, multi-branch or fused as it was saved, on the CPU in eval mode.
 
-    `source` names the file in errors. Raises InputError when the weights do not fit the network that the file describes.
+    `source` names the file in errors. Raises InputError when the weights do not fit the network that the file
+    describes.
     """
     meta = saved.meta
     model = create(meta["model"], block=meta["block"], num_classes=len(meta["classes"]), in_chans=meta["in_chans"])

@@ -1,7 +1,7 @@
 """RepVGG for small images: the narrow networks that RepAn's CIFAR results are stated for, registered with timm.
 
-Five stages of blocks with strides 1, 1, 2, 2, 1, then average pooling and a linear classifier. `repvgg_a1_cifar` deploys with
-0.64 M parameters at 100 classes, a twentieth of timm's `repvgg_a1`.
+Five stages of blocks with strides 1, 1, 2, 2, 1, then average pooling and a linear classifier. `repvgg_a1_cifar`
+deploys with 0.64 M parameters at 100 classes, a twentieth of timm's `repvgg_a1`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,11 @@ class RepVggCifar(nn.Module):
         self.num_classes = num_classes
         device = next(self.parameters()).device
         self.global_pool, self.head_drop, self.head = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool or self.global_pool.pool_type, drop_rate=self.drop_rate, device=device
+            self.num_features,
+            num_classes,
+            pool_type=global_pool or self.global_pool.pool_type,
+            drop_rate=self.drop_rate,
+            device=device,
         )
 
 
@@ -112,7 +116,9 @@ def _cfg() -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({f"repvgg_{size}_cifar.untrained": _cfg() for size in ("a0", "a1", "a2", "b0", "b1", "b2", "b3")})
+default_cfgs = generate_default_cfgs(
+    {f"repvgg_{size}_cifar.untrained": _cfg() for size in ("a0", "a1", "a2", "b0", "b1", "b2", "b3")}
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> RepVggCifar:
