@@ -30,8 +30,9 @@ class RepBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H_out, W_out)."""
         y = self.trunk(x)
+        rate = self.attach_rate.to(y.dtype)  # under autocast a float32 rate would promote the sum
         for branch in self.branches:
-            y = torch.addcmul(y, branch(x), self.attach_rate)
+            y = torch.addcmul(y, branch(x), rate)
         return y
 
     def equivalent_kernel(self) -> Kernel:

@@ -1,0 +1,230 @@
+"""The restart keeps the function, in place; the plan of a run is a pure function of position."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from conftest import randomize_norms, relative, small_net
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from repan_cli import anneal, config
+from repan_cli.blocks import FAMILIES, Geometry, make_block, rep_blocks, set_attach_rate
+from repan_cli.errors import InputError
+
+RULES = ("calibrate", "running", "reset")
+
+
+def images(seed: int = 0, count: int = 256) -> torch.Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(family: str) -> torch.nn.Module:
+    """A network with statistics and gammas as training leaves them: random, but not so that it blows up."""
+    model = small_net(family)
+    with torch.no_grad():
+        for batch_seed in range(3):
+            model.train()(images(batch_seed))
+    return model.eval()
+
+
+@pytest.mark.parametrize("attach", ["ramp", "zero-gamma"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("family", list(FAMILIES))
+@torch.no_grad()
+def test_every_rule_keeps_the_function_in_eval_mode(family, rule, attach):
+    model = trained(family).double()
+    set_attach_rate(model, 0.7)
+    x = images(count=32).double()
+    expected = model(x)
+    report = anneal.restart(model, rule=rule, images=[x], attach=attach)
+    assert report.blocks == 22
+    assert relative(model.eval()(x), expected) < 1e-9
+
+
+@pytest.mark.parametrize("attach", ["ramp", "zero-gamma"])
+@pytest.mark.parametrize("trunk_scale", ["merged", "keep"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+@torch.no_grad()
+def test_calibrate_keeps_the_function_in_train_mode(family, trunk_scale, attach):
+    """On the calibration batch, in a network whose every BN is in a block; the bound is 1 %, the error 1e-5."""
+    model = trained(family)
+    x = images()
+    expected = model(x)
+    anneal.restart(model, images=[x[:100], x[100:]], attach=attach, trunk_scale=trunk_scale)
+    assert relative(model.train()(x), expected) < 1e-3
+
+
+@pytest.mark.parametrize("rule", ["running", "reset"])
+@torch.no_grad()
+def test_the_other_rules_break_train_mode(rule):
+    """The measured reason for `calibrate`; were it not so, the test above would prove nothing."""
+    model = trained("repvgg")
+    x = images()
+    expected = model(x)
+    anneal.restart(model, rule=rule)
+    assert relative(model.train()(x), expected) > 0.1
+
+
+@torch.no_grad()
+def test_letting_branches_in_at_once_changes_the_function():
+    model = trained("repvgg")
+    x = images()
+    expected = model(x)
+    anneal.restart(model, images=[x], attach="one")
+    assert relative(model(x), expected) > 0.1
+    assert all(block.attach_rate == 1 for _, block in rep_blocks(model))
+
+
+def test_restart_works_in_place():
+    model = small_net()
+    storage = {name: value.data_ptr() for name, value in model.state_dict(keep_vars=True).items()}
+    parameters = list(model.parameters())
+    before = copy.deepcopy(model.state_dict())
+    anneal.restart(model, images=[images()])
+    assert {name: value.data_ptr() for name, value in model.state_dict(keep_vars=True).items()} == storage
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert all("stages" in name for name in changed)
+    assert any("branches" in name for name in changed)
+
+
+def test_fresh_branches_depend_on_the_generator_alone():
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(drawn))
+        model = small_net()
+        anneal.restart(model, rule="reset", generator=torch.Generator().manual_seed(seed))
+        drawn.append(model.stages[1][0].branches[0].conv.weight)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_small_branches_are_small():
+    model = small_net()
+    anneal.restart(model, rule="reset", branch_init="small", generator=torch.Generator().manual_seed(0))
+    weight = torch.cat([block.branches[0].conv.weight.flatten() for _, block in rep_blocks(model)])
+    assert weight.detach().std().item() == pytest.approx(0.01, rel=0.05)
+
+
+@torch.no_grad()
+def test_running_replaces_zero_gammas_and_says_so():
+    block = randomize_norms(make_block("repvgg", Geometry(4, 4, (3, 3), padding=(1, 1)))).double().eval()
+    x = torch.randn(8, 4, 6, 6, dtype=torch.float64)
+    expected, old = block(x), copy.deepcopy(block.trunk.norm)
+    assert anneal.restart(block, rule="running").zero_gammas == 1
+    assert relative(block(x), expected) < 1e-12
+    assert block.trunk.norm.weight[0] == 1
+    assert torch.equal(block.trunk.norm.weight[1:], old.weight[1:])
+    assert torch.equal(block.trunk.norm.running_mean, old.running_mean)
+
+
+@torch.no_grad()
+def test_running_sets_gamma_to_one_for_acb_as_released():
+    block = randomize_norms(make_block("acb", Geometry(4, 4, (3, 3), padding=(1, 1))))
+    anneal.restart(block, rule="running")
+    assert torch.equal(block.trunk.norm.weight, torch.ones(4))
+
+
+@torch.no_grad()
+def test_calibrate_measures_biased_moments_over_all_batches():
+    block = randomize_norms(make_block("rep", Geometry(3, 5, (3, 3), padding=(1, 1)))).double().eval()
+    x = torch.randn(20, 3, 7, 7, dtype=torch.float64)
+    weight, _ = block.equivalent_kernel()
+    z = torch.nn.functional.conv2d(x, weight, padding=1)
+    model = torch.nn.Sequential(block)
+    moments = anneal.calibrate(model, iter([x[:7], x[7:]]))["0"]
+    torch.testing.assert_close(moments.mean, z.mean((0, 2, 3)))
+    torch.testing.assert_close(moments.var, z.var((0, 2, 3), correction=0))
+
+
+@torch.no_grad()
+def test_keep_gives_every_channel_its_old_norm():
+    model = trained("repvgg")
+    old = {name: block.trunk.conv.weight.flatten(1).norm(dim=1) for name, block in rep_blocks(model)}
+    anneal.restart(model, images=[images()], trunk_scale="keep")
+    for name, block in rep_blocks(model):
+        norms = block.trunk.conv.weight.flatten(1).norm(dim=1)
+        alive = norms > 0  # channel 0 has gamma 0 in every branch: its merged kernel is 0 and has no norm to give
+        assert alive.sum() >= len(norms) - 1
+        torch.testing.assert_close(norms[alive], old[name][alive])
+
+
+@torch.no_grad()
+def test_a_dead_channel_survives_calibration():
+    block = make_block("plain", Geometry(3, 4, (3, 3), padding=(1, 1))).eval()
+    block.trunk.conv.weight[1] = 0
+    anneal.restart(torch.nn.Sequential(block), images=[images()])
+    assert all(torch.isfinite(value).all() for value in block.state_dict().values())
+
+
+def test_calibrate_without_images_is_refused():
+    with pytest.raises(InputError, match="needs images"):
+        anneal.restart(small_net())
+
+
+def test_a_network_without_blocks_is_refused():
+    with pytest.raises(InputError, match="no re-parameterizable block"):
+        anneal.restart(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3)), rule="reset")
+
+
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+def plan(*, baseline: bool = True, **settings: str) -> tuple[anneal.Phase, ...]:
+    given = {"baseline.epochs": "20", "baseline.optim.lr": "0.1", "optim.lr": "0.05", "epochs": "10"}
+    dotted = {key.replace("__", "."): value for key, value in settings.items()}
+    return anneal.cycle_plan(config.build(given, dotted), baseline=baseline)
+
+
+def test_every_cycle_has_its_own_course():
+    phases = plan(cycle__count="3", cycle__lr_decay="0.5", optim__min_lr="0.001", baseline__optim__min_lr="0.001")
+    assert [(phase.cycle, phase.epochs) for phase in phases] == [(0, 20), (1, 10), (2, 10), (3, 10)]
+    assert [phase.learning_rate(0) for phase in phases] == pytest.approx([0.1, 0.05, 0.025, 0.0125])
+    assert [phase.learning_rate(phase.epochs) for phase in phases] == pytest.approx([0.001] * 4)
+    assert phases[1].learning_rate(5) == pytest.approx((0.05 + 0.001) / 2)
+
+
+def test_one_course_runs_through_baseline_and_cycles():
+    phases = plan(cycle__count="4", cycle__lr="continuous")
+    rates = [phase.learning_rate(epoch) for phase in phases for epoch in range(phase.epochs)]
+    whole = anneal.training_plan(config.build({"epochs": "60", "optim.lr": "0.1"}))[0]
+    assert rates == pytest.approx([whole.learning_rate(epoch) for epoch in range(60)])
+
+
+def test_one_course_without_a_baseline_begins_at_the_rate_of_the_cycles():
+    phases = plan(baseline=False, cycle__count="2", cycle__lr="continuous")
+    assert phases[0].cycle == 1
+    assert phases[0].learning_rate(0) == 0.05
+    assert phases[1].learning_rate(0) == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize("course", ["restart", "continuous"])
+def test_the_control_differs_in_merging_alone(course):
+    pairs = zip(plan(cycle__lr=course), plan(cycle__lr=course, cycle__restart="none"), strict=True)
+    for with_rep, without in pairs:
+        assert with_rep.restarts == (with_rep.cycle > 0)
+        assert not without.restarts
+        assert without.attach_rate(1.0) is None
+        assert dataclasses.replace(with_rep, settings=None) == dataclasses.replace(without, settings=None)
+
+
+@settings(max_examples=50, deadline=None)
+@given(elapsed=st.floats(0, 10), length=st.sampled_from([0.0, 0.5, 3.0, 20.0]))
+def test_the_ramp_rises_from_zero_to_one(elapsed, length):
+    phase = plan(cycle__attach_epochs=str(length))[1]
+    expected = min(1.0, elapsed / length) if length else 1.0
+    assert phase.attach_rate(elapsed) == pytest.approx(expected)
+
+
+def test_the_trunk_is_frozen_during_the_ramp_only():
+    frozen = plan(cycle__freeze_trunk="yes", cycle__attach_epochs="3")
+    assert [frozen[1].trunk_is_frozen(epoch) for epoch in (0, 2.9, 3, 9)] == [True, True, False, False]
+    assert not frozen[0].trunk_is_frozen(0)
+    assert not plan()[1].trunk_is_frozen(0)
+
+
+def test_the_data_order_can_repeat():
+    assert [phase.data_cycle() for phase in plan(cycle__count="3")] == [0, 1, 2, 3]
+    assert [phase.data_cycle() for phase in plan(cycle__count="3", cycle__reseed="same")] == [0, 1, 1, 1]

@@ -1,0 +1,176 @@
+"""Data sets: reading, splitting, and what is said when they cannot be read."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repan_cli.data import datasets
+from repan_cli.errors import InputError
+
+
+def write_folders(root, *, parts=("train", "test"), classes=("ant", "bee"), count=6, size=(8, 8), seed=0):
+    draw = np.random.default_rng(seed)
+    for part in parts:
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
+    return root
+
+
+def test_digits_have_a_fixed_stratified_test_part(digits):
+    assert digits.classes == tuple("0123456789")
+    assert digits.train.images.shape[1:] == (8, 8, 1)
+    assert digits.train.images.dtype == np.uint8
+    assert not digits.flip
+    sizes = [len(part.labels) for part in (digits.train, digits.val, digits.test)]
+    assert sum(sizes) == 1797
+    assert 0.19 < sizes[2] / 1797 < 0.21
+    shares = [np.bincount(part.labels) / len(part.labels) for part in (digits.train, digits.val, digits.test)]
+    assert np.abs(shares[0] - shares[2]).max() < 0.01
+    other = datasets.load("digits", "data", split_seed=5)
+    assert np.array_equal(other.test.images, digits.test.images)
+    assert other.split_digest != digits.split_digest
+
+
+def test_the_parts_are_disjoint_and_the_split_repeats(digits):
+    again = datasets.load("digits", "elsewhere")
+    assert again.split_digest == digits.split_digest
+    assert np.array_equal(again.val.images, digits.val.images)
+    everything = datasets.load("digits", "data", val_fraction=0)
+    assert everything.val is None
+    assert len(everything.train.labels) == len(digits.train.labels) + len(digits.val.labels)
+
+
+def test_stratified_holds_out_the_share_of_every_class_and_never_all():
+    labels = np.array([0] * 100 + [1] * 10 + [2] * 2 + [3])
+    mask = datasets.stratified(labels, 0.1, seed=3)
+    assert [int(mask[labels == label].sum()) for label in range(4)] == [10, 1, 1, 0]
+
+
+def test_stated_statistics_of_digits_are_the_training_images(digits):
+    pixels = digits.train.images / 255
+    assert pixels.mean() == pytest.approx(digits.mean[0], abs=0.005)
+    assert pixels.std() == pytest.approx(digits.std[0], abs=0.005)
+
+
+def test_folders(tmp_path):
+    data = datasets.load("folder", write_folders(tmp_path), val_fraction=0.2)
+    assert data.classes == ("ant", "bee")
+    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [10, 2, 12]
+    assert data.train.images.shape[1:] == (8, 8, 3)
+    first = np.asarray(Image.open(tmp_path / "test" / "ant" / "0.png"))
+    assert np.array_equal(data.test.images[0], first)
+
+
+def test_folders_with_val_and_test_use_both(tmp_path):
+    data = datasets.load("folder", write_folders(tmp_path, parts=("train", "val", "test")))
+    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [12, 12, 12]
+    assert data.split_digest == ""
+
+
+def test_folders_with_val_alone_report_on_it(tmp_path):
+    data = datasets.load("folder", write_folders(tmp_path, parts=("train", "val")))
+    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [10, 2, 12]
+
+
+def test_known_sets_are_read_from_image_folders(tmp_path):
+    write_folders(tmp_path / "cifar100", size=(32, 32))
+    data = datasets.load("cifar100", tmp_path)
+    assert (data.name, data.image_size, data.flip) == ("cifar100", 32, True)
+
+
+def test_a_whole_reduction_averages_pixels(tmp_path):
+    write_folders(tmp_path, size=(8, 8))
+    full = datasets.load("folder", tmp_path).test.images.astype(float)
+    half = datasets.load("folder", tmp_path, image_size=4).test.images
+    averaged = full.reshape(-1, 4, 2, 4, 2, 3).mean((2, 4))
+    assert np.abs(half - averaged).max() <= 1
+
+
+def test_grey_images_can_be_resized():
+    assert datasets.load("digits", "data", image_size=16).train.images.shape[1:] == (16, 16, 1)
+
+
+def test_other_shapes_are_cropped_to_the_size_asked_for(tmp_path):
+    write_folders(tmp_path, size=(12, 9))
+    assert datasets.load("folder", tmp_path, image_size=6).train.images.shape[1:3] == (6, 6)
+
+
+def remove(path):
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+
+
+def damage_text(root):
+    (root / "train" / "bee" / "3.png").write_text("not an image")
+
+
+def damage_cut(root):
+    path = root / "train" / "bee" / "3.png"
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def damage_empty(root):
+    (root / "train" / "bee" / "3.png").write_bytes(b"")
+
+
+def drop_class(root):
+    remove(root / "test" / "bee")
+
+
+def add_class(root):
+    (root / "test" / "bee").rename(root / "test" / "beetle")
+
+
+def empty_class(root):
+    remove(root / "train" / "bee")
+    (root / "train" / "bee").mkdir()
+
+
+def one_class(root):
+    remove(root / "train" / "bee")
+
+
+def other_size(root):
+    Image.new("RGB", (9, 9)).save(root / "train" / "bee" / "3.png")
+
+
+def not_square(root):
+    Image.new("RGB", (9, 8)).save(root / "train" / "ant" / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (damage_text, r"cannot read the image .*bee/3.png"),
+        (damage_cut, r"cannot read the image .*bee/3.png"),
+        (damage_empty, r"cannot read the image .*bee/3.png"),
+        (drop_class, "holds 1 class folders"),
+        (add_class, "lacks 1 of the class folders, such as 'bee'"),
+        (empty_class, "bee holds no images"),
+        (one_class, "holds 1 class folders"),
+        (other_size, r"bee/3.png is 9x9 pixels, others are 8x8: set data.image_size"),
+        (not_square, r"ant/0.png is 9x8 pixels: set data.image_size"),
+    ],
+)
+def test_bad_folders_are_named(tmp_path, harm, says):
+    harm(write_folders(tmp_path))
+    with pytest.raises(InputError, match=says):
+        datasets.load("folder", tmp_path)
+
+
+def test_missing_folders_are_named(tmp_path):
+    with pytest.raises(InputError, match=f"no folder {tmp_path}/train"):
+        datasets.load("folder", tmp_path)
+    write_folders(tmp_path, parts=("train",))
+    with pytest.raises(InputError, match="neither .*val nor .*test"):
+        datasets.load("folder", tmp_path)
+
+
+def test_asking_for_a_part_that_is_not_there():
+    data = datasets.load("digits", "data", val_fraction=0)
+    with pytest.raises(InputError, match="no validation part"):
+        data.part("val")

@@ -1,0 +1,195 @@
+"""The loop: events without tensors, the same bits for the same position, controls that differ in one thing alone."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, small_net
+
+from repan_cli import anneal, config, engine, optim
+from repan_cli.blocks import rep_blocks
+from repan_cli.data.datasets import Images
+from repan_cli.data.resident import ResidentImages
+from repan_cli.errors import DivergedError
+from repan_cli.runtime import Runtime
+from repan_cli.tasks import Classification
+
+FP32 = Runtime(CPU, "fp32")
+
+
+def part(images: Images, count: int) -> Images:
+    return Images(*(array[:count] for array in images))
+
+
+def training(digits, plan, *, model=None, val=True, runtime=FP32, settings=None, batch_size=64, lr=0.05, **options):
+    model = model or small_net(in_chans=1)
+    look = {"mean": digits.mean, "std": digits.std, "device": CPU}
+    return engine.Training(
+        model=model.to(memory_format=torch.channels_last),
+        task=Classification(),
+        optimizer=optim.build_optimizer(model, settings or config.Optim(lr=lr)),
+        plan=plan,
+        train=ResidentImages(part(digits.train, 192), padding=1, **look),
+        val=ResidentImages(digits.val, **look) if val else None,
+        test=ResidentImages(part(digits.test, 100), **look),
+        runtime=runtime,
+        batch_size=batch_size,
+        **options,
+    )
+
+
+def plan(*, baseline=True, **settings):
+    given = {"epochs": "2", "baseline.epochs": "2", "cycle.count": "1", "cycle.attach_epochs": "1", "optim.lr": "0.05"}
+    return anneal.cycle_plan(config.build(given, {k.replace("__", "."): v for k, v in settings.items()}), baseline=baseline)
+
+
+def weights(run):
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_events_come_in_order_and_hold_plain_values_only(digits):
+    events = list(engine.fit(training(digits, plan(), log_every=2)))
+    names = [type(event).__name__ for event in events]
+    phase = ["CycleStart", *["Step", "Step", "Epoch"] * 2, "CycleEnd"]
+    assert names == phase * 2
+    for event in events:
+        values = dataclasses.asdict(event).values()
+        assert all(value is None or type(value) in (int, float, bool) for value in values), event
+    epochs = [event for event in events if isinstance(event, engine.Epoch)]
+    assert [(event.cycle, event.epoch) for event in epochs] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_seed_gives_the_same_bits(digits, precision):
+    runs = [training(digits, plan(), runtime=Runtime(CPU, precision), seed=seed) for seed in (3, 3, 4)]
+    losses = [[event.loss for event in engine.fit(run) if isinstance(event, engine.Epoch)] for run in runs]
+    assert same(weights(runs[0]), weights(runs[1]))
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_cycles_from_a_baseline_file_are_the_cycles_behind_that_baseline(digits):
+    """What makes controls comparable: nothing leaks from the baseline into the cycles but its weights."""
+    whole = training(digits, plan())
+    later = training(digits, plan(baseline=False))
+    for event in engine.fit(whole):
+        if isinstance(event, engine.CycleEnd) and event.cycle == 0:
+            later.model.load_state_dict(weights(whole))
+    list(engine.fit(later))
+    assert same(weights(whole), weights(later))
+
+
+def test_the_control_is_training_on_with_zeroed_momentum(digits):
+    control = training(digits, plan(cycle__restart="none", baseline__optim__lr="0.05"))
+    list(engine.fit(control))
+    by_hand = training(digits, ())
+    for phase in plan():
+        optim.zero_momentum(by_hand.optimizer)
+        for epoch in (1, 2):
+            by_hand.model.train()
+            batches = by_hand.train.training_batches(64, 0, phase.cycle, epoch)
+            for step, (images, labels) in enumerate(batches):
+                for group in by_hand.optimizer.param_groups:
+                    group["lr"] = phase.learning_rate(epoch - 1 + step / 3)
+                by_hand.optimizer.zero_grad()
+                F.cross_entropy(by_hand.model(images), labels).backward()
+                torch.nn.utils.clip_grad_norm_(by_hand.model.parameters(), 10.0)
+                by_hand.optimizer.step()
+    assert same(weights(control), weights(by_hand))
+
+
+def test_a_restart_keeps_accuracy_and_logits(digits):
+    start = next(event for event in engine.fit(training(digits, plan(baseline=False))))
+    assert start.restarted
+    assert start.blocks == 22
+    assert start.top1_before == start.top1_after_restart
+    assert start.logit_error < 1e-5
+
+
+def test_the_frozen_trunk_stays_while_its_statistics_move(digits):
+    run = training(digits, plan(baseline=False, cycle__freeze_trunk="yes", cycle__attach_epochs="2"))
+    events = engine.fit(run)
+    next(events)
+    after_restart = weights(run)
+    assert isinstance(list(events)[-1], engine.CycleEnd)
+    for name, value in run.model.state_dict().items():
+        if ".trunk." in name:
+            assert torch.equal(value, after_restart[name]) == ("running" not in name and "tracked" not in name), name
+    assert not torch.equal(run.model.head.weight, after_restart["head.weight"])
+
+
+def test_the_attach_rate_follows_the_ramp(digits):
+    events = list(engine.fit(training(digits, plan(baseline=False, cycle__attach_epochs="1.5"), log_every=1)))
+    rates = [event.attach_rate for event in events if isinstance(event, engine.Step)]
+    assert rates == pytest.approx([0, 2 / 9, 4 / 9, 6 / 9, 8 / 9, 1])
+
+
+def test_a_cycle_can_end_with_its_best_weights(digits):
+    run = training(digits, plan(baseline=False, epochs="3", cycle__start_from="best"), lr=0.5)
+    seen, states = [], []
+    for event in engine.fit(run):
+        if isinstance(event, engine.Epoch):
+            seen.append(event.val_top1)
+            states.append(weights(run))
+    assert same(weights(run), states[seen.index(max(seen))])
+
+
+def test_without_a_validation_part_nothing_is_best(digits):
+    events = list(engine.fit(training(digits, plan(), val=False)))
+    assert not any(event.best for event in events if isinstance(event, engine.Epoch))
+    assert events[-1].top1 is None
+    assert events[-1].test_top1 is not None
+
+
+def test_the_test_set_chooses_nothing(digits):
+    """Turning the test labels round changes the figures reported on them, and nothing else."""
+    runs = [training(digits, plan(cycle__start_from="best")) for _ in range(2)]
+    runs[1].test.labels = runs[1].test.labels.flip(0)
+    events = [[e for e in engine.fit(run) if isinstance(e, engine.Epoch)] for run in runs]
+    assert same(weights(runs[0]), weights(runs[1]))
+    assert [e.best for e in events[0]] == [e.best for e in events[1]]
+
+
+def test_divergence_stops_the_run(digits):
+    run = training(digits, plan())
+    with torch.no_grad():
+        run.model.head.weight[0, 0] = float("nan")
+    with pytest.raises(DivergedError, match="no longer finite"):
+        list(engine.fit(run))
+
+
+def test_evaluation_counts_every_image_once_and_leaves_the_mode(digits):
+    model = small_net(in_chans=1).train()
+    images = ResidentImages(digits.test, mean=digits.mean, std=digits.std, device=CPU)
+    score = engine.evaluate(model, images, FP32, exactly=True)
+    assert model.training
+    with torch.no_grad():
+        batch, labels = next(images.batches(10_000))
+        logits = copy.deepcopy(model).eval()(batch)
+    ranks = logits.argsort(1, descending=True)
+    assert score.images == len(labels) == 359
+    assert score.top1 == pytest.approx(100 * (ranks[:, 0] == labels).float().mean().item(), abs=1e-4)
+    assert score.top5 == pytest.approx(100 * (ranks[:, :5] == labels[:, None]).any(1).float().mean().item(), abs=1e-4)
+    assert score.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+
+
+def test_top5_with_fewer_classes_is_certain(digits):
+    torch.manual_seed(0)
+    model = small_net(in_chans=1)
+    model.reset_classifier(3)
+    labels = digits.test.labels % 3
+    images = ResidentImages(Images(digits.test.images, labels), mean=digits.mean, std=digits.std, device=CPU)
+    assert engine.evaluate(model, images, FP32).top5 == 100
+
+
+def test_the_optimizer_never_loses_its_parameters(digits):
+    run = training(digits, plan())
+    list(engine.fit(run))
+    held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in run.model.parameters()}
+    assert len(list(rep_blocks(run.model))) == 22

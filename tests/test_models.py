@@ -1,0 +1,67 @@
+"""The networks: what is registered, their sizes, and the names people type."""
+
+import pytest
+import timm
+import torch
+from conftest import relative, small_net
+
+from repan_cli.blocks import FAMILIES, reparameterize
+from repan_cli.errors import InputError
+from repan_cli.models import OURS, resolve
+
+DEPLOYED = {"a0": 0.387, "a1": 0.644, "a2": 1.373, "b0": 0.741, "b1": 2.844, "b2": 4.434, "b3": 6.258}
+
+
+@pytest.mark.parametrize(("size", "millions"), DEPLOYED.items())
+def test_deployed_parameters(size, millions):
+    model = reparameterize(timm.create_model(f"repvgg_{size}_cifar", num_classes=100))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == millions
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_builds_and_merges(family):
+    model = small_net(family, in_chans=1).double()
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    expected = model(x)
+    assert relative(reparameterize(model)(x), expected) < 1e-12
+
+
+def test_the_methods_timm_models_have():
+    model = small_net()
+    x = torch.randn(2, 3, 32, 32)
+    features = model.forward_features(x)
+    assert features.shape == (2, model.num_features, 8, 8)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
+    torch.testing.assert_close(model.forward_head(features), model(x))
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    assert model.get_classifier().out_features == model.num_classes == 7
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "full"),
+    [
+        ("repvgg", 32, "repvgg_a1_cifar"),
+        ("repvgg", 64, "repvgg_a1_cifar"),
+        ("repvgg", 65, "repvgg_a1"),
+        ("repvgg_b1", 32, "repvgg_b1_cifar"),
+        ("repvgg_b1", 224, "repvgg_b1"),
+        ("repvgg_a0_cifar", 224, "repvgg_a0_cifar"),
+        ("timm:repvgg_a1", 8, "repvgg_a1"),
+        ("resnet18", 224, "resnet18"),
+    ],
+)
+def test_short_names_resolve_by_image_size(name, size, full):
+    assert resolve(name, size) == full
+
+
+@pytest.mark.parametrize("name", ["repvg", "repvgg_a9_cifar", "timm:resnt18"])
+def test_an_unknown_name_gets_suggestions(name):
+    with pytest.raises(InputError, match="did you mean"):
+        resolve(name, 32)
+
+
+def test_all_are_registered_with_timm():
+    assert set(OURS) <= set(timm.list_models("repvgg_*_cifar"))

@@ -1,0 +1,95 @@
+"""Views of resident images: the right pixels, drawn from position alone, every image once an epoch."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from repan_cli.data.datasets import Images
+from repan_cli.data.resident import ResidentImages
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+
+def resident(count: int = 40, size: int = 6, **options) -> tuple[np.ndarray, ResidentImages]:
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    part = Images(images, np.arange(count, dtype=np.int64))
+    return images, ResidentImages(part, mean=MEAN, std=STD, device=CPU, **options)
+
+
+def by_hand(image: np.ndarray, padding: int, view: int) -> torch.Tensor:
+    """Pad, crop, flip and normalise one image the slow way."""
+    crop, mirrored = divmod(view, 2)
+    row, column = divmod(crop, 2 * padding + 1)
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    cut = padded[row : row + len(image), column : column + len(image)]
+    cut = cut[:, ::-1] if mirrored else cut
+    return torch.from_numpy((cut / 255 - np.array(MEAN)) / np.array(STD)).permute(2, 0, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(padding=st.integers(0, 3), seed=st.integers(0, 999))
+def test_views_are_crops_flips_and_normalisation(padding, seed):
+    images, data = resident(padding=padding, flip=True)
+    draw = np.random.default_rng(seed)
+    index = torch.from_numpy(draw.integers(0, 40, 10))
+    views = torch.from_numpy(draw.integers(0, (2 * padding + 1) ** 2 * 2, 10))
+    found = data.gather(index, views)
+    expected = torch.stack([by_hand(images[i], padding, v) for i, v in zip(index, views.tolist(), strict=True)])
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_batches_are_the_images_themselves_in_order():
+    images, data = resident(padding=2, flip=True)
+    batches = list(data.batches(16))
+    assert [len(labels) for _, labels in batches] == [16, 16, 8]
+    found = torch.cat([batch for batch, _ in batches])
+    expected = torch.stack([by_hand(image, 0, 0) for image in images])
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(40))
+
+
+def test_an_epoch_has_every_image_once():
+    _, data = resident(padding=1)
+    labels = torch.cat([labels for _, labels in data.training_batches(16, 0, 1, 2)])
+    assert sorted(labels.tolist()) == list(range(40))
+    assert labels.tolist() != list(range(40))
+
+
+def test_a_last_batch_of_one_image_is_left_out():
+    _, data = resident(count=33)
+    assert [len(labels) for _, labels in data.training_batches(16, 0, 0, 1)] == [16, 16] == [16] * data.steps(16)
+    assert data.steps(11) == 3
+
+
+def test_an_epoch_depends_on_its_position_alone():
+    _, data = resident(padding=2, flip=True)
+    torch.manual_seed(1)
+    first = data.plan(0, 1, 2)
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, data.plan(0, 1, 2), strict=True))
+    for position in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
+        assert not torch.equal(first.order, data.plan(*position).order)
+        assert not torch.equal(first.views, data.plan(*position).views)
+
+
+def test_every_view_is_drawn_equally_often():
+    _, data = resident(count=18 * 400, size=2, padding=1, flip=True)
+    counts = torch.bincount(data.plan(0, 0, 1).views, minlength=18)
+    assert counts.min() > 320
+    assert counts.max() < 480
+
+
+def test_without_flip_nothing_is_mirrored():
+    _, data = resident(padding=1)
+    assert (data.plan(0, 0, 1).views % 2 == 0).all()
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_memory_format(memory_format):
+    _, data = resident(memory_format=memory_format, padding=1)
+    for batch, _ in (next(data.batches(8)), next(data.training_batches(8, 0, 0, 1))):
+        assert batch.is_contiguous(memory_format=memory_format)
+        assert batch.dtype == torch.float32
