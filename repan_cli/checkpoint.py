@@ -69,8 +69,9 @@ def _as_pt(checkpoint: Checkpoint) -> bytes:
 
 
 def _as_safetensors(checkpoint: Checkpoint) -> bytes:
-    header = {"format": "pt", "repan": str(FORMAT), "digest": checkpoint.digest(), "meta": json.dumps(checkpoint.meta)}
-    return safetensors.torch.save(checkpoint.weights, header)
+    header = {"version": FORMAT, "digest": checkpoint.digest(), "meta": checkpoint.meta}
+    # one entry only: safetensors writes several in random order, and equal content must give equal bytes
+    return safetensors.torch.save(checkpoint.weights, {"repan": json.dumps(header)})
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -100,12 +101,16 @@ def _read_pt(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # the reader of a damaged archive raises nearly anything
-        raise InputError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path} is damaged or no checkpoint: {_reason(error)}") from None
     if not isinstance(content, dict) or content.get("format") != "repan":
         raise InputError(f"{path} was not written by repan")
     if not {"version", "digest", "meta", "weights"} <= set(content):
         raise InputError(f"{path} is damaged: parts of it are missing")
     return content
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -115,18 +120,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         if "repan" not in header:
             raise InputError(f"{path} was not written by repan")
-        return {
-            "version": header["repan"],
-            "digest": header["digest"],
-            "meta": json.loads(header["meta"]),
-            "weights": weights,
-        }
+        return {**json.loads(header["repan"]), "weights": weights}
     except InputError:
         raise
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:
-        raise InputError(f"{path} is damaged or no safetensors file: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path} is damaged or no safetensors file: {_reason(error)}") from None
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, source: str) -> None:

@@ -110,10 +110,11 @@ class Display:
 
     def _start(self, event: Any) -> None:
         if event.restarted:
-            text = f"{self.name(event.cycle)}: merged {event.blocks} blocks, grew fresh branches"
+            val = ""
             if event.top1_before is not None:
-                text += f"; val {percent(event.top1_before)} before, {percent(event.top1_after_restart)} after"
-            self.say(f"{text}; logits moved by {event.logit_error:.0e}")
+                val = f"val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}, "
+            text = f"merged {event.blocks} blocks, new branches"
+            self.say(f"{self.name(event.cycle)}: {text}; {val}logits moved by {event.logit_error:.0e}")
         elif event.cycle:
             self.say(f"{self.name(event.cycle)}: no merging (control), momentum zeroed")
         if event.zero_gammas:

@@ -8,20 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repan_cli.trackers import read_metrics
-
 
 def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw_curves(metrics: Path, target: Path, *, title: str) -> None:
-    """Draw the records of a metrics.jsonl into a PNG, a panel for accuracy, loss and both rates; restarts are
-    dotted lines.
+def draw_curves(records: list[dict[str, Any]], target: Path, *, title: str) -> None:
+    """Draw the records of a metrics.jsonl, at least one, into a PNG: panels for accuracy, loss and both rates.
+
+    Dotted lines mark where cycles begin.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    records = read_metrics(metrics)
     epochs = range(1, len(records) + 1)
     figure = Figure(figsize=(9, 7.5), layout="constrained")
     accuracy, loss, rates = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1.3))

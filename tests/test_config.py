@@ -141,7 +141,13 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
 
 
 def test_what_is_printed_reads_back_to_the_same(tmp_path):
-    given = {"model.name": "repvgg", "optim.clip": "null", "optim.lr": "1e-5", "baseline.epochs": "7", "run.out": "a: b"}
+    given = {
+        "model.name": "repvgg",
+        "optim.clip": "null",
+        "optim.lr": "1e-5",
+        "baseline.epochs": "7",
+        "run.out": "a: b",
+    }
     built = config.build(given)
     path = tmp_path / "printed.yaml"
     path.write_text(config.dump(built))

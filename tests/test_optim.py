@@ -1,6 +1,7 @@
 """Parameter groups, clipping, freezing, and the learning rate as a pure function."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -16,7 +17,7 @@ from repan_cli.errors import InputError
 def test_schedules_start_at_the_peak_and_never_rise(name):
     factors = [optim.SCHEDULES[name](step / 100) for step in range(101)]
     assert factors[0] == 1
-    assert all(0 <= later <= earlier for earlier, later in zip(factors, factors[1:], strict=False))
+    assert all(0 <= later <= earlier for earlier, later in itertools.pairwise(factors))
 
 
 def test_cosine_with_warmup():

@@ -38,7 +38,6 @@ class Session:
 
     command: str
     config: Config
-    source: str
     dataset: Dataset
     training: engine.Training
     start: dict[str, Any] | None
@@ -82,7 +81,7 @@ def prepare(command: str, resolved: Resolved) -> Session:
     model.to(machine.device, memory_format=machine.memory_format)
     training = _training(command, config, dataset, model, machine)
     start = _score_start(training) if initial else None
-    return Session(command, config, resolved.source, dataset, training, start)
+    return Session(command, config, dataset, training, start)
 
 
 def load_dataset(config: Config) -> Dataset:
@@ -133,12 +132,13 @@ def check_classes(source: str | Path, classes: list[str], dataset: Dataset) -> N
 def _training(
     command: str, config: Config, dataset: Dataset, model: torch.nn.Module, machine: runtime.Runtime
 ) -> engine.Training:
-    SCHEDULES[config.optim.schedule]  # an unknown one is an error before the first step
     plan = (
         anneal.cycle_plan(config, baseline=config.model.init is None)
         if command == "cycle"
         else anneal.training_plan(config)
     )
+    for phase in plan:
+        SCHEDULES[phase.optim.schedule]  # an unknown one is an error before the first step
     padding, flip = 0, False
     if config.data.augment == "standard":
         padding, flip = config.data.crop_padding, dataset.flip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -16,7 +17,7 @@ from repan_cli.checkpoint import FUSED, Checkpoint
 from repan_cli.commands.prepare import Session, prepare
 from repan_cli.config import Resolved, dump
 from repan_cli.console import Display, duration, percent, sparkline
-from repan_cli.errors import InterruptedRunError, RepanError
+from repan_cli.errors import InterruptedRunError
 from repan_cli.trackers import Csv, JsonLines, read_metrics
 
 
@@ -31,7 +32,7 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
     folder.write_json("env.json", {**runs.software(), **runtime.describe_machine(session.training.runtime)})
     epochs = {phase.cycle: phase.epochs for phase in session.training.plan}
     display = Display(epochs=epochs, steps=session.training.train.steps(config.data.batch_size), log=folder / "log.txt")
-    display.facts(_header(session, folder))
+    display.facts(_header(session, resolved, folder))
     try:
         summary = _train(session, folder, display)
         _finish(session, folder, display, summary, began)
@@ -39,8 +40,9 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
         folder.status("interrupted")
         _draw(session, folder, display)
         raise InterruptedRunError(f"interrupted; {folder.path} holds what was trained so far") from None
-    except RepanError:
-        folder.status("failed")
+    except Exception:
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            folder.status("failed")
         raise
     finally:
         display.close()
@@ -48,18 +50,21 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
         print(json.dumps(summary))
 
 
-def _header(session: Session, folder: runs.RunDirectory) -> dict[str, str]:
+def _header(session: Session, resolved: Resolved, folder: runs.RunDirectory) -> dict[str, str]:
+    """What is about to happen, before it does."""
     config, data, training = session.config, session.dataset, session.training
-    sizes = [("training", data.train), ("validation", data.val), ("test", data.test)]
-    blocks = sum(1 for _ in rep_blocks(training.model))
+    typed, name = resolved.config.model.name, config.model.name
+    network = name if typed in (None, name) else f"{typed} is {name}"
+    blocks = f"{sum(1 for _ in rep_blocks(training.model))} {config.block.name} blocks"
+    parts = {"training": data.train, "validation": data.val, "test": data.test}
+    counts = ", ".join(f"{len(part.labels):,} {which}" for which, part in parts.items() if part)
+    size = f"{data.image_size}x{data.image_size}"
     return {
-        f"repan {session.command}": f"{config.model.name}: {blocks} {config.block.name} blocks, "
-        f"{export.count_parameters(training.model):,} parameters",
-        "data": f"{data.name}: {', '.join(f'{len(part.labels):,} {name}' for name, part in sizes if part)} images of "
-        f"{data.image_size}x{data.image_size}, {len(data.classes)} classes",
+        f"repan {session.command}": f"{network}: {blocks}, {export.count_parameters(training.model):,} parameters",
+        "data": f"{data.name}: {counts} images of {size}, {len(data.classes)} classes",
         "plan": _describe_plan(training.plan),
         "device": training.runtime.describe(),
-        "settings": session.source,
+        "settings": resolved.source,
         "run": str(folder.path),
     }
 
@@ -186,20 +191,24 @@ def _draw(session: Session, folder: runs.RunDirectory, display: Display) -> None
     title = (session.command, config.model.name, config.block.name, config.data.name, f"seed {config.run.seed}")
     if not plots.available():
         display.say("no curves.png: it needs matplotlib, pip install 'repan-cli[plot]'")
-    elif (folder / "metrics.jsonl").exists():
-        plots.draw_curves(folder / "metrics.jsonl", folder / "curves.png", title=", ".join(title))
+    elif records := read_metrics(folder / "metrics.jsonl"):
+        plots.draw_curves(records, folder / "curves.png", title=", ".join(title))
 
 
 def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
     """The end of a run on screen: a row a phase, what was chosen, what merging brought, where it lies."""
     test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
-    validation = [record["val_top1"] for record in read_metrics(folder / "metrics.jsonl")]
+    records = read_metrics(folder / "metrics.jsonl")
+    validation = [record["val_top1"] for record in records if record["val_top1"] is not None]
     display.table(summary)
     rows = {"chosen": f"{chosen['file']}, cycle {chosen['cycle']} epoch {chosen['epoch']}"}
-    if any(validation):
+    if validation:
         rows["validation"] = f"{sparkline(validation)}  best {percent(max(validation))}"
         rows["chosen"] += ", the first with the best validation top-1"
     rows["test"] = f"top-1 {percent(test['top1'])}, top-5 {percent(test['top5'])}"
+    if summary["cycles"]:
+        gain = summary["cycles"][-1]["test_top1"] - summary["baseline"]["test_top1"]
+        rows["gain"] = f"{gain:+.2f} points of test top-1 from the baseline to the end of the last cycle"
     if fused:
         rows["merged"] = (
             f"top-1 {percent(fused['test_top1'])} from {fused['params_after']:,} parameters instead of "

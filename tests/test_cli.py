@@ -1,0 +1,407 @@
+"""The commands as people type them: what they print, where, their exit codes, and what is said of bad input."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, repan
+from PIL import Image
+from test_datasets import write_folders
+
+from repan_cli import cli, config
+
+
+def run(capsys, *words):
+    """Run a command in this process: exit code, stdout, stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["repan", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    out, err = capsys.readouterr()
+    return left.value.code or 0, out, err
+
+
+def one_line(capsys, *words):
+    """The single line of an error that exits with 2."""
+    code, out, err = run(capsys, *words)
+    assert code == 2, err
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    return err
+
+
+# ---------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_directory_holds_what_it_promises(cycle_run):
+    names = {path.name for path in cycle_run.folder.iterdir()}
+    files = "config.yaml env.json metrics.jsonl metrics.csv last.pt best.pt fused.pt summary.json status.json log.txt"
+    assert names == {*files.split(), "curves.png", "cycle_00.pt", "cycle_01.pt", "cycle_02.pt"}
+    assert json.loads((cycle_run.folder / "status.json").read_text())["state"] == "done"
+    assert "torch" in json.loads((cycle_run.folder / "env.json").read_text())["versions"]
+
+
+def test_the_summary_has_the_promised_keys(cycle_run):
+    summary = cycle_run.summary
+    assert summary == json.loads((cycle_run.folder / "summary.json").read_text())
+    assert {"command", "model", "block", "dataset", "seed", "baseline", "cycles", "test", "seconds"} <= summary.keys()
+    assert [row["cycle"] for row in summary["cycles"]] == [1, 2]
+    for row in summary["cycles"]:
+        assert {"top1_before", "top1_after_restart", "top1", "test_top1", "seconds"} <= row.keys()
+        assert row["top1_before"] == row["top1_after_restart"]
+        assert row["logit_error"] < 1e-5
+
+
+def test_it_learns_and_the_merged_network_is_as_good(cycle_run):
+    summary = cycle_run.summary
+    assert summary["test"]["top1"] > 60
+    assert summary["test"]["top1"] == summary["fused"]["test_top1"]
+    assert summary["fused"]["rel_error_fp64"] < 1e-12
+
+
+def test_metrics_are_an_object_an_epoch(cycle_run):
+    lines = [json.loads(line) for line in (cycle_run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["cycle"], line["epoch"]) for line in lines] == [
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (0, 4),
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (2, 2),
+    ]
+    assert {"loss", "train_top1", "val_top1", "lr", "attach_rate", "images_per_second"} <= lines[0].keys()
+    with (cycle_run.folder / "metrics.csv").open() as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == [line["loss"] for line in lines]
+
+
+def test_best_is_the_first_epoch_with_the_highest_validation_top1(cycle_run):
+    lines = [json.loads(line) for line in (cycle_run.folder / "metrics.jsonl").read_text().splitlines()]
+    best = max(lines, key=lambda line: line["val_top1"])
+    assert (cycle_run.summary["chosen"]["cycle"], cycle_run.summary["chosen"]["epoch"]) == (
+        best["cycle"],
+        best["epoch"],
+    )
+
+
+def test_people_read_stderr_and_log_txt(cycle_run):
+    log = (cycle_run.folder / "log.txt").read_text()
+    for text in ("repvgg_a0_cifar: 22 repvgg blocks", "merged 22 blocks", "after restart", "next "):
+        assert text in cycle_run.stderr
+        assert text in log
+
+
+def test_the_saved_configuration_repeats_the_run(cycle_run, tmp_path):
+    again = repan("cycle", "-c", cycle_run.folder / "config.yaml", "--out", tmp_path / "again", "--json")
+    assert again.returncode == 0, again.stderr
+    repeated = json.loads(again.stdout)
+    assert [row["test_top1"] for row in repeated["cycles"]] == [row["test_top1"] for row in cycle_run.summary["cycles"]]
+    first, second = (
+        torch.load(f / "last.pt", weights_only=True)["weights"] for f in (cycle_run.folder, tmp_path / "again")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_curves_are_drawn(cycle_run):
+    with Image.open(cycle_run.folder / "curves.png") as picture:
+        assert picture.width > 600
+
+
+# ---------------------------------------------------------------------------------------------- other commands
+
+
+def test_train(capsys, tmp_path):
+    words = "train --model repvgg_a0_cifar --dataset digits --block acb --epochs 1 data.val_fraction=0 --json --out"
+    code, out, err = run(capsys, *words.split(), tmp_path / "run")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["cycles"] == []
+    assert summary["block"] == "acb"
+    assert summary["chosen"]["file"] == "last.pt"
+    assert not (tmp_path / "run" / "best.pt").exists()
+
+
+def test_cycles_start_from_a_checkpoint(capsys, cycle_run, tmp_path):
+    words = ["--init", cycle_run.folder / "cycle_00.pt", "--dataset", "digits", "--cycles", 1, "--epochs", 1]
+    code, out, err = run(capsys, "cycle", *words, "--out", tmp_path / "run", "--json", "cycle.restart=none")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["model"] == "repvgg_a0_cifar"
+    assert summary["baseline"]["test_top1"] == cycle_run.summary["baseline"]["test_top1"]
+    assert "no merging (control)" in err
+
+
+def test_fuse_writes_every_format_with_its_proof(capsys, cycle_run, tmp_path):
+    out_file = tmp_path / "plain.safetensors"
+    code, out, err = run(
+        capsys, "fuse", cycle_run.folder / "best.pt", "-o", out_file, "-f", "pt", "-f", "safetensors", "--json"
+    )
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["out"] == [str(tmp_path / "plain.pt"), str(out_file)]
+    assert report["rel_error_fp64"] < 1e-12
+    assert report["params_after"] < report["params_before"]
+    scores = []
+    for path in (cycle_run.folder / "best.pt", *report["out"]):
+        code, out, _ = run(capsys, "evaluate", path, "--json")
+        scores.append(json.loads(out))
+    assert [score["form"] for score in scores] == ["multi-branch", "fused", "fused"]
+    assert len({score["top1"] for score in scores}) == 1
+    assert scores[0]["top1"] == cycle_run.summary["test"]["top1"]
+
+
+def test_fuse_needs_no_options(capsys, cycle_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(cycle_run.folder / "last.pt", "checkpoint.pt")
+    code, _, err = run(capsys, "fuse", "checkpoint.pt")
+    assert code == 0
+    assert "in float64" in err
+    assert (tmp_path / "checkpoint_fused.pt").exists()
+    assert "fused already" in one_line(capsys, "fuse", "checkpoint_fused.pt")
+
+
+def test_fusing_the_same_file_gives_the_same_bytes(capsys, cycle_run, tmp_path):
+    for name in ("a.safetensors", "b.safetensors"):
+        run(capsys, "fuse", cycle_run.folder / "last.pt", "-o", tmp_path / name)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_evaluate(capsys, cycle_run):
+    _, out, _ = run(capsys, "evaluate", cycle_run.folder / "best.pt", "--fused", "--split", "val", "--json")
+    score = json.loads(out)
+    assert score.keys() == {"top1", "top5", "loss", "images", "form", "dataset", "split"}
+    assert (score["form"], score["split"], score["dataset"], score["images"]) == ("fused", "val", "digits", 143)
+    code, out, err = run(capsys, "evaluate", cycle_run.folder / "best.pt")
+    assert (code, out) == (0, "")
+    assert f"top-1 {cycle_run.summary['test']['top1']:.2f} %" in err
+
+
+def test_info(capsys, cycle_run):
+    code, out, _ = run(capsys, "info", cycle_run.folder / "cycle_01.pt", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert (facts["model"], facts["form"], facts["cycle"]) == ("repvgg_a0_cifar", "multi-branch", 1)
+    assert len(facts["layers"]) == 22
+    assert facts["config"]["cycle.count"] == 2
+    code, out, _ = run(capsys, "info", cycle_run.folder / "fused.pt")
+    assert code == 0
+    assert "fused" in out
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("models", "repvgg_a1_cifar"),
+        ("blocks", "acb"),
+        ("datasets", "cifar100"),
+        ("presets", "recipes/cifar"),
+        ("schedules", "cosine"),
+        ("settings", "cycle.attach_epochs"),
+    ],
+)
+def test_list(capsys, kind, name):
+    code, out, _ = run(capsys, "list", kind, "--json")
+    assert code == 0
+    assert json.loads(out)[name]
+    assert run(capsys, "list", kind)[0] == 0
+
+
+def test_list_with_a_pattern(capsys):
+    _, out, _ = run(capsys, "list", "settings", "cycle.*", "--json")
+    assert all(name.startswith("cycle.") for name in json.loads(out))
+    _, out, _ = run(capsys, "list", "models", "timm:resnet18*", "--json")
+    assert "timm:resnet18" in json.loads(out)
+    assert "no blocks match 'x*'" in one_line(capsys, "list", "blocks", "x*")
+
+
+def test_printed_settings_are_valid_input(capsys, tmp_path):
+    words = ["cycle", "--model", "repvgg", "--dataset", "cifar10", "optim.clip=null", "--print-config"]
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    (tmp_path / "printed.yaml").write_text(out)
+    _, again, _ = run(capsys, "cycle", "-c", tmp_path / "printed.yaml", "--print-config")
+    assert again == out
+    _, train, _ = run(capsys, "train", *words[1:])
+    assert "cycle:" not in train
+    assert "epochs: 160" in train
+
+
+def test_every_shortcut_is_an_option_of_cycle(capsys):
+    _, out, _ = run(capsys, "cycle", "--help")
+    for name, key in cli.SHORTCUTS.items():
+        assert f"--{name.replace('_', '-')}" in out
+        assert key in config.SCHEMA or key in config.OVERLAY
+
+
+@pytest.mark.parametrize("command", ["cycle", "train", "fuse", "evaluate", "info", "list"])
+def test_help_has_examples(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"repan {command}" in out.split("Options")[0].replace("Usage: repan", "", 1)
+
+
+def test_version(capsys):
+    assert run(capsys, "--version")[1].startswith("repan 0.")
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+DIGITS = ("--model", "repvgg_a0_cifar", "--dataset", "digits")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--model", "repvg", "--dataset", "digits"), "unknown model 'repvg'; did you mean repvgg"),
+        (("--model", "repvgg", "--dataset", "digit"), "unknown data set 'digit'; did you mean digits"),
+        ((*DIGITS, "--block", "repvg"), "unknown block family 'repvg'; did you mean repvgg"),
+        ((*DIGITS, "cycle.rul=reset"), "unknown setting 'cycle.rul'; did you mean cycle.rule"),
+        ((*DIGITS, "optim.schedule=cosin"), "unknown schedule 'cosin'; did you mean cosine"),
+        ((*DIGITS, "cycle.rule=calib"), "cycle.rule: 'calib' is not a choice; did you mean calibrate"),
+        ((*DIGITS, "--lr", "fast"), "optim.lr: 'fast' is not a finite number"),
+        ((*DIGITS, "--epochs", "-1"), "epochs: -1 must be at least 1"),
+        ((*DIGITS, "--lr", "1", "optim.lr=1"), "--lr and optim.lr= are the same setting: give one"),
+        ((*DIGITS, "epochs"), "'epochs' is not KEY=VALUE"),
+        (
+            (*DIGITS, "-c", "recipes/digit"),
+            "no configuration file or preset 'recipes/digit'; did you mean recipes/digits",
+        ),
+        ((*DIGITS, "--device", "gpu"), "unknown device 'gpu'; give auto, cpu, cuda or cuda:N"),
+        ((*DIGITS, "--device", "cuda:99"), "device cuda:99 is not there"),
+        ((*DIGITS, "--init", "nowhere.pt"), "no checkpoint nowhere.pt"),
+        (("--model", "repvgg"), "no data set: give --dataset NAME"),
+        (("--dataset", "digits"), "no network: give --model NAME"),
+        (("--model", "timm:resnet18", "--dataset", "digits"), "resnet18 has no re-parameterizable blocks to cycle"),
+        (("--model", "repvgg", "--dataset", "folder", "--data-root", "nowhere"), "no folder nowhere/train"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in one_line(capsys, "cycle", *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_run_directory_is_left_alone(capsys, cycle_run):
+    before = {path: path.stat().st_mtime_ns for path in cycle_run.folder.iterdir()}
+    line = one_line(capsys, "cycle", *DIGITS, "--out", cycle_run.folder)
+    assert "exists already" in line
+    assert "--out" in line
+    assert {path: path.stat().st_mtime_ns for path in cycle_run.folder.iterdir()} == before
+
+
+def test_a_data_set_that_cannot_be_downloaded(capsys, tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets, "CIFAR100", offline)
+    line = one_line(capsys, "cycle", "--model", "repvgg", "--dataset", "cifar100", "--data-root", tmp_path / "none")
+    assert "cannot be downloaded" in line
+    assert "--data-root" in line
+
+
+def test_wrong_checkpoints(capsys, cycle_run, tmp_path):
+    damaged = tmp_path / "damaged.pt"
+    content = bytearray((cycle_run.folder / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    for command in ("fuse", "evaluate", "info"):
+        assert "damaged" in one_line(capsys, command, damaged)
+        assert "no checkpoint" in one_line(capsys, command, tmp_path / "missing.pt")
+    folders = write_folders(tmp_path / "photos")
+    line = one_line(capsys, "evaluate", cycle_run.folder / "last.pt", "-d", "folder", "--data-root", folders)
+    assert "knows 10 classes, folder has 2" in line
+    start = ("cycle", "--dataset", "digits", "--init")
+    assert "is fused" in one_line(capsys, *start, cycle_run.folder / "fused.pt")
+    other = one_line(capsys, *start, cycle_run.folder / "last.pt", "--model", "repvgg_b0_cifar")
+    assert "holds the network repvgg_a0_cifar, not repvgg_b0_cifar" in other
+    assert "blocks of the family repvgg, not acb" in one_line(
+        capsys, *start, cycle_run.folder / "last.pt", *DIGITS[:2], "--block", "acb"
+    )
+
+
+def test_bad_words_for_fuse_evaluate_and_list(capsys, cycle_run, tmp_path):
+    last = cycle_run.folder / "last.pt"
+    assert "cannot write the format 'onx'" in one_line(capsys, "fuse", last, "-f", "onx")
+    assert "no folder" in one_line(capsys, "fuse", last, "-o", tmp_path / "none" / "a.pt")
+    assert "is the checkpoint itself" in one_line(capsys, "fuse", last, "-o", last)
+    assert "--split tset is none of test, val, train; did you mean test" in one_line(
+        capsys, "evaluate", last, "--split", "tset"
+    )
+    assert "unknown kind of name 'model'; did you mean models" in one_line(capsys, "list", "model")
+    assert "unknown data set 'digitz'" in one_line(capsys, "evaluate", last, "-d", "digitz")
+
+
+def test_an_option_that_does_not_exist_is_suggested(capsys):
+    code, _, err = run(capsys, "cycle", "--mdoel", "repvgg")
+    assert code == 2
+    assert "--model" in err
+
+
+def test_all_wrong_settings_at_once(capsys):
+    code, _, err = run(capsys, "cycle", *DIGITS, "a=1", "optim.lr=x")
+    assert code == 2
+    assert len(err.splitlines()) == 2
+
+
+def test_a_diverging_run_says_so(capsys, tmp_path):
+    words = [
+        "train",
+        *DIGITS,
+        "--epochs",
+        2,
+        "--out",
+        tmp_path / "run",
+        "optim.lr=1e30",
+        "optim.clip=null",
+        "run.precision=fp32",
+    ]
+    code, _, err = run(capsys, *words)
+    assert code == 3
+    assert "no longer finite" in err.splitlines()[-1]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_full_disk_is_named(capsys, tmp_path, monkeypatch):
+    from repan_cli import checkpoint
+
+    def full(saved, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    code, _, err = run(capsys, "train", *DIGITS, "--epochs", 1, "--out", tmp_path / "run")
+    assert code == 4
+    assert "no space left to write" in err.splitlines()[-1]
+
+
+def test_ctrl_c_keeps_what_there_is(capsys, tmp_path, monkeypatch):
+    from repan_cli.console import Display
+
+    def press(display, event):
+        if type(event).__name__ == "Epoch":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Display, "show", press)
+    code, _, err = run(capsys, "train", *DIGITS, "--epochs", 1, "--out", tmp_path / "run")
+    assert code == 130
+    assert "interrupted" in err.splitlines()[-1]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
+
+
+def test_debugging_shows_the_traceback(tmp_path):
+    result = repan("info", tmp_path / "missing.pt", REPAN_DEBUG="1")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m repan_cli list settings | head -n 1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0
+    assert "Traceback" not in result.stderr

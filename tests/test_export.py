@@ -1,0 +1,113 @@
+"""Merging proves itself: right merges pass, wrong ones are refused and nothing is written."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, repan, small_net
+
+from repan_cli import export
+from repan_cli.blocks import FAMILIES, RepBlock, branch, rep_block, rep_blocks, set_attach_rate
+from repan_cli.errors import InputError, MergeError
+
+X = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_report_of_a_right_merge(family):
+    model = small_net(family).train()
+    set_attach_rate(model, 0.6)
+    before = sum(p.numel() for p in model.parameters())
+    fused, report = export.fuse(model, X)
+    assert report.rel_error_fp64 < 1e-12
+    assert 0 < report.rel_error_fp32 < 1e-4
+    assert report.blocks == 22
+    assert (report.params_before, report.params_after) == (before, sum(p.numel() for p in fused.parameters()))
+    assert not fused.training
+    assert model.training
+    assert len(list(rep_blocks(model))) == 22
+
+
+def wrong_padding(kernel, size, offset):
+    return right_embed(kernel, size, (0, 0))
+
+
+right_embed = branch.embed
+
+
+WRONG = {
+    "a small kernel at another tap": lambda patch: patch.setattr(branch, "embed", wrong_padding),
+    "the attach rate forgotten": lambda patch: patch.setattr(
+        RepBlock, "equivalent_kernel", lambda block: _sum(block, rate=1.0)
+    ),
+    "a branch forgotten": lambda patch: patch.setattr(
+        RepBlock, "equivalent_kernel", lambda block: _sum(block, rate=block.attach_rate.item(), branches=1)
+    ),
+    "the bias forgotten": lambda patch: patch.setattr(
+        RepBlock, "equivalent_kernel", lambda block: (_sum(block, 0.6)[0], _sum(block, 0.6)[1] * 0)
+    ),
+}
+
+
+def _sum(block, rate, branches=99):
+    weight, bias = block.trunk.equivalent_kernel()
+    for side in block.branches[:branches]:
+        more, extra = side.equivalent_kernel()
+        weight, bias = weight + rate * more, bias + rate * extra
+    return weight, bias
+
+
+@pytest.mark.parametrize("wrong", list(WRONG))
+def test_a_wrong_merge_is_refused(wrong, monkeypatch):
+    model = small_net()
+    set_attach_rate(model, 0.6)
+    WRONG[wrong](monkeypatch)
+    with pytest.raises(MergeError, match="merging changed the function at stages"):
+        export.fuse(model, X)
+
+
+def test_the_sum_that_wrong_merges_are_made_of_is_right(monkeypatch):
+    model = small_net()
+    set_attach_rate(model, 0.6)
+    monkeypatch.setattr(RepBlock, "equivalent_kernel", lambda block: _sum(block, block.attach_rate.item()))
+    assert export.fuse(model, X)[1].rel_error_fp64 < 1e-12
+
+
+def test_a_network_that_is_not_finite_is_refused():
+    model = small_net()
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    with pytest.raises(MergeError):
+        export.fuse(model, X)
+
+
+def test_a_plain_network_has_nothing_to_merge():
+    with pytest.raises(InputError, match="plain or already fused"):
+        export.fuse(rep_block.reparameterize(small_net()), X)
+
+
+WRONG_COMMAND = """
+import repan_cli.blocks.branch as branch
+from repan_cli.cli import main
+right = branch.embed
+branch.embed = lambda kernel, size, offset: right(kernel, size, (0, 0))
+main()
+"""
+
+
+def test_the_command_writes_nothing_when_the_proof_fails(cycle_run, tmp_path):
+    """A wrong merge, patched into the command's own process: exit 1, a line that names the layer, no file."""
+    out = tmp_path / "fused.pt"
+    words = ["fuse", str(cycle_run.folder / "last.pt"), "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    wrong = subprocess.run(
+        [sys.executable, "-c", WRONG_COMMAND, *words], capture_output=True, text=True, env=environment
+    )
+    assert wrong.returncode == 1
+    assert "Error: merging changed the function at stages" in wrong.stderr
+    assert not out.exists()
+    right = repan(*words)
+    assert right.returncode == 0, right.stderr
+    assert out.exists()

@@ -1,0 +1,123 @@
+"""The structure that the code keeps: imports point down, start-up is light, functions are short, settings are read."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from repan_cli import config
+
+PACKAGE = ROOT / "repan_cli"
+MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+
+ROWS = [
+    ["errors"],
+    ["registry"],
+    ["config"],
+    ["blocks", "runtime", "console", "trackers", "runs", "plots"],
+    ["tasks", "teacher", "optim", "checkpoint", "models", "data", "export"],
+    ["engine", "anneal"],
+    ["commands"],
+    ["cli"],
+]
+"""From the bottom up. A room may import rooms of its own row and of those below."""
+
+LIGHT = {"cli", "config", "registry", "errors", "console", "trackers", "runs", "plots"}
+"""Rooms that never import torch."""
+
+
+def room(module: str) -> str:
+    return [*module.split("."), ""][1]
+
+
+def imports(module: str) -> set[str]:
+    """Every module that a file names in an import, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def height(name: str) -> int:
+    return next(level for level, row in enumerate(ROWS) if name in row)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) not in ("", "__init__", "__main__")])
+def test_imports_point_down(module):
+    for imported in imports(module):
+        if imported.startswith("repan_cli.") and room(imported) not in ("__version__", "__init__"):
+            assert height(room(imported)) <= height(room(module)), f"{module} imports {imported}"
+
+
+def test_blocks_never_see_the_configuration():
+    for module in MODULES:
+        if room(module) == "blocks":
+            assert not any(name.startswith("repan_cli.config") for name in imports(module))
+
+
+def test_the_engine_prints_nothing():
+    used = imports("repan_cli.engine")
+    assert not any(name.startswith(("repan_cli.console", "rich")) for name in used)
+    assert "print(" not in MODULES["repan_cli.engine"].read_text()
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) in LIGHT])
+def test_light_rooms_do_without_torch(module):
+    heavy = {name.split(".")[0] for name in imports(module)} & {"torch", "torchvision", "timm", "numpy"}
+    assert not heavy
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return {name.split(".")[0] for name in result.stdout.split()}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import repan_cli",
+        "import repan_cli.cli",
+        "from repan_cli import config; config.resolve('cycle', None, {'data.name': 'digits', 'model.name': 'repvgg'})",
+    ],
+)
+def test_start_up_is_light(statement):
+    assert not loaded_after(statement) & {"torch", "torchvision", "timm", "numpy", "matplotlib", "sklearn"}
+
+
+def test_the_python_door_opens():
+    import repan_cli
+
+    for name in repan_cli.__all__:
+        assert getattr(repan_cli, name)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        repan_cli.nonsense  # noqa: B018
+
+
+def test_functions_stay_short():
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{module}.{node.name}"
+
+
+def test_every_setting_is_read_somewhere():
+    """A field that nothing reads is a promise that is not kept."""
+    code = "\n".join(path.read_text() for name, path in MODULES.items() if name != "repan_cli.config")
+    code += "\n".join(re.findall(r"self\.\w+\.\w+", MODULES["repan_cli.config"].read_text()))
+    for key in config.SCHEMA:
+        assert re.search(rf"\.{key.split('.')[-1]}\b", code), key
+
+
+def test_no_default_is_mutable_and_shared():
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                defaults = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+                assert not any(isinstance(d, (ast.List, ast.Dict, ast.Set)) for d in defaults), f"{module}.{node.name}"

@@ -1,0 +1,64 @@
+"""Every command and every piece of Python in the README works, and what it says of the project is so."""
+
+import re
+import shlex
+import shutil
+
+import pytest
+from conftest import ROOT
+from test_cli import run
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def commands() -> list[str]:
+    """The lines that call repan, continued lines joined, behind the two that set everything up."""
+    text = "\n".join(blocks("bash")[2:]).replace("\\\n", " ")
+    return [line.partition("  #")[0].strip() for line in text.splitlines() if line.startswith("repan ")]
+
+
+@pytest.fixture(scope="module")
+def workplace(cycle_run, tmp_path_factory):
+    """A folder where the README's run has been made."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(cycle_run.folder, folder / "runs" / "demo")
+    shutil.copy(cycle_run.folder / "best.pt", folder / "checkpoint.pt")
+    return folder
+
+
+def test_the_first_screen_has_the_two_commands():
+    first, second = blocks("bash")[:2]
+    assert "repan cycle --model repvgg --dataset digits" in first
+    assert "pytest" in second
+    for block in (first, second):
+        assert "python3 -m venv" in block
+        assert "pip install" in block
+    assert README.index(second) < 3000
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_work(capsys, workplace, monkeypatch, command):
+    monkeypatch.chdir(workplace)
+    words = shlex.split(command)[1:]
+    if words[0] in ("train", "cycle"):
+        words.append("--print-config")
+    code, _, err = run(capsys, *words)
+    assert code == 0, err
+
+
+def test_python_works(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    pieces = blocks("python")
+    assert pieces
+    for piece in pieces:
+        exec(compile(piece, "README", "exec"), {})
+
+
+def test_the_changelog_has_this_version():
+    import repan_cli
+
+    assert f"## [{repan_cli.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

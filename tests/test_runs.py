@@ -1,0 +1,51 @@
+"""Run directories: names, files that are never half there, and a directory that exists is left alone."""
+
+import json
+import os
+import stat
+
+import pytest
+
+from repan_cli import runs
+from repan_cli.errors import InputError
+
+
+def test_two_runs_in_one_second_get_two_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        path = runs.default_path("cycle", "net", "rep", "digits")
+        names.append(runs.RunDirectory(path).path.name)
+    assert len(set(names)) == 3
+    assert all("-net-rep-digits" in name for name in names)
+
+
+def test_an_existing_directory_is_refused(tmp_path):
+    with pytest.raises(InputError, match="exists already"):
+        runs.RunDirectory(tmp_path)
+    with pytest.raises(InputError, match="exists already"):
+        runs.check_free(str(tmp_path))
+    runs.check_free(None)
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot create the run directory"):
+        runs.RunDirectory(tmp_path / "file" / "run")
+
+
+def test_files_are_readable_as_the_umask_says(tmp_path):
+    old = os.umask(0o022)
+    try:
+        runs.write_atomically(tmp_path / "a", lambda file: file.write(b"x"))
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+def test_status_and_software(tmp_path):
+    folder = runs.RunDirectory(tmp_path / "run")
+    folder.status("running", cycle=1, epoch=2)
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["cycle"], status["epoch"]) == ("running", 1, 2)
+    assert {"repan", "torch", "timm"} <= runs.software()["versions"].keys()
