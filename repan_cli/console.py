@@ -7,6 +7,7 @@ lines also go to the run's log.txt. Knows floats and names only, never a tensor.
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 30
+NAME_WIDTH = 13
 COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7} {:>7}"
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -93,9 +95,16 @@ class Display:
             self.log.flush()
 
     def facts(self, rows: Mapping[str, str]) -> None:
-        """Rows of a name and what is to be said of it."""
+        """Rows of a name and what is to be said of it, wrapped between words so that paths stay whole."""
+        margin = " " * NAME_WIDTH
         for name, text in rows.items():
-            self.say(Text.assemble((f"{name:<13}", "bold"), text))
+            width = max(self.console.width - NAME_WIDTH, 20)
+            lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+            self.say(Text.assemble((name.ljust(NAME_WIDTH), "bold"), f"\n{margin}".join(lines)))
+
+    def command(self, name: str, text: str) -> None:
+        """A command to copy: never wrapped."""
+        self.say(Text.assemble((name.ljust(NAME_WIDTH), "bold"), text))
 
     def name(self, cycle: int) -> str:
         """What a phase is called."""
@@ -113,8 +122,8 @@ class Display:
             val = ""
             if event.top1_before is not None:
                 val = f"val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}, "
-            text = f"merged {event.blocks} blocks, new branches"
-            self.say(f"{self.name(event.cycle)}: {text}; {val}logits moved by {event.logit_error:.0e}")
+            text = f"{self.name(event.cycle)}: merged and regrew {event.blocks} blocks"
+            self.say(f"{text}; {val}logits moved {event.logit_error:.0e}")
         elif event.cycle:
             self.say(f"{self.name(event.cycle)}: no merging (control), momentum zeroed")
         if event.zero_gammas:

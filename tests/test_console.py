@@ -56,7 +56,7 @@ def test_lines_fit_80_columns(tmp_path):
     shown.show(engine.CycleEnd(1, 61.0, 62.0, 90.0, 1.0, 70.0))
     lines = shown.console.file.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines), lines
-    assert "merged 22 blocks" in lines[0]
+    assert "merged and regrew 22 blocks" in lines[0]
     assert "60.00*" in lines[2]
     assert "cycle 1/1: val 61.00, test 62.00, 1 min 10 s" in lines[4]
     assert (tmp_path / "log.txt").read_text().splitlines() == lines

@@ -216,6 +216,6 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
         )
     rows["time"] = duration(summary["seconds"])
     rows["files"] = str(folder.path)
-    rows["next"] = f"repan evaluate {folder / (fused['out'] if fused else chosen['file'])}"
     display.say()
     display.facts(rows)
+    display.command("next", f"repan evaluate {folder / (fused['out'] if fused else chosen['file'])}")
