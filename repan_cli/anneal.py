@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,7 +114,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Iterable[Tensor]) -> dict[str, Moments]:
+def calibrate(model: nn.Module, images: Iterable[Tensor | Sequence[Tensor]]) -> dict[str, Moments]:
     """The moments of `conv(x; K)` at every block, by the block's name.
 
     One pass of `images`, batches (N, C, H, W), through a merged copy in eval mode measures all blocks at once,
@@ -127,7 +127,7 @@ def calibrate(model: nn.Module, images: Iterable[Tensor]) -> dict[str, Moments]:
         modules[name].register_forward_hook(collect)
     device = next(merged.parameters()).device
     for batch in images:
-        merged(batch.to(device))
+        merged((batch if isinstance(batch, Tensor) else batch[0]).to(device))
     if not all(collect.count for collect in sums.values()):
         raise InputError("cycle.rule=calibrate needs images that reach every block, and got none")
     return {name: collect.moments(exact(modules[name].bias)) for name, collect in sums.items()}
@@ -148,7 +148,7 @@ def restart(
     model: nn.Module,
     *,
     rule: str = "calibrate",
-    images: Iterable[Tensor] = (),
+    images: Iterable[Tensor | Sequence[Tensor]] = (),
     attach: str = "ramp",
     branch_init: str = "kaiming",
     trunk_scale: str = "merged",
@@ -162,7 +162,8 @@ def restart(
 
     Args:
         rule: restoration rule: `calibrate`, `running` (as released) or `reset`.
-        images: batches (N, C, H, W) that `calibrate` measures on, 1,000 images or more, as train mode will see them.
+        images: batches (N, C, H, W) that `calibrate` measures on, 1,000 images or more, as train mode will see them;
+            of a loader's (images, labels) the images are taken.
         attach: `ramp` sets the attach rate to 0, `zero-gamma` to 1 with the branches silenced, `one` to 1.
         branch_init: weights of the fresh branches, `kaiming` or `small`.
         trunk_scale: under `calibrate`, `merged` writes K, `keep` scales every channel to the trunk's old norm.

@@ -19,7 +19,9 @@ from repan_cli.errors import DivergedError
 from repan_cli.runtime import Runtime, generator, key
 from repan_cli.tasks import Classification
 
-EVAL_BATCH = 1000
+EVAL_BATCH, EVAL_PIXELS = 1000, 1000 * 64 * 64
+"""Bounds on the images, and on their pixels, of a batch that is only looked at."""
+
 FIRST_STEPS = 10
 
 
@@ -105,7 +107,7 @@ def evaluate(model: nn.Module, images: ResidentImages, runtime: Runtime, *, exac
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float32, device=runtime.device)
-    for batch, labels in images.batches(EVAL_BATCH):
+    for batch, labels in images.batches(_eval_batch(images)):
         if exactly:
             logits = model(batch)
         else:
@@ -117,6 +119,10 @@ def evaluate(model: nn.Module, images: ResidentImages, runtime: Runtime, *, exac
     model.train(was_training)
     top1, top5, loss = (value / images.count for value in totals.tolist())
     return Score(100 * top1, 100 * top5, loss, images.count)
+
+
+def _eval_batch(images: ResidentImages) -> int:
+    return max(1, min(EVAL_BATCH, EVAL_PIXELS // images.size**2))
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -230,7 +236,7 @@ def _calibration_images(run: Training, cycle: int, count: int) -> Iterator[Tenso
     """`count` augmented training views, or as many as there are, drawn for this cycle."""
     plan = run.train.plan(run.seed, cycle, 0)  # training epochs count from 1
     device = run.runtime.device
-    for index in plan.order[:count].to(device).split(EVAL_BATCH):
+    for index in plan.order[:count].to(device).split(_eval_batch(run.train)):
         yield run.train.gather(index, plan.views.to(device)[index])
 
 

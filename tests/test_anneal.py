@@ -134,7 +134,7 @@ def test_calibrate_measures_biased_moments_over_all_batches():
     weight, _ = block.equivalent_kernel()
     z = torch.nn.functional.conv2d(x, weight, padding=1)
     model = torch.nn.Sequential(block)
-    moments = anneal.calibrate(model, iter([x[:7], x[7:]]))["0"]
+    moments = anneal.calibrate(model, iter([x[:7], (x[7:], "labels")]))["0"]
     torch.testing.assert_close(moments.mean, z.mean((0, 2, 3)))
     torch.testing.assert_close(moments.var, z.var((0, 2, 3), correction=0))
 

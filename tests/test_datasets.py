@@ -142,6 +142,10 @@ def not_square(root):
     Image.new("RGB", (9, 8)).save(root / "train" / "ant" / "0.png")
 
 
+def other_size_in_test(root):
+    Image.new("RGB", (9, 9)).save(root / "test" / "bee" / "3.png")
+
+
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
@@ -153,6 +157,7 @@ def not_square(root):
         (empty_class, "bee holds no images"),
         (one_class, "holds 1 class folders"),
         (other_size, r"bee/3.png is 9x9 pixels, others are 8x8: set data.image_size"),
+        (other_size_in_test, r"test/bee/3.png is 9x9 pixels, others are 8x8: set data.image_size"),
         (not_square, r"ant/0.png is 9x8 pixels: set data.image_size"),
     ],
 )

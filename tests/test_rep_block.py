@@ -128,3 +128,11 @@ def test_constructing_twice_shares_nothing():
     storages = [{p.data_ptr() for p in (*block.parameters(), *block.buffers())} for block in (first, second)]
     assert not storages[0] & storages[1]
     assert isinstance(first, RepBlock)
+
+
+def test_networks_with_synchronised_norms_merge_the_same():
+    model = small_net().double()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    expected = model(x)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert relative(reparameterize(synchronised)(x), expected) < 1e-12

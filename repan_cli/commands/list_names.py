@@ -6,6 +6,7 @@ import fnmatch
 import inspect
 import json
 from collections.abc import Callable
+from typing import Any
 
 from repan_cli.config import OVERLAY, SCHEMA, presets
 from repan_cli.console import print_table
@@ -54,11 +55,12 @@ def _presets() -> Rows:
 
 @KINDS.register("settings")
 def _settings() -> Rows:
-    rows = {
-        key: f"{entry.text} Default: {'null' if entry.default is None else entry.default}."
-        for key, entry in SCHEMA.items()
-    }
+    rows = {key: f"{entry.text} Default: {_as_yaml(entry.default)}." for key, entry in SCHEMA.items()}
     return {**rows, **dict.fromkeys(OVERLAY, "The same for the baseline of cycle.")}
+
+
+def _as_yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
 def run(kind: str, pattern: str | None, *, as_json: bool) -> None:

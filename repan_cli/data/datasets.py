@@ -135,13 +135,11 @@ def load_folders(root: Path, image_size: int | None) -> Raw:
     if not any((root / part).is_dir() for part in ("val", "test")):
         raise InputError(f"neither {root / 'val'} nor {root / 'test'}: without one of them nothing can be reported")
     classes = _class_folders(root / "train")
-    parts = {}
-    for part in ("train", "val", "test"):
-        if (root / part).is_dir():
-            _check_classes(root / part, classes)
-            parts[part] = _read_classes(root / part, classes, image_size)
-            image_size = image_size or parts[part].images.shape[1]
-    return Raw(classes, parts)
+    files = {part: _list_images(root / part, classes) for part in ("train", "val", "test") if (root / part).is_dir()}
+    size = image_size or _own_size(files["train"][0][0])
+    return Raw(
+        classes, {part: _read_images(*listed, size, crop=image_size is not None) for part, listed in files.items()}
+    )
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
@@ -153,14 +151,12 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     return classes
 
 
-def _check_classes(folder: Path, classes: tuple[str, ...]) -> None:
+def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int]]:
+    """The image files of a part and their class numbers. Raises InputError unless it has exactly these classes."""
     there = set(_class_folders(folder))
     for name, wrong in (("lacks", set(classes) - there), ("has, unlike the training set,", there - set(classes))):
         if wrong:
             raise InputError(f"{folder} {name} {len(wrong)} of the class folders, such as '{min(wrong)}'")
-
-
-def _read_classes(folder: Path, classes: tuple[str, ...], image_size: int | None) -> Images:
     paths, labels = [], []
     for label, name in enumerate(classes):
         files = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in EXTENSIONS)
@@ -168,15 +164,18 @@ def _read_classes(folder: Path, classes: tuple[str, ...], image_size: int | None
             raise InputError(f"{folder / name} holds no images ({', '.join(sorted(EXTENSIONS))})")
         paths += files
         labels += [label] * len(files)
-    size = image_size or _common_size(paths[0])
+    return paths, labels
+
+
+def _read_images(paths: list[Path], labels: list[int], size: int, *, crop: bool) -> Images:
     if len(paths) * size * size * 3 > LARGEST_RESIDENT:
         raise InputError(f"{len(paths):,} images of {size} pixels do not fit in memory; set a smaller data.image_size")
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
-        images = np.stack(list(pool.map(lambda path: _read_image(path, image_size, size), paths)))
+        images = np.stack(list(pool.map(lambda path: _read_image(path, size, crop=crop), paths)))
     return Images(images, np.array(labels, dtype=np.int64))
 
 
-def _common_size(path: Path) -> int:
+def _own_size(path: Path) -> int:
     image = _open(path)
     if image.width != image.height:
         raise InputError(
@@ -192,9 +191,9 @@ def _open(path: Path) -> Image.Image:
         raise InputError(f"cannot read the image {path}: {error}") from None
 
 
-def _read_image(path: Path, image_size: int | None, size: int) -> np.ndarray:
+def _read_image(path: Path, size: int, *, crop: bool) -> np.ndarray:
     image = _open(path)
-    if image_size is None and image.size != (size, size):
+    if not crop and image.size != (size, size):
         raise InputError(
             f"{path} is {image.width}x{image.height} pixels, others are {size}x{size}: set data.image_size"
         )
