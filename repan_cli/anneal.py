@@ -94,7 +94,7 @@ def _write(block: RepBlock, trunk: Trunk) -> None:
 
 
 class _Sums:
-    """Sums of a channel's values and squares in float64 (float32 on devices without it)."""
+    """Sums of a channel's values and squares, in float64."""
 
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0

@@ -92,7 +92,7 @@ def check_free(path: str | None) -> None:
 
 def default_path(command: str, *names: str) -> Path:
     """runs/<command>/<date-time>-<names>, with a number behind it where two runs begin in one second."""
-    stem = "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), *names])
+    stem = "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), *(name.replace(":", "-") for name in names)])
     return next(path for path in _numbered(Path("runs") / command / stem) if not path.exists())
 
 

@@ -397,3 +397,25 @@ def test_a_closed_pipe_is_no_error():
     result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0
     assert "Traceback" not in result.stderr
+
+
+def test_a_timm_network_can_be_trained_and_keeps_its_name(capsys, tmp_path):
+    words = [
+        "train",
+        "--model",
+        "timm:resnet10t",
+        "--dataset",
+        "digits",
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "run",
+        "--json",
+    ]
+    code, out, err = run(capsys, *words, "data.batch_size=256")
+    assert code == 0, err
+    assert json.loads(out)["model"] == "timm:resnet10t"
+    assert "fused" not in json.loads(out)
+    code, out, _ = run(capsys, "evaluate", tmp_path / "run" / "best.pt", "--json")
+    assert json.loads(out)["form"] == "plain"
+    assert "plain or already fused" in one_line(capsys, "fuse", tmp_path / "run" / "best.pt")

@@ -45,12 +45,12 @@ def test_the_methods_timm_models_have():
     [
         ("repvgg", 32, "repvgg_a1_cifar"),
         ("repvgg", 64, "repvgg_a1_cifar"),
-        ("repvgg", 65, "repvgg_a1"),
+        ("repvgg", 65, "timm:repvgg_a1"),
         ("repvgg_b1", 32, "repvgg_b1_cifar"),
-        ("repvgg_b1", 224, "repvgg_b1"),
+        ("repvgg_b1", 224, "timm:repvgg_b1"),
         ("repvgg_a0_cifar", 224, "repvgg_a0_cifar"),
-        ("timm:repvgg_a1", 8, "repvgg_a1"),
-        ("resnet18", 224, "resnet18"),
+        ("timm:repvgg_a1", 8, "timm:repvgg_a1"),
+        ("resnet18", 224, "timm:resnet18"),
     ],
 )
 def test_short_names_resolve_by_image_size(name, size, full):

@@ -39,7 +39,7 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
     except KeyboardInterrupt:
         folder.status("interrupted")
         _draw(session, folder, display)
-        raise InterruptedRunError(f"interrupted; {folder.path} holds what was trained so far") from None
+        raise InterruptedRunError(_left_behind(folder)) from None
     except Exception:
         with contextlib.suppress(OSError):  # the disk may be what failed
             folder.status("failed")
@@ -48,6 +48,12 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
         display.close()
     if as_json:
         print(json.dumps(summary))
+
+
+def _left_behind(folder: runs.RunDirectory) -> str:
+    if not (folder / "last.pt").exists():
+        return f"interrupted before the first epoch was done; {folder.path} holds no checkpoint"
+    return f"interrupted; {folder / 'last.pt'} is the last whole epoch, and 'cycle --init' starts from it"
 
 
 def _header(session: Session, resolved: Resolved, folder: runs.RunDirectory) -> dict[str, str]:

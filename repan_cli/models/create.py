@@ -20,21 +20,24 @@ OURS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
 SMALL_IMAGE = 64
 """Up to this side in pixels a short name means our network for small images, above it timm's."""
 
+TIMM = "timm:"
 ALIASES = {"repvgg": "repvgg_a1"}
 
 
 def resolve(name: str, image_size: int) -> str:
-    """The timm name that `name` means for images of `image_size` pixels.
+    """The full name that `name` means for images of `image_size` pixels: one of `OURS`, or timm's as `timm:NAME`.
 
     `timm:NAME` is exactly timm's; `repvgg` is `repvgg_a1`; on small images `NAME_cifar` is preferred where it exists.
     Raises InputError, with the closest names, for one that does not exist.
     """
-    if name.startswith("timm:"):
-        return _known(name.removeprefix("timm:"), timm.list_models())
+    if name.startswith(TIMM):
+        return TIMM + _known(name.removeprefix(TIMM), timm.list_models())
     full = ALIASES.get(name, name)
     if image_size <= SMALL_IMAGE and f"{full}_cifar" in OURS:
         return f"{full}_cifar"
-    return _known(full, list(dict.fromkeys([*ALIASES, *OURS, *timm.list_models()])))
+    if full in OURS:
+        return full
+    return TIMM + _known(full, list(dict.fromkeys([*ALIASES, *OURS, *timm.list_models()])))
 
 
 def _known(name: str, choices: list[str]) -> str:
@@ -44,13 +47,13 @@ def _known(name: str, choices: list[str]) -> str:
 
 
 def create(name: str, *, block: str, num_classes: int, in_chans: int) -> nn.Module:
-    """A freshly initialised network by its resolved name.
+    """A freshly initialised network by its full name, as `resolve` gives it.
 
     Our networks are built of blocks of the family `block`; timm's are as timm builds them.
     """
     FAMILIES[block]  # an unknown family is an error for every network
     kwargs = {"block": block} if name in OURS else {}
-    return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
+    return timm.create_model(name.removeprefix(TIMM), num_classes=num_classes, in_chans=in_chans, **kwargs)
 
 
 def form_of(model: nn.Module) -> str:
