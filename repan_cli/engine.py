@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from repan_cli.blocks import set_attach_rate
 from repan_cli.data.resident import ResidentImages
 from repan_cli.errors import DivergedError
 from repan_cli.runtime import Runtime, generator, key
-from repan_cli.tasks import Classification
+from repan_cli.tasks import Task
 
 EVAL_BATCH, EVAL_PIXELS = 1000, 1000 * 64 * 64
 """Bounds on the images, and on their pixels, of a batch that is only looked at."""
@@ -130,10 +130,14 @@ def _eval_batch(images: ResidentImages) -> int:
 
 @dataclass
 class Training:
-    """Everything the loop works on. `val` None means that nothing was held out to choose by."""
+    """Everything the loop works on.
+
+    `task_of` gives the task of a phase: baseline and cycles may differ in it. `val` None means that nothing was held
+    out to choose by.
+    """
 
     model: nn.Module
-    task: Classification
+    task_of: Callable[[Phase], Task]
     optimizer: torch.optim.Optimizer
     plan: tuple[Phase, ...]
     train: ResidentImages
@@ -272,6 +276,7 @@ class _EpochResult:
 
 def _train_epoch(run: Training, phase: Phase, epoch: int) -> Iterator[Step]:
     """One pass over the training images; returns the epoch's figures."""
+    task = run.task_of(phase)
     run.model.train()
     torch.manual_seed(key("dropout", run.seed, phase.cycle, epoch))
     steps = run.train.steps(run.batch_size)
@@ -281,7 +286,7 @@ def _train_epoch(run: Training, phase: Phase, epoch: int) -> Iterator[Step]:
     for step, (images, labels) in enumerate(batches, start=1):
         elapsed = epoch - 1 + (step - 1) / steps
         lr, rate = _set_position(run, phase, elapsed)
-        totals.add(*_train_step(run, phase, images, labels, frozen=phase.trunk_is_frozen(elapsed)), labels)
+        totals.add(*_train_step(run, phase, task, images, labels, frozen=phase.trunk_is_frozen(elapsed)), labels)
         if step == min(FIRST_STEPS, steps):
             first_loss = totals.mean_loss()
         if step % run.log_every == 0 or step == steps:
@@ -300,9 +305,11 @@ def _set_position(run: Training, phase: Phase, elapsed: float) -> tuple[float, f
     return lr, rate
 
 
-def _train_step(run: Training, phase: Phase, images: Tensor, labels: Tensor, *, frozen: bool) -> tuple[Tensor, Tensor]:
+def _train_step(
+    run: Training, phase: Phase, task: Task, images: Tensor, labels: Tensor, *, frozen: bool
+) -> tuple[Tensor, Tensor]:
     with run.runtime.autocast():
-        loss, logits = run.task(run.model, images, labels)
+        loss, logits = task(run.model, images, labels)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if frozen:

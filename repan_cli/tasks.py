@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Task(Protocol):
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W) and labels (N,) to the mean loss, a scalar, and logits (N, num_classes)."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +21,5 @@ class Classification:
     label_smoothing: float = 0.0
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, C, H, W) and labels (N,) to the mean loss, a scalar, and logits (N, num_classes)."""
         logits = model(images).float()
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), logits

@@ -28,7 +28,7 @@ def training(digits, plan, *, model=None, val=True, runtime=FP32, settings=None,
     look = {"mean": digits.mean, "std": digits.std, "device": CPU}
     return engine.Training(
         model=model.to(memory_format=torch.channels_last),
-        task=Classification(),
+        task_of=lambda phase: Classification(phase.optim.label_smoothing),
         optimizer=optim.build_optimizer(model, settings or config.Optim(lr=lr)),
         plan=plan,
         train=ResidentImages(part(digits.train, 192), padding=1, **look),
@@ -155,6 +155,19 @@ def test_the_test_set_chooses_nothing(digits):
     events = [[e for e in engine.fit(run) if isinstance(e, engine.Epoch)] for run in runs]
     assert same(weights(runs[0]), weights(runs[1]))
     assert [e.best for e in events[0]] == [e.best for e in events[1]]
+
+
+def test_the_baseline_has_its_own_label_smoothing(digits):
+    """The first loss of an untrained step: cross-entropy with the smoothing of its phase."""
+    first = {}
+    for smoothing in ("0", "0.5"):
+        run = training(digits, plan(baseline__optim__label_smoothing=smoothing), log_every=1)
+        first[smoothing] = next(event.loss for event in engine.fit(run) if isinstance(event, engine.Step))
+    model = small_net(in_chans=1).to(memory_format=torch.channels_last).train()
+    images, labels = next(run.train.training_batches(64, 0, 0, 1))
+    for smoothing, loss in first.items():
+        expected = F.cross_entropy(copy.deepcopy(model)(images), labels, label_smoothing=float(smoothing))
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_divergence_stops_the_run(digits):

@@ -156,7 +156,7 @@ def _training(
 
     return engine.Training(
         model=model,
-        task=Classification(config.optim.label_smoothing),
+        task_of=lambda phase: Classification(phase.optim.label_smoothing),
         optimizer=build_optimizer(model, config.optim),
         plan=plan,
         train=resident(dataset.train, padding=padding, flip=flip),

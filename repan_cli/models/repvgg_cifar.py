@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -58,9 +59,7 @@ class RepVggCifar(nn.Module):
             stages.append(_stage(block, depth, channels, out_channels, stride))
             channels = out_channels
         self.stages = nn.Sequential(*stages)
-        self.global_pool, self.head_drop, self.head = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate
-        )
+        self._set_classifier(global_pool)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, num_features, H / 4, W / 4)."""
@@ -80,14 +79,12 @@ class RepVggCifar(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh classifier for `num_classes`."""
         self.num_classes = num_classes
-        device = next(self.parameters()).device
-        self.global_pool, self.head_drop, self.head = create_classifier(
-            self.num_features,
-            num_classes,
-            pool_type=global_pool or self.global_pool.pool_type,
-            drop_rate=self.drop_rate,
-            device=device,
-        )
+        pool_type = global_pool or self.global_pool.pool_type
+        self._set_classifier(pool_type, device=next(self.parameters()).device)
+
+    def _set_classifier(self, pool_type: str, device: torch.device | None = None) -> None:
+        parts = create_classifier(self.num_features, self.num_classes, pool_type=pool_type, drop_rate=self.drop_rate)
+        self.global_pool, self.head_drop, self.head = (part.to(device) for part in parts)
 
 
 def _stage(block: str, depth: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
