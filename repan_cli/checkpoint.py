@@ -100,17 +100,13 @@ def _read_pt(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # the reader of a damaged archive raises nearly anything
-        raise InputError(f"{path} is damaged or no checkpoint: {_reason(error)}") from None
+    except Exception:  # the reader of a damaged archive raises nearly anything
+        raise InputError(f"{path} is damaged, or no checkpoint at all; use another copy") from None
     if not isinstance(content, dict) or content.get("format") != "repan":
         raise InputError(f"{path} was not written by repan")
     if not {"version", "digest", "meta", "weights"} <= set(content):
         raise InputError(f"{path} is damaged: parts of it are missing")
     return content
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -125,8 +121,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:
-        raise InputError(f"{path} is damaged or no safetensors file: {_reason(error)}") from None
+    except Exception:
+        raise InputError(f"{path} is damaged, or no safetensors file; use another copy") from None
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, source: str) -> None:

@@ -21,7 +21,12 @@ import yaml
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
 
-RECIPES = {"digits": "recipes/digits", "cifar10": "recipes/cifar", "cifar100": "recipes/cifar"}
+RECIPES = {
+    "digits": "recipes/digits",
+    "cifar10": "recipes/cifar",
+    "cifar100": "recipes/cifar",
+    "folder": "recipes/folder",
+}
 """The recipe a data set is trained with when no `-c FILE` is given."""
 
 Layer = Mapping[str, Any]
@@ -148,7 +153,7 @@ class Run:
         "auto", "auto: bf16 where the device computes in it; bf16; fp32.", choices=("auto", "bf16", "fp32")
     )
     channels_last: bool = setting(True, "Channels-last memory format.")
-    out: str | None = setting(None, "Run directory; null makes runs/COMMAND/TIME-MODEL-BLOCK-DATASET.")
+    out: str | None = setting(None, "Run directory; by default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.")
     log_every: int = setting(20, "Training steps between two looks at the loss (a host-device sync each).", low=1)
 
 
@@ -486,17 +491,26 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
     path = find_preset(file) if file else None
     layer = read_file(path) if path else {}
     if command != "cycle":
-        _refuse_cycle_keys(command, given)
+        _refuse(given, ("cycle.", "baseline."), f"has no effect in 'repan {command}': it belongs to 'repan cycle'")
         layer = baseline_layer(layer)
+    elif given.get("model.init"):
+        _refuse(given, ("baseline.",), "has no effect with --init: the checkpoint is the baseline")
     config = build(layer, given)
     if config.data.name is None:
         raise InputError("no data set: give --dataset NAME, see 'repan list datasets'")
     if config.model.name is None and config.model.init is None:
         raise InputError("no network: give --model NAME, see 'repan list models'")
-    return Resolved(config, f"{path or 'defaults'}, {len(given)} from the command line")
+    return Resolved(config, f"{_shown(path)}, {len(given)} from the command line")
 
 
-def _refuse_cycle_keys(command: str, given: Layer) -> None:
+def _shown(path: Path | None) -> str:
+    """How people would type it: the name of a preset, or a path."""
+    if path is None:
+        return "defaults"
+    return next((name for name, preset in presets().items() if preset == path), str(path))
+
+
+def _refuse(given: Layer, sections: tuple[str, ...], why: str) -> None:
     for key in given:
-        if key.startswith(("cycle.", "baseline.")):
-            raise InputError(f"{key} has no effect in 'repan {command}': it belongs to 'repan cycle'")
+        if key.startswith(sections):
+            raise InputError(f"{key} {why}")

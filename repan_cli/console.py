@@ -20,12 +20,22 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 30
 NAME_WIDTH = 13
+LOSS_JUMP = 0.5
+JUMPED = (
+    "Warning: the restart kept the function of eval mode only. Either the rule does that (running, reset, attach=one), "
+    "or the BN statistics had not settled: train longer before it, or in smaller batches"
+)
 COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7} {:>7}"
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def count(number: int, noun: str) -> str:
+    """1 epoch, 2 epochs."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -74,7 +84,7 @@ class Display:
             total = self.steps * sum(self.epochs.values())
             self.tasks = (
                 self.progress.add_task("epoch", total=self.steps, figures=""),
-                self.progress.add_task("whole run", total=total, figures=""),
+                self.progress.add_task("whole run", total=total, figures="steps"),
             )
         return self
 
@@ -118,17 +128,24 @@ class Display:
         shown_by[type(event).__name__](event)
 
     def _start(self, event: Any) -> None:
+        name = self.name(event.cycle)
         if event.restarted:
-            val = ""
-            if event.top1_before is not None:
-                val = f"val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}, "
-            text = f"{self.name(event.cycle)}: merged and regrew {event.blocks} blocks"
-            self.say(f"{text}; {val}logits moved {event.logit_error:.0e}")
+            self.say(f"{name}: merged and regrew {event.blocks} blocks, logits moved {event.logit_error:.0e}")
+            loss = f"training loss {event.loss_before:.3f} -> {event.loss_after_restart:.3f}"
+            val = f", val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}"
+            self.say(loss + (val if event.top1_before is not None else ""))
+            if event.loss_after_restart > event.loss_before + LOSS_JUMP:
+                self.say(Text(JUMPED, style="yellow"))
         elif event.cycle:
-            self.say(f"{self.name(event.cycle)}: no merging (control), momentum zeroed")
+            self.say(f"{name}: no merging (control), momentum zeroed")
         if event.zero_gammas:
             self.say(f"{event.zero_gammas} channels had gamma 0, which rule=running cannot divide by: set to 1")
-        self.say(Text(COLUMNS.format("phase", "epoch", "loss", "train", "val", "lr", "attach", "img/s"), style="dim"))
+        self.say(
+            Text(
+                COLUMNS.format("phase", "epoch", "loss", "train", "val", "lr", "attach", "img/s") + "  *: best",
+                style="dim",
+            )
+        )
 
     def _step(self, event: Any) -> None:
         figures = f"loss {event.loss:.3f}  lr {event.lr:.4f}  {event.images_per_second:,.0f} img/s"
@@ -159,16 +176,14 @@ class Display:
         self.say(f"{self.name(event.cycle)}: {val}test {percent(event.test_top1)}, {duration(event.seconds)}")
 
     def table(self, summary: Mapping[str, Any]) -> None:
-        """A row per phase: top-1 before and after the restart, at the end, on the test set, and the time."""
+        """A row per phase: validation top-1 around the restart and at the end, test top-1, time."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in ("phase", "val before", "after restart", "val at end", "test", "time"):
             table.add_column(title, justify="left" if title == "phase" else "right")
-        baseline = summary["baseline"]
-        table.add_row(self.name(0) if 0 in self.epochs else "start", "", "", *_figures(baseline))
+        table.add_row(self.name(0) if 0 in self.epochs else "start", "", "", *_figures(summary["baseline"]))
         for row in summary["cycles"]:
-            table.add_row(
-                self.name(row["cycle"]), percent(row["top1_before"]), percent(row["top1_after_restart"]), *_figures(row)
-            )
+            around = percent(row["top1_before"]), percent(row["top1_after_restart"])
+            table.add_row(self.name(row["cycle"]), *around, *_figures(row))
         self.say()
         self.say(table)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ EVAL_BATCH, EVAL_PIXELS = 1000, 1000 * 64 * 64
 """Bounds on the images, and on their pixels, of a batch that is only looked at."""
 
 FIRST_STEPS = 10
+LOOK_IMAGES = 256
 
 
 # ---------------------------------------------------------------------------------------------- events
@@ -30,17 +33,19 @@ FIRST_STEPS = 10
 
 @dataclass(frozen=True)
 class CycleStart:
-    """A phase begins. For a restart: top-1 on the validation part before and after it, and how far it moved the
-    logits.
+    """A phase begins. Before a cycle, what its restart did to the function, which should be nothing: validation top-1
+    and the loss in train mode on the same images before and after it, and how far it moved the logits in eval mode.
     """
 
     cycle: int
-    restarted: bool
-    blocks: int
-    zero_gammas: int
-    top1_before: float | None
-    top1_after_restart: float | None
-    logit_error: float | None
+    restarted: bool = False
+    blocks: int = 0
+    zero_gammas: int = 0
+    top1_before: float | None = None
+    top1_after_restart: float | None = None
+    loss_before: float | None = None
+    loss_after_restart: float | None = None
+    logit_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,17 +107,13 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: ResidentImages, runtime: Runtime, *, exactly: bool = False) -> Score:
-    """Score a network in eval mode; `exactly` computes in float32, as for every figure that is reported as a result."""
+def evaluate(model: nn.Module, images: ResidentImages) -> Score:
+    """Score a network in eval mode, in float32: the same weights give the same figures wherever they are reported."""
     was_training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float32, device=runtime.device)
+    totals = torch.zeros(3, device=images.labels.device)
     for batch, labels in images.batches(_eval_batch(images)):
-        if exactly:
-            logits = model(batch)
-        else:
-            with runtime.autocast():
-                logits = model(batch).float()
+        logits = model(batch)
         ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals += torch.stack([ranks[:, 0].sum(), ranks.sum(), loss])
@@ -161,7 +162,7 @@ def fit(run: Training) -> Iterator[Event]:
         best_of_cycle, best_weights = -math.inf, None
         for epoch in range(1, phase.epochs + 1):
             result = yield from _train_epoch(run, phase, epoch)
-            score = evaluate(run.model, run.val, run.runtime) if run.val else None
+            score = evaluate(run.model, run.val) if run.val else None
             best = score is not None and score.top1 > run.best_top1
             if best:
                 run.best_top1 = score.top1
@@ -195,8 +196,8 @@ def _epoch_event(phase: Phase, epoch: int, result: _EpochResult, score: Score | 
 
 
 def _end(run: Training, phase: Phase, seconds: float) -> CycleEnd:
-    val = evaluate(run.model, run.val, run.runtime, exactly=True) if run.val else None
-    test = evaluate(run.model, run.test, run.runtime, exactly=True)
+    val = evaluate(run.model, run.val) if run.val else None
+    test = evaluate(run.model, run.test)
     return CycleEnd(phase.cycle, val.top1 if val else None, test.top1, test.top5, test.loss, seconds)
 
 
@@ -204,23 +205,37 @@ def _begin(run: Training, phase: Phase) -> CycleStart:
     """Settings of the phase, and before a cycle the restart, watched from outside."""
     optim.apply_settings(run.optimizer, phase.optim)
     if phase.cycle == 0:
-        return CycleStart(0, False, 0, 0, None, None, None)
-    before, logits = _look(run)
-    report = _restart(run, phase) if phase.restarts else None
+        return CycleStart(0)
+    before = _look(run, phase)
+    report = _restart(run, phase) if phase.restarts else anneal.RestartReport(blocks=0)
     optim.zero_momentum(run.optimizer)
-    after, new_logits = _look(run)
-    error = (new_logits - logits).abs().max() / logits.abs().max()
-    blocks, zero_gammas = (report.blocks, report.zero_gammas) if report else (0, 0)
-    return CycleStart(phase.cycle, phase.restarts, blocks, zero_gammas, before, after, error.item())
+    after = _look(run, phase)
+    return CycleStart(
+        cycle=phase.cycle,
+        restarted=phase.restarts,
+        blocks=report.blocks,
+        zero_gammas=report.zero_gammas,
+        top1_before=before.top1,
+        top1_after_restart=after.top1,
+        loss_before=before.loss,
+        loss_after_restart=after.loss,
+        logit_error=((after.logits - before.logits).abs().max() / before.logits.abs().max()).item(),
+    )
+
+
+class _Look(NamedTuple):
+    top1: float | None
+    loss: float
+    logits: Tensor
 
 
 @torch.no_grad()
-def _look(run: Training) -> tuple[float | None, Tensor]:
-    """Validation top-1 and the logits of some training images, in float32."""
-    score = evaluate(run.model, run.val, run.runtime, exactly=True) if run.val else None
-    images, _ = next(run.train.batches(256))
-    logits = run.model.eval()(images)
-    return score.top1 if score else None, logits
+def _look(run: Training, phase: Phase) -> _Look:
+    """Validation top-1, the loss of a first batch in train mode (of a copy: it would move statistics), its logits."""
+    images, labels = next(run.train.training_batches(max(run.batch_size, LOOK_IMAGES), run.seed, phase.data_cycle(), 1))
+    loss, _ = run.task_of(phase)(copy.deepcopy(run.model).train(), images, labels)
+    top1 = evaluate(run.model, run.val).top1 if run.val else None
+    return _Look(top1, loss.item(), run.model.eval()(images))
 
 
 def _restart(run: Training, phase: Phase) -> anneal.RestartReport:

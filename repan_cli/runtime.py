@@ -44,7 +44,7 @@ class Runtime:
         """One line for people: device, threads, precision."""
         if self.device.type == "cuda":
             return f"{self.device} ({torch.cuda.get_device_name(self.device)}), {self.precision}"
-        return f"cpu, {torch.get_num_threads()} threads, {self.precision}"
+        return f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, {self.precision}"
 
 
 def start(device: str = "auto", precision: str = "auto", *, channels_last: bool = True) -> Runtime:

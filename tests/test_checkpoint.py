@@ -127,6 +127,7 @@ class Evil:
         return os.system, ("touch marker",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_file_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": "repan", "version": 1, "digest": "", "meta": Evil(), "weights": {}}, "evil.pt")

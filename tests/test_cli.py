@@ -54,6 +54,7 @@ def test_the_summary_has_the_promised_keys(cycle_run):
         assert {"top1_before", "top1_after_restart", "top1", "test_top1", "seconds"} <= row.keys()
         assert row["top1_before"] == row["top1_after_restart"]
         assert row["logit_error"] < 1e-5
+        assert row["loss_after_restart"] < row["loss_before"] + 0.2
 
 
 def test_it_learns_and_the_merged_network_is_as_good(cycle_run):
@@ -125,6 +126,7 @@ def test_cycles_start_from_a_checkpoint(capsys, cycle_run, tmp_path):
     summary = json.loads(out)
     assert summary["model"] == "repvgg_a0_cifar"
     assert summary["baseline"]["test_top1"] == cycle_run.summary["baseline"]["test_top1"]
+    assert (tmp_path / "run" / "best.pt").exists()
     assert "no merging (control)" in err
 
 
@@ -266,6 +268,11 @@ DIGITS = ("--model", "repvgg_a0_cifar", "--dataset", "digits")
         ((*DIGITS, "--device", "gpu"), "unknown device 'gpu'; give auto, cpu, cuda or cuda:N"),
         ((*DIGITS, "--device", "cuda:99"), "device cuda:99 is not there"),
         ((*DIGITS, "--init", "nowhere.pt"), "no checkpoint nowhere.pt"),
+        ((*DIGITS, "--init", "a.pt", "--baseline-epochs", "3"), "baseline.epochs has no effect with --init"),
+        (
+            ("--model", "timm:resnet81", "--dataset", "digits"),
+            "unknown model 'timm:resnet81'; did you mean timm:resnet18",
+        ),
         (("--model", "repvgg"), "no data set: give --dataset NAME"),
         (("--dataset", "digits"), "no network: give --model NAME"),
         (("--model", "timm:resnet18", "--dataset", "digits"), "resnet18 has no re-parameterizable blocks to cycle"),
@@ -295,6 +302,7 @@ def test_a_data_set_that_cannot_be_downloaded(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "CIFAR100", offline)
     line = one_line(capsys, "cycle", "--model", "repvgg", "--dataset", "cifar100", "--data-root", tmp_path / "none")
     assert "cannot be downloaded" in line
+    assert list(tmp_path.iterdir()) == []
     assert "--data-root" in line
 
 
@@ -316,6 +324,18 @@ def test_wrong_checkpoints(capsys, cycle_run, tmp_path):
     assert "blocks of the family repvgg, not acb" in one_line(
         capsys, *start, cycle_run.folder / "last.pt", *DIGITS[:2], "--block", "acb"
     )
+
+
+def test_places_that_cannot_be_written(capsys, cycle_run, tmp_path):
+    last = cycle_run.folder / "last.pt"
+    assert "cannot write /proc/x.pt: " in one_line(capsys, "fuse", last, "-o", "/proc/x.pt")
+    assert "is a folder: name a file in it" in one_line(capsys, "fuse", last, "-o", tmp_path)
+    other = tmp_path / "thesis.pt"
+    other.write_text("years of work")
+    assert "exists already and is no fused network" in one_line(capsys, "fuse", last, "-o", other)
+    assert other.read_text() == "years of work"
+    copy = shutil.copy(last, tmp_path / "trained.pt")
+    assert "exists already and is no fused network" in one_line(capsys, "fuse", last, "-o", copy)
 
 
 def test_bad_words_for_fuse_evaluate_and_list(capsys, cycle_run, tmp_path):
@@ -360,6 +380,13 @@ def test_a_diverging_run_says_so(capsys, tmp_path):
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
+def test_a_ramp_longer_than_its_cycle_is_said(capsys, tmp_path):
+    words = ["--cycles", 1, "--epochs", 1, "--baseline-epochs", 1, "cycle.attach=ramp", "cycle.attach_epochs=4"]
+    code, _, err = run(capsys, "cycle", *DIGITS, *words, "--out", tmp_path / "run", "data.batch_size=128")
+    assert code == 0
+    assert "Warning: cycle.attach_epochs=4 is longer than a cycle: branches reach rate 0.25" in err
+
+
 def test_a_full_disk_is_named(capsys, tmp_path, monkeypatch):
     from repan_cli import checkpoint
 
@@ -382,7 +409,7 @@ def test_ctrl_c_keeps_what_there_is(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(Display, "show", press)
     code, _, err = run(capsys, "train", *DIGITS, "--epochs", 1, "--out", tmp_path / "run")
     assert code == 130
-    assert "interrupted" in err.splitlines()[-1]
+    assert "interrupted before the first epoch was done" in err.splitlines()[-1]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
 
 

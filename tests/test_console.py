@@ -50,15 +50,16 @@ def epoch(**changes):
 
 def test_lines_fit_80_columns(tmp_path):
     shown = display(tmp_path)
-    shown.show(engine.CycleStart(1, True, 22, 0, 60.0, 60.0, 3e-7))
+    shown.show(engine.CycleStart(1, True, 22, 0, 60.0, 60.0, 0.5, 0.51, 3e-7))
     shown.show(epoch())
     shown.show(epoch(val_top1=None, best=False))
     shown.show(engine.CycleEnd(1, 61.0, 62.0, 90.0, 1.0, 70.0))
     lines = shown.console.file.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines), lines
     assert "merged and regrew 22 blocks" in lines[0]
-    assert "60.00*" in lines[2]
-    assert "cycle 1/1: val 61.00, test 62.00, 1 min 10 s" in lines[4]
+    assert lines[1] == "training loss 0.500 -> 0.510, val 60.00 -> 60.00"
+    assert "60.00*" in lines[3]
+    assert "cycle 1/1: val 61.00, test 62.00, 1 min 10 s" in lines[5]
     assert (tmp_path / "log.txt").read_text().splitlines() == lines
 
 
@@ -83,8 +84,19 @@ def test_on_a_terminal_the_live_display_follows_the_run(tmp_path):
 
 def test_zero_gammas_are_said(tmp_path):
     shown = display(tmp_path)
-    shown.show(engine.CycleStart(1, True, 22, 3, None, None, 3e-7))
+    shown.show(engine.CycleStart(1, True, 22, 3, None, None, 0.5, 0.51, 3e-7))
     assert "3 channels had gamma 0" in shown.console.file.getvalue()
+
+
+@pytest.mark.parametrize(("after", "warned"), [(0.9, False), (1.1, True)])
+def test_a_restart_that_breaks_train_mode_is_said(tmp_path, after, warned):
+    shown = display(tmp_path)
+    shown.show(engine.CycleStart(1, True, 22, 0, None, None, 0.5, after, 3e-7))
+    assert ("Warning: the restart kept the function of eval mode only" in shown.console.file.getvalue()) == warned
+
+
+def test_counts():
+    assert [console.count(number, "epoch") for number in (0, 1, 1200)] == ["0 epochs", "1 epoch", "1,200 epochs"]
 
 
 def test_brackets_are_not_markup(tmp_path):

@@ -113,6 +113,18 @@ def test_a_restart_keeps_accuracy_and_logits(digits):
     assert start.logit_error < 1e-5
 
 
+@pytest.mark.parametrize(("rule", "jumps"), [("calibrate", False), ("running", True), ("reset", True)])
+def test_the_loss_across_a_restart_tells_the_rules_apart(digits, rule, jumps):
+    """On a network whose statistics have settled: `calibrate` keeps its training loss, the others do not."""
+    run = training(digits, plan(baseline=False, cycle__rule=rule))
+    with torch.no_grad():
+        for epoch in range(40):
+            for images, _ in run.train.training_batches(192, 7, 7, epoch):
+                run.model.train()(images)
+    start = next(engine.fit(run))
+    assert (abs(start.loss_after_restart - start.loss_before) > 0.1) == jumps
+
+
 def test_the_frozen_trunk_stays_while_its_statistics_move(digits):
     run = training(digits, plan(baseline=False, cycle__freeze_trunk="yes", cycle__attach_epochs="2"))
     events = engine.fit(run)
@@ -181,7 +193,7 @@ def test_divergence_stops_the_run(digits):
 def test_evaluation_counts_every_image_once_and_leaves_the_mode(digits):
     model = small_net(in_chans=1).train()
     images = ResidentImages(digits.test, mean=digits.mean, std=digits.std, device=CPU)
-    score = engine.evaluate(model, images, FP32, exactly=True)
+    score = engine.evaluate(model, images)
     assert model.training
     with torch.no_grad():
         batch, labels = next(images.batches(10_000))
@@ -199,7 +211,7 @@ def test_top5_with_fewer_classes_is_certain(digits):
     model.reset_classifier(3)
     labels = digits.test.labels % 3
     images = ResidentImages(Images(digits.test.images, labels), mean=digits.mean, std=digits.std, device=CPU)
-    assert engine.evaluate(model, images, FP32).top5 == 100
+    assert engine.evaluate(model, images).top5 == 100
 
 
 def test_the_optimizer_never_loses_its_parameters(digits):

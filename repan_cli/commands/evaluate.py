@@ -30,7 +30,7 @@ def run(
         batch, _ = next(images.batches(export.PROOF_IMAGES))
         (model, _), form = export.fuse(model, batch.cpu()), FUSED
     model.to(machine.device, memory_format=machine.memory_format)
-    score = engine.evaluate(model, images, machine, exactly=True)
+    score = engine.evaluate(model, images)
     result = {**dataclasses.asdict(score), "form": form, "dataset": data.name, "split": split}
     if as_json:
         print(json.dumps(result))

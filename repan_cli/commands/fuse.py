@@ -33,6 +33,8 @@ def run(path: Path, *, out: Path | None, formats: list[str], as_json: bool) -> N
 
 
 def _targets(path: Path, out: Path | None, formats: list[str]) -> list[Path]:
+    if out and out.is_dir():
+        raise InputError(f"{out} is a folder: name a file in it")
     endings = formats or [out.suffix.removeprefix(".") if out else "pt"]
     for ending in endings:
         if ending not in FORMATS:
@@ -48,7 +50,17 @@ def _targets(path: Path, out: Path | None, formats: list[str]) -> list[Path]:
             raise InputError(f"no folder {target.parent} to write {target.name} into")
         if target.resolve() == path.resolve():
             raise InputError(f"{target} is the checkpoint itself: give another --out")
+        if target.exists() and not _is_fused(target):
+            raise InputError(f"{target} exists already and is no fused network: give another --out")
     return targets
+
+
+def _is_fused(path: Path) -> bool:
+    """Whether a file is what this command wrote earlier and may write again."""
+    try:
+        return checkpoint.load(path).meta["form"] == FUSED
+    except InputError:
+        return False
 
 
 def _proof_images(saved: Checkpoint) -> torch.Tensor:

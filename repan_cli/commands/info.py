@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from repan_cli import checkpoint, models
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint import Checkpoint
+from repan_cli.config import SCHEMA
 from repan_cli.console import print_table
 
 
@@ -18,17 +21,18 @@ def run(path: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    settings, layers = facts.pop("config"), facts.pop("layers")
+    layers, settings = facts.pop("layers"), facts.pop("config")
+    changed = {key: value for key, value in settings.items() if key not in SCHEMA or value != SCHEMA[key].default}
     print_table(["", str(path)], [(name, _text(value)) for name, value in facts.items()])
     print_table(["block", "convolution"], layers.items())
-    print_table(["setting", "value"], [(key, _text(value)) for key, value in settings.items()])
+    print_table(["setting", "where it is not the default"], [(key, _text(value)) for key, value in changed.items()])
 
 
 def describe(path: Path, saved: Checkpoint) -> dict[str, Any]:
-    """The facts in plain types. `layers` maps the name of each block, or merged convolution, to its shape."""
+    """The facts in plain types. `layers` maps the name of each block to its family and shape."""
     model = models.rebuild(saved, str(path))
     blocks = dict(rep_blocks(model))
-    layers = {name: f"{block.family}, {block.trunk.conv}" for name, block in blocks.items()}
+    layers = {name: f"{block.family}, {_describe(block.trunk.conv)}" for name, block in blocks.items()}
     meta = {key: value for key, value in saved.meta.items() if key != "config"}
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved.weights.values())
     return {
@@ -40,6 +44,11 @@ def describe(path: Path, saved: Checkpoint) -> dict[str, Any]:
         "layers": layers,
         "config": saved.meta["config"],
     }
+
+
+def _describe(conv: nn.Conv2d) -> str:
+    size, stride = ("x".join(map(str, pair)) for pair in (conv.kernel_size, conv.stride))
+    return f"{size}, {conv.in_channels} to {conv.out_channels} channels, stride {stride}"
 
 
 def _text(value: Any) -> str:

@@ -56,7 +56,10 @@ def _presets() -> Rows:
 @KINDS.register("settings")
 def _settings() -> Rows:
     rows = {key: f"{entry.text} Default: {_as_yaml(entry.default)}." for key, entry in SCHEMA.items()}
-    return {**rows, **dict.fromkeys(OVERLAY, "The same for the baseline of cycle.")}
+    overlay = {
+        key: f"{entry.key} of the baseline of 'repan cycle', where it differs." for key, entry in OVERLAY.items()
+    }
+    return {**rows, **overlay}
 
 
 def _as_yaml(value: Any) -> str:

@@ -137,6 +137,7 @@ def _training(
         if command == "cycle"
         else anneal.training_plan(config)
     )
+    _warn_of_a_long_ramp(plan[-1])
     for phase in plan:
         SCHEDULES[phase.optim.schedule]  # an unknown one is an error before the first step
     padding, flip = 0, False
@@ -169,9 +170,16 @@ def _training(
     )
 
 
+def _warn_of_a_long_ramp(last: anneal.Phase) -> None:
+    reached = last.attach_rate(last.epochs)
+    if reached is not None and reached < 1:
+        longer = f"cycle.attach_epochs={last.settings.attach_epochs:g} is longer than a cycle"
+        warn(f"{longer}: branches reach rate {reached:.2f}")
+
+
 def _score_start(training: engine.Training) -> dict[str, Any]:
     def score(images: ResidentImages) -> engine.Score:
-        return engine.evaluate(training.model, images, training.runtime, exactly=True)
+        return engine.evaluate(training.model, images)
 
     top1 = score(training.val).top1 if training.val else None
     return {"top1": top1, "test_top1": score(training.test).top1, "seconds": 0.0}

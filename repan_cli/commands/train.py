@@ -16,7 +16,7 @@ from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint import FUSED, Checkpoint
 from repan_cli.commands.prepare import Session, prepare
 from repan_cli.config import Resolved, dump
-from repan_cli.console import Display, duration, percent, sparkline
+from repan_cli.console import Display, count, duration, percent, sparkline
 from repan_cli.errors import InterruptedRunError
 from repan_cli.trackers import Csv, JsonLines, read_metrics
 
@@ -39,7 +39,8 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
     except KeyboardInterrupt:
         folder.status("interrupted")
         _draw(session, folder, display)
-        raise InterruptedRunError(_left_behind(folder)) from None
+        display.say("interrupted")
+        raise InterruptedRunError(_left_behind(session, folder)) from None
     except Exception:
         with contextlib.suppress(OSError):  # the disk may be what failed
             folder.status("failed")
@@ -50,10 +51,14 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
         print(json.dumps(summary))
 
 
-def _left_behind(folder: runs.RunDirectory) -> str:
-    if not (folder / "last.pt").exists():
+def _left_behind(session: Session, folder: runs.RunDirectory) -> str:
+    """What there is to go on with after Ctrl-C."""
+    last = folder / "last.pt"
+    if not last.exists():
         return f"interrupted before the first epoch was done; {folder.path} holds no checkpoint"
-    return f"interrupted; {folder / 'last.pt'} is the last whole epoch, and 'cycle --init' starts from it"
+    if session.command == "train" or not (folder / "cycle_00.pt").exists():
+        return f"interrupted; {last} is its last whole epoch, to begin anew from with model.init={last}"
+    return f"interrupted; {last} is its last whole epoch, new cycles start from it with --init {last}"
 
 
 def _header(session: Session, resolved: Resolved, folder: runs.RunDirectory) -> dict[str, str]:
@@ -79,11 +84,15 @@ def _describe_plan(plan: tuple[anneal.Phase, ...]) -> str:
     parts = []
     cycles = [phase for phase in plan if phase.cycle]
     if plan[0].cycle == 0:
-        parts.append(f"{plan[0].epochs} epochs at lr {plan[0].optim.lr:g}" + (" as baseline" if cycles else ""))
+        parts.append(
+            f"{count(plan[0].epochs, 'epoch')} at lr {plan[0].optim.lr:g}" + (" as baseline" if cycles else "")
+        )
     if cycles:
         settings = cycles[0].settings
         what = f"restart by {settings.rule}, {settings.attach}" if cycles[0].restarts else "no restart (control)"
-        parts.append(f"{len(cycles)} cycles of {cycles[0].epochs} epochs at lr {cycles[0].optim.lr:g}, {what}")
+        parts.append(
+            f"{count(len(cycles), 'cycle')} of {count(cycles[0].epochs, 'epoch')} at lr {cycles[0].optim.lr:g}, {what}"
+        )
         if settings.lr == "continuous":
             parts.append("one course of the learning rate over all")
     return "; ".join(parts)
@@ -94,6 +103,9 @@ def _train(session: Session, folder: runs.RunDirectory, display: Display) -> dic
     trackers = [JsonLines(folder / "metrics.jsonl"), Csv(folder / "metrics.csv")]
     summary = _new_summary(session)
     starts: dict[int, engine.CycleStart] = {}
+    if session.start and session.start["top1"] is not None:  # where the run begins competes for the best, too
+        session.training.best_top1 = session.start["top1"]
+        _save(session, folder / "best.pt", 0, None, session.start)
     try:
         with display:
             for event in engine.fit(session.training):
@@ -105,7 +117,8 @@ def _train(session: Session, folder: runs.RunDirectory, display: Display) -> dic
                         tracker.log(dataclasses.asdict(event))
                     _save_epoch(session, folder, event)
                 elif isinstance(event, engine.CycleEnd):
-                    _save(session, folder / f"cycle_{event.cycle:02d}.pt", event.cycle, None, _metrics(event))
+                    if session.command == "cycle":
+                        _save(session, folder / f"cycle_{event.cycle:02d}.pt", event.cycle, None, _metrics(event))
                     _note_cycle(summary, starts[event.cycle], event)
     finally:
         for tracker in trackers:
@@ -131,11 +144,8 @@ def _note_cycle(summary: dict[str, Any], start: engine.CycleStart, end: engine.C
     if end.cycle == 0:
         summary["baseline"] = row
         return
-    before = {
-        "top1_before": start.top1_before,
-        "top1_after_restart": start.top1_after_restart,
-        "logit_error": start.logit_error,
-    }
+    watched = ("top1_before", "top1_after_restart", "loss_before", "loss_after_restart", "logit_error")
+    before = {name: getattr(start, name) for name in watched}
     summary["cycles"].append({"cycle": end.cycle, **before, **row})
 
 
@@ -179,7 +189,7 @@ def _finish(
 def _score(session: Session, model: nn.Module) -> dict[str, Any]:
     machine = session.training.runtime
     model.to(machine.device, memory_format=machine.memory_format)
-    return dataclasses.asdict(engine.evaluate(model, session.training.test, machine, exactly=True))
+    return dataclasses.asdict(engine.evaluate(model, session.training.test))
 
 
 def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model: nn.Module) -> dict[str, Any]:
@@ -206,15 +216,18 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
     records = read_metrics(folder / "metrics.jsonl")
     validation = [record["val_top1"] for record in records if record["val_top1"] is not None]
-    display.table(summary)
-    rows = {"chosen": f"{chosen['file']}, cycle {chosen['cycle']} epoch {chosen['epoch']}"}
+    if summary["cycles"]:
+        display.table(summary)
+    where = f"cycle {chosen['cycle']} epoch {chosen['epoch']}" if chosen["epoch"] else "the weights it started from"
+    rows = {"chosen": f"{chosen['file']}, {where}"}
     if validation:
-        rows["validation"] = f"{sparkline(validation)}  best {percent(max(validation))}"
         rows["chosen"] += ", the first with the best validation top-1"
+        rows["validation"] = f"{sparkline(validation)}  best epoch {percent(max(validation))}"
     rows["test"] = f"top-1 {percent(test['top1'])}, top-5 {percent(test['top5'])}"
     if summary["cycles"]:
         gain = summary["cycles"][-1]["test_top1"] - summary["baseline"]["test_top1"]
-        rows["gain"] = f"{gain:+.2f} points of test top-1 from the baseline to the end of the last cycle"
+        start = display.name(0) if 0 in display.epochs else "start"
+        rows["gain"] = f"{gain:+.2f} points of test top-1 from the {start} to the end of the last cycle (one seed)"
     if fused:
         rows["merged"] = (
             f"top-1 {percent(fused['test_top1'])} from {fused['params_after']:,} parameters instead of "

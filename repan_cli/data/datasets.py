@@ -239,10 +239,14 @@ def _load_cifar(class_name: str, folder: str) -> Callable[[Path, int | None], Ra
         from torchvision import datasets
 
         dataset = getattr(datasets, class_name)
+        new_folders = [path for path in (root / folder, root) if not path.exists()]
         try:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for data
                 train, test = (dataset(root / folder, train=part, download=True) for part in (True, False))
         except (OSError, RuntimeError) as error:
+            for path in new_folders:
+                with contextlib.suppress(OSError):  # only what is empty goes
+                    path.rmdir()
             where = f"put the archive or {{train,test}}/<class>/*.png into {root / folder}, or give --data-root"
             raise InputError(f"{folder} is not under {root} and cannot be downloaded ({error}); {where}") from None
         parts = {name: Images(part.data, np.array(part.targets)) for name, part in (("train", train), ("test", test))}

@@ -31,7 +31,7 @@ def resolve(name: str, image_size: int) -> str:
     Raises InputError, with the closest names, for one that does not exist.
     """
     if name.startswith(TIMM):
-        return TIMM + _known(name.removeprefix(TIMM), timm.list_models())
+        return _known(name, [TIMM + known for known in timm.list_models()])
     full = ALIASES.get(name, name)
     if image_size <= SMALL_IMAGE and f"{full}_cifar" in OURS:
         return f"{full}_cifar"
