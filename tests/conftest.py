@@ -85,6 +85,7 @@ def cycle_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A short real run of `repan cycle` on the digits."""
     folder = tmp_path_factory.mktemp("cycle") / "run"
     words = "cycle --model repvgg_a0_cifar --dataset digits --baseline-epochs 8 --cycles 2 --epochs 2 --json --out"
-    result = repan(*words.split(), folder, "cycle.attach_epochs=1", "run.precision=fp32")
+    settings = "cycle.lr=restart --baseline-lr 0.1 --lr 0.05 cycle.attach=ramp cycle.attach_epochs=1 run.precision=fp32"
+    result = repan(*words.split(), folder, *settings.split())
     assert result.returncode == 0, result.stderr
     return Run(folder, json.loads(result.stdout), result.stderr)

@@ -439,7 +439,7 @@ def test_a_timm_network_can_be_trained_and_keeps_its_name(capsys, tmp_path):
         tmp_path / "run",
         "--json",
     ]
-    code, out, err = run(capsys, *words, "data.batch_size=256")
+    code, out, err = run(capsys, *words, "data.batch_size=256", "optim.lr=0.01", "run.precision=fp32")
     assert code == 0, err
     assert json.loads(out)["model"] == "timm:resnet10t"
     assert "fused" not in json.loads(out)
