@@ -24,7 +24,8 @@ def run(path: Path, *, as_json: bool) -> None:
     layers, settings = facts.pop("layers"), facts.pop("config")
     changed = {key: value for key, value in settings.items() if key not in SCHEMA or value != SCHEMA[key].default}
     print_table(["", str(path)], [(name, _text(value)) for name, value in facts.items()])
-    print_table(["block", "convolution"], layers.items())
+    if layers:
+        print_table(["block", "convolution"], layers.items())
     print_table(["setting", "where it is not the default"], [(key, _text(value)) for key, value in changed.items()])
 
 
