@@ -37,8 +37,9 @@ class Moments(NamedTuple):
 
 
 class Trunk(NamedTuple):
-    """What restoration writes into a trunk: weight (C_out, C_in / groups, kh, kw), the rest (C_out,); float64 on
-    the CPU.
+    """What restoration writes into a trunk, in float64 on the CPU.
+
+    The weight is (C_out, C_in / groups, kh, kw), the rest (C_out,).
     """
 
     weight: Tensor

@@ -25,6 +25,7 @@ from repan_cli.errors import InputError
 from repan_cli.runs import write_atomically
 
 FORMAT = 1
+CONTENT = {"version": int, "digest": str, "meta": dict, "weights": dict}
 MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
 
 
@@ -55,6 +56,11 @@ def capture(model: nn.Module, meta: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(weights, dict(meta))
 
 
+def capture_fused(model: nn.Module, origin: Checkpoint) -> Checkpoint:
+    """The checkpoint of a network that was merged from `origin`, which its description names by digest."""
+    return capture(model, {**origin.meta, "form": FUSED, "fused_from": origin.digest()})
+
+
 def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint; the name's ending, .pt or .safetensors, is its format."""
     buffer = _as_safetensors(checkpoint) if path.suffix == ".safetensors" else _as_pt(checkpoint)
@@ -83,7 +89,9 @@ def load(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise InputError(f"no checkpoint {path}" + (": it is a folder; name a file in it" if path.is_dir() else ""))
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
-    if int(content["version"]) > FORMAT:
+    if not all(isinstance(content.get(name), kind) for name, kind in CONTENT.items()):
+        raise InputError(f"{path} is damaged: parts of it are missing; use another copy")
+    if content["version"] > FORMAT:
         raise InputError(f"{path} was written by a newer repan: upgrade this one")
     checkpoint = Checkpoint(content["weights"], content["meta"])
     if checkpoint.digest() != content["digest"]:
@@ -104,8 +112,6 @@ def _read_pt(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged, or no checkpoint at all; use another copy") from None
     if not isinstance(content, dict) or content.get("format") != "repan":
         raise InputError(f"{path} was not written by repan")
-    if not {"version", "digest", "meta", "weights"} <= set(content):
-        raise InputError(f"{path} is damaged: parts of it are missing")
     return content
 
 

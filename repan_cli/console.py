@@ -56,8 +56,9 @@ def sparkline(values: Iterable[float | None]) -> str:
 
 
 class Display:
-    """Shows one run. `epochs` holds the length of each phase, the baseline being cycle 0; `steps` are those of
-    an epoch.
+    """Shows one run.
+
+    `epochs` holds the length of each phase, the baseline being cycle 0; `steps` are those of an epoch.
     """
 
     def __init__(self, *, epochs: Mapping[int, int], steps: int, log: Path | None = None) -> None:

@@ -33,8 +33,10 @@ LOOK_IMAGES = 256
 
 @dataclass(frozen=True)
 class CycleStart:
-    """A phase begins. Before a cycle, what its restart did to the function, which should be nothing: validation top-1
-    and the loss in train mode on the same images before and after it, and how far it moved the logits in eval mode.
+    """A phase begins. Before a cycle: what its restart did to the function, which should be nothing.
+
+    Validation top-1 and the loss in train mode on the same images before and after it, and how far it moved the
+    logits in eval mode.
     """
 
     cycle: int

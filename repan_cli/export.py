@@ -15,9 +15,7 @@ from repan_cli.blocks import rep_blocks, reparameterize
 from repan_cli.errors import InputError, MergeError
 
 TOLERANCE = 1e-10
-"""Bound on the relative error in float64. A right merge is at 1e-15, a wrong one at 1e-2: it detects bugs, not
-rounding.
-"""
+"""Bound on the relative error in float64: a right merge is at 1e-15, a wrong one at 1e-2."""
 
 PROOF_IMAGES = 16
 """Images that a merge is proven on."""

@@ -98,9 +98,7 @@ def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def drop_trunk_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Leave the trunks out of the next step and out of the gradient's norm: no update, no decay, no growing
-    momentum.
-    """
+    """Leave the trunks out of the next step, its decay and momentum, and out of the gradient's norm."""
     for group in optimizer.param_groups:
         if group["trunk"]:
             for parameter in group["params"]:

@@ -1,6 +1,4 @@
-"""Run directories: naming, the files in them, and writing a file so that a reader never sees half of it. No
-torch here.
-"""
+"""Run directories: their names, the files in them, and writing a file so that a reader never sees half of it."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "t
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: flushed, renamed, the folder
-    flushed too.
-    """
+    """Let `write` fill a temporary file beside `path`, flush it, rename it into place, and flush the folder."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:

@@ -112,6 +112,34 @@ def test_damage_is_refused(saved, tmp_path, ending):
         checkpoint.load(path)
 
 
+def test_a_flipped_bit_anywhere_is_refused_or_carries_nothing(saved, tmp_path):
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(Checkpoint({"head.bias": saved.weights["head.bias"]}, {"image_size": 8}), path)
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        for bit in (0, 1, 5):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            try:
+                back = checkpoint.load(path)
+            except InputError:
+                continue
+            assert back.meta == {"image_size": 8}, position
+            assert torch.equal(back.weights["head.bias"], saved.weights["head.bias"])
+
+
+@pytest.mark.parametrize("part", ["version", "digest", "meta", "weights"])
+def test_a_missing_part_is_damage(saved, tmp_path, part):
+    path = tmp_path / "a.pt"
+    checkpoint.save(saved, path)
+    content = torch.load(path, weights_only=True)
+    for broken in ({name: value for name, value in content.items() if name != part}, {**content, part: None}):
+        torch.save(broken, path)
+        with pytest.raises(InputError, match="parts of it are missing"):
+            checkpoint.load(path)
+
+
 def test_a_weight_changed_behind_the_digest_is_noticed(saved, tmp_path):
     path = tmp_path / "a.pt"
     checkpoint.save(saved, path)

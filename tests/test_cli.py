@@ -413,6 +413,30 @@ def test_ctrl_c_keeps_what_there_is(capsys, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
 
 
+@pytest.mark.parametrize(
+    ("command", "at", "says"),
+    [
+        ("train", (0, 2), "a new run starts from its weights with model.init="),
+        ("cycle", (0, 2), "of an unfinished baseline; --init"),
+        ("cycle", (1, 2), "new cycles start from it with --init"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch, command, at, says):
+    from repan_cli.console import Display
+
+    def press(display, event):
+        if type(event).__name__ == "Epoch" and (event.cycle, event.epoch) == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Display, "show", press)
+    words = ["--baseline-epochs", 2] if command == "cycle" else []
+    run_folder = ("--out", tmp_path / "run")
+    code, _, err = run(capsys, command, *DIGITS, *words, "--epochs", 2, *run_folder, "data.batch_size=256")
+    assert code == 130
+    assert says in err.splitlines()[-1]
+    assert (tmp_path / "run" / "last.pt").exists()
+
+
 def test_debugging_shows_the_traceback(tmp_path):
     result = repan("info", tmp_path / "missing.pt", REPAN_DEBUG="1")
     assert result.returncode == 1

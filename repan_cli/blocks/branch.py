@@ -83,9 +83,7 @@ class Branch(Protocol):
         """(N, C_in, H, W) to (N, C_out, H_out, W_out)."""
 
     def equivalent_kernel(self) -> Kernel:
-        """The one convolution, with the trunk's kernel size and geometry, that this equals in eval mode;
-        float64, CPU.
-        """
+        """The one convolution of the trunk's geometry that this equals in eval mode; float64, CPU."""
 
     def reset(self, init: str, generator: torch.Generator | None) -> None:
         """Make it fresh in place: new weights, gamma 1, beta 0, mean 0, variance 1."""

@@ -1,6 +1,4 @@
-"""Block families: each a function from the block's geometry to its side branches. Adding one takes one function
-here.
-"""
+"""Block families: each a function from the block's geometry to its side branches, and nothing else."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def run(path: Path, *, out: Path | None, formats: list[str], as_json: bool) -> N
     if saved.meta["form"] == FUSED:
         raise InputError(f"{path} is fused already")
     fused, report = export.fuse(models.rebuild(saved, str(path)), _proof_images(saved))
-    result = checkpoint.capture(fused, {**saved.meta, "form": FUSED, "fused_from": saved.digest()})
+    result = checkpoint.capture_fused(fused, saved)
     for target in targets:
         checkpoint.save(result, target)
     if as_json:

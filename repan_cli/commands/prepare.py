@@ -32,8 +32,9 @@ from repan_cli.tasks import Classification
 
 @dataclass(frozen=True)
 class Session:
-    """A run that is ready to go. `config` has the network's full name; `start` is the score of the weights it
-    begins with.
+    """A run that is ready to go.
+
+    `config` has the network's full name; `start` is the score of the weights it begins with, if they were given.
     """
 
     command: str

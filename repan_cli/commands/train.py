@@ -13,7 +13,7 @@ from torch import nn
 
 from repan_cli import anneal, checkpoint, engine, export, models, plots, runs, runtime
 from repan_cli.blocks import rep_blocks
-from repan_cli.checkpoint import FUSED, Checkpoint
+from repan_cli.checkpoint import Checkpoint
 from repan_cli.commands.prepare import Session, prepare
 from repan_cli.config import Resolved, dump
 from repan_cli.console import Display, count, duration, percent, sparkline
@@ -56,9 +56,12 @@ def _left_behind(session: Session, folder: runs.RunDirectory) -> str:
     last = folder / "last.pt"
     if not last.exists():
         return f"interrupted before the first epoch was done; {folder.path} holds no checkpoint"
-    if session.command == "train" or not (folder / "cycle_00.pt").exists():
-        return f"interrupted; {last} is its last whole epoch, to begin anew from with model.init={last}"
-    return f"interrupted; {last} is its last whole epoch, new cycles start from it with --init {last}"
+    text = f"interrupted; {last} is its last whole epoch"
+    if session.command == "train":
+        return f"{text}, a new run starts from its weights with model.init={last}"
+    if session.start is None and not (folder / "cycle_00.pt").exists():
+        return f"{text}, of an unfinished baseline; --init {last} would go straight to the cycles"
+    return f"{text}, new cycles start from it with --init {last}"
 
 
 def _header(session: Session, resolved: Resolved, folder: runs.RunDirectory) -> dict[str, str]:
@@ -193,18 +196,22 @@ def _score(session: Session, model: nn.Module) -> dict[str, Any]:
 
 
 def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model: nn.Module) -> dict[str, Any]:
-    """fused.pt, proven equal on validation-style images, and its own test accuracy."""
+    """Write fused.pt, proven equal on some test images, and measure its own test accuracy."""
     images, _ = next(session.training.test.batches(export.PROOF_IMAGES))
     fused, report = export.fuse(model, images.cpu())
-    checkpoint.save(
-        checkpoint.capture(fused, {**chosen.meta, "form": FUSED, "fused_from": chosen.digest()}), folder / "fused.pt"
-    )
+    checkpoint.save(checkpoint.capture_fused(fused, chosen), folder / "fused.pt")
     return {"out": "fused.pt", **dataclasses.asdict(report), "test_top1": _score(session, fused)["top1"]}
 
 
 def _draw(session: Session, folder: runs.RunDirectory, display: Display) -> None:
     config = session.config
-    title = (session.command, config.model.name, config.block.name, config.data.name, f"seed {config.run.seed}")
+    title = (
+        f"repan {session.command}",
+        config.model.name,
+        config.block.name,
+        config.data.name,
+        f"seed {config.run.seed}",
+    )
     if not plots.available():
         display.say("no curves.png: it needs matplotlib, pip install 'repan-cli[plot]'")
     elif records := read_metrics(folder / "metrics.jsonl"):

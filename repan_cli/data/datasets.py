@@ -111,9 +111,7 @@ def load(
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """A mask (N,) that holds out `fraction` of every class, at least one image of each and never all, drawn by
-    `seed`.
-    """
+    """A mask (N,) that holds out `fraction` of every class, drawn by `seed`: at least one image, and never all."""
     mask = np.zeros(len(labels), dtype=bool)
     order = np.random.default_rng(seed).permutation(len(labels))
     for label in np.unique(labels):
