@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from repan_cli.blocks import FAMILIES, RepBlock, rep_blocks, reparameterize
+from repan_cli.blocks import FAMILIES, OWN, RepBlock, refresh, rep_blocks
 from repan_cli.blocks.kernel import Kernel, exact
 from repan_cli.config import Config, Cycle, Optim, baseline_phase
 from repan_cli.errors import InputError
@@ -82,13 +82,24 @@ def restore_running(kernel: Kernel, norm: nn.BatchNorm2d, *, unit_gamma: bool) -
 
 
 @torch.no_grad()
-def _write(block: RepBlock, trunk: Trunk) -> None:
-    """Copy into the storage that is there: optimizers, DDP and captured graphs hold on to it."""
+def _write(block: RepBlock, kernel: Kernel, trunk: Trunk | None) -> None:
+    """Copy into the storage that is there: optimizers, DDP and captured graphs hold on to it.
+
+    A trunk without BN (`trunk` None) takes the kernel as it is.
+    """
     conv, norm = block.trunk.conv, block.trunk.norm
-    for target, value in ((conv.weight, trunk.weight), (norm.running_mean, trunk.mean), (norm.running_var, trunk.var)):
-        target.copy_(value)
-    norm.weight.copy_(trunk.gamma)
-    norm.bias.copy_(trunk.beta)
+    weight, bias = kernel
+    if trunk is not None:
+        weight, bias = trunk.weight, torch.zeros_like(bias)
+        norm.running_mean.copy_(trunk.mean)
+        norm.running_var.copy_(trunk.var)
+        norm.weight.copy_(trunk.gamma)
+        norm.bias.copy_(trunk.beta)
+    conv.weight.copy_(weight)
+    if conv.bias is not None:
+        conv.bias.copy_(bias)
+    else:
+        assert not bias.any(), "a trunk with neither BN nor bias cannot take a bias"
 
 
 # ---------------------------------------------------------------------------------------------- calibration
@@ -116,22 +127,35 @@ class _Sums:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Iterable[Tensor | Sequence[Tensor]]) -> dict[str, Moments]:
-    """The moments of `conv(x; K)` at every block, by the block's name.
+    """The moments of `conv(x; K)` at every block whose trunk has a BN, by the block's name.
 
     One pass of `images`, batches (N, C, H, W), through a merged copy in eval mode measures all blocks at once,
     because every block keeps its function. The copy leaves hooks away from compiled and wrapped modules.
     """
-    merged = reparameterize(copy.deepcopy(model)).eval()
-    sums = {name: _Sums() for name, _ in rep_blocks(model)}
-    modules = dict(merged.named_modules())
+    merged = copy.deepcopy(unwrapped(model)).eval()
+    blocks = {name: block for name, block in rep_blocks(merged) if block.trunk.has_norm}
+    sums = {name: _Sums() for name in blocks}
+    for _, block in list(rep_blocks(merged)):
+        block.collapse()
     for name, collect in sums.items():
-        modules[name].register_forward_hook(collect)
+        blocks[name].trunk.conv.register_forward_hook(collect)
     device = next(merged.parameters()).device
-    for batch in images:
+    for batch in images if sums else ():
         merged((batch if isinstance(batch, Tensor) else batch[0]).to(device))
     if not all(collect.count for collect in sums.values()):
         raise InputError("cycle.rule=calibrate needs images that reach every block, and got none")
-    return {name: collect.moments(exact(modules[name].bias)) for name, collect in sums.items()}
+    return {name: collect.moments(exact(blocks[name].trunk.conv.bias)) for name, collect in sums.items()}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile and data-parallel wrappers, whose parameters it shares."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
 
 
 # ---------------------------------------------------------------------------------------------- restart
@@ -153,13 +177,15 @@ def restart(
     attach: str = "ramp",
     branch_init: str = "kaiming",
     trunk_scale: str = "merged",
+    only: Collection[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> RestartReport:
     """Rep, expansion and restoration of every block, in place on the same parameters.
 
     The function in eval mode is kept (except with `attach="one"`, which lets the fresh branches in at once); with the
     rule `calibrate` the one in train mode is too, up to the difference between `images` and the training batches.
-    Zero the optimizer's momentum afterwards.
+    A block without a BN in its trunk takes the merged kernel as it is, under every rule. Zero the optimizer's momentum
+    afterwards.
 
     Args:
         rule: restoration rule: `calibrate`, `running` (as released) or `reset`.
@@ -168,28 +194,39 @@ def restart(
         attach: `ramp` sets the attach rate to 0, `zero-gamma` to 1 with the branches silenced, `one` to 1.
         branch_init: weights of the fresh branches, `kaiming` or `small`.
         trunk_scale: under `calibrate`, `merged` writes K, `keep` scales every channel to the trunk's old norm.
+        only: names of the blocks to restart, as `blocks.rep_blocks` gives them; None is all.
         generator: draws the fresh weights.
 
-    Raises InputError when the model has no block or `calibrate` got no images.
+    Raises InputError when the model has no such block or `calibrate` got no images.
     """
-    blocks = dict(rep_blocks(model))
+    model = unwrapped(model)
+    blocks = {name: block for name, block in rep_blocks(model) if only is None or name in only}
     if not blocks:
         raise InputError("the network has no re-parameterizable block, so there is nothing to restart")
     moments = calibrate(model, images) if rule == "calibrate" else {}
     zero_gammas = 0
     for name, block in blocks.items():
-        kernel, norm = block.equivalent_kernel(), block.trunk.norm
-        if rule == "calibrate":
-            values = restore_calibrate(kernel, moments[name], norm.eps, _scale(block, kernel, trunk_scale))
-        elif rule == "reset":
-            values = restore_reset(kernel, norm.eps)
-        else:
-            unit_gamma = FAMILIES[block.family].unit_gamma
-            zero_gammas += 0 if unit_gamma else int((norm.weight.abs() < TINY_GAMMA).sum())
-            values = restore_running(kernel, norm, unit_gamma=unit_gamma)
-        _write(block, values)
-        _refresh(block, attach, branch_init, generator)
+        kernel, trunk = block.sum_kernel(), None
+        if block.trunk.has_norm:
+            trunk = _restored(block, kernel, rule, moments.get(name), trunk_scale)
+            if rule == "running" and not _unit_gamma(block):
+                zero_gammas += int((block.trunk.norm.weight.abs() < TINY_GAMMA).sum())
+        _write(block, kernel, trunk)
+        refresh(block, attach, branch_init=branch_init, generator=generator)
     return RestartReport(len(blocks), zero_gammas)
+
+
+def _restored(block: RepBlock, kernel: Kernel, rule: str, moments: Moments | None, trunk_scale: str) -> Trunk:
+    norm = block.trunk.norm
+    if rule == "calibrate":
+        return restore_calibrate(kernel, moments, norm.eps, _scale(block, kernel, trunk_scale))
+    if rule == "reset":
+        return restore_reset(kernel, norm.eps)
+    return restore_running(kernel, norm, unit_gamma=_unit_gamma(block))
+
+
+def _unit_gamma(block: RepBlock) -> bool:
+    return block.family != OWN and FAMILIES[block.family].unit_gamma
 
 
 def _scale(block: RepBlock, kernel: Kernel, trunk_scale: str) -> Tensor:
@@ -199,14 +236,6 @@ def _scale(block: RepBlock, kernel: Kernel, trunk_scale: str) -> Tensor:
         return torch.ones_like(merged)
     old = exact(block.trunk.conv.weight).flatten(1).norm(dim=1)
     return torch.where((merged > 0) & (old > 0), old / merged, 1.0)
-
-
-def _refresh(block: RepBlock, attach: str, branch_init: str, generator: torch.Generator | None) -> None:
-    for branch in block.branches:
-        branch.reset(branch_init, generator)
-        if attach == "zero-gamma":
-            branch.silence()
-    block.attach_rate.fill_(0.0 if attach == "ramp" else 1.0)
 
 
 # ---------------------------------------------------------------------------------------------- the plan

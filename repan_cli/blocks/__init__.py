@@ -1,18 +1,23 @@
 """Re-parameterizable blocks: kernel algebra, branches, the block, its families. Knows nothing of configuration."""
 
-from repan_cli.blocks.branch import Branch, ConvBN, Geometry, IdentityBN
-from repan_cli.blocks.families import FAMILIES, make_block
-from repan_cli.blocks.rep_block import RepBlock, rep_blocks, reparameterize, set_attach_rate
+from repan_cli.blocks.branch import Branch, ConvBN, Geometry, IdentityBN, ScaledIdentity
+from repan_cli.blocks.families import FAMILIES, OWN, block_around, make_block, side_branches
+from repan_cli.blocks.rep_block import RepBlock, refresh, rep_blocks, reparameterize, set_attach_rate
 
 __all__ = [
     "FAMILIES",
+    "OWN",
     "Branch",
     "ConvBN",
     "Geometry",
     "IdentityBN",
     "RepBlock",
+    "ScaledIdentity",
+    "block_around",
     "make_block",
+    "refresh",
     "rep_blocks",
     "reparameterize",
     "set_attach_rate",
+    "side_branches",
 ]

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repan_cli.blocks.kernel import Kernel, Size, conv_kernel, embed, fold_norm, identity_kernel
+from repan_cli.blocks.kernel import (
+    Kernel,
+    Size,
+    averaged,
+    compose,
+    conv_kernel,
+    embed,
+    exact,
+    fold_norm,
+    identity_kernel,
+)
 
 
 @dataclass(frozen=True)
@@ -25,10 +35,29 @@ class Geometry:
     groups: int = 1
     padding_mode: str = "zeros"
 
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Geometry:
+        """That of a convolution. Raises ValueError where its padding has no symmetric numbers."""
+        return cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            _numeric_padding(conv),
+            conv.dilation,
+            conv.groups,
+            conv.padding_mode,
+        )
+
     @property
     def keeps_shape(self) -> bool:
         """Whether the identity is a branch of this block: as many channels out as in, stride 1."""
         return self.in_channels == self.out_channels and self.stride == (1, 1)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every group reads one channel."""
+        return self.groups == self.in_channels > 1
 
     def center(self, kernel_size: Size) -> Size:
         """The offset at which a small kernel lies in the middle of the trunk's, tap (k - 1) // 2."""
@@ -36,12 +65,33 @@ class Geometry:
             (outer - 1) // 2 - (inner - 1) // 2 for outer, inner in zip(self.kernel_size, kernel_size, strict=True)
         )
 
+    def offset_of(self, padding: Size) -> Size:
+        """Where the first tap of a small kernel with its own `padding` p' lies in the trunk's: (p - p') / d.
+
+        Raises ValueError where that is no tap of the trunk's.
+        """
+        rows = [divmod(p - own, d) for p, own, d in zip(self.padding, padding, self.dilation, strict=True)]
+        if any(rest or tap < 0 for tap, rest in rows):
+            raise ValueError(f"a branch with padding {padding} falls between the taps of its trunk")
+        return tuple(tap for tap, _ in rows)
+
     def output_size(self, input_size: Size) -> Size:
         """Height and width of the block's output for an input of `input_size`."""
         return tuple(
             _outputs(*row)
             for row in zip(input_size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
         )
+
+
+def _numeric_padding(conv: nn.Conv2d) -> Size:
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if any(reach % 2 for reach in total):
+            raise ValueError("its padding 'same' is larger on one side than on the other")
+        return tuple(reach // 2 for reach in total)
+    return conv.padding
 
 
 def _outputs(size: int, padding: int, dilation: int, kernel: int, stride: int) -> int:
@@ -76,6 +126,28 @@ class Window(nn.Module):
         return padded, [side - already for side, already in zip(sides, padding, strict=True)]
 
 
+def window_at(geometry: Geometry, kernel_size: Size, offset: Size) -> tuple[nn.Module, Size]:
+    """How a small kernel at `offset` reads its input: a window module and the padding the convolution adds itself.
+
+    A kernel in the middle of the trunk's needs no window: the convolution's own padding p - o * d says the same,
+    cheaper.
+    """
+    padding = tuple(p - o * d for p, o, d in zip(geometry.padding, offset, geometry.dilation, strict=True))
+    middle = all(2 * o + k == size for o, k, size in zip(offset, kernel_size, geometry.kernel_size, strict=True))
+    if middle and min(padding) >= 0:
+        return nn.Identity(), padding
+    return Window(geometry, kernel_size, offset), (0, 0)
+
+
+def middle_window(geometry: Geometry) -> nn.Module:
+    """What the middle tap of the trunk's kernel sees: the input of an identity branch."""
+    window, padding = window_at(geometry, (1, 1), geometry.center((1, 1)))
+    return window if padding == (0, 0) else Window(geometry, (1, 1), geometry.center((1, 1)))
+
+
+# ---------------------------------------------------------------------------------------------- what a block asks
+
+
 class Branch(Protocol):
     """What a block asks of its trunk and of each side branch."""
 
@@ -89,7 +161,7 @@ class Branch(Protocol):
         """Make it fresh in place: new weights, gamma 1, beta 0, mean 0, variance 1."""
 
     def silence(self) -> None:
-        """Make its output zero in train and eval mode, by the last gamma and beta, in place."""
+        """Make its output zero in train and eval mode, by its last gamma and beta or its weights, in place."""
 
 
 def init_weight(weight: Tensor, init: str, generator: torch.Generator | None = None) -> None:
@@ -114,70 +186,99 @@ def reset_norm(norm: nn.BatchNorm2d) -> None:
     nn.init.zeros_(norm.bias)
 
 
-def placed(geometry: Geometry, kernel_size: Size, offset: Size) -> tuple[nn.Module, Size]:
-    """How a small kernel at `offset` reads its input: a window module and the padding the convolution adds itself.
-
-    A kernel in the middle of the trunk's needs no window: the convolution's own padding p - o * d says the same,
-    cheaper.
-    """
-    padding = tuple(p - o * d for p, o, d in zip(geometry.padding, offset, geometry.dilation, strict=True))
-    middle = all(2 * o + k == size for o, k, size in zip(offset, kernel_size, geometry.kernel_size, strict=True))
-    if middle and min(padding) >= 0:
-        return nn.Identity(), padding
-    return Window(geometry, kernel_size, offset), (0, 0)
+# ---------------------------------------------------------------------------------------------- branches
 
 
 class ConvBN(nn.Module):
-    """A convolution and its BN: the trunk of a block, or a side branch with a smaller kernel.
+    """A convolution and its BN, where it has one: the trunk of a block, or a side branch.
 
-    Without `kernel_size` it is the trunk's own; a smaller one lies in the middle unless `offset` (row, column) places
-    it.
+    Args:
+        conv: the convolution, with the block's stride, dilation and groups.
+        norm: its BN; None for a branch without.
+        canvas: kernel size of the block, which the equivalent kernel has.
+        offset: tap (row, column) of the trunk's kernel that the first tap of this one lies on.
+        window: what the convolution sees of the input, where its own padding does not say it.
     """
 
-    def __init__(self, geometry: Geometry, kernel_size: Size | None = None, offset: Size | None = None) -> None:
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        norm: nn.BatchNorm2d | None,
+        *,
+        canvas: Size,
+        offset: Size = (0, 0),
+        window: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        kernel_size = kernel_size or geometry.kernel_size
-        self.canvas = geometry.kernel_size
-        self.offset = geometry.center(kernel_size) if offset is None else offset
-        self.window, padding = placed(geometry, kernel_size, self.offset)
-        self.conv = nn.Conv2d(
-            geometry.in_channels,
-            geometry.out_channels,
-            kernel_size,
-            stride=geometry.stride,
-            padding=padding,
-            dilation=geometry.dilation,
-            groups=geometry.groups,
-            bias=False,
-            padding_mode=geometry.padding_mode,
-        )
-        self.norm = nn.BatchNorm2d(geometry.out_channels)
-        self.reset("kaiming")
+        self.canvas, self.offset = canvas, offset
+        self.window = window or nn.Identity()
+        self.conv = conv
+        self.norm = norm or nn.Identity()
+
+    @property
+    def has_norm(self) -> bool:
+        return not isinstance(self.norm, nn.Identity)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(self.window(x)))
 
     def equivalent_kernel(self) -> Kernel:
-        return embed(fold_norm(conv_kernel(self.conv), self.norm), self.canvas, self.offset)
+        kernel = conv_kernel(self.conv)
+        return embed(fold_norm(kernel, self.norm) if self.has_norm else kernel, self.canvas, self.offset)
 
     def reset(self, init: str, generator: torch.Generator | None = None) -> None:
         init_weight(self.conv.weight, init, generator)
-        reset_norm(self.norm)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+        if self.has_norm:
+            reset_norm(self.norm)
 
     def silence(self) -> None:
-        silence_norm(self.norm)
+        if self.has_norm:
+            silence_norm(self.norm)
+            return
+        nn.init.zeros_(self.conv.weight)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+
+
+def conv_bn(
+    geometry: Geometry, kernel_size: Size | None = None, *, offset: Size | None = None, norm: bool = True
+) -> ConvBN:
+    """A fresh convolution with a BN, or without.
+
+    Without `kernel_size` it is the trunk's own; a smaller one lies in the middle unless `offset` (row, column) places
+    it.
+    """
+    kernel_size = kernel_size or geometry.kernel_size
+    offset = geometry.center(kernel_size) if offset is None else offset
+    window, padding = window_at(geometry, kernel_size, offset)
+    conv = nn.Conv2d(
+        geometry.in_channels,
+        geometry.out_channels,
+        kernel_size,
+        stride=geometry.stride,
+        padding=padding,
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+        bias=False,
+        padding_mode=geometry.padding_mode,
+    )
+    normed = nn.BatchNorm2d(geometry.out_channels) if norm else None
+    branch = ConvBN(conv, normed, canvas=geometry.kernel_size, offset=offset, window=window)
+    branch.reset("kaiming")
+    return branch
 
 
 class IdentityBN(nn.Module):
     """The block's input through a BN of its own; for blocks that keep the shape."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, geometry: Geometry, norm: nn.BatchNorm2d | None = None) -> None:
         super().__init__()
         assert geometry.keeps_shape
         self.geometry = geometry
-        window, padding = placed(geometry, (1, 1), geometry.center((1, 1)))
-        self.window = window if padding == (0, 0) else Window(geometry, (1, 1), geometry.center((1, 1)))
-        self.norm = nn.BatchNorm2d(geometry.out_channels)
+        self.window = middle_window(geometry)
+        self.norm = norm or nn.BatchNorm2d(geometry.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.window(x))
@@ -187,6 +288,157 @@ class IdentityBN(nn.Module):
         return embed(fold_norm(identity, self.norm), self.geometry.kernel_size, self.geometry.center((1, 1)))
 
     def reset(self, init: str, generator: torch.Generator | None = None) -> None:
+        reset_norm(self.norm)
+
+    def silence(self) -> None:
+        silence_norm(self.norm)
+
+
+class ScaledIdentity(nn.Module):
+    """The block's input times a learned factor a channel, 1 at first; where no BN is wanted inside the block."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        assert geometry.keeps_shape
+        self.geometry = geometry
+        self.window = middle_window(geometry)
+        self.weight = nn.Parameter(torch.ones(geometry.out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.window(x)
+        return x * self.weight.view(-1, 1, 1).to(x.dtype)
+
+    def equivalent_kernel(self) -> Kernel:
+        weight, bias = identity_kernel(self.geometry.in_channels, self.geometry.groups)
+        scaled = weight * exact(self.weight).view(-1, 1, 1, 1)
+        return embed((scaled, bias), self.geometry.kernel_size, self.geometry.center((1, 1)))
+
+    def reset(self, init: str, generator: torch.Generator | None = None) -> None:
+        nn.init.ones_(self.weight)
+
+    def silence(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class ResidualPointwise(nn.Conv2d):
+    """A 1x1 convolution stored as the identity plus a learned difference, zeros at first (DBB, section 3.3)."""
+
+    def __init__(self, geometry: Geometry, width: int) -> None:
+        super().__init__(
+            geometry.in_channels,
+            width,
+            (1, 1),
+            padding=geometry.padding,
+            groups=geometry.groups,
+            bias=False,
+            padding_mode=geometry.padding_mode,
+        )
+        identity, _ = identity_kernel(geometry.in_channels, geometry.groups)
+        copies = width // geometry.in_channels
+        self.register_buffer("identity", identity.repeat_interleave(copies, 0).to(self.weight.dtype), persistent=False)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight + self.identity, None)
+
+    def kernel(self) -> Kernel:
+        weight = exact(self.weight) + exact(self.identity)
+        return weight, weight.new_zeros(len(weight))
+
+
+class PointwiseConvBN(nn.Module):
+    """1x1 + BN, then k x k + BN (DBB, Ding et al. 2021).
+
+    The 1x1 convolution pads its input as the trunk does, so that the map between the two holds at its borders what the
+    first BN makes of zeros, in train mode as well as in eval mode, and the k x k convolution needs no padding.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.groups = geometry.groups
+        width = geometry.in_channels * (2 if geometry.depthwise else 1)
+        self.inner_conv = ResidualPointwise(geometry, width)
+        self.inner_norm = nn.BatchNorm2d(width)
+        self.conv = nn.Conv2d(
+            width,
+            geometry.out_channels,
+            geometry.kernel_size,
+            stride=geometry.stride,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+            bias=False,
+        )
+        self.norm = nn.BatchNorm2d(geometry.out_channels)
+        self.reset("kaiming")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(self.inner_norm(self.inner_conv(x))))
+
+    def equivalent_kernel(self) -> Kernel:
+        inner = fold_norm(self.inner_conv.kernel(), self.inner_norm)
+        return fold_norm(compose(inner, conv_kernel(self.conv), self.groups), self.norm)
+
+    def reset(self, init: str, generator: torch.Generator | None = None) -> None:
+        nn.init.zeros_(self.inner_conv.weight)
+        init_weight(self.conv.weight, init, generator)
+        reset_norm(self.inner_norm)
+        reset_norm(self.norm)
+
+    def silence(self) -> None:
+        silence_norm(self.norm)
+
+
+class PointwiseAverageBN(nn.Module):
+    """1x1 + BN, then average pooling + BN (DBB); without the 1x1 + BN in a depthwise block that keeps its channels.
+
+    The average counts the padding, which the 1x1 convolution adds as in `PointwiseConvBN`. With dilation the pooling is
+    a convolution with constant weights.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+        channels = geometry.out_channels
+        if geometry.depthwise and geometry.in_channels == channels:
+            self.inner_conv = self.inner_norm = None
+            self.window = Window(geometry, geometry.kernel_size, (0, 0))
+        else:
+            self.inner_conv = nn.Conv2d(
+                geometry.in_channels,
+                channels,
+                (1, 1),
+                padding=geometry.padding,
+                groups=geometry.groups,
+                bias=False,
+                padding_mode=geometry.padding_mode,
+            )
+            self.inner_norm = nn.BatchNorm2d(channels)
+        self.norm = nn.BatchNorm2d(channels)
+        self.reset("kaiming")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.window(x) if self.inner_conv is None else self.inner_norm(self.inner_conv(x))
+        return self.norm(self._average(x))
+
+    def _average(self, x: Tensor) -> Tensor:
+        geometry = self.geometry
+        height, width = geometry.kernel_size
+        if geometry.dilation == (1, 1):
+            return F.avg_pool2d(x, geometry.kernel_size, geometry.stride)
+        weight = x.new_full((x.shape[1], 1, height, width), 1 / (height * width))
+        return F.conv2d(x, weight, stride=geometry.stride, dilation=geometry.dilation, groups=x.shape[1])
+
+    def equivalent_kernel(self) -> Kernel:
+        if self.inner_conv is None:
+            kernel = identity_kernel(self.geometry.in_channels, self.geometry.groups)
+        else:
+            kernel = fold_norm(conv_kernel(self.inner_conv), self.inner_norm)
+        return fold_norm(averaged(kernel, self.geometry.kernel_size), self.norm)
+
+    def reset(self, init: str, generator: torch.Generator | None = None) -> None:
+        if self.inner_conv is not None:
+            init_weight(self.inner_conv.weight, init, generator)
+            reset_norm(self.inner_norm)
         reset_norm(self.norm)
 
     def silence(self) -> None:

@@ -2,40 +2,100 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
-from repan_cli.blocks.branch import Branch, ConvBN, Geometry, IdentityBN
+import torch
+from torch import Tensor, nn
+
+from repan_cli.blocks.branch import (
+    Branch,
+    ConvBN,
+    Geometry,
+    IdentityBN,
+    PointwiseAverageBN,
+    PointwiseConvBN,
+    ScaledIdentity,
+    conv_bn,
+)
 from repan_cli.blocks.rep_block import RepBlock
+from repan_cli.errors import InputError
 from repan_cli.registry import Registry
+
+OWN = "own"
+"""What `RepBlock.family` says of a network's own multi-branch blocks."""
 
 
 class Family(NamedTuple):
-    """`branches` builds the side branches; `unit_gamma` is a detail of the released restoration rule `running`."""
+    """`branches` builds the side branches of a geometry.
 
-    branches: Callable[[Geometry], list[Branch]]
+    `post_norm`: the one BN stands after the sum. `unit_gamma` is a detail of the released restoration rule `running`.
+    """
+
+    branches: Callable[..., list[Branch]]
     text: str
+    post_norm: bool = False
     unit_gamma: bool = False
 
 
 FAMILIES: Registry[Family] = Registry("block family")
 
+BranchesOf = Callable[..., list[Branch]]
 
-def family(
-    name: str, *, unit_gamma: bool = False
-) -> Callable[[Callable[[Geometry], list[Branch]]], Callable[[Geometry], list[Branch]]]:
+
+def family(name: str, *, post_norm: bool = False, unit_gamma: bool = False) -> Callable[[BranchesOf], BranchesOf]:
     """Enter a function from geometry to branches into the registry, its docstring as the text."""
 
-    def enter(branches: Callable[[Geometry], list[Branch]]) -> Callable[[Geometry], list[Branch]]:
-        FAMILIES.register(name)(Family(branches, " ".join((branches.__doc__ or "").split()), unit_gamma))
+    def enter(branches: BranchesOf) -> BranchesOf:
+        text = " ".join((branches.__doc__ or "").split())
+        FAMILIES.register(name)(Family(branches, text, post_norm, unit_gamma))
         return branches
 
     return enter
 
 
-def make_block(name: str, geometry: Geometry) -> RepBlock:
+def side_branches(name: str, geometry: Geometry, copies: int | None = None) -> list[Branch]:
+    """Fresh side branches of the family `name`; `copies` is the number of those that a family lets choose.
+
+    Raises InputError for a family that does not exist, or that has no number to choose.
+    """
+    build = FAMILIES[name].branches
+    if copies is None:
+        return build(geometry)
+    if "copies" not in inspect.signature(build).parameters:
+        raise InputError(f"block.branches={copies}: the block family {name} has no number of branches to choose")
+    return build(geometry, copies=copies)
+
+
+def make_block(name: str, geometry: Geometry, *, copies: int | None = None) -> RepBlock:
     """A fresh block of the family `name`. Raises InputError for a family that does not exist."""
-    return RepBlock(ConvBN(geometry), FAMILIES[name].branches(geometry), family=name)
+    post_norm = FAMILIES[name].post_norm
+    trunk = conv_bn(geometry, norm=not post_norm)
+    branches = side_branches(name, geometry, copies)
+    return RepBlock(
+        trunk, branches, family=name, post_norm=nn.BatchNorm2d(geometry.out_channels) if post_norm else None
+    )
+
+
+def block_around(
+    conv: nn.Conv2d, norm: nn.BatchNorm2d | None, name: str, *, copies: int | None = None
+) -> RepBlock:
+    """A block of the family `name` whose trunk is a convolution that is there, with its BN if it has one.
+
+    The side branches are fresh, on the convolution's device, in its dtype and memory format.
+    """
+    geometry = Geometry.of(conv)
+    behind = norm is not None and FAMILIES[name].post_norm
+    trunk = ConvBN(conv, None if behind else norm, canvas=geometry.kernel_size)
+    block = RepBlock(trunk, side_branches(name, geometry, copies), family=name, post_norm=norm if behind else None)
+    return placed_as(conv.weight, block)
+
+
+def placed_as(weight: Tensor, module: nn.Module) -> nn.Module:
+    """A module moved to the device, dtype and memory format of a convolution's weight (C_out, C_in / g, kh, kw)."""
+    channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return module.to(weight.device, weight.dtype, memory_format=torch.channels_last if channels_last else None)
 
 
 @family("plain")
@@ -47,7 +107,7 @@ def plain(geometry: Geometry) -> list[Branch]:
 @family("rep")
 def rep(geometry: Geometry) -> list[Branch]:
     """1x1 + BN."""
-    return [ConvBN(geometry, (1, 1))]
+    return [conv_bn(geometry, (1, 1))]
 
 
 @family("repvgg")
@@ -60,4 +120,27 @@ def repvgg(geometry: Geometry) -> list[Branch]:
 def acb(geometry: Geometry) -> list[Branch]:
     """1 x k + BN and k x 1 + BN (ACNet, Ding et al. 2019)."""
     height, width = geometry.kernel_size
-    return [ConvBN(geometry, (1, width)), ConvBN(geometry, (height, 1))]
+    return [conv_bn(geometry, (1, width)), conv_bn(geometry, (height, 1))]
+
+
+@family("dbb", unit_gamma=True)
+def dbb(geometry: Geometry) -> list[Branch]:
+    """1x1 + BN; 1x1 + BN, k x k + BN; 1x1 + BN, average pooling + BN (Diverse Branch Block, Ding et al. 2021)."""
+    return [conv_bn(geometry, (1, 1)), PointwiseConvBN(geometry), PointwiseAverageBN(geometry)]
+
+
+@family("mobileone")
+def mobileone(geometry: Geometry, copies: int = 3) -> list[Branch]:
+    """3 more k x k + BN (block.branches), 1x1 + BN, and an identity BN where the shape is kept (MobileOne, Vasu et al.
+    2023).
+    """
+    small = [conv_bn(geometry, (1, 1))] if max(geometry.kernel_size) > 1 else []
+    identity = [IdentityBN(geometry)] if geometry.keeps_shape else []
+    return [*(conv_bn(geometry) for _ in range(copies)), *small, *identity]
+
+
+@family("qarep", post_norm=True)
+def qarep(geometry: Geometry) -> list[Branch]:
+    """1x1 and a scaled identity without BN, and one BN after the sum: friendly to int8 (QARepVGG, Chu et al. 2022)."""
+    identity = [ScaledIdentity(geometry)] if geometry.keeps_shape else []
+    return [conv_bn(geometry, (1, 1), norm=False), *identity]

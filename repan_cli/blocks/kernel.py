@@ -59,6 +59,26 @@ def embed(kernel: Kernel, size: Size, offset: Size) -> Kernel:
     return canvas, bias
 
 
+def compose(first: Kernel, second: Kernel, groups: int) -> Kernel:
+    """The kernel of a 1x1 convolution `first` followed by a convolution `second`, both of `groups` groups.
+
+    K[o, i] = sum_m K2[o, m] K1[m, i] within a group, b = b2 + sum K2 b1 (DBB, Ding et al. 2021, transform III). Exact
+    where the second reads its borders from a map that holds b1 there, which is what the first makes of zeros.
+    """
+    (inner, inner_bias), (outer, outer_bias) = first, second
+    inner = inner.flatten(1).unflatten(0, (groups, -1))
+    outer = outer.unflatten(0, (groups, -1))
+    weight = torch.einsum("gomhw,gmi->goihw", outer, inner).flatten(0, 1)
+    bias = torch.einsum("gomhw,gm->go", outer, inner_bias.unflatten(0, (groups, -1))).flatten()
+    return weight, outer_bias + bias
+
+
+def averaged(kernel: Kernel, size: Size) -> Kernel:
+    """The kernel of a 1x1 convolution followed by the average over windows of `size` (DBB, transform V)."""
+    weight, bias = kernel
+    return weight.expand(-1, -1, *size) / (size[0] * size[1]), bias
+
+
 def identity_kernel(channels: int, groups: int) -> Kernel:
     """The 1x1 kernel that copies its input: E[i, i mod (C / g)] = 1."""
     index = torch.arange(channels)

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from repan_cli.blocks.branch import Branch, ConvBN
-from repan_cli.blocks.kernel import Kernel
+from repan_cli.blocks.kernel import Kernel, fold_norm
 
 
 class RepBlock(nn.Module):
-    """`trunk(x) + attach_rate * sum(branch(x) for branch in branches)`; the non-linearity stays outside.
+    """`post_norm(trunk(x) + attach_rate * sum(branch(x) for branch in branches))`; the non-linearity stays outside.
 
     `attach_rate` is a 0-d buffer: part of the function, saved with the weights, folded in by merging, and set in place,
-    so that compiled and captured graphs see it change. A freshly built block has 1.
+    so that compiled and captured graphs see it change. A freshly built block has 1. `post_norm` is a BN after the sum,
+    in the families that have one (QARepVGG, Chu et al. 2022).
     """
 
     attach_rate: Tensor
 
-    def __init__(self, trunk: ConvBN, branches: Sequence[Branch], *, family: str) -> None:
+    def __init__(
+        self, trunk: ConvBN, branches: Sequence[Branch], *, family: str, post_norm: nn.BatchNorm2d | None = None
+    ) -> None:
         super().__init__()
         self.family = family
         self.trunk = trunk
         self.branches = nn.ModuleList(branches)
+        self.post_norm = post_norm or nn.Identity()
         self.register_buffer("attach_rate", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,10 +37,10 @@ class RepBlock(nn.Module):
         rate = self.attach_rate.to(y.dtype)  # under autocast a float32 rate would promote the sum
         for branch in self.branches:
             y = torch.addcmul(y, branch(x), rate)
-        return y
+        return self.post_norm(y)
 
-    def equivalent_kernel(self) -> Kernel:
-        """The one convolution that the block equals in eval mode: float64, on the CPU, attach rate folded in."""
+    def sum_kernel(self) -> Kernel:
+        """The one convolution that the sum of the branches equals in eval mode, before `post_norm`."""
         weight, bias = self.trunk.equivalent_kernel()
         rate = self.attach_rate.item()
         for branch in self.branches:
@@ -44,9 +48,22 @@ class RepBlock(nn.Module):
             weight, bias = weight + rate * side_weight, bias + rate * side_bias
         return weight, bias
 
+    def equivalent_kernel(self) -> Kernel:
+        """The one convolution that the block equals in eval mode: float64, on the CPU, attach rate folded in."""
+        kernel = self.sum_kernel()
+        return kernel if isinstance(self.post_norm, nn.Identity) else fold_norm(kernel, self.post_norm)
+
     def reparameterize(self) -> nn.Conv2d:
         """A new convolution equal to this block in eval mode, with the trunk's device, dtype and memory format."""
-        conv, (weight, bias) = self.trunk.conv, self.equivalent_kernel()
+        return self._merged(self.equivalent_kernel())
+
+    def collapse(self) -> None:
+        """Put the sum's one convolution, with a bias, in the trunk's place and drop the branches."""
+        self.trunk = ConvBN(self._merged(self.sum_kernel()), None, canvas=self.trunk.canvas)
+        self.branches = nn.ModuleList()
+
+    def _merged(self, kernel: Kernel) -> nn.Conv2d:
+        conv, (weight, bias) = self.trunk.conv, kernel
         merged = nn.Conv2d(
             conv.in_channels,
             conv.out_channels,
@@ -76,10 +93,25 @@ def rep_blocks(model: nn.Module) -> Iterator[tuple[str, RepBlock]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, RepBlock))
 
 
-def set_attach_rate(model: nn.Module, rate: float) -> None:
-    """Set the attach rate of every block, in place."""
-    for _, block in rep_blocks(model):
-        block.attach_rate.fill_(rate)
+def set_attach_rate(model: nn.Module, rate: float, *, only: Collection[str] | None = None) -> None:
+    """Set the attach rate of every block, or of the blocks named in `only`, in place."""
+    for name, block in rep_blocks(model):
+        if only is None or name in only:
+            block.attach_rate.fill_(rate)
+
+
+def refresh(
+    block: RepBlock, attach: str, *, branch_init: str = "kaiming", generator: torch.Generator | None = None
+) -> None:
+    """Fresh side branches, in place.
+
+    They begin at attach rate 0 (`attach="ramp"`), at rate 1 but silent (`zero-gamma`), or at rate 1 (`one`).
+    """
+    for branch in block.branches:
+        branch.reset(branch_init, generator)
+        if attach == "zero-gamma":
+            branch.silence()
+    block.attach_rate.fill_(0.0 if attach == "ramp" else 1.0)
 
 
 def reparameterize(model: nn.Module) -> nn.Module:
