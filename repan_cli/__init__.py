@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _DOORS = {
+    "expand": "repan_cli.models",
     "load": "repan_cli.models",
     "reparameterize": "repan_cli.blocks",
     "restart": "repan_cli.anneal",

@@ -7,11 +7,13 @@ carry a SHA-256 over names, dtypes, shapes, bytes and description, and are refus
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
 import pickle
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,9 @@ def capture(model: nn.Module, meta: Mapping[str, Any]) -> Checkpoint:
 
 def capture_fused(model: nn.Module, origin: Checkpoint) -> Checkpoint:
     """The checkpoint of a network that was merged from `origin`, which its description names by digest."""
-    return capture(model, {**origin.meta, "form": FUSED, "fused_from": origin.digest()})
+    changes = [list(change) for change in model.repan_report.changes]
+    structure = {**origin.meta["structure"], "changes": changes}
+    return capture(model, {**origin.meta, "structure": structure, "form": FUSED, "fused_from": origin.digest()})
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -85,10 +89,24 @@ def load(path: str | Path) -> Checkpoint:
 
     Raises InputError, naming the file, when it is missing, damaged, or not written by repan.
     """
+    saved = load_any(path)
+    if not isinstance(saved, Checkpoint):
+        raise InputError(f"{path} was not written by repan")
+    return saved
+
+
+def load_any(path: str | Path) -> Checkpoint | dict[str, Tensor]:
+    """A checkpoint of repan's, verified, or the weights by name in a file of others.
+
+    Of others' files, `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors`, the usual wrappers (`state_dict`, `model`, ...)
+    are opened. Raises InputError, naming the file, when it is missing, damaged, or holds no weights.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no checkpoint {path}" + (": it is a folder; name a file in it" if path.is_dir() else ""))
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    if not isinstance(content, Mapping) or content.get("format") != "repan":
+        return _foreign_weights(content, path)
     if not all(isinstance(content.get(name), kind) for name, kind in CONTENT.items()):
         raise InputError(f"{path} is damaged: parts of it are missing; use another copy")
     if content["version"] > FORMAT:
@@ -99,9 +117,10 @@ def load(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def _read_pt(path: Path) -> dict[str, Any]:
+def _read_pt(path: Path) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes, which many trainers save
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(
             f"{path} is damaged, or holds more than tensors and plain types: refused, no code is run"
@@ -110,9 +129,6 @@ def _read_pt(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:  # the reader of a damaged archive raises nearly anything
         raise InputError(f"{path} is damaged, or no checkpoint at all; use another copy") from None
-    if not isinstance(content, dict) or content.get("format") != "repan":
-        raise InputError(f"{path} was not written by repan")
-    return content
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -120,11 +136,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        if "repan" not in header:
-            raise InputError(f"{path} was not written by repan")
-        return {**json.loads(header["repan"]), "weights": weights}
-    except InputError:
-        raise
+        return {"format": "repan", **json.loads(header["repan"]), "weights": weights} if "repan" in header else weights
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:
@@ -147,3 +159,71 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, source: str) -> None:
                 f"{source} does not fit the network: it {what} {len(names)} of the weights, such as '{min(names)}'"
             )
     model.load_state_dict(checkpoint.weights)
+
+
+# ---------------------------------------------------------------------------------------------- others' weights
+
+WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "network", "module", "weights", "params")
+"""Under which keys trainers save the weights, in the order in which they are looked for."""
+
+PREFIXES = ("module.", "_orig_mod.")
+"""What data-parallel wrappers and torch.compile put in front of names."""
+
+
+def _foreign_weights(content: Any, path: Path) -> dict[str, Tensor]:
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    tensors = content.items() if isinstance(content, Mapping) else ()
+    weights = {name: value for name, value in tensors if isinstance(name, str) and isinstance(value, Tensor)}
+    if not weights:
+        raise InputError(f"{path} holds no weights: no tensors by name, nor under {', '.join(WRAPPERS)}")
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def load_foreign(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, *, may_be_new: Collection[str] = ()
+) -> bool:
+    """Copy others' weights into a network, in place; returns whether the classifier had to stay new.
+
+    A prefix that the network does not know (`model.`, `backbone.`) is taken off. The layers named in `may_be_new`,
+    those of the classifier, may be missing or have another shape; everything else must fit. Raises InputError naming
+    the first keys or shapes that differ.
+    """
+    own = model.state_dict()
+    weights = _renamed(_converted(model, weights), own)
+    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    weights = {**counters, **weights}  # older files lack them
+    new = {
+        name
+        for name, value in own.items()
+        if name.rpartition(".")[0] in may_be_new and (name not in weights or weights[name].shape != value.shape)
+    }
+    load_weights(model, Checkpoint({**weights, **{name: own[name] for name in new}}, {}), source)
+    return bool(new)
+
+
+def _renamed(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With the one leading part of the names taken off that makes most of them known."""
+    prefixes = ["", *dict.fromkeys(name.partition(".")[0] + "." for name in weights)]
+    best = max(
+        prefixes, key=lambda prefix: sum(name.startswith(prefix) and name[len(prefix) :] in own for name in weights)
+    )
+    return {name.removeprefix(best): value for name, value in weights.items()}
+
+
+def _converted(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights in an original author's names, through timm's own filter for that network, where it has one."""
+    convert = getattr(sys.modules.get(type(model).__module__), "checkpoint_filter_fn", None)
+    if convert is None or weights.keys() <= model.state_dict().keys():
+        return weights
+    try:
+        converted = convert(dict(weights), model)
+    except Exception:  # made for files that this one is not
+        return weights
+    own = model.state_dict().keys()
+    return converted if len(own & converted.keys()) > len(own & weights.keys()) else weights

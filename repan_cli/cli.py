@@ -35,6 +35,7 @@ SHORTCUTS = {
     "baseline_lr": "baseline.optim.lr",
     "cycles": "cycle.count",
     "init": "model.init",
+    "pretrained": "model.pretrained",
     "seed": "run.seed",
     "device": "run.device",
     "out": "run.out",
@@ -55,6 +56,9 @@ DatasetOption = Annotated[str | None, _shortcut("dataset", "NAME")]
 DataRootOption = Annotated[str | None, _shortcut("data_root", "FOLDER")]
 EpochsOption = Annotated[str | None, _shortcut("epochs", "N", "Length of the run.")]
 LrOption = Annotated[str | None, _shortcut("lr", "RATE")]
+PretrainedOption = Annotated[
+    bool, typer.Option("--pretrained", help="Start from the weights that timm or torchvision offers.")
+]
 BatchSizeOption = Annotated[str | None, _shortcut("batch_size", "N")]
 SeedOption = Annotated[str | None, _shortcut("seed", "N")]
 DeviceOption = Annotated[str | None, _shortcut("device", "NAME")]
@@ -121,10 +125,11 @@ def _train(
     try:
         given = config.parse_assignments(settings or [])
         for name, value in options.items():
-            if value is not None and SHORTCUTS[name] in given:
+            if value in (None, False):
+                continue
+            if SHORTCUTS[name] in given:
                 raise InputError(f"--{name.replace('_', '-')} and {SHORTCUTS[name]}= are the same setting: give one")
-            if value is not None:
-                given[SHORTCUTS[name]] = value
+            given[SHORTCUTS[name]] = str(value)
         resolved = config.resolve(command, file, given)
     except RepanError as error:
         _fail(error)
@@ -162,8 +167,9 @@ def cycle(
     epochs: Annotated[str | None, _shortcut("epochs", "N", "Length of each cycle.")] = None,
     lr: Annotated[str | None, _shortcut("lr", "RATE", "Peak learning rate of each cycle.")] = None,
     init: Annotated[
-        str | None, _shortcut("init", "CHECKPOINT", "Start the cycles from this checkpoint instead of a baseline.")
+        str | None, _shortcut("init", "FILE", "Start the cycles from these weights instead of a baseline.")
     ] = None,
+    pretrained: PretrainedOption = False,
     batch_size: BatchSizeOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
@@ -195,6 +201,7 @@ def train(
     data_root: DataRootOption = None,
     epochs: EpochsOption = None,
     lr: LrOption = None,
+    pretrained: PretrainedOption = False,
     batch_size: BatchSizeOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
@@ -219,6 +226,11 @@ CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A .pt or .safetensors file that repan wrote.", show_default=False)
 ]
 
+NetworkOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="FILE.py:FUNCTION", help="The network, where it is your own."),
+]
+
 
 @app.command(rich_help_panel="Deployment")
 def fuse(
@@ -230,6 +242,7 @@ def fuse(
     formats: Annotated[
         list[str] | None, typer.Option("--format", "-f", metavar="FORMAT", help="pt or safetensors; may be repeated.")
     ] = None,
+    model: NetworkOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge a trained network into plain convolutions, prove it equal, write it.
@@ -240,7 +253,7 @@ def fuse(
 
     [cyan]repan fuse runs/cycle/NAME/best.pt --out plain.safetensors[/cyan]
     """
-    _dispatch("fuse", checkpoint, out=out, formats=formats or [], as_json=as_json)
+    _dispatch("fuse", checkpoint, out=out, formats=formats or [], model=model, as_json=as_json)
 
 
 @app.command(rich_help_panel="Inspection")
@@ -254,6 +267,7 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option("--split", metavar="PART", help="test, val or train.")] = "test",
     fused: Annotated[bool, typer.Option("--fused", help="Merge it first.")] = False,
+    model: NetworkOption = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -274,20 +288,21 @@ def evaluate(
         data_root=data_root,
         split=split,
         fused=fused,
+        model=model,
         device=device,
         as_json=as_json,
     )
 
 
 @app.command(rich_help_panel="Inspection")
-def info(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+def info(checkpoint: CheckpointArgument, model: NetworkOption = None, as_json: JsonOption = False) -> None:
     """Show what is in a checkpoint: network, form, classes, figures, settings.
 
     Example:
 
     [cyan]repan info runs/cycle/NAME/fused.pt[/cyan]
     """
-    _dispatch("info", checkpoint, as_json=as_json)
+    _dispatch("info", checkpoint, model=model, as_json=as_json)
 
 
 @app.command("list", rich_help_panel="Inspection")

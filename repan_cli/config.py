@@ -48,13 +48,31 @@ def setting(
 
 @dataclass(frozen=True)
 class Model:
-    name: str | None = setting(None, "Network: a short name (repvgg), a full one (repvgg_a1_cifar) or timm:NAME.")
-    init: str | None = setting(None, "A repan checkpoint to start from; cycle then skips the baseline.")
+    name: str | None = setting(
+        None, "Network: repvgg, repvgg_a1_cifar, timm:NAME, torchvision:NAME, or your own as file.py:function."
+    )
+    pretrained: bool = setting(False, "Start from the weights that timm or torchvision offers for the network.")
+    init: str | None = setting(
+        None, "File of weights to start from, repan's or others'; cycle then skips the baseline if its classes fit."
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.pretrained and self.init:
+            yield "model.pretrained and model.init both say which weights to start from: give one"
 
 
 @dataclass(frozen=True)
 class Block:
-    name: str = setting("repvgg", "Block family, see 'repan list blocks'.")
+    name: str | None = setting(
+        None, "Block family, see 'repan list blocks'; null: the network's own blocks where it has them, else repvgg."
+    )
+    kernel: tuple[int, ...] = setting(
+        (), "Kernel sizes of the convolutions that become blocks, such as [3,5]; [] is all above 1.", low=1
+    )
+    include: tuple[str, ...] = setting((), "Only convolutions whose names match one of these globs; [] is all.")
+    exclude: tuple[str, ...] = setting((), "No convolutions whose names match one of these globs.")
+    limit: int | None = setting(None, "At most this many blocks, those with the most weights first.", low=1)
+    branches: int | None = setting(None, "Number of k x k side branches (mobileone; null is 3).", low=1)
 
 
 @dataclass(frozen=True)
@@ -192,6 +210,11 @@ class Setting:
         kind, optional = _optional(self.type)
         if optional and text in ("null", "~", "", "None", None):
             return None
+        if typing.get_origin(kind) is tuple:
+            return tuple(self._parse_one(typing.get_args(kind)[0], part) for part in _parts(text))
+        return self._parse_one(kind, text)
+
+    def _parse_one(self, kind: type, text: Any) -> Any:
         if not isinstance(text, str):
             raise ValueError(f"expected one value, not {text!r}")
         value = _PARSERS[kind](text.strip())
@@ -216,6 +239,13 @@ def _optional(kind: Any) -> tuple[Any, bool]:
         (inner,) = (part for part in typing.get_args(kind) if part is not type(None))
         return inner, True
     return kind, False
+
+
+def _parts(text: Any) -> list[Any]:
+    """The elements of a list: YAML's own, or `[a,b]` or `a,b` as text."""
+    if isinstance(text, str):
+        text = [part for part in text.strip().removeprefix("[").removesuffix("]").split(",") if part.strip()]
+    return text or []
 
 
 def _parse_bool(text: str) -> bool:
@@ -406,6 +436,7 @@ def _unknown_key(key: str) -> str:
 
 
 def _section_problems(config: Config) -> Iterator[str]:
+    yield from config.model.problems()
     yield from config.optim.problems()
     yield from config.cycle.problems()
     yield from config.problems()
@@ -451,7 +482,8 @@ def flatten(config: Config, *, cycles: bool = True) -> dict[str, Any]:
     flat = {}
     for key in SCHEMA:
         section, dot, name = key.partition(".")
-        flat[key] = getattr(getattr(config, section), name) if dot else getattr(config, section)
+        value = getattr(getattr(config, section), name) if dot else getattr(config, section)
+        flat[key] = list(value) if isinstance(value, tuple) else value
     if not cycles:
         return {key: value for key, value in flat.items() if not key.startswith("cycle.")}
     return {**flat, **{f"baseline.{key}": value for key, value in config.baseline.items()}}
@@ -474,10 +506,11 @@ def dump(config: Config, *, cycles: bool = True) -> str:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration and a line that says where it came from."""
+    """A configuration, a line that says where it came from, and what of it the command line gave."""
 
     config: Config
     source: str
+    given: Layer = field(default_factory=dict)
 
 
 def resolve(command: str, file: str | None, given: Layer) -> Resolved:
@@ -491,16 +524,14 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
     path = find_preset(file) if file else None
     layer = read_file(path) if path else {}
     if command != "cycle":
-        _refuse(given, ("cycle.", "baseline."), f"has no effect in 'repan {command}': it belongs to 'repan cycle'")
+        refuse(given, ("cycle.", "baseline."), f"has no effect in 'repan {command}': it belongs to 'repan cycle'")
         layer = baseline_layer(layer)
-    elif given.get("model.init"):
-        _refuse(given, ("baseline.",), "has no effect with --init: the checkpoint is the baseline")
     config = build(layer, given)
     if config.data.name is None:
         raise InputError("no data set: give --dataset NAME, see 'repan list datasets'")
     if config.model.name is None and config.model.init is None:
         raise InputError("no network: give --model NAME, see 'repan list models'")
-    return Resolved(config, f"{_shown(path)}, {len(given)} from the command line")
+    return Resolved(config, f"{_shown(path)}, {len(given)} from the command line", given)
 
 
 def _shown(path: Path | None) -> str:
@@ -510,7 +541,8 @@ def _shown(path: Path | None) -> str:
     return next((name for name, preset in presets().items() if preset == path), str(path))
 
 
-def _refuse(given: Layer, sections: tuple[str, ...], why: str) -> None:
+def refuse(given: Layer, sections: tuple[str, ...], why: str) -> None:
+    """Raises InputError when the command line gave a setting of these sections."""
     for key in given:
         if key.startswith(sections):
             raise InputError(f"{key} {why}")

@@ -136,7 +136,7 @@ class Training:
     """Everything the loop works on.
 
     `task_of` gives the task of a phase: baseline and cycles may differ in it. `val` None means that nothing was held
-    out to choose by.
+    out to choose by. `restarted` names the blocks that restart; None is all.
     """
 
     model: nn.Module
@@ -148,6 +148,7 @@ class Training:
     test: ResidentImages
     runtime: Runtime
     batch_size: int
+    restarted: frozenset[str] | None = None
     seed: int = 0
     log_every: int = 20
     best_top1: float = field(default=-math.inf, init=False)
@@ -249,6 +250,7 @@ def _restart(run: Training, phase: Phase) -> anneal.RestartReport:
         attach=settings.attach,
         branch_init=settings.branch_init,
         trunk_scale=settings.trunk_scale,
+        only=run.restarted,
         generator=generator("branches", run.seed, phase.cycle),
     )
 
@@ -318,7 +320,7 @@ def _set_position(run: Training, phase: Phase, elapsed: float) -> tuple[float, f
     optim.set_learning_rate(run.optimizer, lr)
     if rate is None:
         return lr, 1.0
-    set_attach_rate(run.model, rate)
+    set_attach_rate(run.model, rate, only=run.restarted)
     return lr, rate
 
 

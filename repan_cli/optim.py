@@ -56,7 +56,8 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     The groups never change during a run, only their settings do, so that one optimizer serves all phases.
     """
     trunk = {id(p) for _, block in rep_blocks(model) for p in block.trunk.parameters()}
-    classifier = {id(p) for p in _classifier(model).parameters()}
+    layers = dict(model.named_modules())
+    classifier = {id(p) for name in classifier_layers(model) for p in layers[name].parameters()}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         role = "classifier" if id(parameter) in classifier else "weight" if parameter.ndim > 1 else "norm"
@@ -64,9 +65,14 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     return [{"params": params, "role": role, "trunk": is_trunk} for (role, is_trunk), params in groups.items()]
 
 
-def _classifier(model: nn.Module) -> nn.Module:
+def classifier_layers(model: nn.Module) -> list[str]:
+    """The names of the layers that give the logits: what the network itself says, else its last linear layer."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     found = model.get_classifier() if hasattr(model, "get_classifier") else None
-    return found if isinstance(found, nn.Module) else nn.Identity()
+    if isinstance(found, nn.Module):
+        inside = {id(module) for module in found.modules()}
+        return [name for name in linear if id(model.get_submodule(name)) in inside]
+    return [name for name in linear if isinstance(model.get_submodule(name), nn.Linear)][-1:]
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.SGD:

@@ -29,7 +29,7 @@ def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
     """
     draw = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             shape = module.running_mean.shape
             module.running_mean.copy_(torch.randn(shape, generator=draw))
             module.running_var.copy_(torch.rand(shape, generator=draw) * 2 + 0.2)

@@ -22,6 +22,7 @@ META = {
     "classes": [str(n) for n in range(10)],
     "in_chans": 3,
     "image_size": 32,
+    "structure": {"changes": [], "left": {}, "native": {"block": "repvgg"}},
     "note": {"nested": [1, 2.5, None, True, "ä"]},
 }
 ENDINGS = (".pt", ".safetensors")

@@ -268,14 +268,22 @@ DIGITS = ("--model", "repvgg_a0_cifar", "--dataset", "digits")
         ((*DIGITS, "--device", "gpu"), "unknown device 'gpu'; give auto, cpu, cuda or cuda:N"),
         ((*DIGITS, "--device", "cuda:99"), "device cuda:99 is not there"),
         ((*DIGITS, "--init", "nowhere.pt"), "no checkpoint nowhere.pt"),
-        ((*DIGITS, "--init", "a.pt", "--baseline-epochs", "3"), "baseline.epochs has no effect with --init"),
         (
             ("--model", "timm:resnet81", "--dataset", "digits"),
             "unknown model 'timm:resnet81'; did you mean timm:resnet18",
         ),
         (("--model", "repvgg"), "no data set: give --dataset NAME"),
         (("--dataset", "digits"), "no network: give --model NAME"),
-        (("--model", "timm:resnet18", "--dataset", "digits"), "resnet18 has no re-parameterizable blocks to cycle"),
+        ((*DIGITS, "--pretrained"), "there are no pretrained weights of repvgg_a0_cifar"),
+        ((*DIGITS, "--pretrained", "--init", "a.pt"), "model.pretrained and model.init both say"),
+        (("--model", "timm:nf_resnet26", "--dataset", "digits"), "it is a ScaledStdConv2d, not a plain Conv2d"),
+        (("--model", "timm:mixer_s32_224", "--dataset", "digits"), "set data.image_size"),
+        (("--model", "timm:resnet18", "--dataset", "digits", "--block", "dbbb"), "did you mean dbb"),
+        ((*DIGITS, "--block", "acb", "block.branches=2"), "acb has no number of branches to choose"),
+        ((*DIGITS, "block.include=stages.9*"), "no convolution is named 'stages.9*'"),
+        ((*DIGITS, "block.exclude=*"), "leave no block to restart"),
+        (("--model", "resnet18", "--dataset", "digits", "block.include=layer9.*"), "no convolution is named"),
+        (("--model", "net.py:build", "--dataset", "digits"), "no file net.py"),
         (("--model", "repvgg", "--dataset", "folder", "--data-root", "nowhere"), "no folder nowhere/train"),
     ],
 )
@@ -466,7 +474,7 @@ def test_a_timm_network_can_be_trained_and_keeps_its_name(capsys, tmp_path):
     code, out, err = run(capsys, *words, "data.batch_size=256", "optim.lr=0.01", "run.precision=fp32")
     assert code == 0, err
     assert json.loads(out)["model"] == "timm:resnet10t"
-    assert "fused" not in json.loads(out)
+    assert json.loads(out)["fused"]["folded"] > 0
     code, out, _ = run(capsys, "evaluate", tmp_path / "run" / "best.pt", "--json")
-    assert json.loads(out)["form"] == "plain"
-    assert "plain or already fused" in one_line(capsys, "fuse", tmp_path / "run" / "best.pt")
+    assert json.loads(out)["form"] == "multi-branch"
+    assert "is fused already" in one_line(capsys, "fuse", tmp_path / "run" / "fused.pt")

@@ -183,7 +183,22 @@ def test_every_setting_has_a_text_and_a_valid_default():
     for key, entry in config.SCHEMA.items():
         assert entry.text.endswith("."), key
         if entry.default is not None:
-            assert entry.parse(str(entry.default)) == entry.default
+            text = str(list(entry.default)) if isinstance(entry.default, tuple) else str(entry.default)
+            assert entry.parse(text) == entry.default
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("[3,5]", (3, 5)), ("3, 5", (3, 5)), ("3", (3,)), ("[]", ()), ("", ()), (["3", "5"], (3, 5))]
+)
+def test_lists_are_read_from_yaml_and_from_words(text, value):
+    assert config.SCHEMA["block.kernel"].parse(text) == value
+
+
+def test_a_list_comes_back_from_its_dump():
+    given = {"data.name": "digits", "block.include": "[layer1.*,layer2.*]"}
+    built = config.build(given)
+    assert built.block.include == ("layer1.*", "layer2.*")
+    assert config.build(config.parse_yaml(config.dump(built), "dump")) == built
 
 
 nested = st.recursive(

@@ -18,6 +18,24 @@ def test_deployed_parameters(size, millions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == millions
 
 
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"),
+    [
+        ("resnet18_cifar", 100, 11_220_132),
+        ("resnet34_cifar", 100, 21_328_292),
+        ("resnet50_cifar", 100, 23_705_252),
+        ("resnet101_cifar", 100, 42_697_380),
+        ("resnet110_cifar", 10, 1_727_962),
+        ("mobilenetv1_cifar", 10, 3_217_226),
+    ],
+)
+def test_parameters_are_those_of_the_field(name, classes, parameters):
+    model = timm.create_model(name, num_classes=classes, in_chans=3).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, classes)
+    assert model.forward_features(torch.randn(1, 3, 32, 32)).shape[-1] == model.pretrained_cfg["pool_size"][0]
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_family_builds_and_merges(family):
     model = small_net(family, in_chans=1).double()
@@ -64,4 +82,4 @@ def test_an_unknown_name_gets_suggestions(name):
 
 
 def test_all_are_registered_with_timm():
-    assert set(OURS) <= set(timm.list_models("repvgg_*_cifar"))
+    assert set(OURS) <= set(timm.list_models("*_cifar"))

@@ -1,7 +1,7 @@
 """Re-parameterizable blocks: kernel algebra, branches, the block, its families. Knows nothing of configuration."""
 
 from repan_cli.blocks.branch import Branch, ConvBN, Geometry, IdentityBN, ScaledIdentity
-from repan_cli.blocks.families import FAMILIES, OWN, block_around, make_block, side_branches
+from repan_cli.blocks.families import FAMILIES, OWN, block_around, check_family, make_block, side_branches
 from repan_cli.blocks.rep_block import RepBlock, refresh, rep_blocks, reparameterize, set_attach_rate
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "RepBlock",
     "ScaledIdentity",
     "block_around",
+    "check_family",
     "make_block",
     "refresh",
     "rep_blocks",

@@ -55,17 +55,18 @@ def family(name: str, *, post_norm: bool = False, unit_gamma: bool = False) -> C
     return enter
 
 
-def side_branches(name: str, geometry: Geometry, copies: int | None = None) -> list[Branch]:
-    """Fresh side branches of the family `name`; `copies` is the number of those that a family lets choose.
-
-    Raises InputError for a family that does not exist, or that has no number to choose.
-    """
+def check_family(name: str, copies: int | None = None) -> None:
+    """Raises InputError for a family that does not exist, or that has no number of branches to choose."""
     build = FAMILIES[name].branches
-    if copies is None:
-        return build(geometry)
-    if "copies" not in inspect.signature(build).parameters:
+    if copies is not None and "copies" not in inspect.signature(build).parameters:
         raise InputError(f"block.branches={copies}: the block family {name} has no number of branches to choose")
-    return build(geometry, copies=copies)
+
+
+def side_branches(name: str, geometry: Geometry, copies: int | None = None) -> list[Branch]:
+    """Fresh side branches of the family `name`; `copies` is the number of those that a family lets choose."""
+    check_family(name, copies)
+    build = FAMILIES[name].branches
+    return build(geometry) if copies is None else build(geometry, copies=copies)
 
 
 def make_block(name: str, geometry: Geometry, *, copies: int | None = None) -> RepBlock:
@@ -78,9 +79,7 @@ def make_block(name: str, geometry: Geometry, *, copies: int | None = None) -> R
     )
 
 
-def block_around(
-    conv: nn.Conv2d, norm: nn.BatchNorm2d | None, name: str, *, copies: int | None = None
-) -> RepBlock:
+def block_around(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, name: str, *, copies: int | None = None) -> RepBlock:
     """A block of the family `name` whose trunk is a convolution that is there, with its BN if it has one.
 
     The side branches are fresh, on the convolution's device, in its dtype and memory format.
@@ -89,7 +88,7 @@ def block_around(
     behind = norm is not None and FAMILIES[name].post_norm
     trunk = ConvBN(conv, None if behind else norm, canvas=geometry.kernel_size)
     block = RepBlock(trunk, side_branches(name, geometry, copies), family=name, post_norm=norm if behind else None)
-    return placed_as(conv.weight, block)
+    return placed_as(conv.weight, block).train(conv.training)
 
 
 def placed_as(weight: Tensor, module: nn.Module) -> nn.Module:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from repan_cli import checkpoint, engine, export, models, runtime
-from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint import FUSED, Checkpoint
-from repan_cli.commands.prepare import check_classes
+from repan_cli.commands.network import check_classes
 from repan_cli.console import tell, warn
 from repan_cli.data import datasets
 from repan_cli.data.datasets import Dataset
@@ -18,19 +17,27 @@ from repan_cli.data.resident import ResidentImages
 
 
 def run(
-    path: Path, *, dataset: str | None, data_root: str | None, split: str, fused: bool, device: str, as_json: bool
+    path: Path,
+    *,
+    dataset: str | None,
+    data_root: str | None,
+    split: str,
+    fused: bool,
+    model: str | None,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Score PATH in float32; `fused` merges it first, with proof."""
     saved = checkpoint.load(path)
     machine = runtime.start(device, "fp32")
     data = _load_data(path, saved, dataset, data_root)
     images = ResidentImages(data.part(split), mean=saved.meta["mean"], std=saved.meta["std"], device=machine.device)
-    model, form = models.rebuild(saved, str(path)), saved.meta["form"]
-    if fused and form != FUSED and any(rep_blocks(model)):
+    network, form = models.rebuild(saved, str(path), model), saved.meta["form"]
+    if fused and form != FUSED:
         batch, _ = next(images.batches(export.PROOF_IMAGES))
-        (model, _), form = export.fuse(model, batch.cpu()), FUSED
-    model.to(machine.device, memory_format=machine.memory_format)
-    score = engine.evaluate(model, images)
+        (network, _), form = export.fuse(network, batch.cpu()), FUSED
+    network.to(machine.device, memory_format=machine.memory_format)
+    score = engine.evaluate(network, images)
     result = {**dataclasses.asdict(score), "form": form, "dataset": data.name, "split": split}
     if as_json:
         print(json.dumps(result))

@@ -10,19 +10,19 @@ import torch
 
 from repan_cli import checkpoint, export, models
 from repan_cli.checkpoint import FUSED, Checkpoint
-from repan_cli.console import tell
+from repan_cli.console import count, tell
 from repan_cli.errors import InputError
 
 FORMATS = ("pt", "safetensors")
 
 
-def run(path: Path, *, out: Path | None, formats: list[str], as_json: bool) -> None:
+def run(path: Path, *, out: Path | None, formats: list[str], model: str | None, as_json: bool) -> None:
     """Write PATH's network merged, once for every format. Nothing is written unless the merge is proven equal."""
     targets = _targets(path, out, formats)
     saved = checkpoint.load(path)
     if saved.meta["form"] == FUSED:
         raise InputError(f"{path} is fused already")
-    fused, report = export.fuse(models.rebuild(saved, str(path)), _proof_images(saved))
+    fused, report = export.fuse(models.rebuild(saved, str(path), model), _proof_images(saved))
     result = checkpoint.capture_fused(fused, saved)
     for target in targets:
         checkpoint.save(result, target)
@@ -71,7 +71,8 @@ def _proof_images(saved: Checkpoint) -> torch.Tensor:
 
 
 def _report(path: Path, targets: list[Path], report: export.FuseReport) -> None:
-    tell(f"merged {report.blocks} blocks of {path} in {report.seconds:.2f} s")
+    folded = f", folded {count(report.folded, 'BN')} outside of blocks" if report.folded else ""
+    tell(f"merged {count(report.blocks, 'block')} of {path}{folded} in {report.seconds:.2f} s")
     bound = f"(bound {export.TOLERANCE:.0e})"
     tell(f"relative error  {report.rel_error_fp64:.1e} in float64 {bound}, {report.rel_error_fp32:.1e} in float32")
     tell(f"parameters      {report.params_before:,} before, {report.params_after:,} after")

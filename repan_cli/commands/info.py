@@ -15,26 +15,45 @@ from repan_cli.config import SCHEMA
 from repan_cli.console import print_table
 
 
-def run(path: Path, *, as_json: bool) -> None:
+def run(path: Path, *, model: str | None, as_json: bool) -> None:
     """Describe PATH: network, form, blocks, classes, where in its run it was saved, figures, settings, digest."""
-    facts = describe(path, checkpoint.load(path))
+    facts = describe(path, checkpoint.load(path), model)
     if as_json:
         print(json.dumps(facts))
         return
-    layers, settings = facts.pop("layers"), facts.pop("config")
-    changed = {key: value for key, value in settings.items() if key not in SCHEMA or value != SCHEMA[key].default}
+    layers, left, settings = facts.pop("layers"), facts.pop("left_alone"), facts.pop("config")
+    changed = {key: value for key, value in settings.items() if _is_changed(key, value)}
     print_table(["", str(path)], [(name, _text(value)) for name, value in facts.items()])
     if layers:
         print_table(["block", "convolution"], layers.items())
+    if left:
+        print_table(["left alone", "why"], _by_reason(left))
     print_table(["setting", "where it is not the default"], [(key, _text(value)) for key, value in changed.items()])
 
 
-def describe(path: Path, saved: Checkpoint) -> dict[str, Any]:
-    """The facts in plain types. `layers` maps the name of each block to its family and shape."""
-    model = models.rebuild(saved, str(path))
+def _is_changed(key: str, value: Any) -> bool:
+    default = SCHEMA[key].default if key in SCHEMA else None
+    return key not in SCHEMA or value != (list(default) if isinstance(default, tuple) else default)
+
+
+def _by_reason(left: dict[str, str]) -> list[tuple[str, str]]:
+    """A row a reason, with the names it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        names.setdefault(reason, []).append(name)
+    return [(_text(found), reason) for reason, found in names.items()]
+
+
+def describe(path: Path, saved: Checkpoint, network: str | None = None) -> dict[str, Any]:
+    """The facts in plain types.
+
+    `layers` maps the name of each block to its family and shape, `left_alone` that of each other convolution to the
+    reason why it is no block.
+    """
+    model = models.rebuild(saved, str(path), network)
     blocks = dict(rep_blocks(model))
     layers = {name: f"{block.family}, {_describe(block.trunk.conv)}" for name, block in blocks.items()}
-    meta = {key: value for key, value in saved.meta.items() if key != "config"}
+    meta = {key: value for key, value in saved.meta.items() if key not in ("config", "structure")}
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved.weights.values())
     return {
         **meta,
@@ -43,6 +62,7 @@ def describe(path: Path, saved: Checkpoint) -> dict[str, Any]:
         "attach_rate": max((float(block.attach_rate) for block in blocks.values()), default=None),
         "digest": saved.digest(),
         "layers": layers,
+        "left_alone": saved.meta["structure"]["left"],
         "config": saved.meta["config"],
     }
 

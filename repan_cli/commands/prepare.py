@@ -4,7 +4,7 @@ Order of initialisation:
 1. the run directory is checked to be free
 2. device and precision
 3. data, with its validation part
-4. network, and weights to start from
+4. network, weights to start from, blocks
 5. plan, task, optimizer
 Only then does `train` create the run directory.
 """
@@ -12,20 +12,17 @@ Only then does `train` create the run directory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
 import repan_cli
-from repan_cli import anneal, checkpoint, engine, models, runs, runtime
-from repan_cli.blocks import rep_blocks
-from repan_cli.config import Config, Resolved, flatten, replace
+from repan_cli import anneal, engine, models, runs, runtime
+from repan_cli.commands.network import Network, build, named, restarted
+from repan_cli.config import Config, Resolved, flatten, refuse
 from repan_cli.console import warn
 from repan_cli.data import datasets
 from repan_cli.data.datasets import Dataset, Images
 from repan_cli.data.resident import ResidentImages
-from repan_cli.errors import InputError
+from repan_cli.models import user_file
 from repan_cli.optim import SCHEDULES, build_optimizer
 from repan_cli.tasks import Classification
 
@@ -34,22 +31,28 @@ from repan_cli.tasks import Classification
 class Session:
     """A run that is ready to go.
 
-    `config` has the network's full name; `start` is the score of the weights it begins with, if they were given.
+    `config` has the full names of network and block family; `start` is the score of the weights it begins with, if they
+    need no baseline.
     """
 
     command: str
     config: Config
     dataset: Dataset
+    network: Network
     training: engine.Training
     start: dict[str, Any] | None
+
+    @property
+    def own_network(self) -> str | None:
+        """Its name `file.py:function`, where it is a person's own: a checkpoint is read with it."""
+        return self.network.name if user_file.names_a_file(self.network.name) else None
 
     def meta(self, **position: Any) -> dict[str, Any]:
         """The description that its checkpoints carry."""
         return {
             "repan": repan_cli.__version__,
             "command": self.command,
-            "model": self.config.model.name,
-            "block": self.config.block.name,
+            **self.network.meta(),
             "form": models.form_of(self.training.model),
             "classes": list(self.dataset.classes),
             "in_chans": self.dataset.channels,
@@ -68,21 +71,14 @@ def prepare(command: str, resolved: Resolved) -> Session:
     runs.check_free(config.run.out)
     machine = runtime.start(config.run.device, config.run.precision, channels_last=config.run.channels_last)
     dataset = load_dataset(config)
-    initial = checkpoint.load(config.model.init) if config.model.init else None
-    config = _name_network(config, dataset, initial)
-    torch.manual_seed(runtime.key("weights", config.run.seed))
-    model = models.create(
-        config.model.name, block=config.block.name, num_classes=len(dataset.classes), in_chans=dataset.channels
-    )
-    if initial:
-        _check_origin(config, dataset, initial)
-        checkpoint.load_weights(model, initial, config.model.init)
-    if command == "cycle" and not any(rep_blocks(model)):
-        raise InputError(f"{config.model.name} has no re-parameterizable blocks to cycle; see 'repan list models'")
-    model.to(machine.device, memory_format=machine.memory_format)
-    training = _training(command, config, dataset, model, machine)
-    start = _score_start(training) if initial else None
-    return Session(command, config, dataset, training, start)
+    network = build(command, config, dataset)
+    if network.finished:
+        refuse(resolved.given, ("baseline.",), "has no effect here: the weights that were given are the baseline")
+    network.model.to(machine.device, memory_format=machine.memory_format)
+    config = named(config, network)
+    training = _training(command, config, dataset, network, machine)
+    start = _score_start(training) if network.finished else None
+    return Session(command, config, dataset, network, training, start)
 
 
 def load_dataset(config: Config) -> Dataset:
@@ -92,51 +88,11 @@ def load_dataset(config: Config) -> Dataset:
     )
 
 
-def _name_network(config: Config, dataset: Dataset, initial: checkpoint.Checkpoint | None) -> Config:
-    """The configuration with the full name of the network; with --init and no --model, that of the checkpoint."""
-    if config.model.name is None:
-        return replace(config, {"model.name": initial.meta["model"], "block.name": initial.meta["block"]})
-    return replace(config, {"model.name": models.resolve(config.model.name, dataset.image_size)})
-
-
-def _check_origin(config: Config, dataset: Dataset, initial: checkpoint.Checkpoint) -> None:
-    """The weights to start from must be of this network and these classes, in the form that trains."""
-    meta, source = initial.meta, config.model.init
-    for what, found, wanted in (
-        ("the network", meta["model"], config.model.name),
-        ("blocks of the family", meta["block"], config.block.name),
-    ):
-        if found != wanted:
-            raise InputError(f"{source} holds {what} {found}, not {wanted}: give --model and --block as it was trained")
-    if meta["form"] == checkpoint.FUSED:
-        raise InputError(
-            f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run"
-        )
-    check_classes(source, meta["classes"], dataset)
-    if meta["split_digest"] != dataset.split_digest:
-        warn(f"{source} was trained with another validation part: images it has seen are now used to choose by")
-
-
-def check_classes(source: str | Path, classes: list[str], dataset: Dataset) -> None:
-    """Raises InputError when a checkpoint's classes are not the data set's."""
-    if classes == list(dataset.classes):
-        return
-    if len(classes) != len(dataset.classes):
-        counts = f"{source} knows {len(classes)} classes, {dataset.name} has {len(dataset.classes)}"
-        raise InputError(f"{counts}: give the data it was trained on")
-    first = next((a, b) for a, b in zip(classes, dataset.classes, strict=True) if a != b)
-    raise InputError(
-        f"{source} and {dataset.name} name their classes differently, such as '{first[0]}' and '{first[1]}'"
-    )
-
-
 def _training(
-    command: str, config: Config, dataset: Dataset, model: torch.nn.Module, machine: runtime.Runtime
+    command: str, config: Config, dataset: Dataset, network: Network, machine: runtime.Runtime
 ) -> engine.Training:
     plan = (
-        anneal.cycle_plan(config, baseline=config.model.init is None)
-        if command == "cycle"
-        else anneal.training_plan(config)
+        anneal.cycle_plan(config, baseline=not network.finished) if command == "cycle" else anneal.training_plan(config)
     )
     _warn_of_a_long_ramp(plan[-1])
     for phase in plan:
@@ -157,15 +113,16 @@ def _training(
         )
 
     return engine.Training(
-        model=model,
+        model=network.model,
         task_of=lambda phase: Classification(phase.optim.label_smoothing),
-        optimizer=build_optimizer(model, config.optim),
+        optimizer=build_optimizer(network.model, config.optim),
         plan=plan,
         train=resident(dataset.train, padding=padding, flip=flip),
         val=resident(dataset.val) if dataset.val else None,
         test=resident(dataset.test),
         runtime=machine,
         batch_size=config.data.batch_size,
+        restarted=restarted(config, network.model) if command == "cycle" else None,
         seed=config.run.seed,
         log_every=config.run.log_every,
     )

@@ -17,7 +17,7 @@ from repan_cli.checkpoint import Checkpoint
 from repan_cli.commands.prepare import Session, prepare
 from repan_cli.config import Resolved, dump
 from repan_cli.console import Display, count, duration, percent, sparkline
-from repan_cli.errors import InterruptedRunError
+from repan_cli.errors import InputError, InterruptedRunError
 from repan_cli.trackers import Csv, JsonLines, read_metrics
 
 
@@ -69,7 +69,7 @@ def _header(session: Session, resolved: Resolved, folder: runs.RunDirectory) -> 
     config, data, training = session.config, session.dataset, session.training
     typed, name = resolved.config.model.name, config.model.name
     network = name if typed in (None, name) else f"{typed} is {name}"
-    blocks = f"{sum(1 for _ in rep_blocks(training.model))} {config.block.name} blocks"
+    blocks = f"{count(sum(1 for _ in rep_blocks(training.model)), f'{config.block.name} block')}"
     parts = {"training": data.train, "validation": data.val, "test": data.test}
     counts = ", ".join(f"{len(part.labels):,} {which}" for which, part in parts.items() if part)
     size = f"{data.image_size}x{data.image_size}"
@@ -177,11 +177,13 @@ def _finish(
     """Measure the network that validation chose, merge it, write summary and picture, say where everything is."""
     source = folder / ("best.pt" if (folder / "best.pt").exists() else "last.pt")
     chosen = checkpoint.load(source)
-    model = models.rebuild(chosen, str(source))
+    model = models.rebuild(chosen, str(source), session.own_network)
     summary["chosen"] = {"file": source.name, "cycle": chosen.meta["cycle"], "epoch": chosen.meta["epoch"]}
     summary["test"] = _score(session, model)
-    if any(rep_blocks(model)):
+    try:
         summary["fused"] = _fuse(session, folder, chosen, model)
+    except InputError as error:  # a network without anything to merge
+        display.say(f"no fused.pt: {error}")
     summary["seconds"] = time.perf_counter() - began
     folder.write_json("summary.json", summary)
     folder.status("done")

@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
+import torch
+import torchvision
 from torch import nn
 
 from repan_cli import checkpoint
-from repan_cli.blocks import FAMILIES, rep_blocks, reparameterize
+from repan_cli.blocks import OWN, check_family, rep_blocks, reparameterize
 from repan_cli.checkpoint import FUSED, MULTI_BRANCH, PLAIN, Checkpoint
 from repan_cli.errors import InputError
-from repan_cli.models import repvgg_cifar
+from repan_cli.models import mobilenet_cifar, repvgg_cifar, resnet_cifar, user_file
+from repan_cli.models.expand import DEFAULT_FAMILY, Expansion, apply
+from repan_cli.optim import classifier_layers
 from repan_cli.registry import did_you_mean
 
-OURS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
+BUILT_OF_BLOCKS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
+"""Those of our networks that are built of blocks; all others are plain at first."""
+
+OURS: tuple[str, ...] = (*BUILT_OF_BLOCKS, *resnet_cifar.default_cfgs, *mobilenet_cifar.default_cfgs)
 """The networks of this package."""
 
 SMALL_IMAGE = 64
 """Up to this side in pixels a short name means our network for small images, above it timm's."""
 
-TIMM = "timm:"
-ALIASES = {"repvgg": "repvgg_a1"}
+TIMM, TORCHVISION = "timm:", "torchvision:"
+ALIASES = {"repvgg": "repvgg_a1", "mobilenetv1": "mobilenetv1_100"}
+SMALL = {"mobilenetv1_100": "mobilenetv1"}
+"""Names whose network for small images is called otherwise."""
 
 
 def resolve(name: str, image_size: int) -> str:
-    """The full name that `name` means for images of `image_size` pixels: one of `OURS`, or timm's as `timm:NAME`.
+    """The full name that `name` means for images of `image_size` pixels.
 
-    `timm:NAME` is exactly timm's; `repvgg` is `repvgg_a1`; on small images `NAME_cifar` is preferred where it exists.
-    Raises InputError, with the closest names, for one that does not exist.
+    `timm:NAME` and `torchvision:NAME` are exactly theirs, `file.py:function` is a person's own; `repvgg` is
+    `repvgg_a1`; on small images `NAME_cifar` is preferred where it exists, else a short name is timm's. Raises
+    InputError, with the closest names, for one that does not exist.
     """
+    if user_file.names_a_file(name):
+        return name
+    if name.startswith(TORCHVISION):
+        return _known(name, [TORCHVISION + known for known in torchvision.models.list_models(torchvision.models)])
     if name.startswith(TIMM):
         return _known(name, [TIMM + known for known in timm.list_models()])
     full = ALIASES.get(name, name)
-    if image_size <= SMALL_IMAGE and f"{full}_cifar" in OURS:
-        return f"{full}_cifar"
+    small = f"{SMALL.get(full, full)}_cifar"
+    if image_size <= SMALL_IMAGE and small in OURS:
+        return small
     if full in OURS:
         return full
     return TIMM + _known(full, list(dict.fromkeys([*ALIASES, *OURS, *timm.list_models()])))
@@ -46,14 +63,78 @@ def _known(name: str, choices: list[str]) -> str:
     return name
 
 
-def create(name: str, *, block: str, num_classes: int, in_chans: int) -> nn.Module:
-    """A freshly initialised network by its full name, as `resolve` gives it.
+def create(
+    name: str,
+    *,
+    num_classes: int,
+    in_chans: int,
+    block: str | None = None,
+    branches: int | None = None,
+    pretrained: bool = False,
+) -> nn.Module:
+    """A network by its full name, as `resolve` gives it; `expand` is the next step.
 
-    Our networks are built of blocks of the family `block`; timm's are as timm builds them.
+    Those of ours that are built of blocks get the family `block`, with as many `branches` as are asked for; all others
+    are as their makers build them. With
+    `pretrained` the weights are those that timm or torchvision offers, and the classifier is new where these know
+    another number of classes.
     """
-    FAMILIES[block]  # an unknown family is an error for every network
-    kwargs = {"block": block} if name in OURS else {}
-    return timm.create_model(name.removeprefix(TIMM), num_classes=num_classes, in_chans=in_chans, **kwargs)
+    if block not in (None, OWN):
+        check_family(block, branches)
+    if pretrained and not name.startswith((TIMM, TORCHVISION)):
+        raise InputError(f"there are no pretrained weights of {name}; give a file of weights with --init")
+    if user_file.names_a_file(name):
+        return user_file.build(name, num_classes=num_classes, in_chans=in_chans)
+    if name.startswith(TORCHVISION):
+        return _torchvision(name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
+    kwargs: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+    if name in BUILT_OF_BLOCKS:
+        kwargs |= {"block": DEFAULT_FAMILY if block in (None, OWN) else block, "branches": branches}
+    return _timm(name, pretrained=pretrained, **kwargs)
+
+
+def _timm(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+    short = name.removeprefix(TIMM)
+    if pretrained and not timm.is_model_pretrained(short):
+        raise InputError(f"timm has no pretrained weights of {short}; give a file of weights with --init")
+    try:
+        return timm.create_model(short, pretrained=pretrained, **kwargs)
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise _not_fetched(short, error) from error
+
+
+def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool) -> nn.Module:
+    short = name.removeprefix(TORCHVISION)
+    if in_chans != 3:
+        raise InputError(f"torchvision's networks read 3 channels, the images have {in_chans}: take one of timm's")
+    model = torchvision.models.get_model(short, weights=None, num_classes=num_classes)
+    if pretrained:
+        try:
+            weights = torchvision.models.get_model_weights(short).DEFAULT.get_state_dict(
+                progress=False, check_hash=True
+            )
+        except Exception as error:
+            raise _not_fetched(short, error) from error
+        checkpoint.load_foreign(model, weights, f"the pretrained {short}", may_be_new=classifier_layers(model))
+    return model
+
+
+def _not_fetched(name: str, error: Exception) -> InputError:
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return InputError(f"cannot fetch the pretrained weights of {name} ({line}); give them as a file with --init")
+
+
+def has_new_classifier(name: str, num_classes: int) -> bool:
+    """Whether the pretrained weights of a network know another number of classes."""
+    if name.startswith(TORCHVISION):
+        meta = torchvision.models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.meta
+        return len(meta.get("categories", ())) != num_classes
+    return timm.get_pretrained_cfg(name.removeprefix(TIMM)).num_classes != num_classes
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
 
 
 def form_of(model: nn.Module) -> str:
@@ -63,20 +144,72 @@ def form_of(model: nn.Module) -> str:
     return MULTI_BRANCH if any(len(block.branches) for _, block in rep_blocks(model)) else PLAIN
 
 
-def rebuild(saved: Checkpoint, source: str) -> nn.Module:
+def describe(name: str, expansion: Expansion, native: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's description says of the network itself: enough for `rebuild`, with the class list.
+
+    `native` holds `block` and `branches` that a network built of blocks was made with; for others it is empty.
+    """
+    structure = {**expansion.as_meta(), "native": dict(native)}
+    return {"model": name, "block": expansion.family, "structure": structure}
+
+
+def blank(meta: Mapping[str, Any], source: str, network: nn.Module | str | None = None) -> nn.Module:
+    """The network that a checkpoint describes, in its form, with fresh weights.
+
+    A person's own network is given again as `network`, the plain module or its name: a path in a file is never
+    imported by itself. Raises InputError where it is missing.
+    """
+    structure = meta["structure"]
+    if isinstance(network, nn.Module):
+        model = network
+    else:
+        name = _own_or_stored(meta["model"], network, source)
+        model = create(
+            name,
+            num_classes=len(meta["classes"]),
+            in_chans=meta["in_chans"],
+            **structure["native"],
+        )
+    expansion = Expansion.from_meta(meta)
+    try:
+        apply(model, expansion.changes)
+    except AttributeError as error:
+        raise InputError(f"{source} does not fit the network: it lacks a layer ({error})") from None
+    model.repan_report = expansion
+    return reparameterize(model) if meta["form"] == FUSED else model
+
+
+def _own_or_stored(stored: str, given: str | None, source: str) -> str:
+    if user_file.names_a_file(stored):
+        if given is None:
+            raise InputError(
+                f"{source} holds a network of your own, {stored}: give --model {stored} (no file is imported by itself)"
+            )
+        return given
+    if given not in (None, stored):
+        raise InputError(f"{source} holds {stored}; --model is for a network of your own")
+    return stored
+
+
+def rebuild(saved: Checkpoint, source: str, network: nn.Module | str | None = None) -> nn.Module:
     """The network in a checkpoint, multi-branch or fused as it was saved, on the CPU in eval mode.
 
-    `source` names the file in errors. Raises InputError when the weights do not fit the network that the file
-    describes.
+    `source` names the file in errors; `network` as for `blank`. Raises InputError when the weights do not fit the
+    network that the file describes.
     """
-    meta = saved.meta
-    model = create(meta["model"], block=meta["block"], num_classes=len(meta["classes"]), in_chans=meta["in_chans"])
-    if meta["form"] == FUSED:
-        reparameterize(model)
+    with torch.random.fork_rng(devices=[]):
+        model = blank(saved.meta, source, network)
     checkpoint.load_weights(model, saved, source)
     return model.eval()
 
 
-def load(path: str | Path) -> nn.Module:
-    """A ready network from any file repan wrote, in eval mode on the CPU."""
-    return rebuild(checkpoint.load(path), str(path))
+def load(path: str | Path, model: nn.Module | str | None = None) -> nn.Module:
+    """A ready network from any file repan wrote, fused or not, in eval mode on the CPU.
+
+    Args:
+        path: a `.pt` or `.safetensors` file that repan wrote.
+        model: for a network of your own, the plain module as it was before training, or its name `file.py:function`.
+
+    Raises InputError, naming the file, when it is damaged, not repan's, or does not fit the network.
+    """
+    return rebuild(checkpoint.load(path), str(path), model)
