@@ -73,6 +73,9 @@ ConfigOption = Annotated[
     ),
 ]
 PrintConfigOption = Annotated[bool, typer.Option("--print-config", help="Print the settings as YAML and stop.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Try every part of the run once, say what it will be, write nothing.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Settings = Annotated[
     list[str] | None,
@@ -120,7 +123,14 @@ def _as_known(error: Exception) -> RepanError | None:
 
 
 def _train(
-    command: str, *, file: str | None, settings: list[str] | None, print_config: bool, as_json: bool, **options: Any
+    command: str,
+    *,
+    file: str | None,
+    settings: list[str] | None,
+    print_config: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     try:
         given = config.parse_assignments(settings or [])
@@ -136,7 +146,7 @@ def _train(
     if print_config:
         print(config.dump(resolved.config, cycles=command == "cycle"), end="")
         return
-    _dispatch("train", command, resolved, as_json=as_json)
+    _dispatch("dry_run" if dry_run else "train", command, resolved, as_json=as_json)
 
 
 def _version(wanted: bool) -> None:
@@ -176,6 +186,7 @@ def cycle(
     out: OutOption = None,
     config_file: ConfigOption = None,
     print_config: PrintConfigOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train by RepAn: a baseline, then cycles of merging, regrowing and training on.
@@ -189,7 +200,15 @@ def cycle(
     [cyan]repan cycle --init runs/train/NAME/best.pt --dataset cifar100 cycle.rule=running[/cyan]
     """
     options = {name: value for name, value in locals().items() if name in SHORTCUTS}
-    _train("cycle", file=config_file, settings=settings, print_config=print_config, as_json=as_json, **options)
+    _train(
+        "cycle",
+        file=config_file,
+        settings=settings,
+        print_config=print_config,
+        dry_run=dry_run,
+        as_json=as_json,
+        **options,
+    )
 
 
 @app.command(rich_help_panel="Training")
@@ -208,6 +227,7 @@ def train(
     out: OutOption = None,
     config_file: ConfigOption = None,
     print_config: PrintConfigOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a network plainly: one course, no restart.
@@ -219,7 +239,15 @@ def train(
     [cyan]repan train --model repvgg_a0_cifar --block acb --dataset folder --data-root photos data.image_size=64[/cyan]
     """
     options = {name: value for name, value in locals().items() if name in SHORTCUTS}
-    _train("train", file=config_file, settings=settings, print_config=print_config, as_json=as_json, **options)
+    _train(
+        "train",
+        file=config_file,
+        settings=settings,
+        print_config=print_config,
+        dry_run=dry_run,
+        as_json=as_json,
+        **options,
+    )
 
 
 CheckpointArgument = Annotated[

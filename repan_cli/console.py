@@ -20,6 +20,7 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 30
 NAME_WIDTH = 13
+NAMES_SHOWN = 6
 LOSS_JUMP = 0.5
 JUMPED = (
     "Warning: the restart kept the function of eval mode only. Either the rule does that (running, reset, attach=one), "
@@ -193,14 +194,27 @@ def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return percent(row["top1"]), percent(row["test_top1"]), duration(row["seconds"])
 
 
-def print_table(title: list[str], rows: Iterable[Iterable[str]]) -> None:
-    """A table on stdout, for commands whose data it is."""
+def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: bool = False) -> None:
+    """A table on stdout, for commands whose data it is; or on stderr."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in title:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(table)
+    Console(stderr=to_stderr, highlight=False).print(table)
+
+
+def some(names: list[str]) -> str:
+    """The first of many names, and how many there are."""
+    return ", ".join(names[:NAMES_SHOWN]) + (f", ... ({len(names)})" if len(names) > NAMES_SHOWN else "")
+
+
+def by_reason(left: Mapping[str, str]) -> list[tuple[str, str]]:
+    """A row a reason: some of the names that it holds for, and the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        names.setdefault(reason, []).append(name)
+    return [(some(found), reason) for reason, found in names.items()]
 
 
 def warn(text: str) -> None:

@@ -87,6 +87,8 @@ def test_expand_restart_and_fuse_keep_the_function(name, record_property):
     model, images = build(name)
     randomize(model, images)
     expected = model(images)
+    bound = max(1e-10, relative(model(images * (1 + 1e-13)), expected))  # what rounding may do to this network
+    record_property("bound", bound)
     plain = copy.deepcopy(model)
     paired = has_pair(model, images)
     record_property("pair", paired)
@@ -98,16 +100,16 @@ def test_expand_restart_and_fuse_keep_the_function(name, record_property):
         pytest.skip(f"refused ({'has' if paired else 'no'} conv + BN pair): {error}")
     report = model.repan_report
     record_property("blocks", len(report.changes))
-    assert relative(model(images), expected) < 1e-10
+    assert relative(model(images), expected) < bound
     if not own:
         set_attach_rate(model, 0.3)
         expected = model(images)
     anneal.restart(model, images=[images])
-    assert relative(model(images), expected) < 1e-10
+    assert relative(model(images), expected) < bound
     set_attach_rate(model, 0.3)
     attached = model(images)
     assert relative(attached, expected) > 1e-9, "the branches do nothing, so the next line would prove nothing"
     reparameterize(model)
-    assert relative(model(images), attached) < 1e-10
+    assert relative(model(images), attached) < bound
     if not own:
         assert sum(p.numel() for p in model.parameters()) == folded_parameters(plain, report)

@@ -12,7 +12,7 @@ from repan_cli import checkpoint, models
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint import Checkpoint
 from repan_cli.config import SCHEMA
-from repan_cli.console import print_table
+from repan_cli.console import by_reason, print_table
 
 
 def run(path: Path, *, model: str | None, as_json: bool) -> None:
@@ -27,21 +27,13 @@ def run(path: Path, *, model: str | None, as_json: bool) -> None:
     if layers:
         print_table(["block", "convolution"], layers.items())
     if left:
-        print_table(["left alone", "why"], _by_reason(left))
+        print_table(["left alone", "why"], by_reason(left))
     print_table(["setting", "where it is not the default"], [(key, _text(value)) for key, value in changed.items()])
 
 
 def _is_changed(key: str, value: Any) -> bool:
     default = SCHEMA[key].default if key in SCHEMA else None
     return key not in SCHEMA or value != (list(default) if isinstance(default, tuple) else default)
-
-
-def _by_reason(left: dict[str, str]) -> list[tuple[str, str]]:
-    """A row a reason, with the names it holds for."""
-    names: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        names.setdefault(reason, []).append(name)
-    return [(_text(found), reason) for reason, found in names.items()]
 
 
 def describe(path: Path, saved: Checkpoint, network: str | None = None) -> dict[str, Any]:

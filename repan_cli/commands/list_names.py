@@ -14,6 +14,7 @@ from repan_cli.errors import InputError
 from repan_cli.registry import Registry
 
 Rows = dict[str, str]
+FOREIGN = ("timm:", "torchvision:")
 KINDS: Registry[Callable[[], Rows]] = Registry("kind of name")
 
 
@@ -22,9 +23,11 @@ def _models() -> Rows:
     import timm
 
     from repan_cli import models
+    from repan_cli.models import support
 
-    ours = {name: (timm.model_entrypoint(name).__doc__ or "") for name in models.OURS}
-    return {**ours, **{f"timm:{name}": "train only" for name in timm.list_models() if name not in ours}}
+    ours = {name: f"{timm.model_entrypoint(name).__doc__} Cycles, fuses." for name in models.OURS}
+    known = support.table()
+    return {**ours, **{name: known[name].describe() if name in known else "" for name in support.names()}}
 
 
 @KINDS.register("blocks")
@@ -66,18 +69,30 @@ def _as_yaml(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
+def _look(name: str) -> str:
+    """What can be done with a network that the table of this version does not have yet."""
+    from repan_cli.models import support
+
+    try:
+        return support.look(name).describe()
+    except Exception as error:  # a network that does not run on the meta device, or needs a package
+        return f"not known: {error}".splitlines()[0]
+
+
 def run(kind: str, pattern: str | None, *, as_json: bool) -> None:
-    """Print the names of one kind that match a glob; without one, timm's models are counted instead of listed."""
+    """Print the names of one kind that match a glob; without one, others' models are counted instead of listed."""
     rows = KINDS[kind]()
     if pattern:
         shown = {name: text for name, text in rows.items() if fnmatch.fnmatch(name, pattern)}
         if not shown:
             raise InputError(f"no {kind} match '{pattern}'")
+        shown = {name: text or _look(name) for name, text in shown.items()}
     else:
-        shown = {name: text for name, text in rows.items() if not name.startswith("timm:")}
+        shown = {name: text for name, text in rows.items() if not name.startswith(FOREIGN)}
     if as_json:
         print(json.dumps(shown))
         return
     print_table([kind, ""], shown.items())
     if len(rows) > len(shown) and not pattern:
-        print(f"and {len(rows) - len(shown)} of timm's: repan list {kind} 'timm:*'")
+        more = f"and {len(rows) - len(shown)} of timm's and torchvision's: repan list {kind} 'timm:*'"
+        print(f"{more}; or your own, as file.py:function")

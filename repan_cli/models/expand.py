@@ -214,7 +214,7 @@ def plan(
     else:
         grown = [change._replace(copies=copies) for change in _to_grow(probe.model, family, selection)]
         changes += probe.keep(grown, after=changes, left=left)
-        wanted, unsuited = _to_expand(probe.changed(changes), probe.images, family, selection)
+        wanted, unsuited = to_expand(probe.changed(changes), probe.images, family, selection)
         left |= unsuited
         changes += probe.keep([change._replace(copies=copies) for change in wanted], after=changes, left=left)
     _check_included(model, selection, changes, left)
@@ -249,7 +249,7 @@ def _to_grow(model: nn.Module, family: str, selection: Selection) -> Iterator[Ch
         yield from (Change("grow", name, None, family) for name in bare if name not in left)
 
 
-def _to_expand(
+def to_expand(
     model: nn.Module, images: Tensor, family: str, selection: Selection
 ) -> tuple[list[Change], dict[str, str]]:
     """The convolutions outside of blocks that suit a family, and why the others do not."""

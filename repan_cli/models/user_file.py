@@ -70,7 +70,7 @@ def _describe(error: BaseException, path: str) -> str:
     line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
     trace = error.__traceback__
     while trace:
-        if Path(trace.tb_frame.f_code.co_filename) == Path(path):
+        if Path(trace.tb_frame.f_code.co_filename).resolve() == Path(path).resolve():
             line = trace.tb_lineno
         trace = trace.tb_next
     what = next(iter(str(error).splitlines()), "")

@@ -1,0 +1,108 @@
+"""`--dry-run`: everything of a run once (restart, two steps, a batch of evaluation, the merge), nothing written."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from repan_cli import engine, export, runtime
+from repan_cli.blocks import rep_blocks
+from repan_cli.commands.prepare import Session, prepare
+from repan_cli.config import Resolved
+from repan_cli.console import by_reason, count, duration, print_table, some, tell
+from repan_cli.errors import InputError
+
+STEPS = 3
+"""Two that are timed, after one that warms up."""
+
+
+def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
+    """Build a run, try each of its parts, say what it will be and how long it will take."""
+    session = prepare(command, resolved)
+    facts = {**_network(session), **_training(session), **_evaluation(session)}
+    facts |= {**_merge(session), "peak_memory_bytes": runtime.peak_memory(session.training.runtime.device)}
+    facts["estimated_seconds"] = _estimate(session, facts)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        _report(session, facts)
+
+
+def _network(session: Session) -> dict[str, Any]:
+    blocks = dict(rep_blocks(session.training.model))
+    return {
+        "model": session.config.model.name,
+        "block": session.config.block.name,
+        "parameters": export.count_parameters(session.training.model),
+        "blocks": list(blocks),
+        "left_alone": dict(session.network.expansion.left),
+    }
+
+
+def _training(session: Session) -> dict[str, Any]:
+    """The restart of the first cycle, where there is one, and some steps behind it."""
+    plan = session.training.plan
+    first_cycle = next((phase for phase in plan if phase.cycle), plan[0])
+    training = dataclasses.replace(session.training, plan=(first_cycle,), log_every=1)
+    events, moments, began = engine.fit(training), [], time.perf_counter()
+    start = next(events)
+    restart_seconds = time.perf_counter() - began
+    for event in itertools.islice(events, STEPS):
+        if isinstance(event, engine.Step):
+            moments.append(time.perf_counter())
+    events.close()
+    step = (moments[-1] - moments[0]) / (len(moments) - 1) if len(moments) > 1 else time.perf_counter() - began
+    restarted = {} if not start.restarted else {"logits_moved": start.logit_error, "restart_seconds": restart_seconds}
+    return {**restarted, "step_seconds": step, "steps_per_epoch": training.train.steps(training.batch_size)}
+
+
+@torch.no_grad()
+def _evaluation(session: Session) -> dict[str, Any]:
+    model, images = session.training.model.eval(), session.training.val or session.training.test
+    batch, _ = next(images.batches(engine.EVAL_BATCH))
+    began = time.perf_counter()
+    model(batch).sum().item()
+    return {"evaluation_images_per_second": len(batch) / (time.perf_counter() - began)}
+
+
+def _merge(session: Session) -> dict[str, Any]:
+    images, _ = next(session.training.test.batches(export.PROOF_IMAGES))
+    try:
+        _, report = export.fuse(session.training.model, images.cpu())
+    except InputError as error:
+        return {"fuse": str(error)}
+    return {"params_after": report.params_after, "rel_error_fp64": report.rel_error_fp64}
+
+
+def _estimate(session: Session, facts: Mapping[str, Any]) -> float:
+    training, epochs = session.training, sum(phase.epochs for phase in session.training.plan)
+    steps = epochs * facts["steps_per_epoch"] * facts["step_seconds"]
+    cycles = sum(1 for phase in training.plan if phase.restarts) * facts.get("restart_seconds", 0.0)
+    looked_at = epochs * (training.val.count if training.val else 0) + len(training.plan) * training.test.count
+    return steps + cycles + looked_at / facts["evaluation_images_per_second"]
+
+
+def _report(session: Session, facts: Mapping[str, Any]) -> None:
+    plan = session.training.plan
+    merged = f", {facts['params_after']:,} when merged" if "params_after" in facts else ""
+    rows = {
+        "network": f"{facts['model']}, {facts['parameters']:,} parameters{merged}",
+        "blocks": f"{len(facts['blocks'])} of {facts['block']}: {some(facts['blocks'])}",
+        "plan": f"{count(sum(phase.epochs for phase in plan), 'epoch')} of {count(facts['steps_per_epoch'], 'step')}",
+        "step": f"{1000 * facts['step_seconds']:.0f} ms, batch {session.config.data.batch_size}",
+        "memory": f"{facts['peak_memory_bytes'] / 2**20:,.0f} MiB at most",
+        "time": f"about {duration(facts['estimated_seconds'])}",
+    }
+    if "logits_moved" in facts:
+        rows["restart"] = f"moves the logits by {facts['logits_moved']:.0e}, {duration(facts['restart_seconds'])}"
+    rows["merge"] = facts.get("fuse") or f"exact to {facts['rel_error_fp64']:.0e} in float64"
+    tell(f"dry run of repan {session.command}: nothing was written")
+    print_table(["", ""], rows.items(), to_stderr=True)
+    if facts["left_alone"]:
+        print_table(["left alone", "why"], by_reason(facts["left_alone"]), to_stderr=True)

@@ -1,0 +1,309 @@
+"""Where a run's network comes from: own files, foreign weights, pretrained ones, repan's checkpoints."""
+
+import argparse
+import itertools
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from conftest import randomize_norms, relative
+from test_cli import one_line, run
+from torch import nn
+
+import repan_cli
+from repan_cli import checkpoint
+from repan_cli.blocks import rep_blocks
+from repan_cli.commands import network
+from repan_cli.config import build
+from repan_cli.errors import InputError
+
+NET = """
+from torch import nn
+import helper  # a file beside this one
+
+def build(num_classes, in_chans=3, width=8):
+    return nn.Sequential(
+        nn.Conv2d(in_chans, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes),
+    )
+
+def fixed():
+    return build(7, 1)
+
+def broken(num_classes):
+    return undefined
+
+def number(num_classes):
+    return 3
+
+class Several(nn.Module):
+    def __init__(self, num_classes, in_chans):
+        super().__init__()
+        self.net = build(num_classes, in_chans)
+
+    def forward(self, x):
+        return self.net(x), x
+
+def tied(num_classes, in_chans):
+    model = build(num_classes, in_chans)
+    model[3] = nn.utils.parametrizations.weight_norm(model[3])
+    return model
+"""
+QUICK = ["--dataset", "digits", "--epochs", "1", "data.batch_size=128", "run.precision=fp32", "--json"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a person's own network in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "helper.py").write_text("")
+    (tmp_path / "bad.py").write_text("x = 1\nimport nothing_of_that_name\n")
+    (tmp_path / "syntax.py").write_text("def build(:\n")
+    return tmp_path
+
+
+def made(digits, **settings):
+    given = {"data.name": "digits", **{key.replace("__", "."): str(value) for key, value in settings.items()}}
+    return network.build("cycle", build(given), digits)
+
+
+# ---------------------------------------------------------------------------------------------- own files
+
+
+def test_a_network_of_ones_own_trains_cycles_fuses_and_loads(capsys, place):
+    words = [*QUICK, "--baseline-epochs", 2, "--cycles", 1, "--block", "dbb", "--out", "run"]
+    code, out, err = run(capsys, "cycle", "--model", "net.py:build", *words)
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["model"] == "net.py:build"
+    assert summary["fused"]["rel_error_fp64"] < 1e-12
+    for command in ("evaluate", "fuse", "info"):
+        assert "give --model net.py:build" in one_line(capsys, command, "run/best.pt")
+        code, out, err = run(capsys, command, "run/best.pt", "--model", "net.py:build", "--json")
+        assert code == 0, err
+    assert json.loads(out)["layers"]["0"].startswith("dbb, 3x3")
+    again = repan_cli.load("run/fused.pt", "net.py:build")
+    assert [type(layer).__name__ for layer in again][:3] == ["Conv2d", "Identity", "ReLU"]
+    code, _, err = run(capsys, "cycle", "--init", "run/last.pt", "--model", "net.py:build", *QUICK, "--cycles", 1)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("none.py:build", "no file none.py"),
+        ("net.py:bild", "net.py has no function 'bild'; did you mean build"),
+        ("bad.py:build", "cannot import bad.py: ModuleNotFoundError: No module named 'nothing_of_that_name' (line 2)"),
+        ("syntax.py:build", "cannot import syntax.py: SyntaxError"),
+        ("net.py:broken", "net.py:broken failed: NameError: name 'undefined' is not defined (line 16)"),
+        ("net.py:number", "returned int, not a torch.nn.Module"),
+        ("net.py:fixed", "returns (2, 7) for 2 images, not (2, 10)"),
+        ("net.py:Several", "returns a tuple for 2 images"),
+    ],
+)
+def test_own_files_that_cannot_be_used_are_named_in_a_line(capsys, place, name, says):
+    before = sorted(place.iterdir())
+    assert says in one_line(capsys, "cycle", "--model", name, "--dataset", "digits")
+    shutil.rmtree(place / "__pycache__", ignore_errors=True)
+    assert sorted(place.iterdir()) == before
+
+
+def test_a_layer_that_was_asked_for_and_cannot_merge_is_named(capsys, place):
+    words = ("cycle", "--model", "net.py:tied", "--dataset", "digits", "block.include=3")
+    assert "block.include: 3 cannot become a block: it is a ParametrizedConv2d" in one_line(capsys, *words)
+
+
+# ---------------------------------------------------------------------------------------------- foreign weights
+
+
+def tiny(name: str = "resnet10t", classes: int = 10) -> nn.Module:
+    torch.manual_seed(1)
+    return randomize_norms(timm.create_model(name, num_classes=classes, in_chans=1)).eval()
+
+
+WRAPPINGS = {
+    "bare": lambda weights: weights,
+    "state_dict": lambda weights: {"epoch": 3, "state_dict": weights, "optimizer": {"lr": 0.1}},
+    "model": lambda weights: {"model": weights, "args": argparse.Namespace(lr=0.1)},
+    "model_state": lambda weights: {"model_state": weights},
+    "nested": lambda weights: {"checkpoint": 1, "model": {"state_dict": weights}},
+    "lightning": lambda weights: {"state_dict": {f"backbone.{name}": value for name, value in weights.items()}},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_weights_of_others_are_taken_where_they_belong(digits, tmp_path, wrapping):
+    source = tiny()
+    torch.save(WRAPPINGS[wrapping](source.state_dict()), tmp_path / "theirs.pth")
+    found = made(digits, model__name="timm:resnet10t", model__init=tmp_path / "theirs.pth", block__name="dbb")
+    assert found.finished
+    assert found.expansion.family == "dbb"
+    x = torch.randn(4, 1, 8, 8)
+    assert relative(found.model.eval()(x), source(x)) < 1e-5
+    assert all(block.attach_rate == 0 for _, block in rep_blocks(found.model))
+
+
+@pytest.mark.parametrize(
+    "prefixes", [p for n in range(1, 5) for p in itertools.product(("module.", "_orig_mod."), repeat=n)][:16]
+)
+def test_prefixes_of_wrappers_come_off_in_any_nesting(tmp_path, prefixes):
+    source = nn.Linear(2, 2)
+    torch.save({"".join(prefixes) + name: value for name, value in source.state_dict().items()}, tmp_path / "a.pt")
+    assert checkpoint.load_any(tmp_path / "a.pt").keys() == {"weight", "bias"}
+
+
+def test_safetensors_of_others_and_weights_of_a_multi_branch_network(digits, tmp_path):
+    source = tiny()
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "theirs.safetensors")
+    found = made(digits, model__name="timm:resnet10t", model__init=tmp_path / "theirs.safetensors")
+    x = torch.randn(4, 1, 8, 8)
+    assert relative(found.model.eval()(x), source(x)) < 1e-5
+    randomize_norms(found.model, 5)
+    torch.save(found.model.state_dict(), tmp_path / "branches.pth")
+    again = made(digits, model__name="timm:resnet10t", model__init=tmp_path / "branches.pth")
+    assert torch.equal(again.model.eval()(x), found.model(x))
+
+
+def test_another_number_of_classes_starts_a_new_classifier_and_needs_a_baseline(capsys, digits, tmp_path):
+    source = tiny(classes=7)
+    torch.save(source.state_dict(), tmp_path / "theirs.pth")
+    found = made(digits, model__name="timm:resnet10t", model__init=tmp_path / "theirs.pth")
+    assert found.new_classifier
+    assert not found.finished
+    assert "fc starts anew" in capsys.readouterr().err
+    x = torch.randn(4, 1, 8, 8)
+    assert relative(found.model.eval().forward_features(x), source.forward_features(x)) < 1e-5
+    assert all(block.attach_rate == 1 for _, block in rep_blocks(found.model)), "silent branches that train at once"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"a": 1}, "holds no weights"),
+        ([torch.zeros(1)], "holds no weights"),
+        (tiny("resnet14t").state_dict(), "has, unlike the network,"),
+        ({"fc.weight": torch.zeros(10, 512)}, "it lacks"),
+        (
+            {**tiny().state_dict(), "conv1.3.weight": torch.zeros(3)},
+            "another shape for 1 of the weights, such as 'conv1.3",
+        ),
+    ],
+    ids=["no-tensors", "list", "deeper", "head-only", "shape"],
+)
+def test_weights_that_do_not_fit_are_named(digits, tmp_path, content, says):
+    torch.save(content, tmp_path / "theirs.pth")
+    with pytest.raises(InputError, match=says):
+        made(digits, model__name="timm:resnet10t", model__init=tmp_path / "theirs.pth")
+
+
+def test_foreign_weights_need_the_name_of_their_network(digits, tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "theirs.pth")
+    with pytest.raises(InputError, match="does not say which network it is of: give --model NAME"):
+        made(digits, model__init=tmp_path / "theirs.pth")
+
+
+# ---------------------------------------------------------------------------------------------- pretrained
+
+
+def test_pretrained_weights_of_timm(digits, monkeypatch, tmp_path):
+    """From a file in place of the download, through timm's own loading."""
+    source = timm.create_model("resnet10t", num_classes=1000)
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    create = timm.create_model
+
+    def with_file(name, **kwargs):
+        overlay = {"file": str(tmp_path / "weights.safetensors")} if kwargs.get("pretrained") else None
+        return create(name, **kwargs, pretrained_cfg_overlay=overlay)
+
+    monkeypatch.setattr(timm, "create_model", with_file)
+    found = made(digits, model__name="timm:resnet10t", model__pretrained=True)
+    assert found.trained
+    assert found.new_classifier
+    weight = found.model.get_submodule("layer1.0.conv1").trunk.conv.weight
+    assert torch.equal(weight, source.layer1[0].conv1.weight)
+
+
+def test_pretrained_weights_of_torchvision(monkeypatch):
+    from repan_cli import models
+
+    theirs = torchvision.models.resnet18(num_classes=1000)
+    weights = type(torchvision.models.get_model_weights("resnet18").DEFAULT)
+    monkeypatch.setattr(weights, "get_state_dict", lambda self, **kwargs: theirs.state_dict())
+    model = models.create("torchvision:resnet18", num_classes=10, in_chans=3, pretrained=True)
+    assert torch.equal(model.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
+    assert model.fc.out_features == 10
+    with pytest.raises(InputError, match="torchvision's networks read 3 channels"):
+        models.create("torchvision:resnet18", num_classes=10, in_chans=1)
+
+
+def test_weights_that_cannot_be_fetched_are_one_line(digits, monkeypatch):
+    def no_network(*args, **kwargs):
+        if kwargs.get("pretrained"):
+            raise OSError("no route to host\nand a long story")
+        return create(*args, **kwargs)
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with pytest.raises(InputError, match=r"of resnet10t \(no route to host\); give them as a file with --init"):
+        made(digits, model__name="timm:resnet10t", model__pretrained=True)
+    without = next(name for name in timm.list_models("*resnet*") if not timm.is_model_pretrained(name))
+    with pytest.raises(InputError, match="no pretrained weights of"):
+        made(digits, model__name=f"timm:{without}", model__pretrained=True)
+
+
+# ---------------------------------------------------------------------------------------------- repan's checkpoints
+
+
+def test_a_network_trained_plain_is_expanded_and_cycled(capsys, place):
+    words = [*QUICK, "--model", "timm:resnet10t", "optim.lr=0.01"]
+    code, out, err = run(capsys, "train", *words, "--block", "plain", "--out", "plain")
+    assert code == 0, err
+    plain = json.loads(out)["test"]["top1"]
+    code, out, err = run(
+        capsys, "cycle", "--init", "plain/last.pt", "--block", "acb", *QUICK, "--cycles", 1, "--out", "b"
+    )
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["block"] == "acb"
+    assert summary["baseline"]["test_top1"] == plain
+    assert summary["cycles"][0]["top1_after_restart"] == summary["cycles"][0]["top1_before"]
+    assert "holds blocks of the family acb, not dbb" in one_line(
+        capsys, "cycle", "--init", "b/last.pt", "--block", "dbb", *QUICK, "--cycles", 1
+    )
+    refused = one_line(capsys, "cycle", "--init", "b/last.pt", *QUICK, "--cycles", 1, "--baseline-epochs", 3)
+    assert "baseline.epochs has no effect here" in refused
+
+
+def test_settings_of_block_choose_what_restarts(digits):
+    found = made(digits, model__name="repvgg_a0_cifar", block__include="stages.2.*", block__limit=3)
+    chosen = network.restarted(build({"block.include": "stages.2.*", "block.limit": "3"}), found.model)
+    assert len(chosen) == 3
+    assert all(name.startswith("stages.2.") for name in chosen)
+    assert network.restarted(build(), found.model) is None
+
+
+# ---------------------------------------------------------------------------------------------- dry run
+
+
+def test_a_dry_run_tells_everything_and_writes_nothing(capsys, place):
+    before = sorted(place.iterdir())
+    words = ["cycle", "--model", "timm:resnet10t", "--dataset", "digits", "--dry-run"]
+    code, out, err = run(capsys, *words, "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert len(facts["blocks"]) == 11
+    assert any("kernel 1x1" in reason for reason in facts["left_alone"].values())
+    assert facts["logits_moved"] < 1e-4
+    assert facts["rel_error_fp64"] < 1e-10
+    assert facts["estimated_seconds"] > 0
+    code, _, err = run(capsys, *words)
+    assert code == 0
+    for text in ("nothing was written", "left alone", "kernel 1x1", "about", "MiB"):
+        assert text in err
+    assert sorted(place.iterdir()) == before
