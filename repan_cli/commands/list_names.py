@@ -66,6 +66,8 @@ def _settings() -> Rows:
 
 
 def _as_yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_as_yaml, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
