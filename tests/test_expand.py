@@ -261,7 +261,7 @@ def test_a_network_that_uses_its_conv_as_a_conv_is_left_alone():
             nn.Sequential(nn.Flatten(), nn.Linear(768, 4)),
             "no convolution of the network can become a block: it has none",
         ),
-        (nn.Sequential(nn.Conv2d(4, 4, 3)), "does not run on images of shape 2x3x16x16"),
+        (nn.Sequential(nn.Conv2d(4, 4, 3)), "does not run on images of shape 2x3x16x16 in float64"),
         (nn.Sequential(conv(), nn.BatchNorm2d(8), nn.Dropout()), None),
     ],
 )

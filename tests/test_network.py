@@ -288,6 +288,19 @@ def test_settings_of_block_choose_what_restarts(digits):
     assert network.restarted(build(), found.model) is None
 
 
+def test_a_file_cannot_name_just_any_network(tmp_path):
+    meta = {"block": "rep", "form": "plain", "classes": ["a"], "in_chans": 3}
+    structure = {"changes": [], "left": {}, "native": {}}
+    for name in ("timm:hf-hub:someone/something", "torchvision:resnet19", "resnet19"):
+        saved = checkpoint.Checkpoint({}, {**meta, "model": name, "structure": structure})
+        checkpoint.save(saved, tmp_path / "a.pt")
+        with pytest.raises(InputError, match="has no model"):
+            repan_cli.load(tmp_path / "a.pt")
+    checkpoint.save(checkpoint.Checkpoint({}, meta), tmp_path / "a.pt")
+    with pytest.raises(InputError, match=r"does not say what its network is \(model, structure missing\)"):
+        repan_cli.load(tmp_path / "a.pt")
+
+
 # ---------------------------------------------------------------------------------------------- dry run
 
 

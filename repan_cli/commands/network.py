@@ -18,7 +18,7 @@ from repan_cli.console import warn
 from repan_cli.data.datasets import Dataset
 from repan_cli.errors import InputError
 from repan_cli.models import Expansion, Selection
-from repan_cli.models.expand import EVERYTHING, PROBE_IMAGES
+from repan_cli.models.expand import PROBE_IMAGES
 from repan_cli.optim import classifier_layers
 
 Weights = Checkpoint | Mapping[str, Tensor] | None
@@ -67,7 +67,7 @@ def restarted(config: Config, model: nn.Module) -> frozenset[str] | None:
     """Which blocks restart: those that the settings of the section `block` choose; None is all of them."""
     convs = {name: block.trunk.conv for name, block in rep_blocks(model)}
     block = config.block
-    left_out = Selection(block.kernel or EVERYTHING.kernel, block.include, block.exclude, block.limit).left_out(convs)
+    left_out = Selection(block.kernel or None, block.include, block.exclude, block.limit).left_out(convs)
     if convs and len(left_out) == len(convs):
         raise InputError(f"the settings of block leave no block to restart: {models.summary(left_out)}")
     return frozenset(convs) - left_out.keys() if left_out else None

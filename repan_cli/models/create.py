@@ -95,6 +95,8 @@ def create(
 
 def _timm(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
     short = name.removeprefix(TIMM)
+    if not timm.is_model(short):  # nor is a name of the hub in a file followed
+        raise InputError(f"this timm ({timm.__version__}) has no model {short}; another version may")
     if pretrained and not timm.is_model_pretrained(short):
         raise InputError(f"timm has no pretrained weights of {short}; give a file of weights with --init")
     try:
@@ -109,6 +111,8 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
     short = name.removeprefix(TORCHVISION)
     if in_chans != 3:
         raise InputError(f"torchvision's networks read 3 channels, the images have {in_chans}: take one of timm's")
+    if short not in torchvision.models.list_models(torchvision.models):
+        raise InputError(f"this torchvision ({torchvision.__version__}) has no model {short}; another version may")
     model = torchvision.models.get_model(short, weights=None, num_classes=num_classes)
     if pretrained:
         try:
@@ -137,6 +141,10 @@ def has_new_classifier(name: str, num_classes: int) -> bool:
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
+NEEDED = ("model", "block", "form", "classes", "in_chans", "structure")
+"""What `blank` reads of a checkpoint's description."""
+
+
 def form_of(model: nn.Module) -> str:
     """What `meta["form"]` says of a network that was not fused: multi-branch, or plain when no block has a side
     branch.
@@ -159,6 +167,8 @@ def blank(meta: Mapping[str, Any], source: str, network: nn.Module | str | None 
     A person's own network is given again as `network`, the plain module or its name: a path in a file is never
     imported by itself. Raises InputError where it is missing.
     """
+    if lacking := [key for key in NEEDED if key not in meta]:
+        raise InputError(f"{source} does not say what its network is ({', '.join(lacking)} missing): another version?")
     structure = meta["structure"]
     if isinstance(network, nn.Module):
         model = network

@@ -52,13 +52,13 @@ class Selection:
     """Which convolutions become blocks, or which blocks restart.
 
     Args:
-        kernel: sizes of the larger side of the kernel; empty is all above 1.
+        kernel: sizes of the larger side of the kernel; empty is all above 1, None all.
         include: globs of names; empty is all.
         exclude: globs of names that are left out.
         limit: at most this many, those with the most weights first.
     """
 
-    kernel: tuple[int, ...] = ()
+    kernel: tuple[int, ...] | None = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     limit: int | None = None
@@ -77,9 +77,9 @@ class Selection:
             return f"{NOT_CHOSEN}no name in block.include"
         if _matches(name, self.exclude):
             return f"{NOT_CHOSEN}a name in block.exclude"
-        if size in self.kernel or (not self.kernel and size > 1):
+        if self.kernel is None or size in self.kernel or (not self.kernel and size > 1):
             return None
-        wanted = ",".join(map(str, self.kernel)) or "null, all above 1"
+        wanted = "[" + ",".join(map(str, self.kernel)) + "]" + ("" if self.kernel else ", all above 1")
         return f"{NOT_CHOSEN}kernel {'x'.join(map(str, conv.kernel_size))}, block.kernel is {wanted}"
 
 
@@ -87,7 +87,7 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
-EVERYTHING = Selection(kernel=tuple(range(1, 1000)), include=("*",))
+EVERYTHING = Selection(kernel=None, include=("*",))
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,9 @@ class _Probe:
             elsewhere = _tensors(self.model(torch.zeros_like(self.images)))
         except Exception as error:
             shape = "x".join(map(str, self.images.shape))
-            raise InputError(f"the network does not run on images of shape {shape}: {_line(error)}") from error
+            raise InputError(
+                f"the network does not run on images of shape {shape} in float64: {_line(error)}"
+            ) from error
         if not all(tensor.isfinite().all() for tensor in self.expected):
             raise InputError("the network's output is not finite, so nothing can be compared")
         if _difference(again, self.expected) > TOLERANCE:
