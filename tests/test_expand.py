@@ -219,6 +219,27 @@ def test_a_hook_may_do_anything_so_its_conv_is_left_alone():
     assert "it has hooks" in left(model, "a")
 
 
+def test_a_second_expansion_is_added_to_the_first(tmp_path):
+    model = net(conv=conv(), norm=nn.BatchNorm2d(8), act=nn.ReLU(), again=conv(8, 8, 1), after=nn.BatchNorm2d(8))
+    expected = model(X.double())
+    expand(model, "plain", images=X)
+    expand(model, "acb", images=X, kernel=(1, 3))
+    assert [change[:4] for change in model.repan_report.changes] == [
+        ("expand", "conv", "norm", "plain"),
+        ("grow", "conv", None, "acb"),
+        ("expand", "again", "after", "acb"),
+    ]
+    assert relative(model(X.double()), expected) < 1e-12
+
+
+def test_a_norm_inside_a_block_belongs_to_the_block():
+    """The identity branch of a block reads what a convolution before it returned; so does its trunk."""
+    geometry = models.repvgg_cifar.Geometry(8, 8, (3, 3), padding=(1, 1))
+    model = randomize_norms(net(conv=conv(), block=make_block("repvgg", geometry)))
+    expand(model, "rep", images=X)
+    assert model.repan_report.changes == (Change("expand", "conv", None, "rep"),)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 def test_a_weight_that_cannot_be_copied_is_named():
     with pytest.raises(InputError, match="a cannot be copied: its weight is computed"):

@@ -147,7 +147,7 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
     if family != expansion.family:
         grown = _plan(model, config, dataset, family)
         models.apply(model, grown.changes)
-        expansion = Expansion(family, (*expansion.changes, *grown.changes), grown.left)
+        expansion = grown.after(expansion)
     return Network(model, name, expansion, saved.meta["structure"]["native"], True, False)
 
 

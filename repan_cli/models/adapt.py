@@ -47,15 +47,20 @@ def _class_of(module: nn.Module) -> tuple[str, str]:
     return type(module).__module__, type(module).__name__
 
 
+def check_norm(norm: nn.Module) -> None:
+    """Raises ValueError for a BN that cannot be folded."""
+    if type(norm) not in NORMS or "forward" in vars(norm):
+        raise ValueError(f"its norm is a {type(norm).__name__}, whose forward is its own")
+    if norm.running_mean is None:
+        raise ValueError("its BN keeps no running statistics (track_running_stats=False)")
+
+
 def split_norm(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
     """A BN by itself, on the same parameters and statistics, always affine; and the activation that it carried.
 
     Raises ValueError for a BN that cannot be folded.
     """
-    if type(norm) not in NORMS:
-        raise ValueError(f"its norm is a {type(norm).__name__}, whose forward is its own")
-    if norm.running_mean is None:
-        raise ValueError("its BN keeps no running statistics (track_running_stats=False)")
+    check_norm(norm)
     if norm.weight is None:
         norm.weight = nn.Parameter(norm.running_var.new_ones(norm.num_features))
         norm.bias = nn.Parameter(norm.running_var.new_zeros(norm.num_features))

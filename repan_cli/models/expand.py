@@ -8,6 +8,7 @@ mistake hides behind fresh ones, tries the changes; those that move its output a
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from repan_cli.blocks import OWN, Geometry, RepBlock, block_around, check_family, refresh, rep_blocks
 from repan_cli.errors import InputError
-from repan_cli.models.adapt import adapt, is_own_block, split_norm
+from repan_cli.models.adapt import adapt, check_norm, is_own_block, split_norm
 from repan_cli.registry import did_you_mean
 
 TOLERANCE = 1e-10
@@ -98,6 +99,10 @@ class Expansion:
     changes: tuple[Change, ...]
     left: Mapping[str, str]
 
+    def after(self, earlier: Expansion | None) -> Expansion:
+        """This one, made of a network that had an earlier one."""
+        return dataclasses.replace(self, changes=(*earlier.changes, *self.changes)) if earlier else self
+
     def as_meta(self) -> dict[str, Any]:
         """In plain types, for a checkpoint."""
         return {"changes": [list(change) for change in self.changes], "left": dict(self.left)}
@@ -141,7 +146,7 @@ def expand(
     if not expansion.changes and not any(rep_blocks(model)):
         raise InputError(f"no convolution of the network can become a block: {summary(expansion.left)}")
     apply(model, expansion.changes, attach=attach)
-    model.repan_report = expansion
+    model.repan_report = expansion.after(getattr(model, "repan_report", None))
     return model
 
 
@@ -273,8 +278,8 @@ def _unsuited(conv: nn.Module, seen: Sightings) -> str | None:
     norms = seen.norms[conv]
     if type(conv) is not nn.Conv2d:
         return f"it is a {type(conv).__name__}, not a plain Conv2d"
-    if conv._forward_pre_hooks or conv._forward_hooks:
-        return "it has hooks, such as those of weight norm"
+    if conv._forward_pre_hooks or conv._forward_hooks or "forward" in vars(conv):
+        return "it has hooks, such as those of weight norm, or a forward of its own"
     if seen.calls[conv] != 1:
         return f"it is called {seen.calls[conv]} times" if seen.calls[conv] else "the forward pass does not reach it"
     if seen.owners[id(conv.weight)] > 1:
@@ -284,7 +289,7 @@ def _unsuited(conv: nn.Module, seen: Sightings) -> str | None:
     try:
         Geometry.of(conv)
         for norm in norms:
-            split_norm(copy.copy(norm))
+            check_norm(norm)
     except ValueError as error:
         return str(error)
     return None
@@ -323,7 +328,8 @@ def watch(model: nn.Module, images: Tensor) -> Sightings:
 
     def after_conv(conv: nn.Module, inputs: Any, output: Tensor) -> None:
         calls[conv] += 1
-        output._repan_source = conv, output._version  # an in-place change in between raises the version
+        if isinstance(output, Tensor):
+            output._repan_source = conv, output._version  # an in-place change raises the version
 
     def before_norm(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
         calls[norm] += 1
@@ -331,8 +337,10 @@ def watch(model: nn.Module, images: Tensor) -> Sightings:
         if conv is not None and inputs[0]._version == version and norm not in norms[conv]:
             norms[conv].append(norm)
 
+    inside = {id(part) for _, block in rep_blocks(model) for part in block.modules()}
+    free_norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in inside]
     hooks = [conv.register_forward_hook(after_conv) for conv in convs]
-    hooks += [m.register_forward_pre_hook(before_norm) for m in model.modules() if isinstance(m, _BatchNorm)]
+    hooks += [norm.register_forward_pre_hook(before_norm) for norm in free_norms]
     try:
         model(images)
     finally:
