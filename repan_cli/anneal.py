@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from repan_cli.blocks import FAMILIES, OWN, RepBlock, refresh, rep_blocks
 from repan_cli.blocks.kernel import Kernel, exact
-from repan_cli.config import Config, Cycle, Optim, baseline_phase
+from repan_cli.config import Config, Cycle, Optim, Teacher, baseline_phase
 from repan_cli.errors import InputError
 from repan_cli.optim import learning_rate
 
@@ -254,6 +254,7 @@ class Phase:
     settings: Cycle | None
     course_start: float
     course_length: float
+    teacher: Teacher = field(default_factory=Teacher)
 
     def learning_rate(self, elapsed: float) -> float:
         """The rate `elapsed` epochs into this phase."""
@@ -280,26 +281,27 @@ class Phase:
 
 
 def training_plan(config: Config) -> tuple[Phase, ...]:
-    """The one phase of `train`."""
-    return (Phase(0, config.epochs, config.optim, None, 0, config.epochs),)
+    """The one phase of `train` and `distill`."""
+    return (Phase(0, config.epochs, config.optim, None, 0, config.epochs, config.teacher),)
 
 
 def cycle_plan(config: Config, *, baseline: bool) -> tuple[Phase, ...]:
     """The phases of `cycle`: the baseline, unless the run starts from a trained network, and the annealing cycles."""
     start = baseline_phase(config)
     lengths = ([start.epochs] if baseline else []) + [config.epochs] * config.cycle.count
-    return tuple(_phases(config, start.optim, lengths, first=0 if baseline else 1))
+    return tuple(_phases(config, start, lengths, first=0 if baseline else 1))
 
 
-def _phases(config: Config, baseline: Optim, lengths: list[int], *, first: int) -> Iterator[Phase]:
+def _phases(config: Config, baseline: Config, lengths: list[int], *, first: int) -> Iterator[Phase]:
     done = 0
     for cycle, epochs in enumerate(lengths, start=first):
-        optim = _decayed(config.optim, config.cycle.lr_decay ** (cycle - 1)) if cycle else baseline
+        optim = _decayed(config.optim, config.cycle.lr_decay ** (cycle - 1)) if cycle else baseline.optim
         course = (0, epochs)
         if config.cycle.lr == "continuous":
             course = (done, sum(lengths))
-            optim = _with_course_of(optim, baseline if first == 0 else config.optim)
-        yield Phase(cycle, epochs, optim, config.cycle if cycle else None, *course)
+            optim = _with_course_of(optim, baseline.optim if first == 0 else config.optim)
+        teacher = config.teacher if cycle else baseline.teacher
+        yield Phase(cycle, epochs, optim, config.cycle if cycle else None, *course, teacher)
         done += epochs
 
 

@@ -36,6 +36,7 @@ SHORTCUTS = {
     "cycles": "cycle.count",
     "init": "model.init",
     "pretrained": "model.pretrained",
+    "teacher": "teacher.name",
     "seed": "run.seed",
     "device": "run.device",
     "out": "run.out",
@@ -60,6 +61,9 @@ PretrainedOption = Annotated[
     bool, typer.Option("--pretrained", help="Start from the weights that timm or torchvision offers.")
 ]
 BatchSizeOption = Annotated[str | None, _shortcut("batch_size", "N")]
+TeacherOption = Annotated[
+    str | None, _shortcut("teacher", "NAME", "A file of weights, timm:NAME, or in cycle 'previous'.")
+]
 SeedOption = Annotated[str | None, _shortcut("seed", "N")]
 DeviceOption = Annotated[str | None, _shortcut("device", "NAME")]
 OutOption = Annotated[str | None, _shortcut("out", "FOLDER")]
@@ -180,6 +184,7 @@ def cycle(
         str | None, _shortcut("init", "FILE", "Start the cycles from these weights instead of a baseline.")
     ] = None,
     pretrained: PretrainedOption = False,
+    teacher: TeacherOption = None,
     batch_size: BatchSizeOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
@@ -253,6 +258,47 @@ def train(
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A .pt or .safetensors file that repan wrote.", show_default=False)
 ]
+
+
+@app.command(rich_help_panel="Training")
+def distill(
+    settings: Settings = None,
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    teacher: TeacherOption = None,
+    block: BlockOption = None,
+    data_root: DataRootOption = None,
+    epochs: EpochsOption = None,
+    lr: LrOption = None,
+    pretrained: PretrainedOption = False,
+    batch_size: BatchSizeOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    config_file: ConfigOption = None,
+    print_config: PrintConfigOption = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a network with a teacher: one course, no restart.
+
+    Examples:
+
+    [cyan]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt[/cyan]
+
+    [cyan]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt teacher.alpha=0.9[/cyan]
+    """
+    options = {name: value for name, value in locals().items() if name in SHORTCUTS}
+    _train(
+        "distill",
+        file=config_file,
+        settings=settings,
+        print_config=print_config,
+        dry_run=dry_run,
+        as_json=as_json,
+        **options,
+    )
+
 
 NetworkOption = Annotated[
     str | None,

@@ -163,6 +163,30 @@ class Cycle:
             yield "cycle.lr_decay belongs to cycle.lr=restart; with continuous set it to 1"
 
 
+PREVIOUS = "previous"
+"""The teacher that is the merged network of the cycle before."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    name: str | None = setting(
+        None,
+        "Teacher: a file of weights, timm:NAME or torchvision:NAME (pretrained), or previous (in cycle: the merged "
+        "network of the cycle before).",
+    )
+    model: str | None = setting(None, "Network of a teacher's file that is not repan's.")
+    alpha: float = setting(0.5, "Share of the distillation loss; the rest is the cross-entropy.", low=0, high=1)
+    temperature: float = setting(4.0, "Temperature of the distillation loss.", above=0)
+    image_size: int | None = setting(None, "Side of the images that the teacher sees; null is its own.", low=4)
+    cache: str = setting(
+        "auto", "Keep the teacher's logits of every view that was seen: auto, or none.", choices=("auto", "none")
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.model is not None and self.name is None:
+            yield "teacher.model needs teacher.name, the file of its weights"
+
+
 @dataclass(frozen=True)
 class Run:
     seed: int = setting(0, "Seed of weights, data order and augmentation.", low=0)
@@ -183,8 +207,9 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     epochs: int = setting(30, "Length of the run, or of one cycle.", low=1)
     baseline: Mapping[str, Any] = field(default_factory=dict)
-    """`epochs` and `optim.*` keys that the baseline phase of `cycle` lays over the main ones."""
+    """`epochs`, `optim.*` and `teacher.*` keys that the baseline phase of `cycle` lays over the main ones."""
     cycle: Cycle = field(default_factory=Cycle)
+    teacher: Teacher = field(default_factory=Teacher)
     run: Run = field(default_factory=Run)
 
     def problems(self) -> Iterator[str]:
@@ -295,7 +320,9 @@ SCHEMA: dict[str, Setting] = {entry.key: entry for entry in _declared()}
 """Every setting by its dotted key."""
 
 OVERLAY: dict[str, Setting] = {
-    f"baseline.{key}": entry for key, entry in SCHEMA.items() if key == "epochs" or key.startswith("optim.")
+    f"baseline.{key}": entry
+    for key, entry in SCHEMA.items()
+    if key == "epochs" or key.startswith(("optim.", "teacher."))
 }
 """The keys of the baseline phase, typed as the settings they are laid over."""
 
@@ -439,6 +466,7 @@ def _section_problems(config: Config) -> Iterator[str]:
     yield from config.model.problems()
     yield from config.optim.problems()
     yield from config.cycle.problems()
+    yield from config.teacher.problems()
     yield from config.problems()
     yield from (f"baseline: {problem}" for problem in baseline_phase(config).optim.problems())
 
@@ -463,8 +491,9 @@ def replace(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def baseline_phase(config: Config) -> Config:
-    """The configuration that the baseline of `cycle` trains with."""
-    return dataclasses.replace(replace(config, config.baseline), baseline={})
+    """The configuration that the baseline of `cycle` trains with: without a teacher, unless it names its own."""
+    laid_over = {"teacher.name": None, **config.baseline}
+    return dataclasses.replace(replace(config, laid_over), baseline={})
 
 
 def baseline_layer(layer: Layer) -> dict[str, Any]:
@@ -523,6 +552,9 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
         file = RECIPES.get(str(given.get("data.name")))
     path = find_preset(file) if file else None
     layer = read_file(path) if path else {}
+    if command == "train":
+        refuse(given, ("teacher.",), "has no effect in 'repan train': give it to 'repan distill'")
+        layer = {key: text for key, text in layer.items() if not key.startswith(("teacher.", "baseline.teacher."))}
     if command != "cycle":
         refuse(given, ("cycle.", "baseline."), f"has no effect in 'repan {command}': it belongs to 'repan cycle'")
         layer = baseline_layer(layer)
@@ -531,6 +563,8 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
         raise InputError("no data set: give --dataset NAME, see 'repan list datasets'")
     if config.model.name is None and config.model.init is None:
         raise InputError("no network: give --model NAME, see 'repan list models'")
+    if command == "distill" and config.teacher.name in (None, PREVIOUS):
+        raise InputError("no teacher: give --teacher FILE or timm:NAME ('previous' is for 'repan cycle')")
     return Resolved(config, f"{_shown(path)}, {len(given)} from the command line", given)
 
 

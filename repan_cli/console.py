@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 30
-NAME_WIDTH = 13
+NAME_WIDTH = 14
 NAMES_SHOWN = 6
 LOSS_JUMP = 0.5
 JUMPED = (

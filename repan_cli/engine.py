@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from repan_cli import anneal, optim
 from repan_cli.anneal import Phase
 from repan_cli.blocks import set_attach_rate
-from repan_cli.data.resident import ResidentImages
+from repan_cli.data.resident import Batch, ResidentImages
 from repan_cli.errors import DivergedError
 from repan_cli.runtime import Runtime, generator, key
 from repan_cli.tasks import Task
@@ -114,7 +114,7 @@ def evaluate(model: nn.Module, images: ResidentImages) -> Score:
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, device=images.labels.device)
-    for batch, labels in images.batches(_eval_batch(images)):
+    for batch, labels, *_ in images.batches(_eval_batch(images)):
         logits = model(batch)
         ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -135,7 +135,8 @@ def _eval_batch(images: ResidentImages) -> int:
 class Training:
     """Everything the loop works on.
 
-    `task_of` gives the task of a phase: baseline and cycles may differ in it. `val` None means that nothing was held
+    `task_of` gives the task of a phase, asked once as the phase begins, before its restart: baseline and cycles may
+    differ in it, and a teacher may be the network as it is then. `val` None means that nothing was held
     out to choose by. `restarted` names the blocks that restart; None is all.
     """
 
@@ -161,10 +162,11 @@ def fit(run: Training) -> Iterator[Event]:
     """
     for phase in run.plan:
         began = time.perf_counter()
-        yield _begin(run, phase)
+        task = run.task_of(phase)
+        yield _begin(run, phase, task)
         best_of_cycle, best_weights = -math.inf, None
         for epoch in range(1, phase.epochs + 1):
-            result = yield from _train_epoch(run, phase, epoch)
+            result = yield from _train_epoch(run, phase, task, epoch)
             score = evaluate(run.model, run.val) if run.val else None
             best = score is not None and score.top1 > run.best_top1
             if best:
@@ -204,15 +206,15 @@ def _end(run: Training, phase: Phase, seconds: float) -> CycleEnd:
     return CycleEnd(phase.cycle, val.top1 if val else None, test.top1, test.top5, test.loss, seconds)
 
 
-def _begin(run: Training, phase: Phase) -> CycleStart:
+def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
     """Settings of the phase, and before a cycle the restart, watched from outside."""
     optim.apply_settings(run.optimizer, phase.optim)
     if phase.cycle == 0:
         return CycleStart(0)
-    before = _look(run, phase)
+    before = _look(run, phase, task)
     report = _restart(run, phase) if phase.restarts else anneal.RestartReport(blocks=0)
     optim.zero_momentum(run.optimizer)
-    after = _look(run, phase)
+    after = _look(run, phase, task)
     return CycleStart(
         cycle=phase.cycle,
         restarted=phase.restarts,
@@ -233,12 +235,12 @@ class _Look(NamedTuple):
 
 
 @torch.no_grad()
-def _look(run: Training, phase: Phase) -> _Look:
+def _look(run: Training, phase: Phase, task: Task) -> _Look:
     """Validation top-1, the loss of a first batch in train mode (of a copy: it would move statistics), its logits."""
-    images, labels = next(run.train.training_batches(max(run.batch_size, LOOK_IMAGES), run.seed, phase.data_cycle(), 1))
-    loss, _ = run.task_of(phase)(copy.deepcopy(run.model).train(), images, labels)
+    batch = next(run.train.training_batches(max(run.batch_size, LOOK_IMAGES), run.seed, phase.data_cycle(), 1))
+    loss, _ = task(copy.deepcopy(run.model).train(), batch)
     top1 = evaluate(run.model, run.val).top1 if run.val else None
-    return _Look(top1, loss.item(), run.model.eval()(images))
+    return _Look(top1, loss.item(), run.model.eval()(batch.images))
 
 
 def _restart(run: Training, phase: Phase) -> anneal.RestartReport:
@@ -293,19 +295,19 @@ class _EpochResult:
     images_per_second: float
 
 
-def _train_epoch(run: Training, phase: Phase, epoch: int) -> Iterator[Step]:
+def _train_epoch(run: Training, phase: Phase, task: Task, epoch: int) -> Iterator[Step]:
     """One pass over the training images; returns the epoch's figures."""
-    task = run.task_of(phase)
     run.model.train()
     torch.manual_seed(key("dropout", run.seed, phase.cycle, epoch))
     steps = run.train.steps(run.batch_size)
     totals = _Totals(*torch.zeros(2, device=run.runtime.device))
     began, first_loss, lr, rate = time.perf_counter(), math.nan, 0.0, 1.0
     batches = run.train.training_batches(run.batch_size, run.seed, phase.data_cycle(), epoch)
-    for step, (images, labels) in enumerate(batches, start=1):
+    for step, batch in enumerate(batches, start=1):
         elapsed = epoch - 1 + (step - 1) / steps
         lr, rate = _set_position(run, phase, elapsed)
-        totals.add(*_train_step(run, phase, task, images, labels, frozen=phase.trunk_is_frozen(elapsed)), labels)
+        loss, logits = _train_step(run, phase, task, batch, frozen=phase.trunk_is_frozen(elapsed))
+        totals.add(loss, logits, batch.labels)
         if step == min(FIRST_STEPS, steps):
             first_loss = totals.mean_loss()
         if step % run.log_every == 0 or step == steps:
@@ -324,11 +326,9 @@ def _set_position(run: Training, phase: Phase, elapsed: float) -> tuple[float, f
     return lr, rate
 
 
-def _train_step(
-    run: Training, phase: Phase, task: Task, images: Tensor, labels: Tensor, *, frozen: bool
-) -> tuple[Tensor, Tensor]:
+def _train_step(run: Training, phase: Phase, task: Task, batch: Batch, *, frozen: bool) -> tuple[Tensor, Tensor]:
     with run.runtime.autocast():
-        loss, logits = task(run.model, images, labels)
+        loss, logits = task(run.model, batch)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if frozen:

@@ -1,17 +1,20 @@
-"""What is trained for: a task maps images and labels to a loss and logits."""
+"""What is trained for: a task maps a batch to a loss and logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repan_cli.data.resident import Batch
+
 
 class Task(Protocol):
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, C, H, W) and labels (N,) to the mean loss, a scalar, and logits (N, num_classes)."""
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The mean loss of a batch, a scalar, and its logits (B, num_classes)."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,31 @@ class Classification:
 
     label_smoothing: float = 0.0
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model(images).float()
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), logits
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = model(batch.images).float()
+        return self.loss(logits, batch.labels), logits
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """`alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * CE`, batch means in float32 (Hinton et al. 2015).
+
+    `teacher` gives its logits (B, num_classes) for a batch; the soft targets are those at `temperature` T.
+    """
+
+    hard: Classification
+    teacher: Callable[[Batch], Tensor]
+    alpha: float
+    temperature: float
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = model(batch.images).float()
+        student, teacher = (
+            F.log_softmax(each / self.temperature, dim=1) for each in (logits, self.teacher(batch).float())
+        )
+        divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        soft = self.temperature**2 * divergence
+        return self.alpha * soft + (1 - self.alpha) * self.hard.loss(logits, batch.labels), logits

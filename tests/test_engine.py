@@ -95,7 +95,7 @@ def test_the_control_is_training_on_with_zeroed_momentum(digits):
         for epoch in (1, 2):
             by_hand.model.train()
             batches = by_hand.train.training_batches(64, 0, phase.cycle, epoch)
-            for step, (images, labels) in enumerate(batches):
+            for step, (images, labels, *_) in enumerate(batches):
                 for group in by_hand.optimizer.param_groups:
                     group["lr"] = phase.learning_rate(epoch - 1 + step / 3)
                 by_hand.optimizer.zero_grad()
@@ -119,7 +119,7 @@ def test_the_loss_across_a_restart_tells_the_rules_apart(digits, rule, jumps):
     run = training(digits, plan(baseline=False, cycle__rule=rule))
     with torch.no_grad():
         for epoch in range(40):
-            for images, _ in run.train.training_batches(192, 7, 7, epoch):
+            for images, *_ in run.train.training_batches(192, 7, 7, epoch):
                 run.model.train()(images)
     start = next(engine.fit(run))
     assert (abs(start.loss_after_restart - start.loss_before) > 0.1) == jumps
@@ -176,7 +176,7 @@ def test_the_baseline_has_its_own_label_smoothing(digits):
         run = training(digits, plan(baseline__optim__label_smoothing=smoothing), log_every=1)
         first[smoothing] = next(event.loss for event in engine.fit(run) if isinstance(event, engine.Step))
     model = small_net(in_chans=1).to(memory_format=torch.channels_last).train()
-    images, labels = next(run.train.training_batches(64, 0, 0, 1))
+    images, labels, *_ = next(run.train.training_batches(64, 0, 0, 1))
     for smoothing, loss in first.items():
         expected = F.cross_entropy(copy.deepcopy(model)(images), labels, label_smoothing=float(smoothing))
         assert loss == pytest.approx(expected.item(), rel=1e-5)
@@ -196,7 +196,7 @@ def test_evaluation_counts_every_image_once_and_leaves_the_mode(digits):
     score = engine.evaluate(model, images)
     assert model.training
     with torch.no_grad():
-        batch, labels = next(images.batches(10_000))
+        batch, labels, *_ = next(images.batches(10_000))
         logits = copy.deepcopy(model).eval()(batch)
     ranks = logits.argsort(1, descending=True)
     assert score.images == len(labels) == 359

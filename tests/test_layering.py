@@ -111,7 +111,12 @@ def test_every_setting_is_read_somewhere():
     """A field that nothing reads is a promise that is not kept."""
     code = "\n".join(path.read_text() for name, path in MODULES.items() if name != "repan_cli.config")
     code += "\n".join(re.findall(r"self\.\w+\.\w+", MODULES["repan_cli.config"].read_text()))
-    holders = {"cycle": "cycle|settings", "data": "data|settings", "optim": r"optim|course"}
+    holders = {
+        "cycle": "cycle|settings",
+        "data": "data|settings",
+        "teacher": "teacher|settings",
+        "optim": r"optim|course",
+    }
     for key in config.SCHEMA:
         section, dot, name = key.rpartition(".")
         holder = holders.get(section, section) if dot else "config|phase"

@@ -44,23 +44,23 @@ def test_views_are_crops_flips_and_normalisation(padding, seed):
 def test_batches_are_the_images_themselves_in_order():
     images, data = resident(padding=2, flip=True)
     batches = list(data.batches(16))
-    assert [len(labels) for _, labels in batches] == [16, 16, 8]
-    found = torch.cat([batch for batch, _ in batches])
+    assert [len(labels) for _, labels, *_ in batches] == [16, 16, 8]
+    found = torch.cat([batch.images for batch in batches])
     expected = torch.stack([by_hand(image, 0, 0) for image in images])
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
-    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(40))
+    assert torch.cat([batch.labels for batch in batches]).tolist() == list(range(40))
 
 
 def test_an_epoch_has_every_image_once():
     _, data = resident(padding=1)
-    labels = torch.cat([labels for _, labels in data.training_batches(16, 0, 1, 2)])
+    labels = torch.cat([batch.labels for batch in data.training_batches(16, 0, 1, 2)])
     assert sorted(labels.tolist()) == list(range(40))
     assert labels.tolist() != list(range(40))
 
 
 def test_a_last_batch_of_one_image_is_left_out():
     _, data = resident(count=33)
-    assert [len(labels) for _, labels in data.training_batches(16, 0, 0, 1)] == [16, 16] == [16] * data.steps(16)
+    assert [len(batch.labels) for batch in data.training_batches(16, 0, 0, 1)] == [16, 16] == [16] * data.steps(16)
     assert data.steps(11) == 3
 
 
@@ -90,6 +90,6 @@ def test_without_flip_nothing_is_mirrored():
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_memory_format(memory_format):
     _, data = resident(memory_format=memory_format, padding=1)
-    for batch, _ in (next(data.batches(8)), next(data.training_batches(8, 0, 0, 1))):
+    for batch, *_ in (next(data.batches(8)), next(data.training_batches(8, 0, 0, 1))):
         assert batch.is_contiguous(memory_format=memory_format)
         assert batch.dtype == torch.float32

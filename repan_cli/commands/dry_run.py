@@ -65,14 +65,14 @@ def _training(session: Session) -> dict[str, Any]:
 @torch.no_grad()
 def _evaluation(session: Session) -> dict[str, Any]:
     model, images = session.training.model.eval(), session.training.val or session.training.test
-    batch, _ = next(images.batches(engine.EVAL_BATCH))
+    batch = next(images.batches(engine.EVAL_BATCH)).images
     began = time.perf_counter()
     model(batch).sum().item()
     return {"evaluation_images_per_second": len(batch) / (time.perf_counter() - began)}
 
 
 def _merge(session: Session) -> dict[str, Any]:
-    images, _ = next(session.training.test.batches(export.PROOF_IMAGES))
+    images = next(session.training.test.batches(export.PROOF_IMAGES)).images
     try:
         _, report = export.fuse(session.training.model, images.cpu())
     except InputError as error:

@@ -34,7 +34,7 @@ def run(
     images = ResidentImages(data.part(split), mean=saved.meta["mean"], std=saved.meta["std"], device=machine.device)
     network, form = models.rebuild(saved, str(path), model), saved.meta["form"]
     if fused and form != FUSED:
-        batch, _ = next(images.batches(export.PROOF_IMAGES))
+        batch = next(images.batches(export.PROOF_IMAGES)).images
         (network, _), form = export.fuse(network, batch.cpu()), FUSED
     network.to(machine.device, memory_format=machine.memory_format)
     score = engine.evaluate(network, images)

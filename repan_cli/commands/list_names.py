@@ -77,8 +77,8 @@ def _look(name: str) -> str:
 
     try:
         return support.look(name).describe()
-    except Exception as error:  # a network that does not run on the meta device, or needs a package
-        return f"not known: {error}".splitlines()[0]
+    except Exception:  # a network that does not run on the meta device, or needs a package
+        return "not known before it is built: try --dry-run"
 
 
 def run(kind: str, pattern: str | None, *, as_json: bool) -> None:

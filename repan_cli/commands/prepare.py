@@ -17,6 +17,7 @@ from typing import Any
 import repan_cli
 from repan_cli import anneal, engine, models, runs, runtime
 from repan_cli.commands.network import Network, build, named, restarted
+from repan_cli.commands.tasks_of import TaskOf
 from repan_cli.config import Config, Resolved, flatten, refuse
 from repan_cli.console import warn
 from repan_cli.data import datasets
@@ -24,7 +25,6 @@ from repan_cli.data.datasets import Dataset, Images
 from repan_cli.data.resident import ResidentImages
 from repan_cli.models import user_file
 from repan_cli.optim import SCHEDULES, build_optimizer
-from repan_cli.tasks import Classification
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Session:
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
             "split_digest": self.dataset.split_digest,
+            "teachers": dict(self.training.task_of.digests),
             "config": flatten(self.config, cycles=self.command == "cycle"),
             **position,
         }
@@ -112,12 +113,15 @@ def _training(
             **views,
         )
 
+    train = resident(dataset.train, padding=padding, flip=flip)
+    task_of = TaskOf(network.model, dataset, train, machine)
+    task_of.prepare(plan)
     return engine.Training(
         model=network.model,
-        task_of=lambda phase: Classification(phase.optim.label_smoothing),
+        task_of=task_of,
         optimizer=build_optimizer(network.model, config.optim),
         plan=plan,
-        train=resident(dataset.train, padding=padding, flip=flip),
+        train=train,
         val=resident(dataset.val) if dataset.val else None,
         test=resident(dataset.test),
         runtime=machine,

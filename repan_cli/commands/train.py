@@ -1,4 +1,4 @@
-"""`repan train` and `repan cycle`: one session from configuration to summary, which differ in their plan alone."""
+"""`repan train`, `distill` and `cycle`: one session from configuration to summary, which differ in their plan alone."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
     config = session.config
     names = (config.model.name, config.block.name, config.data.name)
     folder = runs.RunDirectory(Path(config.run.out) if config.run.out else runs.default_path(command, *names))
+    session.training.task_of.folder = folder.path
     folder.write_text("config.yaml", dump(config, cycles=command == "cycle"))
     folder.write_json("env.json", {**runs.software(), **runtime.describe_machine(session.training.runtime)})
     epochs = {phase.cycle: phase.epochs for phase in session.training.plan}
@@ -57,7 +58,7 @@ def _left_behind(session: Session, folder: runs.RunDirectory) -> str:
     if not last.exists():
         return f"interrupted before the first epoch was done; {folder.path} holds no checkpoint"
     text = f"interrupted; {last} is its last whole epoch"
-    if session.command == "train":
+    if session.command != "cycle":
         return f"{text}, a new run starts from its weights with model.init={last}"
     if session.start is None and not (folder / "cycle_00.pt").exists():
         return f"{text}, of an unfinished baseline; --init {last} would go straight to the cycles"
@@ -77,10 +78,18 @@ def _header(session: Session, resolved: Resolved, folder: runs.RunDirectory) -> 
         f"repan {session.command}": f"{network}: {blocks}, {export.count_parameters(training.model):,} parameters",
         "data": f"{data.name}: {counts} images of {size}, {len(data.classes)} classes",
         "plan": _describe_plan(training.plan),
+        **_describe_teacher(training.plan[-1]),
         "device": training.runtime.describe(),
         "settings": resolved.source,
         "run": str(folder.path),
     }
+
+
+def _describe_teacher(phase: anneal.Phase) -> dict[str, str]:
+    teacher = phase.teacher
+    if teacher.name is None:
+        return {}
+    return {"teacher": f"{teacher.name}, alpha {teacher.alpha:g}, temperature {teacher.temperature:g}"}
 
 
 def _describe_plan(plan: tuple[anneal.Phase, ...]) -> str:
@@ -199,7 +208,7 @@ def _score(session: Session, model: nn.Module) -> dict[str, Any]:
 
 def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model: nn.Module) -> dict[str, Any]:
     """Write fused.pt, proven equal on some test images, and measure its own test accuracy."""
-    images, _ = next(session.training.test.batches(export.PROOF_IMAGES))
+    images = next(session.training.test.batches(export.PROOF_IMAGES)).images
     fused, report = export.fuse(model, images.cpu())
     checkpoint.save(checkpoint.capture_fused(fused, chosen), folder / "fused.pt")
     return {"out": "fused.pt", **dataclasses.asdict(report), "test_top1": _score(session, fused)["top1"]}

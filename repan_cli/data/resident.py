@@ -17,7 +17,14 @@ from torch import Tensor
 from repan_cli import runtime
 from repan_cli.data.datasets import Images
 
-Batch = tuple[Tensor, Tensor]
+
+class Batch(NamedTuple):
+    """Normalised images (B, C, H, W), labels (B,), and which image of the part and which view of it each one is."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    views: Tensor
 
 
 class Plan(NamedTuple):
@@ -65,6 +72,11 @@ class ResidentImages:
         return padded.as_strided(shape, (image, row, pixel, row, pixel, channel))
 
     @property
+    def view_count(self) -> int:
+        """How many views an image has."""
+        return 2 * self.side**2
+
+    @property
     def center(self) -> int:
         """The view that is the image itself."""
         return (self.padding * self.side + self.padding) * 2
@@ -91,14 +103,18 @@ class ResidentImages:
         full, rest = divmod(self.count, batch_size)
         return full + (rest > 1)
 
+    def batch(self, index: Tensor, views: Tensor) -> Batch:
+        """The given views of the given images, with their labels."""
+        return Batch(self.gather(index, views), self.labels[index], index, views)
+
     def training_batches(self, batch_size: int, *position: int) -> Iterator[Batch]:
-        """The batches of the epoch at `position`: float32 images (B, C, H, W) and labels (B,)."""
+        """The batches of the epoch at `position`."""
         plan = Plan(*(part.to(self.labels.device) for part in self.plan(*position)))
         for step in range(self.steps(batch_size)):
             index = plan.order[step * batch_size : (step + 1) * batch_size]
-            yield self.gather(index, plan.views[index]), self.labels[index]
+            yield self.batch(index, plan.views[index])
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All images once, in order and unchanged."""
         for index in torch.arange(self.count, device=self.labels.device).split(batch_size):
-            yield self.gather(index, torch.full_like(index, self.center)), self.labels[index]
+            yield self.batch(index, torch.full_like(index, self.center))

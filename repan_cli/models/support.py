@@ -45,11 +45,10 @@ class Support(NamedTuple):
         return bool(self.own or self.convs or self.pairs)
 
     def describe(self) -> str:
-        if self.own:
-            return f"cycles ({self.own} blocks of its own), fuses"
-        if self.convs:
-            return f"cycles ({self.convs} convolutions), fuses"
-        return f"fuses only ({self.pairs} BN to fold)" if self.pairs else "trains only"
+        if self.cycles:
+            what = f"{self.own} blocks of its own" if self.own else f"{self.convs} convolution{'s' * (self.convs > 1)}"
+            return f"cycles ({what}), fuses"
+        return f"fuses only ({self.pairs} BN to fold)" if self.fuses else "trains only"
 
 
 def names() -> list[str]:

@@ -1,0 +1,111 @@
+"""A teacher: a merged network in eval mode that sees the student's images its own way, and a cache of its logits.
+
+It is no part of the model, so it enters neither the optimizer nor a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repan_cli.data.resident import Batch
+from repan_cli.runtime import Runtime
+
+SHARE_OF_DEVICE, SHARE_OF_HOST = 0.25, 0.5
+"""How much of the free memory the cache may take before it moves to the next slower place."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How a network wants its images: the side in pixels, mean and std of each channel."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Teacher:
+    """Logits of a network for batches that are normalised and sized for the student.
+
+    Args:
+        model: on the runtime's device; it is put in eval mode.
+        own: how it wants its images.
+        student: how the batches come.
+    """
+
+    def __init__(self, model: nn.Module, *, own: View, student: View, runtime: Runtime) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.size = None if own.size == student.size else own.size
+        self.runtime = runtime
+        own_std, own_mean, std, mean = (
+            torch.tensor(values, device=runtime.device).view(1, -1, 1, 1)
+            for values in (own.std, own.mean, student.std, student.mean)
+        )
+        self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) as the student sees them to float32 (B, num_classes)."""
+        images = torch.addcmul(self.shift, images, self.scale)
+        if self.size is not None:
+            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
+        images = images.contiguous(memory_format=self.runtime.memory_format)
+        with self.runtime.autocast():
+            return self.model(images).float()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.logits(batch.images)
+
+
+class LogitCache:
+    """A teacher's logits in float16 by (image, view), computed when a view is first seen.
+
+    Exact for views that can be told by a number: crops and flips. A run that repeats the views of its first cycle
+    (`cycle.reseed=same`) or that does not augment computes each of them once.
+
+    Args:
+        teacher: what is asked for views that are not there yet.
+        table: float16 (images, views, classes), in whatever memory.
+    """
+
+    def __init__(self, teacher: Callable[[Batch], Tensor], table: Tensor) -> None:
+        self.teacher, self.table = teacher, table
+        self.filled = torch.zeros(table.shape[:2], dtype=torch.bool, device=table.device)
+        self.asked = self.computed = 0
+
+    def __call__(self, batch: Batch) -> Tensor:
+        place = self.table.device
+        index, views = batch.index.to(place), batch.views.to(place)
+        missing = (~self.filled[index, views]).nonzero().squeeze(1)
+        self.asked, self.computed = self.asked + len(index), self.computed + len(missing)
+        if len(missing):
+            here = missing.to(batch.images.device)
+            logits = self.teacher(Batch(*(part[here] for part in batch)))
+            self.table[index[missing], views[missing]] = logits.to(place, torch.float16)
+            self.filled[index[missing], views[missing]] = True
+        return self.table[index, views].to(batch.images.device).float()
+
+
+def allocate(shape: tuple[int, int, int], device: torch.device, folder: Path) -> Tensor:
+    """A float16 table for `LogitCache`: on the device, in host memory, or a file in `folder`, by its size."""
+    size = 2 * shape[0] * shape[1] * shape[2]
+    if device.type == "cuda" and size <= SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
+        return torch.empty(shape, dtype=torch.float16, device=device)
+    if size <= SHARE_OF_HOST * _free_host_memory():
+        return torch.empty(shape, dtype=torch.float16)
+    file = np.memmap(folder / "teacher_logits.f16", dtype=np.float16, mode="w+", shape=shape)
+    return torch.from_numpy(file)
+
+
+def _free_host_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not told on this system
+        return 0
