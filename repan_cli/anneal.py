@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from repan_cli.blocks import FAMILIES, OWN, RepBlock, refresh, rep_blocks
 from repan_cli.blocks.kernel import Kernel, exact
-from repan_cli.config import Config, Cycle, Optim, Teacher, baseline_phase
+from repan_cli.config import SCHEMA, Config, Cycle, Optim, Teacher, baseline_phase
 from repan_cli.errors import InputError
 from repan_cli.optim import learning_rate
+from repan_cli.registry import did_you_mean
 
 TINY_GAMMA = 1e-6
 """Below this |gamma| the rule `running` cannot divide by it."""
@@ -197,8 +198,14 @@ def restart(
         only: names of the blocks to restart, as `blocks.rep_blocks` gives them; None is all.
         generator: draws the fresh weights.
 
-    Raises InputError when the model has no such block or `calibrate` got no images.
+    Raises InputError for a choice that does not exist, when the model has no such block, or `calibrate` got no images.
     """
+    for key, value in (("rule", rule), ("attach", attach), ("branch_init", branch_init), ("trunk_scale", trunk_scale)):
+        choices = SCHEMA[f"cycle.{key}"].choices
+        if value not in choices:
+            raise InputError(
+                f"{key}='{value}' is not a choice{did_you_mean(str(value), choices)}: {', '.join(choices)}"
+            )
     model = unwrapped(model)
     blocks = {name: block for name, block in rep_blocks(model) if only is None or name in only}
     if not blocks:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -27,6 +28,15 @@ from repan_cli.errors import InputError
 from repan_cli.runs import write_atomically
 
 FORMAT = 1
+_numpy_scalar = np.float64(0).__reduce__()[0]
+PLAIN_TYPES = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "bool")),
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+"""What trainers save beside weights and what is no code: attributes, and numbers of numpy's."""
+
 CONTENT = {"version": int, "digest": str, "meta": dict, "weights": dict}
 MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
 
@@ -119,11 +129,12 @@ def load_any(path: str | Path) -> Checkpoint | dict[str, Tensor]:
 
 def _read_pt(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes, which many trainers save
+        with torch.serialization.safe_globals(PLAIN_TYPES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(
-            f"{path} is damaged, or holds more than tensors and plain types: refused, no code is run"
+            f"{path} is damaged, or holds more than tensors and plain types (a whole pickled network?): refused, no "
+            "code is run; save its state_dict() instead"
         ) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
@@ -150,14 +161,15 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, source: str) -> None:
     """
     own = model.state_dict()
     missing, extra = own.keys() - checkpoint.weights.keys(), checkpoint.weights.keys() - own.keys()
-    shapes = [
-        name for name in own.keys() & checkpoint.weights.keys() if own[name].shape != checkpoint.weights[name].shape
-    ]
-    for what, names in (("lacks", missing), ("has, unlike the network,", extra), ("has another shape for", shapes)):
+    for what, names in (("lacks", missing), ("has, unlike the network,", extra)):
         if names:
             raise InputError(
                 f"{source} does not fit the network: it {what} {len(names)} of the weights, such as '{min(names)}'"
             )
+    for name, value in own.items():
+        if value.shape != checkpoint.weights[name].shape:
+            shapes = f"{tuple(checkpoint.weights[name].shape)}, not {tuple(value.shape)}"
+            raise InputError(f"{source} does not fit the network: its '{name}' has the shape {shapes}")
     model.load_state_dict(checkpoint.weights)
 
 

@@ -17,7 +17,7 @@ from repan_cli import anneal, optim
 from repan_cli.anneal import Phase
 from repan_cli.blocks import set_attach_rate
 from repan_cli.data.resident import Batch, ResidentImages
-from repan_cli.errors import DivergedError
+from repan_cli.errors import DivergedError, InputError
 from repan_cli.runtime import Runtime, generator, key
 from repan_cli.tasks import Task
 
@@ -116,6 +116,8 @@ def evaluate(model: nn.Module, images: ResidentImages) -> Score:
     totals = torch.zeros(3, device=images.labels.device)
     for batch, labels, *_ in images.batches(_eval_batch(images)):
         logits = model(batch)
+        if not isinstance(logits, Tensor):
+            raise InputError(f"the network returns a {type(logits).__name__}, not one tensor of logits")
         ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals += torch.stack([ranks[:, 0].sum(), ranks.sum(), loss])

@@ -113,6 +113,15 @@ def test_fresh_branches_depend_on_the_generator_alone():
     assert not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.parametrize("wrong", [{"rule": "calibrat"}, {"attach": "slow"}, {"branch_init": "x"}, {"trunk_scale": 1}])
+def test_choices_that_do_not_exist_are_named(wrong):
+    model = small_net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="is not a choice"):
+        anneal.restart(model, images=[images()], **wrong)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_small_branches_are_small():
     model = small_net()
     anneal.restart(model, rule="reset", branch_init="small", generator=torch.Generator().manual_seed(0))

@@ -389,6 +389,13 @@ OWN_BLOCKS = {
 }
 
 
+@pytest.mark.parametrize("size", [32, 64])
+def test_own_blocks_are_kept_on_small_images_too(size):
+    """Fresh MobileOne on 1x1 maps amplifies rounding; that is no change of its function."""
+    model = timm.create_model("mobileone_s0", num_classes=10).eval()
+    assert len(plan(model, torch.randn(2, 3, size, size), family=None, selection=Selection()).changes) == 43
+
+
 @pytest.mark.parametrize(("name", "blocks"), OWN_BLOCKS.items())
 @torch.no_grad()
 def test_own_blocks_of_timm_are_adapted(name, blocks):

@@ -1,16 +1,18 @@
 """Where a run's network comes from: own files, foreign weights, pretrained ones, repan's checkpoints."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torchvision
-from conftest import randomize_norms, relative
+from conftest import CPU, randomize_norms, relative
 from test_cli import one_line, run
 from torch import nn
 
@@ -19,7 +21,9 @@ from repan_cli import checkpoint
 from repan_cli.blocks import rep_blocks
 from repan_cli.commands import network
 from repan_cli.config import build
+from repan_cli.data import datasets
 from repan_cli.errors import InputError
+from repan_cli.runtime import Runtime
 
 NET = """
 from torch import nn
@@ -48,6 +52,16 @@ class Several(nn.Module):
 
     def forward(self, x):
         return self.net(x), x
+
+class Seen(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x), x
+
+def seen(num_classes, in_chans):
+    return Seen(*build(num_classes, in_chans))
+
+def leaves(num_classes):
+    raise SystemExit(5)
 
 def tied(num_classes, in_chans):
     model = build(num_classes, in_chans)
@@ -83,11 +97,17 @@ def test_a_network_of_ones_own_trains_cycles_fuses_and_loads(capsys, place):
     summary = json.loads(out)
     assert summary["model"] == "net.py:build"
     assert summary["fused"]["rel_error_fp64"] < 1e-12
+    assert "repan evaluate run/fused.pt --model net.py:build" in " ".join(err.split())
+    assert "give --model net.py:build" in one_line(capsys, "cycle", "--init", "run/best.pt", *QUICK)
+    code, out, _ = run(capsys, "info", "run/best.pt", "--json")
+    assert json.loads(out)["model"] == "net.py:build", "what a file says of itself needs no import"
     for command in ("evaluate", "fuse", "info"):
-        assert "give --model net.py:build" in one_line(capsys, command, "run/best.pt")
+        if command != "info":
+            assert "give --model net.py:build" in one_line(capsys, command, "run/best.pt")
         code, out, err = run(capsys, command, "run/best.pt", "--model", "net.py:build", "--json")
         assert code == 0, err
     assert json.loads(out)["layers"]["0"].startswith("dbb, 3x3")
+    assert "returns a tuple" in one_line(capsys, "evaluate", "run/fused.pt", "--model", "net.py:seen")
     again = repan_cli.load("run/fused.pt", "net.py:build")
     assert [type(layer).__name__ for layer in again][:3] == ["Conv2d", "Identity", "ReLU"]
     code, _, err = run(capsys, "cycle", "--init", "run/last.pt", "--model", "net.py:build", *QUICK, "--cycles", 1)
@@ -102,6 +122,7 @@ def test_a_network_of_ones_own_trains_cycles_fuses_and_loads(capsys, place):
         ("bad.py:build", "cannot import bad.py: ModuleNotFoundError: No module named 'nothing_of_that_name' (line 2)"),
         ("syntax.py:build", "cannot import syntax.py: SyntaxError"),
         ("net.py:broken", "net.py:broken failed: NameError: name 'undefined' is not defined (line 16)"),
+        ("net.py:leaves", "net.py:leaves failed: SystemExit: 5"),
         ("net.py:number", "returned int, not a torch.nn.Module"),
         ("net.py:fixed", "returns (2, 7) for 2 images, not (2, 10)"),
         ("net.py:Several", "returns a tuple for 2 images"),
@@ -132,6 +153,7 @@ WRAPPINGS = {
     "state_dict": lambda weights: {"epoch": 3, "state_dict": weights, "optimizer": {"lr": 0.1}},
     "model": lambda weights: {"model": weights, "args": argparse.Namespace(lr=0.1)},
     "model_state": lambda weights: {"model_state": weights},
+    "numbers": lambda weights: {"best": np.float64(3), "epoch": np.int64(2), "model": weights},
     "nested": lambda weights: {"checkpoint": 1, "model": {"state_dict": weights}},
     "lightning": lambda weights: {"state_dict": {f"backbone.{name}": value for name, value in weights.items()}},
 }
@@ -191,7 +213,7 @@ def test_another_number_of_classes_starts_a_new_classifier_and_needs_a_baseline(
         ({"fc.weight": torch.zeros(10, 512)}, "it lacks"),
         (
             {**tiny().state_dict(), "conv1.3.weight": torch.zeros(3)},
-            "another shape for 1 of the weights, such as 'conv1.3",
+            "its 'conv1.3.weight' has the shape",
         ),
     ],
     ids=["no-tensors", "list", "deeper", "head-only", "shape"],
@@ -299,6 +321,18 @@ def test_a_file_cannot_name_just_any_network(tmp_path):
     checkpoint.save(checkpoint.Checkpoint({}, meta), tmp_path / "a.pt")
     with pytest.raises(InputError, match=r"does not say what its network is \(model, structure missing\)"):
         repan_cli.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(("size", "precision"), [(8, "fp32"), (32, "bf16")])
+def test_bf16_is_left_where_its_gradients_are_wrong(digits, capsys, size, precision):
+    """A strided kernel on a map smaller than its stride, on a CPU: not merely inexact but uninitialised memory."""
+    found = made(digits, model__name="timm:resnet10t")
+    data = dataclasses.replace(digits, train=datasets._resized(digits.train, size))
+    machine = network.safe_precision(Runtime(CPU, "bf16"), found, data, chosen="auto")
+    assert machine.precision == precision
+    assert ("smaller than its stride" in capsys.readouterr().err) == (precision == "fp32")
+    assert network.safe_precision(Runtime(CPU, "bf16"), found, data, chosen="bf16").precision == "bf16"
+    assert found.model.training
 
 
 # ---------------------------------------------------------------------------------------------- dry run

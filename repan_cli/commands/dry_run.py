@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ import torch
 
 from repan_cli import engine, export, runtime
 from repan_cli.blocks import rep_blocks
+from repan_cli.commands.network import describe_blocks
 from repan_cli.commands.prepare import Session, prepare
 from repan_cli.config import Resolved
 from repan_cli.console import by_reason, count, duration, print_table, some, tell
@@ -25,8 +26,8 @@ STEPS = 3
 def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
     """Build a run, try each of its parts, say what it will be and how long it will take."""
     session = prepare(command, resolved)
-    facts = {**_network(session), **_training(session), **_evaluation(session)}
-    facts |= {**_merge(session), "peak_memory_bytes": runtime.peak_memory(session.training.runtime.device)}
+    facts = {**_network(session), **_merge(session), **_restart(session), **_evaluation(session), **_steps(session)}
+    facts["peak_memory_bytes"] = runtime.peak_memory(session.training.runtime.device)
     facts["estimated_seconds"] = _estimate(session, facts)
     if as_json:
         print(json.dumps(facts))
@@ -45,21 +46,32 @@ def _network(session: Session) -> dict[str, Any]:
     }
 
 
-def _training(session: Session) -> dict[str, Any]:
-    """The restart of the first cycle, where there is one, and some steps behind it."""
-    plan = session.training.plan
-    first_cycle = next((phase for phase in plan if phase.cycle), plan[0])
-    training = dataclasses.replace(session.training, plan=(first_cycle,), log_every=1)
-    events, moments, began = engine.fit(training), [], time.perf_counter()
-    start = next(events)
-    restart_seconds = time.perf_counter() - began
-    for event in itertools.islice(events, STEPS):
+def _restart(session: Session) -> dict[str, Any]:
+    """The restart before the first cycle, of a copy."""
+    cycle = next((phase for phase in session.training.plan if phase.restarts), None)
+    if cycle is None:
+        return {}
+    model = copy.deepcopy(session.training.model)
+    began = time.perf_counter()
+    start = next(engine.fit(dataclasses.replace(session.training, model=model, plan=(cycle,))))
+    return {"logits_moved": start.logit_error, "restart_seconds": time.perf_counter() - began}
+
+
+def _steps(session: Session) -> dict[str, Any]:
+    """Some steps of the first phase, without the restart that it may begin with."""
+    phase = session.training.plan[0]
+    if phase.restarts:
+        phase = dataclasses.replace(phase, settings=dataclasses.replace(phase.settings, restart="none"))
+    training = dataclasses.replace(session.training, plan=(phase,), log_every=1)
+    events, moments = engine.fit(training), []
+    for event in events:
         if isinstance(event, engine.Step):
             moments.append(time.perf_counter())
+        if isinstance(event, engine.Epoch) or len(moments) == STEPS:
+            break
     events.close()
-    step = (moments[-1] - moments[0]) / (len(moments) - 1) if len(moments) > 1 else time.perf_counter() - began
-    restarted = {} if not start.restarted else {"logits_moved": start.logit_error, "restart_seconds": restart_seconds}
-    return {**restarted, "step_seconds": step, "steps_per_epoch": training.train.steps(training.batch_size)}
+    step = (moments[-1] - moments[0]) / max(1, len(moments) - 1)
+    return {"step_seconds": step, "steps_per_epoch": training.train.steps(training.batch_size)}
 
 
 @torch.no_grad()
@@ -83,9 +95,9 @@ def _merge(session: Session) -> dict[str, Any]:
 def _estimate(session: Session, facts: Mapping[str, Any]) -> float:
     training, epochs = session.training, sum(phase.epochs for phase in session.training.plan)
     steps = epochs * facts["steps_per_epoch"] * facts["step_seconds"]
-    cycles = sum(1 for phase in training.plan if phase.restarts) * facts.get("restart_seconds", 0.0)
+    restarts = sum(1 for phase in training.plan if phase.restarts) * facts.get("restart_seconds", 0.0)
     looked_at = epochs * (training.val.count if training.val else 0) + len(training.plan) * training.test.count
-    return steps + cycles + looked_at / facts["evaluation_images_per_second"]
+    return steps + restarts + looked_at / facts["evaluation_images_per_second"]
 
 
 def _report(session: Session, facts: Mapping[str, Any]) -> None:
@@ -93,7 +105,7 @@ def _report(session: Session, facts: Mapping[str, Any]) -> None:
     merged = f", {facts['params_after']:,} when merged" if "params_after" in facts else ""
     rows = {
         "network": f"{facts['model']}, {facts['parameters']:,} parameters{merged}",
-        "blocks": f"{len(facts['blocks'])} of {facts['block']}: {some(facts['blocks'])}",
+        "blocks": f"{describe_blocks(session.training.model)}: {some(facts['blocks'])}".removesuffix(": "),
         "plan": f"{count(sum(phase.epochs for phase in plan), 'epoch')} of {count(facts['steps_per_epoch'], 'step')}",
         "step": f"{1000 * facts['step_seconds']:.0f} ms, batch {session.config.data.batch_size}",
         "memory": f"{facts['peak_memory_bytes'] / 2**20:,.0f} MiB at most",

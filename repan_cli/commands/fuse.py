@@ -29,7 +29,7 @@ def run(path: Path, *, out: Path | None, formats: list[str], model: str | None, 
     if as_json:
         print(json.dumps({"out": [str(target) for target in targets], **dataclasses.asdict(report)}))
     else:
-        _report(path, targets, report)
+        _report(path, targets, report, model)
 
 
 def _targets(path: Path, out: Path | None, formats: list[str]) -> list[Path]:
@@ -70,7 +70,7 @@ def _proof_images(saved: Checkpoint) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _report(path: Path, targets: list[Path], report: export.FuseReport) -> None:
+def _report(path: Path, targets: list[Path], report: export.FuseReport, model: str | None) -> None:
     folded = f", folded {count(report.folded, 'BN')} outside of blocks" if report.folded else ""
     tell(f"merged {count(report.blocks, 'block')} of {path}{folded} in {report.seconds:.2f} s")
     bound = f"(bound {export.TOLERANCE:.0e})"
@@ -78,4 +78,4 @@ def _report(path: Path, targets: list[Path], report: export.FuseReport) -> None:
     tell(f"parameters      {report.params_before:,} before, {report.params_after:,} after")
     for target in targets:
         tell(f"wrote           {target} ({target.stat().st_size / 2**20:.2f} MiB)")
-    tell(f"next            repan evaluate {targets[0]}")
+    tell(f"next            repan evaluate {targets[0]}" + (f" --model {model}" if model else ""))

@@ -13,6 +13,7 @@ from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint import Checkpoint
 from repan_cli.config import SCHEMA
 from repan_cli.console import by_reason, print_table
+from repan_cli.models import user_file
 
 
 def run(path: Path, *, model: str | None, as_json: bool) -> None:
@@ -42,14 +43,15 @@ def describe(path: Path, saved: Checkpoint, network: str | None = None) -> dict[
     `layers` maps the name of each block to its family and shape, `left_alone` that of each other convolution to the
     reason why it is no block.
     """
-    model = models.rebuild(saved, str(path), network)
-    blocks = dict(rep_blocks(model))
+    hidden = network is None and user_file.names_a_file(saved.meta["model"])  # a person's own is not imported
+    model = None if hidden else models.rebuild(saved, str(path), network)
+    blocks = dict(rep_blocks(model)) if model else {}
     layers = {name: f"{block.family}, {_describe(block.trunk.conv)}" for name, block in blocks.items()}
     meta = {key: value for key, value in saved.meta.items() if key not in ("config", "structure")}
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved.weights.values())
     return {
         **meta,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()) if model else None,
         "bytes": size,
         "attach_rate": max((float(block.attach_rate) for block in blocks.values()), default=None),
         "digest": saved.digest(),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -14,12 +17,13 @@ from repan_cli import checkpoint, models, runtime
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint import Checkpoint
 from repan_cli.config import Config, replace
-from repan_cli.console import warn
+from repan_cli.console import count, warn
 from repan_cli.data.datasets import Dataset
 from repan_cli.errors import InputError
-from repan_cli.models import Expansion, Selection
+from repan_cli.models import Expansion, Selection, user_file
 from repan_cli.models.expand import PROBE_IMAGES
 from repan_cli.optim import classifier_layers
+from repan_cli.runtime import Runtime
 
 Weights = Checkpoint | Mapping[str, Tensor] | None
 
@@ -60,6 +64,8 @@ def build(command: str, config: Config, dataset: Dataset) -> Network:
     if command == "cycle" and not any(rep_blocks(network.model)):
         left = models.summary(network.expansion.left)
         raise InputError(f"no convolution of {name} can become a block: {left}")
+    if command == "cycle" and config.cycle.restart != "none" and models.form_of(network.model) == checkpoint.PLAIN:
+        warn("its blocks have no side branches to regrow: give --block NAME, see 'repan list blocks'")
     return network
 
 
@@ -83,6 +89,7 @@ def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
     if config.model.name is not None:
         return models.resolve(config.model.name, dataset.image_size)
     if isinstance(weights, Checkpoint):
+        models.check_given(weights.meta["model"], None, config.model.init)
         return weights.meta["model"]
     raise InputError(f"{config.model.init} does not say which network it is of: give --model NAME")
 
@@ -158,7 +165,7 @@ def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint
         raise InputError(
             f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run"
         )
-    if meta["model"] != name:
+    if meta["model"] != name and not (user_file.names_a_file(name) and user_file.names_a_file(meta["model"])):
         raise InputError(f"{source} holds the network {meta['model']}, not {name}: give --model as it was trained")
     if config.block.name not in (None, meta["block"]) and meta["form"] != checkpoint.PLAIN:
         raise InputError(
@@ -193,15 +200,70 @@ def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
             with torch.random.fork_rng(devices=[]):
                 logits = copy.deepcopy(model).train(mode)(images)
         except Exception as error:
-            line = next(iter(str(error).splitlines()), type(error).__name__)
+            line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
             size = f"{dataset.channels}x{dataset.image_size}x{dataset.image_size}"
-            raise InputError(f"{name} does not run on images of {size}: {line}; set data.image_size") from error
+            raise InputError(f"{name} does not run on images of {size}: {line}; {_mend(name)}") from error
         found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         if found != expected:
             raise InputError(
-                f"{name} returns {found} for {len(images)} images, not {expected}: a network must return one logit a "
-                "class (a function of your own takes num_classes as an argument)"
+                f"{name} returns {found} for {len(images)} images, not {expected}: it must return one logit a class"
+                + (" (take num_classes as an argument)" if user_file.names_a_file(name) else "")
             )
+
+
+def _mend(name: str) -> str:
+    """What may help a network that does not run on the images."""
+    if user_file.names_a_file(name):
+        return "let it take in_chans as an argument, or set data.image_size"
+    cfg = timm.get_pretrained_cfg(name.removeprefix("timm:"), allow_unregistered=True)
+    if cfg is not None and cfg.fixed_input_size:
+        return f"it wants data.image_size={cfg.input_size[-1]}"
+    return "set a larger data.image_size"
+
+
+@torch.no_grad()
+def safe_precision(machine: Runtime, network: Network, dataset: Dataset, *, chosen: str) -> Runtime:
+    """The runtime in fp32 where bf16 computes wrong gradients; a warning says so.
+
+    On CPUs PyTorch's (2.15's, for one) bf16 gradient of a strided kernel holds uninitialised memory where the map that
+    it reads is smaller than the stride, as deep networks on small images have it.
+    """
+    if machine.device.type != "cpu" or machine.precision != "bf16":
+        return machine
+    found: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda conv, inputs, name=name: found.append(name) if _smaller_than_stride(conv, inputs[0]) else None
+        )
+        for name, module in network.model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    modes = {module: module.training for module in network.model.modules()}
+    network.model.eval()(noise(dataset))
+    for module, mode in modes.items():
+        module.training = mode
+    for hook in hooks:
+        hook.remove()
+    if not found:
+        return machine
+    why = f"{found[0]} reads a map smaller than its stride, where PyTorch's bf16 gradients are wrong on CPUs"
+    if chosen != "auto":
+        warn(f"{why}: set run.precision=fp32, or a larger data.image_size")
+        return machine
+    warn(f"{why}: this run is in fp32 (a larger data.image_size would allow bf16)")
+    return dataclasses.replace(machine, precision="fp32")
+
+
+def _smaller_than_stride(conv: nn.Conv2d, images: Tensor) -> bool:
+    return max(conv.kernel_size) > 1 and any(
+        side < stride for side, stride in zip(images.shape[-2:], conv.stride, strict=True)
+    )
+
+
+def describe_blocks(model: nn.Module) -> str:
+    """How many blocks of which families a network has."""
+    counted = Counter(block.family for _, block in rep_blocks(model))
+    return " and ".join(count(number, f"{family} block") for family, number in counted.items()) or "no blocks"
 
 
 def named(config: Config, network: Network) -> Config:

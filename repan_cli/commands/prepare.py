@@ -16,7 +16,7 @@ from typing import Any
 
 import repan_cli
 from repan_cli import anneal, engine, models, runs, runtime
-from repan_cli.commands.network import Network, build, named, restarted
+from repan_cli.commands.network import Network, build, named, restarted, safe_precision
 from repan_cli.commands.tasks_of import TaskOf
 from repan_cli.config import Config, Resolved, flatten, refuse
 from repan_cli.console import warn
@@ -75,6 +75,7 @@ def prepare(command: str, resolved: Resolved) -> Session:
     network = build(command, config, dataset)
     if network.finished:
         refuse(resolved.given, ("baseline.",), "has no effect here: the weights that were given are the baseline")
+    machine = safe_precision(machine, network, dataset, chosen=config.run.precision)
     network.model.to(machine.device, memory_format=machine.memory_format)
     config = named(config, network)
     training = _training(command, config, dataset, network, machine)

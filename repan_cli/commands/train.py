@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from repan_cli import anneal, checkpoint, engine, export, models, plots, runs, runtime
-from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint import Checkpoint
+from repan_cli.commands.network import describe_blocks
 from repan_cli.commands.prepare import Session, prepare
 from repan_cli.config import Resolved, dump
 from repan_cli.console import Display, count, duration, percent, sparkline
@@ -70,7 +70,7 @@ def _header(session: Session, resolved: Resolved, folder: runs.RunDirectory) -> 
     config, data, training = session.config, session.dataset, session.training
     typed, name = resolved.config.model.name, config.model.name
     network = name if typed in (None, name) else f"{typed} is {name}"
-    blocks = f"{count(sum(1 for _ in rep_blocks(training.model)), f'{config.block.name} block')}"
+    blocks = describe_blocks(training.model)
     parts = {"training": data.train, "validation": data.val, "test": data.test}
     counts = ", ".join(f"{len(part.labels):,} {which}" for which, part in parts.items() if part)
     size = f"{data.image_size}x{data.image_size}"
@@ -197,7 +197,7 @@ def _finish(
     folder.write_json("summary.json", summary)
     folder.status("done")
     _draw(session, folder, display)
-    _report(folder, display, summary)
+    _report(folder, display, summary, session.own_network)
 
 
 def _score(session: Session, model: nn.Module) -> dict[str, Any]:
@@ -229,16 +229,18 @@ def _draw(session: Session, folder: runs.RunDirectory, display: Display) -> None
         plots.draw_curves(records, folder / "curves.png", title=", ".join(title))
 
 
-def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
+def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], own_network: str | None) -> None:
     """The end of a run on screen: a row a phase, what was chosen, what merging brought, where it lies."""
     test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
     records = read_metrics(folder / "metrics.jsonl")
     validation = [record["val_top1"] for record in records if record["val_top1"] is not None]
     if summary["cycles"]:
         display.table(summary)
-    where = f"cycle {chosen['cycle']} epoch {chosen['epoch']}" if chosen["epoch"] else "the weights it started from"
-    rows = {"chosen": f"{chosen['file']}, {where}"}
-    if validation:
+    rows = {"chosen": f"{chosen['file']}, cycle {chosen['cycle']} epoch {chosen['epoch']}"}
+    if not chosen["epoch"]:
+        start = percent(summary["baseline"]["top1"])
+        rows["chosen"] = f"{chosen['file']}, the weights it started from (validation {start}): no epoch was better"
+    elif validation:
         rows["chosen"] += ", the first with the best validation top-1"
         rows["validation"] = f"{sparkline(validation)}  best epoch {percent(max(validation))}"
     rows["test"] = f"top-1 {percent(test['top1'])}, top-5 {percent(test['top5'])}"
@@ -255,4 +257,5 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     rows["files"] = str(folder.path)
     display.say()
     display.facts(rows)
-    display.command("next", f"repan evaluate {folder / (fused['out'] if fused else chosen['file'])}")
+    own = f" --model {own_network}" if own_network else ""
+    display.command("next", f"repan evaluate {folder / (fused['out'] if fused else chosen['file'])}{own}")

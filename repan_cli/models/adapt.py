@@ -30,9 +30,11 @@ def _adapts(*classes: tuple[str, str]) -> Callable[[Adapter], Adapter]:
 
 
 def is_own_block(module: nn.Module) -> bool:
-    """Whether a module is one of timm's multi-branch blocks, not yet merged."""
-    merged = getattr(module, "reparam_conv", None) is not None
-    return not merged and _class_of(module) in _ADAPTERS
+    """Whether a module is one of timm's multi-branch blocks, not yet merged, with branches to merge."""
+    if _class_of(module) not in _ADAPTERS or getattr(module, "reparam_conv", None) is not None:
+        return False
+    holders = [getattr(module, name) for name in ("conv_kxk", "dw_conv_list", "fusion_bn") if hasattr(module, name)]
+    return not any(holder is None or (isinstance(holder, nn.Sequential) and not len(holder)) for holder in holders)
 
 
 def adapt(module: nn.Module) -> nn.Module:
@@ -127,8 +129,6 @@ def _adapt_vgg_like(module: nn.Module) -> nn.Module:
     small = module.conv_1x1 if hasattr(module, "conv_1x1") else module.conv_scale
     convs = [*(main if isinstance(main, nn.ModuleList) else [main]), small]
     convs = [layer for layer in convs if layer is not None]
-    if main is None or not convs:
-        raise ValueError("it holds no k x k convolution")
     module.reparam_conv = _block(convs, module.identity)
     return _without(module, "conv_kxk", "conv_1x1", "conv_scale", "identity", "drop_path")
 
@@ -144,8 +144,6 @@ def _adapt_large_kernel(module: nn.Module) -> nn.Module:
 @_adapts(("timm.models.lcnetv2", "RepDepthwiseSeparable"))
 def _adapt_lcnet(module: nn.Module) -> nn.Module:
     """Depthwise kernels of falling size, before a pointwise convolution."""
-    if module.dw_conv_list is None:
-        raise ValueError("its depthwise convolution has one branch only")
     module.dw_conv = _block(list(module.dw_conv_list))
     module.dw_conv_list = None
     return module
@@ -161,8 +159,6 @@ def _adapt_repvit(module: nn.Module) -> nn.Module:
 @_adapts(("timm.models.repghost", "RepGhostModule"))
 def _adapt_repghost(module: nn.Module) -> nn.Module:
     """The cheap operation: a depthwise k x k + BN and an identity BN."""
-    if len(module.fusion_bn) != 1:
-        raise ValueError("its cheap operation has one branch only")
     conv, norm = module.cheap_operation
     layer = nn.Module()
     layer.conv, layer.bn = conv, norm

@@ -31,6 +31,9 @@ SMALL_IMAGE = 64
 
 TIMM, TORCHVISION = "timm:", "torchvision:"
 ALIASES = {"repvgg": "repvgg_a1", "mobilenetv1": "mobilenetv1_100"}
+WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+"""torchvision's networks that return more than logits in train mode, unless told not to."""
+
 SMALL = {"mobilenetv1_100": "mobilenetv1"}
 """Names whose network for small images is called otherwise."""
 
@@ -113,7 +116,8 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
         raise InputError(f"torchvision's networks read 3 channels, the images have {in_chans}: take one of timm's")
     if short not in torchvision.models.list_models(torchvision.models):
         raise InputError(f"this torchvision ({torchvision.__version__}) has no model {short}; another version may")
-    model = torchvision.models.get_model(short, weights=None, num_classes=num_classes)
+    auxiliary = {"aux_logits": False, "init_weights": True} if short in WITH_AUXILIARY_HEADS else {}
+    model = torchvision.models.get_model(short, weights=None, num_classes=num_classes, **auxiliary)
     if pretrained:
         try:
             weights = torchvision.models.get_model_weights(short).DEFAULT.get_state_dict(
@@ -121,7 +125,8 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
             )
         except Exception as error:
             raise _not_fetched(short, error) from error
-        checkpoint.load_foreign(model, weights, f"the pretrained {short}", may_be_new=classifier_layers(model))
+        main = {key: value for key, value in weights.items() if not (auxiliary and key.lower().startswith("aux"))}
+        checkpoint.load_foreign(model, main, f"the pretrained {short}", may_be_new=classifier_layers(model))
     return model
 
 
@@ -189,12 +194,17 @@ def blank(meta: Mapping[str, Any], source: str, network: nn.Module | str | None 
     return reparameterize(model) if meta["form"] == FUSED else model
 
 
+def check_given(stored: str, given: str | None, source: str) -> None:
+    """Raises InputError for a person's own network that was not given again: no file is imported by itself."""
+    if user_file.names_a_file(stored) and given is None:
+        raise InputError(
+            f"{source} holds a network of your own, {stored}: give --model {stored} (no file is imported by itself)"
+        )
+
+
 def _own_or_stored(stored: str, given: str | None, source: str) -> str:
+    check_given(stored, given, source)
     if user_file.names_a_file(stored):
-        if given is None:
-            raise InputError(
-                f"{source} holds a network of your own, {stored}: give --model {stored} (no file is imported by itself)"
-            )
         return given
     if given not in (None, stored):
         raise InputError(f"{source} holds {stored}; --model is for a network of your own")

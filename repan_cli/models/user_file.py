@@ -36,7 +36,7 @@ def build(name: str, *, num_classes: int, in_chans: int) -> nn.Module:
         raise InputError(f"{path} has no function '{function}'{did_you_mean(function, own)}")
     try:
         network = make(**_accepted(make, num_classes=num_classes, in_chans=in_chans))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{name} failed: {_describe(error, path)}") from error
     if not isinstance(network, nn.Module):
         raise InputError(f"{name} returned {type(network).__name__}, not a torch.nn.Module")
@@ -67,8 +67,7 @@ def _accepted(make: Callable[..., Any], **offered: int) -> dict[str, int]:
 
 def _describe(error: BaseException, path: str) -> str:
     """The error in a line, with the last line of the file that it passed through."""
-    line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
-    trace = error.__traceback__
+    line, trace = None, error.__traceback__
     while trace:
         if Path(trace.tb_frame.f_code.co_filename).resolve() == Path(path).resolve():
             line = trace.tb_lineno
