@@ -23,9 +23,9 @@ from repan_cli.registry import did_you_mean
 
 RECIPES = {
     "digits": "recipes/digits",
-    "cifar10": "recipes/cifar",
-    "cifar100": "recipes/cifar",
     "folder": "recipes/folder",
+    **dict.fromkeys(("cifar10", "cifar100", "svhn", "mnist", "fashionmnist"), "recipes/cifar"),
+    **dict.fromkeys(("imagenet16", "imagenet16_120", "imagenet16_150", "imagenet16_200"), "recipes/cifar"),
 }
 """The recipe a data set is trained with when no `-c FILE` is given."""
 

@@ -1,4 +1,5 @@
-"""Data sets: one specification each, loaded whole into memory as uint8 images. Adding one takes one `DatasetSpec`.
+"""Data sets: one specification each, loaded whole into memory as uint8 images. Adding one takes one `DatasetSpec`;
+those that ship with repan are in `known.py`.
 
 What every loader returns is `Raw`: parts named train, val and test, of which a set has train and at least one other.
 `load` turns that into a `Dataset` with the validation part split off.
@@ -6,9 +7,7 @@ What every loader returns is `Raw`: parts named train, val and test, of which a 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -214,66 +213,6 @@ def _resized(part: Images, size: int | None) -> Images:
     return Images(np.stack(resized).reshape(-1, size, size, channels), part.labels)
 
 
-# ---------------------------------------------------------------------------------------------- known sets
-
-
-def _load_digits(root: Path, image_size: int | None) -> Raw:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise InputError("the digits data set comes with scikit-learn: pip install 'repan-cli[demo]'") from None
-    bunch = load_digits()
-    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    labels = bunch.target.astype(np.int64)
-    test = stratified(labels, 0.2, seed=0)
-    parts = {"train": Images(images[~test], labels[~test]), "test": Images(images[test], labels[test])}
-    return Raw(tuple(str(name) for name in bunch.target_names), parts)
-
-
-def _load_cifar(class_name: str, folder: str) -> Callable[[Path, int | None], Raw]:
-    def load_cifar(root: Path, image_size: int | None) -> Raw:
-        if (root / folder / "train").is_dir():
-            return load_folders(root / folder, image_size)
-        from torchvision import datasets
-
-        dataset = getattr(datasets, class_name)
-        new_folders = [path for path in (root / folder, root) if not path.exists()]
-        try:
-            with contextlib.redirect_stdout(sys.stderr):  # stdout is for data
-                train, test = (dataset(root / folder, train=part, download=True) for part in (True, False))
-        except (OSError, RuntimeError) as error:
-            for path in new_folders:
-                with contextlib.suppress(OSError):  # only what is empty goes
-                    path.rmdir()
-            where = f"put the archive or {{train,test}}/<class>/*.png into {root / folder}, or give --data-root"
-            raise InputError(f"{folder} is not under {root} and cannot be downloaded ({error}); {where}") from None
-        parts = {name: Images(part.data, np.array(part.targets)) for name, part in (("train", train), ("test", test))}
-        return Raw(tuple(train.classes), parts)
-
-    return load_cifar
-
-
-DATASETS.register("digits")(
-    DatasetSpec(
-        "8x8 handwritten digits from scikit-learn, no download: the demo", _load_digits, (0.305,), (0.376,), flip=False
-    )
-)
-DATASETS.register("cifar10")(
-    DatasetSpec(
-        "32x32 photographs, 10 classes, 60,000 images",
-        _load_cifar("CIFAR10", "cifar10"),
-        (0.4914, 0.4822, 0.4465),
-        (0.2470, 0.2435, 0.2616),
-    )
-)
-DATASETS.register("cifar100")(
-    DatasetSpec(
-        "32x32 photographs, 100 classes, 60,000 images",
-        _load_cifar("CIFAR100", "cifar100"),
-        (0.5071, 0.4866, 0.4409),
-        (0.2673, 0.2564, 0.2762),
-    )
-)
 DATASETS.register("folder")(
     DatasetSpec(
         "your own images: ROOT/train/<class>/*, ROOT/{val,test}/<class>/*", load_folders, IMAGENET_MEAN, IMAGENET_STD
