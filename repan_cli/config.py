@@ -88,6 +88,7 @@ class Data:
     augment: str = setting(
         "standard", "standard: random crop, and flip where that makes sense; none.", choices=("standard", "none")
     )
+    cutout: int = setting(0, "Side in pixels of a square that is blanked in every training image; 0 is none.", low=0)
     crop_padding: int | None = setting(
         None, "Pixels around the image before the random crop; null is an eighth of its side.", low=0
     )
@@ -179,7 +180,9 @@ class Teacher:
     temperature: float = setting(4.0, "Temperature of the distillation loss.", above=0)
     image_size: int | None = setting(None, "Side of the images that the teacher sees; null is its own.", low=4)
     cache: str = setting(
-        "auto", "Keep the teacher's logits of every view that was seen: auto, or none.", choices=("auto", "none")
+        "auto",
+        "Keep the teacher's logits of every view that was seen: auto, where views can be told apart; views; none.",
+        choices=("auto", "views", "none"),
     )
 
     def problems(self) -> Iterator[str]:
@@ -213,6 +216,8 @@ class Config:
     run: Run = field(default_factory=Run)
 
     def problems(self) -> Iterator[str]:
+        if self.teacher.cache == "views" and self.data.cutout:
+            yield "teacher.cache=views needs views that a number tells apart; data.cutout=0 or teacher.cache=none"
         if self.data.val_fraction == 0 and self.cycle.start_from == "best":
             yield "cycle.start_from=best needs a validation part; set data.val_fraction above 0 or start_from=last"
 

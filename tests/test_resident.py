@@ -41,6 +41,23 @@ def test_views_are_crops_flips_and_normalisation(padding, seed):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
+def test_cutout_blanks_one_square_a_sample_and_nothing_else():
+    images, data = resident(padding=0)
+    cut = ResidentImages(Images(images, data.labels.numpy()), mean=MEAN, std=STD, device=CPU, cutout=4)
+    plain = torch.cat([batch.images for batch in data.training_batches(16, 0, 1, 1)])
+    blanked = torch.cat([batch.images for batch in cut.training_batches(16, 0, 1, 1)])
+    size = images.shape[1]
+    holes = cut.plan(0, 1, 1).holes[cut.plan(0, 1, 1).order]
+    for before, after, hole in zip(plain, blanked, holes.tolist(), strict=True):
+        row, column = divmod(hole, size)
+        square = torch.zeros(size, size, dtype=torch.bool)
+        square[max(0, row - 2) : row + 2, max(0, column - 2) : column + 2] = True
+        assert (after[:, square] == 0).all()
+        assert torch.equal(after[:, ~square], before[:, ~square])
+    assert len(set(holes.tolist())) > 5
+    assert torch.equal(next(cut.batches(16)).images, next(data.batches(16)).images), "not in evaluation"
+
+
 def test_batches_are_the_images_themselves_in_order():
     images, data = resident(padding=2, flip=True)
     batches = list(data.batches(16))

@@ -23,6 +23,7 @@ from repan_cli.console import warn
 from repan_cli.data import datasets
 from repan_cli.data.datasets import Dataset, Images
 from repan_cli.data.resident import ResidentImages
+from repan_cli.errors import InputError
 from repan_cli.models import user_file
 from repan_cli.optim import SCHEDULES, build_optimizer
 
@@ -114,7 +115,9 @@ def _training(
             **views,
         )
 
-    train = resident(dataset.train, padding=padding, flip=flip)
+    if config.data.cutout >= 2 * dataset.image_size:
+        raise InputError(f"data.cutout={config.data.cutout} blanks whole images of {dataset.image_size} pixels")
+    train = resident(dataset.train, padding=padding, flip=flip, cutout=config.data.cutout)
     task_of = TaskOf(network.model, dataset, train, machine)
     task_of.prepare(plan)
     return engine.Training(

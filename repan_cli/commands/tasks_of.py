@@ -84,7 +84,7 @@ class TaskOf:
         model = merged(found, self.dataset.channels)
         model.to(self.machine.device, memory_format=self.machine.memory_format)
         teacher = Teacher(model, own=found.view, student=self._student, runtime=self.machine)
-        if settings.cache == "none":
+        if settings.cache == "none" or self.train.cutout:  # where a blank square lies is not in a view's number
             return teacher
         shape = (self.train.count, self.train.view_count, len(self.dataset.classes))
         return LogitCache(teacher, allocate(shape, self.machine.device, self.folder))

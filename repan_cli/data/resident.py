@@ -2,7 +2,8 @@
 sample.
 
 A view of an image is a crop position and a flip, numbered `(row * side + column) * 2 + flip` with side = 2 * padding
-+ 1. An epoch is a plan: an order of the images and a view for each image, drawn from (seed, cycle, epoch).
++ 1; cutout blanks a square of it. An epoch is a plan: an order of the images, and for each a view and the middle of its
+square, drawn from (seed, cycle, epoch).
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ class Batch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The order (N,) of the images in an epoch, and the view (N,) of each image by its own index."""
+    """The order (N,) of the images in an epoch; the view (N,) and the middle (N,), `row * size + column`, of the blank
+    square of each image, by its own index.
+    """
 
     order: Tensor
     views: Tensor
+    holes: Tensor
 
 
 class ResidentImages:
@@ -43,6 +47,7 @@ class ResidentImages:
         memory_format: of the batches, channels last or contiguous.
         padding: zero pixels around each image that a crop may reach into.
         flip: whether views may be mirrored.
+        cutout: side of a square of each training image that is blanked (DeVries & Taylor 2017); 0 is none.
     """
 
     def __init__(
@@ -55,11 +60,12 @@ class ResidentImages:
         memory_format: torch.memory_format = torch.channels_last,
         padding: int = 0,
         flip: bool = False,
+        cutout: int = 0,
     ) -> None:
         images = torch.from_numpy(part.images).to(device)
         self.count, self.size, _, self.channels = images.shape
         self.padding, self.flip, self.memory_format = padding, flip, memory_format
-        self.side = 2 * padding + 1
+        self.side, self.cutout = 2 * padding + 1, cutout
         self.labels = torch.from_numpy(part.labels).to(device)
         self.windows = self._windows(F.pad(images, (0, 0, padding, padding, padding, padding)))
         self.scale = torch.tensor([1 / (255 * s) for s in std], device=device)
@@ -73,7 +79,7 @@ class ResidentImages:
 
     @property
     def view_count(self) -> int:
-        """How many views an image has."""
+        """How many views an image has; with cutout the blank square is no part of their number."""
         return 2 * self.side**2
 
     @property
@@ -96,7 +102,16 @@ class ResidentImages:
         order = torch.randperm(self.count, generator=draw)
         crops = torch.randint(self.side**2, (self.count,), generator=draw)
         flips = torch.randint(2, (self.count,), generator=draw) * self.flip
-        return Plan(order, crops * 2 + flips)
+        holes = torch.randint(self.size**2, (self.count,), generator=draw)
+        return Plan(order, crops * 2 + flips, holes)
+
+    def blank(self, images: Tensor, holes: Tensor) -> Tensor:
+        """Images (B, C, H, W) with a square around `holes` (B,) at the mean, zero; at the border a part of it."""
+        axis = torch.arange(self.size, device=images.device)
+        first = -(self.cutout // 2)
+        rows, columns = (axis - middle.view(-1, 1) for middle in (holes // self.size, holes % self.size))
+        inside = [(first <= offset) & (offset < first + self.cutout) for offset in (rows, columns)]
+        return images.masked_fill((inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(1), 0)
 
     def steps(self, batch_size: int) -> int:
         """Batches of a training epoch. A last batch of a single image is left out: BN cannot train on it."""
@@ -112,7 +127,8 @@ class ResidentImages:
         plan = Plan(*(part.to(self.labels.device) for part in self.plan(*position)))
         for step in range(self.steps(batch_size)):
             index = plan.order[step * batch_size : (step + 1) * batch_size]
-            yield self.batch(index, plan.views[index])
+            batch = self.batch(index, plan.views[index])
+            yield batch._replace(images=self.blank(batch.images, plan.holes[index])) if self.cutout else batch
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All images once, in order and unchanged."""
