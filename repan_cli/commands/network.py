@@ -60,7 +60,7 @@ def build(command: str, config: Config, dataset: Dataset) -> Network:
     if isinstance(weights, Checkpoint):
         network = _continued(config, dataset, name, weights)
     else:
-        network = _created(command, config, dataset, name, weights)
+        network = _created(config, dataset, name, weights)
     if command == "cycle" and not any(rep_blocks(network.model)):
         left = models.summary(network.expansion.left)
         raise InputError(f"no convolution of {name} can become a block: {left}")
@@ -94,10 +94,10 @@ def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
     raise InputError(f"{config.model.init} does not say which network it is of: give --model NAME")
 
 
-def _created(
-    command: str, config: Config, dataset: Dataset, name: str, weights: Mapping[str, Tensor] | None
-) -> Network:
-    """A fresh network, or one with weights of others, expanded."""
+def _created(config: Config, dataset: Dataset, name: str, weights: Mapping[str, Tensor] | None) -> Network:
+    """A fresh network, or one with weights of others, expanded: with branches that train at once, silent where the
+    function is to be kept.
+    """
     classes = len(dataset.classes)
     model = models.create(
         name,
@@ -116,8 +116,7 @@ def _created(
         new_classifier = _take(model, weights, config)
     family = native.get("block", config.block.name)
     expansion = _plan(model, config, dataset, family)
-    attach = ("zero-gamma" if command == "train" or new_classifier else "ramp") if trained else "one"
-    models.apply(model, expansion.changes, attach=attach)
+    models.apply(model, expansion.changes, attach="zero-gamma" if trained else "one")
     if multi_branch:
         new_classifier = _take(model, weights, config)
     return Network(model, name, expansion, native, trained, new_classifier)
@@ -153,7 +152,7 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
     family = config.block.name or expansion.family
     if family != expansion.family:
         grown = _plan(model, config, dataset, family)
-        models.apply(model, grown.changes)
+        models.apply(model, grown.changes, attach="zero-gamma")
         expansion = grown.after(expansion)
     return Network(model, name, expansion, saved.meta["structure"]["native"], True, False)
 
