@@ -216,26 +216,7 @@ def cycle(
     )
 
 
-@app.command(rich_help_panel="Training")
-def train(
-    settings: Settings = None,
-    model: ModelOption = None,
-    dataset: DatasetOption = None,
-    block: BlockOption = None,
-    data_root: DataRootOption = None,
-    epochs: EpochsOption = None,
-    lr: LrOption = None,
-    pretrained: PretrainedOption = False,
-    batch_size: BatchSizeOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    out: OutOption = None,
-    config_file: ConfigOption = None,
-    print_config: PrintConfigOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Train a network plainly: one course, no restart.
+TRAIN = """Train a network plainly: one course, no restart.
 
     Examples:
 
@@ -243,44 +224,8 @@ def train(
 
     [cyan]repan train --model repvgg_a0_cifar --block acb --dataset folder --data-root photos data.image_size=64[/cyan]
     """
-    options = {name: value for name, value in locals().items() if name in SHORTCUTS}
-    _train(
-        "train",
-        file=config_file,
-        settings=settings,
-        print_config=print_config,
-        dry_run=dry_run,
-        as_json=as_json,
-        **options,
-    )
 
-
-CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A .pt or .safetensors file that repan wrote.", show_default=False)
-]
-
-
-@app.command(rich_help_panel="Training")
-def distill(
-    settings: Settings = None,
-    model: ModelOption = None,
-    dataset: DatasetOption = None,
-    teacher: TeacherOption = None,
-    block: BlockOption = None,
-    data_root: DataRootOption = None,
-    epochs: EpochsOption = None,
-    lr: LrOption = None,
-    pretrained: PretrainedOption = False,
-    batch_size: BatchSizeOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    out: OutOption = None,
-    config_file: ConfigOption = None,
-    print_config: PrintConfigOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Train a network with a teacher: one course, no restart.
+DISTILL = """Train a network with a teacher: one course, no restart.
 
     Examples:
 
@@ -288,18 +233,52 @@ def distill(
 
     [cyan]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt teacher.alpha=0.9[/cyan]
     """
-    options = {name: value for name, value in locals().items() if name in SHORTCUTS}
-    _train(
-        "distill",
-        file=config_file,
-        settings=settings,
-        print_config=print_config,
-        dry_run=dry_run,
-        as_json=as_json,
-        **options,
-    )
 
 
+def _add_training(command: str, text: str) -> None:
+    """A command without cycles; `train` and `distill` have the same options, of which `train` refuses a teacher."""
+
+    def training(
+        settings: Settings = None,
+        model: ModelOption = None,
+        dataset: DatasetOption = None,
+        teacher: TeacherOption = None,
+        block: BlockOption = None,
+        data_root: DataRootOption = None,
+        epochs: EpochsOption = None,
+        lr: LrOption = None,
+        pretrained: PretrainedOption = False,
+        batch_size: BatchSizeOption = None,
+        seed: SeedOption = None,
+        device: DeviceOption = None,
+        out: OutOption = None,
+        config_file: ConfigOption = None,
+        print_config: PrintConfigOption = False,
+        dry_run: DryRunOption = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name in SHORTCUTS}
+        _train(
+            command,
+            file=config_file,
+            settings=settings,
+            print_config=print_config,
+            dry_run=dry_run,
+            as_json=as_json,
+            **options,
+        )
+
+    training.__doc__ = text
+    app.command(command, rich_help_panel="Training")(training)
+
+
+_add_training("train", TRAIN)
+_add_training("distill", DISTILL)
+
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A .pt or .safetensors file that repan wrote.", show_default=False)
+]
 NetworkOption = Annotated[
     str | None,
     typer.Option("--model", "-m", metavar="FILE.py:FUNCTION", help="The network, where it is your own."),
