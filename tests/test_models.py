@@ -89,7 +89,11 @@ def test_all_are_registered_with_timm():
     "name", ["timm:resnet18", "timm:repvit_m1", "timm:mobileone_s0", "timm:nf_resnet50", "torchvision:resnet18"]
 )
 def test_the_table_of_what_can_cycle_is_what_looking_finds(name):
-    found, listed = support.look(name), support.table()[name]
+    listed = support.table()[name]
+    try:
+        found = support.look(name)
+    except NotImplementedError:
+        pytest.skip("the installed version does not build it on the meta device")
     assert (found.own, found.pairs) == (listed.own, listed.pairs)
     assert found == listed
     assert found.cycles == (name != "timm:nf_resnet50")
