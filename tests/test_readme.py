@@ -45,7 +45,7 @@ def test_the_first_screen_has_the_two_commands():
 def test_commands_work(capsys, workplace, monkeypatch, command):
     monkeypatch.chdir(workplace)
     words = shlex.split(command)[1:]
-    if words[0] in ("train", "cycle") and "--dry-run" not in words:
+    if words[0] in ("train", "distill", "cycle") and "--dry-run" not in words:
         words.append("--print-config")
     code, _, err = run(capsys, *words)
     assert code == 0, err
