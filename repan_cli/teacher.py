@@ -6,8 +6,10 @@ It is no part of the model, so it enters neither the optimizer nor a checkpoint.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +74,21 @@ class LogitCache:
 
     Args:
         teacher: what is asked for views that are not there yet.
-        table: float16 (images, views, classes), in whatever memory.
+        make_table: called at the first use, for a float16 table (images, views, classes) in whatever memory.
     """
 
-    def __init__(self, teacher: Callable[[Batch], Tensor], table: Tensor) -> None:
-        self.teacher, self.table = teacher, table
-        self.filled = torch.zeros(table.shape[:2], dtype=torch.bool, device=table.device)
+    def __init__(self, teacher: Callable[[Batch], Tensor], make_table: Callable[[], Tensor]) -> None:
+        self.teacher, self.make_table = teacher, make_table
         self.asked = self.computed = 0
+
+    @cached_property
+    def table(self) -> Tensor:
+        return self.make_table()
+
+    @cached_property
+    def filled(self) -> Tensor:
+        """Which (image, view) the table knows."""
+        return torch.zeros(self.table.shape[:2], dtype=torch.bool, device=self.table.device)
 
     def __call__(self, batch: Batch) -> Tensor:
         place = self.table.device
@@ -94,14 +104,14 @@ class LogitCache:
 
 
 def allocate(shape: tuple[int, int, int], device: torch.device, folder: Path) -> Tensor:
-    """A float16 table for `LogitCache`: on the device, in host memory, or a file in `folder`, by its size."""
+    """A float16 table for `LogitCache`, by its size: on the device, in host memory, or a nameless file in `folder`."""
     size = 2 * shape[0] * shape[1] * shape[2]
     if device.type == "cuda" and size <= SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
         return torch.empty(shape, dtype=torch.float16, device=device)
     if size <= SHARE_OF_HOST * _free_host_memory():
         return torch.empty(shape, dtype=torch.float16)
-    file = np.memmap(folder / "teacher_logits.f16", dtype=np.float16, mode="w+", shape=shape)
-    return torch.from_numpy(file)
+    with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives its name
+        return torch.from_numpy(np.memmap(file, dtype=np.float16, mode="w+", shape=shape))
 
 
 def _free_host_memory() -> int:

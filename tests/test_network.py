@@ -302,6 +302,15 @@ def test_a_network_trained_plain_is_expanded_and_cycled(capsys, place):
     assert "baseline.epochs has no effect here" in refused
 
 
+def test_a_checkpoint_on_images_it_does_not_fit_is_one_line(capsys, cycle_run, digits):
+    grey_as_colour = dataclasses.replace(
+        digits, train=digits.train._replace(images=np.repeat(digits.train.images, 3, axis=3))
+    )
+    given = {"data.name": "digits", "model.init": str(cycle_run.folder / "last.pt")}
+    with pytest.raises(InputError, match="repvgg_a0_cifar does not run on images of 3x8x8"):
+        network.build("cycle", build(given), grey_as_colour)
+
+
 def test_settings_of_block_choose_what_restarts(digits):
     found = made(digits, model__name="repvgg_a0_cifar", block__include="stages.2.*", block__limit=3)
     chosen = network.restarted(build({"block.include": "stages.2.*", "block.limit": "3"}), found.model)

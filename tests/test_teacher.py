@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from repan_cli import config, engine
 from repan_cli.anneal import cycle_plan, training_plan
 from repan_cli.blocks import rep_blocks
-from repan_cli.commands.tasks_of import TaskOf
+from repan_cli.commands.tasks_of import Found, TaskOf
 from repan_cli.data.resident import Batch, ResidentImages
 from repan_cli.runtime import Runtime
 from repan_cli.tasks import Classification, Distillation
@@ -82,11 +83,12 @@ def resident(digits, padding=1):
 def test_the_cache_agrees_with_the_live_teacher_on_every_view(digits, tmp_path, monkeypatch, storage):
     if storage == "file":
         monkeypatch.setattr("repan_cli.teacher.SHARE_OF_HOST", 0.0)
+    mapped = []
+    monkeypatch.setattr(np, "memmap", lambda *args, make=np.memmap, **kw: mapped.append(make(*args, **kw)) or mapped[0])
     data, live = resident(digits), small_net(in_chans=1)
     view = View(8, digits.mean, digits.std)
     teacher = Teacher(live, own=view, student=view, runtime=FP32)
-    cache = LogitCache(teacher, allocate((data.count, data.view_count, 10), CPU, tmp_path))
-    assert (tmp_path / "teacher_logits.f16").exists() == (storage == "file")
+    cache = LogitCache(teacher, lambda: allocate((data.count, data.view_count, 10), CPU, tmp_path))
     for again in range(2):
         for number in range(data.view_count):
             batch = data.batch(torch.arange(3, 40), torch.full((37,), number))
@@ -95,6 +97,8 @@ def test_the_cache_agrees_with_the_live_teacher_on_every_view(digits, tmp_path, 
             assert torch.equal(found.argmax(1), expected.argmax(1))
         assert cache.computed == 37 * data.view_count
         assert cache.asked == 37 * data.view_count * (again + 1)
+    assert bool(mapped) == (storage == "file")
+    assert not list(tmp_path.iterdir()), "the file goes with the process"
 
 
 def test_only_views_that_are_missing_are_computed(digits):
@@ -104,7 +108,7 @@ def test_only_views_that_are_missing_are_computed(digits):
         asked.append(len(batch.index))
         return torch.zeros(len(batch.index), 10) + batch.index[:, None]
 
-    cache = LogitCache(teacher, allocate((data.count, data.view_count, 10), CPU, None))
+    cache = LogitCache(teacher, lambda: allocate((data.count, data.view_count, 10), CPU, None))
     cache(data.batch(torch.tensor([1, 2]), torch.tensor([0, 0])))
     found = cache(data.batch(torch.tensor([2, 5, 1]), torch.tensor([0, 0, 3])))
     assert asked == [2, 2]
@@ -130,6 +134,24 @@ def test_the_baseline_has_no_teacher_unless_it_names_its_own():
         ("a.pt", 0.5),
     ]
     assert training_plan(settings_of(teacher__name="a.pt"))[0].teacher.name == "a.pt"
+
+
+def test_a_teacher_of_two_phases_is_found_once(digits, monkeypatch):
+    found = []
+    view = View(8, digits.mean, digits.std)
+    monkeypatch.setattr(
+        "repan_cli.commands.tasks_of.find",
+        lambda settings, dataset: found.append(settings.name) or Found(small_net(in_chans=1), view, "digest"),
+    )
+    task_of = TaskOf(small_net(in_chans=1), digits, resident(digits), FP32)
+    plan = cycle_plan(
+        settings_of(teacher__name="a.pt", baseline__teacher__name="a.pt", baseline__teacher__alpha=0.1), baseline=True
+    )
+    task_of.prepare(plan)
+    tasks = [task_of(phase) for phase in plan]
+    assert found == ["a.pt"]
+    assert tasks[0].teacher is tasks[1].teacher
+    assert (tasks[0].alpha, tasks[1].alpha) == (0.1, 0.5)
 
 
 def test_previous_is_the_merged_network_as_the_cycle_finds_it(digits):

@@ -148,6 +148,7 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
     _check_origin(config, dataset, name, saved)
     model = models.blank(saved.meta, source, name)
     checkpoint.load_weights(model, saved, source)
+    _check_output(model, name, dataset)
     expansion = Expansion.from_meta(saved.meta)
     family = config.block.name or expansion.family
     if family != expansion.family:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class TaskOf:
         return Distillation(hard, self._teacher(settings), settings.alpha, settings.temperature)
 
     def _teacher(self, settings: config.Teacher) -> LogitCache | Teacher:
+        settings = dataclasses.replace(settings, alpha=0.5, temperature=1.0)  # which its logits do not depend on
         if settings.name == config.PREVIOUS:
             self._teachers.pop(settings, None)
         if settings not in self._teachers:
@@ -87,7 +89,7 @@ class TaskOf:
         if settings.cache == "none" or self.train.cutout:  # where a blank square lies is not in a view's number
             return teacher
         shape = (self.train.count, self.train.view_count, len(self.dataset.classes))
-        return LogitCache(teacher, allocate(shape, self.machine.device, self.folder))
+        return LogitCache(teacher, lambda: allocate(shape, self.machine.device, self.folder))
 
 
 def merged(found: Found, channels: int) -> nn.Module:
