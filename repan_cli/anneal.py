@@ -115,7 +115,8 @@ class _Sums:
         self.count = 0
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        values = output.detach().double()
+        values = output.detach()
+        values = (values.cpu() if values.device.type == "mps" else values).double()  # which has no float64
         self.total = self.total + values.sum((0, 2, 3))
         self.squares = self.squares + values.square().sum((0, 2, 3))
         self.count += values.numel() // values.shape[1]
@@ -252,7 +253,8 @@ def _scale(block: RepBlock, kernel: Kernel, trunk_scale: str) -> Tensor:
 class Phase:
     """A stretch of a run: the baseline (cycle 0, no restart) or one annealing cycle.
 
-    `course_start` and `course_length` place the phase, in epochs, within its course of the learning rate.
+    `course_start` and `course_length` place the phase, in epochs, within its course of the learning rate. `start_from`:
+    which of its weights it leaves to the next one, see `cycle.start_from`.
     """
 
     cycle: int
@@ -262,6 +264,7 @@ class Phase:
     course_start: float
     course_length: float
     teacher: Teacher = field(default_factory=Teacher)
+    start_from: str = "last"
 
     def learning_rate(self, elapsed: float) -> float:
         """The rate `elapsed` epochs into this phase."""
@@ -308,7 +311,8 @@ def _phases(config: Config, baseline: Config, lengths: list[int], *, first: int)
             course = (done, sum(lengths))
             optim = _with_course_of(optim, baseline.optim if first == 0 else config.optim)
         teacher = config.teacher if cycle else baseline.teacher
-        yield Phase(cycle, epochs, optim, config.cycle if cycle else None, *course, teacher)
+        settings = config.cycle if cycle else None
+        yield Phase(cycle, epochs, optim, settings, *course, teacher, config.cycle.start_from)
         done += epochs
 
 

@@ -363,7 +363,9 @@ def list_names(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="KIND", help="models, blocks, datasets, presets, schedules or settings.", show_default=False
+            metavar="KIND",
+            help="models, blocks, datasets, optimizers, presets, schedules or settings.",
+            show_default=False,
         ),
     ],
     pattern: Annotated[
@@ -372,7 +374,7 @@ def list_names(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the names that can be typed: models, blocks, datasets, presets, schedules, settings.
+    """List the names that can be typed: models, blocks, datasets, optimizers, presets, schedules, settings.
 
     Examples:
 

@@ -24,10 +24,14 @@ from repan_cli.registry import did_you_mean
 RECIPES = {
     "digits": "recipes/digits",
     "folder": "recipes/folder",
-    **dict.fromkeys(("cifar10", "cifar100", "svhn", "mnist", "fashionmnist"), "recipes/cifar"),
+    "imagenet": "recipes/imagenet",
+    **dict.fromkeys(("cifar10", "cifar100", "svhn", "mnist", "fashionmnist", "synthetic"), "recipes/cifar"),
     **dict.fromkeys(("imagenet16", "imagenet16_120", "imagenet16_150", "imagenet16_200"), "recipes/cifar"),
 }
 """The recipe a data set is trained with when no `-c FILE` is given."""
+
+POLICIES = ("autoaugment", "randaugment", "trivialaugment")
+"""Augmentation policies that work on one picture at a time."""
 
 Layer = Mapping[str, Any]
 
@@ -85,20 +89,46 @@ class Data:
         0.1, "Part of the training set held out to choose by; 0 trains on everything.", low=0, high=0.9
     )
     split_seed: int = setting(0, "Seed of that part, independent of run.seed.", low=0)
+    channels: int | None = setting(None, "1 reads images in grey, 3 in colour; null takes the data set's own.", low=1)
+    classes: int | None = setting(None, "Number of classes of the data set 'synthetic'.", low=2)
     augment: str = setting(
-        "standard", "standard: random crop, and flip where that makes sense; none.", choices=("standard", "none")
+        "standard",
+        "standard: random crop, and flip where that makes sense; a policy on top of it: autoaugment, randaugment, "
+        "trivialaugment; none.",
+        choices=("standard", *POLICIES, "none"),
     )
-    cutout: int = setting(0, "Side in pixels of a square that is blanked in every training image; 0 is none.", low=0)
+    crop: str = setting(
+        "auto",
+        "pad: images in memory are padded and cropped; resized: a part of each is cropped and resized, read one by "
+        "one; auto: pad up to 64 pixels, else resized.",
+        choices=("auto", "pad", "resized"),
+    )
     crop_padding: int | None = setting(
         None, "Pixels around the image before the random crop; null is an eighth of its side.", low=0
     )
+    crop_area: float = setting(0.08, "Least part of an image's area under crop=resized.", above=0, high=1)
+    cutout: int = setting(0, "Side in pixels of a square that is blanked in every training image; 0 is none.", low=0)
+    erase: float = setting(0.0, "Share of training images in which a random rectangle is blanked.", low=0, high=1)
+    mixup: float = setting(0.0, "Alpha of mixup; 0 is none. With cutmix, each batch draws one of both.", low=0)
+    cutmix: float = setting(0.0, "Alpha of CutMix; 0 is none.", low=0)
+    workers: int | None = setting(
+        None, "Processes that read images one by one; null is one a core beside a GPU, else one.", low=0
+    )
+    on_error: str = setting(
+        "stop", "Training images that cannot be read: stop, or skip them, counted.", choices=("stop", "skip")
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.channels == 2 or (self.channels or 0) > 3:
+            yield f"data.channels={self.channels} is neither 1 nor 3"
 
 
 @dataclass(frozen=True)
 class Optim:
+    name: str = setting("sgd", "Optimizer: sgd, or one of timm's, see 'repan list optimizers'.")
     lr: float = setting(0.1, "Peak learning rate.", above=0)
     min_lr: float = setting(0.0, "Learning rate that the schedule ends at.", low=0)
-    momentum: float = setting(0.9, "Momentum of SGD.", low=0, high=0.9999)
+    momentum: float = setting(0.9, "Momentum, of optimizers that have it.", low=0, high=0.9999)
     nesterov: bool = setting(True, "Nesterov momentum (no effect without momentum).")
     weight_decay: float = setting(5e-4, "Weight decay.", low=0)
     decay: str = setting(
@@ -110,7 +140,13 @@ class Optim:
     )
     schedule: str = setting("cosine", "Course of the learning rate, see 'repan list schedules'.")
     warmup_epochs: float = setting(0.0, "Epochs of linear warm-up at the start of each course.", low=0)
+    loss: str = setting(
+        "ce", "ce: cross-entropy over classes; bce: a binary one for each class, summed.", choices=("ce", "bce")
+    )
     label_smoothing: float = setting(0.0, "Label smoothing.", low=0, high=0.99)
+    accumulate: int = setting(
+        1, "Batches an update takes: the effective batch is so many times data.batch_size.", low=1
+    )
 
     def problems(self) -> Iterator[str]:
         if self.min_lr > self.lr:
@@ -151,7 +187,10 @@ class Cycle:
         choices=("merged", "keep"),
     )
     start_from: str = setting(
-        "last", "Weights the next cycle starts from: last, or best on the validation part.", choices=("last", "best")
+        "last",
+        "Weights the next cycle starts from: last; best on the validation part; best-test, as released: the test set "
+        "chooses, so that its figures mean less.",
+        choices=("last", "best", "best-test"),
     )
     reseed: str = setting(
         "fresh", "Data order of a cycle: fresh, or the same as in the first cycle.", choices=("fresh", "same")
@@ -191,13 +230,22 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Ema:
+    enabled: bool = setting(False, "Score and save an exponential average of the weights; a restart begins it anew.")
+    decay: float = setting(0.9998, "Its decay an update; lower at first.", low=0, high=0.999999)
+
+
+@dataclass(frozen=True)
 class Run:
     seed: int = setting(0, "Seed of weights, data order and augmentation.", low=0)
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N.")
+    device: str = setting("auto", "auto (a GPU where there is one), cpu, cuda, cuda:N or mps.")
     precision: str = setting(
-        "auto", "auto: bf16 where the device computes in it; bf16; fp32.", choices=("auto", "bf16", "fp32")
+        "auto",
+        "auto: bf16 where the device computes in it, else fp32; bf16; fp16, with a loss scaler; fp32.",
+        choices=("auto", "bf16", "fp16", "fp32"),
     )
     channels_last: bool = setting(True, "Channels-last memory format.")
+    compile: bool = setting(False, "Compile the training pass with torch.compile, which needs a C++ compiler.")
     out: str | None = setting(None, "Run directory; by default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.")
     log_every: int = setting(20, "Training steps between two looks at the loss (a host-device sync each).", low=1)
 
@@ -213,11 +261,10 @@ class Config:
     """`epochs`, `optim.*` and `teacher.*` keys that the baseline phase of `cycle` lays over the main ones."""
     cycle: Cycle = field(default_factory=Cycle)
     teacher: Teacher = field(default_factory=Teacher)
+    ema: Ema = field(default_factory=Ema)
     run: Run = field(default_factory=Run)
 
     def problems(self) -> Iterator[str]:
-        if self.teacher.cache == "views" and self.data.cutout:
-            yield "teacher.cache=views needs views that a number tells apart; data.cutout=0 or teacher.cache=none"
         if self.data.val_fraction == 0 and self.cycle.start_from == "best":
             yield "cycle.start_from=best needs a validation part; set data.val_fraction above 0 or start_from=last"
 
@@ -469,6 +516,7 @@ def _unknown_key(key: str) -> str:
 
 def _section_problems(config: Config) -> Iterator[str]:
     yield from config.model.problems()
+    yield from config.data.problems()
     yield from config.optim.problems()
     yield from config.cycle.problems()
     yield from config.teacher.problems()

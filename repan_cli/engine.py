@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from repan_cli import anneal, optim
 from repan_cli.anneal import Phase
-from repan_cli.blocks import set_attach_rate
-from repan_cli.data.resident import Batch, ResidentImages
+from repan_cli.blocks import rep_blocks, set_attach_rate
+from repan_cli.data.source import Batch, Source
 from repan_cli.errors import DivergedError, InputError
 from repan_cli.runtime import Runtime, generator, key
 from repan_cli.tasks import Task
@@ -64,6 +66,15 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Updated:
+    """The optimizer has made a step: here a run can be stopped, and go on later as if it had not been."""
+
+    cycle: int
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
 class Epoch:
     """The end of an epoch, which counts from 1. `first_loss` is the mean loss of its first steps."""
 
@@ -92,7 +103,7 @@ class CycleEnd:
     seconds: float
 
 
-Event = CycleStart | Step | Epoch | CycleEnd
+Event = CycleStart | Step | Updated | Epoch | CycleEnd
 
 
 @dataclass(frozen=True)
@@ -109,11 +120,11 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: ResidentImages) -> Score:
+def evaluate(model: nn.Module, images: Source) -> Score:
     """Score a network in eval mode, in float32: the same weights give the same figures wherever they are reported."""
     was_training = model.training
     model.eval()
-    totals = torch.zeros(3, device=images.labels.device)
+    totals = torch.zeros(3, device=images.device)
     for batch, labels, *_ in images.batches(_eval_batch(images)):
         logits = model(batch)
         if not isinstance(logits, Tensor):
@@ -126,11 +137,58 @@ def evaluate(model: nn.Module, images: ResidentImages) -> Score:
     return Score(100 * top1, 100 * top5, loss, images.count)
 
 
-def _eval_batch(images: ResidentImages) -> int:
+def _eval_batch(images: Source) -> int:
     return max(1, min(EVAL_BATCH, EVAL_PIXELS // images.size**2))
 
 
 # ---------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Totals:
+    """Sums over an epoch, on the device: reading them is a host-device sync."""
+
+    loss: Tensor
+    correct: Tensor
+    images: int = 0
+    first_loss: float = math.nan
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> Totals:
+        return cls(*torch.zeros(2, device=device))
+
+    def add(self, loss: Tensor, logits: Tensor, batch: Batch) -> None:
+        self.images += len(batch.images)
+        self.loss += loss.detach() * len(batch.images)
+        self.correct += (logits.detach().argmax(1) == batch.classes()).sum()
+
+    def mean_loss(self) -> float:
+        value = self.loss.item() / self.images
+        if not math.isfinite(value):
+            raise DivergedError("the training loss is no longer finite; lower optim.lr, or set optim.clip")
+        return value
+
+
+@dataclass
+class Progress:
+    """How far a run has come: `phase` of its plan, whether that has `begun`, its `epoch`s and the `step`s of the next
+    one that are done, the sums over those steps, seconds spent in the phase, the best so far.
+    """
+
+    phase: int = 0
+    begun: bool = False
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    totals: Totals | None = None
+    best_top1: float = -math.inf
+    best_of_phase: float = -math.inf
+    best_weights: dict[str, Tensor] | None = None
+
+    def next_phase(self) -> None:
+        self.phase += 1
+        self.begun, self.epoch, self.seconds = False, 0, 0.0
+        self.best_of_phase, self.best_weights = -math.inf, None
 
 
 @dataclass
@@ -139,57 +197,74 @@ class Training:
 
     `task_of` gives the task of a phase, asked once as the phase begins, before its restart: baseline and cycles may
     differ in it, and a teacher may be the network as it is then. `val` None means that nothing was held
-    out to choose by. `restarted` names the blocks that restart; None is all.
+    out to choose by. `restarted` names the blocks that restart; None is all. `wrapped` is the network as training
+    calls it, compiled for one; None is the network itself. `ema`: a weight average that is scored in its stead.
+    `accumulate`: how many batches an update takes.
     """
 
     model: nn.Module
     task_of: Callable[[Phase], Task]
     optimizer: torch.optim.Optimizer
     plan: tuple[Phase, ...]
-    train: ResidentImages
-    val: ResidentImages | None
-    test: ResidentImages
+    train: Source
+    val: Source | None
+    test: Source
     runtime: Runtime
     batch_size: int
     restarted: frozenset[str] | None = None
     seed: int = 0
     log_every: int = 20
-    best_top1: float = field(default=-math.inf, init=False)
+    accumulate: int = 1
+    wrapped: nn.Module | None = None
+    ema: ModelEmaV3 | None = None
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def called(self) -> nn.Module:
+        """The network as training calls it."""
+        return self.model if self.wrapped is None else self.wrapped
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network whose accuracy counts and that is saved."""
+        return self.ema.module if self.ema else self.model
 
 
 def fit(run: Training) -> Iterator[Event]:
-    """Train through the plan, phase by phase. The caller logs and saves from the events; the model is trained in place.
+    """Train through the plan, from where `run.progress` stands. The caller logs and saves from the events; the model is
+    trained in place.
 
     Raises DivergedError when the loss stops being finite.
     """
-    for phase in run.plan:
-        began = time.perf_counter()
+    for phase in run.plan[run.progress.phase :]:
         task = run.task_of(phase)
-        yield _begin(run, phase, task)
-        best_of_cycle, best_weights = -math.inf, None
-        for epoch in range(1, phase.epochs + 1):
-            result = yield from _train_epoch(run, phase, task, epoch)
-            score = evaluate(run.model, run.val) if run.val else None
-            best = score is not None and score.top1 > run.best_top1
-            if best:
-                run.best_top1 = score.top1
-            if score and score.top1 > best_of_cycle and _keeps_best(phase):
-                best_of_cycle = score.top1
-                best_weights = {name: value.clone() for name, value in run.model.state_dict().items()}
-            yield _epoch_event(phase, epoch, result, score, best=best)
-        if best_weights is not None:
-            run.model.load_state_dict(best_weights)
-        yield _end(run, phase, time.perf_counter() - began)
+        optim.apply_settings(run.optimizer, phase.optim)
+        if not run.progress.begun:
+            yield _begin(run, phase, task)
+        while run.progress.epoch < phase.epochs:
+            yield from _epoch(run, phase, task)
+        if run.progress.best_weights is not None:
+            for model in {run.model, run.scored}:
+                model.load_state_dict(run.progress.best_weights)
+        yield _end(run, phase)
+        run.progress.next_phase()
 
 
-def _keeps_best(phase: Phase) -> bool:
-    return phase.settings is not None and phase.settings.start_from == "best"
-
-
-def _epoch_event(phase: Phase, epoch: int, result: _EpochResult, score: Score | None, *, best: bool) -> Epoch:
-    return Epoch(
+def _epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
+    """Train and score an epoch. Its event comes with a `progress` from which the next one would begin."""
+    progress, began = run.progress, time.perf_counter()
+    result = yield from _train_epoch(run, phase, task)
+    score = evaluate(run.scored, run.val) if run.val else None
+    best = score is not None and score.top1 > progress.best_top1
+    if best:
+        progress.best_top1 = score.top1
+    _keep_best(run, phase, score)
+    progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, None
+    progress.seconds += time.perf_counter() - began
+    yield Epoch(
         cycle=phase.cycle,
-        epoch=epoch,
+        epoch=progress.epoch,
         loss=result.loss,
         first_loss=result.first_loss,
         train_top1=result.top1,
@@ -202,21 +277,40 @@ def _epoch_event(phase: Phase, epoch: int, result: _EpochResult, score: Score | 
     )
 
 
-def _end(run: Training, phase: Phase, seconds: float) -> CycleEnd:
-    val = evaluate(run.model, run.val) if run.val else None
-    test = evaluate(run.model, run.test)
+def _keep_best(run: Training, phase: Phase, score: Score | None) -> None:
+    """Keep the weights that the next phase starts from, where those are not the last."""
+    if phase.start_from == "last":
+        return
+    judged = evaluate(run.scored, run.test) if phase.start_from == "best-test" else score
+    if judged.top1 > run.progress.best_of_phase:
+        run.progress.best_of_phase = judged.top1
+        run.progress.best_weights = {name: value.clone() for name, value in run.scored.state_dict().items()}
+
+
+def _end(run: Training, phase: Phase) -> CycleEnd:
+    began = time.perf_counter()
+    val = evaluate(run.scored, run.val) if run.val else None
+    test = evaluate(run.scored, run.test)
+    seconds = run.progress.seconds + time.perf_counter() - began
     return CycleEnd(phase.cycle, val.top1 if val else None, test.top1, test.top5, test.loss, seconds)
 
 
+# ---------------------------------------------------------------------------------------------- the restart
+
+
 def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
-    """Settings of the phase, and before a cycle the restart, watched from outside."""
-    optim.apply_settings(run.optimizer, phase.optim)
+    """Before a cycle the restart, watched from outside."""
+    run.progress.begun = True
     if phase.cycle == 0:
         return CycleStart(0)
+    began = time.perf_counter()
     before = _look(run, phase, task)
     report = _restart(run, phase) if phase.restarts else anneal.RestartReport(blocks=0)
     optim.zero_momentum(run.optimizer)
+    if run.ema:
+        run.ema.set(run.model)
     after = _look(run, phase, task)
+    run.progress.seconds = time.perf_counter() - began
     return CycleStart(
         cycle=phase.cycle,
         restarted=phase.restarts,
@@ -260,31 +354,15 @@ def _restart(run: Training, phase: Phase) -> anneal.RestartReport:
 
 
 def _calibration_images(run: Training, cycle: int, count: int) -> Iterator[Tensor]:
-    """`count` augmented training views, or as many as there are, drawn for this cycle."""
-    plan = run.train.plan(run.seed, cycle, 0)  # training epochs count from 1
-    device = run.runtime.device
-    for index in plan.order[:count].to(device).split(_eval_batch(run.train)):
-        yield run.train.gather(index, plan.views.to(device)[index])
+    """`count` augmented training images, or as many as there are, drawn for this cycle."""
+    for batch in run.train.training_batches(_eval_batch(run.train), run.seed, cycle, 0):  # epochs count from 1
+        yield batch.images[:count]
+        count -= len(batch.images)
+        if count <= 0:
+            return
 
 
-@dataclass
-class _Totals:
-    """Sums over an epoch, on the device: reading them is a host-device sync."""
-
-    loss: Tensor
-    correct: Tensor
-    images: int = 0
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self.images += len(labels)
-        self.loss += loss.detach() * len(labels)
-        self.correct += (logits.detach().argmax(1) == labels).sum()
-
-    def mean_loss(self) -> float:
-        value = self.loss.item() / self.images
-        if not math.isfinite(value):
-            raise DivergedError("the training loss is no longer finite; lower optim.lr, or set optim.clip")
-        return value
+# ---------------------------------------------------------------------------------------------- an epoch
 
 
 @dataclass(frozen=True)
@@ -297,44 +375,72 @@ class _EpochResult:
     images_per_second: float
 
 
-def _train_epoch(run: Training, phase: Phase, task: Task, epoch: int) -> Iterator[Step]:
-    """One pass over the training images; returns the epoch's figures."""
+def _train_epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
+    """The rest of a pass over the training images; returns the epoch's figures."""
     run.model.train()
-    torch.manual_seed(key("dropout", run.seed, phase.cycle, epoch))
+    progress, epoch = run.progress, run.progress.epoch + 1
     steps = run.train.steps(run.batch_size)
-    totals = _Totals(*torch.zeros(2, device=run.runtime.device))
-    began, first_loss, lr, rate = time.perf_counter(), math.nan, 0.0, 1.0
-    batches = run.train.training_batches(run.batch_size, run.seed, phase.data_cycle(), epoch)
-    for step, batch in enumerate(batches, start=1):
-        elapsed = epoch - 1 + (step - 1) / steps
-        lr, rate = _set_position(run, phase, elapsed)
-        loss, logits = _train_step(run, phase, task, batch, frozen=phase.trunk_is_frozen(elapsed))
-        totals.add(loss, logits, batch.labels)
-        if step == min(FIRST_STEPS, steps):
-            first_loss = totals.mean_loss()
-        if step % run.log_every == 0 or step == steps:
-            loss, speed = totals.mean_loss(), totals.images / (time.perf_counter() - began)
-            yield Step(phase.cycle, epoch, step, loss, lr, rate, speed)
-    return _EpochResult(loss, first_loss, 100 * totals.correct.item() / totals.images, lr, rate, speed)
+    progress.totals = totals = progress.totals or Totals.zeros(run.runtime.device)
+    seen, began = totals.images, time.perf_counter()
+    place = run.seed, phase.data_cycle(), epoch
+    batches = run.train.training_batches(run.batch_size, *place, first=progress.step)
+    lr, rate = _position(phase, epoch - 1 + max(0, steps - 1) / steps)
+    for group in _groups(batches, run.accumulate):
+        elapsed = epoch - 1 + progress.step / steps
+        lr, rate = _position(phase, elapsed)
+        torch.manual_seed(key("step", run.seed, phase.cycle, epoch, progress.step))
+        _update(run, phase, task, group, elapsed)
+        before, progress.step = progress.step, progress.step + len(group)
+        if before < FIRST_STEPS <= progress.step or progress.step == steps < FIRST_STEPS:
+            totals.first_loss = totals.mean_loss()
+        if progress.step // run.log_every > before // run.log_every or progress.step == steps:
+            speed = (totals.images - seen) / (time.perf_counter() - began)
+            yield Step(phase.cycle, epoch, progress.step, totals.mean_loss(), lr, rate, speed)
+        yield Updated(phase.cycle, epoch, progress.step)
+    top1 = 100 * totals.correct.item() / totals.images
+    speed = (totals.images - seen) / (time.perf_counter() - began)
+    return _EpochResult(totals.mean_loss(), totals.first_loss, top1, lr, rate, speed)
 
 
-def _set_position(run: Training, phase: Phase, elapsed: float) -> tuple[float, float]:
-    """Set learning rate and attach rate for a step that begins `elapsed` epochs into the phase."""
-    lr, rate = phase.learning_rate(elapsed), phase.attach_rate(elapsed)
-    optim.set_learning_rate(run.optimizer, lr)
-    if rate is None:
-        return lr, 1.0
-    set_attach_rate(run.model, rate, only=run.restarted)
-    return lr, rate
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """The batches of each update."""
+    batches = iter(batches)
+    while group := list(itertools.islice(batches, size)):
+        yield group
 
 
-def _train_step(run: Training, phase: Phase, task: Task, batch: Batch, *, frozen: bool) -> tuple[Tensor, Tensor]:
-    with run.runtime.autocast():
-        loss, logits = task(run.model, batch)
+def _position(phase: Phase, elapsed: float) -> tuple[float, float]:
+    """Learning rate and attach rate `elapsed` epochs into the phase."""
+    rate = phase.attach_rate(elapsed)
+    return phase.learning_rate(elapsed), 1.0 if rate is None else rate
+
+
+def _update(run: Training, phase: Phase, task: Task, group: list[Batch], elapsed: float) -> None:
+    """One step of the optimizer, `elapsed` epochs into the phase, on the mean loss over the images of `group`."""
+    optim.set_learning_rate(run.optimizer, phase.learning_rate(elapsed))
+    if (rate := phase.attach_rate(elapsed)) is not None:
+        set_attach_rate(run.model, rate, only=run.restarted)
     run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if frozen:
+    images = sum(len(batch.images) for batch in group)
+    for batch in group:
+        with run.runtime.autocast():
+            loss, logits = task(run.called, batch)
+        run.scaler.scale(loss * (len(batch.images) / images)).backward()
+        run.progress.totals.add(loss, logits, batch)
+    if phase.trunk_is_frozen(elapsed):
         optim.drop_trunk_gradients(run.optimizer)
+    if run.scaler.is_enabled():
+        run.scaler.unscale_(run.optimizer)
     optim.clip_gradients(run.optimizer, phase.optim)
-    run.optimizer.step()
-    return loss, logits
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if run.ema:
+        _average(run, phase, elapsed)
+
+
+def _average(run: Training, phase: Phase, elapsed: float) -> None:
+    """Take the step into the weight average, whose blocks are attached as the network's are."""
+    batches = round(elapsed * run.train.steps(run.batch_size))
+    run.ema.update(run.model, step=batches // run.accumulate + 1)
+    for (_, averaged), (_, block) in zip(rep_blocks(run.ema.module), rep_blocks(run.model), strict=True):
+        averaged.attach_rate.copy_(block.attach_rate)

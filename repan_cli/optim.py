@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import timm.optim
 import torch
 from torch import Tensor, nn
 
 from repan_cli.blocks import rep_blocks
 from repan_cli.config import Optim
-from repan_cli.registry import Registry
+from repan_cli.errors import InputError
+from repan_cli.registry import Registry, did_you_mean
+
+SGD = "sgd"
+"""The default; others are timm's."""
 
 Schedule = Callable[[float], float]
 SCHEDULES: Registry[Schedule] = Registry("schedule")
@@ -75,9 +80,18 @@ def classifier_layers(model: nn.Module) -> list[str]:
     return [name for name in linear if isinstance(model.get_submodule(name), nn.Linear)][-1:]
 
 
-def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.SGD:
-    """SGD over `parameter_groups`, set up for `optim`."""
-    optimizer = torch.optim.SGD(parameter_groups(model), lr=optim.lr, fused=True)
+def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """The optimizer that `optim.name` means, over `parameter_groups`. Raises InputError for one that is not known."""
+    groups = parameter_groups(model)
+    if optim.name == SGD:
+        optimizer = torch.optim.SGD(groups, lr=optim.lr, fused=True)
+    else:
+        known = timm.optim.list_optimizers()
+        if optim.name not in known:
+            raise InputError(
+                f"unknown optimizer '{optim.name}'{did_you_mean(optim.name, known)}; see repan list optimizers"
+            )
+        optimizer = timm.optim.create_optimizer_v2(groups, opt=optim.name, lr=optim.lr, momentum=optim.momentum)
     apply_settings(optimizer, optim)
     return optimizer
 
@@ -85,9 +99,19 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.SGD:
 def apply_settings(optimizer: torch.optim.Optimizer, optim: Optim) -> None:
     """Set momentum and weight decay of every group for the phase that begins."""
     for group in optimizer.param_groups:
-        group["momentum"] = optim.momentum
-        group["nesterov"] = optim.nesterov and optim.momentum > 0
+        if optim.name == SGD:
+            group["momentum"] = optim.momentum
+            group["nesterov"] = optim.nesterov and optim.momentum > 0
+            _add_momentum(optimizer, group)
         group["weight_decay"] = optim.weight_decay if optim.decay == "all" or group["role"] == "weight" else 0.0
+
+
+def _add_momentum(optimizer: torch.optim.Optimizer, group: dict) -> None:
+    """Give every parameter its buffer before the first step, where fused SGD would leave it as uninitialised memory when
+    a loss scaler skips that step.
+    """
+    for parameter in group["params"] if group["momentum"] else ():
+        optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

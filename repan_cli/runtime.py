@@ -39,13 +39,20 @@ class Runtime:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 autocast, or nothing in fp32."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        """Autocast to bfloat16 or float16, or nothing in fp32."""
+        lower = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=lower, enabled=self.precision != "fp32")
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """The loss scaler that fp16 needs; one that does nothing otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def describe(self) -> str:
         """One line for people: device, threads, precision."""
         if self.device.type == "cuda":
             return f"{self.device} ({torch.cuda.get_device_name(self.device)}), {self.precision}"
+        if self.device.type == "mps":
+            return f"mps, {self.precision}"
         return f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, {self.precision}"
 
 
@@ -61,9 +68,11 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"unknown device '{name}'; give auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name} is not supported; give auto, cpu, cuda or cuda:N")
+        raise InputError(f"unknown device '{name}'; give auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device {name} is not supported; give auto, cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device mps is not there: PyTorch sees no Apple GPU; try --device auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device {name} is not there: PyTorch sees {torch.cuda.device_count()} GPUs; try --device auto"
@@ -75,6 +84,8 @@ def find_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where the device computes in it, else fp32."""
     if name != "auto":
         return name
+    if device.type == "mps":
+        return "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repan_cli.data.resident import Batch
+from repan_cli.data.source import Batch
 
 
 class Task(Protocol):
@@ -19,16 +19,23 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross-entropy, computed in float32."""
+    """Cross-entropy in float32; with `binary` that of a yes or no to each class, summed (Wightman et al. 2021)."""
 
     label_smoothing: float = 0.0
+    binary: bool = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(batch.images).float()
         return self.loss(logits, batch.labels), logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        """Of logits (B, num_classes) and labels (B,) or their shares (B, num_classes)."""
+        if not self.binary:
+            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        classes = logits.shape[1]
+        shares = F.one_hot(labels, classes).float() if labels.ndim == 1 else labels
+        shares = shares * (1 - self.label_smoothing) + self.label_smoothing / classes
+        return F.binary_cross_entropy_with_logits(logits, shares, reduction="sum") / len(logits)
 
 
 @dataclass(frozen=True)

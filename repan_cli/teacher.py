@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repan_cli.data.resident import Batch
+from repan_cli.data.source import Batch
 from repan_cli.runtime import Runtime
 
 SHARE_OF_DEVICE, SHARE_OF_HOST = 0.25, 0.5

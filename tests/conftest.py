@@ -17,6 +17,7 @@ from torch import nn
 import repan_cli.models  # noqa: F401 (registers the networks)
 from repan_cli.data import datasets
 from repan_cli.data.resident import ResidentImages
+from repan_cli.data.source import Augmentation
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -71,7 +72,9 @@ def digits() -> datasets.Dataset:
 
 @pytest.fixture(scope="session")
 def digit_images(digits: datasets.Dataset) -> ResidentImages:
-    return ResidentImages(digits.train, mean=digits.mean, std=digits.std, device=CPU, padding=1)
+    return ResidentImages(
+        digits.train, mean=digits.mean, std=digits.std, device=CPU, augmentation=Augmentation(padding=1)
+    )
 
 
 class Run(NamedTuple):

@@ -2,16 +2,21 @@
 
 import copy
 import dataclasses
+import shutil
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import CPU, small_net
+from timm.utils import ModelEmaV3
+from torch import nn
 
 from repan_cli import anneal, config, engine, optim
-from repan_cli.blocks import rep_blocks
+from repan_cli.blocks import Geometry, make_block, rep_blocks
 from repan_cli.data.datasets import Images
 from repan_cli.data.resident import ResidentImages
+from repan_cli.data.source import Augmentation
 from repan_cli.errors import DivergedError
 from repan_cli.runtime import Runtime
 from repan_cli.tasks import Classification
@@ -31,7 +36,7 @@ def training(digits, plan, *, model=None, val=True, runtime=FP32, settings=None,
         task_of=lambda phase: Classification(phase.optim.label_smoothing),
         optimizer=optim.build_optimizer(model, settings or config.Optim(lr=lr)),
         plan=plan,
-        train=ResidentImages(part(digits.train, 192), padding=1, **look),
+        train=ResidentImages(part(digits.train, 192), augmentation=Augmentation(padding=1), **look),
         val=ResidentImages(digits.val, **look) if val else None,
         test=ResidentImages(part(digits.test, 100), **look),
         runtime=runtime,
@@ -58,7 +63,7 @@ def same(a, b):
 def test_events_come_in_order_and_hold_plain_values_only(digits):
     events = list(engine.fit(training(digits, plan(), log_every=2)))
     names = [type(event).__name__ for event in events]
-    phase = ["CycleStart", *["Step", "Step", "Epoch"] * 2, "CycleEnd"]
+    phase = ["CycleStart", *["Updated", "Step", "Updated", "Step", "Updated", "Epoch"] * 2, "CycleEnd"]
     assert names == phase * 2
     for event in events:
         values = dataclasses.asdict(event).values()
@@ -220,3 +225,137 @@ def test_the_optimizer_never_loses_its_parameters(digits):
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in run.model.parameters()}
     assert len(list(rep_blocks(run.model))) == 22
+
+
+# ---------------------------------------------------------------------------------------------- more ways to train
+
+
+def test_accumulated_batches_make_the_update_of_one_large_batch(digits):
+    """In eval mode, where BN makes no difference between one batch and its parts."""
+    runs = []
+    for batch_size, accumulate in ((64, 1), (16, 4)):
+        run = training(digits, plan(), seed=1, batch_size=batch_size, accumulate=accumulate)
+        run.model.train = lambda mode=True: None
+        run.model.eval()
+        next(event for event in engine.fit(run) if isinstance(event, engine.Updated))
+        runs.append(run)
+    assert runs[1].progress.step == 4
+    for name, value in runs[0].model.state_dict().items():
+        torch.testing.assert_close(runs[1].model.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert runs[0].progress.totals.loss.item() == pytest.approx(runs[1].progress.totals.loss.item(), rel=1e-5)
+
+
+def fresh():
+    torch.manual_seed(0)
+    return timm.create_model("repvgg_a0_cifar", num_classes=10, in_chans=1)
+
+
+def test_a_ragged_last_group_is_an_update(digits):
+    run = training(digits, plan(), batch_size=64, accumulate=2)
+    events = list(engine.fit(run))
+    assert [event.step for event in events if isinstance(event, engine.Updated)][:2] == [2, 3]
+
+
+def test_the_average_of_weights_is_scored_and_starts_anew_after_a_restart(digits):
+    model = small_net(in_chans=1)
+    average = ModelEmaV3(model, decay=0.9)
+    run = training(digits, plan(cycle__attach="ramp"), model=model, ema=average)
+    for event in engine.fit(run):
+        if isinstance(event, engine.CycleStart) and event.cycle == 1:
+            assert same(average.module.state_dict(), model.state_dict())
+        if isinstance(event, engine.Updated):
+            rates = [{name: b.attach_rate.item() for name, b in rep_blocks(m)} for m in (model, average.module)]
+            assert rates[0] == rates[1]
+        if isinstance(event, engine.Epoch):
+            assert event.val_top1 == engine.evaluate(average.module, run.val).top1
+    assert run.scored is average.module
+    assert not same(average.module.state_dict(), model.state_dict())
+
+
+def test_the_average_is_the_exponential_one(digits):
+    model = small_net(in_chans=1)
+    run = training(digits, plan(), model=model, ema=ModelEmaV3(model, decay=0.75))
+    name = next(name for name, value in model.named_parameters() if value.ndim == 4)
+    expected = dict(model.named_parameters())[name].detach().clone()
+    for count, event in enumerate(event for event in engine.fit(run) if isinstance(event, engine.Updated)):
+        decay = 0.75 if count else 0.0  # the first weights are forgotten
+        expected = decay * expected + (1 - decay) * dict(model.named_parameters())[name].detach()
+        torch.testing.assert_close(dict(run.ema.module.named_parameters())[name].detach(), expected)
+        if count == 3:
+            return
+        assert event.cycle == 0
+
+
+def test_binary_cross_entropy_is_that_of_each_class():
+    logits, labels = torch.randn(6, 5), torch.arange(6) % 5
+    target = F.one_hot(labels, 5) * 0.9 + 0.1 / 5
+    p = logits.sigmoid()
+    expected = -(target * p.log() + (1 - target) * (1 - p).log()).sum(1).mean()
+    assert Classification(0.1, binary=True).loss(logits, labels).item() == pytest.approx(expected.item(), rel=1e-5)
+    shares = torch.softmax(torch.randn(6, 5), 1)
+    for binary in (False, True):
+        assert Classification(binary=binary).loss(logits, shares).isfinite()
+
+
+def test_half_precision_trains_with_a_scaled_loss(digits):
+    found = {}
+    for precision in ("fp16", "fp32"):
+        runtime = Runtime(CPU, precision)
+        phases = (anneal.Phase(0, 6, config.Optim(lr=0.05), None, 0, 6),)
+        run = training(digits, phases, model=fresh(), runtime=runtime, scaler=runtime.scaler())
+        found[precision] = [event.loss for event in engine.fit(run) if isinstance(event, engine.Epoch)]
+        assert all(value.isfinite().all() for value in weights(run).values())
+    assert run.scaler.is_enabled() == (precision == "fp16")
+    assert found["fp16"][-1] < found["fp16"][0] - 0.1
+    assert found["fp16"][-1] == pytest.approx(found["fp32"][-1], abs=0.3)
+
+
+def test_a_skipped_first_step_leaves_momentum_at_zero():
+    model = fresh()
+    optimizer = optim.build_optimizer(model, config.Optim())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.full((4, 1, 8, 8), torch.inf)).sum()).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert not any(state["momentum_buffer"].any() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "nadamw", "rmsprop"])
+def test_optimizers_of_timm_train_and_are_zeroed(digits, name):
+    settings = {"optim.name": name, "optim.lr": "0.001", "baseline.optim.lr": "0.001", "baseline.epochs": "4"}
+    phases = plan(**settings)
+    run = training(digits, phases, model=fresh(), settings=phases[0].optim)
+    losses = []
+    for event in engine.fit(run):
+        if isinstance(event, engine.CycleStart) and event.cycle == 1:
+            held = [v for state in run.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+            assert held
+            assert not any(value.any() for value in held)
+        if isinstance(event, engine.Epoch) and event.cycle == 0:
+            losses.append(event.loss)
+    assert losses[-1] < losses[0]
+
+
+def test_best_test_leaves_the_weights_that_the_test_set_chose(digits):
+    run = training(digits, plan(cycle__start_from="best-test", epochs="3"))
+    scores = []
+    for event in engine.fit(run):
+        if isinstance(event, engine.Epoch):
+            scores.append(engine.evaluate(run.model, run.test).top1)
+        if isinstance(event, engine.CycleEnd):
+            assert event.test_top1 == max(scores)
+            scores = []
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_training_pass_gives_the_same_losses(digits):
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        block = make_block("repvgg", Geometry(1, 10, (3, 3), padding=(1, 1)))
+        model = nn.Sequential(block, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        wrapped = torch.compile(model) if compiled else None
+        run = training(digits, plan(), model=model, wrapped=wrapped, log_every=1)
+        found.append([event.loss for event in engine.fit(run) if isinstance(event, engine.Step)])
+    assert len(found[0]) == 12
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

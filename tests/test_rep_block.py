@@ -1,5 +1,8 @@
 """Blocks of every family: merging is exact for any geometry, and leaves the rest of a network alone."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import randomize_norms, relative, small_net
@@ -136,3 +139,17 @@ def test_networks_with_synchronised_norms_merge_the_same():
     expected = model(x)
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert relative(reparameterize(synchronised)(x), expected) < 1e-12
+
+
+def test_a_strided_1x1_branch_on_few_channels_stays_inside_its_memory():
+    """PyTorch's own gradient of such a convolution corrupts the heap of a process, channels last, on CPUs."""
+    code = """
+import torch
+from repan_cli.blocks import Geometry, make_block
+block = make_block("repvgg", Geometry(3, 24, (3, 3), stride=(2, 2), padding=(1, 1)))
+block = block.to(memory_format=torch.channels_last)
+images = torch.randn(64, 3, 96, 96).contiguous(memory_format=torch.channels_last)
+for _ in range(4):
+    block(images).square().mean().backward()
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

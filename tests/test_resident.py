@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from repan_cli.data.datasets import Images
 from repan_cli.data.resident import ResidentImages
+from repan_cli.data.source import Augmentation
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
@@ -16,7 +17,8 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 def resident(count: int = 40, size: int = 6, **options) -> tuple[np.ndarray, ResidentImages]:
     images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     part = Images(images, np.arange(count, dtype=np.int64))
-    return images, ResidentImages(part, mean=MEAN, std=STD, device=CPU, **options)
+    look = {name: options.pop(name) for name in ("memory_format", "classes") if name in options}
+    return images, ResidentImages(part, mean=MEAN, std=STD, device=CPU, augmentation=Augmentation(**options), **look)
 
 
 def by_hand(image: np.ndarray, padding: int, view: int) -> torch.Tensor:
@@ -43,7 +45,7 @@ def test_views_are_crops_flips_and_normalisation(padding, seed):
 
 def test_cutout_blanks_one_square_a_sample_and_nothing_else():
     images, data = resident(padding=0)
-    cut = ResidentImages(Images(images, data.labels.numpy()), mean=MEAN, std=STD, device=CPU, cutout=4)
+    _, cut = resident(cutout=4)
     plain = torch.cat([batch.images for batch in data.training_batches(16, 0, 1, 1)])
     blanked = torch.cat([batch.images for batch in cut.training_batches(16, 0, 1, 1)])
     size = images.shape[1]

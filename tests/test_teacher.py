@@ -15,7 +15,8 @@ from repan_cli import config, engine
 from repan_cli.anneal import cycle_plan, training_plan
 from repan_cli.blocks import rep_blocks
 from repan_cli.commands.tasks_of import Found, TaskOf
-from repan_cli.data.resident import Batch, ResidentImages
+from repan_cli.data.resident import ResidentImages
+from repan_cli.data.source import Augmentation, Batch
 from repan_cli.runtime import Runtime
 from repan_cli.tasks import Classification, Distillation
 from repan_cli.teacher import LogitCache, Teacher, View, allocate
@@ -76,7 +77,9 @@ def test_a_teacher_may_want_another_size():
 
 
 def resident(digits, padding=1):
-    return ResidentImages(digits.train, mean=digits.mean, std=digits.std, device=CPU, padding=padding)
+    return ResidentImages(
+        digits.train, mean=digits.mean, std=digits.std, device=CPU, augmentation=Augmentation(padding=padding)
+    )
 
 
 @pytest.mark.parametrize("storage", ["memory", "file"])

@@ -21,6 +21,9 @@ from repan_cli.blocks.kernel import (
     identity_kernel,
 )
 
+FEW_CHANNELS = 16
+"""With fewer input channels a strided 1x1 kernel is kept from stepping over a last row, see `window_at`."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -130,11 +133,13 @@ def window_at(geometry: Geometry, kernel_size: Size, offset: Size) -> tuple[nn.M
     """How a small kernel at `offset` reads its input: a window module and the padding the convolution adds itself.
 
     A kernel in the middle of the trunk's needs no window: the convolution's own padding p - o * d says the same,
-    cheaper.
+    cheaper. But a 1x1 kernel that steps over the last row of few channels gets one: on CPUs PyTorch's (2.15's, for one)
+    gradient of its weights writes outside of its memory in channels-last format.
     """
     padding = tuple(p - o * d for p, o, d in zip(geometry.padding, offset, geometry.dilation, strict=True))
     middle = all(2 * o + k == size for o, k, size in zip(offset, kernel_size, geometry.kernel_size, strict=True))
-    if middle and min(padding) >= 0:
+    steps_over = kernel_size == (1, 1) != geometry.kernel_size and max(geometry.stride) > 1
+    if middle and min(padding) >= 0 and not (steps_over and geometry.in_channels < FEW_CHANNELS):
         return nn.Identity(), padding
     return Window(geometry, kernel_size, offset), (0, 0)
 

@@ -53,7 +53,11 @@ def _restart(session: Session) -> dict[str, Any]:
         return {}
     model = copy.deepcopy(session.training.model)
     began = time.perf_counter()
-    start = next(engine.fit(dataclasses.replace(session.training, model=model, plan=(cycle,))))
+    start = next(
+        engine.fit(
+            dataclasses.replace(session.training, model=model, wrapped=None, plan=(cycle,), progress=engine.Progress())
+        )
+    )
     return {"logits_moved": start.logit_error, "restart_seconds": time.perf_counter() - began}
 
 

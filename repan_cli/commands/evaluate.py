@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from repan_cli import checkpoint, engine, export, models, runtime
+from repan_cli import checkpoint, config, engine, export, models, runtime
 from repan_cli.checkpoint import FUSED, Checkpoint
 from repan_cli.commands.network import check_classes
 from repan_cli.console import tell, warn
 from repan_cli.data import datasets
 from repan_cli.data.datasets import Dataset
-from repan_cli.data.resident import ResidentImages
+from repan_cli.data.sources import plain_source
 
 
 def run(
@@ -31,7 +31,7 @@ def run(
     saved = checkpoint.load(path)
     machine = runtime.start(device, "fp32")
     data = _load_data(path, saved, dataset, data_root)
-    images = ResidentImages(data.part(split), mean=saved.meta["mean"], std=saved.meta["std"], device=machine.device)
+    images = plain_source(data, split, machine)
     network, form = models.rebuild(saved, str(path), model), saved.meta["form"]
     if fused and form != FUSED:
         batch = next(images.batches(export.PROOF_IMAGES)).images
@@ -48,13 +48,13 @@ def run(
 def _load_data(path: Path, saved: Checkpoint, dataset: str | None, root: str | None) -> Dataset:
     """The data set the checkpoint names, or the one asked for, with the same split and image size."""
     meta, settings = saved.meta, saved.meta["config"]
-    data = datasets.load(
-        dataset or settings["data.name"],
-        root or settings["data.root"],
-        image_size=meta["image_size"],
-        val_fraction=settings["data.val_fraction"],
-        split_seed=settings["data.split_seed"],
-    )
+    asked = {"name": dataset, "root": root, "image_size": meta["image_size"], "channels": meta["in_chans"]}
+    stored = config.replace(config.Config(), {key: value for key, value in settings.items() if key.startswith("data.")})
+    arguments = datasets.settings_of(stored.data)
+    if dataset is not None:
+        arguments["classes"] = None
+    data = datasets.load(**{**arguments, **{name: value for name, value in asked.items() if value is not None}})
+    data = dataclasses.replace(data, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
     check_classes(path, meta["classes"], data)
     if data.split_digest != meta["split_digest"]:
         warn(f"the validation part of this data is not the one {path} was trained with")

@@ -51,6 +51,13 @@ def _schedules() -> Rows:
     return {name: inspect.getdoc(SCHEDULES[name]) or "" for name in SCHEDULES}
 
 
+@KINDS.register("optimizers")
+def _optimizers() -> Rows:
+    import timm.optim
+
+    return {name: timm.optim.get_optimizer_info(name).description for name in timm.optim.list_optimizers()}
+
+
 @KINDS.register("presets")
 def _presets() -> Rows:
     return {name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, path in presets().items()}

@@ -14,16 +14,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
 import repan_cli
 from repan_cli import anneal, engine, models, runs, runtime
 from repan_cli.commands.network import Network, build, named, restarted, safe_precision
 from repan_cli.commands.tasks_of import TaskOf
-from repan_cli.config import Config, Resolved, flatten, refuse
+from repan_cli.config import Config, Ema, Resolved, flatten, refuse
 from repan_cli.console import warn
 from repan_cli.data import datasets
-from repan_cli.data.datasets import Dataset, Images
-from repan_cli.data.resident import ResidentImages
-from repan_cli.errors import InputError
+from repan_cli.data.datasets import Dataset
+from repan_cli.data.source import Source
+from repan_cli.data.sources import plain_source, training_source
 from repan_cli.models import user_file
 from repan_cli.optim import SCHEDULES, build_optimizer
 
@@ -85,10 +89,7 @@ def prepare(command: str, resolved: Resolved) -> Session:
 
 
 def load_dataset(config: Config) -> Dataset:
-    data = config.data
-    return datasets.load(
-        data.name, data.root, image_size=data.image_size, val_fraction=data.val_fraction, split_seed=data.split_seed
-    )
+    return datasets.load(**datasets.settings_of(config.data))
 
 
 def _training(
@@ -100,24 +101,7 @@ def _training(
     _warn_of_a_long_ramp(plan[-1])
     for phase in plan:
         SCHEDULES[phase.optim.schedule]  # an unknown one is an error before the first step
-    padding, flip = 0, False
-    if config.data.augment == "standard":
-        padding, flip = config.data.crop_padding, dataset.flip
-        padding = dataset.image_size // 8 if padding is None else padding
-
-    def resident(part: Images, **views: Any) -> ResidentImages:
-        return ResidentImages(
-            part,
-            mean=dataset.mean,
-            std=dataset.std,
-            device=machine.device,
-            memory_format=machine.memory_format,
-            **views,
-        )
-
-    if config.data.cutout >= 2 * dataset.image_size:
-        raise InputError(f"data.cutout={config.data.cutout} blanks whole images of {dataset.image_size} pixels")
-    train = resident(dataset.train, padding=padding, flip=flip, cutout=config.data.cutout)
+    train = training_source(dataset, config.data, machine)
     task_of = TaskOf(network.model, dataset, train, machine)
     task_of.prepare(plan)
     return engine.Training(
@@ -126,14 +110,23 @@ def _training(
         optimizer=build_optimizer(network.model, config.optim),
         plan=plan,
         train=train,
-        val=resident(dataset.val) if dataset.val else None,
-        test=resident(dataset.test),
+        val=plain_source(dataset, "val", machine, config.data.workers) if dataset.val else None,
+        test=plain_source(dataset, "test", machine, config.data.workers),
         runtime=machine,
         batch_size=config.data.batch_size,
         restarted=restarted(config, network.model) if command == "cycle" else None,
         seed=config.run.seed,
         log_every=config.run.log_every,
+        accumulate=config.optim.accumulate,
+        wrapped=torch.compile(network.model) if config.run.compile else None,
+        ema=_average(network.model, config.ema),
+        scaler=machine.scaler(),
     )
+
+
+def _average(model: nn.Module, ema: Ema) -> ModelEmaV3 | None:
+    """The average of the weights, where one is asked for; its decay grows from 0, as the first weights are soon old."""
+    return ModelEmaV3(model, decay=ema.decay, use_warmup=True) if ema.enabled else None
 
 
 def _warn_of_a_long_ramp(last: anneal.Phase) -> None:
@@ -144,7 +137,7 @@ def _warn_of_a_long_ramp(last: anneal.Phase) -> None:
 
 
 def _score_start(training: engine.Training) -> dict[str, Any]:
-    def score(images: ResidentImages) -> engine.Score:
+    def score(images: Source) -> engine.Score:
         return engine.evaluate(training.model, images)
 
     top1 = score(training.val).top1 if training.val else None

@@ -19,7 +19,7 @@ from repan_cli.checkpoint import Checkpoint
 from repan_cli.commands.network import check_classes
 from repan_cli.console import warn
 from repan_cli.data.datasets import Dataset
-from repan_cli.data.resident import ResidentImages
+from repan_cli.data.source import Source
 from repan_cli.errors import InputError
 from repan_cli.runtime import Runtime
 from repan_cli.tasks import Classification, Distillation, Task
@@ -45,7 +45,7 @@ class TaskOf:
     `folder` is where a cache goes that does not fit in memory.
     """
 
-    def __init__(self, model: nn.Module, dataset: Dataset, train: ResidentImages, machine: Runtime) -> None:
+    def __init__(self, model: nn.Module, dataset: Dataset, train: Source, machine: Runtime) -> None:
         self.model, self.dataset, self.train, self.machine = model, dataset, train, machine
         self.folder = Path(tempfile.gettempdir())
         self.digests: dict[str, str] = {}
@@ -58,7 +58,7 @@ class TaskOf:
                 self._teacher(phase.teacher)
 
     def __call__(self, phase: Phase) -> Task:
-        hard = Classification(phase.optim.label_smoothing)
+        hard = Classification(phase.optim.label_smoothing, phase.optim.loss == "bce")
         settings = phase.teacher
         if settings.name is None:
             return hard
@@ -86,7 +86,11 @@ class TaskOf:
         model = merged(found, self.dataset.channels)
         model.to(self.machine.device, memory_format=self.machine.memory_format)
         teacher = Teacher(model, own=found.view, student=self._student, runtime=self.machine)
-        if settings.cache == "none" or self.train.cutout:  # where a blank square lies is not in a view's number
+        if settings.cache == "none":
+            return teacher
+        if why := self.train.unnumbered:
+            if settings.cache == "views":
+                raise InputError(f"teacher.cache=views: with {why} no view comes twice; set teacher.cache=none")
             return teacher
         shape = (self.train.count, self.train.view_count, len(self.dataset.classes))
         return LogitCache(teacher, lambda: allocate(shape, self.machine.device, self.folder))

@@ -17,6 +17,8 @@ from repan_cli.commands.network import describe_blocks
 from repan_cli.commands.prepare import Session, prepare
 from repan_cli.config import Resolved, dump
 from repan_cli.console import Display, count, duration, percent, sparkline
+from repan_cli.data.source import Source
+from repan_cli.data.streaming import StreamedImages
 from repan_cli.errors import InputError, InterruptedRunError
 from repan_cli.trackers import Csv, JsonLines, read_metrics
 
@@ -73,16 +75,26 @@ def _header(session: Session, resolved: Resolved, folder: runs.RunDirectory) -> 
     blocks = describe_blocks(training.model)
     parts = {"training": data.train, "validation": data.val, "test": data.test}
     counts = ", ".join(f"{len(part.labels):,} {which}" for which, part in parts.items() if part)
-    size = f"{data.image_size}x{data.image_size}"
+    size = f"{data.image_size}x{data.image_size}" + ("" if data.channels == 3 else " grey")
     return {
         f"repan {session.command}": f"{network}: {blocks}, {export.count_parameters(training.model):,} parameters",
         "data": f"{data.name}: {counts} images of {size}, {len(data.classes)} classes",
+        **_describe_augmentation(training.train),
         "plan": _describe_plan(training.plan),
         **_describe_teacher(training.plan[-1]),
         "device": training.runtime.describe(),
         "settings": resolved.source,
         "run": str(folder.path),
     }
+
+
+def _describe_augmentation(train: Source) -> dict[str, str]:
+    """What is done to training images beside crop and flip, or how they come; nothing in the plainest case."""
+    chosen = {name: getattr(train.augmentation, name) for name in ("policy", "cutout", "erase", "mixup", "cutmix")}
+    parts = [f"{name} {value}" for name, value in chosen.items() if value]
+    if isinstance(train, StreamedImages):
+        parts += [f"read one by one, {count(train.workers, 'worker')}"]
+    return {"images": ", ".join(parts)} if parts else {}
 
 
 def _describe_teacher(phase: anneal.Phase) -> dict[str, str]:
@@ -116,11 +128,13 @@ def _train(session: Session, folder: runs.RunDirectory, display: Display) -> dic
     summary = _new_summary(session)
     starts: dict[int, engine.CycleStart] = {}
     if session.start and session.start["top1"] is not None:  # where the run begins competes for the best, too
-        session.training.best_top1 = session.start["top1"]
+        session.training.progress.best_top1 = session.start["top1"]
         _save(session, folder / "best.pt", 0, None, session.start)
     try:
         with display:
             for event in engine.fit(session.training):
+                if isinstance(event, engine.Updated):
+                    continue
                 display.show(event)
                 if isinstance(event, engine.CycleStart):
                     starts[event.cycle] = event
@@ -174,7 +188,7 @@ def _save_epoch(session: Session, folder: runs.RunDirectory, event: engine.Epoch
 
 def _save(session: Session, path: Path, cycle: int, epoch: int | None, metrics: dict[str, Any]) -> None:
     meta = session.meta(cycle=cycle, epoch=epoch, metrics=metrics)
-    checkpoint.save(checkpoint.capture(session.training.model, meta), path)
+    checkpoint.save(checkpoint.capture(session.training.scored, meta), path)
 
 
 # ---------------------------------------------------------------------------------------------- the end

@@ -1,8 +1,8 @@
-"""Data sets: one specification each, loaded whole into memory as uint8 images. Adding one takes one `DatasetSpec`;
-those that ship with repan are in `known.py`.
+"""Data sets: one specification each. Adding one takes one `DatasetSpec`; those that ship with repan are in `known.py`.
 
 What every loader returns is `Raw`: parts named train, val and test, of which a set has train and at least one other.
-`load` turns that into a `Dataset` with the validation part split off.
+`load` turns that into a `Dataset` with the validation part split off. A part is whole in memory (`Images`, small
+images) or read from where it lies when it is asked for (`Pictures`).
 """
 
 from __future__ import annotations
@@ -12,17 +12,26 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from repan_cli import config
+from repan_cli.console import warn
+from repan_cli.data import pictures
+from repan_cli.data.pictures import UnreadableImageError
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+LARGEST_SMALL = 64
+"""Images of at most this side live in memory and are cropped with padding; larger ones are read one by one, and a part
+of each is resized.
+"""
+
 LARGEST_RESIDENT = 16 * 2**30
+HEADERS_LOOKED_AT = 200_000
 
 
 class Images(NamedTuple):
@@ -31,25 +40,73 @@ class Images(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
+    def take(self, chosen: np.ndarray) -> Images:
+        return Images(self.images[chosen], self.labels[chosen])
+
+
+class Reader(Protocol):
+    """Opens one picture of many, by number; picklable, for the processes that load."""
+
+    def __call__(self, index: int) -> Image.Image: ...
+
+    def name(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures that are read when they are asked for: number `index[i]` of the reader's, of class `labels[i]`."""
+
+    read: Reader
+    labels: np.ndarray
+    index: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> Pictures:
+        return Pictures(self.read, self.labels[chosen], self.index[chosen])
+
+
+Part = Images | Pictures
+
 
 class Raw(NamedTuple):
     classes: tuple[str, ...]
-    parts: dict[str, Images]
+    parts: dict[str, Part]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are to be read.
+
+    `image_size` None is their own, `channels` 1 or 3; `crop` as the setting `data.crop`; `skip` leaves out training
+    images that cannot be read; `classes` is the number of those of synthetic data.
+    """
+
+    image_size: int | None = None
+    channels: int = 3
+    crop: str = "auto"
+    skip: bool = False
+    classes: int = 10
+
+    def streams(self, size: int) -> bool:
+        """Whether images of this side are read one by one."""
+        return self.crop == "resized" or (self.crop == "auto" and size > LARGEST_SMALL)
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
     """What is known of a data set before it is read.
 
-    `load(root, image_size)` reads it; `image_size` None means its own. Mean and std are those of the training images in
-    [0, 1]. `flip` is False where a mirrored image is another thing, such as a digit.
+    `load(root, reading)` reads it. Mean and std are those of the training images in [0, 1]. `flip` is False where a
+    mirrored image is another thing, such as a digit. `policy` names the AutoAugment policy that was found for it;
+    `image_size` is None where images have one of their own.
     """
 
     text: str
-    load: Callable[[Path, int | None], Raw]
+    load: Callable[[Path, Reading], Raw]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool = True
+    policy: str = "imagenet"
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,20 +118,18 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool
-    train: Images
-    val: Images | None
-    test: Images
+    policy: str
+    image_size: int
+    train: Part
+    val: Part | None
+    test: Part
     split_digest: str
 
     @property
-    def image_size(self) -> int:
-        return self.train.images.shape[1]
-
-    @property
     def channels(self) -> int:
-        return self.train.images.shape[3]
+        return len(self.mean)
 
-    def part(self, name: str) -> Images:
+    def part(self, name: str) -> Part:
         """The part called train, val or test. Raises InputError when there is no validation part."""
         images = getattr(self, name)
         if images is None:
@@ -85,19 +140,35 @@ class Dataset:
 
 
 DATASETS: Registry[DatasetSpec] = Registry("data set")
+PREFIXES: dict[str, Callable[[str], DatasetSpec]] = {}
+"""Makers of the specifications of names like `hfds/...`, by what stands before the slash."""
 
 
 def load(
-    name: str, root: str | Path, *, image_size: int | None = None, val_fraction: float = 0.1, split_seed: int = 0
+    name: str,
+    root: str | Path,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    crop: str = "auto",
+    on_error: str = "stop",
+    classes: int | None = None,
+    val_fraction: float = 0.1,
+    split_seed: int = 0,
 ) -> Dataset:
     """Read a data set and hold out its validation part.
 
     A folder set with both val and test uses them as they are. Otherwise the one it has is the test set, and
     `val_fraction` of the training set, stratified and drawn by `split_seed` alone, is held out.
     """
-    spec = DATASETS[name]
-    raw = spec.load(Path(root), image_size)
-    parts = {part: _resized(images, image_size) for part, images in raw.parts.items()}
+    spec = _specification(name)
+    if classes is not None and name != "synthetic":
+        raise InputError("data.classes is for --dataset synthetic: elsewhere the data say how many there are")
+    mean, std = _statistics(spec, channels)
+    reading = Reading(image_size or spec.image_size, len(mean), crop, on_error == "skip", classes or 10)
+    raw = spec.load(Path(root), reading)
+    _check_labels(name, raw)
+    parts = {part: _fitted(images, reading) for part, images in raw.parts.items()}
     train, val, test = parts["train"], parts.get("val"), parts.get("test")
     digest = ""
     if test is None:
@@ -105,8 +176,76 @@ def load(
     if val is None and val_fraction > 0:
         held_out = stratified(train.labels, val_fraction, split_seed)
         digest = hashlib.sha256(np.packbits(held_out).tobytes() + train.labels.tobytes()).hexdigest()
-        train, val = Images(*(a[~held_out] for a in train)), Images(*(a[held_out] for a in train))
-    return Dataset(name, raw.classes, spec.mean, spec.std, spec.flip, train, val, test, digest)
+        train, val = train.take(~held_out), train.take(held_out)
+    size = train.images.shape[1] if isinstance(train, Images) else reading.image_size or _side(train)
+    return Dataset(name, raw.classes, mean, std, spec.flip, spec.policy, size, train, val, test, digest)
+
+
+def settings_of(data: config.Data) -> dict[str, Any]:
+    """The arguments of `load` that these settings mean."""
+    return {
+        "name": data.name,
+        "root": data.root,
+        "image_size": data.image_size,
+        "channels": data.channels,
+        "crop": data.crop,
+        "on_error": data.on_error,
+        "classes": data.classes,
+        "val_fraction": data.val_fraction,
+        "split_seed": data.split_seed,
+    }
+
+
+def _specification(name: str) -> DatasetSpec:
+    prefix, slash, _ = name.partition("/")
+    return PREFIXES[prefix](name) if slash and prefix in PREFIXES else DATASETS[name]
+
+
+def _statistics(spec: DatasetSpec, channels: int | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of each channel, also of a colour set read in grey or the other way round."""
+    if channels in (None, len(spec.mean)):
+        return spec.mean, spec.std
+    return tuple((sum(values) / len(values),) * channels for values in (spec.mean, spec.std))
+
+
+def _check_labels(name: str, raw: Raw) -> None:
+    for part, images in raw.parts.items():
+        if not len(images.labels):
+            raise InputError(f"the {part} part of {name} holds no images: is it half-downloaded?")
+        low, high = int(images.labels.min()), int(images.labels.max())
+        if low < 0 or high >= len(raw.classes):
+            wrong = low if low < 0 else high
+            raise InputError(f"{name} has {len(raw.classes)} classes, but its {part} part holds the label {wrong}")
+    lacking = set(range(len(raw.classes))) - set(np.unique(raw.parts["train"].labels).tolist())
+    if lacking:
+        first = raw.classes[min(lacking)]
+        warn(f"{len(lacking)} of the classes of {name}, such as '{first}', have no training image")
+
+
+def _fitted(part: Part, reading: Reading) -> Part:
+    """In the size and with the channels asked for; images in memory that are to be cropped and resized, as pictures."""
+    if isinstance(part, Pictures):
+        return part
+    images = _with_channels(part.images, reading.channels)
+    size = reading.image_size or images.shape[1]
+    if reading.streams(size):
+        return Pictures(pictures.ArrayReader(images), part.labels, np.arange(len(images)))
+    if images.shape[1:3] != (size, size):
+        resized = [np.asarray(pictures.square(pictures.as_picture(image), size)) for image in images]
+        images = np.stack(resized).reshape(-1, size, size, reading.channels)
+    return Images(images, part.labels)
+
+
+def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:
+    if images.shape[3] == channels:
+        return images
+    if channels == 3:
+        return np.repeat(images, 3, axis=3)
+    return np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
+
+
+def _side(part: Pictures) -> int:
+    return part.read(int(part.index[0])).width
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -123,94 +262,78 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- image folders
 
 
-def load_folders(root: Path, image_size: int | None) -> Raw:
-    """`root/train/<class>/*` and `root/val/<class>/*` or `root/test/<class>/*`, as RGB."""
-    if not (root / "train").is_dir():
+def load_folders(root: Path, reading: Reading) -> Raw:
+    """`root/train/<class>/*` and `root/val/<class>/*` or `root/test/<class>/*`; `validation` is `val`."""
+    folders = pictures.part_folders(root)
+    classes = pictures.class_folders(folders["train"])
+    listed = {part: pictures.list_images(folder, classes) for part, folder in folders.items()}
+    size = reading.image_size or pictures.own_size(listed["train"][0][0], reading.channels)
+    parts = {}
+    for part, (paths, labels) in listed.items():
+        skip = reading.skip and part == "train"
+        if reading.streams(size):
+            parts[part] = _pictures(paths, labels, reading, skip=skip)
+        else:
+            parts[part] = _read_images(paths, labels, size, reading, skip=skip)
+    return Raw(classes, parts)
+
+
+def _read_images(paths: list[Path], labels: np.ndarray, size: int, reading: Reading, *, skip: bool) -> Images:
+    if len(paths) * size * size * reading.channels > LARGEST_RESIDENT:
         raise InputError(
-            f"no folder {root / 'train'}: expected {root}/train/<class>/* and {root}/test/<class>/* (or val)"
+            f"{len(paths):,} images of {size} pixels do not fit in memory: set a smaller data.image_size, or "
+            "data.crop=resized, which reads them one by one"
         )
-    if not any((root / part).is_dir() for part in ("val", "test")):
-        raise InputError(f"neither {root / 'val'} nor {root / 'test'}: without one of them nothing can be reported")
-    classes = _class_folders(root / "train")
-    files = {part: _list_images(root / part, classes) for part in ("train", "val", "test") if (root / part).is_dir()}
-    size = image_size or _own_size(files["train"][0][0])
-    return Raw(
-        classes, {part: _read_images(*listed, size, crop=image_size is not None) for part, listed in files.items()}
-    )
+    crop = reading.image_size is not None
+
+    def read(index: int) -> np.ndarray:
+        return np.asarray(_at_size(paths[index], size, reading.channels, crop=crop))
+
+    images = _outcomes(read, len(paths), skip=skip)
+    kept = np.array([image is not None for image in images])
+    stacked = np.stack([image for image in images if image is not None])
+    return Images(stacked.reshape(-1, size, size, reading.channels), labels[kept])
 
 
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    classes = tuple(
-        sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    )
-    if len(classes) < 2:
-        raise InputError(f"{folder} holds {len(classes)} class folders; at least two are needed")
-    return classes
-
-
-def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int]]:
-    """The image files of a part and their class numbers. Raises InputError unless it has exactly these classes."""
-    there = set(_class_folders(folder))
-    for name, wrong in (("lacks", set(classes) - there), ("has, unlike the training set,", there - set(classes))):
-        if wrong:
-            raise InputError(f"{folder} {name} {len(wrong)} of the class folders, such as '{min(wrong)}'")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        files = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in EXTENSIONS)
-        if not files:
-            raise InputError(f"{folder / name} holds no images ({', '.join(sorted(EXTENSIONS))})")
-        paths += files
-        labels += [label] * len(files)
-    return paths, labels
-
-
-def _read_images(paths: list[Path], labels: list[int], size: int, *, crop: bool) -> Images:
-    if len(paths) * size * size * 3 > LARGEST_RESIDENT:
-        raise InputError(f"{len(paths):,} images of {size} pixels do not fit in memory; set a smaller data.image_size")
-    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
-        images = np.stack(list(pool.map(lambda path: _read_image(path, size, crop=crop), paths)))
-    return Images(images, np.array(labels, dtype=np.int64))
-
-
-def _own_size(path: Path) -> int:
-    image = _open(path)
-    if image.width != image.height:
-        raise InputError(
-            f"{path} is {image.width}x{image.height} pixels: set data.image_size, images are cropped to a square"
-        )
-    return image.width
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read the image {path}: {error}") from None
-
-
-def _read_image(path: Path, size: int, *, crop: bool) -> np.ndarray:
-    image = _open(path)
+def _at_size(path: Path, size: int, channels: int, *, crop: bool) -> Image.Image:
+    image = pictures.open_image(path, channels)
     if not crop and image.size != (size, size):
         raise InputError(
             f"{path} is {image.width}x{image.height} pixels, others are {size}x{size}: set data.image_size"
         )
-    return np.asarray(_square(image, size))
+    return pictures.square(image, size)
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
-    """Cropped to a square and resized: whole-number reductions average pixels, others are bicubic with antialiasing."""
-    if image.size == (size, size):
-        return image
-    whole = image.width % size == 0 and image.height % size == 0
-    return ImageOps.fit(image, (size, size), Image.Resampling.BOX if whole else Image.Resampling.BICUBIC)
+def _pictures(paths: list[Path], labels: np.ndarray, reading: Reading, *, skip: bool) -> Pictures:
+    """Files to be read when they are asked for; their headers are looked at now, unless there are very many."""
+
+    def look(index: int) -> bool:
+        pictures.check_header(paths[index])
+        return True
+
+    kept = np.ones(len(paths), dtype=bool)
+    if len(paths) <= HEADERS_LOOKED_AT:
+        kept = np.array([found is not None for found in _outcomes(look, len(paths), skip=skip)])
+    return Pictures(pictures.FileReader(paths, reading.channels), labels[kept], np.flatnonzero(kept))
 
 
-def _resized(part: Images, size: int | None) -> Images:
-    if size is None or part.images.shape[1:3] == (size, size):
-        return part
-    channels = part.images.shape[3]
-    resized = [np.asarray(_square(Image.fromarray(i.squeeze(-1) if channels == 1 else i), size)) for i in part.images]
-    return Images(np.stack(resized).reshape(-1, size, size, channels), part.labels)
+def _outcomes(read: Callable[[int], Any], count: int, *, skip: bool) -> list[Any]:
+    """What `read` gives for each number; with `skip` None for images that cannot be read, and a warning."""
+    failed = []
+
+    def outcome(index: int) -> Any:
+        try:
+            return read(index)
+        except UnreadableImageError as error:
+            if not skip:
+                raise
+            failed.append(error)
+
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
+        found = list(pool.map(outcome, range(count)))
+    if failed:
+        warn(f"{len(failed)} of {count:,} training images cannot be read and are left out; one of them: {failed[0]}")
+    return found
 
 
 DATASETS.register("folder")(

@@ -13,8 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from repan_cli.data.datasets import DATASETS, DatasetSpec, Images, Raw, load_folders, stratified
+from repan_cli.console import warn
+from repan_cli.data.datasets import (
+    DATASETS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PREFIXES,
+    DatasetSpec,
+    Images,
+    Pictures,
+    Raw,
+    Reading,
+    load_folders,
+    stratified,
+)
+from repan_cli.data.pictures import UnreadableImageError, as_mode
 from repan_cli.errors import InputError
 
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -22,7 +37,7 @@ DIGITS = tuple(str(digit) for digit in range(10))
 # ---------------------------------------------------------------------------------------------- digits
 
 
-def _load_digits(root: Path, image_size: int | None) -> Raw:
+def _load_digits(root: Path, reading: Reading) -> Raw:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -40,15 +55,15 @@ def _load_digits(root: Path, image_size: int | None) -> Raw:
 
 def _from_torchvision(
     class_name: str, folder: str, read: Callable[[Any], Raw], *, parts: dict[str, dict[str, Any]]
-) -> Callable[[Path, int | None], Raw]:
+) -> Callable[[Path, Reading], Raw]:
     """A loader that reads, and downloads where it can, one of torchvision's data sets.
 
     `read` turns one of its parts into images; `parts` holds the arguments that mean train and test.
     """
 
-    def load(root: Path, image_size: int | None) -> Raw:
+    def load(root: Path, reading: Reading) -> Raw:
         if (root / folder / "train").is_dir():
-            return load_folders(root / folder, image_size)
+            return load_folders(root / folder, reading)
         from torchvision import datasets
 
         new_folders = [path for path in (root / folder, root) if not path.exists()]
@@ -103,13 +118,13 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is no array")
 
 
-def _load_imagenet16(classes: int) -> Callable[[Path, int | None], Raw]:
+def _load_imagenet16(classes: int) -> Callable[[Path, Reading], Raw]:
     """The first `classes` classes of downsampled ImageNet (Chrabaszcz et al. 2017), batches of pickled arrays."""
 
-    def load(root: Path, image_size: int | None) -> Raw:
+    def load(root: Path, reading: Reading) -> Raw:
         folder = root / "imagenet16"
         if (folder / "train").is_dir():
-            return load_folders(folder, image_size)
+            return load_folders(folder, reading)
         train = [_read_batch(folder / f"train_data_batch_{number}", classes) for number in range(1, 11)]
         joined = Images(*(np.concatenate(arrays) for arrays in zip(*train, strict=True)))
         names = tuple(f"{number:04d}" for number in range(1, classes + 1))
@@ -137,6 +152,124 @@ def _read_batch(path: Path, classes: int) -> Images:
     return Images(np.ascontiguousarray(images[kept]), labels[kept] - 1)
 
 
+# ---------------------------------------------------------------------------------------------- ImageNet
+
+IMAGENET_CLASSES = 1000
+
+
+def _load_imagenet(root: Path, reading: Reading) -> Raw:
+    """`ROOT/imagenet/{train,val}/<class>/*`, all of its thousand classes."""
+    raw = load_folders(root / "imagenet", reading)
+    if len(raw.classes) != IMAGENET_CLASSES:
+        raise InputError(
+            f"{root / 'imagenet'} holds {len(raw.classes)} of ImageNet's {IMAGENET_CLASSES} classes: half-downloaded? "
+            f"A part of it is trained on with --dataset folder --data-root {root / 'imagenet'}"
+        )
+    return raw
+
+
+# ---------------------------------------------------------------------------------------------- noise, for speed tests
+
+NOISE_BYTES, MOST_NOISE = 2**28, 10_000
+
+
+def _load_noise(root: Path, reading: Reading) -> Raw:
+    """Random pixels and labels: what is learned from them means nothing."""
+    warn("synthetic data are noise, for speed tests: no accuracy on them means anything")
+    size, draw = reading.image_size or 32, np.random.default_rng(0)
+    parts = {}
+    for part, most in (("train", MOST_NOISE), ("test", MOST_NOISE // 10)):
+        count = max(2 * reading.classes, min(most, NOISE_BYTES // (size**2 * reading.channels)))
+        images = draw.integers(0, 256, (count, size, size, reading.channels), dtype=np.uint8)
+        parts[part] = Images(images, np.arange(count) % reading.classes)
+    return Raw(tuple(f"class {number}" for number in range(reading.classes)), parts)
+
+
+# ---------------------------------------------------------------------------------------------- timm's own names
+
+IN_ORDER = ("wds", "tfds", "hfids")
+"""timm's data sets that can only be read from the front: nothing can be held out of them, nor an epoch repeated."""
+
+
+class _TimmReader:
+    """Reads the pictures of one of timm's or torchvision's data sets, by number."""
+
+    def __init__(self, dataset: Any, channels: int) -> None:
+        self.dataset, self.channels = dataset, channels
+
+    def __call__(self, index: int) -> Image.Image:
+        try:
+            return as_mode(self.dataset[index][0], self.channels)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UnreadableImageError(f"cannot read {self.name(index)}: {error}") from None
+
+    def name(self, index: int) -> str:
+        return f"image {index} of {type(self.dataset).__name__}"
+
+
+def _load_timm(name: str) -> Callable[[Path, Reading], Raw]:
+    def load(root: Path, reading: Reading) -> Raw:
+        train = _timm_part(name, root, "train")
+        others = {part: _timm_part(name, root, split) for part, split in (("val", "validation"), ("test", "test"))}
+        if name.startswith("torch/"):
+            others.pop("test" if others["val"] else "val")  # torchvision's have two parts
+        found = {part: dataset for part, dataset in {"train": train, **others}.items() if dataset is not None}
+        if len(found) < 2 or train is None:
+            raise InputError(f"timm finds no training and validation part of {name} in {root}")
+        classes, _ = _classes_and_labels(name, train)
+        parts = {}
+        for part, dataset in found.items():
+            _, labels = _classes_and_labels(name, dataset)
+            parts[part] = Pictures(_TimmReader(dataset, reading.channels), labels, np.arange(len(labels)))
+        return Raw(classes, parts)
+
+    return load
+
+
+def _timm_part(name: str, root: Path, split: str) -> Any:
+    """One part of a data set of timm's; None for a validation or test part that it does not have."""
+    from timm.data import create_dataset
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return create_dataset(name, root=str(root), split=split, download=name.startswith("torch/"))
+    except ImportError as error:
+        raise InputError(f"{name} needs the package {error.name}: pip install {error.name}") from None
+    except Exception as error:  # of timm, torchvision, datasets, or the network
+        if split != "train":
+            return None
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"timm cannot open {name} in {root}: {line}") from None
+
+
+def _classes_and_labels(name: str, dataset: Any) -> tuple[tuple[str, ...], np.ndarray]:
+    """The names of its classes, and the class numbers of its images without reading these."""
+    table = getattr(getattr(dataset, "reader", None), "dataset", None)  # Hugging Face's
+    if table is not None:
+        key = dataset.reader.label_key
+        classes, labels = getattr(table.features[key], "names", None), table[key]
+    else:
+        classes = getattr(dataset, "classes", None)
+        labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if labels is None:
+        raise InputError(f"{name} does not tell the labels of its images without reading them: that is not supported")
+    labels = np.asarray(labels, dtype=np.int64)
+    return tuple(map(str, classes or range(labels.max() + 1))), labels
+
+
+def _timm_spec(name: str) -> DatasetSpec:
+    prefix = name.partition("/")[0]
+    if prefix in IN_ORDER:
+        raise InputError(
+            f"{name} can only be read in order, so that nothing could be held out or resumed: unpack it into class "
+            "folders (--dataset folder), or use hfds/ for sets of the Hugging Face hub"
+        )
+    return DatasetSpec(f"timm's {name}", _load_timm(name), IMAGENET_MEAN, IMAGENET_STD, image_size=224)
+
+
+PREFIXES.update(dict.fromkeys(("hfds", "torch", *IN_ORDER), _timm_spec))
+
+
 # ---------------------------------------------------------------------------------------------- specifications
 
 DATASETS.register("digits")(
@@ -150,6 +283,7 @@ DATASETS.register("cifar10")(
         _from_torchvision("CIFAR10", "cifar10", _read_cifar, parts=TRAIN_OR_NOT),
         (0.4914, 0.4822, 0.4465),
         (0.2470, 0.2435, 0.2616),
+        policy="cifar10",
     )
 )
 DATASETS.register("cifar100")(
@@ -158,6 +292,7 @@ DATASETS.register("cifar100")(
         _from_torchvision("CIFAR100", "cifar100", _read_cifar, parts=TRAIN_OR_NOT),
         (0.5071, 0.4866, 0.4409),
         (0.2673, 0.2564, 0.2762),
+        policy="cifar10",
     )
 )
 DATASETS.register("svhn")(
@@ -167,6 +302,7 @@ DATASETS.register("svhn")(
         (0.4377, 0.4438, 0.4728),
         (0.1980, 0.2010, 0.1970),
         flip=False,
+        policy="svhn",
     )
 )
 DATASETS.register("mnist")(
@@ -184,6 +320,20 @@ DATASETS.register("fashionmnist")(
         _from_torchvision("FashionMNIST", "fashionmnist", _read_mnist, parts=TRAIN_OR_NOT),
         (0.2860,),
         (0.3530,),
+    )
+)
+DATASETS.register("imagenet")(
+    DatasetSpec(
+        "ImageNet-1k at 224 pixels, from ROOT/imagenet/{train,val}/<class>/*",
+        _load_imagenet,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        image_size=224,
+    )
+)
+DATASETS.register("synthetic")(
+    DatasetSpec(
+        "noise, for speed tests only; data.classes and data.image_size choose", _load_noise, (0.5,) * 3, (0.29,) * 3
     )
 )
 for _classes in (1000, 200, 150, 120):

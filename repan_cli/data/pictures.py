@@ -1,0 +1,163 @@
+"""Image files: finding them in class folders, opening them, and bringing them to one mode and size."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from repan_cli.errors import InputError
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
+PARTS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
+"""Under which folder names each part of a set is looked for."""
+
+MODES = {1: "L", 3: "RGB"}
+NUMBERS = {"F": "floats", "I": "32-bit integers"}
+"""Modes of images that hold no brightness, and what they hold."""
+
+
+class UnreadableImageError(InputError):
+    """An image that cannot be decoded; `data.on_error=skip` leaves it out of training."""
+
+
+# ---------------------------------------------------------------------------------------------- opening
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image in a file, its header read. What is wrong with it is an UnreadableImageError that names the file."""
+    try:
+        with Image.open(path) as image:
+            if image.mode in NUMBERS:
+                raise ValueError(f"its pixels are {NUMBERS[image.mode]}, not brightness from 0 to 255")
+            yield image
+    except UnidentifiedImageError:
+        empty = path.stat().st_size == 0
+        raise UnreadableImageError(f"cannot read the image {path}: {'it is empty' if empty else 'no image'}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(f"cannot read the image {path}: {error}") from None
+
+
+def check_header(path: Path) -> None:
+    """Raises UnreadableImageError for a file that does not begin like an image."""
+    with _opened(path):
+        pass
+
+
+def open_image(path: Path, channels: int = 3) -> Image.Image:
+    """The upright picture in a file, RGB or grey, with 8 bits a channel.
+
+    16-bit images keep their upper 8 bits; palettes, CMYK and transparency are converted as Pillow does. Raises
+    UnreadableImageError, naming the file, for anything else.
+    """
+    with _opened(path) as image:
+        return as_mode(ImageOps.exif_transpose(image), channels)
+
+
+def as_mode(image: Image.Image, channels: int) -> Image.Image:
+    """With 8 bits in each of 1 or 3 channels."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert(MODES[channels])
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """Cropped to a square and resized: whole-number reductions average pixels, others are bicubic with antialiasing."""
+    if image.size == (size, size):
+        return image
+    whole = image.width % size == 0 and image.height % size == 0
+    return ImageOps.fit(image, (size, size), Image.Resampling.BOX if whole else Image.Resampling.BICUBIC)
+
+
+def own_size(path: Path, channels: int) -> int:
+    """The side of a square picture. Raises InputError for one that is not square."""
+    image = open_image(path, channels)
+    if image.width != image.height:
+        raise InputError(
+            f"{path} is {image.width}x{image.height} pixels: set data.image_size, images are cropped to a square"
+        )
+    return image.width
+
+
+class FileReader:
+    """Reads the pictures of a list of files, by number."""
+
+    def __init__(self, paths: list[Path], channels: int) -> None:
+        self.paths, self.channels = paths, channels
+
+    def __call__(self, index: int) -> Image.Image:
+        return open_image(self.paths[index], self.channels)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+class ArrayReader:
+    """Makes pictures of the images (N, H, W, C) in memory, by number."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def __call__(self, index: int) -> Image.Image:
+        return as_picture(self.images[index])
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+
+def as_picture(image: np.ndarray) -> Image.Image:
+    """(H, W, C) with 1 or 3 channels, uint8."""
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+
+
+# ---------------------------------------------------------------------------------------------- class folders
+
+
+def part_folders(root: Path) -> dict[str, Path]:
+    """The folders of the parts that a set has. Raises InputError without a training set or anything to report on."""
+    found = {}
+    for part, names in PARTS.items():
+        there = [root / name for name in names if (root / name).is_dir()]
+        if len(there) > 1:
+            raise InputError(f"{there[0]} and {there[1]} are the same part of a data set: keep one of them")
+        if there:
+            found[part] = there[0]
+    if "train" not in found:
+        raise InputError(
+            f"no folder {root / 'train'}: expected {root}/train/<class>/* and {root}/test/<class>/* (or val)"
+        )
+    if len(found) == 1:
+        raise InputError(f"neither {root / 'val'} nor {root / 'test'}: without one of them nothing can be reported")
+    return found
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """The names of the classes in a part, sorted. Raises InputError when there are fewer than two."""
+    classes = tuple(
+        sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    )
+    if len(classes) < 2:
+        loose = next((entry for entry in folder.iterdir() if entry.suffix.lower() in EXTENSIONS), None)
+        mend = f": {loose.name} and the others belong into a folder for each class" if loose else ""
+        raise InputError(f"{folder} holds {len(classes)} class folders; at least two are needed{mend}")
+    return classes
+
+
+def list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.ndarray]:
+    """The image files of a part and their class numbers. Raises InputError unless it has exactly these classes."""
+    there = set(class_folders(folder))
+    for name, wrong in (("lacks", set(classes) - there), ("has, unlike the training set,", there - set(classes))):
+        if wrong:
+            raise InputError(f"{folder} {name} {len(wrong)} of the class folders, such as '{min(wrong)}'")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in EXTENSIONS)
+        if not files:
+            raise InputError(f"{folder / name} holds no images ({', '.join(sorted(EXTENSIONS))})")
+        paths += files
+        labels += [label] * len(files)
+    return paths, np.array(labels, dtype=np.int64)

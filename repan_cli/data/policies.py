@@ -1,0 +1,29 @@
+"""Augmentation policies from torchvision and timm, for one picture at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from PIL import Image
+from torchvision import transforms
+
+Policy = Callable[[Image.Image], Image.Image]
+
+
+def policy(name: str, found_for: str) -> Policy:
+    """The policy of the setting `data.augment`; that of `autoaugment` is the one that was `found_for` the data.
+
+    AutoAugment (Cubuk et al. 2018; for ImageNet the TensorFlow one), RandAugment (Cubuk et al. 2019), TrivialAugment
+    (Mueller & Hutter 2021).
+    """
+    if name == "autoaugment":
+        return _autoaugment(found_for)
+    return {"randaugment": transforms.RandAugment, "trivialaugment": transforms.TrivialAugmentWide}[name]()
+
+
+def _autoaugment(found_for: str) -> Policy:
+    if found_for == "imagenet":
+        from timm.data.auto_augment import auto_augment_transform
+
+        return auto_augment_transform("v0", {"img_mean": (124, 116, 104)})
+    return transforms.AutoAugment(transforms.AutoAugmentPolicy(found_for))

@@ -1,0 +1,66 @@
+"""Which source a part of a data set gets: in memory wherever that can be, else read one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from repan_cli import config
+from repan_cli.data.datasets import Dataset, Images, Part
+from repan_cli.data.resident import ResidentImages
+from repan_cli.data.source import Augmentation, Source
+from repan_cli.data.streaming import StreamedImages, default_workers
+from repan_cli.errors import InputError
+from repan_cli.runtime import Runtime
+
+
+def training_source(dataset: Dataset, data: config.Data, machine: Runtime) -> Source:
+    """The augmented training images. Raises InputError for augmentation that leaves nothing of them."""
+    if data.cutout >= 2 * dataset.image_size:
+        raise InputError(f"data.cutout={data.cutout} blanks whole images of {dataset.image_size} pixels")
+    options = _options(dataset, machine, augmentation=_augmentation(dataset, data), classes=len(dataset.classes))
+    if isinstance(dataset.train, Images) and data.augment not in config.POLICIES:
+        return ResidentImages(dataset.train, **options)
+    return _streamed(
+        dataset, dataset.train, machine, data.workers, policy_of=dataset.policy, skip=data.on_error == "skip", **options
+    )
+
+
+def plain_source(dataset: Dataset, part: str, machine: Runtime, workers: int | None = None) -> Source:
+    """The images of a part as they are, to be scored."""
+    images, options = dataset.part(part), _options(dataset, machine)
+    if isinstance(images, Images):
+        return ResidentImages(images, **options)
+    return _streamed(dataset, images, machine, workers, **options)
+
+
+def _options(dataset: Dataset, machine: Runtime, **more: Any) -> dict[str, Any]:
+    look = {"mean": dataset.mean, "std": dataset.std}
+    return {**look, "device": machine.device, "memory_format": machine.memory_format, **more}
+
+
+def _streamed(dataset: Dataset, part: Part, machine: Runtime, workers: int | None, **options: Any) -> Source:
+    return StreamedImages(
+        part,
+        resized=not isinstance(part, Images),
+        size=dataset.image_size,
+        workers=default_workers(machine.device) if workers is None else workers,
+        **options,
+    )
+
+
+def _augmentation(dataset: Dataset, data: config.Data) -> Augmentation:
+    if data.augment == "none":
+        padding, flip, least_area = 0, False, 1.0
+    else:
+        padding = dataset.image_size // 8 if data.crop_padding is None else data.crop_padding
+        flip, least_area = dataset.flip, data.crop_area
+    return Augmentation(
+        padding=padding,
+        flip=flip,
+        policy=data.augment if data.augment in config.POLICIES else None,
+        cutout=data.cutout,
+        erase=data.erase,
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        least_area=least_area,
+    )

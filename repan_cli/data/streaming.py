@@ -1,0 +1,195 @@
+"""Images that are read one by one, by processes that load, and transformed as pictures.
+
+Small images are padded, cropped and flipped; of large ones a part is cropped and resized, by timm's transforms. What
+is random about an image is drawn from its position, (seed, cycle, epoch, index): it depends neither on how many
+processes load nor on where a run began.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from repan_cli import runtime
+from repan_cli.console import warn
+from repan_cli.data.datasets import Images, Part, Pictures
+from repan_cli.data.pictures import ArrayReader, UnreadableImageError
+from repan_cli.data.policies import policy
+from repan_cli.data.source import Batch, Plan, Source
+from repan_cli.errors import InputError
+
+CROP_SHARE = 0.875
+"""Side of the part that is looked at in evaluation, of the resized image."""
+
+MOST_WORKERS = 16
+
+
+class _Sample(NamedTuple):
+    """A picture (C, H, W) in uint8 and its place in the part, or why it could not be read."""
+
+    image: Tensor | None
+    label: int
+    index: int
+    problem: str = ""
+
+
+class _Loaded(Dataset):
+    """The samples of a part for the processes that load. With a position, training samples; unreadable ones are
+    replaced by the next that can be read where `skip` says so.
+    """
+
+    def __init__(self, part: Pictures, transform: Any, position: tuple[int, ...] | None, *, skip: bool) -> None:
+        self.part, self.transform, self.position, self.skip = part, transform, position, skip
+
+    def __len__(self) -> int:
+        return len(self.part.labels)
+
+    def __getitem__(self, index: int) -> _Sample:
+        problem = ""
+        for place in range(index, index + len(self)):
+            number = place % len(self)
+            try:
+                picture = self.part.read(int(self.part.index[number]))
+            except UnreadableImageError as error:
+                problem = problem or str(error)
+                if not self.skip:
+                    break
+                continue
+            if self.position is not None:
+                _seed(runtime.key("picture", *self.position, index))
+            return _Sample(self.transform(picture), int(self.part.labels[number]), number, problem)
+        return _Sample(None, 0, index, problem)
+
+
+def _seed(key: int) -> None:
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.manual_seed(key)
+
+
+def _ignore_signals(worker: int) -> None:
+    """The main process decides when a run stops: its workers must not die first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class StreamedImages(Source):
+    """The images of one part of a data set, read one by one.
+
+    Args:
+        part: pictures, or images in memory that a policy is applied to.
+        resized: a part of each image is cropped and resized; otherwise all have the size already and are padded.
+        policy_of: what its AutoAugment policy was found for.
+        workers: processes that load; 0 is this one.
+        skip: leave out training images that cannot be read.
+        **options: as for `Source`.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        *,
+        resized: bool,
+        policy_of: str = "imagenet",
+        workers: int = 0,
+        skip: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(count=len(part.labels), **options)
+        if isinstance(part, Images):
+            part = Pictures(ArrayReader(part.images), part.labels, np.arange(len(part.labels)))
+        self.part, self.resized, self.policy_of = part, resized, policy_of
+        self.workers, self.skip, self.skipped = workers, skip, set()
+
+    @property
+    def unnumbered(self) -> str | None:
+        return "data.crop=resized" if self.resized else self.augmentation.unnumbered
+
+    def _training(self, rows: tuple[Tensor, ...], plan: Plan, position: tuple[int, ...]) -> Iterator[Batch]:
+        samples = _Loaded(self.part, self._training_transform(), position, skip=self.skip)
+        yield from self._load(samples, rows, mend="; data.on_error=skip leaves such training images out")
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        samples = _Loaded(self.part, self._plain_transform(), None, skip=False)
+        yield from self._load(samples, torch.arange(self.count).split(batch_size))
+
+    def _load(self, samples: _Loaded, rows: tuple[Tensor, ...], *, mend: str = "") -> Iterator[Batch]:
+        loader = DataLoader(
+            samples,
+            batch_sampler=[row.tolist() for row in rows],
+            num_workers=self.workers,
+            collate_fn=_collate,
+            worker_init_fn=_ignore_signals,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # the global one stays as it is
+        )
+        for images, labels, index, problems in loader:
+            self._note(problems, mend)
+            images, labels, index = (each.to(self.device, non_blocking=True) for each in (images, labels, index))
+            yield Batch(self._normalised(images), labels, index, torch.zeros_like(index))
+
+    def _note(self, problems: dict[str, bool], mend: str) -> None:
+        """Say once of each image that could not be read; one without a replacement ends the run."""
+        for problem, fatal in problems.items():
+            if fatal:
+                raise InputError(problem + mend)
+            if problem not in self.skipped:
+                self.skipped.add(problem)
+                warn(f"{problem}; left out of training ({len(self.skipped)} so far)")
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        scale, shift = (each.view(1, -1, 1, 1) for each in (self.scale, self.shift))
+        return torch.addcmul(shift, images.float(), scale).contiguous(memory_format=self.memory_format)
+
+    def _training_transform(self) -> Any:
+        chosen, steps = self.augmentation, []
+        if self.resized:
+            whole = create_transform(
+                self.size,
+                is_training=True,
+                use_prefetcher=True,
+                scale=(chosen.least_area, 1.0),
+                hflip=0.5 if chosen.flip else 0.0,
+                color_jitter=None,
+                interpolation="bicubic",
+            )
+            steps += [*whole.transforms[:-1]]
+        else:
+            steps += [transforms.RandomCrop(self.size, chosen.padding)] if chosen.padding else []
+            steps += [transforms.RandomHorizontalFlip()] if chosen.flip else []
+        steps += [policy(chosen.policy, self.policy_of)] if chosen.policy else []
+        return transforms.Compose([*steps, functional.pil_to_tensor])
+
+    def _plain_transform(self) -> Any:
+        if not self.resized:
+            return functional.pil_to_tensor
+        side = round(self.size / CROP_SHARE)
+        resize = transforms.Resize(side, transforms.InterpolationMode.BICUBIC)
+        return transforms.Compose([resize, transforms.CenterCrop(self.size), functional.pil_to_tensor])
+
+
+def _collate(samples: list[_Sample]) -> tuple[Tensor, Tensor, Tensor, dict[str, bool]]:
+    """Images (B, C, H, W), labels (B,), indices (B,), and what could not be read, with whether that is fatal."""
+    problems = {sample.problem: sample.image is None for sample in samples if sample.problem}
+    read = [sample for sample in samples if sample.image is not None]
+    images = torch.stack([sample.image for sample in read]) if read else torch.empty(0)
+    labels, index = (torch.tensor([getattr(sample, name) for sample in read]) for name in ("label", "index"))
+    return images, labels, index, problems
+
+
+def default_workers(device: torch.device) -> int:
+    """One process a core beside a GPU; on a CPU, which trains itself, one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores) if device.type == "cuda" else 1

@@ -1,0 +1,95 @@
+"""Image files of every kind: each is read as what it shows, or refused by name."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repan_cli.data import datasets, pictures
+from repan_cli.errors import InputError
+
+RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=2)
+
+
+def saved(tmp_path, image, name="a.png", **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def pixels(path, channels=3):
+    return np.asarray(pictures.open_image(path, channels))
+
+
+def test_grey_and_colour(tmp_path):
+    grey, colour = saved(tmp_path, Image.fromarray(RAMP), "grey.png"), saved(tmp_path, Image.fromarray(COLOUR))
+    assert np.array_equal(pixels(grey), np.repeat(RAMP[..., None], 3, axis=2))
+    assert np.array_equal(pixels(grey, 1), RAMP)
+    assert np.array_equal(pixels(colour), COLOUR)
+    assert pixels(colour, 1).shape == (8, 8)
+
+
+def test_sixteen_bits_keep_their_upper_eight(tmp_path):
+    path = saved(tmp_path, Image.fromarray(RAMP.astype(np.uint16) * 256 + 17))
+    assert np.array_equal(pixels(path, 1), RAMP)
+
+
+def test_palettes_and_transparency_are_converted(tmp_path):
+    palette = Image.fromarray(COLOUR).quantize(256)
+    assert np.array_equal(pixels(saved(tmp_path, palette)), np.asarray(palette.convert("RGB")))
+    see_through = np.dstack([COLOUR, RAMP])
+    assert np.array_equal(pixels(saved(tmp_path, Image.fromarray(see_through), "b.png")), COLOUR)
+    cmyk = Image.fromarray(COLOUR).convert("CMYK")
+    assert np.abs(pixels(saved(tmp_path, cmyk, "c.tif")).astype(int) - COLOUR).max() <= 1
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    path = saved(tmp_path, Image.fromarray(COLOUR), exif=exif)
+    assert np.array_equal(pixels(path), COLOUR[::-1, ::-1])
+
+
+def test_numbers_that_are_no_brightness_are_refused(tmp_path):
+    for array, what in ((RAMP.astype(np.float32), "floats"), (RAMP.astype(np.int32), "32-bit integers")):
+        path = saved(tmp_path, Image.fromarray(array), "a.tif")
+        with pytest.raises(InputError, match=f"cannot read the image .*a.tif: its pixels are {what}"):
+            pictures.open_image(path)
+        with pytest.raises(InputError):
+            pictures.check_header(path)
+
+
+def test_a_bomb_is_refused(tmp_path, monkeypatch):
+    path = saved(tmp_path, Image.new("L", (300, 300)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+    with pytest.raises(InputError, match="cannot read the image .*a.png: .*decompression bomb"):
+        pictures.open_image(path)
+
+
+def test_a_folder_called_validation_is_the_validation_part(tmp_path):
+    for part in ("train", "validation", "test"):
+        for name in ("ant", "bee"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(3):
+                Image.fromarray(COLOUR).save(tmp_path / part / name / f"{number}.png")
+    data = datasets.load("folder", tmp_path)
+    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [6, 6, 6]
+    (tmp_path / "val").mkdir()
+    with pytest.raises(InputError, match="val and .*validation are the same part"):
+        datasets.load("folder", tmp_path)
+
+
+def test_channels_choose_grey_or_colour(tmp_path):
+    for part in ("train", "test"):
+        for name in ("ant", "bee"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(3):
+                Image.fromarray(RAMP).save(tmp_path / part / name / f"{number}.png")
+    grey = datasets.load("folder", tmp_path, channels=1, val_fraction=0)
+    assert (grey.channels, grey.train.images.shape) == (1, (6, 8, 8, 1))
+    assert np.array_equal(grey.train.images[0, ..., 0], RAMP)
+    coloured = datasets.load("digits", "data", channels=3)
+    plain = datasets.load("digits", "data")
+    assert coloured.mean == plain.mean * 3
+    assert np.array_equal(coloured.train.images, np.repeat(plain.train.images, 3, axis=3))
+    again = datasets.load("synthetic", "data", channels=1, image_size=8)
+    assert again.train.images.shape[3] == len(again.mean) == 1
