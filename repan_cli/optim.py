@@ -107,8 +107,8 @@ def apply_settings(optimizer: torch.optim.Optimizer, optim: Optim) -> None:
 
 
 def _add_momentum(optimizer: torch.optim.Optimizer, group: dict) -> None:
-    """Give every parameter its buffer before the first step, where fused SGD would leave it as uninitialised memory when
-    a loss scaler skips that step.
+    """Give every parameter its buffer now: in a first step that a loss scaler skips, fused SGD would leave it as
+    uninitialised memory.
     """
     for parameter in group["params"] if group["momentum"] else ():
         optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))

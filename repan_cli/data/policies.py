@@ -25,5 +25,6 @@ def _autoaugment(found_for: str) -> Policy:
     if found_for == "imagenet":
         from timm.data.auto_augment import auto_augment_transform
 
-        return auto_augment_transform("v0", {"img_mean": (124, 116, 104)})
+        # v0 itself asks Pillow for 0 bits a colour, which newer ones refuse and older ones show as black
+        return auto_augment_transform("v0r", {"img_mean": (124, 116, 104)})
     return transforms.AutoAugment(transforms.AutoAugmentPolicy(found_for))
