@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repan_cli.data.source import Batch
+from repan_cli.errors import InputError
 from repan_cli.runtime import Runtime
+
+CACHE_TOLERANCE = 0.05
+"""Largest difference, of the largest logit, between what a cache holds and what the teacher says now. Rounding, to
+bfloat16 in batches put together otherwise, stays below a hundredth.
+"""
 
 SHARE_OF_DEVICE, SHARE_OF_HOST = 0.25, 0.5
 """How much of the free memory the cache may take before it moves to the next slower place."""
@@ -70,7 +76,8 @@ class LogitCache:
     """A teacher's logits in float16 by (image, view), computed when a view is first seen.
 
     Exact for views that can be told by a number: crops and flips. A run that repeats the views of its first cycle
-    (`cycle.reseed=same`) or that does not augment computes each of them once.
+    (`cycle.reseed=same`) or that does not augment computes each of them once. The first batch that needs nothing new is
+    computed all the same, and compared: a teacher that is not a function of the view alone raises InputError.
 
     Args:
         teacher: what is asked for views that are not there yet.
@@ -80,6 +87,7 @@ class LogitCache:
     def __init__(self, teacher: Callable[[Batch], Tensor], make_table: Callable[[], Tensor]) -> None:
         self.teacher, self.make_table = teacher, make_table
         self.asked = self.computed = 0
+        self.compared = False
 
     @cached_property
     def table(self) -> Tensor:
@@ -100,7 +108,19 @@ class LogitCache:
             logits = self.teacher(Batch(*(part[here] for part in batch)))
             self.table[index[missing], views[missing]] = logits.to(place, torch.float16)
             self.filled[index[missing], views[missing]] = True
-        return self.table[index, views].to(batch.images.device).float()
+        found = self.table[index, views].to(batch.images.device).float()
+        if not (len(missing) or self.compared):
+            self._compare(found, self.teacher(batch))
+        return found
+
+    def _compare(self, found: Tensor, live: Tensor) -> None:
+        self.compared = True
+        error = ((found - live).abs().max() / live.abs().max()).item()
+        if not error < CACHE_TOLERANCE:
+            raise InputError(
+                f"the teacher's logits for the same views differ by {error:.0%}: it draws random numbers in eval mode; "
+                "set teacher.cache=none"
+            )
 
 
 def allocate(shape: tuple[int, int, int], device: torch.device, folder: Path) -> Tensor:

@@ -265,7 +265,7 @@ DIGITS = ("--model", "repvgg_a0_cifar", "--dataset", "digits")
             (*DIGITS, "-c", "recipes/digit"),
             "no configuration file or preset 'recipes/digit'; did you mean recipes/digits",
         ),
-        ((*DIGITS, "--device", "gpu"), "unknown device 'gpu'; give auto, cpu, cuda or cuda:N"),
+        ((*DIGITS, "--device", "gpu"), "unknown device 'gpu'; give auto, cpu, cuda, cuda:N or mps"),
         ((*DIGITS, "--device", "cuda:99"), "device cuda:99 is not there"),
         ((*DIGITS, "--init", "nowhere.pt"), "no checkpoint nowhere.pt"),
         (

@@ -148,8 +148,8 @@ def test_a_preset_builds_its_network_and_makes_steps(name, tmp_path, monkeypatch
     assert facts["blocks"]
     assert facts["rel_error_fp64"] < 1e-10
     assert facts["steps_per_epoch"] >= 2
-    if command == "cycle":
-        assert facts["logits_moved"] < (1e-3 if "imagenet" not in name or "recipes" in name else 10)
+    if command == "cycle" and name != "repvgg_imagenet_cycle":  # where fresh branches come in at once, as released
+        assert facts["logits_moved"] < 1e-3
 
 
 @pytest.mark.parametrize("dataset", list(config.RECIPES))

@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT
 from test_cli import run
 
+from repan_cli import config
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -49,6 +51,15 @@ def test_commands_work(capsys, workplace, monkeypatch, command):
         words.append("--print-config")
     code, _, err = run(capsys, *words)
     assert code == 0, err
+
+
+def test_presets_it_names_exist():
+    named = set(re.findall(r"\b((?:reference|recipes)/\w+)", README))
+    assert len(named) > 5
+    assert named <= set(config.presets())
+    blocks, commands = ("repvgg", "acb", "dbb"), ("train", "distill", "cycle")
+    offered = {f"reference/{b}_{d}_{c}" for b in blocks for d in ("cifar10", "cifar100", "imagenet") for c in commands}
+    assert offered - set(config.presets()) == {"reference/repvgg_cifar10_distill", "reference/acb_imagenet_cycle"}
 
 
 def test_python_works(workplace, monkeypatch):

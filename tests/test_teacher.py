@@ -17,6 +17,7 @@ from repan_cli.blocks import rep_blocks
 from repan_cli.commands.tasks_of import Found, TaskOf
 from repan_cli.data.resident import ResidentImages
 from repan_cli.data.source import Augmentation, Batch
+from repan_cli.errors import InputError
 from repan_cli.runtime import Runtime
 from repan_cli.tasks import Classification, Distillation
 from repan_cli.teacher import LogitCache, Teacher, View, allocate
@@ -104,6 +105,28 @@ def test_the_cache_agrees_with_the_live_teacher_on_every_view(digits, tmp_path, 
     assert not list(tmp_path.iterdir()), "the file goes with the process"
 
 
+def test_a_teacher_that_is_no_function_of_the_view_is_found_out(digits):
+    data = resident(digits)
+
+    def moody(batch):
+        return torch.randn(len(batch.index), 10)
+
+    cache = LogitCache(moody, lambda: allocate((data.count, data.view_count, 10), CPU, None))
+    batch = data.batch(torch.arange(4), torch.zeros(4, dtype=torch.long))
+    cache(batch)
+    with pytest.raises(InputError, match="the same views differ by .*; set teacher.cache=none"):
+        cache(batch)
+
+
+@pytest.mark.parametrize(
+    "setting", ["data.cutout=2", "data.erase=0.1", "data.mixup=0.2", "data.cutmix=1", "data.augment=randaugment"]
+)
+def test_a_cache_is_refused_with_the_reason_where_views_cannot_be_numbered(capsys, cycle_run, setting):
+    words = ["distill", "--model", "repvgg_a0", "--dataset", "digits", "--teacher", cycle_run.folder / "best.pt"]
+    refused = one_line(capsys, *words, "--dry-run", setting, "teacher.cache=views")
+    assert f"teacher.cache=views: with {setting} no view comes twice" in refused
+
+
 def test_only_views_that_are_missing_are_computed(digits):
     data, asked = resident(digits), []
 
@@ -115,6 +138,7 @@ def test_only_views_that_are_missing_are_computed(digits):
     cache(data.batch(torch.tensor([1, 2]), torch.tensor([0, 0])))
     found = cache(data.batch(torch.tensor([2, 5, 1]), torch.tensor([0, 0, 3])))
     assert asked == [2, 2]
+    assert cache.computed == 4
     assert found[:, 0].tolist() == [2, 5, 1]
 
 

@@ -173,9 +173,9 @@ def _mix(augmentation: Augmentation, classes: int) -> v2.Transform | None:
     """Mixup or CutMix of each batch, either of them where both are on."""
     ways = []
     if augmentation.mixup:
-        ways.append(v2.MixUp(alpha=augmentation.mixup, num_classes=classes))
+        ways.append(v2.MixUp(alpha=float(augmentation.mixup), num_classes=classes))
     if augmentation.cutmix:
-        ways.append(v2.CutMix(alpha=augmentation.cutmix, num_classes=classes))
+        ways.append(v2.CutMix(alpha=float(augmentation.cutmix), num_classes=classes))
     return v2.RandomChoice(ways) if ways else None
 
 
