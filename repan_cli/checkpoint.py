@@ -14,7 +14,7 @@ import json
 import pickle
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ PLAIN_TYPES = [
 ]
 """What trainers save beside weights and what is no code: attributes, and numbers of numpy's."""
 
-CONTENT = {"version": int, "digest": str, "meta": dict, "weights": dict}
+CONTENT = {"version": int, "digest": str, "meta": dict, "weights": dict, "state": dict}
 MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
 
 
@@ -46,19 +46,21 @@ class Checkpoint:
     """Weights by name, on the CPU, and a description in plain types.
 
     `meta` holds at least: model, block, form ("multi-branch", "fused" or "plain"), classes, in_chans, image_size,
-    mean, std, data, cycle, epoch, metrics.
+    mean, std, data, cycle, epoch, metrics. `state`: what else a run needs to go on, by name; only in its last.pt.
     """
 
     weights: dict[str, Tensor]
     meta: dict[str, Any]
+    state: dict[str, Tensor] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """SHA-256 over the weights (name, dtype, shape, logical bytes) and the description."""
+        """SHA-256 over the tensors (name, dtype, shape, logical bytes) and the description."""
         total = hashlib.sha256(json.dumps(self.meta, sort_keys=True).encode())
-        for name in sorted(self.weights):
-            tensor = self.weights[name].detach().cpu().contiguous()
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for kind, tensors in (("", self.weights), ("state ", self.state)):
+            for name in sorted(tensors):
+                tensor = tensors[name].detach().cpu().contiguous()
+                total.update(f"{kind}{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
 
 
@@ -84,7 +86,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 def _as_pt(checkpoint: Checkpoint) -> bytes:
     buffer = io.BytesIO()
     header = {"format": "repan", "version": FORMAT, "digest": checkpoint.digest()}
-    torch.save({**header, "meta": checkpoint.meta, "weights": checkpoint.weights}, buffer)
+    torch.save({**header, "meta": checkpoint.meta, "weights": checkpoint.weights, "state": checkpoint.state}, buffer)
     return buffer.getvalue()
 
 
@@ -121,7 +123,7 @@ def load_any(path: str | Path) -> Checkpoint | dict[str, Tensor]:
         raise InputError(f"{path} is damaged: parts of it are missing; use another copy")
     if content["version"] > FORMAT:
         raise InputError(f"{path} was written by a newer repan: upgrade this one")
-    checkpoint = Checkpoint(content["weights"], content["meta"])
+    checkpoint = Checkpoint(content["weights"], content["meta"], content["state"])
     if checkpoint.digest() != content["digest"]:
         raise InputError(f"{path} is damaged: its content does not match its digest; use another copy")
     return checkpoint
@@ -147,7 +149,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        return {"format": "repan", **json.loads(header["repan"]), "weights": weights} if "repan" in header else weights
+        ours = {"format": "repan", "weights": weights, "state": {}}
+        return {**ours, **json.loads(header["repan"])} if "repan" in header else weights
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:
