@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli.errors import InputError
-from repan_cli.runs import write_atomically
+from repan_cli.runs import RunDirectory, write_atomically
 
 FORMAT = 1
 _numpy_scalar = np.float64(0).__reduce__()[0]
@@ -81,6 +81,12 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint; the name's ending, .pt or .safetensors, is its format."""
     buffer = _as_safetensors(checkpoint) if path.suffix == ".safetensors" else _as_pt(checkpoint)
     write_atomically(path, lambda file: file.write(buffer))
+
+
+def save_last(checkpoint: Checkpoint, folder: RunDirectory) -> None:
+    """Write a run's newest state, keeping the one before it."""
+    buffer = _as_pt(checkpoint)
+    folder.replace_last(lambda file: file.write(buffer))
 
 
 def _as_pt(checkpoint: Checkpoint) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -15,6 +14,7 @@ import repan_cli
 from repan_cli import config
 from repan_cli.errors import InputError, OutOfSpaceError, RepanError
 from repan_cli.registry import did_you_mean
+from repan_cli.runs import FULL
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,6 +77,10 @@ ConfigOption = Annotated[
     ),
 ]
 PrintConfigOption = Annotated[bool, typer.Option("--print-config", help="Print the settings as YAML and stop.")]
+ResumeOption = Annotated[
+    str | None,
+    typer.Option("--resume", metavar="RUN", help="Go on with a run: its directory, or 'latest'.", show_default=False),
+]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Try every part of the run once, say what it will be, write nothing.")
 ]
@@ -117,7 +121,7 @@ def _fail(error: Exception) -> None:
 def _as_known(error: Exception) -> RepanError | None:
     if isinstance(error, RepanError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and error.errno in FULL:
         return OutOfSpaceError(
             f"no space left to write {error.filename or 'a file of the run'}; free some, or give another --out"
         )
@@ -131,6 +135,7 @@ def _train(
     *,
     file: str | None,
     settings: list[str] | None,
+    resume: str | None,
     print_config: bool,
     dry_run: bool,
     as_json: bool,
@@ -144,13 +149,27 @@ def _train(
             if SHORTCUTS[name] in given:
                 raise InputError(f"--{name.replace('_', '-')} and {SHORTCUTS[name]}= are the same setting: give one")
             given[SHORTCUTS[name]] = str(value)
-        resolved = config.resolve(command, file, given)
+        if resume is not None:
+            _check_resume(file, given, print_config=print_config, dry_run=dry_run)
+        else:
+            resolved = config.resolve(command, file, given)
     except RepanError as error:
         _fail(error)
+    if resume is not None:
+        _dispatch("resume", command, resume, given, as_json=as_json)
+        return
     if print_config:
         print(config.dump(resolved.config, cycles=command == "cycle"), end="")
         return
     _dispatch("dry_run" if dry_run else "train", command, resolved, as_json=as_json)
+
+
+def _check_resume(file: str | None, given: dict[str, Any], *, print_config: bool, dry_run: bool) -> None:
+    for option, there in (("-c", file), ("--print-config", print_config), ("--dry-run", dry_run)):
+        if there:
+            raise InputError(f"{option} does not go with --resume: the run has its settings")
+    if "run.out" in given:
+        raise InputError("--out does not go with --resume: the run goes on in its own directory")
 
 
 def _version(wanted: bool) -> None:
@@ -190,6 +209,7 @@ def cycle(
     device: DeviceOption = None,
     out: OutOption = None,
     config_file: ConfigOption = None,
+    resume: ResumeOption = None,
     print_config: PrintConfigOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -209,6 +229,7 @@ def cycle(
         "cycle",
         file=config_file,
         settings=settings,
+        resume=resume,
         print_config=print_config,
         dry_run=dry_run,
         as_json=as_json,
@@ -253,6 +274,7 @@ def _add_training(command: str, text: str) -> None:
         device: DeviceOption = None,
         out: OutOption = None,
         config_file: ConfigOption = None,
+        resume: ResumeOption = None,
         print_config: PrintConfigOption = False,
         dry_run: DryRunOption = False,
         as_json: JsonOption = False,
@@ -262,6 +284,7 @@ def _add_training(command: str, text: str) -> None:
             command,
             file=config_file,
             settings=settings,
+            resume=resume,
             print_config=print_config,
             dry_run=dry_run,
             as_json=as_json,

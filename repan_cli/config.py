@@ -248,6 +248,9 @@ class Run:
     compile: bool = setting(False, "Compile the training pass with torch.compile, which needs a C++ compiler.")
     out: str | None = setting(None, "Run directory; by default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.")
     log_every: int = setting(20, "Training steps between two looks at the loss (a host-device sync each).", low=1)
+    save_every: int | None = setting(
+        None, "Training steps between two saves inside an epoch; null saves at its end, and when asked to stop.", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -489,6 +492,17 @@ def build(*layers: Layer) -> Config:
     Raises `InputError` with one line for each thing wrong: unknown keys, values of the wrong type or out of bounds,
     settings that contradict each other.
     """
+    config = from_flat(typed(*layers))
+    if problems := [*_section_problems(config)]:
+        raise InputError("\n".join(problems))
+    return config
+
+
+def typed(*layers: Layer) -> dict[str, Any]:
+    """The values that `layers` give as text, by dotted key, the later one winning.
+
+    Raises InputError with one line for each unknown key and each value of the wrong type or out of bounds.
+    """
     problems, values = [], {}
     for key, text in {key: text for layer in layers for key, text in layer.items()}.items():
         entry = SCHEMA.get(key) or OVERLAY.get(key)
@@ -499,12 +513,9 @@ def build(*layers: Layer) -> Config:
             values[key] = entry.parse(text)
         except ValueError as error:
             problems.append(f"{key}: {error}")
-    if not problems:
-        config = _assemble(values)
-        problems = [*_section_problems(config)]
     if problems:
         raise InputError("\n".join(problems))
-    return config
+    return values
 
 
 def _unknown_key(key: str) -> str:
@@ -524,7 +535,9 @@ def _section_problems(config: Config) -> Iterator[str]:
     yield from (f"baseline: {problem}" for problem in baseline_phase(config).optim.problems())
 
 
-def _assemble(values: dict[str, Any]) -> Config:
+def from_flat(values: Mapping[str, Any]) -> Config:
+    """The configuration of typed values by dotted key, such as `flatten` gives."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     baseline = {key.removeprefix("baseline."): value for key, value in values.items() if key in OVERLAY}
     return replace(dataclasses.replace(Config(), baseline=baseline), {k: v for k, v in values.items() if k in SCHEMA})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,14 +18,16 @@ from repan_cli import anneal, optim
 from repan_cli.anneal import Phase
 from repan_cli.blocks import rep_blocks, set_attach_rate
 from repan_cli.data.source import Batch, Source
-from repan_cli.errors import DivergedError, InputError
+from repan_cli.errors import DivergedError, InputError, StoppedError
 from repan_cli.runtime import Runtime, generator, key
+from repan_cli.state import Progress, Totals
 from repan_cli.tasks import Task
 
 EVAL_BATCH, EVAL_PIXELS = 1000, 1000 * 64 * 64
 """Bounds on the images, and on their pixels, of a batch that is only looked at."""
 
 FIRST_STEPS = 10
+LEAST_SCALE = 2**-3
 LOOK_IMAGES = 256
 
 
@@ -120,12 +121,18 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Source) -> Score:
-    """Score a network in eval mode, in float32: the same weights give the same figures wherever they are reported."""
+def evaluate(model: nn.Module, images: Source, stop: Callable[[], bool] = bool) -> Score:
+    """Score a network in eval mode, in float32: the same weights give the same figures wherever they are reported.
+
+    Raises StoppedError, between two batches, when `stop` says so.
+    """
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, device=images.device)
     for batch, labels, *_ in images.batches(_eval_batch(images)):
+        if stop():
+            model.train(was_training)
+            raise StoppedError
         logits = model(batch)
         if not isinstance(logits, Tensor):
             raise InputError(f"the network returns a {type(logits).__name__}, not one tensor of logits")
@@ -145,53 +152,6 @@ def _eval_batch(images: Source) -> int:
 
 
 @dataclass
-class Totals:
-    """Sums over an epoch, on the device: reading them is a host-device sync."""
-
-    loss: Tensor
-    correct: Tensor
-    images: int = 0
-    first_loss: float = math.nan
-
-    @classmethod
-    def zeros(cls, device: torch.device) -> Totals:
-        return cls(*torch.zeros(2, device=device))
-
-    def add(self, loss: Tensor, logits: Tensor, batch: Batch) -> None:
-        self.images += len(batch.images)
-        self.loss += loss.detach() * len(batch.images)
-        self.correct += (logits.detach().argmax(1) == batch.classes()).sum()
-
-    def mean_loss(self) -> float:
-        value = self.loss.item() / self.images
-        if not math.isfinite(value):
-            raise DivergedError("the training loss is no longer finite; lower optim.lr, or set optim.clip")
-        return value
-
-
-@dataclass
-class Progress:
-    """How far a run has come: `phase` of its plan, whether that has `begun`, its `epoch`s and the `step`s of the next
-    one that are done, the sums over those steps, seconds spent in the phase, the best so far.
-    """
-
-    phase: int = 0
-    begun: bool = False
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    totals: Totals | None = None
-    best_top1: float = -math.inf
-    best_of_phase: float = -math.inf
-    best_weights: dict[str, Tensor] | None = None
-
-    def next_phase(self) -> None:
-        self.phase += 1
-        self.begun, self.epoch, self.seconds = False, 0, 0.0
-        self.best_of_phase, self.best_weights = -math.inf, None
-
-
-@dataclass
 class Training:
     """Everything the loop works on.
 
@@ -199,7 +159,7 @@ class Training:
     differ in it, and a teacher may be the network as it is then. `val` None means that nothing was held
     out to choose by. `restarted` names the blocks that restart; None is all. `wrapped` is the network as training
     calls it, compiled for one; None is the network itself. `ema`: a weight average that is scored in its stead.
-    `accumulate`: how many batches an update takes.
+    `accumulate`: how many batches an update takes. `stop` is asked wherever the run may take long without an event.
     """
 
     model: nn.Module
@@ -219,6 +179,7 @@ class Training:
     ema: ModelEmaV3 | None = None
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     progress: Progress = field(default_factory=Progress)
+    stop: Callable[[], bool] = bool
 
     @property
     def called(self) -> nn.Module:
@@ -235,7 +196,7 @@ def fit(run: Training) -> Iterator[Event]:
     """Train through the plan, from where `run.progress` stands. The caller logs and saves from the events; the model is
     trained in place.
 
-    Raises DivergedError when the loss stops being finite.
+    Raises DivergedError when the loss or a gradient stops being finite, StoppedError when `run.stop` says so.
     """
     for phase in run.plan[run.progress.phase :]:
         task = run.task_of(phase)
@@ -247,15 +208,16 @@ def fit(run: Training) -> Iterator[Event]:
         if run.progress.best_weights is not None:
             for model in {run.model, run.scored}:
                 model.load_state_dict(run.progress.best_weights)
-        yield _end(run, phase)
+        end = _end(run, phase)
         run.progress.next_phase()
+        yield end
 
 
 def _epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
     """Train and score an epoch. Its event comes with a `progress` from which the next one would begin."""
     progress, began = run.progress, time.perf_counter()
     result = yield from _train_epoch(run, phase, task)
-    score = evaluate(run.scored, run.val) if run.val else None
+    score = evaluate(run.scored, run.val, run.stop) if run.val else None
     best = score is not None and score.top1 > progress.best_top1
     if best:
         progress.best_top1 = score.top1
@@ -281,7 +243,7 @@ def _keep_best(run: Training, phase: Phase, score: Score | None) -> None:
     """Keep the weights that the next phase starts from, where those are not the last."""
     if phase.start_from == "last":
         return
-    judged = evaluate(run.scored, run.test) if phase.start_from == "best-test" else score
+    judged = evaluate(run.scored, run.test, run.stop) if phase.start_from == "best-test" else score
     if judged.top1 > run.progress.best_of_phase:
         run.progress.best_of_phase = judged.top1
         run.progress.best_weights = {name: value.clone() for name, value in run.scored.state_dict().items()}
@@ -289,8 +251,8 @@ def _keep_best(run: Training, phase: Phase, score: Score | None) -> None:
 
 def _end(run: Training, phase: Phase) -> CycleEnd:
     began = time.perf_counter()
-    val = evaluate(run.scored, run.val) if run.val else None
-    test = evaluate(run.scored, run.test)
+    val = evaluate(run.scored, run.val, run.stop) if run.val else None
+    test = evaluate(run.scored, run.test, run.stop)
     seconds = run.progress.seconds + time.perf_counter() - began
     return CycleEnd(phase.cycle, val.top1 if val else None, test.top1, test.top5, test.loss, seconds)
 
@@ -300,16 +262,17 @@ def _end(run: Training, phase: Phase) -> CycleEnd:
 
 def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
     """Before a cycle the restart, watched from outside."""
-    run.progress.begun = True
     if phase.cycle == 0:
+        run.progress.begun = True
         return CycleStart(0)
-    began = time.perf_counter()
+    run.progress.whole, began = False, time.perf_counter()
     before = _look(run, phase, task)
     report = _restart(run, phase) if phase.restarts else anneal.RestartReport(blocks=0)
     optim.zero_momentum(run.optimizer)
     if run.ema:
         run.ema.set(run.model)
     after = _look(run, phase, task)
+    run.progress.begun = run.progress.whole = True
     run.progress.seconds = time.perf_counter() - began
     return CycleStart(
         cycle=phase.cycle,
@@ -335,7 +298,7 @@ def _look(run: Training, phase: Phase, task: Task) -> _Look:
     """Validation top-1, the loss of a first batch in train mode (of a copy: it would move statistics), its logits."""
     batch = next(run.train.training_batches(max(run.batch_size, LOOK_IMAGES), run.seed, phase.data_cycle(), 1))
     loss, _ = task(copy.deepcopy(run.model).train(), batch)
-    top1 = evaluate(run.model, run.val).top1 if run.val else None
+    top1 = evaluate(run.model, run.val, run.stop).top1 if run.val else None
     return _Look(top1, loss.item(), run.model.eval()(batch.images))
 
 
@@ -356,6 +319,8 @@ def _restart(run: Training, phase: Phase) -> anneal.RestartReport:
 def _calibration_images(run: Training, cycle: int, count: int) -> Iterator[Tensor]:
     """`count` augmented training images, or as many as there are, drawn for this cycle."""
     for batch in run.train.training_batches(_eval_batch(run.train), run.seed, cycle, 0):  # epochs count from 1
+        if run.stop():
+            raise StoppedError
         yield batch.images[:count]
         count -= len(batch.images)
         if count <= 0:
@@ -384,7 +349,8 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
     seen, began = totals.images, time.perf_counter()
     place = run.seed, phase.data_cycle(), epoch
     batches = run.train.training_batches(run.batch_size, *place, first=progress.step)
-    lr, rate = _position(phase, epoch - 1 + max(0, steps - 1) / steps)
+    last = (steps - 1) // run.accumulate * run.accumulate
+    lr, rate = _position(phase, epoch - 1 + last / steps)
     for group in _groups(batches, run.accumulate):
         elapsed = epoch - 1 + progress.step / steps
         lr, rate = _position(phase, elapsed)
@@ -395,6 +361,7 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
             totals.first_loss = totals.mean_loss()
         if progress.step // run.log_every > before // run.log_every or progress.step == steps:
             speed = (totals.images - seen) / (time.perf_counter() - began)
+            _check_scale(run)
             yield Step(phase.cycle, epoch, progress.step, totals.mean_loss(), lr, rate, speed)
         yield Updated(phase.cycle, epoch, progress.step)
     top1 = 100 * totals.correct.item() / totals.images
@@ -431,11 +398,20 @@ def _update(run: Training, phase: Phase, task: Task, group: list[Batch], elapsed
         optim.drop_trunk_gradients(run.optimizer)
     if run.scaler.is_enabled():
         run.scaler.unscale_(run.optimizer)
-    optim.clip_gradients(run.optimizer, phase.optim)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
+    norm = optim.clip_gradients(run.optimizer, phase.optim)
+    if run.scaler.is_enabled():
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    else:
+        run.progress.totals.broken += optim.step_if_finite(run.optimizer, norm)
     if run.ema:
         _average(run, phase, elapsed)
+
+
+def _check_scale(run: Training) -> None:
+    """The scaler halves the loss scale whenever a gradient overflows: from 2 ** 16, twenty times in a row."""
+    if run.scaler.is_enabled() and run.scaler.get_scale() < LEAST_SCALE:
+        raise DivergedError("gradients overflow in fp16 however the loss is scaled; set run.precision=bf16 or fp32")
 
 
 def _average(run: Training, phase: Phase, elapsed: float) -> None:

@@ -33,3 +33,13 @@ class InterruptedRunError(RepanError):
     """Ctrl-C."""
 
     exit_code = 130
+
+
+class PreemptedRunError(RepanError):
+    """A signal asked the run to stop; it can go on from what was saved."""
+
+    exit_code = 75
+
+
+class StoppedError(RepanError):
+    """The loop was asked to stop, between two updates."""

@@ -135,9 +135,34 @@ def drop_trunk_gradients(optimizer: torch.optim.Optimizer) -> None:
                 parameter.grad = None
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, optim: Optim) -> None:
-    """Scale gradients down to a total 2-norm of `optim.clip`, without a host-device sync; None leaves them."""
-    if optim.clip is None:
-        return
-    groups = [group for group in optimizer.param_groups if optim.clip_params == "all" or group["role"] == "weight"]
-    torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], optim.clip, foreach=True)
+def clip_gradients(optimizer: torch.optim.Optimizer, optim: Optim) -> Tensor:
+    """Scale gradients down to a total 2-norm of `optim.clip`, without a host-device sync; None leaves them.
+
+    Returns a number that is finite if and only if all gradients are: the sum of their norms.
+    """
+    clipped, others = [], []
+    for group in optimizer.param_groups:
+        chosen = clipped if optim.clip_params == "all" or group["role"] == "weight" else others
+        chosen += [p for p in group["params"] if p.grad is not None]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in some], foreach=True) for some in (clipped, others) if some]
+    if optim.clip is not None and clipped:
+        torch.nn.utils.clip_grads_with_norm_(clipped, optim.clip, norms[0], foreach=True)
+    return torch.stack(norms).sum()
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
+    """Make a step unless `norm` is not finite; returns whether it was left out, 0 or 1, on the device.
+
+    Fused SGD decides on the device; for others CPUs decide, and on GPUs their gradients become zeros.
+    """
+    broken = (~norm.isfinite()).float()
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, broken
+    elif norm.device.type == "cpu":
+        if broken.item():
+            return broken
+    else:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            parameter.grad.masked_fill_(broken.bool(), 0)
+    optimizer.step()
+    return broken

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,14 +17,27 @@ from pathlib import Path
 from typing import IO, Any
 
 import repan_cli
-from repan_cli.errors import InputError
+from repan_cli.errors import InputError, OutOfSpaceError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "typer", "rich")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it, rename it into place, and flush the folder."""
+    with temporary_file(path) as (file, name):
+        write(file)
+        flush(file)
+        name.replace(path)
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """A file beside `path`, open for writing, and its name; it is gone where something fails.
+
+    Raises OutOfSpaceError, with the bytes that are free, when the disk is full.
+    """
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
@@ -31,15 +46,51 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
     try:
         with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
+            Path(name).chmod(0o666 & ~_umask())
+            yield file, Path(name)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        if error.errno not in FULL:
+            raise
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
+        raise OutOfSpaceError(f"no space left to write {path}: {free}; free some, and resume") from None
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
+
+
+def flush(file: IO[bytes]) -> None:
+    """Onto the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _lock(path: Path) -> IO[str]:
+    """A lock that one process can hold, and that is free as soon as that process is gone, however it ended."""
+    file = path.open("a+", encoding="utf-8")
+    try:
+        _lock_file(file)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise InputError(f"the run directory {path.parent} is being written by {holder}: let it end first") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def _lock_file(file: IO[str]) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _umask() -> int:
@@ -57,17 +108,38 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-class RunDirectory:
-    """The folder of one run. Creating one that exists is an InputError."""
+LAST, PREVIOUS = "last.pt", "last_previous.pt"
+"""What a run goes on from: the newest state, and the one before it, for when that is damaged."""
 
-    def __init__(self, path: Path) -> None:
+
+class RunDirectory:
+    """The folder of one run, which one process at a time may write to; its lock goes with the process.
+
+    Creating one that exists is an InputError, and so is reopening one that is being written to.
+    """
+
+    def __init__(self, path: Path, *, reopen: bool = False) -> None:
         self.path = path
+        if not reopen:
+            self._create()
+        self._lock = _lock(path / ".lock")
+
+    def _create(self) -> None:
         try:
-            path.mkdir(parents=True)
+            self.path.mkdir(parents=True)
         except FileExistsError:
-            raise InputError(existing(path)) from None
+            raise InputError(existing(self.path)) from None
         except OSError as error:
-            raise InputError(f"cannot create the run directory {path}: {error.strerror}") from None
+            raise InputError(f"cannot create the run directory {self.path}: {error.strerror}") from None
+
+    def replace_last(self, write: Callable[[IO[bytes]], None]) -> None:
+        """Write a new last.pt and keep the one that was as last_previous.pt: at every moment one of them is whole."""
+        with temporary_file(self.path / LAST) as (file, name):
+            write(file)
+            flush(file)
+            with contextlib.suppress(FileNotFoundError):  # there is none yet
+                (self.path / LAST).replace(self.path / PREVIOUS)
+            name.replace(self.path / LAST)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -84,7 +156,23 @@ class RunDirectory:
 
 
 def existing(path: Path) -> str:
-    return f"the run directory {path} exists already; nothing was touched, give another --out"
+    mend = f"go on with --resume {path}, or give another --out" if (path / LAST).exists() else "give another --out"
+    return f"the run directory {path} exists already; nothing was touched: {mend}"
+
+
+def find(command: str, name: str) -> Path:
+    """The run directory that `--resume NAME` means: a folder, a file in it, or the latest of the command."""
+    if name == "latest":
+        found = sorted(Path("runs", command).glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise InputError(f"no run of 'repan {command}' under {Path('runs', command)}: name its directory")
+        return found[-1].parent
+    path = Path(name).parent if Path(name).is_file() else Path(name)
+    if not path.is_dir():
+        raise InputError(f"no run directory {path} to resume")
+    if not (path / "config.yaml").exists():
+        raise InputError(f"{path} is no run directory: it holds no config.yaml")
+    return path
 
 
 def check_free(path: str | None) -> None:

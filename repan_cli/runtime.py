@@ -6,7 +6,9 @@ import hashlib
 import os
 import platform
 import resource
+import signal
 import sys
+import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,37 @@ def key(*parts: int | str) -> int:
 def generator(*parts: int | str) -> torch.Generator:
     """A CPU generator seeded by position: the same draws whatever ran before."""
     return torch.Generator().manual_seed(key(*parts))
+
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class StopSignals:
+    """While it is entered, SIGINT, SIGTERM and SIGUSR1 ask the run to stop; a second SIGINT raises KeyboardInterrupt.
+
+    Calling it says whether one has come; `received` is the first.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # others cannot take signals
+            self._before = {number: signal.signal(number, self._take) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or number
+
+    def __call__(self) -> bool:
+        return self.received is not None
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ class Csv:
     def log(self, record: Mapping[str, Any]) -> None:
         if self.writer is None:
             self.writer = csv.DictWriter(self.file, list(record))
-            self.writer.writeheader()
+            if self.file.tell() == 0:
+                self.writer.writeheader()
         self.writer.writerow(record)
         self.file.flush()
 
@@ -50,5 +51,22 @@ class Csv:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The records of a metrics.jsonl; a last line that a kill cut off is none."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def rewind(folder: Path, cycle: int, epoch: int) -> None:
+    """Take out what metrics.jsonl and metrics.csv hold from beyond an epoch: a resumed run makes it again."""
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if (r["cycle"], r["epoch"]) <= (cycle, epoch)]
+    for name, kind in (("metrics.jsonl", JsonLines), ("metrics.csv", Csv)):
+        (folder / name).unlink(missing_ok=True)
+        tracker = kind(folder / name)
+        for record in records:
+            tracker.log(record)
+        tracker.close()

@@ -19,7 +19,7 @@ ROWS = [
     ["config"],
     ["blocks", "runtime", "console", "trackers", "runs", "plots"],
     ["tasks", "teacher", "optim", "checkpoint", "models", "data", "export"],
-    ["engine", "anneal"],
+    ["engine", "anneal", "state"],
     ["commands"],
     ["cli"],
 ]

@@ -158,6 +158,20 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
     return Network(model, name, expansion, saved.meta["structure"]["native"], True, False)
 
 
+def again(config: Config, dataset: Dataset, saved: Checkpoint) -> Network:
+    """The network of a run that goes on. Raises InputError when the data are no longer those of the run."""
+    check_classes("the run", saved.meta["classes"], dataset)
+    if saved.meta["labels_digest"] != dataset.labels_digest:
+        raise InputError(
+            f"the images of {dataset.name} are not those that the run began with: some came, went or moved"
+        )
+    model = models.blank(saved.meta, "the run", config.model.name)
+    checkpoint.load_weights(model, saved, "the run")
+    native = saved.meta["structure"]["native"]
+    expansion = Expansion.from_meta(saved.meta)
+    return Network(model, config.model.name, expansion, native, saved.meta["finished"], False)
+
+
 def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -> None:
     """The weights to start from must be of this network and these classes, in a form that trains."""
     meta, source = saved.meta, config.model.init

@@ -12,6 +12,7 @@ Only then does `train` create the run directory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch import nn
 
 import repan_cli
 from repan_cli import anneal, engine, models, runs, runtime
-from repan_cli.commands.network import Network, build, named, restarted, safe_precision
+from repan_cli.checkpoint import Checkpoint
+from repan_cli.commands.network import Network, again, build, named, restarted, safe_precision
 from repan_cli.commands.tasks_of import TaskOf
 from repan_cli.config import Config, Ema, Resolved, flatten, refuse
 from repan_cli.console import warn
@@ -30,6 +32,7 @@ from repan_cli.data.source import Source
 from repan_cli.data.sources import plain_source, training_source
 from repan_cli.models import user_file
 from repan_cli.optim import SCHEDULES, build_optimizer
+from repan_cli.state import restore
 
 
 @dataclass(frozen=True)
@@ -65,27 +68,49 @@ class Session:
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
             "split_digest": self.dataset.split_digest,
+            "labels_digest": self.dataset.labels_digest,
+            "surroundings": surroundings(self.training.runtime),
             "teachers": dict(self.training.task_of.digests),
             "config": flatten(self.config, cycles=self.command == "cycle"),
             **position,
         }
 
 
-def prepare(command: str, resolved: Resolved) -> Session:
-    """Build everything that a run needs, without writing anything. Raises InputError for what cannot be used."""
+def prepare(
+    command: str, resolved: Resolved, *, saved: Checkpoint | None = None, folder: Path | None = None
+) -> Session:
+    """Build everything that a run needs, without writing anything; one that goes on is in the state that was `saved` in
+    its `folder`. Raises InputError for what cannot be used.
+    """
     config = resolved.config
-    runs.check_free(config.run.out)
+    if saved is None:
+        runs.check_free(config.run.out)
     machine = runtime.start(config.run.device, config.run.precision, channels_last=config.run.channels_last)
     dataset = load_dataset(config)
-    network = build(command, config, dataset)
+    network = build(command, config, dataset) if saved is None else again(config, dataset, saved)
     if network.finished:
         refuse(resolved.given, ("baseline.",), "has no effect here: the weights that were given are the baseline")
     machine = safe_precision(machine, network, dataset, chosen=config.run.precision)
     network.model.to(machine.device, memory_format=machine.memory_format)
     config = named(config, network)
     training = _training(command, config, dataset, network, machine)
-    start = _score_start(training) if network.finished else None
+    if saved is not None:
+        training.task_of.folder = folder
+        restore(training, saved.state, saved.meta["progress"])
+        start = saved.meta["begun"]["summary"]["baseline"] if network.finished else None
+    else:
+        start = _score_start(training) if network.finished else None
     return Session(command, config, dataset, network, training, start)
+
+
+def surroundings(machine: runtime.Runtime) -> dict[str, Any]:
+    """What the last bits of a run may depend on beside its settings."""
+    return {
+        "torch": str(torch.__version__),
+        "device": machine.device.type,
+        "threads": torch.get_num_threads(),
+        "precision": machine.precision,
+    }
 
 
 def load_dataset(config: Config) -> Dataset:

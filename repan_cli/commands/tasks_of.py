@@ -40,14 +40,14 @@ class Found:
 
 class TaskOf:
     """Gives each phase its task. A teacher is built once, with one cache of its logits for all its phases; the teacher
-    `previous` is the network as the phase finds it, merged.
+    `previous` is the network that the cycle before left, merged.
 
-    `folder` is where a cache goes that does not fit in memory.
+    `folder` is the run's: there that network is saved, and there a cache goes that does not fit in memory.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, train: Source, machine: Runtime) -> None:
         self.model, self.dataset, self.train, self.machine = model, dataset, train, machine
-        self.folder = Path(tempfile.gettempdir())
+        self.folder: Path | None = None
         self.digests: dict[str, str] = {}
         self._teachers: dict[config.Teacher, LogitCache | Teacher] = {}
 
@@ -62,20 +62,24 @@ class TaskOf:
         settings = phase.teacher
         if settings.name is None:
             return hard
-        return Distillation(hard, self._teacher(settings), settings.alpha, settings.temperature)
+        return Distillation(hard, self._teacher(settings, phase.cycle), settings.alpha, settings.temperature)
 
-    def _teacher(self, settings: config.Teacher) -> LogitCache | Teacher:
+    def _teacher(self, settings: config.Teacher, cycle: int = 0) -> LogitCache | Teacher:
         settings = dataclasses.replace(settings, alpha=0.5, temperature=1.0)  # which its logits do not depend on
         if settings.name == config.PREVIOUS:
             self._teachers.pop(settings, None)
         if settings not in self._teachers:
-            found = self._previous() if settings.name == config.PREVIOUS else find(settings, self.dataset)
+            found = self._previous(cycle) if settings.name == config.PREVIOUS else find(settings, self.dataset)
             self.digests[settings.name] = found.digest
             self._teachers[settings] = self._ready(found, settings)
         return self._teachers[settings]
 
-    def _previous(self) -> Found:
+    def _previous(self, cycle: int) -> Found:
+        """From its file, where there is a run: in one that goes on the network has changed since."""
         model = copy.deepcopy(self.model).cpu().float()
+        if self.folder is not None:
+            file = self.folder / f"cycle_{cycle - 1:02d}.pt"
+            checkpoint.load_weights(model, checkpoint.load(file), str(file))
         return Found(model, self._student, checkpoint.capture(model, {}).digest())
 
     @property
@@ -93,7 +97,9 @@ class TaskOf:
                 raise InputError(f"teacher.cache=views: with {why} no view comes twice; set teacher.cache=none")
             return teacher
         shape = (self.train.count, self.train.view_count, len(self.dataset.classes))
-        return LogitCache(teacher, lambda: allocate(shape, self.machine.device, self.folder))
+        return LogitCache(
+            teacher, lambda: allocate(shape, self.machine.device, self.folder or Path(tempfile.gettempdir()))
+        )
 
 
 def merged(found: Found, channels: int) -> nn.Module:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import time
+import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ from repan_cli import anneal, checkpoint, engine, export, models, plots, runs, r
 from repan_cli.checkpoint import Checkpoint
 from repan_cli.commands.network import describe_blocks
 from repan_cli.commands.prepare import Session, prepare
+from repan_cli.commands.record import Record, chosen_file
 from repan_cli.config import Resolved, dump
 from repan_cli.console import Display, count, duration, percent, sparkline
 from repan_cli.data.source import Source
 from repan_cli.data.streaming import StreamedImages
-from repan_cli.errors import InputError, InterruptedRunError
-from repan_cli.trackers import Csv, JsonLines, read_metrics
+from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError, StoppedError
+from repan_cli.trackers import read_metrics
 
 
 def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
-    """Prepare, train, merge, and report. Raises InterruptedRunError on Ctrl-C, with what there is saved."""
-    began = time.perf_counter()
+    """Prepare, train, merge, and report."""
     session = prepare(command, resolved)
     config = session.config
     names = (config.model.name, config.block.name, config.data.name)
@@ -33,38 +34,75 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
     session.training.task_of.folder = folder.path
     folder.write_text("config.yaml", dump(config, cycles=command == "cycle"))
     folder.write_json("env.json", {**runs.software(), **runtime.describe_machine(session.training.runtime)})
-    epochs = {phase.cycle: phase.epochs for phase in session.training.plan}
-    display = Display(epochs=epochs, steps=session.training.train.steps(config.data.batch_size), log=folder / "log.txt")
+    carry_out(session, folder, resolved, as_json=as_json)
+
+
+def carry_out(
+    session: Session,
+    folder: runs.RunDirectory,
+    resolved: Resolved,
+    *,
+    begun: Mapping[str, Any] | None = None,
+    as_json: bool,
+) -> None:
+    """Train and report, from the start or, with what a run had `begun`, from where it stopped.
+
+    Raises InterruptedRunError on Ctrl-C and PreemptedRunError when another signal asks to stop, with everything saved.
+    """
+    training = session.training
+    epochs = {phase.cycle: phase.epochs for phase in training.plan}
+    steps = training.train.steps(session.config.data.batch_size)
+    display = Display(epochs=epochs, steps=steps, log=folder / "log.txt")
     display.facts(_header(session, resolved, folder))
+    record = Record(session, folder, begun)
     try:
-        summary = _train(session, folder, display)
-        _finish(session, folder, display, summary, began)
-    except KeyboardInterrupt:
-        folder.status("interrupted")
-        _draw(session, folder, display)
-        display.say("interrupted")
-        raise InterruptedRunError(_left_behind(session, folder)) from None
-    except Exception:
+        with runtime.StopSignals() as signals:
+            _train(session, record, display, signals, fresh=begun is None)
+        _finish(session, folder, display, record)
+    except (KeyboardInterrupt, StoppedError):
+        raise _stopped(session, folder, display, signals) from None
+    except BaseException as error:
         with contextlib.suppress(OSError):  # the disk may be what failed
-            folder.status("failed")
+            folder.status("diverged" if isinstance(error, DivergedError) else "failed")
         raise
     finally:
+        record.close()
         display.close()
     if as_json:
-        print(json.dumps(summary))
+        print(json.dumps(record.summary))
 
 
-def _left_behind(session: Session, folder: runs.RunDirectory) -> str:
-    """What there is to go on with after Ctrl-C."""
-    last = folder / "last.pt"
-    if not last.exists():
-        return f"interrupted before the first epoch was done; {folder.path} holds no checkpoint"
-    text = f"interrupted; {last} is its last whole epoch"
-    if session.command != "cycle":
-        return f"{text}, a new run starts from its weights with model.init={last}"
-    if session.start is None and not (folder / "cycle_00.pt").exists():
-        return f"{text}, of an unfinished baseline; --init {last} would go straight to the cycles"
-    return f"{text}, new cycles start from it with --init {last}"
+def _train(session: Session, record: Record, display: Display, signals: runtime.StopSignals, *, fresh: bool) -> None:
+    """Train through the plan and note what happens. Raises StoppedError when a signal asks to, with the state saved."""
+    session.training.stop = signals
+    if fresh:
+        record.open()
+    try:
+        with display:
+            for event in engine.fit(session.training):
+                record.take(event)
+                if not isinstance(event, engine.Updated):
+                    display.show(event)
+                if signals():
+                    raise StoppedError
+    except StoppedError:
+        if session.training.progress.whole:  # in the middle of a restart what the last epoch saved is the state
+            record.save_last()
+        raise
+
+
+def _stopped(
+    session: Session, folder: runs.RunDirectory, display: Display, signals: runtime.StopSignals
+) -> InterruptedRunError | PreemptedRunError:
+    """Leave the run so that it can go on, and say how."""
+    asked = signals.received not in (None, signal.SIGINT)
+    folder.status("preempted" if asked else "interrupted")
+    _draw(session, folder, display)
+    own = f" --model {session.own_network}" if session.own_network else ""
+    how = f"go on with: repan {session.command} --resume {folder.path}{own}"
+    if asked:
+        return PreemptedRunError(f"stopped by {signal.Signals(signals.received).name}, everything is saved; {how}")
+    return InterruptedRunError(f"interrupted, everything is saved; {how}")
 
 
 def _header(session: Session, resolved: Resolved, folder: runs.RunDirectory) -> dict[str, str]:
@@ -122,83 +160,12 @@ def _describe_plan(plan: tuple[anneal.Phase, ...]) -> str:
     return "; ".join(parts)
 
 
-def _train(session: Session, folder: runs.RunDirectory, display: Display) -> dict[str, Any]:
-    """Train through the plan, saving after every epoch; returns the summary so far."""
-    trackers = [JsonLines(folder / "metrics.jsonl"), Csv(folder / "metrics.csv")]
-    summary = _new_summary(session)
-    starts: dict[int, engine.CycleStart] = {}
-    if session.start and session.start["top1"] is not None:  # where the run begins competes for the best, too
-        session.training.progress.best_top1 = session.start["top1"]
-        _save(session, folder / "best.pt", 0, None, session.start)
-    try:
-        with display:
-            for event in engine.fit(session.training):
-                if isinstance(event, engine.Updated):
-                    continue
-                display.show(event)
-                if isinstance(event, engine.CycleStart):
-                    starts[event.cycle] = event
-                elif isinstance(event, engine.Epoch):
-                    for tracker in trackers:
-                        tracker.log(dataclasses.asdict(event))
-                    _save_epoch(session, folder, event)
-                elif isinstance(event, engine.CycleEnd):
-                    if session.command == "cycle":
-                        _save(session, folder / f"cycle_{event.cycle:02d}.pt", event.cycle, None, _metrics(event))
-                    _note_cycle(summary, starts[event.cycle], event)
-    finally:
-        for tracker in trackers:
-            tracker.close()
-    return summary
-
-
-def _new_summary(session: Session) -> dict[str, Any]:
-    config = session.config
-    return {
-        "command": session.command,
-        "model": config.model.name,
-        "block": config.block.name,
-        "dataset": config.data.name,
-        "seed": config.run.seed,
-        "baseline": session.start,
-        "cycles": [],
-    }
-
-
-def _note_cycle(summary: dict[str, Any], start: engine.CycleStart, end: engine.CycleEnd) -> None:
-    row = {"top1": end.top1, "test_top1": end.test_top1, "seconds": end.seconds}
-    if end.cycle == 0:
-        summary["baseline"] = row
-        return
-    watched = ("top1_before", "top1_after_restart", "loss_before", "loss_after_restart", "logit_error")
-    before = {name: getattr(start, name) for name in watched}
-    summary["cycles"].append({"cycle": end.cycle, **before, **row})
-
-
-def _metrics(event: engine.Epoch | engine.CycleEnd) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(event).items() if name not in ("cycle", "epoch", "best")}
-
-
-def _save_epoch(session: Session, folder: runs.RunDirectory, event: engine.Epoch) -> None:
-    if event.best:
-        _save(session, folder / "best.pt", event.cycle, event.epoch, _metrics(event))
-    _save(session, folder / "last.pt", event.cycle, event.epoch, _metrics(event))
-    folder.status("running", cycle=event.cycle, epoch=event.epoch)
-
-
-def _save(session: Session, path: Path, cycle: int, epoch: int | None, metrics: dict[str, Any]) -> None:
-    meta = session.meta(cycle=cycle, epoch=epoch, metrics=metrics)
-    checkpoint.save(checkpoint.capture(session.training.scored, meta), path)
-
-
 # ---------------------------------------------------------------------------------------------- the end
 
 
-def _finish(
-    session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any], began: float
-) -> None:
+def _finish(session: Session, folder: runs.RunDirectory, display: Display, record: Record) -> None:
     """Measure the network that validation chose, merge it, write summary and picture, say where everything is."""
-    source = folder / ("best.pt" if (folder / "best.pt").exists() else "last.pt")
+    source, summary = chosen_file(folder.path), record.summary
     chosen = checkpoint.load(source)
     model = models.rebuild(chosen, str(source), session.own_network)
     summary["chosen"] = {"file": source.name, "cycle": chosen.meta["cycle"], "epoch": chosen.meta["epoch"]}
@@ -207,7 +174,7 @@ def _finish(
         summary["fused"] = _fuse(session, folder, chosen, model)
     except InputError as error:  # a network without anything to merge
         display.say(f"no fused.pt: {error}")
-    summary["seconds"] = time.perf_counter() - began
+    summary["seconds"] = record.seconds
     folder.write_json("summary.json", summary)
     folder.status("done")
     _draw(session, folder, display)

@@ -126,6 +126,12 @@ class Dataset:
     split_digest: str
 
     @property
+    def labels_digest(self) -> str:
+        """SHA-256 over the labels of all parts, in order."""
+        parts = (part.labels.tobytes() for part in (self.train, self.val, self.test) if part is not None)
+        return hashlib.sha256(b"|".join(parts)).hexdigest()
+
+    @property
     def channels(self) -> int:
         return len(self.mean)
 

@@ -80,7 +80,7 @@ def _seed(key: int) -> None:
 
 def _ignore_signals(worker: int) -> None:
     """The main process decides when a run stops: its workers must not die first."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in runtime.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 

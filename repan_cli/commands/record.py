@@ -1,0 +1,128 @@
+"""What a run leaves in its directory while it goes on: metrics, checkpoints, the state to go on from, the summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from repan_cli import checkpoint, engine, runs
+from repan_cli.commands.prepare import Session
+from repan_cli.state import snapshot
+from repan_cli.trackers import Csv, JsonLines, rewind
+
+WATCHED = ("top1_before", "top1_after_restart", "loss_before", "loss_after_restart", "logit_error")
+
+
+class Record:
+    """Takes the events of a run. `begun` is what a resumed run had noted, from its last.pt."""
+
+    def __init__(self, session: Session, folder: runs.RunDirectory, begun: Mapping[str, Any] | None = None) -> None:
+        self.session, self.folder = session, folder
+        self.began, self.unsaved = time.perf_counter(), 0
+        begun = begun or {"summary": _new_summary(session), "start": {}, "epoch": {}, "seconds": 0.0}
+        self.summary, self.start, self.epoch = begun["summary"], begun["start"], begun["epoch"]
+        self.seconds_before = begun["seconds"]
+        rewind(folder.path, *self.position())
+        self.trackers = [JsonLines(folder / "metrics.jsonl"), Csv(folder / "metrics.csv")]
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time in which it stood still."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def position(self) -> tuple[int, int]:
+        """The cycle, and how many of its epochs are done."""
+        plan, progress = self.session.training.plan, self.session.training.progress
+        return plan[min(progress.phase, len(plan) - 1)].cycle, progress.epoch if progress.phase < len(plan) else 10**9
+
+    def open(self) -> None:
+        """What there is before the first step: the weights that a run of cycles begins with, and a first state."""
+        session = self.session
+        if session.start:
+            if session.start["top1"] is not None:  # where the run begins competes for the best, too
+                session.training.progress.best_top1 = session.start["top1"]
+                self._save("best.pt", 0, None, session.start)
+            if session.command == "cycle":
+                self._save("cycle_00.pt", 0, None, session.start)
+        self.save_last()
+
+    def take(self, event: engine.Event) -> None:
+        if isinstance(event, engine.CycleStart):
+            self.start = dataclasses.asdict(event)
+        elif isinstance(event, engine.Updated):
+            self.unsaved += 1
+            if self.unsaved == self.session.config.run.save_every:
+                self.save_last()
+        elif isinstance(event, engine.Epoch):
+            self._take_epoch(event)
+        elif isinstance(event, engine.CycleEnd):
+            self._take_end(event)
+
+    def _take_epoch(self, event: engine.Epoch) -> None:
+        self.epoch = _metrics(event)
+        if event.best:
+            self._save("best.pt", event.cycle, event.epoch, self.epoch)
+        self.save_last()
+        for tracker in self.trackers:
+            tracker.log(dataclasses.asdict(event))
+        self.folder.status("running", cycle=event.cycle, epoch=event.epoch)
+
+    def _take_end(self, event: engine.CycleEnd) -> None:
+        row = {"top1": event.top1, "test_top1": event.test_top1, "seconds": event.seconds}
+        if event.cycle == 0:
+            self.summary["baseline"] = row
+        else:
+            before = {name: self.start[name] for name in WATCHED}
+            self.summary["cycles"].append({"cycle": event.cycle, **before, **row})
+        if self.session.command == "cycle":
+            self._save(f"cycle_{event.cycle:02d}.pt", event.cycle, None, _metrics(event))
+        self.save_last()
+
+    def save_last(self) -> None:
+        """The weights and everything else that the run needs to go on from here. Raises DivergedError instead when an
+        update since the last save was not finite.
+        """
+        training = self.session.training
+        if training.progress.totals is not None and training.progress.totals.images:
+            training.progress.totals.mean_loss()
+        tensors, plain = snapshot(training)
+        cycle, epoch = self.position()
+        begun = {"summary": self.summary, "start": self.start, "epoch": self.epoch, "seconds": self.seconds}
+        meta = self.session.meta(cycle=cycle, epoch=min(epoch, training.plan[-1].epochs), metrics=self.epoch)
+        meta |= {"progress": plain, "begun": begun, "finished": self.session.start is not None}
+        content = checkpoint.capture(training.scored, meta)
+        checkpoint.save_last(dataclasses.replace(content, state=tensors), self.folder)
+        self.unsaved = 0
+
+    def _save(self, name: str, cycle: int, epoch: int | None, metrics: Mapping[str, Any]) -> None:
+        meta = self.session.meta(cycle=cycle, epoch=epoch, metrics=dict(metrics))
+        checkpoint.save(checkpoint.capture(self.session.training.scored, meta), self.folder / name)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def _metrics(event: engine.Epoch | engine.CycleEnd) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(event).items() if name not in ("cycle", "epoch", "best")}
+
+
+def _new_summary(session: Session) -> dict[str, Any]:
+    config = session.config
+    return {
+        "command": session.command,
+        "model": config.model.name,
+        "block": config.block.name,
+        "dataset": config.data.name,
+        "seed": config.run.seed,
+        "baseline": session.start,
+        "cycles": [],
+    }
+
+
+def chosen_file(folder: Path) -> Path:
+    """The checkpoint that validation chose, or the last one where nothing was held out."""
+    return next(path for path in (folder / "best.pt", folder / runs.LAST) if path.exists())
