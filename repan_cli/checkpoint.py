@@ -2,7 +2,8 @@
 
 A checkpoint is weights by name and a description (`meta`) that is enough to rebuild the network. As `.pt` it is a
 dictionary that `torch.load(weights_only=True)` reads, as `.safetensors` the description travels in the header. Both
-carry a SHA-256 over names, dtypes, shapes, bytes and description, and are refused when it does not match.
+carry a SHA-256 over names, dtypes, shapes, bytes and description, and one over the file itself, and are refused when
+either does not match.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import pickle
+import pickletools
 import sys
-from collections.abc import Collection, Mapping
+import warnings
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import safetensors
@@ -38,6 +43,16 @@ PLAIN_TYPES = [
 """What trainers save beside weights and what is no code: attributes, and numbers of numpy's."""
 
 CONTENT = {"version": int, "digest": str, "meta": dict, "weights": dict, "state": dict}
+DESCRIBED = {"model": str, "form": str, "classes": (list, tuple), "in_chans": int, "structure": dict, "config": dict}
+"""The kinds of what a description may hold, for files that were made up."""
+
+MOST_TEXT = 2**21
+"""Bytes of a description, a pickle or a header, enough for 20,000 tensors: longer ones are made to fill the memory."""
+
+SEAL, DIGITS = b"repan sha256 ", 64
+"""What stands in front of the SHA-256 of all other bytes of a file, and how many digits that has. It is the comment of
+a `.pt` archive, at the end, and the first value in the header of a `.safetensors` file."""
+
 MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
 
 
@@ -93,13 +108,37 @@ def _as_pt(checkpoint: Checkpoint) -> bytes:
     buffer = io.BytesIO()
     header = {"format": "repan", "version": FORMAT, "digest": checkpoint.digest()}
     torch.save({**header, "meta": checkpoint.meta, "weights": checkpoint.weights, "state": checkpoint.state}, buffer)
-    return buffer.getvalue()
+    buffer.seek(-2, os.SEEK_END)  # the length of the archive's comment
+    buffer.write((len(SEAL) + DIGITS).to_bytes(2, "little") + SEAL)
+    return _sealed(buffer, buffer.tell())
 
 
 def _as_safetensors(checkpoint: Checkpoint) -> bytes:
-    header = {"version": FORMAT, "digest": checkpoint.digest(), "meta": checkpoint.meta}
+    seal = SEAL.decode() + "0" * DIGITS
+    header = {"seal": seal, "version": FORMAT, "digest": checkpoint.digest(), "meta": checkpoint.meta}
     # one entry only: safetensors writes several in random order, and equal content must give equal bytes
-    return safetensors.torch.save(checkpoint.weights, {"repan": json.dumps(header)})
+    buffer = io.BytesIO(safetensors.torch.save(checkpoint.weights, {"repan": json.dumps(header)}))
+    return _sealed(buffer, buffer.getvalue().index(SEAL) + len(SEAL))
+
+
+def _sealed(buffer: io.BytesIO, place: int) -> bytes:
+    """The file with the digits of its SHA-256 at their place."""
+    digits = _sum_around(buffer, place)
+    buffer.seek(place)
+    buffer.write(digits)
+    return buffer.getvalue()
+
+
+def _sum_around(file: IO[bytes], place: int) -> bytes:
+    """The digits of the SHA-256 of all bytes but those where these digits stand."""
+    total = hashlib.sha256()
+    file.seek(0)
+    while part := file.read(min(2**20, place - file.tell())):
+        total.update(part)
+    file.seek(place + DIGITS)
+    while part := file.read(2**20):
+        total.update(part)
+    return total.hexdigest().encode()
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -122,23 +161,81 @@ def load_any(path: str | Path) -> Checkpoint | dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no checkpoint {path}" + (": it is a folder; name a file in it" if path.is_dir() else ""))
+    try:
+        sealed = _check_seal(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     if not isinstance(content, Mapping) or content.get("format") != "repan":
         return _foreign_weights(content, path)
+    checkpoint = _verified(content, path)
+    if not sealed:  # it was lost, or another program wrote the file again
+        raise InputError(f"{path} is damaged: the check sum of the file is missing; use another copy")
+    return checkpoint
+
+
+def _check_seal(path: Path) -> bool:
+    """Whether the file carries a check sum. Raises InputError when it is not that of its bytes."""
+    with path.open("rb") as file:
+        if path.suffix != ".safetensors":
+            file.seek(max(0, path.stat().st_size - len(SEAL) - DIGITS))
+        start, part = file.tell(), file.read(256)
+        if SEAL not in part:
+            return False
+        place = start + part.index(SEAL) + len(SEAL)
+        expected = _sum_around(file, place)
+        file.seek(place)
+        if file.read(DIGITS) != expected:
+            raise InputError(f"{path} is damaged: its bytes do not match its check sum; use another copy")
+        return True
+
+
+def _verified(content: Mapping[str, Any], path: Path) -> Checkpoint:
+    version = content.get("version")
+    if isinstance(version, int) and version > FORMAT:
+        raise InputError(f"{path} was written by a newer repan: upgrade this one")
     if not all(isinstance(content.get(name), kind) for name, kind in CONTENT.items()):
         raise InputError(f"{path} is damaged: parts of it are missing; use another copy")
-    if content["version"] > FORMAT:
-        raise InputError(f"{path} was written by a newer repan: upgrade this one")
     checkpoint = Checkpoint(content["weights"], content["meta"], content["state"])
+    if not (_are_plain({**checkpoint.weights, **checkpoint.state}, path) and _is_description(checkpoint.meta)):
+        raise InputError(f"{path} is damaged: it holds what repan does not write; use another copy")
     if checkpoint.digest() != content["digest"]:
         raise InputError(f"{path} is damaged: its content does not match its digest; use another copy")
     return checkpoint
 
 
+def _are_plain(tensors: Mapping[Any, Any], path: Path) -> bool:
+    """Whether all are dense tensors by name; one larger than its file is a view that would fill the memory."""
+    return all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and (tensor.layout, tensor.device.type, tensor.is_quantized) == (torch.strided, "cpu", False)
+        and tensor.numel() * tensor.element_size() <= path.stat().st_size
+        for name, tensor in tensors.items()
+    )
+
+
+def _is_description(meta: Mapping[str, Any]) -> bool:
+    """Whether it is plain, of the right kinds, and short: lists that share parts may be of any length as text."""
+    length = 0
+    try:
+        for part in json.JSONEncoder(sort_keys=True).iterencode(meta):
+            length += len(part)
+            if length > MOST_TEXT:
+                return False
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return all(isinstance(meta[name], kind) for name, kind in DESCRIBED.items() if name in meta)
+
+
 def _read_pt(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(PLAIN_TYPES):
+        _refuse_bombs(path)
+        with torch.serialization.safe_globals(PLAIN_TYPES), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of others' pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError:
         raise InputError(
             f"{path} is damaged, or holds more than tensors and plain types (a whole pickled network?): refused, no "
@@ -150,8 +247,45 @@ def _read_pt(path: Path) -> Any:
         raise InputError(f"{path} is damaged, or no checkpoint at all; use another copy") from None
 
 
+def _refuse_bombs(path: Path) -> None:
+    """Raises InputError for a file that would take far more memory than it has bytes, before torch reads it."""
+    bomb = InputError(f"{path} would fill the memory: refused; save its state_dict() with torch.save, uncompressed")
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            file.seek(0)
+            pickles = [file] * 5  # torch's old format: number, protocol, system, content, names of storages
+        else:
+            pickles = _pickles_of_archive(file, bomb)
+        for part in pickles:
+            _refuse_makers(part, bomb)
+
+
+def _pickles_of_archive(file: IO[bytes], bomb: InputError) -> Iterator[IO[bytes]]:
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        # with something in front of it, torch would not find the same directory
+        if packed or sum(entry.file_size for entry in entries) > size or min(entry.header_offset for entry in entries):
+            raise bomb
+        for entry in entries:
+            if entry.filename.lower().endswith(".pkl"):
+                yield io.BytesIO(archive.read(entry))
+
+
+def _refuse_makers(file: IO[bytes], bomb: InputError) -> None:
+    """Raises for a pickle that is long, or makes an array out of its length alone."""
+    start = file.tell()
+    for _, argument, place in pickletools.genops(file):
+        if place - start > MOST_TEXT or argument in ("builtins bytearray", "__builtin__ bytearray"):
+            raise bomb
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > MOST_TEXT:
+                raise ValueError("a header this long is none")
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
@@ -192,7 +326,9 @@ PREFIXES = ("module.", "_orig_mod.")
 
 
 def _foreign_weights(content: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping):
+    for _ in range(16):  # no further: a wrapper may hold itself
+        if not isinstance(content, Mapping):
+            break
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
@@ -201,6 +337,8 @@ def _foreign_weights(content: Any, path: Path) -> dict[str, Tensor]:
     weights = {name: value for name, value in tensors if isinstance(name, str) and isinstance(value, Tensor)}
     if not weights:
         raise InputError(f"{path} holds no weights: no tensors by name, nor under {', '.join(WRAPPERS)}")
+    if not _are_plain(weights, path):
+        raise InputError(f"{path} holds tensors that are sparse, quantized or larger than the file: save plain ones")
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights
