@@ -47,7 +47,8 @@ DESCRIBED = {"model": str, "form": str, "classes": (list, tuple), "in_chans": in
 """The kinds of what a description may hold, for files that were made up."""
 
 MOST_TEXT = 2**21
-"""Bytes of a description, a pickle or a header, enough for 20,000 tensors: longer ones are made to fill the memory."""
+"""Bytes of a description, a pickle or a header, enough for 20,000 tensors. One that is longer, and more than an eighth
+of its file, is made to fill the memory: as objects it takes seventy times its bytes."""
 
 SEAL, DIGITS = b"repan sha256 ", 64
 """What stands in front of the SHA-256 of all other bytes of a file, and how many digits that has. It is the comment of
@@ -197,7 +198,7 @@ def _verified(content: Mapping[str, Any], path: Path) -> Checkpoint:
     if not all(isinstance(content.get(name), kind) for name, kind in CONTENT.items()):
         raise InputError(f"{path} is damaged: parts of it are missing; use another copy")
     checkpoint = Checkpoint(content["weights"], content["meta"], content["state"])
-    if not (_are_plain({**checkpoint.weights, **checkpoint.state}, path) and _is_description(checkpoint.meta)):
+    if not (_are_plain({**checkpoint.weights, **checkpoint.state}, path) and _is_description(checkpoint.meta, path)):
         raise InputError(f"{path} is damaged: it holds what repan does not write; use another copy")
     if checkpoint.digest() != content["digest"]:
         raise InputError(f"{path} is damaged: its content does not match its digest; use another copy")
@@ -215,13 +216,17 @@ def _are_plain(tensors: Mapping[Any, Any], path: Path) -> bool:
     )
 
 
-def _is_description(meta: Mapping[str, Any]) -> bool:
+def _longest_text(path: Path) -> int:
+    return max(MOST_TEXT, path.stat().st_size // 8)
+
+
+def _is_description(meta: Mapping[str, Any], path: Path) -> bool:
     """Whether it is plain, of the right kinds, and short: lists that share parts may be of any length as text."""
-    length = 0
+    length, longest = 0, _longest_text(path)
     try:
         for part in json.JSONEncoder(sort_keys=True).iterencode(meta):
             length += len(part)
-            if length > MOST_TEXT:
+            if length > longest:
                 return False
     except (TypeError, ValueError, RecursionError):
         return False
@@ -257,7 +262,7 @@ def _refuse_bombs(path: Path) -> None:
         else:
             pickles = _pickles_of_archive(file, bomb)
         for part in pickles:
-            _refuse_makers(part, bomb)
+            _refuse_makers(part, _longest_text(path), bomb)
 
 
 def _pickles_of_archive(file: IO[bytes], bomb: InputError) -> Iterator[IO[bytes]]:
@@ -273,18 +278,18 @@ def _pickles_of_archive(file: IO[bytes], bomb: InputError) -> Iterator[IO[bytes]
                 yield io.BytesIO(archive.read(entry))
 
 
-def _refuse_makers(file: IO[bytes], bomb: InputError) -> None:
+def _refuse_makers(file: IO[bytes], longest: int, bomb: InputError) -> None:
     """Raises for a pickle that is long, or makes an array out of its length alone."""
     start = file.tell()
     for _, argument, place in pickletools.genops(file):
-        if place - start > MOST_TEXT or argument in ("builtins bytearray", "__builtin__ bytearray"):
+        if place - start > longest or argument in ("builtins bytearray", "__builtin__ bytearray"):
             raise bomb
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            if int.from_bytes(file.read(8), "little") > MOST_TEXT:
+            if int.from_bytes(file.read(8), "little") > _longest_text(path):
                 raise ValueError("a header this long is none")
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

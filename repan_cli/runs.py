@@ -113,7 +113,7 @@ LAST, PREVIOUS = "last.pt", "last_previous.pt"
 
 
 class RunDirectory:
-    """The folder of one run, which one process at a time may write to; its lock goes with the process.
+    """The folder of one run, which one process at a time may write to: until it leaves the `with`, or is gone.
 
     Creating one that exists is an InputError, and so is reopening one that is being written to.
     """
@@ -131,6 +131,12 @@ class RunDirectory:
             raise InputError(existing(self.path)) from None
         except OSError as error:
             raise InputError(f"cannot create the run directory {self.path}: {error.strerror}") from None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._lock.close()
 
     def replace_last(self, write: Callable[[IO[bytes]], None]) -> None:
         """Write a new last.pt and keep the one that was as last_previous.pt: at every moment one of them is whole."""

@@ -106,11 +106,11 @@ class LogitCache:
         if len(missing):
             here = missing.to(batch.images.device)
             logits = self.teacher(Batch(*(part[here] for part in batch)))
-            self.table[index[missing], views[missing]] = logits.to(place, torch.float16)
+            self.table[index[missing], views[missing]] = _bounded(logits).to(place, torch.float16)
             self.filled[index[missing], views[missing]] = True
         found = self.table[index, views].to(batch.images.device).float()
         if not (len(missing) or self.compared):
-            self._compare(found, self.teacher(batch))
+            self._compare(found, _bounded(self.teacher(batch)))
         return found
 
     def _compare(self, found: Tensor, live: Tensor) -> None:
@@ -121,6 +121,12 @@ class LogitCache:
                 f"the teacher's logits for the same views differ by {error:.0%}: it draws random numbers in eval mode; "
                 "set teacher.cache=none"
             )
+
+
+def _bounded(logits: Tensor) -> Tensor:
+    """Within what float16 holds: infinite logits would make the loss no number."""
+    largest = torch.finfo(torch.float16).max
+    return logits.clamp(-largest, largest)
 
 
 def allocate(shape: tuple[int, int, int], device: torch.device, folder: Path) -> Tensor:

@@ -22,19 +22,19 @@ MAY_CHANGE = ("cycle.count", "data.root", "data.workers", "run.device", "run.log
 def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
     """Go on with a run of `command`. Raises InputError for one that cannot be."""
     path = runs.find(command, name)
-    folder = runs.RunDirectory(path, reopen=True)
-    source, saved = newest_state(path)
-    if saved.meta["command"] != command:
-        raise InputError(f"{path} is a run of 'repan {saved.meta['command']}': resume it with that command")
-    resolved = Resolved(_changed(saved, given, path), f"{source}, from where it stopped")
-    session = prepare(command, resolved, saved=saved, folder=path)
-    if session.training.progress.phase >= len(session.training.plan):
-        more = "; more cycles: --cycles N" if command == "cycle" else ""
-        raise InputError(f"{path} is finished{more}")
-    _warn_of_changes(saved, surroundings(session.training.runtime))
-    if source.name != runs.LAST:
-        _set_aside(path / runs.LAST)
-    train.carry_out(session, folder, resolved, begun=saved.meta["begun"], as_json=as_json)
+    with runs.RunDirectory(path, reopen=True) as folder:
+        source, saved = newest_state(path)
+        if saved.meta["command"] != command:
+            raise InputError(f"{path} is a run of 'repan {saved.meta['command']}': resume it with that command")
+        resolved = Resolved(_changed(saved, given, path), f"{source}, from where it stopped")
+        session = prepare(command, resolved, saved=saved, folder=path)
+        if session.training.progress.phase >= len(session.training.plan):
+            more = "; more cycles: --cycles N" if command == "cycle" else ""
+            raise InputError(f"{path} is finished{more}")
+        _warn_of_changes(saved, surroundings(session.training.runtime))
+        if source.name != runs.LAST:
+            _set_aside(path / runs.LAST)
+        train.carry_out(session, folder, resolved, begun=saved.meta["begun"], as_json=as_json)
 
 
 def newest_state(path: Path) -> tuple[Path, Checkpoint]:

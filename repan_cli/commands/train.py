@@ -30,11 +30,11 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
     session = prepare(command, resolved)
     config = session.config
     names = (config.model.name, config.block.name, config.data.name)
-    folder = runs.RunDirectory(Path(config.run.out) if config.run.out else runs.default_path(command, *names))
-    session.training.task_of.folder = folder.path
-    folder.write_text("config.yaml", dump(config, cycles=command == "cycle"))
-    folder.write_json("env.json", {**runs.software(), **runtime.describe_machine(session.training.runtime)})
-    carry_out(session, folder, resolved, as_json=as_json)
+    with runs.RunDirectory(Path(config.run.out) if config.run.out else runs.default_path(command, *names)) as folder:
+        session.training.task_of.folder = folder.path
+        folder.write_text("config.yaml", dump(config, cycles=command == "cycle"))
+        folder.write_json("env.json", {**runs.software(), **runtime.describe_machine(session.training.runtime)})
+        carry_out(session, folder, resolved, as_json=as_json)
 
 
 def carry_out(

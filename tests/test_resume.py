@@ -1,0 +1,374 @@
+"""A run that is stopped goes on as if it had not been: the same bits, every sample once, nothing lost."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from test_cli import one_line, run
+
+from repan_cli import checkpoint, engine
+from repan_cli.commands.record import Record
+from repan_cli.data.source import Source
+
+SMALL = "--model repvgg_a0 --dataset digits data.batch_size=256 run.precision=fp32 run.log_every=2 --seed 3".split()  # noqa: SIM905
+TIMES = ("images_per_second",)
+
+
+def words(command, folder, teacher=None):
+    if command == "cycle":
+        rates = "--lr 0.02 --baseline-lr 0.02 cycle.attach=ramp cycle.attach_epochs=1 --teacher previous"
+        length = "--baseline-epochs 1 --cycles 2 --epochs 2 ema.enabled=true ema.decay=0.9 cycle.start_from=best"
+        return [*SMALL, *length.split(), *rates.split(), "--out", folder]
+    given = ["--teacher", teacher] if command == "distill" else []
+    return [*SMALL, "--epochs", "3", *given, "--out", folder]
+
+
+class StopAt:
+    """Sends this process a signal when a run has made so many updates, or another event comes for the nth time."""
+
+    def __init__(self, patch, count, *, kind=engine.Updated, number=signal.SIGTERM):
+        self.left, self.kind, self.number = count, kind, number
+        take = Record.take
+
+        def watched(record, event):
+            take(record, event)
+            if isinstance(event, self.kind):
+                self.left -= 1
+                if self.left == 0:
+                    os.kill(os.getpid(), self.number)
+
+        patch.setattr(Record, "take", watched)
+
+
+def stopped(capsys, command, *arguments, at, **options):
+    """Run until a signal comes; exit code and what was said."""
+    with pytest.MonkeyPatch.context() as patch:
+        StopAt(patch, at, **options)
+        code, _, err = run(capsys, command, *arguments)
+    return code, err
+
+
+def resumed(capsys, command, folder, *more):
+    code, _, err = run(capsys, command, "--resume", folder, *more)
+    assert code == 0, err
+    return err
+
+
+def metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def assert_same(folder, expected):
+    """Every weight, the optimizer's memory, the average, every figure: no difference at all."""
+    for name in sorted(path.name for path in expected.glob("*.pt") if path.name != "last_previous.pt"):
+        ours, theirs = checkpoint.load(folder / name), checkpoint.load(expected / name)
+        for kind in ("weights", "state"):
+            mine, others = getattr(ours, kind), getattr(theirs, kind)
+            assert mine.keys() == others.keys(), name
+            assert all(torch.equal(mine[key], others[key]) for key in mine), name
+        plain = [{k: v for k, v in c.meta.get("progress", {}).items() if k != "seconds"} for c in (ours, theirs)]
+        assert plain[0] == plain[1], name
+    assert metrics(folder) == metrics(expected)
+    found, wanted = (json.loads((run / "summary.json").read_text()) for run in (folder, expected))
+    for summary in (found, wanted):
+        for row in (summary, summary["fused"], *summary["cycles"], summary["baseline"] or {}):
+            for key in ("seconds", "out"):
+                row.pop(key, None)
+    assert found == wanted
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cycle_run):
+    """Runs of each command that were never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    made = {}
+
+    def of(command, capsys):
+        if command not in made:
+            made[command] = folder / command
+            code, _, err = run(capsys, command, *words(command, made[command], cycle_run.folder / "best.pt"))
+            assert code == 0, err
+        return made[command]
+
+    return of
+
+
+STEPS = {"train": 18, "distill": 18, "cycle": 30}
+"""Updates of each run: 6 an epoch."""
+
+POINTS = {
+    command: sorted({1, 2, 5, 6, 7, 8, 11, 12, 13, total // 2 + 2, total - 1, total})
+    for command, total in STEPS.items()
+}
+QUICK = {"train": (), "distill": (9,), "cycle": (7, 21)}
+
+
+@pytest.mark.parametrize(
+    ("command", "at"),
+    [
+        pytest.param(command, at, marks=() if at in QUICK[command] else pytest.mark.soak)
+        for command in STEPS
+        for at in sorted({*POINTS[command], *QUICK[command]})
+    ],
+)
+def test_a_run_stopped_after_any_update_ends_with_the_same_bits(capsys, tmp_path, whole, cycle_run, command, at):
+    expected, folder = whole(command, capsys), tmp_path / "run"
+    code, err = stopped(capsys, command, *words(command, folder, cycle_run.folder / "best.pt"), at=at)
+    assert code == 75
+    assert f"go on with: repan {command} --resume {folder}" in err
+    assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
+    resumed(capsys, command, folder)
+    assert_same(folder, expected)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(engine.CycleStart, marks=pytest.mark.soak),
+        engine.Epoch,
+        pytest.param(engine.CycleEnd, marks=pytest.mark.soak),
+    ],
+)
+def test_a_run_stopped_around_a_restart_ends_with_the_same_bits(capsys, tmp_path, whole, kind):
+    expected, folder = whole("cycle", capsys), tmp_path / "run"
+    code, _ = stopped(capsys, "cycle", *words("cycle", folder), at=2, kind=kind)
+    assert code == 75
+    resumed(capsys, "cycle", folder)
+    assert_same(folder, expected)
+
+
+def test_five_stops_in_one_epoch_repeat_and_miss_no_sample(capsys, tmp_path, whole, monkeypatch):
+    seen = []
+    make = Source.training_batches
+
+    def watched(source, batch_size, *position, first=0):
+        for batch in make(source, batch_size, *position, first=first):
+            if position[2] == 1 and batch_size == 256:
+                seen.append(batch.index)
+            yield batch
+
+    monkeypatch.setattr(Source, "training_batches", watched)
+    folder = tmp_path / "run"
+    arguments = words("train", folder)
+    for attempt in range(5):
+        given = arguments if attempt == 0 else ["--resume", folder]
+        code, _ = stopped(capsys, "train", *given, at=1)
+        assert code == 75
+    monkeypatch.undo()
+    index = torch.cat(seen[:5])
+    assert len(index.unique()) == len(index) == 5 * 256
+    resumed(capsys, "train", folder)
+    assert_same(folder, whole("train", capsys))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, whole):
+    folder = tmp_path / "run"
+    code, err = stopped(capsys, "train", *words("train", folder), at=8, number=signal.SIGINT)
+    assert code == 130
+    assert f"interrupted, everything is saved; go on with: repan train --resume {folder}" in err
+    resumed(capsys, "train", folder)
+    assert_same(folder, whole("train", capsys))
+
+
+# ---------------------------------------------------------------------------------------------- what may change
+
+
+@pytest.fixture
+def begun(capsys, tmp_path):
+    """A run of `cycle` that was stopped."""
+    folder = tmp_path / "run"
+    short = ["--baseline-epochs", "1", "--cycles", "1", "--epochs", "1", "cycle.calibration_images=64"]
+    code, _ = stopped(capsys, "cycle", *SMALL, *short, "cycle.lr=restart", "--out", folder, at=3)
+    assert code == 75
+    return folder
+
+
+def test_what_changes_the_computation_cannot_change(capsys, begun):
+    for change in (
+        "optim.lr=0.3",
+        "--epochs=2",
+        "data.batch_size=64",
+        "run.seed=4",
+        "baseline.epochs=2",
+        "cycle.rule=reset",
+    ):
+        err = one_line(capsys, "cycle", "--resume", begun, change)
+        assert "cannot change in a resume (it was " in err
+        assert "model.init=" in err
+    assert "does not go with --resume" in one_line(capsys, "cycle", "--resume", begun, "-c", "recipes/cifar")
+    assert "does not go with --resume" in one_line(capsys, "cycle", "--resume", begun, "--out", "x")
+    assert "is a run of 'repan cycle'" in one_line(capsys, "train", "--resume", begun)
+    assert "unknown setting 'optim.lrr'" in one_line(capsys, "cycle", "--resume", begun, "optim.lrr=1")
+
+
+def test_the_same_value_more_cycles_and_workers_may_be_given(capsys, begun):
+    resumed(capsys, "cycle", begun, "--model", "repvgg_a0", "data.batch_size=256", "data.workers=0", "--cycles", "2")
+    assert len(json.loads((begun / "summary.json").read_text())["cycles"]) == 2
+    assert "is finished; more cycles: --cycles N" in one_line(capsys, "cycle", "--resume", begun)
+    resumed(capsys, "cycle", begun, "--cycles", "3")
+    assert len(json.loads((begun / "summary.json").read_text())["cycles"]) == 3
+    assert [(row["cycle"], row["epoch"]) for row in metrics(begun)] == [(0, 1), (1, 1), (2, 1), (3, 1)]
+
+
+def test_other_data_are_refused(capsys, begun, monkeypatch):
+    from repan_cli.data import known
+
+    digits = known.stratified
+    monkeypatch.setattr(known, "stratified", lambda labels, fraction, seed: digits(labels, fraction, seed + 1))
+    assert "the images of digits are not those that the run began with" in one_line(capsys, "cycle", "--resume", begun)
+
+
+def test_a_run_is_found_by_name_by_file_and_as_the_latest(capsys, begun, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(begun, tmp_path / "runs" / "cycle" / "newest")
+    assert "going on" not in resumed(capsys, "cycle", begun / "last.pt")
+    assert "runs/cycle/newest" in resumed(capsys, "cycle", "latest")
+    assert "no run of 'repan train' under runs/train" in one_line(capsys, "train", "--resume", "latest")
+    assert "no run directory" in one_line(capsys, "cycle", "--resume", "nowhere")
+    assert "holds no config.yaml" in one_line(capsys, "cycle", "--resume", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(capsys, tmp_path, whole):
+    folder = tmp_path / "run"
+    stopped(capsys, "train", *words("train", folder), at=8)
+    content = bytearray((folder / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "last.pt").write_bytes(content)
+    err = resumed(capsys, "train", folder)
+    assert "last.pt is damaged" in err
+    assert "going on from last_previous.pt" in err
+    assert (folder / "last_damaged.pt").read_bytes() == content
+    assert_same(folder, whole("train", capsys))
+
+
+def test_when_all_are_damaged_nothing_is_deleted(capsys, begun):
+    for name in ("last.pt", "last_previous.pt"):
+        (begun / name).write_bytes((begun / name).read_bytes()[:-100])
+    before = {path.name: path.read_bytes() for path in begun.iterdir()}
+    code, _, err = run(capsys, "cycle", "--resume", begun)
+    assert code == 2
+    assert "holds no state to resume from: begin anew with -c" in err
+    assert {path.name: path.read_bytes() for path in begun.iterdir() if path.name != ".lock"} == {
+        name: content for name, content in before.items() if name != ".lock"
+    }
+
+
+# ---------------------------------------------------------------------------------------------- one writer
+
+
+def start(*arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "repan_cli", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, **pipes, **options)
+
+
+def wait_for(path, seconds=60):
+    ends = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < ends, f"no {path}"
+        time.sleep(0.02)
+
+
+def test_a_second_writer_is_refused_until_the_first_is_killed(capsys, tmp_path):
+    folder = tmp_path / "run"
+    first = start("train", *SMALL, "--epochs", "500", "--out", folder)
+    wait_for(folder / "last_previous.pt")
+    for _ in range(5):
+        err = one_line(capsys, "train", "--resume", folder)
+        assert f"is being written by process {first.pid} on " in err
+    assert "exists already; nothing was touched: go on with --resume" in one_line(
+        capsys, "train", *SMALL, "--out", folder
+    )
+    first.kill()
+    first.wait()
+    code, _ = stopped(capsys, "train", "--resume", folder, at=1)
+    assert code == 75
+
+
+# ---------------------------------------------------------------------------------------------- divergence
+
+
+class Poisoned:
+    """A task whose loss, or a gradient of it, is not finite from the nth update on."""
+
+    def __init__(self, task, at, what):
+        self.task, self.at, self.what, self.count = task, at, what, 0
+
+    def __call__(self, model, batch):
+        loss, logits = self.task(model, batch)
+        if not model.training or not torch.is_grad_enabled():
+            return loss, logits
+        self.count += 1
+        if self.count < self.at:
+            return loss, logits
+        if self.what == "loss":
+            return loss * torch.nan, logits
+        hook = logits.register_hook if self.what == "gradient" else None
+        if hook:
+            hook(lambda gradient: gradient * torch.inf)
+        return loss, logits
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("at", [1, 4, 8])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_divergence_ends_the_run_and_reaches_no_file(capsys, tmp_path, monkeypatch, what, at, optimizer):
+    from repan_cli.commands.tasks_of import TaskOf
+
+    make = TaskOf.__call__
+    monkeypatch.setattr(TaskOf, "__call__", lambda self, phase: Poisoned(make(self, phase), at, what))
+    folder = tmp_path / "run"
+    extra = ["run.save_every=1", f"optim.name={optimizer}", "--lr", "0.01", "--epochs", "2", "--out", folder]
+    code, _, err = run(capsys, "train", *SMALL, *extra)
+    assert code == 3, err
+    assert "no longer finite; lower optim.lr" in err.splitlines()[-1]
+    assert json.loads((folder / "status.json").read_text())["state"] == "diverged"
+    for path in folder.glob("*.pt"):
+        saved = checkpoint.load(path)
+        for tensor in (*saved.weights.values(), *saved.state.values()):
+            assert torch.isfinite(tensor).all(), path.name
+    assert checkpoint.load(folder / "last.pt").meta["progress"]["step"] == (at - 1) % 6
+
+
+# ---------------------------------------------------------------------------------------------- full
+
+
+def test_a_full_disk_keeps_the_state_before(capsys, tmp_path, monkeypatch):
+    from repan_cli import runs
+
+    folder = tmp_path / "run"
+    flush, calls = runs.flush, []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) > 8:
+            raise OSError(28, "No space left on device")
+        flush(file)
+
+    monkeypatch.setattr(runs, "flush", full)
+    code, _, err = run(capsys, "train", *words("train", folder))
+    assert code == 4
+    assert f"no space left to write {folder}" in err
+    assert "bytes are free" in err
+    assert not [path for path in folder.iterdir() if path.name.startswith(".last") or path.suffix == ".tmp"]
+    monkeypatch.undo()
+    resumed(capsys, "train", folder)
+
+
+def test_plain_state_survives_the_way_through_a_file(capsys, begun):
+    saved = checkpoint.load(begun / "last.pt")
+    assert saved.meta["progress"]["step"] == 3
+    assert dataclasses.replace(saved).digest() == saved.digest()
