@@ -7,6 +7,7 @@ wins: defaults < `base:` file < `-c` file < command line.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -386,10 +387,22 @@ OVERLAY: dict[str, Setting] = {
 
 
 class _TextLoader(yaml.BaseLoader):
-    """YAML whose scalars all stay text and whose duplicate keys are errors."""
+    """YAML whose scalars all stay text, whose duplicate keys are errors, and whose aliases stand for one value.
+
+    An alias of lists of aliases of lists is how a file of a few lines fills the memory.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        alias = self.peek_event().start_mark if self.check_event(yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        if alias and not isinstance(node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="an alias can stand for one value only", problem_mark=alias)
+        return node
 
 
 def _mapping(loader: _TextLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise yaml.MarkedYAMLError(problem="expected 'key: value' lines", problem_mark=node.start_mark)
     seen: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
@@ -408,10 +421,10 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """The flat layer of settings in a YAML text. `source` names it in errors."""
     try:
         tree = yaml.load(text, Loader=_TextLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # the last two: "\\U00110000"
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"{source}{where}: {getattr(error, 'problem', None) or 'not YAML'}") from None
+        raise InputError(_on_one_line(f"{source}{where}: {getattr(error, 'problem', None) or 'not YAML'}")) from None
     if tree is None or tree == "":
         return {}
     if not isinstance(tree, dict):
@@ -445,8 +458,9 @@ def presets() -> dict[str, Path]:
 def find_preset(name: str, *, near: Path | None = None) -> Path:
     """The file that `name` means: a path, a path beside the file `near`, or the name of a shipped preset."""
     for path in (Path(name), *([near.parent / name] if near else [])):
-        if path.is_file():
-            return path
+        with contextlib.suppress(OSError):  # a name that is too long for one
+            if path.is_file():
+                return path
     shipped = presets()
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
@@ -467,7 +481,11 @@ def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return layer
     if not isinstance(base, str):
         raise InputError(f"{path}: base: expected the name of one file")
-    return {**read_file(find_preset(base, near=path), seen=(*seen, path.resolve())), **layer}
+    try:
+        found = find_preset(base, near=path)
+    except InputError as error:
+        raise InputError(_on_one_line(f"{path}: base: {error}")) from None
+    return {**read_file(found, seen=(*seen, path.resolve())), **layer}
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
@@ -514,8 +532,15 @@ def typed(*layers: Layer) -> dict[str, Any]:
         except ValueError as error:
             problems.append(f"{key}: {error}")
     if problems:
-        raise InputError("\n".join(problems))
+        raise InputError("\n".join(map(_on_one_line, problems)))
     return values
+
+
+def _on_one_line(text: str) -> str:
+    """What a file says may be long, or hold line ends and what no terminal shows."""
+    if len(text) > 400:
+        text = f"{text[:300]} ... {text[-90:]}"
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def _unknown_key(key: str) -> str:
