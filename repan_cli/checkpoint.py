@@ -28,6 +28,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from repan_cli.errors import InputError
 from repan_cli.runs import RunDirectory, write_atomically
@@ -233,10 +234,19 @@ def _is_description(meta: Mapping[str, Any], path: Path) -> bool:
     return all(isinstance(meta[name], kind) for name, kind in DESCRIBED.items() if name in meta)
 
 
+class _NothingIsCopied(TorchFunctionMode):
+    """Refuses what a pickle may do to a small tensor that is seen as a huge one: take it apart, or convert it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.unbind, Tensor.to):  # unbind is how iteration begins
+            raise pickle.UnpicklingError("tensors are only read")
+        return function(*args, **(kwargs or {}))
+
+
 def _read_pt(path: Path) -> Any:
     try:
         _refuse_bombs(path)
-        with torch.serialization.safe_globals(PLAIN_TYPES), warnings.catch_warnings():
+        with torch.serialization.safe_globals(PLAIN_TYPES), _NothingIsCopied(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of others' pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:

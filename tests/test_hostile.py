@@ -217,6 +217,14 @@ def _huge_view(path):
     write_archive(path, with_size(FIVE_NAMED, number(2_000_000_000), b"K\x00"))
 
 
+@hostile("taken_apart.pt")
+def _taken_apart(path):
+    """One number, seen as two million, which are counted one by one."""
+    content = with_size(FIVE_NAMED, number(2_000_000), b"K\x00")
+    tensor = content[content.index(b"ctorch._utils") : content.rindex(b"R") + 1]
+    write_archive(path, b"\x80\x02ccollections\nCounter\n" + tensor + b"\x85R.")
+
+
 @hostile("beyond_its_storage.pt")
 def _beyond(path):
     write_archive(path, with_size(FIVE_NAMED, number(2_000_000_000), b"K\x01"))
