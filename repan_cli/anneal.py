@@ -22,6 +22,7 @@ from repan_cli.config import SCHEMA, Config, Cycle, Optim, Teacher, baseline_pha
 from repan_cli.errors import InputError
 from repan_cli.optim import learning_rate
 from repan_cli.registry import did_you_mean
+from repan_cli.runtime import summed
 
 TINY_GAMMA = 1e-6
 """Below this |gamma| the rule `running` cannot divide by it."""
@@ -122,8 +123,10 @@ class _Sums:
         self.count += values.numel() // values.shape[1]
 
     def moments(self, bias: Tensor) -> Moments:
-        """Of the convolution's output without its bias."""
-        mean, squares = (exact(value) / self.count for value in (self.total, self.squares))
+        """Of the convolution's output without its bias, over the images of all ranks."""
+        count = torch.full_like(self.total, self.count)
+        total, squares, count = (exact(part) for part in summed(torch.stack([self.total, self.squares, count])))
+        mean, squares = total / count, squares / count
         return Moments(mean - bias, (squares - mean**2).clamp_min(0))
 
 

@@ -113,8 +113,9 @@ def _fail(error: Exception) -> None:
     known = _as_known(error)
     if known is None or os.environ.get("REPAN_DEBUG") == "1":
         raise error
+    rank = os.environ.get("RANK", "0")
     for line in str(known).splitlines():
-        print(f"Error: {line}", file=sys.stderr)
+        print(f"Error{f' of rank {rank}' if rank != '0' else ''}: {line}", file=sys.stderr)
     raise typer.Exit(known.exit_code) from None
 
 
@@ -153,6 +154,8 @@ def _train(
             _check_resume(file, given, print_config=print_config, dry_run=dry_run)
         else:
             resolved = config.resolve(command, file, given)
+            if _begun_anew(resolved.config.run.out):
+                resume, given = resolved.config.run.out, {}
     except RepanError as error:
         _fail(error)
     if resume is not None:
@@ -162,6 +165,14 @@ def _train(
         print(config.dump(resolved.config, cycles=command == "cycle"), end="")
         return
     _dispatch("dry_run" if dry_run else "train", command, resolved, as_json=as_json)
+
+
+def _begun_anew(out: str | None) -> bool:
+    """Whether torchrun begins this run again after it has lost a process: it then goes on."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if again and out is None:
+        raise InputError("torchrun began anew, but the run is not known: give --out with --max-restarts")
+    return again and Path(out).exists()
 
 
 def _check_resume(file: str | None, given: dict[str, Any], *, print_config: bool, dry_run: bool) -> None:

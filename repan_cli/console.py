@@ -7,6 +7,7 @@ lines also go to the run's log.txt. Knows floats and names only, never a tensor.
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 import time
 from collections.abc import Iterable, Mapping
@@ -218,8 +219,10 @@ def by_reason(left: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def warn(text: str) -> None:
-    """A line on stderr that begins with 'Warning:'."""
-    Console(stderr=True, highlight=False).print(Text.assemble(("Warning: ", "yellow"), text), soft_wrap=True)
+    """A line on stderr that begins with 'Warning:'; of several ranks the first one speaks."""
+    Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0", highlight=False).print(
+        Text.assemble(("Warning: ", "yellow"), text), soft_wrap=True
+    )
 
 
 def tell(text: str) -> None:

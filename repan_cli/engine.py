@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import time
@@ -19,7 +20,7 @@ from repan_cli.anneal import Phase
 from repan_cli.blocks import rep_blocks, set_attach_rate
 from repan_cli.data.source import Batch, Source
 from repan_cli.errors import DivergedError, InputError, StoppedError
-from repan_cli.runtime import Runtime, generator, key
+from repan_cli.runtime import Runtime, average_buffers, generator, key, summed
 from repan_cli.state import Progress, Totals
 from repan_cli.tasks import Task
 
@@ -140,6 +141,8 @@ def evaluate(model: nn.Module, images: Source, stop: Callable[[], bool] = bool) 
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals += torch.stack([ranks[:, 0].sum(), ranks.sum(), loss])
     model.train(was_training)
+    if images.ranks > 1:
+        totals = summed(totals)
     top1, top5, loss = (value / images.count for value in totals.tolist())
     return Score(100 * top1, 100 * top5, loss, images.count)
 
@@ -321,8 +324,8 @@ def _calibration_images(run: Training, cycle: int, count: int) -> Iterator[Tenso
     for batch in run.train.training_batches(_eval_batch(run.train), run.seed, cycle, 0):  # epochs count from 1
         if run.stop():
             raise StoppedError
-        yield batch.images[:count]
-        count -= len(batch.images)
+        yield batch.images[: -(-count // run.runtime.ranks)]
+        count -= len(batch.images) * run.runtime.ranks
         if count <= 0:
             return
 
@@ -360,13 +363,12 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
         if before < FIRST_STEPS <= progress.step or progress.step == steps < FIRST_STEPS:
             totals.first_loss = totals.mean_loss()
         if progress.step // run.log_every > before // run.log_every or progress.step == steps:
-            speed = (totals.images - seen) / (time.perf_counter() - began)
+            speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
             _check_scale(run)
             yield Step(phase.cycle, epoch, progress.step, totals.mean_loss(), lr, rate, speed)
         yield Updated(phase.cycle, epoch, progress.step)
-    top1 = 100 * totals.correct.item() / totals.images
-    speed = (totals.images - seen) / (time.perf_counter() - began)
-    return _EpochResult(totals.mean_loss(), totals.first_loss, top1, lr, rate, speed)
+    speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
+    return _EpochResult(totals.mean_loss(), totals.first_loss, totals.top1(), lr, rate, speed)
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -388,11 +390,14 @@ def _update(run: Training, phase: Phase, task: Task, group: list[Batch], elapsed
     if (rate := phase.attach_rate(elapsed)) is not None:
         set_attach_rate(run.model, rate, only=run.restarted)
     run.optimizer.zero_grad(set_to_none=True)
-    images = sum(len(batch.images) for batch in group)
-    for batch in group:
-        with run.runtime.autocast():
-            loss, logits = task(run.called, batch)
-        run.scaler.scale(loss * (len(batch.images) / images)).backward()
+    images = _images_of_all_ranks(run, group)
+    for number, batch in enumerate(group, start=1):
+        alone = run.runtime.ranks > 1 and number < len(group)  # gradients are exchanged with the last batch
+        with run.called.no_sync() if alone else contextlib.nullcontext():
+            with run.runtime.autocast():
+                loss, logits = task(run.called, batch)
+            share = len(batch.images) * run.runtime.ranks / images  # gradients are averaged over ranks
+            run.scaler.scale(loss * share).backward()
         run.progress.totals.add(loss, logits, batch)
     if phase.trunk_is_frozen(elapsed):
         optim.drop_trunk_gradients(run.optimizer)
@@ -404,8 +409,18 @@ def _update(run: Training, phase: Phase, task: Task, group: list[Batch], elapsed
         run.scaler.update()
     else:
         run.progress.totals.broken += optim.step_if_finite(run.optimizer, norm)
+    average_buffers(run.model)
     if run.ema:
         _average(run, phase, elapsed)
+
+
+def _images_of_all_ranks(run: Training, group: list[Batch]) -> int:
+    """How many images an update is made of, where ranks may have one more or less."""
+    images = sum(len(batch.images) for batch in group)
+    if run.runtime.ranks == 1:
+        return images
+    first, last = run.progress.step, run.progress.step + len(group)
+    return min(last * run.batch_size, run.train.count) - first * run.batch_size
 
 
 def _check_scale(run: Training) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, distributed, nn
 
 from repan_cli.errors import InputError
 
@@ -61,11 +62,13 @@ class StopSignals:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and in what precision a network runs."""
+    """Where and in what precision a network runs, and which of how many processes this is."""
 
     device: torch.device
     precision: str
     channels_last: bool = True
+    rank: int = 0
+    ranks: int = 1
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -83,16 +86,68 @@ class Runtime:
     def describe(self) -> str:
         """One line for people: device, threads, precision."""
         if self.device.type == "cuda":
-            return f"{self.device} ({torch.cuda.get_device_name(self.device)}), {self.precision}"
+            many = f", {self.ranks} of them" if self.ranks > 1 else ""
+            return f"{self.device} ({torch.cuda.get_device_name(self.device)}{many}), {self.precision}"
         if self.device.type == "mps":
             return f"mps, {self.precision}"
-        return f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, {self.precision}"
+        many = f"{self.ranks} processes, " if self.ranks > 1 else ""
+        return f"cpu, {many}{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, {self.precision}"
 
 
 def start(device: str = "auto", precision: str = "auto", *, channels_last: bool = True) -> Runtime:
     """The runtime that the settings mean on this machine. Raises InputError for a device that is not there."""
+    rank, ranks = join_ranks(device)
+    if ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     found = find_device(device)
-    return Runtime(found, find_precision(precision, found), channels_last)
+    return Runtime(found, find_precision(precision, found), channels_last, rank, ranks)
+
+
+# ---------------------------------------------------------------------------------------------- ranks
+
+
+def join_ranks(device: str) -> tuple[int, int]:
+    """Which of how many processes of `torchrun` this is, joined with the others: by NCCL on GPUs, else by gloo."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return 0, 1
+    if not distributed.is_initialized():
+        on_gpus = device.startswith(("auto", "cuda")) and torch.cuda.is_available()
+        if on_gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if on_gpus else "gloo")
+    return distributed.get_rank(), ranks
+
+
+def own_rank() -> int:
+    """Which process of `torchrun` this is, also before it has joined the others."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def joined() -> bool:
+    """Whether there are other ranks."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, the same bits on each."""
+    total = tensor.clone()
+    if joined():
+        distributed.all_reduce(total)
+    return total
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module) -> None:
+    """Give every rank the mean of all ranks' running statistics: means of means stay means, whenever it is done."""
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if not joined() or not buffers:
+        return
+    flat = torch.cat([buffer.flatten().float() for buffer in buffers])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
 
 
 def find_device(name: str) -> torch.device:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from repan_cli.data.source import Batch
 from repan_cli.errors import DivergedError, InputError
+from repan_cli.runtime import joined, summed
 
 if TYPE_CHECKING:
     from repan_cli.engine import Training
@@ -45,11 +46,28 @@ class Totals:
         self.correct += (logits.detach().argmax(1) == batch.classes()).sum()
 
     def mean_loss(self) -> float:
-        """Raises DivergedError when it is not finite, or an update was left out."""
-        value = self.loss.item() / self.images
-        if self.broken.item() or not math.isfinite(value):
+        """Over all ranks. Raises DivergedError when it is not finite, or an update was left out."""
+        loss, images = summed(torch.stack([self.loss, torch.full_like(self.loss, self.images)])).tolist()
+        self.check()
+        return loss / images
+
+    def check(self) -> None:
+        """Raises DivergedError when the loss is not finite, or an update was left out; asks no other rank."""
+        if self.broken.item() or not math.isfinite(self.loss.item()):
             raise DivergedError("the loss or a gradient is no longer finite; lower optim.lr, or set optim.clip")
-        return value
+
+    def top1(self) -> float:
+        """In percent."""
+        correct, images = summed(torch.stack([self.correct, torch.full_like(self.correct, self.images)])).tolist()
+        return 100 * correct / images
+
+    def pool(self, rank: int) -> None:
+        """Let rank 0 hold the sums of all ranks, and the others nothing: what rank 0 saves is then everything."""
+        if not joined():
+            return
+        sums = torch.stack([self.loss, self.correct, torch.full_like(self.loss, self.images)])
+        self.loss, self.correct, images = summed(sums) if rank == 0 else summed(sums) * 0
+        self.images = int(images.item())
 
 
 @dataclass

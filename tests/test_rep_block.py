@@ -146,10 +146,14 @@ def test_a_strided_1x1_branch_on_few_channels_stays_inside_its_memory():
     code = """
 import torch
 from repan_cli.blocks import Geometry, make_block
-block = make_block("repvgg", Geometry(3, 24, (3, 3), stride=(2, 2), padding=(1, 1)))
-block = block.to(memory_format=torch.channels_last)
-images = torch.randn(64, 3, 96, 96).contiguous(memory_format=torch.channels_last)
-for _ in range(4):
-    block(images).square().mean().backward()
+import timm
+from repan_cli import expand
+fresh = make_block("repvgg", Geometry(3, 24, (3, 3), stride=(2, 2), padding=(1, 1)))
+adapted = expand(timm.create_model("repvgg_a0", num_classes=3), images=torch.randn(2, 3, 64, 64)).stem
+for block in (fresh, adapted.train()):
+    block = block.to(memory_format=torch.channels_last)
+    images = torch.randn(64, 3, 96, 96).contiguous(memory_format=torch.channels_last)
+    for _ in range(4):
+        block(images).square().mean().backward()
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -22,7 +22,7 @@ from repan_cli.blocks.kernel import (
 )
 
 FEW_CHANNELS = 16
-"""With fewer input channels a strided 1x1 kernel is kept from stepping over a last row, see `window_at`."""
+"""With fewer input channels a strided 1x1 kernel is kept from stepping over a last row, see `_reached`."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,11 @@ def window_at(geometry: Geometry, kernel_size: Size, offset: Size) -> tuple[nn.M
     """How a small kernel at `offset` reads its input: a window module and the padding the convolution adds itself.
 
     A kernel in the middle of the trunk's needs no window: the convolution's own padding p - o * d says the same,
-    cheaper. But a 1x1 kernel that steps over the last row of few channels gets one: on CPUs PyTorch's (2.15's, for one)
-    gradient of its weights writes outside of its memory in channels-last format.
+    cheaper.
     """
     padding = tuple(p - o * d for p, o, d in zip(geometry.padding, offset, geometry.dilation, strict=True))
     middle = all(2 * o + k == size for o, k, size in zip(offset, kernel_size, geometry.kernel_size, strict=True))
-    steps_over = kernel_size == (1, 1) != geometry.kernel_size and max(geometry.stride) > 1
-    if middle and min(padding) >= 0 and not (steps_over and geometry.in_channels < FEW_CHANNELS):
+    if middle and min(padding) >= 0:
         return nn.Identity(), padding
     return Window(geometry, kernel_size, offset), (0, 0)
 
@@ -225,7 +223,7 @@ class ConvBN(nn.Module):
         return not isinstance(self.norm, nn.Identity)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(self.window(x)))
+        return self.norm(self.conv(_reached(self.window(x), self.conv)))
 
     def equivalent_kernel(self) -> Kernel:
         kernel = conv_kernel(self.conv)
@@ -245,6 +243,18 @@ class ConvBN(nn.Module):
         nn.init.zeros_(self.conv.weight)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
+
+
+def _reached(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """What of its input a strided 1x1 convolution reads, without the rows and columns behind its last step.
+
+    On CPUs PyTorch's (2.15's, for one) gradient of its weights writes outside of its memory where there are such, for
+    few channels in channels-last format.
+    """
+    if conv.kernel_size != (1, 1) or conv.stride == (1, 1) or conv.in_channels >= FEW_CHANNELS or any(conv.padding):
+        return x
+    rows, columns = ((size - 1) // step * step + 1 for size, step in zip(x.shape[-2:], conv.stride, strict=True))
+    return x[..., :rows, :columns]
 
 
 def conv_bn(

@@ -11,6 +11,7 @@ Only then does `train` create the run directory.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,10 @@ def prepare(
     config = named(config, network)
     training = _training(command, config, dataset, network, machine)
     if saved is not None:
-        training.task_of.folder = folder
         restore(training, saved.state, saved.meta["progress"])
+        training.task_of.folder = folder
+        if training.progress.begun:
+            training.task_of.resumed_in = training.plan[training.progress.phase].cycle
         start = saved.meta["begun"]["summary"]["baseline"] if network.finished else None
     else:
         start = _score_start(training) if network.finished else None
@@ -109,6 +112,7 @@ def surroundings(machine: runtime.Runtime) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "device": machine.device.type,
         "threads": torch.get_num_threads(),
+        "processes": machine.ranks,
         "precision": machine.precision,
     }
 
@@ -127,7 +131,8 @@ def _training(
     for phase in plan:
         SCHEDULES[phase.optim.schedule]  # an unknown one is an error before the first step
     train = training_source(dataset, config.data, machine)
-    task_of = TaskOf(network.model, dataset, train, machine)
+    ema = _average(network.model, config.ema)
+    task_of = TaskOf(ema.module if ema else network.model, dataset, train, machine)
     task_of.prepare(plan)
     return engine.Training(
         model=network.model,
@@ -143,10 +148,23 @@ def _training(
         seed=config.run.seed,
         log_every=config.run.log_every,
         accumulate=config.optim.accumulate,
-        wrapped=torch.compile(network.model) if config.run.compile else None,
-        ema=_average(network.model, config.ema),
+        wrapped=_wrapped(network.model, config, machine),
+        ema=ema,
         scaler=machine.scaler(),
     )
+
+
+def _wrapped(model: nn.Module, config: Config, machine: runtime.Runtime) -> nn.Module | None:
+    """The network as training calls it: on several ranks with an exchange of gradients, and compiled if asked for."""
+    wrapped = model
+    if machine.ranks > 1:
+        own = [machine.device] if machine.device.type == "cuda" else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name is not known to older PyTorch
+            wrapped = nn.parallel.DistributedDataParallel(model, device_ids=own, broadcast_buffers=False)
+    if config.run.compile:
+        wrapped = torch.compile(wrapped)
+    return None if wrapped is model else wrapped
 
 
 def _average(model: nn.Module, ema: Ema) -> ModelEmaV3 | None:

@@ -21,7 +21,7 @@ class Record:
 
     def __init__(self, session: Session, folder: runs.RunDirectory, begun: Mapping[str, Any] | None = None) -> None:
         self.session, self.folder = session, folder
-        self.began, self.unsaved = time.perf_counter(), 0
+        self.began = time.perf_counter()
         begun = begun or {"summary": _new_summary(session), "start": {}, "epoch": {}, "seconds": 0.0}
         self.summary, self.start, self.epoch = begun["summary"], begun["start"], begun["epoch"]
         self.seconds_before = begun["seconds"]
@@ -53,8 +53,7 @@ class Record:
         if isinstance(event, engine.CycleStart):
             self.start = dataclasses.asdict(event)
         elif isinstance(event, engine.Updated):
-            self.unsaved += 1
-            if self.unsaved == self.session.config.run.save_every:
+            if saves_at(self.session, event):
                 self.save_last()
         elif isinstance(event, engine.Epoch):
             self._take_epoch(event)
@@ -86,8 +85,8 @@ class Record:
         update since the last save was not finite.
         """
         training = self.session.training
-        if training.progress.totals is not None and training.progress.totals.images:
-            training.progress.totals.mean_loss()
+        if training.progress.totals is not None:
+            training.progress.totals.check()
         tensors, plain = snapshot(training)
         cycle, epoch = self.position()
         begun = {"summary": self.summary, "start": self.start, "epoch": self.epoch, "seconds": self.seconds}
@@ -95,7 +94,6 @@ class Record:
         meta |= {"progress": plain, "begun": begun, "finished": self.session.start is not None}
         content = checkpoint.capture(training.scored, meta)
         checkpoint.save_last(dataclasses.replace(content, state=tensors), self.folder)
-        self.unsaved = 0
 
     def _save(self, name: str, cycle: int, epoch: int | None, metrics: Mapping[str, Any]) -> None:
         meta = self.session.meta(cycle=cycle, epoch=epoch, metrics=dict(metrics))
@@ -121,6 +119,15 @@ def _new_summary(session: Session) -> dict[str, Any]:
         "baseline": session.start,
         "cycles": [],
     }
+
+
+def saves_at(session: Session, event: engine.Updated) -> bool:
+    """Whether the run saves after this update, in the middle of an epoch; every rank then lets rank 0 know its sums."""
+    every = session.config.run.save_every
+    if every is None or event.step // every == (event.step - session.training.accumulate) // every:
+        return False
+    session.training.progress.totals.pool(session.training.runtime.rank)
+    return True
 
 
 def chosen_file(folder: Path) -> Path:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repan_cli import checkpoint, config, models, runs
+from repan_cli import checkpoint, config, models, runs, runtime
 from repan_cli.checkpoint import Checkpoint
 from repan_cli.commands import train
-from repan_cli.commands.prepare import prepare, surroundings
+from repan_cli.commands.prepare import Session, prepare, surroundings
 from repan_cli.config import Config, Layer, Resolved
 from repan_cli.console import warn
 from repan_cli.errors import InputError
@@ -22,19 +22,28 @@ MAY_CHANGE = ("cycle.count", "data.root", "data.workers", "run.device", "run.log
 def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
     """Go on with a run of `command`. Raises InputError for one that cannot be."""
     path = runs.find(command, name)
+    if runtime.own_rank():
+        train.follow(_again(command, given, path)[0])
+        return
     with runs.RunDirectory(path, reopen=True) as folder:
-        source, saved = newest_state(path)
-        if saved.meta["command"] != command:
-            raise InputError(f"{path} is a run of 'repan {saved.meta['command']}': resume it with that command")
-        resolved = Resolved(_changed(saved, given, path), f"{source}, from where it stopped")
-        session = prepare(command, resolved, saved=saved, folder=path)
-        if session.training.progress.phase >= len(session.training.plan):
-            more = "; more cycles: --cycles N" if command == "cycle" else ""
-            raise InputError(f"{path} is finished{more}")
+        session, resolved, saved = _again(command, given, path)
         _warn_of_changes(saved, surroundings(session.training.runtime))
-        if source.name != runs.LAST:
+        if resolved.source.startswith(str(path / runs.PREVIOUS)):
             _set_aside(path / runs.LAST)
         train.carry_out(session, folder, resolved, begun=saved.meta["begun"], as_json=as_json)
+
+
+def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, Checkpoint]:
+    """The run in the folder `path`, in its newest whole state."""
+    source, saved = newest_state(path)
+    if saved.meta["command"] != command:
+        raise InputError(f"{path} is a run of 'repan {saved.meta['command']}': resume it with that command")
+    resolved = Resolved(_changed(saved, given, path), f"{source}, from where it stopped")
+    session = prepare(command, resolved, saved=saved, folder=path)
+    if session.training.progress.phase >= len(session.training.plan):
+        more = "; more cycles: --cycles N" if command == "cycle" else ""
+        raise InputError(f"{path} is finished{more}")
+    return session, resolved, saved
 
 
 def newest_state(path: Path) -> tuple[Path, Checkpoint]:

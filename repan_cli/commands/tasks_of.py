@@ -42,12 +42,14 @@ class TaskOf:
     """Gives each phase its task. A teacher is built once, with one cache of its logits for all its phases; the teacher
     `previous` is the network that the cycle before left, merged.
 
-    `folder` is the run's: there that network is saved, and there a cache goes that does not fit in memory.
+    `model` is the network that is scored. `folder` is the run's: there a cache goes that does not fit in memory, and
+    there that network is found in a run that was `resumed_in` the midst of a cycle.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, train: Source, machine: Runtime) -> None:
         self.model, self.dataset, self.train, self.machine = model, dataset, train, machine
         self.folder: Path | None = None
+        self.resumed_in: int | None = None
         self.digests: dict[str, str] = {}
         self._teachers: dict[config.Teacher, LogitCache | Teacher] = {}
 
@@ -75,9 +77,9 @@ class TaskOf:
         return self._teachers[settings]
 
     def _previous(self, cycle: int) -> Found:
-        """From its file, where there is a run: in one that goes on the network has changed since."""
+        """From its file, where the network has changed since."""
         model = copy.deepcopy(self.model).cpu().float()
-        if self.folder is not None:
+        if cycle == self.resumed_in:
             file = self.folder / f"cycle_{cycle - 1:02d}.pt"
             checkpoint.load_weights(model, checkpoint.load(file), str(file))
         return Found(model, self._student, checkpoint.capture(model, {}).digest())

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from repan_cli import anneal, checkpoint, engine, export, models, plots, runs, runtime
 from repan_cli.checkpoint import Checkpoint
 from repan_cli.commands.network import describe_blocks
 from repan_cli.commands.prepare import Session, prepare
-from repan_cli.commands.record import Record, chosen_file
+from repan_cli.commands.record import Record, chosen_file, saves_at
 from repan_cli.config import Resolved, dump
 from repan_cli.console import Display, count, duration, percent, sparkline
 from repan_cli.data.source import Source
@@ -24,10 +25,16 @@ from repan_cli.data.streaming import StreamedImages
 from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError, StoppedError
 from repan_cli.trackers import read_metrics
 
+STEPS_BETWEEN_STOPS = 10
+"""On GPUs, where asking the other ranks is a host-device sync."""
+
 
 def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
-    """Prepare, train, merge, and report."""
+    """Prepare, train, merge, and report. Of several ranks the first does all but its share of the training."""
     session = prepare(command, resolved)
+    if session.training.runtime.rank:
+        follow(session)
+        return
     config = session.config
     names = (config.model.name, config.block.name, config.data.name)
     with runs.RunDirectory(Path(config.run.out) if config.run.out else runs.default_path(command, *names)) as folder:
@@ -74,7 +81,8 @@ def carry_out(
 
 def _train(session: Session, record: Record, display: Display, signals: runtime.StopSignals, *, fresh: bool) -> None:
     """Train through the plan and note what happens. Raises StoppedError when a signal asks to, with the state saved."""
-    session.training.stop = signals
+    if session.training.runtime.ranks == 1:
+        session.training.stop = signals
     if fresh:
         record.open()
     try:
@@ -83,12 +91,41 @@ def _train(session: Session, record: Record, display: Display, signals: runtime.
                 record.take(event)
                 if not isinstance(event, engine.Updated):
                     display.show(event)
-                if signals():
+                if _stops(session, event, signals):
                     raise StoppedError
     except StoppedError:
         if session.training.progress.whole:  # in the middle of a restart what the last epoch saved is the state
             record.save_last()
         raise
+
+
+def follow(session: Session) -> None:
+    """Train as one of several ranks, of which the first writes and speaks."""
+    try:
+        with runtime.StopSignals() as signals:
+            for event in engine.fit(session.training):
+                if isinstance(event, engine.Updated):
+                    saves_at(session, event)
+                if _stops(session, event, signals):
+                    raise StoppedError
+    except StoppedError:
+        raise PreemptedRunError from None
+
+
+def _stops(session: Session, event: engine.Event, signals: runtime.StopSignals) -> bool:
+    """Whether the run stops here: where one rank was asked to, all stop after the same update."""
+    machine = session.training.runtime
+    if machine.ranks == 1:
+        return signals()
+    if not isinstance(event, engine.Updated):
+        return False
+    every = 1 if machine.device.type == "cpu" else STEPS_BETWEEN_STOPS
+    if event.step // every == (event.step - session.training.accumulate) // every:
+        return False
+    if not runtime.summed(torch.tensor(float(signals()), device=machine.device)).item():
+        return False
+    session.training.progress.totals.pool(machine.rank)
+    return True
 
 
 def _stopped(
@@ -184,7 +221,7 @@ def _finish(session: Session, folder: runs.RunDirectory, display: Display, recor
 def _score(session: Session, model: nn.Module) -> dict[str, Any]:
     machine = session.training.runtime
     model.to(machine.device, memory_format=machine.memory_format)
-    return dataclasses.asdict(engine.evaluate(model, session.training.test))
+    return dataclasses.asdict(engine.evaluate(model, session.training.test.alone()))
 
 
 def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model: nn.Module) -> dict[str, Any]:

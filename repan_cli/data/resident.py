@@ -7,7 +7,7 @@ A view of an image is a crop position and a flip, numbered `(row * side + column
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,11 +60,11 @@ class ResidentImages(Source):
         """The given views of the given images, with their labels."""
         return Batch(self.gather(index, views), self.labels[index], index, views)
 
-    def _training(self, rows: tuple[Tensor, ...], plan: Plan, position: tuple[int, ...]) -> Iterator[Batch]:
+    def _training(self, rows: Sequence[Tensor], plan: Plan, position: tuple[int, ...]) -> Iterator[Batch]:
         for index in rows:
             here = index.to(self.device)
             yield self.batch(here, plan.views[here])
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        for index in torch.arange(self.count, device=self.device).split(batch_size):
+        for index in torch.arange(self.count, device=self.device).split(batch_size)[self.rank :: self.ranks]:
             yield self.batch(index, torch.full_like(index, self.center))

@@ -7,8 +7,9 @@ step.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,6 +93,8 @@ class Source:
         mean, std: of each channel, for images in [0, 1].
         classes: how many there are, for labels that are shares of several.
         memory_format: of the batches, channels last or contiguous.
+        rank, ranks: this process and how many there are: of each training batch it has a contiguous part, of the
+            batches that are looked at every `ranks`th.
     """
 
     def __init__(
@@ -105,7 +108,10 @@ class Source:
         memory_format: torch.memory_format = torch.channels_last,
         augmentation: Augmentation = NONE,
         classes: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
+        self.rank, self.ranks = rank, ranks
         self.count, self.size, self.channels, self.classes = count, size, len(mean), classes
         self.device, self.memory_format, self.augmentation = device, memory_format, augmentation
         self.side = 2 * augmentation.padding + 1
@@ -127,22 +133,29 @@ class Source:
         """The batches of the epoch at `position`, (seed, cycle, epoch), from number `first` on."""
         plan = self.plan(*position)
         here = plan.to(self.device)
-        rows = plan.order.split(batch_size)[: self.steps(batch_size)]
+        rows = [row.tensor_split(self.ranks)[self.rank] for row in plan.order.split(batch_size)]
+        rows = rows[: self.steps(batch_size)]
         for step, batch in enumerate(self._training(rows[first:], here, position), start=first):
             yield self._finished(batch, here, (*position, step))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All images once, in order and unchanged."""
+        """All images of this rank once, in order and unchanged."""
         raise NotImplementedError
 
-    def _training(self, rows: tuple[Tensor, ...], plan: Plan, position: tuple[int, ...]) -> Iterator[Batch]:
+    def _training(self, rows: Sequence[Tensor], plan: Plan, position: tuple[int, ...]) -> Iterator[Batch]:
         """A batch of cropped, flipped, normalised images for each of `rows`, which hold their indices."""
         raise NotImplementedError
 
     def steps(self, batch_size: int) -> int:
-        """Batches of a training epoch. A last batch of a single image is left out: BN cannot train on it."""
+        """Batches of a training epoch. A last batch of a single image a rank is left out: BN cannot train on it."""
         full, rest = divmod(self.count, batch_size)
-        return full + (rest > 1)
+        return full + (rest >= 2 * self.ranks)
+
+    def alone(self) -> Source:
+        """The same images for one process, all of them."""
+        whole = copy.copy(self)
+        whole.rank, whole.ranks = 0, 1
+        return whole
 
     def plan(self, *position: int) -> Plan:
         """The plan of the epoch at `position`, (seed, cycle, epoch), on the CPU."""

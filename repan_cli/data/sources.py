@@ -35,7 +35,8 @@ def plain_source(dataset: Dataset, part: str, machine: Runtime, workers: int | N
 
 def _options(dataset: Dataset, machine: Runtime, **more: Any) -> dict[str, Any]:
     look = {"mean": dataset.mean, "std": dataset.std}
-    return {**look, "device": machine.device, "memory_format": machine.memory_format, **more}
+    place = {"device": machine.device, "memory_format": machine.memory_format}
+    return {**look, **place, "rank": machine.rank, "ranks": machine.ranks, **more}
 
 
 def _streamed(dataset: Dataset, part: Part, machine: Runtime, workers: int | None, **options: Any) -> Source:

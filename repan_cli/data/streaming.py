@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,15 +117,15 @@ class StreamedImages(Source):
     def unnumbered(self) -> str | None:
         return "data.crop=resized" if self.resized else self.augmentation.unnumbered
 
-    def _training(self, rows: tuple[Tensor, ...], plan: Plan, position: tuple[int, ...]) -> Iterator[Batch]:
+    def _training(self, rows: Sequence[Tensor], plan: Plan, position: tuple[int, ...]) -> Iterator[Batch]:
         samples = _Loaded(self.part, self._training_transform(), position, skip=self.skip)
         yield from self._load(samples, rows, mend="; data.on_error=skip leaves such training images out")
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         samples = _Loaded(self.part, self._plain_transform(), None, skip=False)
-        yield from self._load(samples, torch.arange(self.count).split(batch_size))
+        yield from self._load(samples, torch.arange(self.count).split(batch_size)[self.rank :: self.ranks])
 
-    def _load(self, samples: _Loaded, rows: tuple[Tensor, ...], *, mend: str = "") -> Iterator[Batch]:
+    def _load(self, samples: _Loaded, rows: Sequence[Tensor], *, mend: str = "") -> Iterator[Batch]:
         loader = DataLoader(
             samples,
             batch_sampler=[row.tolist() for row in rows],
