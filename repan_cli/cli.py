@@ -279,6 +279,7 @@ def _add_training(command: str, text: str) -> None:
         data_root: DataRootOption = None,
         epochs: EpochsOption = None,
         lr: LrOption = None,
+        init: Annotated[str | None, _shortcut("init", "FILE", "Start from these weights.")] = None,
         pretrained: PretrainedOption = False,
         batch_size: BatchSizeOption = None,
         seed: SeedOption = None,

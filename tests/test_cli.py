@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -39,8 +41,8 @@ def one_line(capsys, *words):
 
 def test_a_run_directory_holds_what_it_promises(cycle_run):
     names = {path.name for path in cycle_run.folder.iterdir()}
-    files = "config.yaml env.json metrics.jsonl metrics.csv last.pt best.pt fused.pt summary.json status.json log.txt"
-    assert names == {*files.split(), "curves.png", "cycle_00.pt", "cycle_01.pt", "cycle_02.pt"}
+    files = "config.yaml env.json metrics.jsonl metrics.csv last.pt last_previous.pt best.pt fused.pt summary.json status.json log.txt"
+    assert names == {*files.split(), ".lock", "curves.png", "cycle_00.pt", "cycle_01.pt", "cycle_02.pt"}
     assert json.loads((cycle_run.folder / "status.json").read_text())["state"] == "done"
     assert "torch" in json.loads((cycle_run.folder / "env.json").read_text())["versions"]
 
@@ -387,7 +389,7 @@ def test_a_diverging_run_says_so(capsys, tmp_path):
     code, _, err = run(capsys, *words)
     assert code == 3
     assert "no longer finite" in err.splitlines()[-1]
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "diverged"
 
 
 def test_a_ramp_longer_than_its_cycle_is_said(capsys, tmp_path):
@@ -409,42 +411,19 @@ def test_a_full_disk_is_named(capsys, tmp_path, monkeypatch):
     assert "no space left to write" in err.splitlines()[-1]
 
 
-def test_ctrl_c_keeps_what_there_is(capsys, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_leaves_at_once(capsys, tmp_path, monkeypatch):
     from repan_cli.console import Display
 
-    def press(display, event):
+    def press_twice(display, event):
         if type(event).__name__ == "Epoch":
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Display, "show", press)
+    monkeypatch.setattr(Display, "show", press_twice)
     code, _, err = run(capsys, "train", *DIGITS, "--epochs", 1, "--out", tmp_path / "run")
     assert code == 130
-    assert "interrupted before the first epoch was done" in err.splitlines()[-1]
+    assert f"left at once; from its last save it goes on with: repan train --resume {tmp_path}" in err.splitlines()[-1]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
-
-
-@pytest.mark.parametrize(
-    ("command", "at", "says"),
-    [
-        ("train", (0, 2), "a new run starts from its weights with model.init="),
-        ("cycle", (0, 2), "of an unfinished baseline; --init"),
-        ("cycle", (1, 2), "new cycles start from it with --init"),
-    ],
-)
-def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch, command, at, says):
-    from repan_cli.console import Display
-
-    def press(display, event):
-        if type(event).__name__ == "Epoch" and (event.cycle, event.epoch) == at:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Display, "show", press)
-    words = ["--baseline-epochs", 2] if command == "cycle" else []
-    run_folder = ("--out", tmp_path / "run")
-    code, _, err = run(capsys, command, *DIGITS, *words, "--epochs", 2, *run_folder, "data.batch_size=256")
-    assert code == 130
-    assert says in err.splitlines()[-1]
-    assert (tmp_path / "run" / "last.pt").exists()
 
 
 def test_debugging_shows_the_traceback(tmp_path):

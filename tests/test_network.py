@@ -302,10 +302,8 @@ def test_a_network_trained_plain_is_expanded_and_cycled(capsys, place):
     assert "baseline.epochs has no effect here" in refused
 
 
-def test_a_checkpoint_on_images_it_does_not_fit_is_one_line(capsys, cycle_run, digits):
-    grey_as_colour = dataclasses.replace(
-        digits, train=digits.train._replace(images=np.repeat(digits.train.images, 3, axis=3))
-    )
+def test_a_checkpoint_on_images_it_does_not_fit_is_one_line(capsys, cycle_run):
+    grey_as_colour = datasets.load("digits", "data", channels=3)
     given = {"data.name": "digits", "model.init": str(cycle_run.folder / "last.pt")}
     with pytest.raises(InputError, match="repvgg_a0_cifar does not run on images of 3x8x8"):
         network.build("cycle", build(given), grey_as_colour)
@@ -336,7 +334,7 @@ def test_a_file_cannot_name_just_any_network(tmp_path):
 def test_bf16_is_left_where_its_gradients_are_wrong(digits, capsys, size, precision):
     """A strided kernel on a map smaller than its stride, on a CPU: not merely inexact but uninitialised memory."""
     found = made(digits, model__name="timm:resnet10t")
-    data = dataclasses.replace(digits, train=datasets._resized(digits.train, size))
+    data = dataclasses.replace(digits, image_size=size)
     machine = network.safe_precision(Runtime(CPU, "bf16"), found, data, chosen="auto")
     assert machine.precision == precision
     assert ("smaller than its stride" in capsys.readouterr().err) == (precision == "fp32")

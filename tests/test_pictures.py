@@ -55,7 +55,7 @@ def test_numbers_that_are_no_brightness_are_refused(tmp_path):
         with pytest.raises(InputError, match=f"cannot read the image .*a.tif: its pixels are {what}"):
             pictures.open_image(path)
         with pytest.raises(InputError):
-            pictures.check_header(path)
+            pictures.check(path, whole=False)
 
 
 def test_a_bomb_is_refused(tmp_path, monkeypatch):

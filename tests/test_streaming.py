@@ -200,6 +200,8 @@ def test_an_image_that_cannot_be_decoded_stops_the_run_or_is_left_out(tmp_path, 
         assert [len(batch.labels) for batch in batches] == [4, 4, 4], "another image in its place"
     assert capsys.readouterr().err.count("left out of training (1 so far)") == 1
     cut(tmp_path / "test" / "ant" / "1.png")
+    with pytest.raises(InputError, match="test/ant/1.png"):
+        datasets.load("folder", tmp_path, image_size=16, crop="resized", on_error="skip")
     with pytest.raises(InputError, match=r"test/ant/1.png: [^;]*$"):
         list(sources.plain_source(data, "test", FP32, workers).batches(4))
 

@@ -13,6 +13,7 @@ import torch
 
 from repan_cli import engine, export, runtime
 from repan_cli.blocks import rep_blocks
+from repan_cli.commands import train
 from repan_cli.commands.network import describe_blocks
 from repan_cli.commands.prepare import Session, prepare
 from repan_cli.config import Resolved
@@ -32,7 +33,7 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
     else:
-        _report(session, facts)
+        _report(session, resolved, facts)
 
 
 def _network(session: Session) -> dict[str, Any]:
@@ -66,15 +67,16 @@ def _steps(session: Session) -> dict[str, Any]:
     phase = session.training.plan[0]
     if phase.restarts:
         phase = dataclasses.replace(phase, settings=dataclasses.replace(phase.settings, restart="none"))
-    training = dataclasses.replace(session.training, plan=(phase,), log_every=1)
+    training = dataclasses.replace(session.training, plan=(phase,), log_every=1, progress=engine.Progress())
     events, moments = engine.fit(training), []
     for event in events:
-        if isinstance(event, engine.Step):
-            moments.append(time.perf_counter())
-        if isinstance(event, engine.Epoch) or len(moments) == STEPS:
+        if isinstance(event, (engine.CycleStart, engine.Updated)):
+            moments.append((time.perf_counter(), getattr(event, "step", 0)))
+        if isinstance(event, engine.Epoch) or len(moments) > STEPS:
             break
     events.close()
-    step = (moments[-1] - moments[0]) / max(1, len(moments) - 1)
+    first, last = moments[min(1, len(moments) - 2)], moments[-1]  # an only update is all there is to time
+    step = (last[0] - first[0]) / (last[1] - first[1])
     return {"step_seconds": step, "steps_per_epoch": training.train.steps(training.batch_size)}
 
 
@@ -104,13 +106,15 @@ def _estimate(session: Session, facts: Mapping[str, Any]) -> float:
     return steps + restarts + looked_at / facts["evaluation_images_per_second"]
 
 
-def _report(session: Session, facts: Mapping[str, Any]) -> None:
+def _report(session: Session, resolved: Resolved, facts: Mapping[str, Any]) -> None:
     plan = session.training.plan
     merged = f", {facts['params_after']:,} when merged" if "params_after" in facts else ""
+    header = {name: text for name, text in train.header(session, resolved).items() if not name.startswith("repan")}
     rows = {
+        **header,
         "network": f"{facts['model']}, {facts['parameters']:,} parameters{merged}",
         "blocks": f"{describe_blocks(session.training.model)}: {some(facts['blocks'])}".removesuffix(": "),
-        "plan": f"{count(sum(phase.epochs for phase in plan), 'epoch')} of {count(facts['steps_per_epoch'], 'step')}",
+        "length": f"{count(sum(phase.epochs for phase in plan), 'epoch')} of {count(facts['steps_per_epoch'], 'step')}",
         "step": f"{1000 * facts['step_seconds']:.0f} ms, batch {session.config.data.batch_size}",
         "memory": f"{facts['peak_memory_bytes'] / 2**20:,.0f} MiB at most",
         "time": f"about {duration(facts['estimated_seconds'])}",

@@ -128,6 +128,8 @@ def _training(
         anneal.cycle_plan(config, baseline=not network.finished) if command == "cycle" else anneal.training_plan(config)
     )
     _warn_of_a_long_ramp(plan[-1])
+    if plan[-1].start_from == "best-test":
+        warn("cycle.start_from=best-test: the test set chooses the epochs, so that its figures are too good")
     for phase in plan:
         SCHEDULES[phase.optim.schedule]  # an unknown one is an error before the first step
     train = training_source(dataset, config.data, machine)

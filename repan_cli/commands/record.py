@@ -41,6 +41,7 @@ class Record:
     def open(self) -> None:
         """What there is before the first step: the weights that a run of cycles begins with, and a first state."""
         session = self.session
+        self.folder.status("running")
         if session.start:
             if session.start["top1"] is not None:  # where the run begins competes for the best, too
                 session.training.progress.best_top1 = session.start["top1"]

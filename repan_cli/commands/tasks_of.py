@@ -36,6 +36,12 @@ class Found:
     model: nn.Module
     view: View
     digest: str
+    name: str = ""
+
+    def describe(self) -> str:
+        """The network and the images it sees."""
+        mean, std = ("/".join(f"{value:.3g}" for value in values) for values in (self.view.mean, self.view.std))
+        return f"{self.name} on {self.view.size}x{self.view.size} images, mean {mean}, std {std}"
 
 
 class TaskOf:
@@ -51,6 +57,7 @@ class TaskOf:
         self.folder: Path | None = None
         self.resumed_in: int | None = None
         self.digests: dict[str, str] = {}
+        self.described: dict[str, str] = {}
         self._teachers: dict[config.Teacher, LogitCache | Teacher] = {}
 
     def prepare(self, plan: Sequence[Phase]) -> None:
@@ -73,6 +80,7 @@ class TaskOf:
         if settings not in self._teachers:
             found = self._previous(cycle) if settings.name == config.PREVIOUS else find(settings, self.dataset)
             self.digests[settings.name] = found.digest
+            self.described[settings.name] = found.describe()
             self._teachers[settings] = self._ready(found, settings)
         return self._teachers[settings]
 
@@ -126,7 +134,7 @@ def find(settings: config.Teacher, dataset: Dataset) -> Found:
         weights = checkpoint.load_any(name)
         found = _ours(settings, dataset, weights) if isinstance(weights, Checkpoint) else _theirs(settings, dataset)
     size = settings.image_size or found.view.size
-    return Found(found.model, View(size, found.view.mean, found.view.std), found.digest)
+    return Found(found.model, View(size, found.view.mean, found.view.std), found.digest, found.name)
 
 
 def _ours(settings: config.Teacher, dataset: Dataset, saved: Checkpoint) -> Found:
@@ -137,7 +145,9 @@ def _ours(settings: config.Teacher, dataset: Dataset, saved: Checkpoint) -> Foun
     if meta["split_digest"] != dataset.split_digest:
         warn(f"the teacher {name} was trained with another validation part: it has seen images that now choose")
     model = models.rebuild(saved, name, settings.model)
-    return Found(model, View(meta["image_size"], tuple(meta["mean"]), tuple(meta["std"])), saved.digest())
+    return Found(
+        model, View(meta["image_size"], tuple(meta["mean"]), tuple(meta["std"])), saved.digest(), meta["model"]
+    )
 
 
 def _theirs(settings: config.Teacher, dataset: Dataset) -> Found:
@@ -147,7 +157,7 @@ def _theirs(settings: config.Teacher, dataset: Dataset) -> Found:
     full = models.resolve(settings.model, size)
     model = models.create(full, num_classes=len(dataset.classes), in_chans=dataset.channels)
     checkpoint.load_foreign(model, checkpoint.load_any(settings.name), f"the teacher {settings.name}")
-    return Found(model, View(size, dataset.mean, dataset.std), checkpoint.capture(model, {}).digest())
+    return Found(model, View(size, dataset.mean, dataset.std), checkpoint.capture(model, {}).digest(), full)
 
 
 def _pretrained(name: str, dataset: Dataset) -> Found:
@@ -162,4 +172,4 @@ def _pretrained(name: str, dataset: Dataset) -> Found:
     model = models.create(full, num_classes=len(dataset.classes), in_chans=dataset.channels, pretrained=True)
     cfg = timm.data.resolve_model_data_config(model)
     view = View(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
-    return Found(model, view, checkpoint.capture(model, {}).digest())
+    return Found(model, view, checkpoint.capture(model, {}).digest(), full)

@@ -60,14 +60,14 @@ def carry_out(
     epochs = {phase.cycle: phase.epochs for phase in training.plan}
     steps = training.train.steps(session.config.data.batch_size)
     display = Display(epochs=epochs, steps=steps, log=folder / "log.txt")
-    display.facts(_header(session, resolved, folder))
+    display.facts({**header(session, resolved), "run": str(folder.path)})
     record = Record(session, folder, begun)
     try:
         with runtime.StopSignals() as signals:
             _train(session, record, display, signals, fresh=begun is None)
         _finish(session, folder, display, record)
-    except (KeyboardInterrupt, StoppedError):
-        raise _stopped(session, folder, display, signals) from None
+    except (KeyboardInterrupt, StoppedError) as end:
+        raise _stopped(session, folder, display, signals, saved=isinstance(end, StoppedError)) from None
     except BaseException as error:
         with contextlib.suppress(OSError):  # the disk may be what failed
             folder.status("diverged" if isinstance(error, DivergedError) else "failed")
@@ -129,7 +129,7 @@ def _stops(session: Session, event: engine.Event, signals: runtime.StopSignals) 
 
 
 def _stopped(
-    session: Session, folder: runs.RunDirectory, display: Display, signals: runtime.StopSignals
+    session: Session, folder: runs.RunDirectory, display: Display, signals: runtime.StopSignals, *, saved: bool
 ) -> InterruptedRunError | PreemptedRunError:
     """Leave the run so that it can go on, and say how."""
     asked = signals.received not in (None, signal.SIGINT)
@@ -137,12 +137,14 @@ def _stopped(
     _draw(session, folder, display)
     own = f" --model {session.own_network}" if session.own_network else ""
     how = f"go on with: repan {session.command} --resume {folder.path}{own}"
+    if not saved:
+        return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}")
     if asked:
         return PreemptedRunError(f"stopped by {signal.Signals(signals.received).name}, everything is saved; {how}")
     return InterruptedRunError(f"interrupted, everything is saved; {how}")
 
 
-def _header(session: Session, resolved: Resolved, folder: runs.RunDirectory) -> dict[str, str]:
+def header(session: Session, resolved: Resolved) -> dict[str, str]:
     """What is about to happen, before it does."""
     config, data, training = session.config, session.dataset, session.training
     typed, name = resolved.config.model.name, config.model.name
@@ -156,10 +158,9 @@ def _header(session: Session, resolved: Resolved, folder: runs.RunDirectory) -> 
         "data": f"{data.name}: {counts} images of {size}, {len(data.classes)} classes",
         **_describe_augmentation(training.train),
         "plan": _describe_plan(training.plan),
-        **_describe_teacher(training.plan[-1]),
+        **_describe_teacher(training),
         "device": training.runtime.describe(),
         "settings": resolved.source,
-        "run": str(folder.path),
     }
 
 
@@ -172,11 +173,14 @@ def _describe_augmentation(train: Source) -> dict[str, str]:
     return {"images": ", ".join(parts)} if parts else {}
 
 
-def _describe_teacher(phase: anneal.Phase) -> dict[str, str]:
-    teacher = phase.teacher
+def _describe_teacher(training: engine.Training) -> dict[str, str]:
+    """Who teaches, what images it sees, and what of the loss is its share."""
+    teacher = training.plan[-1].teacher
     if teacher.name is None:
         return {}
-    return {"teacher": f"{teacher.name}, alpha {teacher.alpha:g}, temperature {teacher.temperature:g}"}
+    seen = training.task_of.described.get(teacher.name, "the network of the cycle before, merged")
+    share = f"alpha {teacher.alpha:g}, temperature {teacher.temperature:g}"
+    return {"teacher": f"{teacher.name}: {seen}; {share}"}
 
 
 def _describe_plan(plan: tuple[anneal.Phase, ...]) -> str:
@@ -194,6 +198,9 @@ def _describe_plan(plan: tuple[anneal.Phase, ...]) -> str:
         )
         if settings.lr == "continuous":
             parts.append("one course of the learning rate over all")
+        if settings.start_from != "last":
+            judge = "the test set" if settings.start_from == "best-test" else "validation"
+            parts.append(f"each cycle ends with the epoch that is best on {judge}")
     return "; ".join(parts)
 
 
@@ -263,9 +270,12 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
         rows["validation"] = f"{sparkline(validation)}  best epoch {percent(max(validation))}"
     rows["test"] = f"top-1 {percent(test['top1'])}, top-5 {percent(test['top5'])}"
     if summary["cycles"]:
-        gain = summary["cycles"][-1]["test_top1"] - summary["baseline"]["test_top1"]
-        start = display.name(0) if 0 in display.epochs else "start"
-        rows["gain"] = f"{gain:+.2f} points of test top-1 from the {start} to the end of the last cycle (one seed)"
+        start, base = display.name(0) if 0 in display.epochs else "start", summary["baseline"]["test_top1"]
+        chosen_gain, last_gain = test["top1"] - base, summary["cycles"][-1]["test_top1"] - base
+        rows["gain"] = (
+            f"{chosen_gain:+.2f} points of test top-1 over the {start}; the end of the last cycle {last_gain:+.2f} "
+            "(one seed)"
+        )
     if fused:
         rows["merged"] = (
             f"top-1 {percent(fused['test_top1'])} from {fused['params_after']:,} parameters instead of "

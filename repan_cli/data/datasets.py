@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from repan_cli import config
+from repan_cli.console import count as count_of
 from repan_cli.console import warn
 from repan_cli.data import pictures
 from repan_cli.data.pictures import UnreadableImageError
@@ -31,7 +32,7 @@ of each is resized.
 """
 
 LARGEST_RESIDENT = 16 * 2**30
-HEADERS_LOOKED_AT = 200_000
+LOOKED_AT = 200_000
 
 
 class Images(NamedTuple):
@@ -278,7 +279,7 @@ def load_folders(root: Path, reading: Reading) -> Raw:
     for part, (paths, labels) in listed.items():
         skip = reading.skip and part == "train"
         if reading.streams(size):
-            parts[part] = _pictures(paths, labels, reading, skip=skip)
+            parts[part] = _pictures(paths, labels, reading, skip=skip, whole=part != "train")
         else:
             parts[part] = _read_images(paths, labels, size, reading, skip=skip)
     return Raw(classes, parts)
@@ -310,15 +311,17 @@ def _at_size(path: Path, size: int, channels: int, *, crop: bool) -> Image.Image
     return pictures.square(image, size)
 
 
-def _pictures(paths: list[Path], labels: np.ndarray, reading: Reading, *, skip: bool) -> Pictures:
-    """Files to be read when they are asked for; their headers are looked at now, unless there are very many."""
+def _pictures(paths: list[Path], labels: np.ndarray, reading: Reading, *, skip: bool, whole: bool) -> Pictures:
+    """Files to be read when they are asked for; looked at now, unless there are very many: their headers, or, as a run
+    must not fail at its end, `whole` images.
+    """
 
     def look(index: int) -> bool:
-        pictures.check_header(paths[index])
+        pictures.check(paths[index], whole=whole)
         return True
 
     kept = np.ones(len(paths), dtype=bool)
-    if len(paths) <= HEADERS_LOOKED_AT:
+    if len(paths) <= LOOKED_AT:
         kept = np.array([found is not None for found in _outcomes(look, len(paths), skip=skip)])
     return Pictures(pictures.FileReader(paths, reading.channels), labels[kept], np.flatnonzero(kept))
 
@@ -331,12 +334,13 @@ def _outcomes(read: Callable[[int], Any], count: int, *, skip: bool) -> list[Any
         try:
             return read(index)
         except UnreadableImageError as error:
-            if not skip:
-                raise
             failed.append(error)
 
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
         found = list(pool.map(outcome, range(count)))
+    if failed and not skip:
+        more = f" (and {count_of(len(failed) - 1, 'other')})" if len(failed) > 1 else ""
+        raise UnreadableImageError(f"{failed[0]}{more}")
     if failed:
         warn(f"{len(failed)} of {count:,} training images cannot be read and are left out; one of them: {failed[0]}")
     return found

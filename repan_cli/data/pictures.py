@@ -42,10 +42,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UnreadableImageError(f"cannot read the image {path}: {error}") from None
 
 
-def check_header(path: Path) -> None:
-    """Raises UnreadableImageError for a file that does not begin like an image."""
-    with _opened(path):
-        pass
+def check(path: Path, *, whole: bool) -> None:
+    """Raises UnreadableImageError for a file that does not begin like an image; `whole`: that cannot be decoded."""
+    with _opened(path) as image:
+        if whole:
+            image.draft("RGB", (image.width // 8, image.height // 8))  # JPEGs: as small as they can be
+            image.load()
 
 
 def open_image(path: Path, channels: int = 3) -> Image.Image:
@@ -128,7 +130,8 @@ def part_folders(root: Path) -> dict[str, Path]:
             found[part] = there[0]
     if "train" not in found:
         raise InputError(
-            f"no folder {root / 'train'}: expected {root}/train/<class>/* and {root}/test/<class>/* (or val)"
+            f"no folder {root / 'train'}: expected {root}/train/<class>/* and {root}/test/<class>/* (or val); "
+            "--data-root names another place"
         )
     if len(found) == 1:
         raise InputError(f"neither {root / 'val'} nor {root / 'test'}: without one of them nothing can be reported")

@@ -15,8 +15,8 @@ from repan_cli.runtime import Runtime
 
 def training_source(dataset: Dataset, data: config.Data, machine: Runtime) -> Source:
     """The augmented training images. Raises InputError for augmentation that leaves nothing of them."""
-    if data.cutout >= 2 * dataset.image_size:
-        raise InputError(f"data.cutout={data.cutout} blanks whole images of {dataset.image_size} pixels")
+    if data.cutout >= dataset.image_size:
+        raise InputError(f"data.cutout={data.cutout} may blank whole images of {dataset.image_size} pixels")
     options = _options(dataset, machine, augmentation=_augmentation(dataset, data), classes=len(dataset.classes))
     if isinstance(dataset.train, Images) and data.augment not in config.POLICIES:
         return ResidentImages(dataset.train, **options)
