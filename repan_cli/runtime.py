@@ -115,7 +115,10 @@ def join_ranks(device: str) -> tuple[int, int]:
         on_gpus = device.startswith(("auto", "cuda")) and torch.cuda.is_available()
         if on_gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if on_gpus else "gloo")
+        store, rank, ranks = next(distributed.rendezvous("env://"))
+        # what a lost process left in the store would be taken for the answer of its successor
+        store = distributed.PrefixStore(f"repan {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        distributed.init_process_group("nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=ranks)
     return distributed.get_rank(), ranks
 
 

@@ -141,6 +141,8 @@ def restore(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, An
         if "images" in plain:
             sums = (tensors[f"totals.{name}"].to(run.runtime.device) for name in ("loss", "correct", "broken"))
             run.progress.totals = Totals(*sums, plain["images"], plain["first_loss"])
+            if run.runtime.rank:  # rank 0 holds the sums of all
+                run.progress.totals = Totals.zeros(run.runtime.device)
         run.progress.best_weights = _under("best.", tensors, run.runtime.device) or None
         if run.ema:
             run.model.load_state_dict(_under("model.", tensors, run.runtime.device))

@@ -41,8 +41,9 @@ def one_line(capsys, *words):
 
 def test_a_run_directory_holds_what_it_promises(cycle_run):
     names = {path.name for path in cycle_run.folder.iterdir()}
-    files = "config.yaml env.json metrics.jsonl metrics.csv last.pt last_previous.pt best.pt fused.pt summary.json status.json log.txt"
-    assert names == {*files.split(), ".lock", "curves.png", "cycle_00.pt", "cycle_01.pt", "cycle_02.pt"}
+    files = "config.yaml env.json metrics.jsonl metrics.csv summary.json status.json log.txt curves.png .lock"
+    weights = "last.pt last_previous.pt best.pt fused.pt cycle_00.pt cycle_01.pt cycle_02.pt"
+    assert names == {*files.split(), *weights.split()}
     assert json.loads((cycle_run.folder / "status.json").read_text())["state"] == "done"
     assert "torch" in json.loads((cycle_run.folder / "env.json").read_text())["versions"]
 

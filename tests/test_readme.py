@@ -30,6 +30,9 @@ def workplace(cycle_run, tmp_path_factory):
     shutil.copytree(cycle_run.folder, folder / "runs" / "demo")
     shutil.copy(cycle_run.folder / "best.pt", folder / "checkpoint.pt")
     shutil.copytree(cycle_run.folder, folder / "runs" / "plain")
+    for stopped in (folder / "runs" / "stopped", folder / "runs" / "cycle" / "stopped"):
+        shutil.copytree(cycle_run.folder, stopped)
+        shutil.copy(stopped / "last_previous.pt", stopped / "last.pt")
     return folder
 
 
@@ -47,7 +50,7 @@ def test_the_first_screen_has_the_two_commands():
 def test_commands_work(capsys, workplace, monkeypatch, command):
     monkeypatch.chdir(workplace)
     words = shlex.split(command)[1:]
-    if words[0] in ("train", "distill", "cycle") and "--dry-run" not in words:
+    if words[0] in ("train", "distill", "cycle") and not {"--dry-run", "--resume"} & set(words):
         words.append("--print-config")
     code, _, err = run(capsys, *words)
     assert code == 0, err
