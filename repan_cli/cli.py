@@ -126,8 +126,11 @@ def _as_known(error: Exception) -> RepanError | None:
         return OutOfSpaceError(
             f"no space left to write {error.filename or 'a file of the run'}; free some, or give another --out"
         )
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return OutOfSpaceError("out of memory; set a smaller --batch-size")
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu:
+        return OutOfSpaceError(
+            "out of memory; set a smaller --batch-size (with as much more of optim.accumulate), or data.image_size"
+        )
     return None
 
 

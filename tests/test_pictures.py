@@ -93,3 +93,70 @@ def test_channels_choose_grey_or_colour(tmp_path):
     assert np.array_equal(coloured.train.images, np.repeat(plain.train.images, 3, axis=3))
     again = datasets.load("synthetic", "data", channels=1, image_size=8)
     assert again.train.images.shape[3] == len(again.mean) == 1
+
+
+def written(tmp_path, name, make):
+    """A folder set whose second training image of the class bee is what `make` writes."""
+    for part in ("train", "test"):
+        for kind in ("ant", "bee"):
+            (tmp_path / part / kind).mkdir(parents=True)
+            for number in range(3):
+                Image.fromarray(COLOUR).save(tmp_path / part / kind / f"{number}.png")
+    (tmp_path / "train" / "bee" / "1.png").unlink()
+    path = tmp_path / "train" / "bee" / name
+    make(path)
+    return path
+
+
+def numpy_file(path):
+    np.save(path.open("wb"), COLOUR)
+
+
+def cut_short(path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:-900])
+
+
+def flipped_inside(path):
+    Image.fromarray(COLOUR).save(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+OUTCOMES = {
+    "grey.png": (lambda path: Image.fromarray(RAMP).save(path), "read"),
+    "grey.jpg": (lambda path: Image.fromarray(RAMP).save(path), "read"),
+    "colour.jpg": (lambda path: Image.fromarray(COLOUR).save(path), "read"),
+    "colour.webp": (lambda path: Image.fromarray(COLOUR).save(path), "read"),
+    "colour.bmp": (lambda path: Image.fromarray(COLOUR).save(path), "read"),
+    "deep.png": (lambda path: Image.fromarray(RAMP.astype(np.uint16) * 256).save(path), "read"),
+    "alpha.png": (lambda path: Image.fromarray(np.dstack([COLOUR, RAMP])).save(path), "read"),
+    "grey_alpha.png": (lambda path: Image.fromarray(COLOUR).convert("LA").save(path), "read"),
+    "palette.png": (lambda path: Image.fromarray(COLOUR).quantize(16).save(path), "read"),
+    "one_bit.png": (lambda path: Image.fromarray(COLOUR).convert("1").save(path), "read"),
+    "cmyk.tif": (lambda path: Image.fromarray(COLOUR).convert("CMYK").save(path), "read"),
+    "cmyk.jpg": (lambda path: Image.fromarray(COLOUR).convert("CMYK").save(path), "read"),
+    "float.tif": (lambda path: Image.fromarray(RAMP.astype(np.float32)).save(path), "its pixels are floats"),
+    "whole.tif": (lambda path: Image.fromarray(RAMP.astype(np.int32)).save(path), "its pixels are 32-bit integers"),
+    "empty.jpg": (lambda path: path.write_bytes(b""), "it is empty"),
+    "text.jpg": (lambda path: path.write_text("a photograph"), "no image"),
+    "array.png": (numpy_file, "no image"),
+    "half.jpg": (cut_short, "truncated|broken"),
+    "half.png": (cut_short, "truncated|broken"),
+    "flipped.png": (flipped_inside, "broken|CRC|truncated|bad"),
+}
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_each_of_twenty_kinds_of_files_has_one_outcome(tmp_path, name):
+    make, outcome = OUTCOMES[name]
+    path = written(tmp_path, name, make)
+    if outcome == "read":
+        assert len(datasets.load("folder", tmp_path, val_fraction=0).train.labels) == 6
+        return
+    with pytest.raises(InputError, match=f"cannot read the image {path}: .*({outcome})"):
+        datasets.load("folder", tmp_path, image_size=8, val_fraction=0)
+    left = datasets.load("folder", tmp_path, image_size=8, val_fraction=0, on_error="skip")
+    assert len(left.train.labels) == 5

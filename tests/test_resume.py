@@ -372,3 +372,38 @@ def test_plain_state_survives_the_way_through_a_file(capsys, begun):
     saved = checkpoint.load(begun / "last.pt")
     assert saved.meta["progress"]["step"] == 3
     assert dataclasses.replace(saved).digest() == saved.digest()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes there")
+def test_a_limit_on_file_sizes_ends_the_run_with_the_path(tmp_path):
+    import resource
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    process = start("train", *SMALL, "--epochs", "1", "--out", tmp_path / "run", preexec_fn=limited)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 4
+    assert f"no space left to write {tmp_path / 'run' / 'last.pt'}" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")  # noqa: PTH110
+def test_a_full_stdout_is_one_line(cycle_run):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        command = [sys.executable, "-m", "repan_cli", "info", str(cycle_run.folder / "last.pt"), "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 4
+    assert done.stderr.startswith("Error: no space left")
+    assert "Traceback" not in done.stderr
+
+
+def test_out_of_memory_names_the_setting(capsys, tmp_path, monkeypatch):
+    def too_much(run, *arguments):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(engine, "_update", too_much)
+    code, _, err = run(capsys, "train", *SMALL, "--epochs", "1", "--out", tmp_path / "run")
+    assert code == 4
+    assert "out of memory; set a smaller --batch-size" in err.splitlines()[-1]
+    assert checkpoint.load(tmp_path / "run" / "last.pt").meta["progress"]["step"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def _timm(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
     if pretrained and not timm.is_model_pretrained(short):
         raise InputError(f"timm has no pretrained weights of {short}; give a file of weights with --init")
     try:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which would tell of every attempt
         return timm.create_model(short, pretrained=pretrained, **kwargs)
     except Exception as error:
         if not pretrained:
