@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one a core
+
 from pathlib import Path
 from typing import NamedTuple
 
