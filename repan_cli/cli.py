@@ -12,9 +12,8 @@ import typer
 
 import repan_cli
 from repan_cli import config
-from repan_cli.errors import InputError, OutOfSpaceError, RepanError
+from repan_cli.errors import FULL, InputError, OutOfSpaceError, RepanError
 from repan_cli.registry import did_you_mean
-from repan_cli.runs import FULL
 
 app = typer.Typer(
     no_args_is_help=True,

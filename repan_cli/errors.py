@@ -1,5 +1,7 @@
 """Errors that people see: one line that names the thing and the mend, and the process's exit code."""
 
+import errno
+
 
 class RepanError(Exception):
     """A run failed for a reason that is worth one line instead of a traceback."""
@@ -21,6 +23,10 @@ class DivergedError(RepanError):
     """The training loss stopped being a finite number."""
 
     exit_code = 3
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when there is no more room for a file."""
 
 
 class OutOfSpaceError(RepanError):

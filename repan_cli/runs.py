@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import repan_cli
-from repan_cli.errors import InputError, OutOfSpaceError
+from repan_cli.errors import FULL, InputError, OutOfSpaceError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "typer", "rich")
 
