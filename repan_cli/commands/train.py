@@ -122,8 +122,11 @@ def _stops(session: Session, event: engine.Event, signals: runtime.StopSignals) 
     every = 1 if machine.device.type == "cpu" else STEPS_BETWEEN_STOPS
     if event.step // every == (event.step - session.training.accumulate) // every:
         return False
-    if not runtime.summed(torch.tensor(float(signals()), device=machine.device)).item():
+    asked = [signals.received == signal.SIGINT, signals.received not in (None, signal.SIGINT)]
+    by_hand, by_others = runtime.summed(torch.tensor(asked, dtype=torch.float32, device=machine.device)).tolist()
+    if not by_hand and not by_others:
         return False
+    signals.received = signals.received or (signal.SIGTERM if by_others else signal.SIGINT)
     session.training.progress.totals.pool(machine.rank)
     return True
 
