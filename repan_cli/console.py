@@ -107,6 +107,11 @@ class Display:
             Console(file=self.log, width=120, no_color=True).print(text, soft_wrap=True, markup=False)
             self.log.flush()
 
+    def note(self, text: str) -> None:
+        """A line for log.txt alone, of what is said elsewhere."""
+        if self.log:
+            print(text, file=self.log, flush=True)
+
     def facts(self, rows: Mapping[str, str]) -> None:
         """Rows of a name and what is to be said of it, wrapped between words so that paths stay whole."""
         margin = " " * NAME_WIDTH

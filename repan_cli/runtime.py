@@ -35,11 +35,12 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 class StopSignals:
     """While it is entered, SIGINT, SIGTERM and SIGUSR1 ask the run to stop; a second SIGINT raises KeyboardInterrupt.
 
-    Calling it says whether one has come; `received` is the first.
+    Calling it says whether one has come; `received` is the first. Once the process is `leaving`, it hears no more.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.leaving = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -52,7 +53,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _take(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if number == signal.SIGINT and self.received == signal.SIGINT and not self.leaving:
             raise KeyboardInterrupt
         self.received = self.received or number
 

@@ -207,7 +207,8 @@ def test_what_changes_the_computation_cannot_change(capsys, begun):
 def test_the_same_value_more_cycles_and_workers_may_be_given(capsys, begun):
     resumed(capsys, "cycle", begun, "--model", "repvgg_a0", "data.batch_size=256", "data.workers=0", "--cycles", "2")
     assert len(json.loads((begun / "summary.json").read_text())["cycles"]) == 2
-    assert "is finished; more cycles: --cycles N" in one_line(capsys, "cycle", "--resume", begun)
+    refused = one_line(capsys, "cycle", "--resume", begun)
+    assert "is finished; for more than its 2 cycles give --cycles" in refused
     resumed(capsys, "cycle", begun, "--cycles", "3")
     assert len(json.loads((begun / "summary.json").read_text())["cycles"]) == 3
     assert [(row["cycle"], row["epoch"]) for row in metrics(begun)] == [(0, 1), (1, 1), (2, 1), (3, 1)]
@@ -253,10 +254,35 @@ def test_when_all_are_damaged_nothing_is_deleted(capsys, begun):
     before = {path.name: path.read_bytes() for path in begun.iterdir()}
     code, _, err = run(capsys, "cycle", "--resume", begun)
     assert code == 2
-    assert "holds no state to resume from: begin anew with -c" in err
+    assert len(err.splitlines()) == 1
+    assert "holds no state to resume from (" in err
+    assert f"begin anew with -c {begun / 'config.yaml'} --out NEW" in err
     assert {path.name: path.read_bytes() for path in begun.iterdir() if path.name != ".lock"} == {
         name: content for name, content in before.items() if name != ".lock"
     }
+
+
+def test_a_run_killed_in_its_last_moments_is_finished_by_a_resume(capsys, begun):
+    resumed(capsys, "cycle", begun)
+    for name in ("summary.json", "fused.pt"):
+        (begun / name).unlink()
+    resumed(capsys, "cycle", begun)
+    assert (begun / "fused.pt").exists()
+    assert "is finished" in one_line(capsys, "cycle", "--resume", begun)
+
+
+def test_a_teacher_may_move_but_not_change(capsys, tmp_path, cycle_run):
+    teacher, folder = tmp_path / "teacher.pt", tmp_path / "run"
+    shutil.copy(cycle_run.folder / "best.pt", teacher)
+    stopped(capsys, "distill", *SMALL, "--epochs", "1", "--teacher", teacher, "--out", folder, at=2)
+    teacher.rename(tmp_path / "moved.pt")
+    shutil.copy(cycle_run.folder / "cycle_00.pt", teacher)
+    assert "is not the teacher that the run began with" in one_line(capsys, "distill", "--resume", folder)
+    resumed(capsys, "distill", folder, "--teacher", tmp_path / "moved.pt")
+
+
+def test_the_log_tells_of_the_stop(begun):
+    assert "stopped by SIGTERM, everything is saved; go on with" in (begun / "log.txt").read_text()
 
 
 # ---------------------------------------------------------------------------------------------- one writer

@@ -26,7 +26,8 @@ STEPS = 3
 
 def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
     """Build a run, try each of its parts, say what it will be and how long it will take."""
-    session = prepare(command, resolved)
+    config = dataclasses.replace(resolved.config, run=dataclasses.replace(resolved.config.run, out=None))
+    session = prepare(command, dataclasses.replace(resolved, config=config))
     facts = {**_network(session), **_merge(session), **_restart(session), **_evaluation(session), **_steps(session)}
     facts["peak_memory_bytes"] = runtime.peak_memory(session.training.runtime.device)
     facts["estimated_seconds"] = _estimate(session, facts)

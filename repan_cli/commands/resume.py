@@ -11,12 +11,14 @@ from repan_cli.checkpoint import Checkpoint
 from repan_cli.commands import train
 from repan_cli.commands.prepare import Session, prepare, surroundings
 from repan_cli.config import Config, Layer, Resolved
-from repan_cli.console import warn
+from repan_cli.console import count, warn
 from repan_cli.errors import InputError
 from repan_cli.models import user_file
 
-MAY_CHANGE = ("cycle.count", "data.root", "data.workers", "run.device", "run.log_every", "run.save_every")
-"""Settings that a resumed run may have otherwise: they do not change what is computed."""
+MAY_CHANGE = (
+    "cycle.count", "data.root", "data.workers", "run.device", "run.log_every", "run.save_every", "teacher.name"
+)  # fmt: skip
+"""Settings that a resumed run may have otherwise: they do not change what is computed (a teacher must be the same)."""
 
 
 def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
@@ -40,9 +42,14 @@ def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, C
         raise InputError(f"{path} is a run of 'repan {saved.meta['command']}': resume it with that command")
     resolved = Resolved(_changed(saved, given, path), f"{source}, from where it stopped")
     session = prepare(command, resolved, saved=saved, folder=path)
-    if session.training.progress.phase >= len(session.training.plan):
-        more = "; more cycles: --cycles N" if command == "cycle" else ""
-        raise InputError(f"{path} is finished{more}")
+    trained = session.training.progress.phase >= len(session.training.plan)
+    if trained and (path / "summary.json").exists():
+        cycle = session.config.cycle
+        more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if cycle.lr == "restart" else ""
+        raise InputError(f"{path} is finished{more if command == 'cycle' else ''}")
+    for name, digest in session.training.task_of.digests.items():
+        if digest not in saved.meta["teachers"].values():
+            raise InputError(f"{name} is not the teacher that the run began with")
     return session, resolved, saved
 
 
@@ -51,6 +58,7 @@ def newest_state(path: Path) -> tuple[Path, Checkpoint]:
     problems = []
     for file in (path / runs.LAST, path / runs.PREVIOUS):
         if not file.exists():
+            problems.append(f"{file} is not there")
             continue
         try:
             saved = checkpoint.load(file)
@@ -62,9 +70,8 @@ def newest_state(path: Path) -> tuple[Path, Checkpoint]:
         for problem in problems:
             warn(f"{problem}: going on from {file.name}")
         return file, saved
-    raise InputError(
-        "\n".join([*problems, f"{path} holds no state to resume from: begin anew with -c {path / 'config.yaml'}"])
-    )
+    begin = f"begin anew with -c {path / 'config.yaml'} --out NEW"
+    raise InputError(f"{path} holds no state to resume from ({'; '.join(problems)}): {begin}")
 
 
 def _set_aside(damaged: Path) -> None:
@@ -85,7 +92,7 @@ def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
             f"{key} cannot change in a resume (it was {stored.get(key)}): begin another run from its weights with "
             f"model.init={path / runs.LAST}"
         )
-    _check_count(whole, asked.get("cycle.count", whole.cycle.count), saved.meta["progress"]["phase"])
+    _check_cycles(whole, asked.get("cycle.count", whole.cycle.count), saved.meta["progress"]["phase"])
     changed = {key: asked[key] for key in MAY_CHANGE if key in asked}
     own = asked.get("model.name") if user_file.names_a_file(saved.meta["model"]) else None
     models.check_given(saved.meta["model"], own, str(path))
@@ -100,16 +107,16 @@ def _same_network(saved: Checkpoint, given: str) -> bool:
     return models.resolve(given, saved.meta["image_size"]) == stored
 
 
-def _check_count(whole: Config, count: int, phase: int) -> None:
-    if count == whole.cycle.count:
+def _check_cycles(whole: Config, cycles: int, phase: int) -> None:
+    if cycles == whole.cycle.count:
         return
     if whole.cycle.lr == "continuous":
         raise InputError(
-            f"cycle.count cannot change in a resume with cycle.lr=continuous, whose course is that of "
-            f"{whole.cycle.count} cycles"
+            f"cycle.count cannot change with cycle.lr=continuous, one course over {count(whole.cycle.count, 'cycle')}: "
+            "begin another run from its weights with --init"
         )
-    if count < phase:
-        raise InputError(f"cycle.count={count} is less than the {phase} that were begun")
+    if cycles < phase:
+        raise InputError(f"cycle.count={cycles} is less than the {phase} that were begun")
 
 
 def _warn_of_changes(saved: Checkpoint, now: Mapping[str, Any]) -> None:

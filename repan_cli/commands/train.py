@@ -64,10 +64,15 @@ def carry_out(
     record = Record(session, folder, begun)
     try:
         with runtime.StopSignals() as signals:
-            _train(session, record, display, signals, fresh=begun is None)
-        _finish(session, folder, display, record)
-    except (KeyboardInterrupt, StoppedError) as end:
-        raise _stopped(session, folder, display, signals, saved=isinstance(end, StoppedError)) from None
+            try:
+                _train(session, record, display, signals, fresh=begun is None)
+                _finish(session, folder, display, record)
+            except (KeyboardInterrupt, StoppedError) as end:
+                signals.leaving = True
+                raise _stopped(session, folder, display, signals, saved=isinstance(end, StoppedError)) from None
+    except (InterruptedRunError, PreemptedRunError) as stop:
+        display.note(str(stop))
+        raise
     except BaseException as error:
         with contextlib.suppress(OSError):  # the disk may be what failed
             folder.status("diverged" if isinstance(error, DivergedError) else "failed")
@@ -139,7 +144,9 @@ def _stopped(
     folder.status("preempted" if asked else "interrupted")
     _draw(session, folder, display)
     own = f" --model {session.own_network}" if session.own_network else ""
-    how = f"go on with: repan {session.command} --resume {folder.path}{own}"
+    ranks = session.training.runtime.ranks
+    command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
+    how = f"go on with: {command} {session.command} --resume {folder.path}{own}"
     if not saved:
         return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}")
     if asked:
