@@ -246,6 +246,7 @@ class Run:
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     channels_last: bool = setting(True, "Channels-last memory format.")
+    sync_bn: bool = setting(False, "Share BN statistics among the GPUs of a job in every step, for small batches.")
     compile: bool = setting(False, "Compile the training pass with torch.compile, which needs a C++ compiler.")
     out: str | None = setting(None, "Run directory; by default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.")
     log_every: int = setting(20, "Training steps between two looks at the loss (a host-device sync each).", low=1)

@@ -268,6 +268,7 @@ DIGITS = ("--model", "repvgg_a0_cifar", "--dataset", "digits")
             (*DIGITS, "-c", "recipes/digit"),
             "no configuration file or preset 'recipes/digit'; did you mean recipes/digits",
         ),
+        ((*DIGITS, "run.sync_bn=true"), "run.sync_bn is for several GPUs under torchrun"),
         ((*DIGITS, "--device", "gpu"), "unknown device 'gpu'; give auto, cpu, cuda, cuda:N or mps"),
         ((*DIGITS, "--device", "cuda:99"), "device cuda:99 is not there"),
         ((*DIGITS, "--init", "nowhere.pt"), "no checkpoint nowhere.pt"),

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from repan_cli import anneal
 from repan_cli.blocks import FAMILIES, Geometry, RepBlock, make_block, rep_blocks, reparameterize, set_attach_rate
 from repan_cli.errors import InputError
 
@@ -139,6 +140,18 @@ def test_networks_with_synchronised_norms_merge_the_same():
     expected = model(x)
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert relative(reparameterize(synchronised)(x), expected) < 1e-12
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_shared_statistics_merge_and_restart_as_ones_own(family):
+    model = small_net(family)
+    images = torch.randn(8, 3, 16, 16)
+    expected = model(images)
+    shared = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in shared.modules())
+    anneal.restart(shared, rule="calibrate", images=[images], attach="ramp")
+    assert relative(shared.eval()(images), expected) < 1e-5
+    assert relative(reparameterize(shared)(images), expected) < 1e-5
 
 
 def test_a_strided_1x1_branch_on_few_channels_stays_inside_its_memory():

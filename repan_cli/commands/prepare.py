@@ -11,6 +11,7 @@ Only then does `train` create the run directory.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from repan_cli.data import datasets
 from repan_cli.data.datasets import Dataset
 from repan_cli.data.source import Source
 from repan_cli.data.sources import plain_source, training_source
+from repan_cli.errors import InputError
 from repan_cli.models import user_file
 from repan_cli.optim import SCHEDULES, build_optimizer
 from repan_cli.state import restore
@@ -92,6 +94,8 @@ def prepare(
     if network.finished:
         refuse(resolved.given, ("baseline.",), "has no effect here: the weights that were given are the baseline")
     machine = safe_precision(machine, network, dataset, chosen=config.run.precision)
+    if config.run.sync_bn:
+        network = _with_shared_statistics(network, machine)
     network.model.to(machine.device, memory_format=machine.memory_format)
     config = named(config, network)
     training = _training(command, config, dataset, network, machine)
@@ -167,6 +171,13 @@ def _wrapped(model: nn.Module, config: Config, machine: runtime.Runtime) -> nn.M
     if config.run.compile:
         wrapped = torch.compile(wrapped)
     return None if wrapped is model else wrapped
+
+
+def _with_shared_statistics(network: Network, machine: runtime.Runtime) -> Network:
+    """The network with BN over the batches of all ranks; its weights, names and merged form are the same."""
+    if machine.device.type != "cuda" or machine.ranks == 1:
+        raise InputError("run.sync_bn is for several GPUs under torchrun: set run.sync_bn=false")
+    return dataclasses.replace(network, model=nn.SyncBatchNorm.convert_sync_batchnorm(network.model))
 
 
 def _average(model: nn.Module, ema: Ema) -> ModelEmaV3 | None:
