@@ -305,7 +305,7 @@ def test_half_precision_trains_with_a_scaled_loss(digits):
         run = training(digits, phases, model=fresh(), runtime=runtime, scaler=runtime.scaler())
         found[precision] = [event.loss for event in engine.fit(run) if isinstance(event, engine.Epoch)]
         assert all(value.isfinite().all() for value in weights(run).values())
-    assert run.scaler.is_enabled() == (precision == "fp16")
+        assert run.scaler.is_enabled() == (precision == "fp16")
     assert found["fp16"][-1] < found["fp16"][0] - 0.1
     assert found["fp16"][-1] == pytest.approx(found["fp32"][-1], abs=0.3)
 

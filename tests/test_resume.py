@@ -106,8 +106,7 @@ STEPS = {"train": 18, "distill": 18, "cycle": 30}
 """Updates of each run: 6 an epoch."""
 
 POINTS = {
-    command: sorted({1, 2, 5, 6, 7, 8, 11, 12, 13, total // 2 + 2, total - 1, total})
-    for command, total in STEPS.items()
+    command: sorted({1, 2, 5, 6, 7, 8, 9, 12, 13, total // 2 + 2, total - 1, total}) for command, total in STEPS.items()
 }
 QUICK = {"train": (), "distill": (9,), "cycle": (7,)}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -85,7 +86,7 @@ class Augmentation:
 NONE = Augmentation()
 
 
-class Source:
+class Source(ABC):
     """The images of one part of a data set, in batches on a device.
 
     Args:
@@ -138,13 +139,13 @@ class Source:
         for step, batch in enumerate(self._training(rows[first:], here, position), start=first):
             yield self._finished(batch, here, (*position, step))
 
+    @abstractmethod
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All images of this rank once, in order and unchanged."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _training(self, rows: Sequence[Tensor], plan: Plan, position: tuple[int, ...]) -> Iterator[Batch]:
         """A batch of cropped, flipped, normalised images for each of `rows`, which hold their indices."""
-        raise NotImplementedError
 
     def steps(self, batch_size: int) -> int:
         """Batches of a training epoch. A last batch of a single image a rank is left out: BN cannot train on it."""
