@@ -53,7 +53,8 @@ of its file, is made to fill the memory: as objects it takes seventy times its b
 
 SEAL, DIGITS = b"repan sha256 ", 64
 """What stands in front of the SHA-256 of all other bytes of a file, and how many digits that has. It is the comment of
-a `.pt` archive, at the end, and the first value in the header of a `.safetensors` file."""
+a `.pt` or `.pt2` archive, at the end, the last metadata of an `.onnx` file, and the first value in the header of a
+`.safetensors` file."""
 
 MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
 
@@ -96,8 +97,18 @@ def capture_fused(model: nn.Module, origin: Checkpoint) -> Checkpoint:
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint; the name's ending, .pt or .safetensors, is its format."""
-    buffer = _as_safetensors(checkpoint) if path.suffix == ".safetensors" else _as_pt(checkpoint)
+    buffer = as_bytes(checkpoint, path.suffix)
     write_atomically(path, lambda file: file.write(buffer))
+
+
+def as_bytes(checkpoint: Checkpoint, suffix: str) -> bytes:
+    """The content of its file, `.pt` or `.safetensors`."""
+    return _as_safetensors(checkpoint) if suffix == ".safetensors" else _as_pt(checkpoint)
+
+
+def header(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a file says of itself beside its weights, in plain types."""
+    return {"version": FORMAT, "digest": checkpoint.digest(), "meta": checkpoint.meta}
 
 
 def save_last(checkpoint: Checkpoint, folder: RunDirectory) -> None:
@@ -108,23 +119,24 @@ def save_last(checkpoint: Checkpoint, folder: RunDirectory) -> None:
 
 def _as_pt(checkpoint: Checkpoint) -> bytes:
     buffer = io.BytesIO()
-    header = {"format": "repan", "version": FORMAT, "digest": checkpoint.digest()}
-    torch.save({**header, "meta": checkpoint.meta, "weights": checkpoint.weights, "state": checkpoint.state}, buffer)
+    content = {"format": "repan", **header(checkpoint), "weights": checkpoint.weights, "state": checkpoint.state}
+    torch.save(content, buffer)
     buffer.seek(-2, os.SEEK_END)  # the length of the archive's comment
     buffer.write((len(SEAL) + DIGITS).to_bytes(2, "little") + SEAL)
-    return _sealed(buffer, buffer.tell())
+    return sealed(buffer, buffer.tell())
 
 
 def _as_safetensors(checkpoint: Checkpoint) -> bytes:
     seal = SEAL.decode() + "0" * DIGITS
-    header = {"seal": seal, "version": FORMAT, "digest": checkpoint.digest(), "meta": checkpoint.meta}
     # one entry only: safetensors writes several in random order, and equal content must give equal bytes
-    buffer = io.BytesIO(safetensors.torch.save(checkpoint.weights, {"repan": json.dumps(header)}))
-    return _sealed(buffer, buffer.getvalue().index(SEAL) + len(SEAL))
+    buffer = io.BytesIO(
+        safetensors.torch.save(checkpoint.weights, {"repan": json.dumps({"seal": seal, **header(checkpoint)})})
+    )
+    return sealed(buffer, buffer.getvalue().index(SEAL) + len(SEAL))
 
 
-def _sealed(buffer: io.BytesIO, place: int) -> bytes:
-    """The file with the digits of its SHA-256 at their place."""
+def sealed(buffer: io.BytesIO, place: int) -> bytes:
+    """The file in `buffer` with the digits of its SHA-256 at their `place`, behind `SEAL`."""
     digits = _sum_around(buffer, place)
     buffer.seek(place)
     buffer.write(digits)
@@ -164,20 +176,20 @@ def load_any(path: str | Path) -> Checkpoint | dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"no checkpoint {path}" + (": it is a folder; name a file in it" if path.is_dir() else ""))
     try:
-        sealed = _check_seal(path)
+        is_sealed = check_seal(path)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     if not isinstance(content, Mapping) or content.get("format") != "repan":
         return _foreign_weights(content, path)
     checkpoint = _verified(content, path)
-    if not sealed:  # it was lost, or another program wrote the file again
+    if not is_sealed:  # it was lost, or another program wrote the file again
         raise InputError(f"{path} is damaged: the check sum of the file is missing; use another copy")
     return checkpoint
 
 
-def _check_seal(path: Path) -> bool:
-    """Whether the file carries a check sum. Raises InputError when it is not that of its bytes."""
+def check_seal(path: Path) -> bool:
+    """Whether a file, of whatever format, carries a check sum. Raises InputError when it is not that of its bytes."""
     with path.open("rb") as file:
         if path.suffix != ".safetensors":
             file.seek(max(0, path.stat().st_size - len(SEAL) - DIGITS))
@@ -219,6 +231,12 @@ def _are_plain(tensors: Mapping[Any, Any], path: Path) -> bool:
 
 def _longest_text(path: Path) -> int:
     return max(MOST_TEXT, path.stat().st_size // 8)
+
+
+def check_description(meta: Mapping[str, Any]) -> None:
+    """Raises ValueError unless everything that a description may hold is of its kind."""
+    if wrong := [name for name, kind in DESCRIBED.items() if not isinstance(meta.get(name), kind)]:
+        raise ValueError(wrong[0])
 
 
 def _is_description(meta: Mapping[str, Any], path: Path) -> bool:

@@ -12,7 +12,7 @@ import typer
 
 import repan_cli
 from repan_cli import config
-from repan_cli.errors import FULL, InputError, OutOfSpaceError, RepanError
+from repan_cli.errors import FULL, InputError, OutOfSpaceError, RepanError, is_out_of_memory
 from repan_cli.registry import did_you_mean
 
 app = typer.Typer(
@@ -125,8 +125,7 @@ def _as_known(error: Exception) -> RepanError | None:
         return OutOfSpaceError(
             f"no space left to write {error.filename or 'a file of the run'}; free some, or give another --out"
         )
-    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu:
+    if is_out_of_memory(error):
         return OutOfSpaceError(
             "out of memory; set a smaller --batch-size (with as much more of optim.accumulate), or data.image_size"
         )
@@ -316,23 +315,48 @@ _add_training("distill", DISTILL)
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A .pt or .safetensors file that repan wrote.", show_default=False)
 ]
+SubjectArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A file that repan wrote, a run's folder, others' weights (with --model), or timm:NAME.",
+        show_default=False,
+    ),
+]
 NetworkOption = Annotated[
     str | None,
-    typer.Option("--model", "-m", metavar="FILE.py:FUNCTION", help="The network, where it is your own."),
+    typer.Option(
+        "--model", "-m", metavar="NAME", help="The network of others' weights, or your own, file.py:function."
+    ),
 ]
+
+
+MachineOption = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
 
 
 @app.command(rich_help_panel="Deployment")
 def fuse(
-    checkpoint: CheckpointArgument,
+    checkpoint: SubjectArgument,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Where to write; default CHECKPOINT_fused.pt beside it."),
     ] = None,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", "-f", metavar="FORMAT", help="pt or safetensors; may be repeated.")
+        list[str] | None,
+        typer.Option("--format", "-f", metavar="FORMAT", help="pt, safetensors, onnx or pt2; several: -f pt -f onnx."),
     ] = None,
+    form: Annotated[
+        str,
+        typer.Option("--form", metavar="FORM", help="conv; or conv-bn, which loads into the plain timm network."),
+    ] = "conv",
+    with_normalize: Annotated[
+        bool, typer.Option("--with-normalize", help="Put the normalisation of images into the graph.")
+    ] = False,
     model: NetworkOption = None,
+    data_root: Annotated[
+        str | None, typer.Option("--data-root", metavar="FOLDER", help="Where its data lie, to compare on real images.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Merge a trained network into plain convolutions, prove it equal, write it.
@@ -341,14 +365,49 @@ def fuse(
 
     [cyan]repan fuse checkpoint.pt[/cyan]
 
-    [cyan]repan fuse runs/cycle/NAME/best.pt --out plain.safetensors[/cyan]
+    [cyan]repan fuse runs/cycle/NAME/best.pt --format onnx --format pt2 --with-normalize[/cyan]
+
+    [cyan]repan fuse timm:repvgg_a0 --format safetensors[/cyan]
     """
-    _dispatch("fuse", checkpoint, out=out, formats=formats or [], model=model, as_json=as_json)
+    _dispatch(
+        "fuse",
+        checkpoint,
+        out=out,
+        formats=formats or [],
+        form=form,
+        model=model,
+        with_normalize=with_normalize,
+        data_root=data_root,
+        overwrite=overwrite,
+        as_json=as_json,
+    )
+
+
+@app.command(rich_help_panel="Deployment")
+def predict(
+    checkpoint: SubjectArgument,
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.", show_default=False)
+    ],
+    top: Annotated[int, typer.Option("--top", metavar="K", help="How many classes to name.")] = 5,
+    model: NetworkOption = None,
+    device: MachineOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Name the classes that a network sees in images.
+
+    Examples:
+
+    [cyan]repan predict runs/cycle/NAME/fused.pt photo.jpg[/cyan]
+
+    [cyan]repan predict fused.onnx photos --top 1 --json[/cyan]
+    """
+    _dispatch("predict", checkpoint, images, top=top, model=model, device=device, as_json=as_json)
 
 
 @app.command(rich_help_panel="Inspection")
 def evaluate(
-    checkpoint: CheckpointArgument,
+    checkpoint: SubjectArgument,
     dataset: Annotated[
         str | None, typer.Option("--dataset", "-d", metavar="NAME", help="Another data set than it was trained on.")
     ] = None,
@@ -356,12 +415,15 @@ def evaluate(
         str | None, typer.Option("--data-root", metavar="FOLDER", help="Folder of the data sets, where it has moved.")
     ] = None,
     split: Annotated[str, typer.Option("--split", metavar="PART", help="test, val or train.")] = "test",
-    fused: Annotated[bool, typer.Option("--fused", help="Merge it first.")] = False,
+    fused: Annotated[bool, typer.Option("--fused", help="Merge it, and show both forms side by side.")] = False,
     model: NetworkOption = None,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Write confusion.csv, .png and classes.csv.")
+    ] = None,
+    device: MachineOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the accuracy of a checkpoint, multi-branch or fused.
+    """Measure how good a network is: multi-branch, fused, exported, or timm's.
 
     Examples:
 
@@ -379,6 +441,7 @@ def evaluate(
         split=split,
         fused=fused,
         model=model,
+        out=out,
         device=device,
         as_json=as_json,
     )

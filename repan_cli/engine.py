@@ -130,24 +130,34 @@ def evaluate(model: nn.Module, images: Source, stop: Callable[[], bool] = bool) 
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, device=images.device)
-    for batch, labels, *_ in images.batches(_eval_batch(images)):
+    for batch, labels, *_ in images.batches(eval_batch(images)):
         if stop():
             model.train(was_training)
             raise StoppedError
-        logits = model(batch)
-        if not isinstance(logits, Tensor):
-            raise InputError(f"the network returns a {type(logits).__name__}, not one tensor of logits")
-        ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals += torch.stack([ranks[:, 0].sum(), ranks.sum(), loss])
+        totals += score_batch(model(batch), labels)
     model.train(was_training)
     if images.ranks > 1:
         totals = summed(totals)
-    top1, top5, loss = (value / images.count for value in totals.tolist())
-    return Score(100 * top1, 100 * top5, loss, images.count)
+    return score_of(totals, images.count)
 
 
-def _eval_batch(images: Source) -> int:
+def score_batch(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums over a batch, (3,): top-1 hits, top-5 hits, cross-entropy."""
+    if not isinstance(logits, Tensor):
+        raise InputError(f"the network returns a {type(logits).__name__}, not one tensor of logits")
+    ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([ranks[:, 0].sum(), ranks.sum(), loss])
+
+
+def score_of(totals: Tensor, count: int) -> Score:
+    """The score that the sums over `count` images mean."""
+    top1, top5, loss = (value / count for value in totals.tolist())
+    return Score(100 * top1, 100 * top5, loss, count)
+
+
+def eval_batch(images: Source) -> int:
+    """How many images are looked at together."""
     return max(1, min(EVAL_BATCH, EVAL_PIXELS // images.size**2))
 
 
@@ -321,7 +331,7 @@ def _restart(run: Training, phase: Phase) -> anneal.RestartReport:
 
 def _calibration_images(run: Training, cycle: int, count: int) -> Iterator[Tensor]:
     """`count` augmented training images, or as many as there are, drawn for this cycle."""
-    for batch in run.train.training_batches(_eval_batch(run.train), run.seed, cycle, 0):  # epochs count from 1
+    for batch in run.train.training_batches(eval_batch(run.train), run.seed, cycle, 0):  # epochs count from 1
         if run.stop():
             raise StoppedError
         yield batch.images[: -(-count // run.runtime.ranks)]

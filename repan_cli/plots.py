@@ -1,4 +1,4 @@
-"""curves.png: accuracy, loss, learning rate and attach rate over a whole run. Needs matplotlib, the `plot` extra."""
+"""Pictures: curves.png, accuracy, loss and rates over a whole run, and confusion.png. They need the `plot` extra."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+HOW_TO_GET = "it needs matplotlib, pip install 'repan-cli[plot]'"
+MOST_NAMED = 40
+"""Classes that have room for their names beside a picture."""
 
 
 def available() -> bool:
@@ -52,3 +56,27 @@ def _line(axes: Any, epochs: Sequence[int], records: list[dict[str, Any]], key: 
     points = [(epoch, record[key]) for epoch, record in zip(epochs, records, strict=True) if record[key] is not None]
     if points:
         axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.4)
+
+
+def draw_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], target: Path) -> None:
+    """Draw how often each class (rows) was taken for which (columns), in percent of its images, into a PNG."""
+    from matplotlib.figure import Figure
+
+    shares = [[100 * count / max(sum(row), 1) for count in row] for row in counts]
+    named = len(classes) <= MOST_NAMED
+    side = min(5 + 0.25 * len(classes), 14) if named else 9
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    axes.set(xlabel="taken for", ylabel="class")
+    if named:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= MOST_NAMED // 2:
+        for row, values in enumerate(shares):
+            for column, share in enumerate(values):
+                if counts[row][column]:
+                    color = "white" if share > 55 else "black"
+                    axes.text(column, row, counts[row][column], ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(picture, label="% of the class", shrink=0.8)
+    figure.savefig(target, dpi=110)

@@ -14,7 +14,7 @@ from conftest import ROOT, repan
 from PIL import Image
 from test_datasets import write_folders
 
-from repan_cli import cli, config
+from repan_cli import checkpoint, cli, config
 
 
 def run(capsys, *words):
@@ -171,11 +171,11 @@ def test_fusing_the_same_file_gives_the_same_bytes(capsys, cycle_run, tmp_path):
 def test_evaluate(capsys, cycle_run):
     _, out, _ = run(capsys, "evaluate", cycle_run.folder / "best.pt", "--fused", "--split", "val", "--json")
     score = json.loads(out)
-    assert score.keys() == {"top1", "top5", "loss", "images", "form", "dataset", "split"}
+    assert score.keys() >= {"top1", "top5", "loss", "images", "form", "dataset", "split"}
     assert (score["form"], score["split"], score["dataset"], score["images"]) == ("fused", "val", "digits", 143)
     code, out, err = run(capsys, "evaluate", cycle_run.folder / "best.pt")
     assert (code, out) == (0, "")
-    assert f"top-1 {cycle_run.summary['test']['top1']:.2f} %" in err
+    assert f"multi-branch  {cycle_run.summary['test']['top1']:.2f}" in err
 
 
 def test_info(capsys, cycle_run):
@@ -327,7 +327,7 @@ def test_wrong_checkpoints(capsys, cycle_run, tmp_path):
     damaged.write_bytes(content)
     for command in ("fuse", "evaluate", "info"):
         assert "damaged" in one_line(capsys, command, damaged)
-        assert "no checkpoint" in one_line(capsys, command, tmp_path / "missing.pt")
+        assert "missing.pt" in one_line(capsys, command, tmp_path / "missing.pt")
     folders = write_folders(tmp_path / "photos")
     line = one_line(capsys, "evaluate", cycle_run.folder / "last.pt", "-d", "folder", "--data-root", folders)
     assert "knows 10 classes, folder has 2" in line
@@ -346,10 +346,13 @@ def test_places_that_cannot_be_written(capsys, cycle_run, tmp_path):
     assert "is a folder: name a file in it" in one_line(capsys, "fuse", last, "-o", tmp_path)
     other = tmp_path / "thesis.pt"
     other.write_text("years of work")
-    assert "exists already and is no fused network" in one_line(capsys, "fuse", last, "-o", other)
+    assert "exists already: give another --out, or --overwrite" in one_line(capsys, "fuse", last, "-o", other)
     assert other.read_text() == "years of work"
     copy = shutil.copy(last, tmp_path / "trained.pt")
-    assert "exists already and is no fused network" in one_line(capsys, "fuse", last, "-o", copy)
+    assert "exists already: give another --out, or --overwrite" in one_line(capsys, "fuse", last, "-o", copy)
+    assert checkpoint.load(copy).meta["form"] == "multi-branch"
+    assert run(capsys, "fuse", last, "-o", copy, "--overwrite")[0] == 0
+    assert checkpoint.load(copy).meta["form"] == "fused"
 
 
 def test_bad_words_for_fuse_evaluate_and_list(capsys, cycle_run, tmp_path):

@@ -79,7 +79,7 @@ def test_a_network_that_is_not_finite_is_refused():
     model = small_net()
     with torch.no_grad():
         model.head.weight[0, 0] = float("nan")
-    with pytest.raises(MergeError):
+    with pytest.raises(InputError, match="'head.weight' holds values that are not finite"):
         export.fuse(model, X)
 
 

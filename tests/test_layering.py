@@ -15,17 +15,17 @@ MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): 
 
 ROWS = [
     ["errors"],
-    ["registry"],
+    ["registry", "extras"],
     ["config"],
     ["blocks", "runtime", "console", "trackers", "runs", "plots"],
     ["tasks", "teacher", "optim", "checkpoint", "models", "data", "export"],
-    ["engine", "anneal", "state"],
+    ["engine", "anneal", "state", "scoring"],
     ["commands"],
     ["cli"],
 ]
 """From the bottom up. A room may import rooms of its own row and of those below."""
 
-LIGHT = {"cli", "config", "registry", "errors", "console", "trackers", "runs", "plots"}
+LIGHT = {"cli", "config", "registry", "errors", "extras", "console", "trackers", "runs", "plots"}
 """Rooms that never import torch."""
 
 

@@ -1,66 +1,120 @@
-"""`repan evaluate`: the accuracy of a checkpoint on a part of its data set, or of another with the same classes."""
+"""`repan evaluate`: how good a network is on a part of its data, or of others with the same classes."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
 
-from repan_cli import checkpoint, config, engine, export, models, runtime
-from repan_cli.checkpoint import FUSED, Checkpoint
-from repan_cli.commands.network import check_classes
-from repan_cli.console import tell, warn
-from repan_cli.data import datasets
-from repan_cli.data.datasets import Dataset
+from repan_cli import export, plots, runtime
+from repan_cli.checkpoint import FUSED
+from repan_cli.commands import data_of
+from repan_cli.commands.subject import open_subject
+from repan_cli.console import percent, print_table, tell, warn
 from repan_cli.data.sources import plain_source
+from repan_cli.engine import eval_batch
+from repan_cli.errors import InputError
+from repan_cli.runs import write_atomically
+from repan_cli.scoring import Details, agreement, examine, worst_confusions
+
+WORST = 5
 
 
 def run(
-    path: Path,
+    source: str,
     *,
     dataset: str | None,
     data_root: str | None,
     split: str,
     fused: bool,
     model: str | None,
+    out: Path | None,
     device: str,
     as_json: bool,
 ) -> None:
-    """Score PATH in float32; `fused` merges it first, with proof."""
-    saved = checkpoint.load(path)
+    """Score SOURCE in float32; `fused` merges it, with proof, and scores both forms side by side."""
+    if out and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder for the tables")
+    subject = open_subject(source, model)
     machine = runtime.start(device, "fp32")
-    data = _load_data(path, saved, dataset, data_root)
-    images = plain_source(data, split, machine)
-    network, form = models.rebuild(saved, str(path), model), saved.meta["form"]
-    if fused and form != FUSED:
+    data = data_of.load(subject, dataset, data_root)
+    images = plain_source(data, split, machine, share=subject.preparation.share)
+    networks = {subject.form: subject.network}
+    if fused and subject.form != FUSED:
         batch = next(images.batches(export.PROOF_IMAGES)).images
-        (network, _), form = export.fuse(network, batch.cpu()), FUSED
-    network.to(machine.device, memory_format=machine.memory_format)
-    score = engine.evaluate(network, images)
-    result = {**dataclasses.asdict(score), "form": form, "dataset": data.name, "split": split}
+        networks[FUSED] = export.fuse(subject.network, batch.cpu())[0]
+    found = {}
+    for form, network in networks.items():
+        network.to(machine.device, memory_format=machine.memory_format)
+        found[form], size = examine(network, images, len(data.classes))
+        if size < eval_batch(images):
+            warn(f"memory sufficed for batches of {size} images only, which took longer")
+    result = _result(found, data.classes) | {"dataset": data.name, "split": split, "runtime": subject.runtime}
+    if out:
+        result["out"] = _write(out, found[result["form"]], data.classes)
     if as_json:
         print(json.dumps(result))
     else:
-        _report(path, result)
+        _report(source, result, found, data.classes)
 
 
-def _load_data(path: Path, saved: Checkpoint, dataset: str | None, root: str | None) -> Dataset:
-    """The data set the checkpoint names, or the one asked for, with the same split and image size."""
-    meta, settings = saved.meta, saved.meta["config"]
-    asked = {"name": dataset, "root": root, "image_size": meta["image_size"], "channels": meta["in_chans"]}
-    stored = config.replace(config.Config(), {key: value for key, value in settings.items() if key.startswith("data.")})
-    arguments = datasets.settings_of(stored.data)
-    if dataset is not None:
-        arguments["classes"] = None
-    data = datasets.load(**{**arguments, **{name: value for name, value in asked.items() if value is not None}})
-    data = dataclasses.replace(data, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
-    check_classes(path, meta["classes"], data)
-    if data.split_digest != meta["split_digest"]:
-        warn(f"the validation part of this data is not the one {path} was trained with")
-    return data
+def _result(found: dict[str, Details], classes: tuple[str, ...]) -> dict[str, Any]:
+    """The figures of the last form, with those of the one before it beside them."""
+    (form, details), *_ = reversed(found.items())
+    result = {**_figures(details), "form": form}
+    result["class_top1"] = dict(zip(classes, details.class_accuracy(), strict=True))
+    if len(found) > 1:
+        first = next(iter(found))
+        result |= {"compared": {"form": first, **_figures(found[first])}, "agreement": agreement(*found.values())}
+    return result
 
 
-def _report(path: Path, result: dict[str, Any]) -> None:
-    tell(f"{path} ({result['form']}) on {result['images']:,} {result['split']} images of {result['dataset']}")
-    tell(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}")
+def _figures(details: Details) -> dict[str, Any]:
+    return {**dataclasses.asdict(details.score), "calibration_error": details.calibration_error}
+
+
+def _write(folder: Path, details: Details, classes: tuple[str, ...]) -> list[str]:
+    """Tables and picture; the names of the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = details.confusion.tolist()
+    confusion = [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))]
+    accuracy = [
+        [name, sum(row), "" if top1 is None else top1]
+        for name, row, top1 in zip(classes, counts, details.class_accuracy(), strict=True)
+    ]
+    tables = {"confusion.csv": confusion, "classes.csv": [["class", "images", "top1"], *accuracy]}
+    for name, rows in tables.items():
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        content = text.getvalue().encode()
+        write_atomically(folder / name, lambda file, content=content: file.write(content))
+    written = [str(folder / name) for name in tables]
+    if plots.available():
+        plots.draw_confusion(counts, classes, folder / "confusion.png")
+        return [*written, str(folder / "confusion.png")]
+    tell(f"no confusion.png: {plots.HOW_TO_GET}")
+    return written
+
+
+def _report(source: str, result: dict[str, Any], found: dict[str, Details], classes: tuple[str, ...]) -> None:
+    tell(f"{source} on {result['images']:,} {result['split']} images of {result['dataset']}")
+    names = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss", "calibration_error": "calibration error %"}
+    rows = []
+    for form, details in found.items():
+        figures = _figures(details)
+        rows.append((form, *(f"{figures[name]:.4f}" if name == "loss" else percent(figures[name]) for name in names)))
+    print_table(["form", *names.values()], rows, to_stderr=True)
+    if "agreement" in result:
+        tell(f"both forms name the same class for {percent(result['agreement'])} % of the images")
+    details = found[result["form"]]
+    scored = [(top1, name) for name, top1 in result["class_top1"].items() if top1 is not None]
+    if len(scored) > 2:
+        tell("weakest classes  " + ", ".join(f"{name} {percent(top1)}" for top1, name in sorted(scored)[:WORST]))
+    mistakes = worst_confusions(details.confusion, WORST)
+    if taken := [f"{classes[one]} for {classes[other]} ({times})" for one, other, times in mistakes]:
+        tell("mostly mistaken  " + ", ".join(taken))
+    for path in result.get("out", ()):
+        tell(f"wrote            {path}")

@@ -1,81 +1,293 @@
-"""`repan fuse`: merge a checkpoint's blocks into plain convolutions, prove it, write the result."""
+"""`repan fuse`: merge a network's blocks into plain convolutions, prove it, write it in every format asked for."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from repan_cli import checkpoint, export, models
-from repan_cli.checkpoint import FUSED, Checkpoint
-from repan_cli.console import count, tell
-from repan_cli.errors import InputError
+from repan_cli.checkpoint import FUSED, PLAIN, Checkpoint
+from repan_cli.commands.data_of import real_images
+from repan_cli.commands.subject import Subject, open_subject
+from repan_cli.console import count, print_table, tell, warn
+from repan_cli.errors import InputError, MergeError
+from repan_cli.export import onnx_file, pt2_file
+from repan_cli.export.merge import check_finite, untrained_norms
+from repan_cli.export.plain import as_plain
+from repan_cli.export.program import Normalized, trace
+from repan_cli.extras import need
+from repan_cli.models import user_file
+from repan_cli.models.create import TIMM, TORCHVISION
+from repan_cli.runs import write_atomically
 
-FORMATS = ("pt", "safetensors")
+WEIGHTS, GRAPHS = ("pt", "safetensors"), ("onnx", "pt2")
+FORMATS = (*WEIGHTS, *GRAPHS)
+FORMS = ("conv", "conv-bn")
+
+FILE_TOLERANCE = 1e-4
+"""Bound on the relative error of a file's network in float32; ten times the network's own rounding where that is more.
+A file that computes something else is beyond 1e-2."""
 
 
-def run(path: Path, *, out: Path | None, formats: list[str], model: str | None, as_json: bool) -> None:
-    """Write PATH's network merged, once for every format. Nothing is written unless the merge is proven equal."""
-    targets = _targets(path, out, formats)
-    saved = checkpoint.load(path)
-    if saved.meta["form"] == FUSED:
-        raise InputError(f"{path} is fused already")
-    fused, report = export.fuse(models.rebuild(saved, str(path), model), _proof_images(saved))
-    result = checkpoint.capture_fused(fused, saved)
-    for target in targets:
-        checkpoint.save(result, target)
+@dataclass(frozen=True)
+class Written:
+    """A file: how far its network is from the merged one, what opened it to see, and how it is used."""
+
+    path: str
+    format: str
+    form: str
+    bytes: int
+    rel_error: float
+    opened_by: str
+    use: str
+
+
+def run(
+    source: str,
+    *,
+    out: Path | None,
+    formats: list[str],
+    form: str,
+    model: str | None,
+    with_normalize: bool,
+    data_root: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write the merged network of SOURCE, once for every format. Nothing is written unless everything agrees."""
+    targets = _targets(source, out, formats, overwrite=overwrite)
+    _check_wishes(targets, form, with_normalize=with_normalize)
+    subject = open_subject(source, model)
+    _check_mergeable(subject, targets, form)
+    images, seen = _images(subject, data_root)
+    fused, report = _merged(subject, images)
+    result = checkpoint.capture_fused(fused, subject.checkpoint()) if report else subject.checkpoint()
+    bound = max(FILE_TOLERANCE, 10 * (report.rel_error_fp32 if report else 0.0))
+    job = _Job(subject, fused, result, images, model, with_normalize, bound)
+    contents = [job.content(target, form) for target in targets]
+    written = [job.verified(*each, form) for each in zip(targets, contents, strict=True)]
+    for target, content in zip(targets, contents, strict=True):
+        write_atomically(target, lambda file, content=content: file.write(content))
+    facts = {"out": [str(target) for target in targets], **(dataclasses.asdict(report) if report else {})}
+    facts |= {"images": seen, "files": [dataclasses.asdict(file) for file in written]}
     if as_json:
-        print(json.dumps({"out": [str(target) for target in targets], **dataclasses.asdict(report)}))
+        print(json.dumps(facts))
     else:
-        _report(path, targets, report, model)
+        _report(source, facts, subject, with_normalize=with_normalize)
 
 
-def _targets(path: Path, out: Path | None, formats: list[str]) -> list[Path]:
+# ---------------------------------------------------------------------------------------------- before anything is done
+
+
+def _targets(source: str, out: Path | None, formats: list[str], *, overwrite: bool) -> list[Path]:
+    path = Path(source)
     if out and out.is_dir():
         raise InputError(f"{out} is a folder: name a file in it")
-    endings = formats or [out.suffix.removeprefix(".") if out else "pt"]
-    for ending in endings:
-        if ending not in FORMATS:
-            raise InputError(f"cannot write the format '{ending}': choose {' or '.join(FORMATS)}")
-    stem = (
-        out.with_suffix("")
-        if out and out.suffix.removeprefix(".") in FORMATS
-        else out or path.with_name(f"{path.stem}_fused")
-    )
-    targets = [stem.with_name(f"{stem.name}.{ending}") for ending in dict.fromkeys(endings)]
+    ending = out.suffix.removeprefix(".") if out else ""
+    endings = formats or [ending or "pt"]
+    for wanted in endings:
+        if wanted not in FORMATS:
+            raise InputError(f"cannot write the format '{wanted}': choose {', '.join(FORMATS)}")
+    stem = out.with_suffix("") if out and ending in FORMATS else out or _default_stem(path)
+    targets = [stem.with_name(f"{stem.name}.{wanted}") for wanted in dict.fromkeys(endings)]
     for target in targets:
         if not target.parent.is_dir():
             raise InputError(f"no folder {target.parent} to write {target.name} into")
         if target.resolve() == path.resolve():
             raise InputError(f"{target} is the checkpoint itself: give another --out")
-        if target.exists() and not _is_fused(target):
-            raise InputError(f"{target} exists already and is no fused network: give another --out")
+        if target.exists() and not overwrite:
+            raise InputError(f"{target} exists already: give another --out, or --overwrite")
     return targets
 
 
-def _is_fused(path: Path) -> bool:
-    """Whether a file is what this command wrote earlier and may write again."""
-    try:
-        return checkpoint.load(path).meta["form"] == FUSED
-    except InputError:
-        return False
+def _default_stem(path: Path) -> Path:
+    if path.is_dir():
+        return path / "best_fused"
+    return path.with_name(f"{path.stem}_fused") if path.is_file() else Path(f"{path.name.rpartition(':')[2]}_fused")
 
 
-def _proof_images(saved: Checkpoint) -> torch.Tensor:
-    """Random images of the size and statistics that the network sees."""
-    size = saved.meta["image_size"]
-    shape = (export.PROOF_IMAGES, saved.meta["in_chans"], size, size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def _check_wishes(targets: Sequence[Path], form: str, *, with_normalize: bool) -> None:
+    endings = {target.suffix.removeprefix(".") for target in targets}
+    if form not in FORMS:
+        raise InputError(f"--form {form} is none of {', '.join(FORMS)}")
+    if form == "conv-bn" and endings & set(GRAPHS):
+        raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
+    if with_normalize and endings - set(GRAPHS):
+        raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
+    if "onnx" in endings:
+        need("writing ONNX", "onnx", *onnx_file.PACKAGES)
 
 
-def _report(path: Path, targets: list[Path], report: export.FuseReport, model: str | None) -> None:
-    folded = f", folded {count(report.folded, 'BN')} outside of blocks" if report.folded else ""
-    tell(f"merged {count(report.blocks, 'block')} of {path}{folded} in {report.seconds:.2f} s")
-    bound = f"(bound {export.TOLERANCE:.0e})"
-    tell(f"relative error  {report.rel_error_fp64:.1e} in float64 {bound}, {report.rel_error_fp32:.1e} in float32")
-    tell(f"parameters      {report.params_before:,} before, {report.params_after:,} after")
-    for target in targets:
-        tell(f"wrote           {target} ({target.stat().st_size / 2**20:.2f} MiB)")
-    tell(f"next            repan evaluate {targets[0]}" + (f" --model {model}" if model else ""))
+def _check_mergeable(subject: Subject, targets: Sequence[Path], form: str) -> None:
+    if subject.runtime != "PyTorch":
+        raise InputError(f"{subject.source} is exported already: fuse the checkpoint that it came from")
+    written = all(target.suffix.removeprefix(".") in WEIGHTS for target in targets)
+    if subject.form == FUSED and written and form == "conv" and "pt" in {target.suffix[1:] for target in targets}:
+        raise InputError(
+            f"{subject.source} is fused already; --format onnx, pt2 or safetensors writes it in another way"
+        )
+    check_finite(subject.network)
+    if fresh := untrained_norms(subject.network):
+        warn(f"{count(len(fresh), 'BN')} of {subject.source} never saw an image, such as {fresh[0]}: is it trained?")
+
+
+def _images(subject: Subject, data_root: str | None) -> tuple[Tensor, dict[str, Any]]:
+    """Images to compare on: noise of the statistics that the network sees, and real ones where they are at hand."""
+    prepared = subject.preparation
+    shape = (export.PROOF_IMAGES, prepared.channels, prepared.size, prepared.size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    real, why = real_images(subject, data_root, export.PROOF_IMAGES)
+    seen = {"random": len(noise), "real": len(real) if real is not None else 0, "why_not_real": why}
+    return noise if real is None else torch.cat([real, noise]), seen
+
+
+def _merged(subject: Subject, images: Tensor) -> tuple[nn.Module, export.FuseReport | None]:
+    """The merged network and its proof; a network without anything to merge as it is."""
+    if subject.form == FUSED:
+        return subject.network, None
+    return export.fuse(subject.network, images)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A merged network on its way into files."""
+
+    subject: Subject
+    fused: nn.Module
+    result: Checkpoint
+    images: Tensor
+    model: str | None
+    with_normalize: bool
+    bound: float
+
+    def content(self, target: Path, form: str) -> bytes:
+        """The bytes of a file. Raises InputError for what its format cannot hold."""
+        if target.suffix.removeprefix(".") in WEIGHTS:
+            saved = self._plain() if form == "conv-bn" else self.result
+            return checkpoint.as_bytes(saved, target.suffix)
+        network, meta = self.fused, self.result.meta
+        if self.with_normalize:
+            network, meta = Normalized(network, meta["mean"], meta["std"]), {**meta, "normalizes": True}
+        header = checkpoint.header(dataclasses.replace(self.result, meta=meta))
+        program = trace(network, self.images, self.subject.source)
+        write = onnx_file.write if target.suffix == ".onnx" else pt2_file.write
+        try:
+            return write(program, header)
+        except InputError as error:
+            raise InputError(f"{self.subject.source} {error}") from error
+
+    def _plain(self) -> Checkpoint:
+        """The weights in the places of the plain network."""
+        meta = self.result.meta
+        structure = meta["structure"]
+        native = {"block": "plain", "branches": None} if structure["native"] else {}
+        name = meta["model"] if self.model is None or not user_file.names_a_file(meta["model"]) else self.model
+        blank = models.create(name, num_classes=len(meta["classes"]), in_chans=meta["in_chans"], **native)
+        network = as_plain(self.fused, blank)
+        own = [change for change in structure["changes"] if change[0] == "adapt"]
+        form = FUSED if own else PLAIN
+        described = {"changes": own, "left": {}, "native": native}
+        return checkpoint.capture(network, {**meta, "block": "plain", "structure": described, "form": form})
+
+    def verified(self, target: Path, content: bytes, form: str) -> Written:
+        """What a file is like, opened as anybody would. Raises MergeError when its network computes something else."""
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / f"copy{target.suffix}"
+            copy.write_bytes(content)
+            opened = open_subject(str(copy), self.model if user_file.names_a_file(self.result.meta["model"]) else None)
+            error = max(self._error(opened.network, self.images), self._error(opened.network, self.images[:1]))
+        if not error <= self.bound:
+            raise MergeError(
+                f"{target} would not compute what the network does: relative error {error:.1e}; not written"
+            )
+        kind = target.suffix.removeprefix(".")
+        use = _use(target, form, self.result.meta)
+        return Written(str(target), kind, form, len(content), error, opened.runtime, use)
+
+    @torch.no_grad()
+    def _error(self, network: nn.Module, images: Tensor) -> float:
+        given = images
+        if self.with_normalize:
+            mean, std = (torch.tensor(self.result.meta[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+            given = images * std + mean
+        return export.relative_error(network(given), self.fused(images))
+
+
+def _use(target: Path, form: str, meta: dict[str, Any]) -> str:
+    """The line that uses a file."""
+    if target.suffix == ".onnx":
+        return f'onnxruntime.InferenceSession("{target}").run(None, {{"{onnx_file.INPUT}": images}})'
+    if target.suffix == ".pt2":
+        return f'torch.export.load("{target}").module()(images)'
+    own = f" --model {meta['model']}" if user_file.names_a_file(meta["model"]) else ""
+    if form == "conv":
+        return f"repan {'evaluate' if 'data.name' in meta['config'] else 'info'} {target}{own}"
+    weights = (
+        f'safetensors.torch.load_file("{target}")'
+        if target.suffix == ".safetensors"
+        else f'torch.load("{target}")["weights"]'
+    )
+    return f"{_constructor(meta)}.load_state_dict({weights})"
+
+
+def _constructor(meta: dict[str, Any]) -> str:
+    """The Python that builds the plain network."""
+    name, classes, channels = meta["model"], len(meta["classes"]), meta["in_chans"]
+    if name.startswith(TORCHVISION):
+        return f'torchvision.models.get_model("{name.removeprefix(TORCHVISION)}", num_classes={classes})'
+    if user_file.names_a_file(name):
+        return f"{name.rpartition(':')[2]}(...)"
+    block = ', block="plain"' if meta["structure"]["native"] else ""
+    shape = f"num_classes={classes}, in_chans={channels}{block}"
+    made = f'timm.create_model("{name.removeprefix(TIMM)}", {shape})'
+    own = any(change[0] == "adapt" for change in meta["structure"]["changes"])
+    return f"timm.utils.reparameterize_model({made})" if own else made
+
+
+def _report(source: str, facts: dict[str, Any], subject: Subject, *, with_normalize: bool) -> None:
+    seen = facts["images"]
+    real = f"{seen['real']} real" if seen["real"] else f"no real ({seen['why_not_real']})"
+    if "blocks" in facts:
+        folded = f", folded {count(facts['folded'], 'BN')} outside of blocks" if facts["folded"] else ""
+        tell(f"merged {count(facts['blocks'], 'block')} of {source}{folded} in {facts['seconds']:.2f} s")
+        double, single = facts["rel_error_fp64"], facts["rel_error_fp32"]
+        tell(f"relative error  {double:.1e} in float64 (bound {export.TOLERANCE:.0e}), {single:.1e} in float32")
+        tell(f"parameters      {facts['params_before']:,} before, {facts['params_after']:,} after")
+        tell(f"GMACs           {facts['gmacs_before']:.3g} before, {facts['gmacs_after']:.3g} after, for one image")
+    else:
+        tell(f"{source} is merged already")
+    tell(f"compared on     {seen['random']} random images and {real}")
+    rows = [
+        (file["path"], f"{file['bytes'] / 2**20:.2f} MiB", _agreement(file["rel_error"]), file["opened_by"])
+        for file in facts["files"]
+    ]
+    print_table(["wrote", "size", "agrees", "opened by"], rows, to_stderr=True)
+    for file in facts["files"]:
+        tell(f"use             {file['use']}")
+    if any(file["format"] in GRAPHS for file in facts["files"]):
+        tell(f"images          {_input(subject, with_normalize=with_normalize)}")
+
+
+def _agreement(error: float) -> str:
+    return "to the bit" if error == 0 else f"to {error:.0e}"
+
+
+def _input(subject: Subject, *, with_normalize: bool) -> str:
+    """What a graph takes."""
+    meta = subject.meta
+    shape = f"float32 (N, {meta['in_chans']}, {meta['image_size']}, {meta['image_size']}), any N"
+    if with_normalize:
+        return f"{shape}, values from 0 to 1"
+    mean, std = ("/".join(f"{value:.4g}" for value in meta[name]) for name in ("mean", "std"))
+    return f"{shape}, values from 0 to 1 less mean {mean}, over std {std}"

@@ -259,7 +259,7 @@ def _draw(session: Session, folder: runs.RunDirectory, display: Display) -> None
         f"seed {config.run.seed}",
     )
     if not plots.available():
-        display.say("no curves.png: it needs matplotlib, pip install 'repan-cli[plot]'")
+        display.say(f"no curves.png: {plots.HOW_TO_GET}")
     elif records := read_metrics(folder / "metrics.jsonl"):
         plots.draw_curves(records, folder / "curves.png", title=", ".join(title))
 

@@ -150,6 +150,14 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     return classes
 
 
+def first_image(folder: Path) -> Path:
+    """An image file of a class. Raises InputError where it has none."""
+    found = min((path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS), default=None)
+    if found is None:
+        raise InputError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))})")
+    return found
+
+
 def list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.ndarray]:
     """The image files of a part and their class numbers. Raises InputError unless it has exactly these classes."""
     there = set(class_folders(folder))

@@ -6,6 +6,7 @@ from typing import Any
 
 from repan_cli import config
 from repan_cli.data.datasets import Dataset, Images, Part
+from repan_cli.data.preparation import CROP_SHARE
 from repan_cli.data.resident import ResidentImages
 from repan_cli.data.source import Augmentation, Source
 from repan_cli.data.streaming import StreamedImages, default_workers
@@ -25,12 +26,14 @@ def training_source(dataset: Dataset, data: config.Data, machine: Runtime) -> So
     )
 
 
-def plain_source(dataset: Dataset, part: str, machine: Runtime, workers: int | None = None) -> Source:
-    """The images of a part as they are, to be scored."""
+def plain_source(
+    dataset: Dataset, part: str, machine: Runtime, workers: int | None = None, share: float = CROP_SHARE
+) -> Source:
+    """The images of a part as they are, to be scored; of resized ones `share` of the side."""
     images, options = dataset.part(part), _options(dataset, machine)
     if isinstance(images, Images):
         return ResidentImages(images, **options)
-    return _streamed(dataset, images, machine, workers, **options)
+    return _streamed(dataset, images, machine, workers, share=share, **options)
 
 
 def _options(dataset: Dataset, machine: Runtime, **more: Any) -> dict[str, Any]:

@@ -26,11 +26,9 @@ from repan_cli.console import warn
 from repan_cli.data.datasets import Images, Part, Pictures
 from repan_cli.data.pictures import ArrayReader, UnreadableImageError
 from repan_cli.data.policies import policy
+from repan_cli.data.preparation import CROP_SHARE, middle
 from repan_cli.data.source import Batch, Plan, Source
 from repan_cli.errors import InputError
-
-CROP_SHARE = 0.875
-"""Side of the part that is looked at in evaluation, of the resized image."""
 
 MOST_WORKERS = 16
 
@@ -94,6 +92,7 @@ class StreamedImages(Source):
         policy_of: what its AutoAugment policy was found for.
         workers: processes that load; 0 is this one.
         skip: leave out training images that cannot be read.
+        share: how much of a resized image is looked at where it is only scored, as a part of its side.
         **options: as for `Source`.
     """
 
@@ -105,13 +104,14 @@ class StreamedImages(Source):
         policy_of: str = "imagenet",
         workers: int = 0,
         skip: bool = False,
+        share: float = CROP_SHARE,
         **options: Any,
     ) -> None:
         super().__init__(count=len(part.labels), **options)
         if isinstance(part, Images):
             part = Pictures(ArrayReader(part.images), part.labels, np.arange(len(part.labels)))
         self.part, self.resized, self.policy_of = part, resized, policy_of
-        self.workers, self.skip, self.skipped = workers, skip, set()
+        self.workers, self.skip, self.skipped, self.share = workers, skip, set(), share
 
     @property
     def unnumbered(self) -> str | None:
@@ -175,9 +175,7 @@ class StreamedImages(Source):
     def _plain_transform(self) -> Any:
         if not self.resized:
             return functional.pil_to_tensor
-        side = round(self.size / CROP_SHARE)
-        resize = transforms.Resize(side, transforms.InterpolationMode.BICUBIC)
-        return transforms.Compose([resize, transforms.CenterCrop(self.size), functional.pil_to_tensor])
+        return middle(self.size, self.share)
 
 
 def _collate(samples: list[_Sample]) -> tuple[Tensor, Tensor, Tensor, dict[str, bool]]:

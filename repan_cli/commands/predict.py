@@ -1,0 +1,98 @@
+"""`repan predict`: the classes that a network sees in images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repan_cli import runtime
+from repan_cli.commands.subject import Subject, open_subject
+from repan_cli.console import count, print_table, tell, warn
+from repan_cli.data.pictures import EXTENSIONS, UnreadableImageError
+from repan_cli.errors import InputError
+
+BATCH = 32
+
+
+def run(source: str, paths: list[Path], *, top: int, model: str | None, device: str, as_json: bool) -> None:
+    """Name the `top` most probable classes of every image; folders are searched through.
+
+    Images that cannot be read are named, the others answered, and the exit code is 2.
+    """
+    if top < 1:
+        raise InputError(f"--top {top}: at least one class is named")
+    files = list(_files(paths))
+    subject = open_subject(source, model)
+    machine = runtime.start(device, "fp32")
+    subject.network.to(machine.device, memory_format=machine.memory_format)
+    rows, unreadable = [], []
+    for start in range(0, len(files), BATCH):
+        rows += _predicted(subject, files[start : start + BATCH], top, machine, unreadable)
+    if as_json:
+        print(json.dumps(rows))
+    elif rows:
+        _report(subject, rows)
+    if unreadable:
+        for line in unreadable[:-1]:
+            warn(line)
+        raise InputError(f"{unreadable[-1]}; {count(len(rows), 'other image')} could be read")
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    """The images that are named, and those in folders, sorted. Raises InputError where there is none."""
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+            if not found:
+                raise InputError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise InputError(f"no image {path}")
+
+
+@torch.no_grad()
+def _predicted(
+    subject: Subject, files: Sequence[Path], top: int, machine: runtime.Runtime, unreadable: list[str]
+) -> list[dict[str, Any]]:
+    """An entry for each file that can be read; what is wrong with the others goes into `unreadable`."""
+    images, read = [], []
+    for file in files:
+        try:
+            images.append(subject.preparation.file(file))
+            read.append(file)
+        except UnreadableImageError as error:
+            unreadable.append(str(error))
+    if not images:
+        return []
+    batch = torch.stack(images).to(machine.device).contiguous(memory_format=machine.memory_format)
+    probabilities = subject.network(batch).float().softmax(dim=1).cpu()
+    classes = subject.meta["classes"]
+    shares, places = probabilities.topk(min(top, len(classes)), dim=1)
+    return [
+        {
+            "image": str(file),
+            "classes": [
+                {"class": classes[place], "index": place, "probability": share}
+                for place, share in zip(best.tolist(), sure.tolist(), strict=True)
+            ],
+        }
+        for file, best, sure in zip(read, places, shares, strict=True)
+    ]
+
+
+def _report(subject: Subject, rows: list[dict[str, Any]]) -> None:
+    tell(f"{subject.source}: {subject.meta['model']}, {subject.form}, {len(subject.meta['classes'])} classes")
+    width = max(len(row["classes"]) for row in rows)
+    print_table(
+        ["image", *(f"{number}." for number in range(1, width + 1))],
+        [
+            (row["image"], *(f"{each['class']} {100 * each['probability']:.1f} %" for each in row["classes"]))
+            for row in rows
+        ],
+    )

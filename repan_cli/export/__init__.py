@@ -1,0 +1,23 @@
+"""From a multi-branch network to what runs elsewhere: merge and prove (`merge`), the weights of the plain network
+(`plain`), files for other runtimes (`onnx_file`, `pt2_file`), int8 (`int8`).
+"""
+
+from repan_cli.export.merge import (
+    PROOF_IMAGES,
+    TOLERANCE,
+    FuseReport,
+    count_macs,
+    count_parameters,
+    fuse,
+    relative_error,
+)
+
+__all__ = [
+    "PROOF_IMAGES",
+    "TOLERANCE",
+    "FuseReport",
+    "count_macs",
+    "count_parameters",
+    "fuse",
+    "relative_error",
+]

@@ -1,0 +1,95 @@
+"""`.onnx` files: written from a graph, opened by ONNX Runtime. Needs the `onnx` extra."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from repan_cli import checkpoint
+from repan_cli.checkpoint import DIGITS, SEAL
+from repan_cli.errors import InputError
+from repan_cli.export.program import first_line, quiet
+from repan_cli.extras import need
+
+OPSET = 18
+INPUT, OUTPUT = "images", "logits"
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:
+    """The file of a graph, with a description in its metadata: `classes` for everybody, `repan` for this program.
+
+    Raises InputError for an operator that ONNX does not have.
+    """
+    need("writing ONNX", "onnx", *PACKAGES)
+    try:
+        with quiet():
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+            )
+    except Exception as error:
+        raise InputError(f"cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
+    return seal(exported.model_proto, header)
+
+
+def seal(model: Any, header: dict[str, Any]) -> bytes:
+    """A model of ONNX's, without what it says of the machine it was made on, with a description and a check sum."""
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+    for value in (*model.graph.input, *model.graph.output):
+        value.ClearField("metadata_props")
+    meta = header["meta"]
+    entries = {
+        "classes": json.dumps(meta["classes"]),
+        "repan": json.dumps(header, sort_keys=True),
+        "seal": SEAL.decode() + "0" * DIGITS,  # the last bytes of the file
+    }
+    for key, value in entries.items():
+        model.metadata_props.add(key=key, value=value)
+    content = model.SerializeToString(deterministic=True)
+    return checkpoint.sealed(io.BytesIO(content), len(content) - DIGITS)
+
+
+class OnnxNetwork(nn.Module):
+    """The network in an `.onnx` file, run by ONNX Runtime: (N, C, H, W) to logits (N, classes), on the CPU.
+
+    `threads` as torch's where it is not given.
+    """
+
+    def __init__(self, content: bytes | Path, threads: int | None = None) -> None:
+        super().__init__()
+        need("opening ONNX", "onnx", "onnxruntime")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 3
+        source = content if isinstance(content, bytes) else str(content)
+        self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0].name
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.session.run(None, {self.input: images.detach().cpu().float().contiguous().numpy()})
+        return torch.from_numpy(found[0]).to(images.device)
+
+    def header(self) -> str | None:
+        """The description that repan wrote into the file."""
+        return self.session.get_modelmeta().custom_metadata_map.get("repan")
+
+
+def open_file(path: Path) -> OnnxNetwork:
+    """The network in a file. Raises InputError when it is damaged or no ONNX file."""
+    need("opening ONNX", "onnx", "onnxruntime")
+    try:
+        return OnnxNetwork(path)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path} cannot be opened by ONNX Runtime: {first_line(error)}") from None

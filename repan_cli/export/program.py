@@ -1,0 +1,71 @@
+"""The network as a graph: what both `.onnx` and `.pt2` files are made of."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from repan_cli.errors import InputError
+
+ABOUT_PYTHON = ("stack_trace", "from_node", "source_fn_stack")
+"""What a graph's nodes say of the Python code they came from, paths included."""
+
+
+class Normalized(nn.Module):
+    """A network that takes images with values from 0 to 1 and normalises them itself."""
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
+
+
+@torch.no_grad()
+def trace(network: nn.Module, images: Tensor, name: str) -> ExportedProgram:
+    """The graph of a network in eval mode for batches of any size of images like these (N, C, H, W), N above 1.
+
+    It knows nothing of the machine it was made on, so that the same network gives the same graph. Raises InputError
+    for a network that cannot be one.
+    """
+    network = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
+    network.to(memory_format=torch.contiguous_format)
+    try:
+        with quiet():
+            program = torch.export.export(network, (images[:2].contiguous(),), dynamic_shapes=({0: Dim("batch")},))
+    except Exception as error:
+        raise InputError(f"{name} cannot be exported as a graph: {first_line(error)}") from error
+    for node in program.graph.nodes:
+        for key in ABOUT_PYTHON:
+            node.meta.pop(key, None)
+    return program
+
+
+def first_line(error: BaseException) -> str:
+    """What an exporter says, without the pages that follow."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters tell their own developers much, on stdout, too."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    aside = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(aside), contextlib.redirect_stdout(aside):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,18 @@
+"""Optional packages: what needs one says so before it begins, with the line that installs it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from repan_cli.errors import InputError
+
+
+def missing(*packages: str) -> list[str]:
+    """Those of the packages that are not installed; nothing is imported."""
+    return [package for package in packages if importlib.util.find_spec(package) is None]
+
+
+def need(what: str, extra: str, *packages: str) -> None:
+    """Raises InputError, with the line that installs them, when a package is missing that `what` needs."""
+    if lacking := missing(*packages):
+        raise InputError(f"{what} needs {' and '.join(lacking)}: pip install 'repan-cli[{extra}]'")

@@ -1,0 +1,378 @@
+"""What `repan fuse` writes: every format agrees, opens without repan, is the same bytes again, and runs no code."""
+
+import io
+import json
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import randomize_norms, relative
+from test_cli import one_line, run
+
+import repan_cli
+from repan_cli import checkpoint, models
+from repan_cli.commands import subject
+from repan_cli.errors import InputError
+from repan_cli.export import pt2_file
+from repan_cli.extras import missing
+from repan_cli.models import expand
+
+needs_onnx = pytest.mark.skipif(bool(missing("onnx", "onnxscript", "onnxruntime")), reason="the onnx extra is missing")
+FORMATS = ["pt", "safetensors", "pt2", pytest.param("onnx", marks=needs_onnx)]
+ALL = ("-f", "pt", "-f", "safetensors", "-f", "pt2") + (() if missing("onnx", "onnxruntime") else ("-f", "onnx"))
+
+
+def saved_net(path, name="repvgg_a0_cifar", family="repvgg", *, seed=0):
+    """A checkpoint of a network with randomised BN, as training would write it."""
+    torch.manual_seed(seed)
+    native = {"block": family, "branches": None} if name in models.BUILT_OF_BLOCKS else {}
+    model = models.create(name, num_classes=10, in_chans=3, **native)
+    expansion = models.Expansion(family, (), {})
+    if not native:
+        expansion = expand(model, family, images=torch.randn(2, 3, 32, 32), attach="one").repan_report
+    randomize_norms(model, seed).eval()
+    meta = {
+        **models.describe(name, expansion, native),
+        "form": models.form_of(model),
+        "classes": [f"class {number}" for number in range(10)],
+        "in_chans": 3,
+        "image_size": 32,
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.3, 0.25],
+        "split_digest": "",
+        "config": {},
+        "cycle": 0,
+        "epoch": 1,
+        "metrics": {},
+    }
+    checkpoint.save(checkpoint.capture(model, meta), path)
+    return model
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    """A checkpoint, its network, and everything that fuse writes of it."""
+    folder = tmp_path_factory.mktemp("net")
+    return folder / "net.pt", saved_net(folder / "net.pt")
+
+
+X = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", ["plain", "rep", "acb", "dbb", "mobileone", "qarep"])
+def test_every_family_agrees_in_every_format(capsys, tmp_path, family):
+    model = saved_net(tmp_path / "net.pt", family=family)
+    code, out, err = run(capsys, "fuse", tmp_path / "net.pt", *ALL, "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["images"] == {"random": 16, "real": 0, "why_not_real": "its data are not known"}
+    assert facts["gmacs_after"] <= facts["gmacs_before"]
+    for file in facts["files"]:
+        assert file["rel_error"] < 1e-4
+        opened = subject.open_subject(file["path"])
+        assert relative(opened.network(X), model(X)) < 1e-4
+        assert opened.meta["classes"][3] == "class 3"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_same_network_gives_the_same_bytes(capsys, net, tmp_path, kind):
+    for name in ("one", "two"):
+        assert run(capsys, "fuse", net[0], "-o", tmp_path / f"{name}.{kind}")[0] == 0
+    content = (tmp_path / f"one.{kind}").read_bytes()
+    assert content == (tmp_path / f"two.{kind}").read_bytes()
+    for part in zipfile.ZipFile(io.BytesIO(content)).infolist() if kind == "pt2" else ():
+        assert not part.compress_type  # so that what follows sees all of it
+    assert str(tmp_path).encode() not in content
+    assert b".py" not in content.replace(b".pyramid", b"")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_damaged_export_is_refused(capsys, net, tmp_path, kind):
+    path = tmp_path / f"net.{kind}"
+    assert run(capsys, "fuse", net[0], "-o", path)[0] == 0
+    content = path.read_bytes()
+    for place in range(len(content) // 7, len(content), len(content) // 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(InputError, match=r"damaged|cannot be opened|not written by repan"):
+            subject.open_subject(str(path))
+
+
+@pytest.mark.parametrize("kind", ["pt2", pytest.param("onnx", marks=needs_onnx)])
+def test_the_normalisation_goes_into_the_graph(capsys, net, tmp_path, kind):
+    path = tmp_path / f"net.{kind}"
+    assert run(capsys, "fuse", net[0], "-o", path, "--with-normalize")[0] == 0
+    opened = subject.open_subject(str(path))
+    assert opened.preparation.std == (1.0, 1.0, 1.0)
+    raw = torch.rand(3, 3, 32, 32)
+    mean, std = (torch.tensor(opened.meta[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    assert relative(opened.network(raw), net[1]((raw - mean) / std)) < 1e-4
+
+
+ALONE = {
+    "pt2": "network = torch.export.load(path).module()\nlogits = network(torch.ones(3, 3, 32, 32))",
+    "onnx": "import onnxruntime\nlogits = torch.from_numpy(onnxruntime.InferenceSession(path).run("
+    "None, {'images': torch.ones(3, 3, 32, 32).numpy()})[0])",
+}
+
+
+@pytest.mark.parametrize("kind", ["pt2", pytest.param("onnx", marks=needs_onnx)])
+def test_a_machine_without_repan_opens_it(capsys, net, tmp_path, kind):
+    path = tmp_path / f"net.{kind}"
+    assert run(capsys, "fuse", net[0], "-o", path)[0] == 0
+    code = (
+        "import sys, torch\nsys.modules['repan_cli'] = sys.modules['timm'] = None\n"
+        f"path = {str(path)!r}\n{ALONE[kind]}\n"
+        f"torch.save(logits.detach(), {str(tmp_path / 'logits')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    logits = torch.load(tmp_path / "logits")
+    assert relative(logits, net[1](torch.ones(3, 3, 32, 32))) < 1e-4
+
+
+PLAIN = ["timm:resnet18", "timm:mobilenetv3_small_050", "timm:repvgg_a0", "timm:mobileone_s0", "timm:regnety_002"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_conv_bn_loads_strictly_into_the_plain_network(capsys, tmp_path, name):
+    family = "own" if "rep" in name or "mobileone" in name else "acb"
+    model = saved_net(tmp_path / "net.pt", name, family) if family == "acb" else saved_own(tmp_path / "net.pt", name)
+    path = tmp_path / "plain.safetensors"
+    code, _, err = run(capsys, "fuse", tmp_path / "net.pt", "--form", "conv-bn", "-o", path)
+    assert code == 0, err
+    plain = timm.create_model(name.removeprefix("timm:"), num_classes=10)
+    if family == "own":
+        plain = timm.utils.reparameterize_model(plain)
+    plain.load_state_dict(safetensors.torch.load_file(path))
+    assert relative(plain.eval()(X), model(X)) < 1e-4
+    assert relative(repan_cli.load(path)(X), model(X)) < 1e-4
+
+
+def saved_own(path, name):
+    model = models.create(name, num_classes=10, in_chans=3)
+    expansion = expand(model, images=torch.randn(2, 3, 32, 32), attach="one").repan_report
+    randomize_norms(model).eval()
+    rest = {
+        "classes": [str(n) for n in range(10)],
+        "in_chans": 3,
+        "image_size": 32,
+        "mean": [0.0] * 3,
+        "std": [1.0] * 3,
+    }
+    more = {"form": "multi-branch", "split_digest": "", "config": {}, "cycle": 0, "epoch": 0, "metrics": {}}
+    checkpoint.save(checkpoint.capture(model, {**models.describe(name, expansion, {}), **rest, **more}), path)
+    return model
+
+
+def test_conv_bn_where_there_is_no_such_place(capsys, tmp_path):
+    saved_own(tmp_path / "net.pt", "timm:fastvit_t8")
+    assert "timm merges it in its own way" in one_line(capsys, "fuse", tmp_path / "net.pt", "--form", "conv-bn")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pt"]
+
+
+def test_others_weights_and_names(capsys, tmp_path, monkeypatch):
+    """Weights in a file of others', and a name whose pretrained weights come from timm."""
+    torch.manual_seed(0)
+    model = randomize_norms(timm.create_model("repvgg_a0", num_classes=7)).eval()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "theirs.pth")
+    assert "give --model NAME" in one_line(capsys, "fuse", tmp_path / "theirs.pth")
+    code, out, err = run(capsys, "fuse", tmp_path / "theirs.pth", "--model", "repvgg_a0", "--json")
+    assert code == 0, err
+    opened = repan_cli.load(json.loads(out)["out"][0])
+    images = torch.randn(2, 3, 64, 64)
+    assert relative(opened(images), model(images)) < 1e-4
+
+    monkeypatch.setattr(timm, "create_model", lambda name, **settings: model)
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "fuse", "timm:repvgg_a0", "-f", "safetensors")[0] == 0
+    assert (tmp_path / "repvgg_a0_fused.safetensors").exists()
+
+
+def test_bad_wishes(capsys, net, tmp_path, monkeypatch):
+    path = net[0]
+    assert "--form conv-bn is for weights" in one_line(capsys, "fuse", path, "--form", "conv-bn", "-f", "pt2")
+    assert "--with-normalize puts" in one_line(capsys, "fuse", path, "--with-normalize")
+    assert "--form bn is none of conv, conv-bn" in one_line(capsys, "fuse", path, "--form", "bn")
+    assert run(capsys, "fuse", path, "-o", tmp_path / "fused.pt")[0] == 0
+    assert "is fused already" in one_line(capsys, "fuse", tmp_path / "fused.pt")
+    assert run(capsys, "fuse", tmp_path / "fused.pt", "-f", "pt2")[0] == 0
+    assert "is exported already" in one_line(capsys, "fuse", tmp_path / "fused_fused.pt2")
+    monkeypatch.setattr("repan_cli.extras.missing", lambda *packages: ["onnxscript"])
+    line = one_line(capsys, "fuse", path, "-o", tmp_path / "net.onnx")
+    assert "writing ONNX needs onnxscript: pip install 'repan-cli[onnx]'" in line
+
+
+def test_an_operator_that_a_graph_cannot_hold(capsys, tmp_path, monkeypatch):
+    """One line, and of several formats none is written."""
+    (tmp_path / "net.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "net.py:Net", "--dataset", "digits", "--epochs", "1", "optim.warmup_epochs=0", "--out", "run"]
+    assert run(capsys, "train", *words)[0] == 0
+    line = one_line(capsys, "fuse", "run/last.pt", "--model", "net.py:Net", "-f", "safetensors", "-f", "pt2", "-o", "x")
+    assert "cannot be exported as a graph" in line
+    assert not list(tmp_path.glob("x*"))
+    assert run(capsys, "fuse", "run/last.pt", "--model", "net.py:Net", "-f", "safetensors", "-o", "x")[0] == 0
+
+
+OWN = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self, num_classes, in_chans):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(in_chans, 16, 3, padding=1)
+        self.bn = torch.nn.BatchNorm2d(16)
+        self.head = torch.nn.Linear(16, num_classes)
+    def forward(self, x):
+        x = self.bn(self.conv(x)).relu()
+        if float(x.sum()) > 1e9:  # depends on the values: no graph
+            x = x / 2
+        return self.head(x.mean((2, 3)))
+"""
+
+
+def test_fresh_statistics_are_warned_of(capsys, tmp_path):
+    model = models.create("repvgg_a0_cifar", num_classes=10, in_chans=3, block="repvgg")
+    saved_net(tmp_path / "net.pt")
+    meta = checkpoint.load(tmp_path / "net.pt").meta
+    checkpoint.save(checkpoint.capture(model, meta), tmp_path / "fresh.pt")
+    _, _, err = run(capsys, "fuse", tmp_path / "fresh.pt")
+    assert "never saw an image" in err
+    _, _, err = run(capsys, "fuse", tmp_path / "net.pt")
+    assert "never saw" not in err
+
+
+# ---------------------------------------------------------------------------------------------- no code in .pt2
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("marker", "w"))
+
+
+def graph_with(change):
+    """A change of the description of the graph in a good file."""
+    return lambda parts: change(parts["models/model.json"])
+
+
+def nodes(graph):
+    return graph["graph_module"]["graph"]["nodes"]
+
+
+HOSTILE = {
+    "a call of the system": graph_with(lambda graph: nodes(graph)[0].update(target="torch.os.system")),
+    "a call by another name": graph_with(
+        lambda graph: nodes(graph)[0].update(target="torch.ops.aten.from_file.default")
+    ),
+    "an extension": graph_with(lambda graph: nodes(graph)[0].update(target="#evil:call")),
+    "an expression": graph_with(
+        lambda graph: graph.update(range_constraints={}, extra={"expr_str": "__import__('os').system('touch marker')"})
+    ),
+    "guards": graph_with(lambda graph: graph.update(guards_code=["open('marker', 'w')"])),
+    "named tuples": graph_with(
+        lambda graph: graph["graph_module"].update(treespec_namedtuple_fields={"os.x": {"fields": ["a"]}})
+    ),
+    "types of its own": graph_with(
+        lambda graph: graph["graph_module"]["module_call_graph"][0]["signature"].update(
+            in_spec='[1, {"type": "evil.Type", "context": "x", "children_spec": []}]'
+        )
+    ),
+    "pickled weights": lambda parts: next(
+        iter(parts["data/weights/model_weights_config.json"]["config"].values())
+    ).update(use_pickle=True),
+    "pickled inputs": lambda parts: parts.update({"data/sample_inputs/model.pt": Evil}),
+    "a library": lambda parts: parts.update({"data/aotinductor/model/evil.so": b"ELF"}),
+    "a part outside": lambda parts: parts.update({"../evil.json": b"{}"}),
+}
+
+
+def rewritten(content, change):
+    """A `.pt2` file again, with a change in its parts by name."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        raw = {entry.filename.partition("/")[2]: archive.read(entry) for entry in archive.infolist()}
+    parts = {name: json.loads(value) if name.endswith(".json") else value for name, value in raw.items()}
+    change(parts)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, value in parts.items():
+            if value is Evil:
+                pickled = io.BytesIO()
+                torch.save(Evil(), pickled)
+                value = pickled.getvalue()
+            archive.writestr(f"archive/{name}", value if isinstance(value, bytes) else json.dumps(value))
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def good_pt2(net, tmp_path_factory):
+    from repan_cli.commands import fuse
+
+    out = tmp_path_factory.mktemp("pt2") / "net.pt2"
+    wishes = {"model": None, "with_normalize": False, "data_root": None, "overwrite": False, "as_json": False}
+    fuse.run(str(net[0]), out=out, formats=[], form="conv", **wishes)
+    return out.read_bytes()
+
+
+def test_a_rewritten_file_without_code_opens(good_pt2):
+    content = rewritten(good_pt2, lambda parts: None)
+    assert pt2_file.Pt2Network(content)(X).shape == (5, 10)
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_no_file_runs_code(good_pt2, tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pt2").write_bytes(rewritten(good_pt2, HOSTILE[what]))
+    with pytest.raises(InputError, match=r"refused, no code is run"):
+        subject.open_subject("evil.pt2")
+    assert not (tmp_path / "marker").exists()
+
+
+# ---------------------------------------------------------------------------------------------- using what was written
+
+
+def test_predict_and_evaluate_take_every_format(capsys, cycle_run, tmp_path):
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    for number in range(3):
+        picture = (bunch.images[number] * (255 / 16)).round().astype("uint8")
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    out = tmp_path / "net"
+    code, text, err = run(capsys, "fuse", cycle_run.folder, *ALL, "-o", out, "--json")
+    assert code == 0, err
+    facts = json.loads(text)
+    assert facts["images"]["real"] == 16
+    found = {}
+    for path in (cycle_run.folder / "best.pt", *facts["out"]):
+        _, text, _ = run(capsys, "predict", path, tmp_path, "--top", "3", "--json")
+        rows = json.loads(text)
+        assert [row["image"] for row in rows] == [str(tmp_path / f"{number}.png") for number in range(3)]
+        assert all(len(row["classes"]) == 3 for row in rows)
+        _, text, _ = run(capsys, "evaluate", path, "--json")
+        found[str(path)] = rows, json.loads(text)
+    first, score = next(iter(found.values()))
+    assert score["top1"] == cycle_run.summary["test"]["top1"]
+    for rows, other in found.values():
+        assert other["top1"] == score["top1"]
+        assert other["class_top1"] == score["class_top1"]
+        for row, wanted in zip(rows, first, strict=True):
+            assert [each["class"] for each in row["classes"]] == [each["class"] for each in wanted["classes"]]
+            assert row["classes"][0]["probability"] == pytest.approx(wanted["classes"][0]["probability"], abs=1e-4)
+
+
+def test_predict_names_what_it_cannot_read(capsys, cycle_run, tmp_path):
+    from PIL import Image
+
+    Image.new("L", (8, 8), 9).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("no image")
+    code, out, err = run(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path)
+    assert code == 2
+    assert "good.png" in out
+    assert err.splitlines()[-1].startswith(f"Error: cannot read the image {tmp_path / 'bad.png'}")
+    assert "no image" in one_line(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path / "none.png")
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in one_line(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path / "empty")
+    assert "--top 0" in one_line(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path, "--top", "0")
