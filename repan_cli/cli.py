@@ -332,6 +332,20 @@ NetworkOption = Annotated[
 
 
 MachineOption = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+DataOption = Annotated[
+    str | None, typer.Option("--dataset", "-d", metavar="NAME", help="Another data set than it was trained on.")
+]
+PlaceOption = Annotated[
+    str | None, typer.Option("--data-root", metavar="FOLDER", help="Folder of the data sets, where it has moved.")
+]
+SplitOption = Annotated[str, typer.Option("--split", metavar="PART", help="test, val or train.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+
+
+def _check_split(split: str) -> None:
+    parts = ("test", "val", "train")
+    if split not in parts:
+        _fail(InputError(f"--split {split} is none of {', '.join(parts)}{did_you_mean(split, parts)}"))
 
 
 @app.command(rich_help_panel="Deployment")
@@ -356,7 +370,7 @@ def fuse(
     data_root: Annotated[
         str | None, typer.Option("--data-root", metavar="FOLDER", help="Where its data lie, to compare on real images.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Merge a trained network into plain convolutions, prove it equal, write it.
@@ -378,6 +392,48 @@ def fuse(
         model=model,
         with_normalize=with_normalize,
         data_root=data_root,
+        overwrite=overwrite,
+        as_json=as_json,
+    )
+
+
+@app.command(rich_help_panel="Deployment")
+def quantize(
+    checkpoint: SubjectArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Where to write; default CHECKPOINT_int8.onnx beside it."),
+    ] = None,
+    images: Annotated[int, typer.Option("--images", metavar="N", help="Training images to calibrate on.")] = 512,
+    per_tensor: Annotated[
+        bool, typer.Option("--per-tensor", help="One scale for all weights of a layer, not one a channel.")
+    ] = False,
+    dataset: DataOption = None,
+    data_root: PlaceOption = None,
+    split: SplitOption = "test",
+    model: NetworkOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an int8 network (ONNX Runtime), with its accuracy before and after, and the layers that suffer.
+
+    Examples:
+
+    [cyan]repan quantize runs/cycle/NAME/fused.pt[/cyan]
+
+    [cyan]repan quantize runs/cycle/NAME/best.pt --per-tensor --json[/cyan]
+    """
+    _check_split(split)
+    _dispatch(
+        "quantize",
+        checkpoint,
+        out=out,
+        images=images,
+        per_tensor=per_tensor,
+        dataset=dataset,
+        data_root=data_root,
+        split=split,
+        model=model,
         overwrite=overwrite,
         as_json=as_json,
     )
@@ -408,13 +464,9 @@ def predict(
 @app.command(rich_help_panel="Inspection")
 def evaluate(
     checkpoint: SubjectArgument,
-    dataset: Annotated[
-        str | None, typer.Option("--dataset", "-d", metavar="NAME", help="Another data set than it was trained on.")
-    ] = None,
-    data_root: Annotated[
-        str | None, typer.Option("--data-root", metavar="FOLDER", help="Folder of the data sets, where it has moved.")
-    ] = None,
-    split: Annotated[str, typer.Option("--split", metavar="PART", help="test, val or train.")] = "test",
+    dataset: DataOption = None,
+    data_root: PlaceOption = None,
+    split: SplitOption = "test",
     fused: Annotated[bool, typer.Option("--fused", help="Merge it, and show both forms side by side.")] = False,
     model: NetworkOption = None,
     out: Annotated[
@@ -431,8 +483,7 @@ def evaluate(
 
     [cyan]repan evaluate plain.safetensors --split val --json[/cyan]
     """
-    if split not in ("test", "val", "train"):
-        _fail(InputError(f"--split {split} is none of test, val, train{did_you_mean(split, ('test', 'val', 'train'))}"))
+    _check_split(split)
     _dispatch(
         "evaluate",
         checkpoint,

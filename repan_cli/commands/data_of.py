@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repan_cli import config
+from repan_cli import config, export
 from repan_cli.commands.network import check_classes
 from repan_cli.commands.subject import Subject, knows_its_data
 from repan_cli.console import warn
@@ -52,6 +52,13 @@ def settings(subject: Subject, dataset: str | None = None, root: str | None = No
     if dataset is not None:
         arguments["classes"] = None
     return {**arguments, **{name: value for name, value in asked.items() if value is not None}}
+
+
+def noise(subject: Subject) -> Tensor:
+    """Images without content, (N, C, H, W), of the statistics that a network sees."""
+    prepared = subject.preparation
+    shape = (export.PROOF_IMAGES, prepared.channels, prepared.size, prepared.size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def real_images(subject: Subject, root: str | None, count: int) -> tuple[Tensor | None, str]:

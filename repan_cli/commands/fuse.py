@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from repan_cli import checkpoint, export, models
 from repan_cli.checkpoint import FUSED, PLAIN, Checkpoint
-from repan_cli.commands.data_of import real_images
+from repan_cli.commands.data_of import noise, real_images
 from repan_cli.commands.subject import Subject, open_subject
 from repan_cli.console import count, print_table, tell, warn
 from repan_cli.errors import InputError, MergeError
@@ -141,12 +141,10 @@ def _check_mergeable(subject: Subject, targets: Sequence[Path], form: str) -> No
 
 def _images(subject: Subject, data_root: str | None) -> tuple[Tensor, dict[str, Any]]:
     """Images to compare on: noise of the statistics that the network sees, and real ones where they are at hand."""
-    prepared = subject.preparation
-    shape = (export.PROOF_IMAGES, prepared.channels, prepared.size, prepared.size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    random = noise(subject)
     real, why = real_images(subject, data_root, export.PROOF_IMAGES)
-    seen = {"random": len(noise), "real": len(real) if real is not None else 0, "why_not_real": why}
-    return noise if real is None else torch.cat([real, noise]), seen
+    seen = {"random": len(random), "real": len(real) if real is not None else 0, "why_not_real": why}
+    return random if real is None else torch.cat([real, random]), seen
 
 
 def _merged(subject: Subject, images: Tensor) -> tuple[nn.Module, export.FuseReport | None]:

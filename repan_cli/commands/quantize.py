@@ -1,0 +1,139 @@
+"""`repan quantize`: which layers of a merged network suffer in int8, an int8 file of it, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from repan_cli import checkpoint, export, runtime
+from repan_cli.checkpoint import FUSED
+from repan_cli.commands import data_of
+from repan_cli.commands.subject import Subject, open_subject
+from repan_cli.console import count, percent, print_table, tell
+from repan_cli.data.source import Source
+from repan_cli.data.sources import plain_source
+from repan_cli.errors import InputError
+from repan_cli.export import int8, onnx_file
+from repan_cli.export.merge import check_finite
+from repan_cli.export.program import trace
+from repan_cli.extras import need
+from repan_cli.runs import write_atomically
+from repan_cli.scoring import agreement, examine
+
+BATCH = 64
+SHOWN = 8
+
+
+def run(
+    source: str,
+    *,
+    dataset: str | None,
+    data_root: str | None,
+    split: str,
+    images: int,
+    per_tensor: bool,
+    out: Path | None,
+    model: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Merge SOURCE, look at its layers, write it in int8, score both. Training images calibrate, never the test set."""
+    need("int8", "onnx", *onnx_file.PACKAGES)
+    target = _target(source, out, overwrite=overwrite)
+    if images < 1:
+        raise InputError(f"--images {images}: at least one is needed to calibrate")
+    subject = open_subject(source, model)
+    if subject.runtime != "PyTorch":
+        raise InputError(f"{subject.source} is exported already: quantise the checkpoint that it came from")
+    check_finite(subject.network)
+    machine = runtime.start("cpu", "fp32")
+    data = data_of.load(subject, dataset, data_root)
+    network, saved = _merged(subject, data_of.noise(subject))
+    training = plain_source(data, "train", machine)
+    layers = int8.health(network, _calibration(training, images))
+    header = checkpoint.header(saved)
+    graph = onnx_file.write(trace(network, data_of.noise(subject), subject.source), header)
+    header = {**header, "meta": {**saved.meta, "precision": "int8"}}
+    content = int8.quantize(graph, _calibration(training, images), header, per_channel=not per_tensor)
+    scored = plain_source(data, split, machine)
+    before, _ = examine(network, scored, len(data.classes))
+    after, _ = examine(onnx_file.OnnxNetwork(content), scored, len(data.classes))
+    write_atomically(target, lambda file: file.write(content))
+    result = {
+        "out": str(target),
+        "float32": {**dataclasses.asdict(before.score), "bytes": len(graph)},
+        "int8": {**dataclasses.asdict(after.score), "bytes": len(content)},
+        "agreement": agreement(before, after),
+        "per_channel": not per_tensor,
+        "calibration_images": min(images, training.count),
+        "dataset": data.name,
+        "split": split,
+        "layers": [_finite(dataclasses.asdict(layer)) for layer in layers],
+    }
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _report(source, result, layers)
+
+
+def _target(source: str, out: Path | None, *, overwrite: bool) -> Path:
+    path = Path(source)
+    folder, stem = (path, "best") if path.is_dir() else (path.parent, path.stem.rpartition(":")[2])
+    target = out or folder / f"{stem}_int8.onnx"
+    if target.suffix != ".onnx":
+        raise InputError(f"--out {target}: int8 is written as ONNX, name a file that ends in .onnx")
+    if not target.parent.is_dir():
+        raise InputError(f"no folder {target.parent} to write {target.name} into")
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} exists already: give another --out, or --overwrite")
+    return target
+
+
+def _merged(subject: Subject, images: Tensor) -> tuple[nn.Module, checkpoint.Checkpoint]:
+    if subject.form == FUSED:
+        return subject.network, subject.checkpoint()
+    network, _ = export.fuse(subject.network, images)
+    return network, checkpoint.capture_fused(network, subject.checkpoint())
+
+
+def _calibration(source: Source, images: int) -> Iterator[Tensor]:
+    """Training images as they are, the first of each of evenly spaced batches."""
+    batches = -(-source.count // BATCH)
+    wanted = min(-(-images // BATCH), batches)
+    chosen = {number * batches // wanted for number in range(wanted)}
+    for number, batch in enumerate(source.batches(BATCH)):
+        if number in chosen:
+            yield batch.images[: min(images, BATCH)]
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """Without numbers that JSON does not know."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+
+
+def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth]) -> None:
+    per_channel = result["per_channel"]
+    worst = sorted(layers, key=lambda layer: layer.worst(per_channel=per_channel))[:SHOWN]
+    tell(f"{source}: the {count(len(worst), 'layer')} of {len(layers)} that lose most in int8")
+    titles = ["layer", "channel spread", "input outlier", "weights dB", "by channel dB", "input dB"]
+    rows = [(layer.name, *(f"{value:.1f}" for value in dataclasses.astuple(layer)[1:])) for layer in worst]
+    print_table(titles, rows, to_stderr=True)
+    scales = "one scale a channel" if per_channel else "one scale a layer"
+    calibrated = f"calibrated on {count(result['calibration_images'], 'training image')}, {scales}"
+    tell(f"{result['int8']['images']:,} {result['split']} images of {result['dataset']}; {calibrated}")
+    rows = [
+        (name, percent(each["top1"]), percent(each["top5"]), f"{each['loss']:.4f}", f"{each['bytes'] / 2**20:.2f} MiB")
+        for name, each in (("float32", result["float32"]), ("int8", result["int8"]))
+    ]
+    print_table(["", "top-1 %", "top-5 %", "loss", "size"], rows, to_stderr=True)
+    tell(f"both name the same class for {percent(result['agreement'])} % of the images")
+    tell(f"wrote            {result['out']}")
+    tell(f"next             repan benchmark {result['out']}")

@@ -1,0 +1,170 @@
+"""Int8: how much of each layer survives in 8 bits, and static quantisation after training by ONNX Runtime.
+
+Merged RepVGG-like networks are known to lose much of their accuracy in int8, because merging adds kernels of very
+different ranges (QARepVGG, Chu et al. 2022); the report shows in which layers.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from repan_cli.errors import InputError
+from repan_cli.export import onnx_file
+from repan_cli.export.program import first_line, quiet
+from repan_cli.extras import need
+
+LEVELS = 255
+USUAL = 0.999
+"""The share of values that are no outliers."""
+
+SAMPLED = 2**18
+"""Values of a layer's input that are looked at, of each batch."""
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """What 8 bits leave of a layer.
+
+    `weight_spread`: the largest range of an output channel's weights over the median one; with one scale for the whole
+    kernel the others share the bits that are left. `input_outlier`: the largest value that the layer reads over the
+    99.9th percentile. The rest are signal-to-noise ratios in dB of the weights with one scale and with one for each
+    channel, and of what it reads; 6 dB are a bit.
+    """
+
+    name: str
+    weight_spread: float
+    input_outlier: float
+    weight_sqnr: float
+    weight_sqnr_per_channel: float
+    input_sqnr: float
+
+    def worst(self, *, per_channel: bool) -> float:
+        return min(self.weight_sqnr_per_channel if per_channel else self.weight_sqnr, self.input_sqnr)
+
+
+def quantized(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Values rounded to the 256 levels between `low` and `high`, zero being one of them."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / LEVELS).clamp_min(torch.finfo(values.dtype).tiny)
+    zero = (-low / scale).round()
+    return ((values / scale + zero).round().clamp(0, LEVELS) - zero) * scale
+
+
+def sqnr(values: Tensor, approximate: Tensor) -> float:
+    """Signal over quantisation noise in dB; infinite where nothing is lost."""
+    noise = (values - approximate).square().sum().item()
+    signal = values.square().sum().item()
+    return 10 * math.log10(signal / noise) if noise and signal else math.inf
+
+
+@torch.no_grad()
+def health(network: nn.Module, batches: Iterable[Tensor]) -> list[LayerHealth]:
+    """The health of each convolution and linear layer of a merged network, on batches (N, C, H, W), on the CPU."""
+    network.eval()
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+    with _inputs_of(layers) as seen:
+        for batch in batches:
+            network(batch)
+    return [_health_of(name, layer.weight, torch.cat(seen[name])) for name, layer in layers.items() if seen[name]]
+
+
+@contextmanager
+def _inputs_of(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """A sample of what each layer reads meanwhile, its largest and smallest value in it."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def look(name: str, values: Tensor) -> None:
+        flat = values.detach().float().flatten()
+        step = -(-flat.numel() // SAMPLED)
+        seen[name].append(torch.cat([flat[::step], flat.min()[None], flat.max()[None]]))
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _health_of(name: str, weight: Tensor, read: Tensor) -> LayerHealth:
+    rows = weight.detach().double().flatten(1)
+    bounds = rows.abs().amax(dim=1)
+    whole, each = bounds.max(), bounds[:, None]
+    read = read.double()
+    usual = read.abs().kthvalue(max(1, int(USUAL * read.numel()))).values
+    return LayerHealth(
+        name=name,
+        weight_spread=_ratio(whole, bounds.median()),
+        input_outlier=_ratio(read.abs().max(), usual),
+        weight_sqnr=sqnr(rows, quantized(rows, -whole, whole)),
+        weight_sqnr_per_channel=sqnr(rows, quantized(rows, -each, each)),
+        input_sqnr=sqnr(read, quantized(read, read.min(), read.max())),
+    )
+
+
+def _ratio(large: Tensor, small: Tensor) -> float:
+    return (large / small).item() if small > 0 else math.inf
+
+
+def quantize(content: bytes, batches: Iterable[Tensor], header: dict[str, Any], *, per_channel: bool) -> bytes:
+    """An `.onnx` file in int8: weights and what layers read, with scales from the smallest and largest values that
+    calibration images (N, C, H, W) give.
+
+    Args:
+        content: the file in float32, of `onnx_file.write`.
+        header: the description that goes into the new file.
+        per_channel: one scale for each output channel of the weights; else one a layer.
+    """
+    need("int8", "onnx", *onnx_file.PACKAGES)
+    import onnx
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        first, ready, done = (Path(folder) / f"{name}.onnx" for name in ("float32", "ready", "int8"))
+        first.write_bytes(content)
+        try:
+            quant_pre_process(first, ready, skip_symbolic_shape=True)
+            quantization.quantize_static(
+                ready,
+                done,
+                _reader(batches),
+                per_channel=per_channel,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
+        except Exception as error:
+            raise InputError(f"ONNX Runtime cannot quantise the network: {first_line(error)}") from error
+        model = onnx.load(done)
+    model.producer_name, model.producer_version = "repan", ""
+    del model.metadata_props[:]
+    return onnx_file.seal(model, header)
+
+
+def _reader(batches: Iterable[Tensor]) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Batches(CalibrationDataReader):
+        """Batches one after the other, as ONNX Runtime asks for them."""
+
+        def __init__(self) -> None:
+            self.batches = iter(batches)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {onnx_file.INPUT: batch.cpu().contiguous().numpy()}
+
+    return Batches()
