@@ -312,9 +312,6 @@ _add_training("train", TRAIN)
 _add_training("distill", DISTILL)
 
 
-CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A .pt or .safetensors file that repan wrote.", show_default=False)
-]
 SubjectArgument = Annotated[
     str,
     typer.Argument(
@@ -462,6 +459,55 @@ def predict(
 
 
 @app.command(rich_help_panel="Inspection")
+def benchmark(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="MODEL|FILE", help="A network's name, or any file of one.", show_default=False),
+    ],
+    block: BlockOption = None,
+    batches: Annotated[
+        list[int] | None, typer.Option("--batch", "-b", metavar="N", help="Images at once; default 1, 32 and 128.")
+    ] = None,
+    training_batch: Annotated[
+        int, typer.Option("--training-batch", metavar="N", help="Images of a training step; 0 leaves it out.")
+    ] = 128,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", metavar="N", help="Side of the images; default the network's own.")
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", metavar="S", help="For each figure.")] = 2.0,
+    precision: Annotated[str, typer.Option("--precision", metavar="P", help="fp32, bf16, fp16 or auto.")] = "fp32",
+    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile, too.")] = False,
+    model: NetworkOption = None,
+    device: MachineOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Time a network: multi-branch, fused, compiled, ONNX Runtime, and a step of training, all in turns.
+
+    Examples:
+
+    [cyan]repan benchmark repvgg[/cyan]
+
+    [cyan]repan benchmark resnet50 --block dbb --image-size 224 --batch 1 --batch 16[/cyan]
+
+    [cyan]repan benchmark runs/cycle/NAME/best.pt --compile --json[/cyan]
+    """
+    _dispatch(
+        "benchmark",
+        checkpoint,
+        block=block,
+        batches=batches or [1, 32, 128],
+        training_batch=training_batch,
+        image_size=image_size,
+        seconds=seconds,
+        precision=precision,
+        compiled=compiled,
+        model=model,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command(rich_help_panel="Inspection")
 def evaluate(
     checkpoint: SubjectArgument,
     dataset: DataOption = None,
@@ -499,8 +545,8 @@ def evaluate(
 
 
 @app.command(rich_help_panel="Inspection")
-def info(checkpoint: CheckpointArgument, model: NetworkOption = None, as_json: JsonOption = False) -> None:
-    """Show what is in a checkpoint: network, form, classes, figures, settings.
+def info(checkpoint: SubjectArgument, model: NetworkOption = None, as_json: JsonOption = False) -> None:
+    """Show what is in a file: network, form, classes, figures, settings; of others' files what they tell.
 
     Example:
 

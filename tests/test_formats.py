@@ -376,3 +376,39 @@ def test_predict_names_what_it_cannot_read(capsys, cycle_run, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no images" in one_line(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path / "empty")
     assert "--top 0" in one_line(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path, "--top", "0")
+
+
+def test_info_of_every_format(capsys, net, tmp_path):
+    import timm
+
+    out = tmp_path / "net"
+    _, text, _ = run(capsys, "fuse", net[0], *ALL, "-o", out, "--json")
+    for path in json.loads(text)["out"]:
+        code, text, err = run(capsys, "info", path, "--json")
+        assert code == 0, err
+        facts = json.loads(text)
+        assert (facts["model"], facts["form"], facts["classes"][1]) == ("repvgg_a0_cifar", "fused", "class 1")
+        if path.endswith(".onnx"):
+            assert facts["inputs"] == {"images": ["batch", 3, 32, 32]}
+            assert facts["operators"]["Conv"] == 22
+    torch.save({"model": timm.create_model("repvgg_a0", num_classes=7).state_dict()}, tmp_path / "theirs.pth")
+    _, text, _ = run(capsys, "info", tmp_path / "theirs.pth", "--json")
+    assert json.loads(text)["form"] == "multi-branch, timm's names"
+    _, text, _ = run(capsys, "info", tmp_path / "theirs.pth", "--model", "repvgg_a0", "--json")
+    assert (json.loads(text)["fits"], json.loads(text)["classes"]) == ("timm:repvgg_a0", 7)
+    assert "does not fit the network" in one_line(capsys, "info", tmp_path / "theirs.pth", "--model", "resnet18")
+    assert "no file nothing" in one_line(capsys, "info", "nothing")
+
+
+def test_others_graphs(capsys, tmp_path):
+    """An ONNX file of others' is described, their .pt2 is not even opened."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
+    images = (torch.randn(2, 3, 8, 8),)
+    torch.export.save(torch.export.export(model, images), tmp_path / "theirs.pt2")
+    assert "is not opened: such files can run code" in one_line(capsys, "info", tmp_path / "theirs.pt2")
+    assert "refused" in one_line(capsys, "evaluate", tmp_path / "theirs.pt2")
+    if not missing("onnx", "onnxscript", "onnxruntime"):
+        torch.onnx.export(model, images, tmp_path / "theirs.onnx", dynamo=True, external_data=False, verbose=False)
+        _, text, _ = run(capsys, "info", tmp_path / "theirs.onnx", "--json")
+        assert json.loads(text)["operators"]["Conv"] == 1
+        assert "was not written by repan fuse" in one_line(capsys, "evaluate", tmp_path / "theirs.onnx")

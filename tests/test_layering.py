@@ -17,7 +17,7 @@ ROWS = [
     ["errors"],
     ["registry", "extras"],
     ["config"],
-    ["blocks", "runtime", "console", "trackers", "runs", "plots"],
+    ["blocks", "runtime", "timing", "console", "trackers", "runs", "plots"],
     ["tasks", "teacher", "optim", "checkpoint", "models", "data", "export"],
     ["engine", "anneal", "state", "scoring"],
     ["commands"],

@@ -1,35 +1,55 @@
-"""`repan info`: what is in a checkpoint."""
+"""`repan info`: what is in a file, of repan's or of others."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from repan_cli import checkpoint, models
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint import Checkpoint
+from repan_cli.commands.subject import file_of, open_subject, written_into
 from repan_cli.config import SCHEMA
 from repan_cli.console import by_reason, print_table
+from repan_cli.errors import InputError
+from repan_cli.export import onnx_file
+from repan_cli.extras import need
 from repan_cli.models import user_file
 
+SIGNS = {
+    "multi-branch, the RepVGG authors' names": "rbr_dense",
+    "merged, the RepVGG authors' names": "rbr_reparam",
+    "multi-branch, timm's names": "conv_kxk",
+    "merged, timm's names": "reparam_conv",
+    "multi-branch, the DBB authors' names": "dbb_origin",
+    "merged, the DBB authors' names": "dbb_reparam",
+}
+"""What stands in the names of weights by which others' multi-branch networks are known."""
 
-def run(path: Path, *, model: str | None, as_json: bool) -> None:
-    """Describe PATH: network, form, blocks, classes, where in its run it was saved, figures, settings, digest."""
-    facts = describe(path, checkpoint.load(path), model)
+
+def run(source: str, *, model: str | None, as_json: bool) -> None:
+    """Describe SOURCE: network, form, blocks, classes, where in its run it was saved, figures, settings, digest."""
+    path = file_of(source)
+    if path is None:
+        raise InputError(f"no file {source}; repan list models {source} tells of networks")
+    facts = describe(path, model)
     if as_json:
         print(json.dumps(facts))
         return
-    layers, left, settings = facts.pop("layers"), facts.pop("left_alone"), facts.pop("config")
+    layers, left, settings = (facts.pop(name, {}) for name in ("layers", "left_alone", "config"))
     changed = {key: value for key, value in settings.items() if _is_changed(key, value)}
     print_table(["", str(path)], [(name, _text(value)) for name, value in facts.items()])
     if layers:
         print_table(["block", "convolution"], layers.items())
     if left:
         print_table(["left alone", "why"], by_reason(left))
-    print_table(["setting", "where it is not the default"], [(key, _text(value)) for key, value in changed.items()])
+    if changed:
+        print_table(["setting", "where it is not the default"], [(key, _text(value)) for key, value in changed.items()])
 
 
 def _is_changed(key: str, value: Any) -> bool:
@@ -37,11 +57,17 @@ def _is_changed(key: str, value: Any) -> bool:
     return key not in SCHEMA or value != (list(default) if isinstance(default, tuple) else default)
 
 
-def describe(path: Path, saved: Checkpoint, network: str | None = None) -> dict[str, Any]:
-    """The facts in plain types.
+def describe(path: Path, network: str | None = None) -> dict[str, Any]:
+    """The facts in plain types. Raises InputError for a file that is damaged, or no file of a network."""
+    if path.suffix in (".onnx", ".pt2"):
+        return _exported(path)
+    content = checkpoint.load_any(path)
+    return _ours(path, content, network) if isinstance(content, Checkpoint) else _theirs(path, content, network)
 
-    `layers` maps the name of each block to its family and shape, `left_alone` that of each other convolution to the
-    reason why it is no block.
+
+def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
+    """Of a checkpoint. `layers` maps the name of each block to its family and shape, `left_alone` that of each other
+    convolution to the reason why it is no block.
     """
     hidden = network is None and user_file.names_a_file(saved.meta["model"])  # a person's own is not imported
     model = None if hidden else models.rebuild(saved, str(path), network)
@@ -64,6 +90,62 @@ def describe(path: Path, saved: Checkpoint, network: str | None = None) -> dict[
 def _describe(conv: nn.Conv2d) -> str:
     size, stride = ("x".join(map(str, pair)) for pair in (conv.kernel_size, conv.stride))
     return f"{size}, {conv.in_channels} to {conv.out_channels} channels, stride {stride}"
+
+
+def _exported(path: Path) -> dict[str, Any]:
+    """Of an `.onnx` or `.pt2` file, and of others' as far as it is a known format."""
+    checkpoint.check_seal(path)
+    header = written_into(path)
+    facts: dict[str, Any] = {"format": path.suffix.removeprefix("."), "bytes": path.stat().st_size}
+    if header is not None:
+        meta = open_subject(str(path)).meta
+        more = {key: value for key, value in meta.items() if key not in ("config", "structure")}
+        facts |= {**more, "digest": header.get("digest"), "config": meta["config"]}
+    elif path.suffix == ".pt2":
+        raise InputError(f"{path} was not written by repan fuse, and is not opened: such files can run code")
+    return facts | (_graph(path) if path.suffix == ".onnx" else {})
+
+
+def _graph(path: Path) -> dict[str, Any]:
+    """What an ONNX graph says of itself."""
+    need("opening ONNX", "onnx", "onnx", "onnxruntime")
+    session = onnx_file.open_file(path).session
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    operators = Counter(node.op_type for node in model.graph.node)
+    return {
+        "opset": {each.domain or "onnx": each.version for each in model.opset_import},
+        "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "inputs": {each.name: list(each.shape) for each in session.get_inputs()},
+        "outputs": {each.name: list(each.shape) for each in session.get_outputs()},
+        "operators": dict(operators.most_common()),
+    }
+
+
+def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> dict[str, Any]:
+    """Of weights that repan did not write: what they are, and with a network's name whether they are its."""
+    matrices = [name for name, value in weights.items() if value.ndim in (2, 4) and name.endswith("weight")]
+    facts: dict[str, Any] = {
+        "written by": "another program",
+        "tensors": len(weights),
+        "parameters": sum(value.numel() for name, value in weights.items() if "running_" not in name),
+        "bytes": sum(value.numel() * value.element_size() for value in weights.values()),
+        "types": dict(Counter(str(value.dtype).removeprefix("torch.") for value in weights.values())),
+        "convolutions": sum(value.ndim == 4 for value in weights.values()),
+        "form": next((form for form, sign in SIGNS.items() if any(sign in name for name in weights)), "not known"),
+        "not finite": [name for name, value in weights.items() if not value.float().isfinite().all()],
+    }
+    if matrices:
+        first, last = weights[matrices[0]], weights[matrices[-1]]
+        facts |= {
+            "first layer": f"{matrices[0]} {tuple(first.shape)}",
+            "last layer": f"{matrices[-1]} {tuple(last.shape)}",
+        }
+    if network is not None:
+        meta = open_subject(str(path), network).meta
+        facts |= {"fits": meta["model"], "classes": len(meta["classes"]), "in_chans": meta["in_chans"]}
+    return facts
 
 
 def _text(value: Any) -> str:

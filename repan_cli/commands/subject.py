@@ -28,7 +28,7 @@ LARGE_IMAGE = 224
 """Short names without a data set are timm's own, made for large images."""
 
 FILES = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".onnx", ".pt2")
-IMAGENET_CLASSES = 1000
+OUR_IMAGE, OUR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
 
 
 @dataclass(frozen=True)
@@ -67,32 +67,35 @@ class Subject:
         return self.saved or checkpoint.capture(self.network, self.meta)
 
 
-def open_subject(source: str, model: str | None = None, *, pretrained: bool = True) -> Subject:
+def open_subject(
+    source: str, model: str | None = None, *, pretrained: bool = True, block: str | None = None
+) -> Subject:
     """The network in a file or a run directory, or the pretrained one of a name.
 
     Args:
         source: a file that repan wrote, weights of others (with `model`), a run directory, or a network's name.
         model: the network that weights of others are of, or a person's own, `file.py:function`.
         pretrained: with the weights that timm or torchvision offers, where `source` is a name.
+        block: the block family of a network that is built of blocks, where `source` is a name.
 
     Raises InputError, naming the source, when it is missing, damaged, or not said what it is.
     """
-    path = _file(source)
+    path = file_of(source)
     if path is None:
-        return _named(source, pretrained=pretrained)
+        return _named(source, pretrained=pretrained, block=block)
     if path.suffix == ".onnx":
         network = onnx_file.open_file(_checked(path))
-        return Subject(str(path), network, _described(path, network.header()), "ONNX Runtime")
+        return Subject(str(path), network, _described(path), "ONNX Runtime")
     if path.suffix == ".pt2":
         network = pt2_file.open_file(_checked(path))
-        return Subject(str(path), network, _described(path, pt2_file.header(path)), "torch.export")
+        return Subject(str(path), network, _described(path), "torch.export")
     content = checkpoint.load_any(path)
     if isinstance(content, Checkpoint):
         return Subject(str(path), models.rebuild(content, str(path), model), content.meta, saved=content)
     return _foreign(path, content, model)
 
 
-def _file(source: str) -> Path | None:
+def file_of(source: str) -> Path | None:
     """The file that a person means; None where it is the name of a network."""
     path = Path(source)
     if path.is_dir():
@@ -112,34 +115,42 @@ def _checked(path: Path) -> Path:
     return path
 
 
-def _described(path: Path, header: str | None) -> dict[str, Any]:
-    """What repan wrote into an exported file. Raises InputError when it did not write the file."""
+def written_into(path: Path) -> dict[str, Any] | None:
+    """What repan wrote into an exported file beside the graph; None where it did not write the file."""
+    text = onnx_file.header(path) if path.suffix == ".onnx" else pt2_file.header(path)
     try:
-        meta = json.loads(header)["meta"] if header else None
-        if meta is not None:
-            checkpoint.check_description(meta)
+        header = json.loads(text) if text else None
+        if header is not None:
+            checkpoint.check_description(header["meta"])
     except (ValueError, KeyError, TypeError):
-        meta = None
-    if meta is None:
+        return None
+    return header
+
+
+def _described(path: Path) -> dict[str, Any]:
+    header = written_into(path)
+    if header is None:
         raise InputError(f"{path} was not written by repan fuse, so its classes and images are not known")
-    return meta
+    return header["meta"]
 
 
 # ---------------------------------------------------------------------------------------------- networks by name
 
 
-def _named(name: str, *, pretrained: bool) -> Subject:
+def _named(name: str, *, pretrained: bool, block: str | None) -> Subject:
     if user_file.names_a_file(name):
         raise InputError(f"{name} is a network without weights: give the file of its weights, and this as --model")
     full = models.resolve(name, LARGE_IMAGE)
     if full in models.OURS and pretrained:
         raise InputError(f"{full} is a network without weights: train it, then give its checkpoint")
-    model = models.create(full, num_classes=_classes_of(full), in_chans=3, pretrained=pretrained)
+    model = models.create(full, num_classes=_classes_of(full), in_chans=3, block=block, pretrained=pretrained)
     return _as_subject(name, full, model.eval())
 
 
 def _classes_of(full: str) -> int:
-    """How many classes the pretrained weights of a network know."""
+    """How many classes the pretrained weights of a network know; of ours as many as CIFAR-100 has."""
+    if full in models.OURS:
+        return OUR_CLASSES
     cfg = timm.get_pretrained_cfg(full.removeprefix(TIMM), allow_unregistered=True)
     return cfg.num_classes if cfg is not None and full.startswith(TIMM) else IMAGENET_CLASSES
 
@@ -174,7 +185,7 @@ def _as_subject(source: str, full: str, model: nn.Module) -> Subject:
         "form": MULTI_BRANCH if branches or models.form_of(model) == MULTI_BRANCH else PLAIN,
         "classes": class_names(classes),
         "in_chans": channels,
-        "image_size": cfg.get("input_size", (3, LARGE_IMAGE, LARGE_IMAGE))[-1],
+        "image_size": OUR_IMAGE if full in models.OURS else cfg.get("input_size", (LARGE_IMAGE,))[-1],
         "mean": list(cfg.get("mean", timm.data.IMAGENET_DEFAULT_MEAN))[:channels],
         "std": list(cfg.get("std", timm.data.IMAGENET_DEFAULT_STD))[:channels],
         "crop_share": cfg.get("crop_pct", CROP_SHARE),

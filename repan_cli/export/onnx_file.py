@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from repan_cli.export.program import first_line, quiet
 from repan_cli.extras import need
 
 OPSET = 18
-INPUT, OUTPUT = "images", "logits"
+INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -43,8 +44,11 @@ def seal(model: Any, header: dict[str, Any]) -> bytes:
     for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")
-    for value in (*model.graph.input, *model.graph.output):
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         value.ClearField("metadata_props")
+        for side in value.type.tensor_type.shape.dim:
+            if re.fullmatch(r"s\d+", side.dim_param):  # the exporter's name of the only size that is free
+                side.dim_param = BATCH
     meta = header["meta"]
     entries = {
         "classes": json.dumps(meta["classes"]),
@@ -79,9 +83,10 @@ class OnnxNetwork(nn.Module):
         found = self.session.run(None, {self.input: images.detach().cpu().float().contiguous().numpy()})
         return torch.from_numpy(found[0]).to(images.device)
 
-    def header(self) -> str | None:
-        """The description that repan wrote into the file."""
-        return self.session.get_modelmeta().custom_metadata_map.get("repan")
+
+def header(path: Path) -> str | None:
+    """The description that repan wrote into a file."""
+    return open_file(path).session.get_modelmeta().custom_metadata_map.get("repan")
 
 
 def open_file(path: Path) -> OnnxNetwork:

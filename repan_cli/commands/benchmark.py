@@ -1,0 +1,279 @@
+"""`repan benchmark`: how fast a network runs in each of its forms, and how fast it trains."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repan_cli import checkpoint, export, models, runs, runtime
+from repan_cli.blocks import rep_blocks
+from repan_cli.checkpoint import FUSED
+from repan_cli.commands.subject import Subject, open_subject
+from repan_cli.console import print_table, tell, warn
+from repan_cli.errors import InputError
+from repan_cli.export import onnx_file
+from repan_cli.export.program import first_line, quiet, trace
+from repan_cli.extras import missing
+from repan_cli.models.adapt import is_own_block
+from repan_cli.runtime import Runtime
+from repan_cli.timing import Timing, interleaved
+
+COMPILED, ONNX = "compiled", "ONNX Runtime"
+
+
+def run(
+    source: str,
+    *,
+    block: str | None,
+    batches: list[int],
+    image_size: int | None,
+    training_batch: int,
+    seconds: float,
+    device: str,
+    precision: str,
+    compiled: bool,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Time SOURCE: all forms in turns at every batch size, then a step of training."""
+    if min([*batches, training_batch + 1]) < 1:
+        raise InputError("--batch and --training-batch are numbers of images: 1 or more (0 leaves training out)")
+    machine = runtime.start(device, precision)
+    subject = _subject(source, model, image_size, block)
+    size = image_size or subject.meta["image_size"]
+    images = torch.randn(2, subject.meta["in_chans"], size, size, generator=torch.Generator().manual_seed(0))
+    result = {
+        "source": source,
+        "model": subject.meta["model"],
+        "block": subject.meta["block"],
+        "image_size": size,
+        **_machine(machine),
+        "inference": [],
+        "training": [],
+    }
+    forms = _forms(subject, images, machine, compiled=compiled)
+    result["forms"] = [form.describe() for form in forms]
+    for batch in batches:
+        result["inference"] += _inference(forms, images, batch, machine, seconds)
+    if training_batch and subject.runtime == "PyTorch":
+        result["training"] = _training(forms, images, training_batch, len(subject.meta["classes"]), machine, seconds)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _report(result)
+
+
+# ---------------------------------------------------------------------------------------------- what is timed
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One form of the network, on its device."""
+
+    name: str
+    network: nn.Module
+    trains: bool = False
+    parameters: int | None = None
+    gmacs: float | None = None
+
+    def describe(self) -> dict[str, Any]:
+        return {"form": self.name, "parameters": self.parameters, "gmacs": self.gmacs}
+
+
+def _subject(source: str, model: str | None, image_size: int | None, block: str | None) -> Subject:
+    """The network of a file, or of a name, with fresh weights, expanded."""
+    if Path(source).exists() or Path(source).suffix in (".pt", ".onnx", ".pt2", ".safetensors"):
+        if block is not None:
+            raise InputError("--block is for a network by its name: a file has its blocks")
+        return open_subject(source, model)
+    name = models.resolve(source, image_size or models.SMALL_IMAGE)
+    native = block if name in models.BUILT_OF_BLOCKS else None
+    subject = open_subject(name, pretrained=False, block=native)
+    network = subject.network
+    if name in models.BUILT_OF_BLOCKS:
+        return subject
+    side = image_size or subject.meta["image_size"]
+    images = torch.randn(2, subject.meta["in_chans"], side, side, generator=torch.Generator().manual_seed(0))
+    try:
+        models.expand(network, block, images=images, attach="one")
+    except InputError as error:
+        warn(str(error))
+        return subject
+    return dataclasses.replace(subject, meta={**subject.meta, "block": network.repan_report.family})
+
+
+def _forms(subject: Subject, images: Tensor, machine: Runtime, *, compiled: bool) -> list[_Form]:
+    """Multi-branch, fused, compiled and ONNX Runtime, as far as there are such."""
+    if subject.runtime != "PyTorch":
+        return [_Form(subject.runtime, subject.network.to(machine.device))]
+    multi = subject.network.eval()
+    forms, fused = [], multi
+    if subject.form != FUSED and (any(rep_blocks(multi)) or any(is_own_block(module) for module in multi.modules())):
+        forms.append(_measured("multi-branch", multi, images))
+    if subject.form != FUSED:
+        try:
+            fused, _ = export.fuse(multi, images)
+        except InputError as error:
+            warn(str(error))
+    forms.append(_measured("fused", fused, images))
+    forms = [_placed(form, machine) for form in forms]
+    if compiled:
+        forms.append(_Form(COMPILED, torch.compile(copy.deepcopy(forms[-1].network))))
+    if machine.device.type == "cpu" and not missing(*onnx_file.PACKAGES):
+        saved = checkpoint.Checkpoint({}, dict(subject.meta))
+        with quiet():
+            content = onnx_file.write(trace(fused, images, subject.source), checkpoint.header(saved))
+        forms.append(_Form(ONNX, onnx_file.OnnxNetwork(content)))
+    return forms
+
+
+def _measured(name: str, network: nn.Module, images: Tensor) -> _Form:
+    macs = export.count_macs(network, images[:1])
+    return _Form(name, network, True, export.count_parameters(network), macs / 1e9)
+
+
+def _placed(form: _Form, machine: Runtime) -> _Form:
+    return dataclasses.replace(form, network=form.network.to(machine.device, memory_format=machine.memory_format))
+
+
+# ---------------------------------------------------------------------------------------------- inference
+
+
+@torch.no_grad()
+def _inference(forms: list[_Form], images: Tensor, batch: int, machine: Runtime, seconds: float) -> list[dict]:
+    """A row a form: latency of a batch and images a second, and how many times faster than the first form."""
+    given = _batch(images, batch, machine)
+    cases, rows = {}, []
+    for form in forms:
+        case = _forward(form, given, machine)
+        try:
+            case()
+        except Exception as error:
+            if form.name != COMPILED:
+                raise
+            warn(f"torch.compile does not work here: {first_line(error)}")
+            continue
+        cases[form.name] = case
+    with torch.no_grad():
+        timings = interleaved(cases, seconds=seconds, device=machine.device)
+    first = next(iter(timings.values())).median
+    for name, timing in timings.items():
+        rows.append({"form": name, "batch": batch, **_figures(timing, batch), "speedup": first / timing.median})
+    return rows
+
+
+def _forward(form: _Form, given: Tensor, machine: Runtime) -> Callable[[], object]:
+    def forward() -> Tensor:
+        with machine.autocast():
+            return form.network(given)
+
+    return forward
+
+
+def _batch(images: Tensor, count: int, machine: Runtime) -> Tensor:
+    many = images[:1].expand(count, -1, -1, -1).contiguous(memory_format=machine.memory_format)
+    return many.to(machine.device)
+
+
+def _figures(timing: Timing, images: int) -> dict[str, Any]:
+    return {
+        "milliseconds": 1000 * timing.median,
+        "milliseconds_quartiles": [1000 * timing.low, 1000 * timing.high],
+        "images_per_second": images / timing.median,
+        "windows": timing.windows,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def _training(
+    forms: list[_Form], images: Tensor, batch: int, classes: int, machine: Runtime, seconds: float
+) -> list[dict]:
+    """A row for each form that trains: a step forward, back and of SGD, and the memory it holds."""
+    given, labels = _batch(images, batch, machine), torch.arange(batch, device=machine.device) % classes
+    steps, memory = {}, {}
+    for form in forms:
+        if form.trains:
+            network = copy.deepcopy(form.network).train().requires_grad_(True)
+            optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=True)
+            steps[form.name] = _step(network, optimizer, given, labels, machine)
+            memory[form.name] = _memory(network, steps[form.name], machine)
+    timings = interleaved(steps, seconds=seconds, device=machine.device)
+    return [
+        {"form": name, "batch": batch, **_figures(timing, batch), "step_bytes": memory[name]}
+        for name, timing in timings.items()
+    ]
+
+
+def _step(
+    network: nn.Module, optimizer: torch.optim.Optimizer, given: Tensor, labels: Tensor, machine: Runtime
+) -> Callable[[], object]:
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with machine.autocast():
+            loss = F.cross_entropy(network(given), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _memory(network: nn.Module, step: Callable[[], object], machine: Runtime) -> int:
+    """Bytes that a step holds: on a GPU measured; on a CPU what the way back needs, weights, gradients, momentum."""
+    if machine.device.type == "cuda":
+        step()
+        torch.cuda.reset_peak_memory_stats(machine.device)
+        step()
+        return torch.cuda.max_memory_allocated(machine.device)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return sum(kept.values()) + 3 * sum(p.numel() * p.element_size() for p in network.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- saying it
+
+
+def _machine(machine: Runtime) -> dict[str, Any]:
+    return {**runtime.describe_machine(machine), "processor": runtime.processor(), **runs.software()}
+
+
+def _report(result: dict[str, Any]) -> None:
+    tell(f"{result['model']}, {result['block']} blocks, images of {result['image_size']}x{result['image_size']}")
+    gpu = result["gpu"] or result["processor"]
+    tell(f"{gpu}, {result['threads']} threads, {result['precision']}; PyTorch {result['versions']['torch']}")
+    sizes = [
+        (each["form"], f"{each['parameters']:,}", f"{each['gmacs']:.3g}")
+        for each in result["forms"]
+        if each["parameters"] is not None
+    ]
+    print_table(["form", "parameters", "GMACs"], sizes)
+    rows = [(str(row["batch"]), row["form"], *_cells(row), f"{row['speedup']:.2f}x") for row in result["inference"]]
+    print_table(["batch", "inference", "ms", "quartiles", "images/s", "against the first"], rows)
+    rows = [
+        (str(row["batch"]), row["form"], *_cells(row), f"{row['step_bytes'] / 2**20:,.0f} MiB")
+        for row in result["training"]
+    ]
+    if rows:
+        print_table(["batch", "training", "ms", "quartiles", "images/s", "step memory"], rows)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    low, high = row["milliseconds_quartiles"]
+    return f"{row['milliseconds']:.2f}", f"{low:.2f}-{high:.2f}", f"{row['images_per_second']:,.0f}"

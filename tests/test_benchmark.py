@@ -1,0 +1,60 @@
+"""Timing in turns, and what `repan benchmark` tells."""
+
+import json
+
+import pytest
+from test_cli import one_line, run
+
+from repan_cli import timing
+from repan_cli.extras import missing
+
+
+def test_cases_take_turns():
+    called = []
+    cases = {name: lambda name=name: called.append(name) for name in ("a", "b", "c")}
+    found = timing.interleaved(cases, seconds=0.0, least=5)
+    assert {each.windows for each in found.values()} == {5}
+    changes = [name for number, name in enumerate(called) if number == 0 or called[number - 1] != name]
+    assert changes[-12:] == ["a", "b", "c"] * 4
+
+
+def test_the_median_is_of_windows():
+    assert timing._summary([3.0, 1.0, 2.0, 100.0, 2.5]).median == 2.5
+
+
+QUICK = ("--seconds", "0", "-b", "1", "-b", "3", "--training-batch", "4", "--json")
+
+
+def test_a_network_by_its_name(capsys):
+    code, out, err = run(capsys, "benchmark", "repvgg_a0", *QUICK)
+    assert code == 0, err
+    found = json.loads(out)
+    forms = ["multi-branch", "fused"] + ([] if missing("onnx", "onnxscript", "onnxruntime") else ["ONNX Runtime"])
+    assert [row["form"] for row in found["inference"]] == forms * 2
+    assert [row["batch"] for row in found["inference"]] == [1] * len(forms) + [3] * len(forms)
+    assert [row["form"] for row in found["training"]] == ["multi-branch", "fused"]
+    multi, fused = found["forms"][:2]
+    assert fused["parameters"] < multi["parameters"]
+    assert fused["gmacs"] < multi["gmacs"]
+    assert found["training"][0]["step_bytes"] > 1.5 * found["training"][1]["step_bytes"]
+    assert found["model"] == "repvgg_a0_cifar"
+    assert found["versions"]["torch"]
+    for row in found["inference"]:
+        assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["milliseconds"])
+
+
+def test_files(capsys, cycle_run):
+    _, out, _ = run(capsys, "benchmark", cycle_run.folder / "fused.pt", *QUICK)
+    assert json.loads(out)["inference"][0]["form"] == "fused"
+    code, out, _ = run(capsys, "benchmark", cycle_run.folder / "best.pt", *QUICK[:-1])
+    assert code == 0
+    assert "against the first" in out
+
+
+def test_bad_words(capsys, cycle_run):
+    assert "unknown model 'repvg'; did you mean" in one_line(capsys, "benchmark", "repvg")
+    assert "no file x.pt" in one_line(capsys, "benchmark", "x.pt")
+    assert "--block is for a network by its name" in one_line(
+        capsys, "benchmark", cycle_run.folder / "best.pt", "--block", "acb"
+    )
+    assert "--batch" in one_line(capsys, "benchmark", "repvgg", "-b", "0")
