@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _DOORS = {
     "expand": "repan_cli.models",
+    "fuse": "repan_cli.export",
     "load": "repan_cli.models",
     "reparameterize": "repan_cli.blocks",
     "restart": "repan_cli.anneal",

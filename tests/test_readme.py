@@ -5,7 +5,10 @@ import shlex
 import shutil
 
 import pytest
+import timm
+import torch
 from conftest import ROOT
+from PIL import Image
 from test_cli import run
 
 from repan_cli import config
@@ -30,6 +33,9 @@ def workplace(cycle_run, tmp_path_factory):
     shutil.copytree(cycle_run.folder, folder / "runs" / "demo")
     shutil.copy(cycle_run.folder / "best.pt", folder / "checkpoint.pt")
     shutil.copytree(cycle_run.folder, folder / "runs" / "plain")
+    (folder / "images").mkdir()
+    Image.new("L", (8, 8), 200).save(folder / "images" / "one.png")
+    torch.save(timm.create_model("repvgg_a0", num_classes=3).state_dict(), folder / "theirs.pth")
     for stopped in (folder / "runs" / "stopped", folder / "runs" / "cycle" / "stopped"):
         shutil.copytree(cycle_run.folder, stopped)
         shutil.copy(stopped / "last_previous.pt", stopped / "last.pt")

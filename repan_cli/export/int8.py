@@ -37,8 +37,8 @@ class LayerHealth:
 
     `weight_spread`: the largest range of an output channel's weights over the median one; with one scale for the whole
     kernel the others share the bits that are left. `input_outlier`: the largest value that the layer reads over the
-    99.9th percentile. The rest are signal-to-noise ratios in dB of the weights with one scale and with one for each
-    channel, and of what it reads; 6 dB are a bit.
+    99.9th percentile. The rest are signal-to-noise ratios in dB, of the weights (the mean over output channels) with
+    one scale and with one for each channel, and of what it reads; 6 dB are a bit.
     """
 
     name: str
@@ -62,8 +62,7 @@ def quantized(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def sqnr(values: Tensor, approximate: Tensor) -> float:
     """Signal over quantisation noise in dB; infinite where nothing is lost."""
-    noise = (values - approximate).square().sum().item()
-    signal = values.square().sum().item()
+    noise, signal = (values - approximate).square().sum().item(), values.square().sum().item()
     return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
 
@@ -109,10 +108,16 @@ def _health_of(name: str, weight: Tensor, read: Tensor) -> LayerHealth:
         name=name,
         weight_spread=_ratio(whole, bounds.median()),
         input_outlier=_ratio(read.abs().max(), usual),
-        weight_sqnr=sqnr(rows, quantized(rows, -whole, whole)),
-        weight_sqnr_per_channel=sqnr(rows, quantized(rows, -each, each)),
+        weight_sqnr=_mean_sqnr(rows, quantized(rows, -whole, whole)),
+        weight_sqnr_per_channel=_mean_sqnr(rows, quantized(rows, -each, each)),
         input_sqnr=sqnr(read, quantized(read, read.min(), read.max())),
     )
+
+
+def _mean_sqnr(rows: Tensor, approximate: Tensor) -> float:
+    """Of output channels that are not zero: a loud one would hide what is lost in the others."""
+    found = [sqnr(row, other) for row, other in zip(rows, approximate, strict=True) if row.any()]
+    return sum(found) / len(found) if found else math.inf
 
 
 def _ratio(large: Tensor, small: Tensor) -> float:
