@@ -395,6 +395,38 @@ def info(checkpoint: CheckpointArgument, model: NetworkOption = None, as_json: J
     _dispatch("info", checkpoint, model=model, as_json=as_json)
 
 
+@app.command(rich_help_panel="Inspection")
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Run directories, folders with runs in them, globs.", show_default=False),
+    ],
+    control: Annotated[
+        str | None,
+        typer.Option(
+            "--control",
+            metavar="RUN",
+            help="Compare with the runs that are set as this one is; default: those without restarts, else the first.",
+            show_default=False,
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write a page with curves.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV on stdout.")] = False,
+) -> None:
+    """Compare runs: a mean and a spread over the seeds of each configuration, and how far it is from the control.
+
+    Examples:
+
+    [cyan]repan compare runs/cycle/NAME[/cyan]
+
+    [cyan]repan compare runs/cycle/* --html comparison.html[/cyan]
+    """
+    _dispatch("compare", runs, control=control, as_json=as_json, as_csv=as_csv, html=html)
+
+
 @app.command("list", rich_help_panel="Inspection")
 def list_names(
     kind: Annotated[

@@ -110,6 +110,9 @@ def _flush_folder(folder: Path) -> None:
 LAST, PREVIOUS = "last.pt", "last_previous.pt"
 """What a run goes on from: the newest state, and the one before it, for when that is damaged."""
 
+SERIES = "series.json"
+"""What a folder of several runs, that one command makes, is known by."""
+
 
 class RunDirectory:
     """The folder of one run, which one process at a time may write to: until it leaves the `with`, or is gone.

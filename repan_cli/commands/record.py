@@ -110,12 +110,15 @@ def _metrics(event: engine.Epoch | engine.CycleEnd) -> dict[str, Any]:
 
 
 def _new_summary(session: Session) -> dict[str, Any]:
-    config = session.config
+    config, data = session.config, session.dataset
+    parts = {"train": data.train, "val": data.val, "test": data.test}
     return {
         "command": session.command,
         "model": config.model.name,
         "block": config.block.name,
         "dataset": config.data.name,
+        "classes": len(data.classes),
+        "images": {name: len(part.labels) for name, part in parts.items() if part},
         "seed": config.run.seed,
         "baseline": session.start,
         "cycles": [],
