@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repan_cli import checkpoint, engine, runs
+from repan_cli.commands import control
 from repan_cli.commands.prepare import Session
 from repan_cli.state import snapshot
 from repan_cli.trackers import Csv, JsonLines, rewind
@@ -80,6 +81,8 @@ class Record:
         if self.session.command == "cycle":
             self._save(f"cycle_{event.cycle:02d}.pt", event.cycle, None, _metrics(event))
         self.save_last()
+        if event.cycle == 0 and control.is_awaited(self.folder.path):
+            control.begin(self.folder.path)
 
     def save_last(self) -> None:
         """The weights and everything else that the run needs to go on from here. Raises DivergedError instead when an
