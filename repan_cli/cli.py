@@ -83,10 +83,10 @@ ResumeOption = Annotated[
 SeedsOption = Annotated[
     str | None,
     typer.Option(
-        "--seeds", metavar="N,N,...", help="A run for each of these seeds, then compared.", show_default=False
+        "--seeds", metavar="N,N,...", help="Run once with each of these seeds, and compare.", show_default=False
     ),
 ]
-ControlOption = Annotated[bool, typer.Option("--control", help="Also train the same without restarts, then compared.")]
+ControlOption = Annotated[bool, typer.Option("--control", help="Also run the same without restarts, and compare.")]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Try every part of the run once, say what it will be, write nothing.")
 ]
@@ -436,7 +436,7 @@ def info(checkpoint: CheckpointArgument, model: NetworkOption = None, as_json: J
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Run directories, folders with runs in them, globs.", show_default=False),
+        typer.Argument(metavar="RUN", help="Run directories, folders with runs in them, globs.", show_default=False),
     ],
     control: Annotated[
         str | None,
