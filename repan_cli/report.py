@@ -66,7 +66,7 @@ def legend(comparison: Comparison) -> str:
     if spread:
         words += "; mean ± standard deviation over seeds"
     if len(spread) < len(comparison.groups):
-        words += "; one seed has no spread, and a difference between single runs no interval"
+        words += "; one seed has no spread, and the difference no interval"
     methods = {gain.method for group in comparison.groups[1:] if (gain := comparison.gain(group)).method}
     if methods:
         how = " or ".join(METHODS[method] for method in sorted(methods))

@@ -144,5 +144,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):
-        raise InputError(f"{path.name} cannot be read")
+        raise InputError(f"{path} cannot be read")
     return content

@@ -16,7 +16,15 @@ from repan_cli.commands import train
 
 SMALL = ["--model", "repvgg_a0", "--dataset", "digits", "--epochs", "1", "data.batch_size=256", "run.precision=fp32"]
 CYCLE = [*SMALL, "--baseline-epochs", "1", "--cycles", "1", "--lr", "0.001", "ema.enabled=true", "optim.name=adamw"]
+CYCLE += ["--teacher", "previous", "cycle.start_from=best"]
 TRAIN = [*SMALL, "--lr", "0.02"]
+OWN = """from torch import nn
+
+
+def build(num_classes, in_chans):
+    conv, norm = nn.Conv2d(in_chans, 4, 3, bias=False), nn.BatchNorm2d(4)
+    return nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, num_classes))
+"""
 STEPS = 6
 """Updates an epoch."""
 
@@ -281,7 +289,7 @@ def test_a_seed_that_diverges_does_not_keep_the_others_from_training(capsys, tmp
 
 def test_settings_that_change_the_result_cannot_change_in_the_middle(capsys, controlled):
     folder, _, _ = controlled(capsys)
-    for words in (["--lr", "0.5"], ["--cycles", "2"]):
+    for words in (["--lr", "0.5"], ["--cycles", "2"], ["--model", "resnet18"], ["--teacher", "other.pt"]):
         assert "cannot change in a series that goes on" in one_line(capsys, "cycle", "--resume", folder, *words)
     done(capsys, "cycle", "--resume", folder, "data.workers=0", "--lr", "0.001")
     assert "resume it with that command" in one_line(capsys, "train", "--resume", folder)
@@ -294,6 +302,21 @@ def test_the_same_command_again_offers_to_go_on(capsys, controlled):
     folder, _, _ = controlled(capsys)
     err = one_line(capsys, "cycle", *CYCLE, "--seeds", "3,4", "--out", folder)
     assert f"exists already; nothing was touched: go on with --resume {folder}" in err
+
+
+def test_a_network_of_ones_own_is_named_again(capsys, tmp_path):
+    (tmp_path / "net.py").write_text(OWN)
+    words = [f"{tmp_path / 'net.py'}:build", *TRAIN[2:]]
+    folder = tmp_path / "series"
+    with pytest.MonkeyPatch.context() as patch:
+        StopAt(patch, 2)
+        code, _, err = run(capsys, "train", "--model", *words, "--seeds", "0,1", "--out", folder)
+    assert code == 75
+    assert err.rstrip().endswith(f"--resume {folder} --model {words[0]}")
+    assert "no file is imported by itself" in one_line(capsys, "train", "--resume", folder)
+    (tmp_path / "net.py").rename(tmp_path / "moved.py")
+    done(capsys, "train", "--resume", folder, "--model", f"{tmp_path / 'moved.py'}:build")
+    assert summary_of(folder / "seed_1")["seed"] == 1
 
 
 def test_a_damaged_description_of_a_series_is_one_line(capsys, tmp_path):

@@ -25,8 +25,8 @@ from repan_cli.console import count, percent, tell, warn
 from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError
 from repan_cli.results import Result, read_json
 
-MAY_CHANGE = {*resume.MAY_CHANGE, "model.name"} - {"cycle.count"}
-"""Settings that may be given to a series that goes on; a network of one's own is named again."""
+MAY_CHANGE = set(resume.MAY_CHANGE) - {"cycle.count", "teacher.name"}
+"""Settings that may be others in a series that goes on: runs that are only begun then have nothing to check them by."""
 
 
 class Member(NamedTuple):
@@ -114,11 +114,14 @@ def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
     """What the runs of a series share, with what may change. Raises InputError for what may not."""
     stored = config.resolve(command, str(path / "config.yaml"), {})
     before, asked = config.flatten(stored.config), config.typed(given)
+    network = stored.config.model.name
+    may_change = MAY_CHANGE
+    if network and models.user_file.names_a_file(network):  # which is named again, wherever it is now
+        models.check_given(network, asked.get("model.name"), str(path))
+        may_change = MAY_CHANGE | {"model.name"}
     for key, value in asked.items():
-        if key not in MAY_CHANGE and value != before.get(key):
+        if key not in may_change and value != before.get(key):
             raise InputError(f"{key} cannot change in a series that goes on (it was {before.get(key)}): begin another")
-    if stored.config.model.name:
-        models.check_given(stored.config.model.name, asked.get("model.name"), str(path))
     return dataclasses.replace(stored, config=config.replace(stored.config, asked))
 
 
