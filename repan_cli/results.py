@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from repan_cli.trackers import read_metrics
 class Result:
     """A finished run. Accuracies are in percent; `test_top1` is that of the network that validation chose.
 
-    `classes` and `images`, those of an epoch, are None for runs that did not note them; `records` holds an object an
-    epoch.
+    `classes` and `images`, those of an epoch, are None for runs that did not note them; `records` holds the cycle
+    and the validation top-1 of each epoch.
     """
 
     path: Path
     command: str
     settings: Mapping[str, Any]
+    seed: int
     dataset: str
     classes: int | None
     images: int | None
@@ -33,10 +35,6 @@ class Result:
     val_top1: float | None
     seconds: float
     records: list[dict[str, Any]]
-
-    @property
-    def seed(self) -> int:
-        return self.settings["run.seed"]
 
     @property
     def epochs(self) -> int:
@@ -54,12 +52,15 @@ def is_run(folder: Path) -> bool:
 def find_runs(words: Iterable[str]) -> list[Path]:
     """The run directories that words mean: each a run, a file in one, a folder with runs anywhere below, or a glob.
 
-    Raises InputError for a word that means none.
+    Raises InputError for a word that means none, and for a folder that cannot be read.
     """
     found: dict[Path, Path] = {}
     for word in words:
         paths = [Path(word)] if Path(word).exists() else _matching(word)
-        runs = [run for path in paths for run in _runs_at(path)]
+        try:
+            runs = [run for path in paths for run in _runs_at(path)]
+        except OSError as error:
+            raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
         if not runs:
             raise InputError(f"no run directory {word}" if not paths else f"no run directory in {word}")
         for run in runs:
@@ -81,7 +82,8 @@ def _runs_at(path: Path) -> Iterator[Path]:
         yield path
         return
     for inner in sorted(path.iterdir()):
-        if inner.is_dir() and not inner.name.startswith("."):
+        leads_elsewhere = inner.is_symlink() and not is_run(inner)  # perhaps to where we come from
+        if inner.is_dir() and not inner.name.startswith(".") and not leads_elsewhere:
             yield from _runs_at(inner)
 
 
@@ -91,31 +93,46 @@ def read_result(path: Path) -> Result:
     if status.get("state") != "done" or not (path / "summary.json").exists():
         where = f" in cycle {status['cycle']}, epoch {status['epoch']}" if "epoch" in status else ""
         raise InputError(f"not finished ({status.get('state')}{where})")
-    summary, records = read_json(path / "summary.json"), read_metrics(path / "metrics.jsonl")
     try:
-        return _result(path, summary, records)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"its summary.json or metrics.jsonl lacks {error}") from None
+        return _result(path, read_json(path / "summary.json"), read_metrics(path / "metrics.jsonl"))
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(f"its files are not what repan writes ({type(error).__name__}: {error})") from None
 
 
 def _result(path: Path, summary: Mapping[str, Any], records: list[dict[str, Any]]) -> Result:
     phases = [row for row in (summary["baseline"], *summary["cycles"]) if row]
     start = summary["baseline"] if records and records[0]["cycle"] else None
-    validation = [record["val_top1"] for record in records] + ([start["top1"]] if start else [])
-    known = [value for value in validation if value is not None]
+    course = [{"cycle": int(record["cycle"]), "val_top1": _number(record["val_top1"])} for record in records]
+    validation = [record["val_top1"] for record in course] + ([_number(start["top1"])] if start else [])
+    settings = read_settings(path / "config.yaml", summary["command"])
+    images = summary.get("images", {}).get("train")
     return Result(
         path=path,
-        command=summary["command"],
-        settings=read_settings(path / "config.yaml", summary["command"]),
-        dataset=summary["dataset"],
-        classes=summary.get("classes"),
-        images=summary.get("images", {}).get("train"),
-        test_top1=summary["test"]["top1"],
-        last_test_top1=phases[-1]["test_top1"],
-        val_top1=max(known, default=None),
-        seconds=summary["seconds"],
-        records=records,
+        command=str(summary["command"]),
+        settings=settings,
+        seed=int(settings["run.seed"]),
+        dataset=str(summary["dataset"]),
+        classes=int(summary["classes"]) if "classes" in summary else None,
+        images=None if images is None else int(images),
+        test_top1=_number(float(summary["test"]["top1"])),
+        last_test_top1=_number(float(phases[-1]["test_top1"])),
+        val_top1=max((value for value in validation if value is not None), default=None),
+        seconds=_number(float(summary["seconds"])),
+        records=course,
     )
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None. Raises ValueError or TypeError for anything else."""
+    if value is None:
+        return None
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no figure")
+    return float(value)
 
 
 def read_settings(path: Path, command: str) -> dict[str, Any]:

@@ -285,8 +285,10 @@ def test_what_is_no_run_is_one_line(capsys, tmp_path):
         ("status.json", '{"state": "running"}', "not finished (running)"),
         ("status.json", "{", "status.json cannot be read"),
         ("summary.json", "[1]", "summary.json cannot be read"),
-        ("summary.json", "{}", "lacks 'baseline'"),
-        ("metrics.jsonl", '{"cycle": 1}\n', "lacks 'val_top1'"),
+        ("summary.json", "{}", "not what repan writes (KeyError: 'baseline')"),
+        ("metrics.jsonl", '{"cycle": 1}\n', "not what repan writes (KeyError: 'val_top1')"),
+        ("metrics.jsonl", "7\n", "not what repan writes"),
+        ("config.yaml", "run: {seed: many}", "not what repan writes"),
         ("config.yaml", "a: [", "config.yaml line"),
     ],
 )
@@ -298,6 +300,35 @@ def test_unfinished_and_damaged_runs_are_said_and_left_out(capsys, runs, name, c
     assert found["left_out"][0]["run"] == str(runs / "repan_1")
     assert says in found["left_out"][0]["why"]
     assert f"Warning: left out: {runs / 'repan_1'}" in err
+
+
+def places(tree, path=()):
+    """The way to every value in a tree of JSON."""
+    yield path
+    for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield from places(tree[key], (*path, key))
+
+
+@pytest.mark.parametrize("name", ["summary.json", "status.json", "metrics.jsonl"])
+def test_no_value_in_a_file_of_figures_breaks_the_comparison(capsys, runs, name):
+    file = runs / "repan_1" / name
+    text = file.read_text()
+    whole = json.loads(text.splitlines()[0] if name == "metrics.jsonl" else text)
+    for way in places(whole):
+        for value in (None, "x", -1, [7], {"x": 7}, 1e400):
+            tree = changed = json.loads(json.dumps({"": whole}))
+            for key in ("", *way)[:-1]:
+                changed = changed[key]
+            changed[("", *way)[-1]] = value
+            file.write_text(json.dumps(tree[""]) + "\n")
+            code, _, err = run(capsys, "compare", runs, "--html", runs / "page.html")
+            assert code == 0, (way, value, err)
+
+
+def test_links_lead_nowhere_twice(runs):
+    (runs / "again").symlink_to(runs)
+    (runs / "linked").symlink_to(runs / "none_0")
+    assert len(find_runs([str(runs)])) == 6
 
 
 def test_nothing_finished_is_an_error(capsys, tmp_path):
