@@ -96,6 +96,7 @@ def loaded_after(statement: str) -> set[str]:
     [
         "import repan_cli",
         "import repan_cli.cli",
+        "import repan_cli.commands.compare",
         "from repan_cli import config; config.resolve('cycle', None, {'data.name': 'digits', 'model.name': 'repvgg'})",
     ],
 )
