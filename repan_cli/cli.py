@@ -80,6 +80,13 @@ ResumeOption = Annotated[
     str | None,
     typer.Option("--resume", metavar="RUN", help="Go on with a run: its directory, or 'latest'.", show_default=False),
 ]
+SeedsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--seeds", metavar="N,N,...", help="Run once with each of these seeds, and compare.", show_default=False
+    ),
+]
+ControlOption = Annotated[bool, typer.Option("--control", help="Also run the same without restarts, and compare.")]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Try every part of the run once, say what it will be, write nothing.")
 ]
@@ -94,10 +101,10 @@ Settings = Annotated[
 ]
 
 
-def _dispatch(module: str, *arguments: Any, **options: Any) -> None:
+def _dispatch(module: str, *arguments: Any, entry: str = "run", **options: Any) -> None:
     """Import a command's module and run it; an error becomes its lines on stderr and its exit code."""
     try:
-        importlib.import_module(f"repan_cli.commands.{module}").run(*arguments, **options)
+        getattr(importlib.import_module(f"repan_cli.commands.{module}"), entry)(*arguments, **options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -138,6 +145,8 @@ def _train(
     file: str | None,
     settings: list[str] | None,
     resume: str | None,
+    seeds: str | None,
+    control: bool = False,
     print_config: bool,
     dry_run: bool,
     as_json: bool,
@@ -152,20 +161,42 @@ def _train(
                 raise InputError(f"--{name.replace('_', '-')} and {SHORTCUTS[name]}= are the same setting: give one")
             given[SHORTCUTS[name]] = str(value)
         if resume is not None:
-            _check_resume(file, given, print_config=print_config, dry_run=dry_run)
+            others = {"--print-config": print_config, "--dry-run": dry_run, "--seeds": seeds, "--control": control}
+            _check_resume(given, {"-c": file, **others})
         else:
+            numbers = _seeds(seeds, given)
             resolved = config.resolve(command, file, given)
             if _begun_anew(resolved.config.run.out):
                 resume, given = resolved.config.run.out, {}
     except RepanError as error:
         _fail(error)
     if resume is not None:
-        _dispatch("resume", command, resume, given, as_json=as_json)
-        return
-    if print_config:
+        _dispatch("series", command, resume, given, entry="go_on", as_json=as_json)
+    elif print_config:
         print(config.dump(resolved.config, cycles=command == "cycle"), end="")
-        return
-    _dispatch("dry_run" if dry_run else "train", command, resolved, as_json=as_json)
+    elif dry_run:
+        _dispatch("dry_run", command, resolved, runs=max(len(numbers), 1) * (1 + control), as_json=as_json)
+    elif numbers or control:
+        numbers = numbers or (resolved.config.run.seed,)
+        _dispatch("series", command, resolved, seeds=numbers, with_control=control, as_json=as_json)
+    else:
+        _dispatch("train", command, resolved, as_json=as_json)
+
+
+def _seeds(text: str | None, given: dict[str, Any]) -> tuple[int, ...]:
+    """The numbers in '0,1,2', of which the first is `given` as the seed. Raises InputError for what they are not."""
+    if text is None:
+        return ()
+    if "run.seed" in given:
+        raise InputError("--seed and --seeds both say which seeds: give one")
+    try:
+        numbers = tuple(config.SCHEMA["run.seed"].parse(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--seeds {text}: {error}; give numbers such as 0,1,2") from None
+    if len(set(numbers)) < len(numbers):
+        raise InputError(f"--seeds {text}: a seed stands there twice")
+    given["run.seed"] = str(numbers[0])
+    return numbers
 
 
 def _begun_anew(out: str | None) -> bool:
@@ -176,8 +207,8 @@ def _begun_anew(out: str | None) -> bool:
     return again and Path(out).exists()
 
 
-def _check_resume(file: str | None, given: dict[str, Any], *, print_config: bool, dry_run: bool) -> None:
-    for option, there in (("-c", file), ("--print-config", print_config), ("--dry-run", dry_run)):
+def _check_resume(given: dict[str, Any], others: dict[str, Any]) -> None:
+    for option, there in others.items():
         if there:
             raise InputError(f"{option} does not go with --resume: the run has its settings")
     if "run.out" in given:
@@ -222,6 +253,8 @@ def cycle(
     out: OutOption = None,
     config_file: ConfigOption = None,
     resume: ResumeOption = None,
+    seeds: SeedsOption = None,
+    control: ControlOption = False,
     print_config: PrintConfigOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -242,6 +275,8 @@ def cycle(
         file=config_file,
         settings=settings,
         resume=resume,
+        seeds=seeds,
+        control=control,
         print_config=print_config,
         dry_run=dry_run,
         as_json=as_json,
@@ -288,6 +323,7 @@ def _add_training(command: str, text: str) -> None:
         out: OutOption = None,
         config_file: ConfigOption = None,
         resume: ResumeOption = None,
+        seeds: SeedsOption = None,
         print_config: PrintConfigOption = False,
         dry_run: DryRunOption = False,
         as_json: JsonOption = False,
@@ -298,6 +334,7 @@ def _add_training(command: str, text: str) -> None:
             file=config_file,
             settings=settings,
             resume=resume,
+            seeds=seeds,
             print_config=print_config,
             dry_run=dry_run,
             as_json=as_json,
@@ -553,6 +590,38 @@ def info(checkpoint: SubjectArgument, model: NetworkOption = None, as_json: Json
     [cyan]repan info runs/cycle/NAME/fused.pt[/cyan]
     """
     _dispatch("info", checkpoint, model=model, as_json=as_json)
+
+
+@app.command(rich_help_panel="Inspection")
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN", help="Run directories, folders with runs in them, globs.", show_default=False),
+    ],
+    control: Annotated[
+        str | None,
+        typer.Option(
+            "--control",
+            metavar="RUN",
+            help="Compare with the runs that are set as this one is; default: those without restarts, else the first.",
+            show_default=False,
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write a page with curves.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV on stdout.")] = False,
+) -> None:
+    """Compare runs: a mean and a spread over the seeds of each configuration, and how far it is from the control.
+
+    Examples:
+
+    [cyan]repan compare runs/cycle/NAME[/cyan]
+
+    [cyan]repan compare runs/cycle/* --html comparison.html[/cyan]
+    """
+    _dispatch("compare", runs, control=control, as_json=as_json, as_csv=as_csv, html=html)
 
 
 @app.command("list", rich_help_panel="Inspection")

@@ -110,6 +110,9 @@ def _flush_folder(folder: Path) -> None:
 LAST, PREVIOUS = "last.pt", "last_previous.pt"
 """What a run goes on from: the newest state, and the one before it, for when that is damaged."""
 
+SERIES = "series.json"
+"""What a folder of several runs, that one command makes, is known by."""
+
 
 class RunDirectory:
     """The folder of one run, which one process at a time may write to: until it leaves the `with`, or is gone.
@@ -160,8 +163,20 @@ class RunDirectory:
         self.write_json("status.json", {"state": state, "time": now(), **position})
 
 
+def read_series(path: Path) -> dict[str, Any] | None:
+    """What a folder of several runs is; None for any other. Raises InputError for one that cannot be read."""
+    if not (path / SERIES).exists():
+        return None
+    try:
+        about = json.loads((path / SERIES).read_text(encoding="utf-8"))
+        return {name: about[name] for name in ("command", "seeds", "control", "settings")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path / SERIES} is damaged: resume the runs in {path} one by one") from None
+
+
 def existing(path: Path) -> str:
-    mend = f"go on with --resume {path}, or give another --out" if (path / LAST).exists() else "give another --out"
+    goes_on = (path / LAST).exists() or (path / SERIES).exists()
+    mend = f"go on with --resume {path}, or give another --out" if goes_on else "give another --out"
     return f"the run directory {path} exists already; nothing was touched: {mend}"
 
 

@@ -17,7 +17,7 @@ ROWS = [
     ["errors"],
     ["registry", "extras"],
     ["config"],
-    ["blocks", "runtime", "timing", "console", "trackers", "runs", "plots"],
+    ["blocks", "runtime", "timing", "console", "trackers", "runs", "results", "comparison", "report", "plots"],
     ["tasks", "teacher", "optim", "checkpoint", "models", "data", "export"],
     ["engine", "anneal", "state", "scoring"],
     ["commands"],
@@ -25,7 +25,20 @@ ROWS = [
 ]
 """From the bottom up. A room may import rooms of its own row and of those below."""
 
-LIGHT = {"cli", "config", "registry", "errors", "extras", "console", "trackers", "runs", "plots"}
+LIGHT = {
+    "cli",
+    "config",
+    "registry",
+    "errors",
+    "extras",
+    "console",
+    "trackers",
+    "runs",
+    "results",
+    "comparison",
+    "report",
+    "plots",
+}
 """Rooms that never import torch."""
 
 
@@ -84,6 +97,7 @@ def loaded_after(statement: str) -> set[str]:
     [
         "import repan_cli",
         "import repan_cli.cli",
+        "import repan_cli.commands.compare",
         "from repan_cli import config; config.resolve('cycle', None, {'data.name': 'digits', 'model.name': 'repvgg'})",
     ],
 )

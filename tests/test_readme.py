@@ -1,5 +1,6 @@
 """Every command and every piece of Python in the README works, and what it says of the project is so."""
 
+import json
 import re
 import shlex
 import shutil
@@ -39,6 +40,10 @@ def workplace(cycle_run, tmp_path_factory):
     for stopped in (folder / "runs" / "stopped", folder / "runs" / "cycle" / "stopped"):
         shutil.copytree(cycle_run.folder, stopped)
         shutil.copy(stopped / "last_previous.pt", stopped / "last.pt")
+    shutil.copytree(cycle_run.folder, folder / "runs" / "study" / "seed_0")
+    shutil.copy(cycle_run.folder / "config.yaml", folder / "runs" / "study")
+    series = {"command": "cycle", "seeds": [0], "control": False, "settings": "recipes/digits"}
+    (folder / "runs" / "study" / "series.json").write_text(json.dumps(series))
     return folder
 
 

@@ -24,13 +24,14 @@ STEPS = 3
 """Two that are timed, after one that warms up."""
 
 
-def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
-    """Build a run, try each of its parts, say what it will be and how long it will take."""
+def run(command: str, resolved: Resolved, *, runs: int = 1, as_json: bool) -> None:
+    """Build a run, or the first of several, try each of its parts, say what it will be and how long it will take."""
     config = dataclasses.replace(resolved.config, run=dataclasses.replace(resolved.config.run, out=None))
     session = prepare(command, dataclasses.replace(resolved, config=config))
     facts = {**_network(session), **_merge(session), **_restart(session), **_evaluation(session), **_steps(session)}
     facts["peak_memory_bytes"] = runtime.peak_memory(session.training.runtime.device)
     facts["estimated_seconds"] = _estimate(session, facts)
+    facts["runs"] = runs
     if as_json:
         print(json.dumps(facts))
     else:
@@ -118,7 +119,8 @@ def _report(session: Session, resolved: Resolved, facts: Mapping[str, Any]) -> N
         "length": f"{count(sum(phase.epochs for phase in plan), 'epoch')} of {count(facts['steps_per_epoch'], 'step')}",
         "step": f"{1000 * facts['step_seconds']:.0f} ms, batch {session.config.data.batch_size}",
         "memory": f"{facts['peak_memory_bytes'] / 2**20:,.0f} MiB at most",
-        "time": f"about {duration(facts['estimated_seconds'])}",
+        "time": f"about {duration(facts['estimated_seconds'])}"
+        + (f" for each of {facts['runs']} runs" if facts["runs"] > 1 else ""),
     }
     if "logits_moved" in facts:
         rows["restart"] = f"moves the logits by {facts['logits_moved']:.0e}, {duration(facts['restart_seconds'])}"

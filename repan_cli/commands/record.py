@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repan_cli import checkpoint, engine, runs
+from repan_cli.commands import control
 from repan_cli.commands.prepare import Session
 from repan_cli.state import snapshot
 from repan_cli.trackers import Csv, JsonLines, rewind
@@ -80,6 +81,8 @@ class Record:
         if self.session.command == "cycle":
             self._save(f"cycle_{event.cycle:02d}.pt", event.cycle, None, _metrics(event))
         self.save_last()
+        if event.cycle == 0 and control.is_awaited(self.folder.path):
+            control.begin(self.folder.path)
 
     def save_last(self) -> None:
         """The weights and everything else that the run needs to go on from here. Raises DivergedError instead when an
@@ -110,12 +113,15 @@ def _metrics(event: engine.Epoch | engine.CycleEnd) -> dict[str, Any]:
 
 
 def _new_summary(session: Session) -> dict[str, Any]:
-    config = session.config
+    config, data = session.config, session.dataset
+    parts = {"train": data.train, "val": data.val, "test": data.test}
     return {
         "command": session.command,
         "model": config.model.name,
         "block": config.block.name,
         "dataset": config.data.name,
+        "classes": len(data.classes),
+        "images": {name: len(part.labels) for name, part in parts.items() if part},
         "seed": config.run.seed,
         "baseline": session.start,
         "cycles": [],

@@ -34,8 +34,13 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
     session = prepare(command, resolved)
     if session.training.runtime.rank:
         follow(session)
-        return
-    config = session.config
+    else:
+        begin(session, resolved, as_json=as_json)
+
+
+def begin(session: Session, resolved: Resolved, *, as_json: bool) -> None:
+    """Make the run directory of a run that is ready, and carry it out."""
+    command, config = session.command, session.config
     names = (config.model.name, config.block.name, config.data.name)
     with runs.RunDirectory(Path(config.run.out) if config.run.out else runs.default_path(command, *names)) as folder:
         session.training.task_of.folder = folder.path

@@ -1,0 +1,94 @@
+"""`repan compare`: runs side by side, grouped by configuration, with their spread over seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from repan_cli import report, runs
+from repan_cli.comparison import Comparison, as_data, compare
+from repan_cli.console import print_table, tell, warn
+from repan_cli.errors import InputError
+from repan_cli.results import Result, find_runs, read_result
+
+
+def run(words: list[str], *, control: str | None, as_json: bool, as_csv: bool, html: Path | None) -> None:
+    """Print the comparison of the runs that `words` mean, and write it as a page where one is asked for."""
+    if as_json and as_csv:
+        raise InputError("--json and --csv both write to stdout: give one")
+    chosen = find_runs([control]) if control else []
+    if len(chosen) > 1:
+        raise InputError(f"--control {control} is {len(chosen)} runs: name one, its group is the control")
+    results, left_out = read_all(find_runs([*words, *([control] if control else [])]))
+    for path, why in left_out:
+        warn(f"left out: {path}: {why}")
+    comparison = compare(results, *chosen)
+    if html:
+        runs.write_atomically(html, lambda file: file.write(report.page(comparison, left_out).encode()))
+        tell(f"written: {html}")
+    if as_json:
+        unfinished = [{"run": path, "why": why} for path, why in left_out]
+        print(json.dumps({**as_data(comparison), "left_out": unfinished}))
+    elif as_csv:
+        print(_as_csv(as_data(comparison)), end="")
+    else:
+        show(comparison)
+
+
+def read_all(paths: Sequence[Path]) -> tuple[list[Result], list[tuple[str, str]]]:
+    """Those runs that are finished, and each that is not with the reason."""
+    results, left_out = [], []
+    for path in paths:
+        try:
+            results.append(read_result(path))
+        except InputError as error:
+            left_out.append((str(path), str(error)))
+    return results, left_out
+
+
+def show(comparison: Comparison, *, to_stderr: bool = False) -> None:
+    """The table, and on stderr what its figures are."""
+    for warning in comparison.warnings:
+        warn(warning)
+    rows = report.rows(comparison)
+    if _width([report.TITLES, *rows]) <= Console(stderr=to_stderr).width:
+        print_table(list(report.TITLES), rows, to_stderr=to_stderr)
+    else:  # names on lines of their own
+        numbers = [str(number) for number in range(1, len(rows) + 1)]
+        names = ((number, row[0]) for number, row in zip(numbers, rows, strict=True))
+        print_table(["", report.TITLES[0]], names, to_stderr=to_stderr)
+        figures = ((number, *row[1:]) for number, row in zip(numbers, rows, strict=True))
+        print_table(["", *report.TITLES[1:]], figures, to_stderr=to_stderr)
+    tell(report.legend(comparison))
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    """Of a table of these cells, with two spaces between columns."""
+    return sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))
+
+
+def _as_csv(data: Mapping[str, Any]) -> str:
+    """A row a group."""
+    table = io.StringIO()
+    flat = [_flat(group) for group in data["groups"]]
+    writer = csv.DictWriter(table, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return table.getvalue()
+
+
+def _flat(group: Mapping[str, Any]) -> dict[str, Any]:
+    row = {name: group[name] for name in ("label", "control", "command", "dataset")}
+    row["seeds"] = " ".join(map(str, group["seeds"]))
+    for figure in ("test_top1", "last_test_top1", "val_top1"):
+        spread = group[figure] or {}
+        row |= {figure: spread.get("mean"), f"{figure}_sd": spread.get("sd")}
+    gain = (group["difference"] or {}).get("test_top1", {})
+    row |= {"difference": gain.get("mean"), "low": gain.get("low"), "high": gain.get("high")}
+    return row | {name: group[name] for name in ("epochs", "images", "hours")}

@@ -1,0 +1,313 @@
+"""Runs side by side: grouped by what was set, a mean and a spread over seeds, differences with their uncertainty.
+
+Pure functions of finished runs; a result is a mean over seeds, never one run.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from repan_cli.config import OVERLAY, SCHEMA
+from repan_cli.errors import InputError
+from repan_cli.results import Result
+
+CONFIDENCE = 0.95
+
+WITHOUT_EFFECT = {
+    *("run.seed", "run.out", "run.device", "run.log_every", "run.save_every", "run.trackers", "run.channels_last"),
+    *("run.compile", "data.workers", "teacher.cache"),
+}
+"""Settings that may differ within a group: the seed, where results go, how fast they are computed and what is said."""
+
+ONLY_AT_RESTARTS = {
+    f"cycle.{name}"
+    for name in ("rule", "calibration_images", "attach", "attach_epochs", "freeze_trunk", "branch_init", "trunk_scale")
+}
+"""Settings that a control, which never restarts, does not read."""
+
+
+# ---------------------------------------------------------------------------------------------- Student's t
+
+
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), by its continued fraction (Lentz's method)."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly its mirror image does not
+        return 1 - incomplete_beta(b, a, 1 - x)
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    return math.exp(log_front) * _continued_fraction(a, b, x) / a
+
+
+def _continued_fraction(a: float, b: float, x: float) -> float:
+    c, d = 1.0, 1 / _not_zero(1 - (a + b) * x / (a + 1))
+    fraction = d
+    for m in range(1, 1000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            d, c = 1 / _not_zero(1 + term * d), _not_zero(1 + term / c)
+            fraction *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return fraction
+
+
+def _not_zero(value: float) -> float:
+    return value if abs(value) > 1e-300 else 1e-300
+
+
+def t_bound(freedom: float, confidence: float = CONFIDENCE) -> float:
+    """t such that Student's T with `freedom` > 0 degrees of freedom lies within -t and t with this probability.
+
+    P(|T| > t) = I_x(freedom / 2, 1 / 2) with x = freedom / (freedom + t^2), which grows with x: halving finds x.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        if incomplete_beta(freedom / 2, 0.5, middle) < 1 - confidence:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(freedom * (1 - high) / high)
+
+
+# ---------------------------------------------------------------------------------------------- spread, difference
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation (of a sample, n - 1; None for a single value) of a figure over seeds."""
+
+    mean: float
+    sd: float | None
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, tuple(values))
+
+
+class Difference(NamedTuple):
+    """A mean difference and its confidence interval; `method` (paired, welch) and interval are None for one seed."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    method: str | None = None
+    freedom: float | None = None
+
+
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
+    """How far `ours` lie above `theirs`, figures by seed: paired where both have the same seeds, else by Welch."""
+    if ours.keys() == theirs.keys():
+        gains = Spread.of([ours[seed] - theirs[seed] for seed in sorted(ours)])
+        error, freedom, method = (gains.sd or 0) / math.sqrt(len(ours)), len(ours) - 1.0, "paired"
+        mean = gains.mean
+    else:
+        a, b = Spread.of(list(ours.values())), Spread.of(list(theirs.values()))
+        mean, method = a.mean - b.mean, "welch"
+        error, freedom = _welch(a, b) if min(len(ours), len(theirs)) > 1 else (0.0, 0.0)
+    if freedom <= 0:
+        return Difference(mean)
+    half = t_bound(freedom) * error
+    return Difference(mean, mean - half, mean + half, method, freedom)
+
+
+def _welch(a: Spread, b: Spread) -> tuple[float, float]:
+    """Standard error of the difference of two means, and its degrees of freedom (Welch-Satterthwaite)."""
+    parts = [(part.sd**2 / len(part.values), len(part.values) - 1) for part in (a, b)]
+    variance = sum(part for part, _ in parts)
+    if not variance:
+        return 0.0, float(sum(freedom for _, freedom in parts))
+    return math.sqrt(variance), variance**2 / sum(part**2 / freedom for part, freedom in parts)
+
+
+# ---------------------------------------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing that matters but their seed, one a seed. `settings` are what sets the group apart."""
+
+    label: str
+    settings: Mapping[str, Any]
+    results: tuple[Result, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [result.seed for result in self.results]
+
+    def by_seed(self, figure: str) -> dict[int, float]:
+        return {result.seed: getattr(result, figure) for result in self.results}
+
+    def spread(self, figure: str) -> Spread | None:
+        """Of a figure of `Result`; None where not all runs have it."""
+        values = list(self.by_seed(figure).values())
+        return None if None in values else Spread.of(values)
+
+    def cost(self) -> dict[str, float | None]:
+        """Of a run, on average: epochs, training images seen, hours."""
+        seconds = self.spread("seconds")
+        epochs, seen = self.spread("epochs"), self.spread("images_seen")
+        return {"epochs": epochs.mean, "images": seen.mean if seen else None, "hours": seconds.mean / 3600}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups, of which the first is what the others are compared with."""
+
+    groups: tuple[Group, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def control(self) -> Group:
+        return self.groups[0]
+
+    def gain(self, group: Group, figure: str = "test_top1") -> Difference | None:
+        """Over the control; None for the control itself."""
+        return None if group is self.control else difference(group.by_seed(figure), self.control.by_seed(figure))
+
+
+def compare(results: Sequence[Result], control: Path | None = None) -> Comparison:
+    """Group finished runs and choose what they are compared with: the group of the run `control`, else the one without
+    restarts, else the first.
+    """
+    if not results:
+        raise InputError("no finished run to compare")
+    kinds: dict[Any, list[Result]] = {}
+    for result in results:
+        kinds.setdefault(_kind(result), []).append(result)
+    members, warnings = [], [*_different_problems(results)]
+    for runs in kinds.values():
+        single = {run.seed: run for run in runs}
+        if len(single) < len(runs):
+            warnings.append(f"several runs of one seed ({runs[0].path} and others): the last one of each counts")
+        members.append(tuple(single[seed] for seed in sorted(single)))
+    chosen, doubts = _control(members, control)
+    members.insert(0, members.pop(chosen))
+    return Comparison(_labelled(members), (*warnings, *doubts))
+
+
+def _kind(result: Result) -> tuple[Any, ...]:
+    """What the runs of a group share."""
+    settings = sorted((key, repr(value)) for key, value in result.settings.items() if _reads(result, key))
+    return result.command, result.dataset, result.classes, *settings
+
+
+def _is_control(result: Result) -> bool:
+    return result.settings.get("cycle.restart") == "none"
+
+
+def _different_problems(results: Sequence[Result]) -> list[str]:
+    names = sorted({result.dataset for result in results})
+    classes = sorted({result.classes for result in results if result.classes})
+    if len(names) > 1:
+        return [f"these runs are of different data sets: {', '.join(names)}"]
+    if len(classes) > 1:
+        return [f"these runs know different numbers of classes: {', '.join(map(str, classes))}"]
+    return []
+
+
+def _control(members: list[tuple[Result, ...]], path: Path | None) -> tuple[int, list[str]]:
+    """Which of the groups is the control, and what is doubtful about that."""
+    if path is not None:
+        wanted = path.resolve()
+        for number, runs in enumerate(members):
+            if any(run.path.resolve() == wanted for run in runs):
+                return number, []
+        raise InputError(f"the control {path} is none of the runs that are compared")
+    found = [number for number, runs in enumerate(members) if _is_control(runs[0])]
+    several = f"{len(found)} groups go without restarts: the first is the control; choose with --control RUN"
+    return (found or [0])[0], [several] if len(found) > 1 else []
+
+
+def _labelled(members: list[tuple[Result, ...]]) -> tuple[Group, ...]:
+    firsts = [runs[0] for runs in members]
+    keys = _differing(firsts)
+    commands, classes = (len({getattr(first, name) for first in firsts}) > 1 for name in ("command", "classes"))
+    groups = []
+    for first, runs in zip(firsts, members, strict=True):
+        settings = {key: _setting(first, key) for key in keys if _reads(first, key)}
+        words = [first.command] * commands + [f"{key}={_shown(value)}" for key, value in settings.items()]
+        words += [f"{first.classes} classes"] * classes
+        groups.append(Group(" ".join(words) or _common_label(first), settings, runs))
+    return tuple(groups)
+
+
+def _differing(firsts: Sequence[Result]) -> list[str]:
+    """The settings in which groups differ, in the order in which they are declared."""
+    present = {key for first in firsts for key in first.settings}
+    order = {key: place for place, key in enumerate([*SCHEMA, *OVERLAY])}
+    differing = []
+    for key in sorted(present, key=lambda key: (order.get(key, len(order)), key)):
+        values = {repr(_setting(first, key)) for first in firsts if _reads(first, key)}
+        if len(values) > 1:
+            differing.append(key)
+    return differing
+
+
+def _reads(result: Result, key: str) -> bool:
+    """Whether a setting has an effect on a run's result."""
+    if key in WITHOUT_EFFECT or (key in ONLY_AT_RESTARTS and _is_control(result)):
+        return False
+    if key == "data.root":  # known sets are the same wherever they lie
+        return result.dataset == "folder"
+    return key in result.settings or (key in OVERLAY and result.command == "cycle")
+
+
+def _setting(result: Result, key: str) -> Any:
+    """Its value; the baseline's are the main ones where nothing is laid over them, and it has no teacher."""
+    if key in result.settings or key not in OVERLAY:
+        return result.settings[key]
+    return None if key == "baseline.teacher.name" else result.settings[key.removeprefix("baseline.")]
+
+
+def _shown(value: Any) -> str:
+    """As it would be typed."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_shown, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _common_label(result: Result) -> str:
+    names = (result.settings.get(key) for key in ("model.name", "block.name", "data.name"))
+    return " ".join([result.command, *(str(name) for name in names if name)])
+
+
+# ---------------------------------------------------------------------------------------------- plain data
+
+
+def as_data(comparison: Comparison) -> dict[str, Any]:
+    """The comparison in plain types, for JSON."""
+    return {
+        "confidence": CONFIDENCE,
+        "groups": [_group_as_data(comparison, group) for group in comparison.groups],
+        "warnings": list(comparison.warnings),
+    }
+
+
+def _group_as_data(comparison: Comparison, group: Group) -> dict[str, Any]:
+    spreads = {figure: group.spread(figure) for figure in ("test_top1", "last_test_top1", "val_top1")}
+    gains = {figure: comparison.gain(group, figure) for figure in ("test_top1", "last_test_top1")}
+    first = group.results[0]
+    return {
+        "label": group.label,
+        "settings": dict(group.settings),
+        "control": group is comparison.control,
+        "command": first.command,
+        "dataset": first.dataset,
+        "seeds": group.seeds,
+        "runs": [str(result.path) for result in group.results],
+        **{figure: spread._asdict() if spread else None for figure, spread in spreads.items()},
+        "difference": {figure: gain._asdict() for figure, gain in gains.items() if gain} or None,
+        **group.cost(),
+    }

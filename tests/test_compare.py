@@ -1,0 +1,488 @@
+"""Runs side by side: how they are grouped, the figures of a group, and the table, JSON, CSV and page of them."""
+
+import csv
+import io
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from test_cli import one_line, run
+
+from repan_cli import config, report
+from repan_cli.comparison import WITHOUT_EFFECT, Spread, compare, difference, incomplete_beta, t_bound
+from repan_cli.results import find_runs, read_result
+
+BASE = {"model.name": "repvgg_a1_cifar", "block.name": "repvgg", "data.name": "cifar100", "epochs": "2"}
+
+
+def write_run(
+    folder, seed=0, test=70.0, *, last=None, val=(50.0, 60.0, 70.0, 69.0), classes=100, dataset=None, **given
+):
+    """A finished run of a baseline of 2 epochs and a cycle of 2, with these figures."""
+    settings = {**BASE, **{key.replace("__", "."): text for key, text in given.items()}, "run.seed": str(seed)}
+    if dataset:
+        settings["data.name"] = dataset
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.dump(config.build(settings)))
+    records = [{"cycle": n // 2, "epoch": n % 2 + 1, "val_top1": value} for n, value in enumerate(val)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    summary = {
+        "command": "cycle",
+        "dataset": settings["data.name"],
+        "classes": classes,
+        "images": {"train": 45000},
+        "baseline": {"top1": val[1], "test_top1": 55.0, "seconds": 60.0},
+        "cycles": [{"cycle": 1, "top1": val[3], "test_top1": test - 1 if last is None else last, "seconds": 60.0}],
+        "test": {"top1": test, "top5": 90.0},
+        "seconds": 7200.0,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "status.json").write_text(json.dumps({"state": "done"}))
+    return folder
+
+
+def as_json(capsys, *words):
+    code, out, err = run(capsys, "compare", *words, "--json")
+    assert code == 0, err
+    return json.loads(out), err
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three seeds with restarts, three without: 1, 2 and 3 points above them."""
+    for seed, (ours, theirs) in enumerate([(71, 70), (73, 71), (75, 72)]):
+        write_run(tmp_path / f"repan_{seed}", seed, ours)
+        write_run(tmp_path / f"none_{seed}", seed, theirs, cycle__restart="none")
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize(
+    ("freedom", "confidence", "t"),
+    [
+        *[(1, 0.95, 12.706), (2, 0.95, 4.303), (4, 0.95, 2.776), (9, 0.95, 2.262), (30, 0.95, 2.042)],
+        *[(1, 0.99, 63.657), (3, 0.99, 5.841), (10, 0.9, 1.812), (5, 0.999, 6.869), (1e7, 0.95, 1.960)],
+    ],
+)
+def test_t_is_that_of_printed_tables(freedom, confidence, t):
+    assert t_bound(freedom, confidence) == pytest.approx(t, abs=6e-4)
+
+
+@pytest.mark.parametrize("freedom", [0.7, 1.0, 1.8971, 2.5, 7.3, 44.4])
+def test_t_holds_the_share_of_the_density_that_it_should(freedom):
+    """By Simpson's rule, also for the broken degrees of freedom that Welch's method gives."""
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    bound, steps = t_bound(freedom), 20000
+    points = [(1 + (bound * n / steps) ** 2 / freedom) ** (-(freedom + 1) / 2) for n in range(steps + 1)]
+    total = points[0] + points[-1] + 4 * sum(points[1:-1:2]) + 2 * sum(points[2:-1:2])
+    assert 2 * scale * total * bound / steps / 3 == pytest.approx(0.95, abs=1e-6)
+
+
+def test_the_incomplete_beta_function_has_its_known_values():
+    assert incomplete_beta(1, 1, 0.3) == pytest.approx(0.3)
+    assert incomplete_beta(2, 3, 0.4) == pytest.approx(0.5248)  # 6x^2 - 8x^3 + 3x^4
+    assert incomplete_beta(5, 0.5, 0.9) == pytest.approx(1 - incomplete_beta(0.5, 5, 0.1))
+    assert (incomplete_beta(2, 2, 0), incomplete_beta(2, 2, 1)) == (0, 1)
+
+
+def test_the_spread_is_that_of_a_sample():
+    assert Spread.of([1, 2, 3, 4])[:2] == (2.5, pytest.approx(math.sqrt(5 / 3)))
+    assert Spread.of([2.0]) == (2.0, None, (2.0,))
+
+
+def test_the_same_seeds_are_paired():
+    gain = difference({0: 71, 1: 73, 2: 75}, {2: 72, 0: 70, 1: 71})
+    assert (gain.mean, gain.method, gain.freedom) == (2, "paired", 2)
+    assert gain.high - gain.mean == pytest.approx(4.3026527 / math.sqrt(3))
+    assert gain.mean - gain.low == pytest.approx(4.3026527 / math.sqrt(3))
+
+
+def test_other_seeds_are_compared_by_welch():
+    gain = difference({0: 1, 1: 2, 2: 3, 3: 4}, {7: 2, 8: 4})
+    assert (gain.mean, gain.method) == (-0.5, "welch")
+    error = math.sqrt(5 / 12 + 1)
+    assert gain.freedom == pytest.approx(error**4 / ((5 / 12) ** 2 / 3 + 1))
+    assert gain.high - gain.mean == pytest.approx(t_bound(gain.freedom) * error)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [({0: 71}, {0: 70}), ({0: 71}, {1: 70}), ({0: 71}, {0: 70, 1: 70})])
+def test_one_seed_has_no_interval(ours, theirs):
+    assert difference(ours, theirs) == (1, None, None, None, None)
+
+
+def test_figures_without_any_spread_have_an_interval_of_no_width():
+    assert difference({0: 2, 1: 2}, {5: 1, 6: 1})[:3] == (1, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------- groups
+
+
+def test_runs_that_differ_in_their_seed_are_one_group(capsys, runs):
+    found, err = as_json(capsys, runs)
+    control, repan = found["groups"]
+    assert (control["label"], control["control"], control["difference"]) == ("cycle.restart=none", True, None)
+    assert (repan["label"], repan["settings"]) == ("cycle.restart=repan", {"cycle.restart": "repan"})
+    assert repan["seeds"] == control["seeds"] == [0, 1, 2]
+    assert repan["test_top1"] == {"mean": 73, "sd": 2, "values": [71, 73, 75]}
+    assert repan["last_test_top1"]["mean"] == 72
+    assert repan["val_top1"] == {"mean": 70, "sd": 0, "values": [70, 70, 70]}
+    assert repan["difference"]["test_top1"]["low"] == pytest.approx(2 - 2.484138, abs=1e-6)
+    assert (repan["epochs"], repan["images"], repan["hours"]) == (4, 180000, 2)
+    assert err == ""
+
+
+def test_what_does_not_change_the_result_does_not_part_a_group(tmp_path):
+    assert WITHOUT_EFFECT - {"run.trackers"} <= set(config.SCHEMA)
+    write_run(tmp_path / "a")
+    quiet = {"data__workers": "3", "run__device": "cpu", "data__root": "elsewhere", "run__log_every": "7"}
+    write_run(tmp_path / "b", seed=1, run__out="x", **quiet)
+    (group,) = compare([read_result(path) for path in find_runs([str(tmp_path)])]).groups
+    assert group.seeds == [0, 1]
+    assert group.label == "cycle repvgg_a1_cifar repvgg cifar100"
+
+
+def test_settings_of_restarts_do_not_part_controls(tmp_path):
+    write_run(tmp_path / "a", cycle__restart="none", cycle__attach="ramp")
+    write_run(tmp_path / "b", seed=1, cycle__restart="none", cycle__attach="zero-gamma")
+    write_run(tmp_path / "c", cycle__attach="zero-gamma")
+    write_run(tmp_path / "d", cycle__attach="ramp")
+    groups = compare([read_result(path) for path in find_runs([str(tmp_path)])]).groups
+    labels = [group.label for group in groups]
+    attached = [f"cycle.restart=repan cycle.attach={attach}" for attach in ("zero-gamma", "ramp")]
+    assert labels == ["cycle.restart=none", *attached]
+
+
+def test_labels_name_what_differs(tmp_path):
+    write_run(tmp_path / "a", optim__clip="null", block__kernel="[3,5]")
+    write_run(tmp_path / "b", optim__clip="2.5", baseline__optim__lr="0.3", block__exclude="[]")
+    groups = compare([read_result(path) for path in find_runs([str(tmp_path)])]).groups
+    assert [group.label for group in groups] == [
+        "block.kernel=[3,5] optim.clip=null baseline.optim.lr=0.1",
+        "block.kernel=[] optim.clip=2.5 baseline.optim.lr=0.3",
+    ]
+
+
+def test_a_run_without_cycles_is_compared_with_one_that_has_them(capsys, runs):
+    folder = write_run(runs / "plain", test=69)
+    lines = (folder / "config.yaml").read_text().splitlines(keepends=True)
+    start = lines.index("cycle:\n")
+    end = next(n for n, line in enumerate(lines[start + 1 :], start + 1) if not line.startswith(" "))
+    (folder / "config.yaml").write_text("".join(lines[:start] + lines[end:]))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "command": "train", "cycles": []}))
+    found, _ = as_json(capsys, runs)
+    labels = [group["label"] for group in found["groups"]]
+    assert labels == ["cycle cycle.restart=none", "train", "cycle cycle.restart=repan"]
+    assert found["groups"][1]["last_test_top1"]["mean"] == 55
+
+
+def test_the_control_can_be_chosen(capsys, runs):
+    found, _ = as_json(capsys, runs / "none_0", "--control", runs / "repan_0")
+    assert [group["label"] for group in found["groups"]] == ["cycle.restart=repan", "cycle.restart=none"]
+    assert found["groups"][1]["difference"]["test_top1"]["mean"] == -1
+    assert "is 6 runs: name one" in one_line(capsys, "compare", runs, "--control", runs)
+    write_run(runs / "stopped")
+    (runs / "stopped" / "summary.json").unlink()
+    code, _, err = run(capsys, "compare", runs, "--control", runs / "stopped")
+    assert code == 2
+    assert "is none of the runs" in err
+
+
+def test_without_a_control_the_first_group_is_compared_with(capsys, tmp_path):
+    write_run(tmp_path / "b", test=70, block__name="acb")
+    write_run(tmp_path / "a", test=72)
+    found, _ = as_json(capsys, tmp_path / "b", tmp_path / "a")
+    assert [(g["label"], g["control"]) for g in found["groups"]] == [
+        ("block.name=acb", True),
+        ("block.name=repvgg", False),
+    ]
+
+
+def test_two_kinds_of_control_are_said(capsys, runs):
+    write_run(runs / "other", cycle__restart="none", block__name="acb")
+    code, _, err = run(capsys, "compare", runs)
+    assert code == 0
+    assert "Warning: 2 groups go without restarts: the first is the control" in err
+
+
+def test_a_seed_that_was_run_twice_counts_once(capsys, runs):
+    write_run(runs / "repan_again", 0, 72)
+    found, _ = as_json(capsys, runs)
+    assert found["groups"][1]["test_top1"]["values"] == [72, 73, 75]
+    assert "several runs of one seed" in found["warnings"][0]
+
+
+def test_other_data_and_other_classes_are_warned_of(capsys, tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", classes=20)
+    assert as_json(capsys, tmp_path)[0]["warnings"] == ["these runs know different numbers of classes: 20, 100"]
+    assert [group["label"] for group in as_json(capsys, tmp_path)[0]["groups"]] == ["100 classes", "20 classes"]
+    write_run(tmp_path / "c", dataset="cifar10", classes=10)
+    assert as_json(capsys, tmp_path)[0]["warnings"] == ["these runs are of different data sets: cifar10, cifar100"]
+    assert "Warning: these runs are of different data sets" in run(capsys, "compare", tmp_path)[2]
+
+
+def test_folders_of_images_are_told_apart_by_where_they_lie(tmp_path):
+    write_run(tmp_path / "a", dataset="folder", data__root="cats")
+    write_run(tmp_path / "b", seed=1, dataset="folder", data__root="dogs")
+    groups = compare([read_result(path) for path in find_runs([str(tmp_path)])]).groups
+    assert [group.label for group in groups] == ["data.root=cats", "data.root=dogs"]
+
+
+def test_a_run_that_noted_less_is_still_compared(capsys, tmp_path):
+    folder = write_run(tmp_path / "a", val=(None, None, None, None))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(
+        json.dumps({k: v for k, v in summary.items() if k not in ("images", "classes")})
+    )
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + "later:\n  setting: [1, [2]]\n")
+    found, _ = as_json(capsys, tmp_path)
+    assert (found["groups"][0]["val_top1"], found["groups"][0]["images"]) == (None, None)
+    code, out, _ = run(capsys, "compare", tmp_path, "--html", tmp_path / "page.html")
+    assert code == 0
+    assert " - " in out
+
+
+# ---------------------------------------------------------------------------------------------- finding runs
+
+
+def test_runs_are_found_by_name_file_folder_and_glob(runs, monkeypatch):
+    (runs / "notes.txt").touch()
+    (runs / "empty").mkdir()
+    monkeypatch.chdir(runs)
+    assert len(find_runs(["."])) == 6
+    assert len(find_runs([str(runs.parent)])) >= 6
+    assert [path.name for path in find_runs(["none_*", "none_0", str(runs / "none_1" / "summary.json")])] == [
+        "none_0",
+        "none_1",
+        "none_2",
+    ]
+    assert len(find_runs(["*"])) == 6
+    assert len(find_runs([str(runs / "repan_[01]")])) == 2
+
+
+def test_what_is_no_run_is_one_line(capsys, tmp_path):
+    assert f"no run directory {tmp_path / 'nothing'}" in one_line(capsys, "compare", tmp_path / "nothing")
+    assert f"no run directory in {tmp_path}" in one_line(capsys, "compare", tmp_path)
+    write_run(tmp_path / "a")
+    assert "give one" in one_line(capsys, "compare", tmp_path, "--json", "--csv")
+    assert "cannot write" in one_line(capsys, "compare", tmp_path, "--html", tmp_path / "no" / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        (
+            "status.json",
+            '{"state": "preempted", "cycle": 1, "epoch": 2}',
+            "not finished (preempted in cycle 1, epoch 2)",
+        ),
+        ("status.json", '{"state": "running"}', "not finished (running)"),
+        ("status.json", "{", "status.json cannot be read"),
+        ("summary.json", "[1]", "summary.json cannot be read"),
+        ("summary.json", "{}", "not what repan writes (KeyError: 'baseline')"),
+        ("metrics.jsonl", '{"cycle": 1}\n', "not what repan writes (KeyError: 'val_top1')"),
+        ("metrics.jsonl", "7\n", "not what repan writes"),
+        ("config.yaml", "run: {seed: many}", "not what repan writes"),
+        ("config.yaml", "a: [", "config.yaml line"),
+    ],
+)
+def test_unfinished_and_damaged_runs_are_said_and_left_out(capsys, runs, name, content, says):
+    (runs / "repan_1" / name).write_text(content)
+    found, err = as_json(capsys, runs)
+    assert found["groups"][1]["seeds"] == [0, 2]
+    assert found["groups"][1]["difference"]["test_top1"]["method"] == "welch"
+    assert found["left_out"][0]["run"] == str(runs / "repan_1")
+    assert says in found["left_out"][0]["why"]
+    assert f"Warning: left out: {runs / 'repan_1'}" in err
+
+
+def places(tree, path=()):
+    """The way to every value in a tree of JSON."""
+    yield path
+    for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield from places(tree[key], (*path, key))
+
+
+@pytest.mark.parametrize("name", ["summary.json", "status.json", "metrics.jsonl"])
+def test_no_value_in_a_file_of_figures_breaks_the_comparison(capsys, runs, name):
+    file = runs / "repan_1" / name
+    text = file.read_text()
+    whole = json.loads(text.splitlines()[0] if name == "metrics.jsonl" else text)
+    for way in places(whole):
+        for value in (None, "x", -1, [7], {"x": 7}, 1e400):
+            tree = changed = json.loads(json.dumps({"": whole}))
+            for key in ("", *way)[:-1]:
+                changed = changed[key]
+            changed[("", *way)[-1]] = value
+            file.write_text(json.dumps(tree[""]) + "\n")
+            code, _, err = run(capsys, "compare", runs, "--html", runs / "page.html")
+            assert code == 0, (way, value, err)
+
+
+def test_links_lead_nowhere_twice(runs):
+    (runs / "again").symlink_to(runs)
+    (runs / "linked").symlink_to(runs / "none_0")
+    assert len(find_runs([str(runs)])) == 6
+
+
+def test_nothing_finished_is_an_error(capsys, tmp_path):
+    (write_run(tmp_path / "a") / "summary.json").unlink()
+    code, out, err = run(capsys, "compare", tmp_path)
+    assert (code, out) == (2, "")
+    assert "Error: no finished run to compare" in err
+
+
+# ---------------------------------------------------------------------------------------------- on screen, as a page
+
+
+def test_the_table_is_on_stdout_and_what_it_means_on_stderr(capsys, runs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    code, out, err = run(capsys, "compare", runs)
+    assert code == 0
+    title, control, repan = out.splitlines()
+    assert title.split("  ")[0] == "runs"
+    assert re.search(
+        r"cycle.restart=none +3 +71.00 ± 1.00 +70.00 ± 1.00 +70.00 ± 0.00 +control +4 +180 k +2 h 00", control
+    )
+    assert "73.00 ± 2.00" in repan
+    assert "+2.00 [-0.48, +4.48]" in repan
+    assert "95% confidence interval, paired by seed" in err
+    assert "one seed" not in err
+
+
+def test_on_a_narrow_terminal_names_have_their_own_lines(capsys, runs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(capsys, "compare", runs)
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert "2  cycle.restart=repan" in out
+
+
+def test_one_seed_is_said(capsys, runs):
+    _, out, err = run(capsys, "compare", runs / "repan_0", runs / "none_0")
+    assert "±" not in out
+    assert "[" not in out
+    assert "one seed has no spread" in err
+
+
+def test_csv_has_a_row_a_group(capsys, runs):
+    code, out, _ = run(capsys, "compare", runs, "--csv")
+    assert code == 0
+    control, repan = csv.DictReader(io.StringIO(out))
+    assert (repan["label"], repan["seeds"], float(repan["test_top1"])) == ("cycle.restart=repan", "0 1 2", 73)
+    assert float(repan["difference"]) == 2
+    assert (control["control"], control["difference"]) == ("True", "")
+
+
+class Page(HTMLParser):
+    """Collects what a page is made of."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def paths(self, name):
+        return [value for _, attribute, value in self.attributes if attribute == "class" and name in value.split()]
+
+
+def page_of(capsys, runs):
+    code, _, err = run(capsys, "compare", runs, "--html", runs / "page.html")
+    assert code == 0, err
+    assert f"written: {runs / 'page.html'}" in err
+    return (runs / "page.html").read_text()
+
+
+def test_the_page_needs_nothing_beside_itself(capsys, runs):
+    text = page_of(capsys, runs)
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not {"src", "href", "onclick", "onload"} & {name for _, name, _ in page.attributes}
+    assert not re.search(r"https?:|url\((?!#)|@import", text)
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_page_shows_curves_bands_restarts_and_seeds(capsys, runs):
+    page = Page(page_of(capsys, runs))
+    assert page.paths("band") == ["band control", "band c0"]
+    assert "cycle 1" in page.words
+    assert len(page.paths("start")) == 1
+    assert len(page.paths("dot")) == 6
+    assert "+2.00 [-0.48, +4.48]" in page.words
+    assert str(runs / "none_0").rpartition("/")[2] in page.words
+    single = [read_result(path) for path in find_runs([str(runs / "none_0"), str(runs / "repan_0")])]
+    assert not Page(report.page(compare(single))).paths("band")
+
+
+def test_a_curve_is_the_mean_between_least_and_greatest(tmp_path):
+    write_run(tmp_path / "a", 0, val=(10, 20, 30, 40))
+    write_run(tmp_path / "b", 1, val=(20, 40, 60, 50))
+    (group,) = compare([read_result(path) for path in find_runs([str(tmp_path)])]).groups
+    assert report.curve(group) == ([15, 30, 45, 45], [10, 20, 30, 40], [20, 40, 60, 50])
+    assert report.cycle_starts(group) == {1: 2}
+
+
+def test_names_are_text_on_the_page(capsys, tmp_path):
+    name = "<script>alert('x')</script>&.py:build"
+    write_run(tmp_path / "a", model__name=name)
+    write_run(tmp_path / "b", model__name="other")
+    text = page_of(capsys, tmp_path)
+    assert "<script" not in text
+    assert any(name in words for words in Page(text).words)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_stand_out(scheme):
+    """WCAG: 4.5 for text, 3 for what is drawn."""
+    light, dark = report.STYLE.split("@media", 1)
+    colors = dict(re.findall(r"--(\w+): (#\w{6})", light if scheme == "light" else dark))
+
+    def luminance(color):
+        parts = [int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    def contrast(a, b):
+        low, high = sorted((luminance(a), luminance(b)))
+        return (high + 0.05) / (low + 0.05)
+
+    assert contrast(colors["ink"], colors["paper"]) > 7
+    assert contrast(colors["ink"], colors["note"]) > 7
+    assert contrast(colors["soft"], colors["paper"]) > 4.5
+    for number in range(report.COLORS):
+        assert contrast(colors[f"c{number}"], colors["paper"]) > 4.5
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (47.3, 75.1), (98, 98), (-3, 250), (69.99, 70.01)])
+def test_ticks_are_round_and_few(low, high):
+    ticks = report.Scale(low, high, 0, 100).ticks()
+    assert 1 <= len(ticks) <= 9
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+
+
+def test_a_real_run_is_compared_with_itself(capsys, cycle_run, tmp_path):
+    shutil.copytree(cycle_run.folder, tmp_path / "run")
+    found, err = as_json(capsys, tmp_path)
+    assert err == ""
+    (group,) = found["groups"]
+    assert group["test_top1"] == {
+        "mean": cycle_run.summary["test"]["top1"],
+        "sd": None,
+        "values": [group["test_top1"]["mean"]],
+    }
+    assert (group["epochs"], group["images"]) == (12, 12 * cycle_run.summary["images"]["train"])
+    assert group["dataset"] == "digits"
+    assert cycle_run.summary["classes"] == 10
+    assert "svg" in page_of(capsys, tmp_path)
