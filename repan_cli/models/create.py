@@ -17,7 +17,7 @@ from repan_cli.blocks import OWN, check_family, rep_blocks, reparameterize
 from repan_cli.checkpoint import FUSED, MULTI_BRANCH, PLAIN, Checkpoint
 from repan_cli.errors import InputError
 from repan_cli.models import mobilenet_cifar, repvgg_cifar, resnet_cifar, user_file
-from repan_cli.models.expand import DEFAULT_FAMILY, Expansion, apply
+from repan_cli.models.expand import DEFAULT_FAMILY, Change, Expansion, apply
 from repan_cli.optim import classifier_layers
 from repan_cli.registry import did_you_mean
 
@@ -179,24 +179,26 @@ def blank(meta: Mapping[str, Any], source: str, network: nn.Module | str | None 
     """
     if lacking := [key for key in NEEDED if key not in meta]:
         raise InputError(f"{source} does not say what its network is ({', '.join(lacking)} missing): another version?")
-    structure = meta["structure"]
+    native, expansion = meta["structure"]["native"], Expansion.from_meta(meta)
+    changes = expansion.changes
+    if meta["form"] == FUSED:  # branches that would only be merged need not be made
+        native = {**native, "block": "plain", "branches": None} if native else native
+        changes = [_without_branches(change) for change in changes if change.kind != "grow"]
     if isinstance(network, nn.Module):
         model = network
     else:
         name = _own_or_stored(meta["model"], network, source)
-        model = create(
-            name,
-            num_classes=len(meta["classes"]),
-            in_chans=meta["in_chans"],
-            **structure["native"],
-        )
-    expansion = Expansion.from_meta(meta)
+        model = create(name, num_classes=len(meta["classes"]), in_chans=meta["in_chans"], **native)
     try:
-        apply(model, expansion.changes)
+        apply(model, changes)
     except AttributeError as error:
         raise InputError(f"{source} does not fit the network: it lacks a layer ({error})") from None
     model.repan_report = expansion
     return reparameterize(model) if meta["form"] == FUSED else model
+
+
+def _without_branches(change: Change) -> Change:
+    return change._replace(family="plain", copies=None) if change.kind == "expand" else change
 
 
 def check_given(stored: str, given: str | None, source: str) -> None:
