@@ -401,7 +401,7 @@ def list_names(
         str,
         typer.Argument(
             metavar="KIND",
-            help="models, blocks, datasets, optimizers, presets, schedules or settings.",
+            help="models, blocks, datasets, optimizers, presets, schedules, settings or trackers.",
             show_default=False,
         ),
     ],
@@ -411,7 +411,7 @@ def list_names(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the names that can be typed: models, blocks, datasets, optimizers, presets, schedules, settings.
+    """List the names that can be typed: models, blocks, datasets, optimizers, presets, schedules, settings, trackers.
 
     Examples:
 

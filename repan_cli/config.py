@@ -253,6 +253,9 @@ class Run:
     save_every: int | None = setting(
         None, "Training steps between two saves inside an epoch; null saves at its end, and when asked to stop.", low=1
     )
+    trackers: tuple[str, ...] = setting(
+        (), "Where figures go beside metrics.jsonl and metrics.csv: [tensorboard,wandb], see 'repan list trackers'."
+    )
 
 
 @dataclass(frozen=True)

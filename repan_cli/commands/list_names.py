@@ -12,6 +12,7 @@ from repan_cli.config import OVERLAY, SCHEMA, presets
 from repan_cli.console import print_table
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
+from repan_cli.trackers import TRACKERS
 
 Rows = dict[str, str]
 FOREIGN = ("timm:", "torchvision:")
@@ -70,6 +71,11 @@ def _settings() -> Rows:
         key: f"{entry.key} of the baseline of 'repan cycle', where it differs." for key, entry in OVERLAY.items()
     }
     return {**rows, **overlay}
+
+
+@KINDS.register("trackers")
+def _trackers() -> Rows:
+    return {name: " ".join((inspect.getdoc(TRACKERS[name]) or "").split()) for name in TRACKERS}
 
 
 def _as_yaml(value: Any) -> str:

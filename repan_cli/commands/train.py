@@ -62,6 +62,8 @@ def carry_out(
     display = Display(epochs=epochs, steps=steps, log=folder / "log.txt")
     display.facts({**header(session, resolved), "run": str(folder.path)})
     record = Record(session, folder, begun)
+    for tracker in record.requested:
+        display.command(tracker.name, tracker.where)
     try:
         with runtime.StopSignals() as signals:
             try:
@@ -229,6 +231,7 @@ def _finish(session: Session, folder: runs.RunDirectory, display: Display, recor
     except InputError as error:  # a network without anything to merge
         display.say(f"no fused.pt: {error}")
     summary["seconds"] = record.seconds
+    record.finish()
     folder.write_json("summary.json", summary)
     folder.status("done")
     _draw(session, folder, display)
