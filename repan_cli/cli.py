@@ -185,19 +185,26 @@ def _check_resume(file: str | None, given: dict[str, Any], *, print_config: bool
         raise InputError("--out does not go with --resume: the run goes on in its own directory")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(context: typer.Context, wanted: bool) -> None:
+    if not wanted:
+        return
+    if context.params.get("verbose"):
+        _dispatch("version")
+    else:
         print(f"repan {repan_cli.__version__}")
-        raise typer.Exit
+    raise typer.Exit
 
 
 @app.callback()
 def repan(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    verbose: Annotated[
+        bool, typer.Option("-v", is_eager=True, help="With --version: packages and machine, for bug reports.")
     ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and stop.")] = False,
 ) -> None:
     """RepAn: train re-parameterizable networks in annealing cycles, then merge them into plain, fast ones."""
+    if verbose:
+        _fail(InputError("-v belongs to --version: 'repan --version -v' prints packages and machine"))
 
 
 @app.command(rich_help_panel="Training")

@@ -14,6 +14,7 @@ from conftest import ROOT, repan
 from PIL import Image
 from test_datasets import write_folders
 
+import repan_cli
 from repan_cli import cli, config
 
 
@@ -243,7 +244,27 @@ def test_help_has_examples(capsys, command):
 
 
 def test_version(capsys):
-    assert run(capsys, "--version")[1].startswith("repan 0.")
+    assert run(capsys, "--version") == (0, f"repan {repan_cli.__version__}\n", "")
+
+
+def test_the_environment_for_bug_reports(capsys):
+    for words in (("--version", "-v"), ("-v", "--version")):
+        code, out, err = run(capsys, *words)
+        assert (code, err) == (0, "")
+        rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+        assert str(torch.__version__).startswith(rows["torch"])
+        assert {"python", "timm", "extras", "system", "cpu", "memory", "cuda"} <= rows.keys()
+    assert "-v belongs to --version" in one_line(capsys, "-v", "list", "blocks")
+
+
+def test_gpus_are_those_of_the_driver(monkeypatch):
+    from repan_cli.commands import version
+
+    answer = subprocess.CompletedProcess([], 0, "NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15\n")
+    monkeypatch.setattr(version.subprocess, "run", lambda *args, **options: answer)
+    rows = dict(version.rows())
+    assert rows["gpu 0"] == "NVIDIA H100 80GB HBM3, 81559 MiB, driver 550.54.15"
+    assert "and sees " in rows["cuda"]
 
 
 # ---------------------------------------------------------------------------------------------- bad input

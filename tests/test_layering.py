@@ -84,6 +84,7 @@ def loaded_after(statement: str) -> set[str]:
     [
         "import repan_cli",
         "import repan_cli.cli",
+        "from repan_cli.commands import version; version._gpus = lambda: (); list(version.rows())",
         "from repan_cli import config; config.resolve('cycle', None, {'data.name': 'digits', 'model.name': 'repvgg'})",
     ],
 )
