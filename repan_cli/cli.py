@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import repan_cli
-from repan_cli import config
+from repan_cli import completion, config
 from repan_cli.errors import FULL, InputError, OutOfSpaceError, RepanError
 from repan_cli.registry import did_you_mean
 
@@ -47,7 +47,8 @@ def _shortcut(name: str, metavar: str, text: str | None = None) -> Any:
     key = SHORTCUTS[name]
     declared = config.SCHEMA.get(key) or config.OVERLAY[key]
     flags = [f"--{name.replace('_', '-')}", *{"model": ["-m"], "dataset": ["-d"], "out": ["-o"]}.get(name, [])]
-    return typer.Option(*flags, metavar=metavar, help=text or declared.text, show_default=False)
+    offers = completion.of_setting(key)
+    return typer.Option(*flags, metavar=metavar, help=text or declared.text, show_default=False, autocompletion=offers)
 
 
 ModelOption = Annotated[str | None, _shortcut("model", "NAME")]
@@ -73,12 +74,19 @@ ConfigOption = Annotated[
         "--config",
         metavar="FILE",
         help="Settings from a YAML file or a preset (recipes/cifar); without it, the recipe of the data set.",
+        autocompletion=completion.completes(completion.presets),
     ),
 ]
 PrintConfigOption = Annotated[bool, typer.Option("--print-config", help="Print the settings as YAML and stop.")]
 ResumeOption = Annotated[
     str | None,
-    typer.Option("--resume", metavar="RUN", help="Go on with a run: its directory, or 'latest'.", show_default=False),
+    typer.Option(
+        "--resume",
+        metavar="RUN",
+        help="Go on with a run: its directory, or 'latest'.",
+        show_default=False,
+        autocompletion=completion.completes(completion.runs),
+    ),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Try every part of the run once, say what it will be, write nothing.")
@@ -90,6 +98,7 @@ Settings = Annotated[
         metavar="[KEY=VALUE]...",
         help="Any other setting, such as optim.weight_decay=2e-4; see 'repan list settings'.",
         show_default=False,
+        autocompletion=completion.words,
     ),
 ]
 
@@ -321,7 +330,13 @@ _add_training("distill", DISTILL)
 
 
 CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A .pt or .safetensors file that repan wrote.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A .pt or .safetensors file that repan wrote.",
+        show_default=False,
+        autocompletion=completion.completes(completion.checkpoints),
+    ),
 ]
 NetworkOption = Annotated[
     str | None,
@@ -357,12 +372,27 @@ def fuse(
 def evaluate(
     checkpoint: CheckpointArgument,
     dataset: Annotated[
-        str | None, typer.Option("--dataset", "-d", metavar="NAME", help="Another data set than it was trained on.")
+        str | None,
+        typer.Option(
+            "--dataset",
+            "-d",
+            metavar="NAME",
+            help="Another data set than it was trained on.",
+            autocompletion=completion.of_setting("data.name"),
+        ),
     ] = None,
     data_root: Annotated[
         str | None, typer.Option("--data-root", metavar="FOLDER", help="Folder of the data sets, where it has moved.")
     ] = None,
-    split: Annotated[str, typer.Option("--split", metavar="PART", help="test, val or train.")] = "test",
+    split: Annotated[
+        str,
+        typer.Option(
+            "--split",
+            metavar="PART",
+            help="test, val or train.",
+            autocompletion=completion.completes(completion.splits),
+        ),
+    ] = "test",
     fused: Annotated[bool, typer.Option("--fused", help="Merge it first.")] = False,
     model: NetworkOption = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -410,6 +440,7 @@ def list_names(
             metavar="KIND",
             help="models, blocks, datasets, optimizers, presets, schedules, settings or trackers.",
             show_default=False,
+            autocompletion=completion.completes(completion.kinds),
         ),
     ],
     pattern: Annotated[

@@ -299,6 +299,15 @@ class Setting:
             return tuple(self._parse_one(typing.get_args(kind)[0], part) for part in _parts(text))
         return self._parse_one(kind, text)
 
+    def describe(self) -> dict[str, Any]:
+        """What programs may want to know of it."""
+        kind, optional = _optional(self.type)
+        many = typing.get_args(kind)
+        name = f"list of {many[0].__name__}" if many else kind.__name__
+        facts = {"text": self.text, "type": f"{name} or null" if optional else name, "default": self.default}
+        bounds = {"choices": list(self.choices), "low": self.low, "above": self.above, "high": self.high}
+        return {**facts, **{name: bound for name, bound in bounds.items() if bound not in (None, [])}}
+
     def _parse_one(self, kind: type, text: Any) -> Any:
         if not isinstance(text, str):
             raise ValueError(f"expected one value, not {text!r}")
@@ -361,6 +370,13 @@ def _parse_float(text: str) -> float:
 
 
 _PARSERS = {bool: _parse_bool, int: _parse_int, float: _parse_float, str: str}
+
+
+def as_text(value: Any) -> str:
+    """A value as people type it."""
+    if isinstance(value, (tuple, list)):
+        return f"[{','.join(map(as_text, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
 def _declared() -> Iterator[Setting]:

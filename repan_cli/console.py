@@ -21,6 +21,7 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 30
 NAME_WIDTH = 14
+WIDE = 1000
 NAMES_SHOWN = 6
 LOSS_JUMP = 0.5
 JUMPED = (
@@ -201,13 +202,16 @@ def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: bool = False) -> None:
-    """A table on stdout, for commands whose data it is; or on stderr."""
+    """A table on stdout, for commands whose data it is; or on stderr. Where nobody looks, a row is a line to grep."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in title:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(stderr=to_stderr, highlight=False).print(table)
+    console = Console(stderr=to_stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDE
+    console.print(table)
 
 
 def some(names: list[str]) -> str:

@@ -200,6 +200,8 @@ def test_info(capsys, cycle_run):
         ("presets", "recipes/cifar"),
         ("schedules", "cosine"),
         ("settings", "cycle.attach_epochs"),
+        ("optimizers", "adamw"),
+        ("trackers", "tensorboard"),
     ],
 )
 def test_list(capsys, kind, name):

@@ -21,11 +21,11 @@ ROWS = [
     ["tasks", "teacher", "optim", "checkpoint", "models", "data", "export"],
     ["engine", "anneal", "state"],
     ["commands"],
-    ["cli"],
+    ["completion", "cli"],
 ]
 """From the bottom up. A room may import rooms of its own row and of those below."""
 
-LIGHT = {"cli", "config", "registry", "errors", "console", "trackers", "runs", "plots"}
+LIGHT = {"cli", "completion", "config", "registry", "errors", "console", "trackers", "runs", "plots"}
 """Rooms that never import torch."""
 
 
