@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +23,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+WITHOUT_TORCH = ("list_names", "version")
+"""Modules of commands that start at once."""
 
 SHORTCUTS = {
     "model": "model.name",
@@ -106,7 +111,9 @@ Settings = Annotated[
 def _dispatch(module: str, *arguments: Any, **options: Any) -> None:
     """Import a command's module and run it; an error becomes its lines on stderr and its exit code."""
     try:
-        importlib.import_module(f"repan_cli.commands.{module}").run(*arguments, **options)
+        with _loading(module):
+            command = importlib.import_module(f"repan_cli.commands.{module}")
+        command.run(*arguments, **options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -114,6 +121,19 @@ def _dispatch(module: str, *arguments: Any, **options: Any) -> None:
         raise typer.Exit(130) from None
     except Exception as error:
         _fail(error)
+
+
+@contextlib.contextmanager
+def _loading(module: str) -> Iterator[None]:
+    """Say on a terminal what takes the first seconds, and take it back."""
+    waits = module not in WITHOUT_TORCH and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    if waits:
+        print("loading PyTorch ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if waits:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _fail(error: Exception) -> None:

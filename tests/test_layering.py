@@ -17,7 +17,7 @@ ROWS = [
     ["errors"],
     ["registry"],
     ["config"],
-    ["blocks", "runtime", "console", "trackers", "runs", "plots"],
+    ["blocks", "runtime", "console", "live", "trackers", "runs", "plots"],
     ["tasks", "teacher", "optim", "checkpoint", "models", "data", "export"],
     ["engine", "anneal", "state"],
     ["commands"],
@@ -25,7 +25,7 @@ ROWS = [
 ]
 """From the bottom up. A room may import rooms of its own row and of those below."""
 
-LIGHT = {"cli", "completion", "config", "registry", "errors", "console", "trackers", "runs", "plots"}
+LIGHT = {"cli", "completion", "config", "registry", "errors", "console", "live", "trackers", "runs", "plots"}
 """Rooms that never import torch."""
 
 

@@ -59,11 +59,13 @@ def carry_out(
     training = session.training
     epochs = {phase.cycle: phase.epochs for phase in training.plan}
     steps = training.train.steps(session.config.data.batch_size)
-    display = Display(epochs=epochs, steps=steps, log=folder / "log.txt")
+    display = Display(epochs=epochs, steps=steps, log=folder / "log.txt", compiles=session.config.run.compile)
     display.facts({**header(session, resolved), "run": str(folder.path)})
     record = Record(session, folder, begun)
     for tracker in record.requested:
         display.command(tracker.name, tracker.where)
+    pulse = runs.Pulse(folder.beat, seconds=runs.HEARTBEAT)
+    pulse.start()
     try:
         with runtime.StopSignals() as signals:
             try:
@@ -80,6 +82,7 @@ def carry_out(
             folder.status("diverged" if isinstance(error, DivergedError) else "failed")
         raise
     finally:
+        pulse.stop()
         record.close()
         display.close()
     if as_json:
@@ -96,8 +99,7 @@ def _train(session: Session, record: Record, display: Display, signals: runtime.
         with display:
             for event in engine.fit(session.training):
                 record.take(event)
-                if not isinstance(event, engine.Updated):
-                    display.show(event)
+                display.show(event)
                 if _stops(session, event, signals):
                     raise StoppedError
     except StoppedError:
