@@ -15,7 +15,7 @@ from PIL import Image
 from test_datasets import write_folders
 
 import repan_cli
-from repan_cli import cli, config
+from repan_cli import cli, config, plots
 
 
 def run(capsys, *words):
@@ -107,6 +107,15 @@ def test_the_saved_configuration_repeats_the_run(cycle_run, tmp_path):
 def test_curves_are_drawn(cycle_run):
     with Image.open(cycle_run.folder / "curves.png") as picture:
         assert picture.width > 600
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("val", [None, 50.0])
+def test_curves_of_the_shortest_runs(tmp_path, epochs, val):
+    record = {"loss": 1.0, "val_loss": val, "train_top1": 40.0, "val_top1": val, "lr": 0.1, "attach_rate": 1.0}
+    records = [{**record, "cycle": number % 2, "epoch": 1} for number in range(epochs)]
+    plots.draw_curves(records, tmp_path / "curves.png", title="short")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 # ---------------------------------------------------------------------------------------------- other commands
