@@ -482,4 +482,31 @@ def list_names(
 
 def main() -> None:
     """The entry point of the `repan` command."""
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of Click's errors of usage, wherever Typer has its Click from
+            raise
+        code = _usage(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> int:
+    """Say in a line what of the command line cannot be understood. Returns the exit code."""
+    message = error.format_message().partition(" (Possible options")[0].replace("\n", " ").strip().rstrip(".?")
+    if message:  # without arguments the help was shown already
+        message = (message[0].lower() + message[1:]).replace(". Did you mean", "; did you mean")
+        print(f"Error: {message}{_mend(error, message)}", file=sys.stderr)
+    return error.exit_code
+
+
+def _mend(error: Any, message: str) -> str:
+    option = getattr(error, "option_name", None) or ""
+    known = [info.name or info.callback.__name__.replace("_", "-") for info in app.registered_commands]
+    command = next((word for word in sys.argv[1:] if word in known), None)
+    if getattr(error, "possibilities", None) is not None and option.removeprefix("--").replace("-", "_") in SHORTCUTS:
+        return f": it belongs to other commands than 'repan {command}', such as 'repan cycle'"
+    hint = did_you_mean(option, getattr(error, "possibilities", None) or ())
+    if hint or "did you mean" in message:
+        return hint or "?"
+    return f"; see 'repan {command} --help'" if command else "; see 'repan --help'"

@@ -135,7 +135,9 @@ class RunDirectory:
         except FileExistsError:
             raise InputError(existing(self.path)) from None
         except OSError as error:
-            raise InputError(f"cannot create the run directory {self.path}: {error.strerror}") from None
+            raise InputError(
+                f"cannot create the run directory {self.path}: {error.strerror}; give another --out"
+            ) from None
 
     def __enter__(self) -> RunDirectory:
         return self

@@ -47,7 +47,8 @@ def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, C
     if trained and (path / "summary.json").exists():
         cycle = session.config.cycle
         more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if cycle.lr == "restart" else ""
-        raise InputError(f"{path} is finished{more if command == 'cycle' else ''}")
+        begin = f"; begin another run from its weights with --init {path / runs.LAST}"
+        raise InputError(f"{path} is finished{more if command == 'cycle' else begin}")
     for name, digest in session.training.task_of.digests.items():
         if digest not in saved.meta["teachers"].values():
             raise InputError(f"{name} is not the teacher that the run began with")
