@@ -27,6 +27,19 @@ app = typer.Typer(
 WITHOUT_TORCH = ("list_names", "version")
 """Modules of commands that start at once."""
 
+HELP_STYLES = {
+    "STYLE_OPTION": "bold",
+    "STYLE_SWITCH": "bold",
+    "STYLE_COMMANDS_TABLE_FIRST_COLUMN": "bold",
+    "STYLE_USAGE": "bold",
+    "STYLE_TYPES": "magenta",
+    "STYLE_METAVAR": "magenta",
+    "STYLE_HELPTEXT": "",
+    "STYLE_OPTION_DEFAULT": "",
+    "STYLE_REQUIRED_LONG": "red",
+}
+"""Typer's help in yellow, cyan and dim grey cannot be read on white."""
+
 SHORTCUTS = {
     "model": "model.name",
     "block": "block.name",
@@ -267,11 +280,11 @@ def cycle(
 
     Examples:
 
-    [cyan]repan cycle --model repvgg --dataset digits[/cyan]
+    [bold]repan cycle --model repvgg --dataset digits[/bold]
 
-    [cyan]repan cycle --model repvgg --dataset cifar100 --cycles 5 --epochs 20 --seed 1[/cyan]
+    [bold]repan cycle --model repvgg --dataset cifar100 --cycles 5 --epochs 20 --seed 1[/bold]
 
-    [cyan]repan cycle --init runs/train/NAME/best.pt --dataset cifar100 cycle.rule=running[/cyan]
+    [bold]repan cycle --init runs/train/NAME/best.pt --dataset cifar100 cycle.rule=running[/bold]
     """
     options = {name: value for name, value in locals().items() if name in SHORTCUTS}
     _train(
@@ -290,18 +303,18 @@ TRAIN = """Train a network plainly: one course, no restart.
 
     Examples:
 
-    [cyan]repan train --model repvgg --dataset cifar100 --epochs 100[/cyan]
+    [bold]repan train --model repvgg --dataset cifar100 --epochs 100[/bold]
 
-    [cyan]repan train --model repvgg_a0_cifar --block acb --dataset folder --data-root photos data.image_size=64[/cyan]
+    [bold]repan train --model repvgg_a0_cifar --block acb --dataset folder --data-root photos data.image_size=64[/bold]
     """
 
 DISTILL = """Train a network with a teacher: one course, no restart.
 
     Examples:
 
-    [cyan]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt[/cyan]
+    [bold]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt[/bold]
 
-    [cyan]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt teacher.alpha=0.9[/cyan]
+    [bold]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt teacher.alpha=0.9[/bold]
     """
 
 
@@ -381,9 +394,9 @@ def fuse(
 
     Examples:
 
-    [cyan]repan fuse checkpoint.pt[/cyan]
+    [bold]repan fuse checkpoint.pt[/bold]
 
-    [cyan]repan fuse runs/cycle/NAME/best.pt --out plain.safetensors[/cyan]
+    [bold]repan fuse runs/cycle/NAME/best.pt --out plain.safetensors[/bold]
     """
     _dispatch("fuse", checkpoint, out=out, formats=formats or [], model=model, as_json=as_json)
 
@@ -422,9 +435,9 @@ def evaluate(
 
     Examples:
 
-    [cyan]repan evaluate runs/cycle/NAME/best.pt --fused[/cyan]
+    [bold]repan evaluate runs/cycle/NAME/best.pt --fused[/bold]
 
-    [cyan]repan evaluate plain.safetensors --split val --json[/cyan]
+    [bold]repan evaluate plain.safetensors --split val --json[/bold]
     """
     if split not in ("test", "val", "train"):
         _fail(InputError(f"--split {split} is none of test, val, train{did_you_mean(split, ('test', 'val', 'train'))}"))
@@ -447,7 +460,7 @@ def info(checkpoint: CheckpointArgument, model: NetworkOption = None, as_json: J
 
     Example:
 
-    [cyan]repan info runs/cycle/NAME/fused.pt[/cyan]
+    [bold]repan info runs/cycle/NAME/fused.pt[/bold]
     """
     _dispatch("info", checkpoint, model=model, as_json=as_json)
 
@@ -473,15 +486,19 @@ def list_names(
 
     Examples:
 
-    [cyan]repan list models[/cyan]
+    [bold]repan list models[/bold]
 
-    [cyan]repan list settings 'cycle.*'[/cyan]
+    [bold]repan list settings 'cycle.*'[/bold]
     """
     _dispatch("list_names", kind, pattern, as_json=as_json)
 
 
 def main() -> None:
     """The entry point of the `repan` command."""
+    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv):
+        styles = importlib.import_module("typer.rich_utils")
+        for name, style in HELP_STYLES.items():
+            setattr(styles, name, style)
     try:
         code = app(standalone_mode=False)
     except Exception as error:

@@ -35,7 +35,7 @@ JUMPED = (
     "or the BN statistics had not settled: train longer before it, or in smaller batches"
 )
 COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7} {:>7}"
-WARNING = "bold medium_orchid3"
+WARNING = "bold magenta"
 """Readable on white and on black, as yellow is not."""
 
 SPARKS = "▁▂▃▄▅▆▇█"

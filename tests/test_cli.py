@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -252,6 +253,15 @@ def test_help_has_examples(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
     assert f"repan {command}" in out.split("Options")[0].replace("Usage: repan", "", 1)
+
+
+def test_help_can_be_read_on_white():
+    result = repan("cycle", "--help", FORCE_COLOR="1", TERM="xterm-256color")
+    colours = set(re.findall(r"\x1b\[([\d;]+)m", result.stdout)) - {"0"}
+    assert "1" in colours
+    assert not colours & {"33", "36", "1;33", "1;36", "2;33", "2;36", "1;32", "37"}, (
+        colours
+    )  # yellow, cyan, green, white
 
 
 def test_version(capsys):
