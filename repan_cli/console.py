@@ -87,7 +87,7 @@ class Display:
         self.log = log.open("a", encoding="utf-8") if log else None
         self.live = self._live()
         self.pulse = None if self.live else Pulse(self.speak, seconds=5)
-        self.spoke = time.monotonic()
+        self.spoke = self.began = time.monotonic()
 
     def _live(self) -> Live | None:
         """None where nothing can be redrawn: in a file, a pipe, a dumb terminal."""
@@ -108,7 +108,8 @@ class Display:
         if time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
             here = self.position
             where = here.doing or f"step {here.step}/{here.steps}"
-            self.say(f"{self.name(here.cycle)}, epoch {here.epoch}/{self.epochs[here.cycle]}, {where}  {figures(here)}")
+            place = f"{self.name(here.cycle)}, epoch {here.epoch}/{self.epochs[here.cycle]}, {where}"
+            self.say(f"{place}  {figures(here)}".rstrip())
 
     def close(self) -> None:
         if self.log:
@@ -173,7 +174,7 @@ class Display:
             self.say(f"{event.zero_gammas} channels had gamma 0, which rule=running cannot divide by: set to 1")
         if self.compiles:
             self.say("compiling the training pass (run.compile): the first step waits for it")
-            self.position.doing = "compiling"
+            self.position.doing, self.began = "compiling", time.monotonic()
         titles = COLUMNS.format("phase", "epoch", "loss", "train", "val", "lr", "attach", "img/s")
         self.say(Text(f"{titles}  *: best", style="bold"))
 
@@ -184,7 +185,9 @@ class Display:
 
     def _updated(self, event: Any) -> None:
         self.position.move(event)
-        self.compiles = False
+        if self.compiles:
+            self.compiles = False
+            self.say(f"compiled, {duration(time.monotonic() - self.began)} with the first step")
 
     def _epoch(self, event: Any) -> None:
         if event.val_top1 is not None:

@@ -150,6 +150,7 @@ def test_compiling_is_said_while_it_lasts(tmp_path):
     shown.show(engine.Updated(0, 1, 1))
     shown.show(engine.CycleStart(1))
     assert shown.console.file.getvalue().count("compiling") == 1
+    assert "compiled, 0.0 s with the first step" in shown.console.file.getvalue()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, "-:--"), (7.4, "0:07"), (760, "12:40"), (11100, "3:05:00")])
