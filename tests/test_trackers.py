@@ -154,6 +154,15 @@ def test_tensorboard_holds_figures_and_settings(tmp_path):
     assert b"optim.lr" in metadata.plugin_data.content
 
 
+def ended(tracker):
+    """As the end of its process leaves it: W&B's service in the background ends, too."""
+    tracker.close()
+    if tracker.name == "wandb":
+        import wandb
+
+        wandb.teardown()
+
+
 def reopened(folder, name, epochs):
     """A tracker as a resumed run has it: the metrics were rewound to so many epochs."""
     records = [{"cycle": 0, "epoch": epoch, "loss": float(epoch)} for epoch in range(1, epochs + 1)]
@@ -167,14 +176,14 @@ def test_nothing_is_doubled_or_lost_over_a_resume(tmp_path, offline, name):
     first = trackers.open_requested((name,), tracked(folder))[0]
     for epochs in (1, 2, 3):
         first.log("epoch", epochs, {"loss": float(epochs)})
-    first.close()
+    ended(first)
     again = reopened(folder, name, 2)  # the third was not saved: it is made again
     again.log("epoch", 3, {"loss": 3.0})
-    again.close()
+    ended(again)
     last = reopened(folder, name, 5)  # the fourth and the fifth did not reach it
     last.log("cycle_end", 5, {"test_top1": 90.0})
     last.log("epoch", 6, {"loss": 6.0})
-    last.close()
+    ended(last)
     losses = {epochs: float(epochs) for epochs in range(1, 7)}
     if name == "tensorboard":
         shown, read = scalars(folder)
