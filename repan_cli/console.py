@@ -6,6 +6,7 @@ lines also go to the run's log.txt. Knows floats and names only, never a tensor.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -70,6 +71,12 @@ def sparkline(values: Iterable[float | None]) -> str:
     return "".join(SPARKS[round((value - low) / span * (len(SPARKS) - 1))] for value in known)
 
 
+@functools.cache
+def on_stderr() -> Console:
+    """One for all that people read: only through the console of a live display can a line be put above that."""
+    return Console(stderr=True, highlight=False)
+
+
 class Display:
     """Shows one run.
 
@@ -83,7 +90,7 @@ class Display:
         self.epochs, self.compiles = epochs, compiles
         self.position = Position(epochs, steps, cycle=min(epochs))
         self.view = View(self.position, self.name)
-        self.console = Console(stderr=True, highlight=False)
+        self.console = on_stderr()
         self.log = log.open("a", encoding="utf-8") if log else None
         self.live = self._live()
         self.pulse = None if self.live else Pulse(self.speak, seconds=5)
@@ -255,11 +262,10 @@ def by_reason(left: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def warn(text: str) -> None:
     """A line on stderr that begins with 'Warning:'; of several ranks the first one speaks."""
-    Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0", highlight=False).print(
-        Text.assemble(("Warning: ", WARNING), text), soft_wrap=True
-    )
+    if os.environ.get("RANK", "0") == "0":
+        on_stderr().print(Text.assemble(("Warning: ", WARNING), text), soft_wrap=True)
 
 
 def tell(text: str) -> None:
     """A line on stderr."""
-    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
+    on_stderr().print(text, soft_wrap=True, markup=False)

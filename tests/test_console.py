@@ -215,3 +215,8 @@ def test_brackets_are_not_markup(tmp_path):
     shown = display(tmp_path)
     shown.say("runs/[bold]x")
     assert "runs/[bold]x" in shown.console.file.getvalue()
+
+
+def test_a_warning_amid_a_run_goes_through_the_console_of_the_live_display(tmp_path):
+    shown = console.Display(epochs={0: 1}, steps=1)
+    assert shown.console is console.on_stderr()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,6 +96,8 @@ def _train(session: Session, record: Record, display: Display, signals: runtime.
         session.training.stop = signals
     if fresh:
         record.open()
+    if math.isfinite(session.training.progress.best_top1):  # of the weights it began with, or before a stop
+        display.position.best = session.training.progress.best_top1
     try:
         with display:
             for event in engine.fit(session.training):
