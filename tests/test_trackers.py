@@ -198,25 +198,32 @@ def test_nothing_is_doubled_or_lost_over_a_resume(tmp_path, offline, name):
         assert [row["cycle_end/test_top1"] for row in rows if "cycle_end/test_top1" in row] == [90.0]
 
 
-@needs("tensorboard")
-def test_a_run_of_cycles_is_tracked_and_so_is_its_resume(capsys, tmp_path, monkeypatch):
+class Killed(BaseException):
+    pass
+
+
+def killed_in(capsys, monkeypatch, *words, cycle, epoch):
+    """Run a command that ends without a chance to save as it would note an epoch."""
     from repan_cli.commands import record
 
-    class Killed(BaseException):
-        pass
-
-    def killed(self, event):
-        if event.cycle == 1 and event.epoch == 2:
+    def take(self, event):
+        if (event.cycle, event.epoch) == (cycle, epoch):
             raise Killed
         return whole(self, event)
 
     whole = record.Record._take_epoch
-    words = "--baseline-epochs 1 --cycles 1 --epochs 2 data.batch_size=256 run.trackers=tensorboard,tensorboard --out"
     with monkeypatch.context() as patch:
-        patch.setattr(record.Record, "_take_epoch", killed)
+        patch.setattr(record.Record, "_take_epoch", take)
         with pytest.raises(Killed):
-            run(capsys, "cycle", *DIGITS, *words.split(), tmp_path / "run")
-    assert f"tensorboard --logdir {tmp_path / 'run' / 'tensorboard'}" in capsys.readouterr().err
+            run(capsys, *words)
+    return capsys.readouterr().err
+
+
+@needs("tensorboard")
+def test_a_run_of_cycles_is_tracked_and_so_is_its_resume(capsys, tmp_path, monkeypatch):
+    words = "--baseline-epochs 1 --cycles 1 --epochs 2 data.batch_size=256 run.trackers=tensorboard,tensorboard --out"
+    err = killed_in(capsys, monkeypatch, "cycle", *DIGITS, *words.split(), tmp_path / "run", cycle=1, epoch=2)
+    assert f"tensorboard --logdir {tmp_path / 'run' / 'tensorboard'}" in err
     code, _, err = run(capsys, "cycle", "--resume", tmp_path / "run")
     assert code == 0, err
     shown, _ = scalars(tmp_path / "run")
@@ -228,3 +235,12 @@ def test_a_run_of_cycles_is_tracked_and_so_is_its_resume(capsys, tmp_path, monke
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert shown["final/test_top1"] == {3: pytest.approx(summary["test"]["top1"])}
     assert "final/fused_params_after" in shown
+
+
+@needs("tensorboard")
+def test_a_tracker_that_is_asked_for_in_a_resume_gets_what_was_before(capsys, tmp_path, monkeypatch):
+    words = "--epochs 2 data.batch_size=256 --out"
+    killed_in(capsys, monkeypatch, "train", *DIGITS, *words.split(), tmp_path / "run", cycle=0, epoch=2)
+    code, _, err = run(capsys, "train", "--resume", tmp_path / "run", "run.trackers=tensorboard")
+    assert code == 0, err
+    assert list(scalars(tmp_path / "run")[0]["epoch/loss"]) == [1, 2]
