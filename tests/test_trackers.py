@@ -5,7 +5,7 @@ import json
 import struct
 
 import pytest
-from conftest import repan
+from conftest import ROOT, repan
 from test_cli import DIGITS, one_line, run
 
 from repan_cli import trackers
@@ -127,6 +127,12 @@ def test_a_missing_package_is_said_before_anything_is_written(capsys, tmp_path, 
     line = one_line(capsys, "train", *DIGITS, f"run.trackers={name}", "--out", tmp_path / "run")
     assert line == f"Error: run.trackers={name} needs the package {name}: pip install 'repan-cli[{name}]'\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_each_has_its_extra():
+    extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    for name in trackers.TRACKERS:
+        assert f'\n{name} = ["{name}>=' in extras
 
 
 @needs("wandb")
