@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import repan_cli
-from repan_cli import config
+from repan_cli import completion, config
 from repan_cli.errors import FULL, InputError, OutOfSpaceError, RepanError, is_out_of_memory
 from repan_cli.registry import did_you_mean
 
@@ -21,6 +23,22 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+WITHOUT_TORCH = ("list_names", "version", "compare")
+"""Modules of commands that start at once."""
+
+HELP_STYLES = {
+    "STYLE_OPTION": "bold",
+    "STYLE_SWITCH": "bold",
+    "STYLE_COMMANDS_TABLE_FIRST_COLUMN": "bold",
+    "STYLE_USAGE": "bold",
+    "STYLE_TYPES": "magenta",
+    "STYLE_METAVAR": "magenta",
+    "STYLE_HELPTEXT": "",
+    "STYLE_OPTION_DEFAULT": "",
+    "STYLE_REQUIRED_LONG": "red",
+}
+"""Typer's help in yellow, cyan and dim grey cannot be read on white."""
 
 SHORTCUTS = {
     "model": "model.name",
@@ -47,7 +65,8 @@ def _shortcut(name: str, metavar: str, text: str | None = None) -> Any:
     key = SHORTCUTS[name]
     declared = config.SCHEMA.get(key) or config.OVERLAY[key]
     flags = [f"--{name.replace('_', '-')}", *{"model": ["-m"], "dataset": ["-d"], "out": ["-o"]}.get(name, [])]
-    return typer.Option(*flags, metavar=metavar, help=text or declared.text, show_default=False)
+    offers = completion.of_setting(key)
+    return typer.Option(*flags, metavar=metavar, help=text or declared.text, show_default=False, autocompletion=offers)
 
 
 ModelOption = Annotated[str | None, _shortcut("model", "NAME")]
@@ -73,12 +92,19 @@ ConfigOption = Annotated[
         "--config",
         metavar="FILE",
         help="Settings from a YAML file or a preset (recipes/cifar); without it, the recipe of the data set.",
+        autocompletion=completion.completes(completion.presets),
     ),
 ]
 PrintConfigOption = Annotated[bool, typer.Option("--print-config", help="Print the settings as YAML and stop.")]
 ResumeOption = Annotated[
     str | None,
-    typer.Option("--resume", metavar="RUN", help="Go on with a run: its directory, or 'latest'.", show_default=False),
+    typer.Option(
+        "--resume",
+        metavar="RUN",
+        help="Go on with a run: its directory, or 'latest'.",
+        show_default=False,
+        autocompletion=completion.completes(completion.runs),
+    ),
 ]
 SeedsOption = Annotated[
     str | None,
@@ -97,6 +123,7 @@ Settings = Annotated[
         metavar="[KEY=VALUE]...",
         help="Any other setting, such as optim.weight_decay=2e-4; see 'repan list settings'.",
         show_default=False,
+        autocompletion=completion.words,
     ),
 ]
 
@@ -104,7 +131,9 @@ Settings = Annotated[
 def _dispatch(module: str, *arguments: Any, entry: str = "run", **options: Any) -> None:
     """Import a command's module and run it; an error becomes its lines on stderr and its exit code."""
     try:
-        getattr(importlib.import_module(f"repan_cli.commands.{module}"), entry)(*arguments, **options)
+        with _loading(module):
+            command = importlib.import_module(f"repan_cli.commands.{module}")
+        getattr(command, entry)(*arguments, **options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -112,6 +141,19 @@ def _dispatch(module: str, *arguments: Any, entry: str = "run", **options: Any) 
         raise typer.Exit(130) from None
     except Exception as error:
         _fail(error)
+
+
+@contextlib.contextmanager
+def _loading(module: str) -> Iterator[None]:
+    """Say on a terminal what takes the first seconds, and take it back."""
+    waits = module not in WITHOUT_TORCH and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    if waits:
+        print("loading PyTorch ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if waits:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _fail(error: Exception) -> None:
@@ -215,19 +257,26 @@ def _check_resume(given: dict[str, Any], others: dict[str, Any]) -> None:
         raise InputError("--out does not go with --resume: the run goes on in its own directory")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(context: typer.Context, wanted: bool) -> None:
+    if not wanted:
+        return
+    if context.params.get("verbose"):
+        _dispatch("version")
+    else:
         print(f"repan {repan_cli.__version__}")
-        raise typer.Exit
+    raise typer.Exit
 
 
 @app.callback()
 def repan(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    verbose: Annotated[
+        bool, typer.Option("-v", is_eager=True, help="With --version: packages and machine, for bug reports.")
     ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and stop.")] = False,
 ) -> None:
     """RepAn: train re-parameterizable networks in annealing cycles, then merge them into plain, fast ones."""
+    if verbose:
+        _fail(InputError("-v belongs to --version: 'repan --version -v' prints packages and machine"))
 
 
 @app.command(rich_help_panel="Training")
@@ -263,11 +312,11 @@ def cycle(
 
     Examples:
 
-    [cyan]repan cycle --model repvgg --dataset digits[/cyan]
+    [bold]repan cycle --model repvgg --dataset digits[/bold]
 
-    [cyan]repan cycle --model repvgg --dataset cifar100 --cycles 5 --epochs 20 --seed 1[/cyan]
+    [bold]repan cycle --model repvgg --dataset cifar100 --cycles 5 --epochs 20 --seed 1[/bold]
 
-    [cyan]repan cycle --init runs/train/NAME/best.pt --dataset cifar100 cycle.rule=running[/cyan]
+    [bold]repan cycle --init runs/train/NAME/best.pt --dataset cifar100 cycle.rule=running[/bold]
     """
     options = {name: value for name, value in locals().items() if name in SHORTCUTS}
     _train(
@@ -288,18 +337,18 @@ TRAIN = """Train a network plainly: one course, no restart.
 
     Examples:
 
-    [cyan]repan train --model repvgg --dataset cifar100 --epochs 100[/cyan]
+    [bold]repan train --model repvgg --dataset cifar100 --epochs 100[/bold]
 
-    [cyan]repan train --model repvgg_a0_cifar --block acb --dataset folder --data-root photos data.image_size=64[/cyan]
+    [bold]repan train --model repvgg_a0_cifar --block acb --dataset folder --data-root photos data.image_size=64[/bold]
     """
 
 DISTILL = """Train a network with a teacher: one course, no restart.
 
     Examples:
 
-    [cyan]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt[/cyan]
+    [bold]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt[/bold]
 
-    [cyan]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt teacher.alpha=0.9[/cyan]
+    [bold]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt teacher.alpha=0.9[/bold]
     """
 
 
@@ -355,6 +404,7 @@ SubjectArgument = Annotated[
         metavar="CHECKPOINT",
         help="A file that repan wrote, a run's folder, others' weights (with --model), or timm:NAME.",
         show_default=False,
+        autocompletion=completion.completes(completion.checkpoints),
     ),
 ]
 NetworkOption = Annotated[
@@ -367,12 +417,27 @@ NetworkOption = Annotated[
 
 MachineOption = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
 DataOption = Annotated[
-    str | None, typer.Option("--dataset", "-d", metavar="NAME", help="Another data set than it was trained on.")
+    str | None,
+    typer.Option(
+        "--dataset",
+        "-d",
+        metavar="NAME",
+        help="Another data set than it was trained on.",
+        autocompletion=completion.of_setting("data.name"),
+    ),
 ]
 PlaceOption = Annotated[
     str | None, typer.Option("--data-root", metavar="FOLDER", help="Folder of the data sets, where it has moved.")
 ]
-SplitOption = Annotated[str, typer.Option("--split", metavar="PART", help="test, val or train.")]
+SplitOption = Annotated[
+    str,
+    typer.Option(
+        "--split",
+        metavar="PART",
+        help="test, val or train.",
+        autocompletion=completion.completes(completion.splits),
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 
 
@@ -411,11 +476,11 @@ def fuse(
 
     Examples:
 
-    [cyan]repan fuse checkpoint.pt[/cyan]
+    [bold]repan fuse checkpoint.pt[/bold]
 
-    [cyan]repan fuse runs/cycle/NAME/best.pt --format onnx --format pt2 --with-normalize[/cyan]
+    [bold]repan fuse runs/cycle/NAME/best.pt --format onnx --format pt2 --with-normalize[/bold]
 
-    [cyan]repan fuse timm:repvgg_a0 --format safetensors[/cyan]
+    [bold]repan fuse timm:repvgg_a0 --format safetensors[/bold]
     """
     _dispatch(
         "fuse",
@@ -453,9 +518,9 @@ def quantize(
 
     Examples:
 
-    [cyan]repan quantize runs/cycle/NAME/fused.pt[/cyan]
+    [bold]repan quantize runs/cycle/NAME/fused.pt[/bold]
 
-    [cyan]repan quantize runs/cycle/NAME/best.pt --per-tensor --json[/cyan]
+    [bold]repan quantize runs/cycle/NAME/best.pt --per-tensor --json[/bold]
     """
     _check_split(split)
     _dispatch(
@@ -488,9 +553,9 @@ def predict(
 
     Examples:
 
-    [cyan]repan predict runs/cycle/NAME/fused.pt photo.jpg[/cyan]
+    [bold]repan predict runs/cycle/NAME/fused.pt photo.jpg[/bold]
 
-    [cyan]repan predict fused.onnx photos --top 1 --json[/cyan]
+    [bold]repan predict fused.onnx photos --top 1 --json[/bold]
     """
     _dispatch("predict", checkpoint, images, top=top, model=model, device=device, as_json=as_json)
 
@@ -522,11 +587,11 @@ def benchmark(
 
     Examples:
 
-    [cyan]repan benchmark repvgg[/cyan]
+    [bold]repan benchmark repvgg[/bold]
 
-    [cyan]repan benchmark resnet50 --block dbb --image-size 224 --batch 1 --batch 16[/cyan]
+    [bold]repan benchmark resnet50 --block dbb --image-size 224 --batch 1 --batch 16[/bold]
 
-    [cyan]repan benchmark runs/cycle/NAME/best.pt --compile --json[/cyan]
+    [bold]repan benchmark runs/cycle/NAME/best.pt --compile --json[/bold]
     """
     _dispatch(
         "benchmark",
@@ -562,9 +627,9 @@ def evaluate(
 
     Examples:
 
-    [cyan]repan evaluate runs/cycle/NAME/best.pt --fused[/cyan]
+    [bold]repan evaluate runs/cycle/NAME/best.pt --fused[/bold]
 
-    [cyan]repan evaluate plain.safetensors --split val --json[/cyan]
+    [bold]repan evaluate plain.safetensors --split val --json[/bold]
     """
     _check_split(split)
     _dispatch(
@@ -587,7 +652,7 @@ def info(checkpoint: SubjectArgument, model: NetworkOption = None, as_json: Json
 
     Example:
 
-    [cyan]repan info runs/cycle/NAME/fused.pt[/cyan]
+    [bold]repan info runs/cycle/NAME/fused.pt[/bold]
     """
     _dispatch("info", checkpoint, model=model, as_json=as_json)
 
@@ -617,9 +682,9 @@ def compare(
 
     Examples:
 
-    [cyan]repan compare runs/cycle/NAME[/cyan]
+    [bold]repan compare runs/cycle/NAME[/bold]
 
-    [cyan]repan compare runs/cycle/* --html comparison.html[/cyan]
+    [bold]repan compare runs/cycle/* --html comparison.html[/bold]
     """
     _dispatch("compare", runs, control=control, as_json=as_json, as_csv=as_csv, html=html)
 
@@ -630,8 +695,9 @@ def list_names(
         str,
         typer.Argument(
             metavar="KIND",
-            help="models, blocks, datasets, optimizers, presets, schedules or settings.",
+            help="models, blocks, datasets, optimizers, presets, schedules, settings or trackers.",
             show_default=False,
+            autocompletion=completion.completes(completion.kinds),
         ),
     ],
     pattern: Annotated[
@@ -640,17 +706,48 @@ def list_names(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the names that can be typed: models, blocks, datasets, optimizers, presets, schedules, settings.
+    """List the names that can be typed: models, blocks, datasets, optimizers, presets, schedules, settings, trackers.
 
     Examples:
 
-    [cyan]repan list models[/cyan]
+    [bold]repan list models[/bold]
 
-    [cyan]repan list settings 'cycle.*'[/cyan]
+    [bold]repan list settings 'cycle.*'[/bold]
     """
     _dispatch("list_names", kind, pattern, as_json=as_json)
 
 
 def main() -> None:
     """The entry point of the `repan` command."""
-    app()
+    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv):
+        styles = importlib.import_module("typer.rich_utils")
+        for name, style in HELP_STYLES.items():
+            setattr(styles, name, style)
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of Click's errors of usage, wherever Typer has its Click from
+            raise
+        code = _usage(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> int:
+    """Say in a line what of the command line cannot be understood. Returns the exit code."""
+    message = error.format_message().partition(" (Possible options")[0].replace("\n", " ").strip().rstrip(".?")
+    if message:  # without arguments the help was shown already
+        message = (message[0].lower() + message[1:]).replace(". Did you mean", "; did you mean")
+        print(f"Error: {message}{_mend(error, message)}", file=sys.stderr)
+    return error.exit_code
+
+
+def _mend(error: Any, message: str) -> str:
+    option = getattr(error, "option_name", None) or ""
+    known = [info.name or info.callback.__name__.replace("_", "-") for info in app.registered_commands]
+    command = next((word for word in sys.argv[1:] if word in known), None)
+    if getattr(error, "possibilities", None) is not None and option.removeprefix("--").replace("-", "_") in SHORTCUTS:
+        return f": it belongs to other commands than 'repan {command}', such as 'repan cycle'"
+    hint = did_you_mean(option, getattr(error, "possibilities", None) or ())
+    if hint or "did you mean" in message:
+        return hint or "?"
+    return f"; see 'repan {command} --help'" if command else "; see 'repan --help'"

@@ -64,6 +64,11 @@ class Model:
     def problems(self) -> Iterator[str]:
         if self.pretrained and self.init:
             yield "model.pretrained and model.init both say which weights to start from: give one"
+        name = self.name or ""
+        if name.endswith((".pt", ".pth", ".safetensors")):
+            yield f"model.name={name} is a file of weights: give it as --init, and --model where it is not repan's"
+        if name.endswith(".py"):
+            yield f"model.name={name} needs the function in it that builds the network: {name}:FUNCTION"
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,8 @@ class Data:
     def problems(self) -> Iterator[str]:
         if self.channels == 2 or (self.channels or 0) > 3:
             yield f"data.channels={self.channels} is neither 1 nor 3"
+        if self.name and self.name not in RECIPES and Path(self.name).is_dir():
+            yield f"data.name={self.name} is a folder: give --dataset folder --data-root {self.name}"
 
 
 @dataclass(frozen=True)
@@ -253,6 +260,9 @@ class Run:
     save_every: int | None = setting(
         None, "Training steps between two saves inside an epoch; null saves at its end, and when asked to stop.", low=1
     )
+    trackers: tuple[str, ...] = setting(
+        (), "Where figures go beside metrics.jsonl and metrics.csv: [tensorboard,wandb], see 'repan list trackers'."
+    )
 
 
 @dataclass(frozen=True)
@@ -295,6 +305,15 @@ class Setting:
         if typing.get_origin(kind) is tuple:
             return tuple(self._parse_one(typing.get_args(kind)[0], part) for part in _parts(text))
         return self._parse_one(kind, text)
+
+    def describe(self) -> dict[str, Any]:
+        """What programs may want to know of it."""
+        kind, optional = _optional(self.type)
+        many = typing.get_args(kind)
+        name = f"list of {many[0].__name__}" if many else kind.__name__
+        facts = {"text": self.text, "type": f"{name} or null" if optional else name, "default": self.default}
+        bounds = {"choices": list(self.choices), "low": self.low, "above": self.above, "high": self.high}
+        return {**facts, **{name: bound for name, bound in bounds.items() if bound not in (None, [])}}
 
     def _parse_one(self, kind: type, text: Any) -> Any:
         if not isinstance(text, str):
@@ -358,6 +377,13 @@ def _parse_float(text: str) -> float:
 
 
 _PARSERS = {bool: _parse_bool, int: _parse_int, float: _parse_float, str: str}
+
+
+def as_text(value: Any) -> str:
+    """A value as people type it."""
+    if isinstance(value, (tuple, list)):
+        return f"[{','.join(map(as_text, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
 def _declared() -> Iterator[Setting]:
@@ -495,7 +521,9 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     for word in assignments:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise InputError(f"'{word}' is not KEY=VALUE, such as optim.lr=0.1")
+            spaced = key in SCHEMA or word.startswith("=")
+            how = "without a space beside the '='" if spaced else "such as optim.lr=0.1"
+            raise InputError(f"'{word}' is not KEY=VALUE, {how}")
         if key in layer:
             raise InputError(f"{key} is given twice on the command line")
         layer[key] = value
@@ -548,7 +576,9 @@ def _unknown_key(key: str) -> str:
     sections = {known.partition(".")[0] for known in SCHEMA if "." in known} | {"baseline"}
     if key in sections:
         return f"{key} is a section: give {key}.SETTING=VALUE, see 'repan list settings \"{key}.*\"'"
-    return f"unknown setting '{key}'{did_you_mean(key, [*SCHEMA, *OVERLAY]) or '; see repan list settings'}"
+    same = [known for known in SCHEMA if known.rpartition(".")[2] == key]
+    hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, [*SCHEMA, *OVERLAY])
+    return f"unknown setting '{key}'{hint or '; see repan list settings'}"
 
 
 def _section_problems(config: Config) -> Iterator[str]:

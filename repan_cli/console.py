@@ -6,6 +6,8 @@ lines also go to the run's log.txt. Knows floats and names only, never a tensor.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import os
 import textwrap
@@ -15,19 +17,28 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from repan_cli.live import Position, View, figures
+from repan_cli.runs import Pulse
+
 SECONDS_BETWEEN_LINES = 30
+REFRESHES = 5
+SPARKLINE_WIDTH = 60
 NAME_WIDTH = 14
+WIDE = 1000
 NAMES_SHOWN = 6
 LOSS_JUMP = 0.5
 JUMPED = (
-    "Warning: the restart kept the function of eval mode only. Either the rule does that (running, reset, attach=one), "
+    "the restart kept the function of eval mode only. Either the rule does that (running, reset, attach=one), "
     "or the BN statistics had not settled: train longer before it, or in smaller batches"
 )
 COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7} {:>7}"
+WARNING = "bold magenta"
+"""Readable on white and on black, as yellow is not."""
+
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -49,51 +60,63 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: Iterable[float | None]) -> str:
-    """A row of bars between the lowest and the highest value."""
+    """A row of bars between the lowest and the highest value; of many values each bar is the mean of some."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return ""
+    if len(known) > SPARKLINE_WIDTH:
+        cuts = [round(place * len(known) / SPARKLINE_WIDTH) for place in range(SPARKLINE_WIDTH + 1)]
+        known = [sum(known[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
     low, span = min(known), (max(known) - min(known)) or 1
     return "".join(SPARKS[round((value - low) / span * (len(SPARKS) - 1))] for value in known)
+
+
+@functools.cache
+def on_stderr() -> Console:
+    """One for all that people read: only through the console of a live display can a line be put above that."""
+    return Console(stderr=True, highlight=False)
 
 
 class Display:
     """Shows one run.
 
-    `epochs` holds the length of each phase, the baseline being cycle 0; `steps` are those of an epoch.
+    `epochs` holds the length of each phase, the baseline being cycle 0; `steps` are those of an epoch. `compiles` says
+    that the first step takes long.
     """
 
-    def __init__(self, *, epochs: Mapping[int, int], steps: int, log: Path | None = None) -> None:
-        self.epochs, self.steps = epochs, steps
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(
+        self, *, epochs: Mapping[int, int], steps: int, log: Path | None = None, compiles: bool = False
+    ) -> None:
+        self.epochs, self.compiles = epochs, compiles
+        self.position = Position(epochs, steps, cycle=min(epochs))
+        self.view = View(self.position, self.name)
+        self.console = on_stderr()
         self.log = log.open("a", encoding="utf-8") if log else None
-        self.progress = self._progress() if self.console.is_terminal else None
-        self.tasks: tuple[TaskID, TaskID] | None = None
-        self.spoke = time.monotonic()
+        self.live = self._live()
+        self.pulse = None if self.live else Pulse(self.speak, seconds=5)
+        self.spoke = self.began = time.monotonic()
 
-    def _progress(self) -> Progress:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[figures]}"),
-        )
-        return Progress(*columns, console=self.console, transient=True)
+    def _live(self) -> Live | None:
+        """None where nothing can be redrawn: in a file, a pipe, a dumb terminal."""
+        if not self.console.is_terminal or self.console.is_dumb_terminal:
+            return None
+        return Live(self.view, console=self.console, refresh_per_second=REFRESHES, transient=True)
 
     def __enter__(self) -> Display:
-        if self.progress:
-            self.progress.start()
-            total = self.steps * sum(self.epochs.values())
-            self.tasks = (
-                self.progress.add_task("epoch", total=self.steps, figures=""),
-                self.progress.add_task("whole run", total=total, figures="steps"),
-            )
+        self.position.doing = "starting"
+        (self.live or self.pulse).start()
         return self
 
     def __exit__(self, *failure: object) -> None:
-        if self.progress:
-            self.progress.stop()
+        (self.live or self.pulse).stop()
+
+    def speak(self) -> None:
+        """Without a live display: say where the run is when nothing was said for a while."""
+        if time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
+            here = self.position
+            where = here.doing or f"step {here.step}/{here.steps}"
+            place = f"{self.name(here.cycle)}, epoch {here.epoch}/{self.epochs[here.cycle]}, {where}"
+            self.say(f"{place}  {figures(here)}".rstrip())
 
     def close(self) -> None:
         if self.log:
@@ -132,41 +155,51 @@ class Display:
 
     def show(self, event: Any) -> None:
         """Show one event of the engine."""
-        shown_by = {"CycleStart": self._start, "Step": self._step, "Epoch": self._epoch, "CycleEnd": self._end}
+        shown_by = {
+            "CycleStart": self._start,
+            "Step": self._step,
+            "Updated": self._updated,
+            "Epoch": self._epoch,
+            "CycleEnd": self._end,
+        }
         shown_by[type(event).__name__](event)
 
     def _start(self, event: Any) -> None:
         name = self.name(event.cycle)
+        self.position.cycle, self.position.epoch, self.position.step = event.cycle, 1, 0
+        self.position.doing = "training"
         if event.restarted:
             self.say(f"{name}: merged and regrew {event.blocks} blocks, logits moved {event.logit_error:.0e}")
             loss = f"training loss {event.loss_before:.3f} -> {event.loss_after_restart:.3f}"
             val = f", val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}"
             self.say(loss + (val if event.top1_before is not None else ""))
             if event.loss_after_restart > event.loss_before + LOSS_JUMP:
-                self.say(Text(JUMPED, style="yellow"))
+                self.say(Text.assemble(("Warning: ", WARNING), JUMPED))
         elif event.cycle:
             self.say(f"{name}: no merging (control), momentum zeroed")
         if event.zero_gammas:
             self.say(f"{event.zero_gammas} channels had gamma 0, which rule=running cannot divide by: set to 1")
-        self.say(
-            Text(
-                COLUMNS.format("phase", "epoch", "loss", "train", "val", "lr", "attach", "img/s") + "  *: best",
-                style="dim",
-            )
-        )
+        if self.compiles:
+            self.say("compiling the training pass (run.compile): the first step waits for it")
+            self.position.doing, self.began = "compiling", time.monotonic()
+        titles = COLUMNS.format("phase", "epoch", "loss", "train", "val", "lr", "attach", "img/s")
+        self.say(Text(f"{titles}  *: best", style="bold"))
 
     def _step(self, event: Any) -> None:
-        figures = f"loss {event.loss:.3f}  lr {event.lr:.4f}  {event.images_per_second:,.0f} img/s"
-        where = f"{self.name(event.cycle)}, epoch {event.epoch}/{self.epochs[event.cycle]}"
-        if self.progress and self.tasks:
-            epoch_task, run_task = self.tasks
-            done = sum(length for cycle, length in self.epochs.items() if cycle < event.cycle) + event.epoch - 1
-            self.progress.update(epoch_task, description=where, completed=event.step, figures=figures)
-            self.progress.update(run_task, completed=done * self.steps + event.step)
-        elif time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
-            self.say(f"{where}, step {event.step}/{self.steps}  {figures}")
+        names = ("loss", "lr", "attach_rate", "images_per_second")
+        self.position.figures = {name: getattr(event, name) for name in names}
+        self._updated(event)
+
+    def _updated(self, event: Any) -> None:
+        self.position.move(event)
+        if self.compiles:
+            self.compiles = False
+            self.say(f"compiled, {duration(time.monotonic() - self.began)} with the first step")
 
     def _epoch(self, event: Any) -> None:
+        if event.val_top1 is not None:
+            here = self.position
+            here.val, here.best = event.val_top1, event.val_top1 if event.best else max(here.best or 0, event.val_top1)
         line = COLUMNS.format(
             self.name(event.cycle),
             f"{event.epoch}/{self.epochs[event.cycle]}",
@@ -181,6 +214,7 @@ class Display:
 
     def _end(self, event: Any) -> None:
         val = f"val {percent(event.top1)}, " if event.top1 is not None else ""
+        self.position.doing = "restart" if event.cycle < max(self.epochs) else "ending"
         self.say(f"{self.name(event.cycle)}: {val}test {percent(event.test_top1)}, {duration(event.seconds)}")
 
     def table(self, summary: Mapping[str, Any]) -> None:
@@ -201,13 +235,16 @@ def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: bool = False) -> None:
-    """A table on stdout, for commands whose data it is; or on stderr."""
+    """A table on stdout, for commands whose data it is; or on stderr. Where nobody looks, a row is a line to grep."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in title:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(stderr=to_stderr, highlight=False).print(table)
+    console = Console(stderr=to_stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDE
+    console.print(table)
 
 
 def some(names: list[str]) -> str:
@@ -225,11 +262,10 @@ def by_reason(left: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def warn(text: str) -> None:
     """A line on stderr that begins with 'Warning:'; of several ranks the first one speaks."""
-    Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0", highlight=False).print(
-        Text.assemble(("Warning: ", "yellow"), text), soft_wrap=True
-    )
+    if os.environ.get("RANK", "0") == "0":
+        on_stderr().print(Text.assemble(("Warning: ", WARNING), text), soft_wrap=True)
 
 
 def tell(text: str) -> None:
     """A line on stderr."""
-    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
+    on_stderr().print(text, soft_wrap=True, markup=False)

@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -107,6 +108,9 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
+HEARTBEAT = 30
+"""Seconds between two signs of life in status.json."""
+
 LAST, PREVIOUS = "last.pt", "last_previous.pt"
 """What a run goes on from: the newest state, and the one before it, for when that is damaged."""
 
@@ -125,6 +129,8 @@ class RunDirectory:
         if not reopen:
             self._create()
         self._lock = _lock(path / ".lock")
+        self._status: dict[str, Any] = {}
+        self._speaking = threading.Lock()
 
     def _create(self) -> None:
         try:
@@ -132,7 +138,9 @@ class RunDirectory:
         except FileExistsError:
             raise InputError(existing(self.path)) from None
         except OSError as error:
-            raise InputError(f"cannot create the run directory {self.path}: {error.strerror}") from None
+            raise InputError(
+                f"cannot create the run directory {self.path}: {error.strerror}; give another --out"
+            ) from None
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -159,8 +167,43 @@ class RunDirectory:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
     def status(self, state: str, **position: Any) -> None:
-        """What the run is doing, for scripts that watch it: running, done, failed or interrupted."""
-        self.write_json("status.json", {"state": state, "time": now(), **position})
+        """What the run is doing, for scripts that watch it: running, done, failed, diverged, interrupted, preempted.
+
+        A killed run stays 'running': its process is then gone from its host, and its heartbeat grows old.
+        """
+        with self._speaking:
+            process = {"pid": os.getpid(), "host": platform.node()}
+            self._status = {"state": state, "time": now(), **process, "heartbeat_seconds": HEARTBEAT, **position}
+            self._write_status()
+
+    def beat(self) -> None:
+        """Say that the run is alive."""
+        with self._speaking, contextlib.suppress(OSError, OutOfSpaceError):  # the run itself will meet it
+            if self._status.get("state") == "running":
+                self._write_status()
+
+    def _write_status(self) -> None:
+        self.write_json("status.json", {**self._status, "heartbeat": now()})
+
+
+class Pulse:
+    """Calls `beat` every so many seconds, from a thread of its own, between `start` and `stop`."""
+
+    def __init__(self, beat: Callable[[], None], *, seconds: float) -> None:
+        self.beat, self.seconds = beat, seconds
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self.stopped.wait(self.seconds):
+            self.beat()
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.thread.join()
 
 
 def read_series(path: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,8 @@ from conftest import ROOT, repan
 from PIL import Image
 from test_datasets import write_folders
 
-from repan_cli import checkpoint, cli, config
+import repan_cli
+from repan_cli import checkpoint, cli, config, plots
 
 
 def run(capsys, *words):
@@ -108,6 +110,15 @@ def test_curves_are_drawn(cycle_run):
         assert picture.width > 600
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("val", [None, 50.0])
+def test_curves_of_the_shortest_runs(tmp_path, epochs, val):
+    record = {"loss": 1.0, "val_loss": val, "train_top1": 40.0, "val_top1": val, "lr": 0.1, "attach_rate": 1.0}
+    records = [{**record, "cycle": number % 2, "epoch": 1} for number in range(epochs)]
+    plots.draw_curves(records, tmp_path / "curves.png", title="short")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
 # ---------------------------------------------------------------------------------------------- other commands
 
 
@@ -199,6 +210,8 @@ def test_info(capsys, cycle_run):
         ("presets", "recipes/cifar"),
         ("schedules", "cosine"),
         ("settings", "cycle.attach_epochs"),
+        ("optimizers", "adamw"),
+        ("trackers", "tensorboard"),
     ],
 )
 def test_list(capsys, kind, name):
@@ -242,8 +255,37 @@ def test_help_has_examples(capsys, command):
     assert f"repan {command}" in out.split("Options")[0].replace("Usage: repan", "", 1)
 
 
+def test_help_can_be_read_on_white():
+    result = repan("cycle", "--help", FORCE_COLOR="1", TERM="xterm-256color")
+    colours = set(re.findall(r"\x1b\[([\d;]+)m", result.stdout)) - {"0"}
+    assert "1" in colours
+    assert not colours & {"33", "36", "1;33", "1;36", "2;33", "2;36", "1;32", "37"}, (
+        colours
+    )  # yellow, cyan, green, white
+
+
 def test_version(capsys):
-    assert run(capsys, "--version")[1].startswith("repan 0.")
+    assert run(capsys, "--version") == (0, f"repan {repan_cli.__version__}\n", "")
+
+
+def test_the_environment_for_bug_reports(capsys):
+    for words in (("--version", "-v"), ("-v", "--version")):
+        code, out, err = run(capsys, *words)
+        assert (code, err) == (0, "")
+        rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+        assert str(torch.__version__).startswith(rows["torch"])
+        assert {"python", "timm", "extras", "system", "cpu", "memory", "cuda"} <= rows.keys()
+    assert "-v belongs to --version" in one_line(capsys, "-v", "list", "blocks")
+
+
+def test_gpus_are_those_of_the_driver(monkeypatch):
+    from repan_cli.commands import version
+
+    answer = subprocess.CompletedProcess([], 0, "NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15\n")
+    monkeypatch.setattr(version.subprocess, "run", lambda *args, **options: answer)
+    rows = dict(version.rows())
+    assert rows["gpu 0"] == "NVIDIA H100 80GB HBM3, 81559 MiB, driver 550.54.15"
+    assert "and sees " in rows["cuda"]
 
 
 # ---------------------------------------------------------------------------------------------- bad input

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from repan_cli import console, engine
+from repan_cli import console, engine, live
 
 
 @pytest.mark.parametrize(
@@ -20,12 +20,14 @@ def test_sparkline():
     assert console.sparkline([0, 50, None, 100]) == "▁▅█"
     assert console.sparkline([3, 3]) == "▁▁"
     assert console.sparkline([None]) == ""
+    many = console.sparkline(range(640))
+    assert (len(many), many[0], many[-1]) == (console.SPARKLINE_WIDTH, "▁", "█")
 
 
-def display(tmp_path, **options):
-    shown = console.Display(epochs={0: 2, 1: 3}, steps=4, log=tmp_path / "log.txt")
-    shown.console = Console(file=io.StringIO(), width=80, **options)
-    shown.progress = shown._progress() if options.get("force_terminal") else None
+def display(tmp_path, *, width=80, compiles=False, **options):
+    shown = console.Display(epochs={0: 2, 1: 3}, steps=4, log=tmp_path / "log.txt", compiles=compiles)
+    shown.console = Console(file=io.StringIO(), width=width, _environ={"TERM": "xterm"}, **options)
+    shown.live = shown._live()
     return shown
 
 
@@ -66,20 +68,130 @@ def test_lines_fit_80_columns(tmp_path):
 def test_without_a_terminal_a_long_epoch_still_speaks(tmp_path):
     shown = display(tmp_path)
     shown.show(step())
+    shown.speak()
     assert shown.console.file.getvalue() == ""
     shown.spoke -= 2 * console.SECONDS_BETWEEN_LINES
-    shown.show(step())
-    assert "cycle 1/1, epoch 2/3, step 3/4" in shown.console.file.getvalue()
-    assert console.SECONDS_BETWEEN_LINES <= 60
+    shown.speak()
+    assert "cycle 1/1, epoch 2/3, step 3/4  loss 1.500  lr 0.1000  attach 0.50" in shown.console.file.getvalue()
+    shown.show(step(step=4))
+    shown.spoke -= 2 * console.SECONDS_BETWEEN_LINES
+    shown.speak()
+    assert "cycle 1/1, epoch 2/3, scoring  loss" in shown.console.file.getvalue()
+    assert console.SECONDS_BETWEEN_LINES + shown.pulse.seconds <= 60
+
+
+def test_it_speaks_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.01)
+    shown = display(tmp_path)
+    shown.pulse = console.Pulse(shown.speak, seconds=0.01)
+    with shown:
+        shown.pulse.stopped.wait(0.2)
+    assert "epoch 1/2, starting" in shown.console.file.getvalue()
+
+
+def screen(shown):
+    """What the live display draws."""
+    drawn = Console(file=io.StringIO(), width=shown.console.width)
+    drawn.print(shown.view)
+    return drawn.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(("width", "rows"), [(60, 3), (80, 3), (129, 3), (130, 2), (160, 2)])
+def test_the_live_display_keeps_to_its_lines(tmp_path, width, rows):
+    shown = display(tmp_path, width=width, force_terminal=True)
+    epochs = dict.fromkeys(range(16), 160)
+    shown.epochs = shown.position.epochs = epochs
+    shown.position.steps = 40036
+    shown.show(epoch(cycle=15, epoch=159, val_top1=100.0))
+    shown.show(step(cycle=15, epoch=160, step=1, loss=12345.678, images_per_second=123456))
+    shown.show(step(cycle=15, epoch=160, step=40036, loss=12345.678, images_per_second=123456))
+    lines = screen(shown)
+    assert len(lines) == rows
+    assert all(len(line) <= width for line in lines)
+    if width >= 80:
+        for text in (
+            "cycle 15/15",
+            "epoch 160/160",
+            "scoring",
+            "left",
+            "100 %",
+            "val 100.00, best 100.00*",
+            "attach 0.50",
+        ):
+            assert any(text in line for line in lines), (text, lines)
 
 
 def test_on_a_terminal_the_live_display_follows_the_run(tmp_path):
-    shown = display(tmp_path, force_terminal=True)
+    shown = display(tmp_path, width=140, force_terminal=True)
     with shown:
-        shown.show(step())
-        epoch_task, run_task = shown.progress.tasks
-        assert (epoch_task.completed, epoch_task.total) == (3, 4)
-        assert (run_task.completed, run_task.total) == (2 * 4 + 4 + 3, 5 * 4)
+        assert "starting" in screen(shown)[0]
+        shown.show(engine.CycleStart(1, True, 22, 0, 60.0, 60.0, 0.5, 0.51, 3e-7))
+        shown.show(step(epoch=1, step=1))
+        shown.show(engine.Updated(1, 1, 2))
+        first, second = screen(shown)
+        assert first.startswith("cycle 1/1    epoch 1/3")
+        assert "2/4" in first
+        assert "val" not in first
+        assert second.startswith("whole run    epoch 3/5")
+        assert "50 %" in second
+        shown.show(epoch(epoch=1, val_top1=60.0))
+        shown.show(epoch(epoch=2, val_top1=50.0, best=False))
+        shown.show(step(epoch=3, step=1))
+        assert "val 50.00, best 60.00*" in screen(shown)[0]
+        shown.show(engine.CycleEnd(0, 61.0, 62.0, 90.0, 1.0, 70.0))
+        assert "restart" in screen(shown)[0]
+
+
+def test_compiling_is_said_while_it_lasts(tmp_path):
+    shown = display(tmp_path, compiles=True)
+    shown.show(engine.CycleStart(0))
+    assert "compiling the training pass (run.compile)" in shown.console.file.getvalue()
+    assert "compiling" in screen(shown)[0]
+    shown.show(engine.Updated(0, 1, 1))
+    shown.show(engine.CycleStart(1))
+    assert shown.console.file.getvalue().count("compiling") == 1
+    assert "compiled, 0.0 s with the first step" in shown.console.file.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, "-:--"), (7.4, "0:07"), (760, "12:40"), (11100, "3:05:00")])
+def test_time_left(seconds, text):
+    assert live.clock(seconds) == text
+
+
+def test_what_is_left_is_told_from_the_pace():
+    here = live.Position(epochs={0: 2, 1: 3}, steps=10)
+    assert here.left(0.0) == (None, None)
+    for number in range(1, 6):
+        here.move(engine.Updated(0, 1, number), now=100.0 + number)
+    assert here.left(105.0) == (5.0, 5.0 + 4 * 10.0)
+    assert here.left(107.0) == (3.0, 3.0 + 4 * 10.0)
+    for number in range(1, 4):  # scoring took 10 seconds beside
+        here.move(engine.Updated(0, 2, number), now=120.0 + number)
+    assert here.left(123.0) == (7.0, 7.0 + 3 * 20.0)
+    for number in (4, 5):  # a resumed run begins amid an epoch
+        here.move(engine.Updated(1, 3, number), now=200.0 + 3 * number)
+    assert here.left(215.0) == (15.0, 15.0)
+
+
+def luminance(color):
+    """Relative, as in the rules of contrast of WCAG 2."""
+    parts = (part / 255 for part in color)
+    red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("style", [live.BAR, live.BACK, console.WARNING])
+def test_colours_can_be_seen_on_white_and_on_black(style):
+    xterm = {"magenta": (205, 0, 205), "bright_black": (127, 127, 127)}
+    seen = luminance(xterm[style.removeprefix("bold ")])
+    assert 1.05 / (seen + 0.05) >= 3
+    assert (seen + 0.05) / 0.05 >= 3
+
+
+def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch):
+    shown = display(tmp_path)
+    shown.console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    assert shown._live() is None
 
 
 def test_zero_gammas_are_said(tmp_path):
@@ -103,3 +215,8 @@ def test_brackets_are_not_markup(tmp_path):
     shown = display(tmp_path)
     shown.say("runs/[bold]x")
     assert "runs/[bold]x" in shown.console.file.getvalue()
+
+
+def test_a_warning_amid_a_run_goes_through_the_console_of_the_live_display(tmp_path):
+    shown = console.Display(epochs={0: 1}, steps=1)
+    assert shown.console is console.on_stderr()

@@ -17,27 +17,20 @@ ROWS = [
     ["errors"],
     ["registry", "extras"],
     ["config"],
-    ["blocks", "runtime", "timing", "console", "trackers", "runs", "results", "comparison", "report", "plots"],
+    [
+        *("blocks", "runtime", "timing", "console", "live", "trackers", "runs", "plots"),
+        *("results", "comparison", "report"),
+    ],
     ["tasks", "teacher", "optim", "checkpoint", "models", "data", "export"],
     ["engine", "anneal", "state", "scoring"],
     ["commands"],
-    ["cli"],
+    ["completion", "cli"],
 ]
 """From the bottom up. A room may import rooms of its own row and of those below."""
 
 LIGHT = {
-    "cli",
-    "config",
-    "registry",
-    "errors",
-    "extras",
-    "console",
-    "trackers",
-    "runs",
-    "results",
-    "comparison",
-    "report",
-    "plots",
+    *("cli", "completion", "config", "registry", "errors", "extras", "console", "live", "trackers", "runs", "plots"),
+    *("results", "comparison", "report"),
 }
 """Rooms that never import torch."""
 
@@ -98,6 +91,7 @@ def loaded_after(statement: str) -> set[str]:
         "import repan_cli",
         "import repan_cli.cli",
         "import repan_cli.commands.compare",
+        "from repan_cli.commands import version; version._gpus = lambda: (); list(version.rows())",
         "from repan_cli import config; config.resolve('cycle', None, {'data.name': 'digits', 'model.name': 'repvgg'})",
     ],
 )

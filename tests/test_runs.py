@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import stat
 
 import pytest
@@ -48,4 +49,24 @@ def test_status_and_software(tmp_path):
     folder.status("running", cycle=1, epoch=2)
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["cycle"], status["epoch"]) == ("running", 1, 2)
+    assert (status["pid"], status["host"]) == (os.getpid(), platform.node())
     assert {"repan", "torch", "timm"} <= runs.software()["versions"].keys()
+
+
+def test_a_running_run_shows_that_it_is_alive(tmp_path, monkeypatch):
+    folder = runs.RunDirectory(tmp_path / "run")
+    folder.beat()
+    assert not (folder / "status.json").exists()
+    monkeypatch.setattr(runs, "now", lambda: "before")
+    folder.status("running", cycle=1)
+    monkeypatch.setattr(runs, "now", lambda: "after")
+    pulse = runs.Pulse(folder.beat, seconds=0.01)
+    pulse.start()
+    pulse.stopped.wait(0.1)
+    pulse.stop()
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["cycle"], status["time"], status["heartbeat"]) == ("running", 1, "before", "after")
+    folder.status("done")
+    monkeypatch.setattr(runs, "now", lambda: "later")
+    folder.beat()
+    assert json.loads((folder / "status.json").read_text())["heartbeat"] == "after"

@@ -8,12 +8,14 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from repan_cli.config import OVERLAY, SCHEMA, presets
+from repan_cli.config import OVERLAY, SCHEMA, as_text, presets
 from repan_cli.console import print_table
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
+from repan_cli.trackers import TRACKERS
 
-Rows = dict[str, str]
+Facts = dict[str, Any]
+Rows = dict[str, str] | dict[str, Facts]
 FOREIGN = ("timm:", "torchvision:")
 KINDS: Registry[Callable[[], Rows]] = Registry("kind of name")
 
@@ -64,18 +66,24 @@ def _presets() -> Rows:
 
 
 @KINDS.register("settings")
-def _settings() -> Rows:
-    rows = {key: f"{entry.text} Default: {_as_yaml(entry.default)}." for key, entry in SCHEMA.items()}
+def _settings() -> dict[str, Facts]:
+    rows = {key: entry.describe() for key, entry in SCHEMA.items()}
     overlay = {
-        key: f"{entry.key} of the baseline of 'repan cycle', where it differs." for key, entry in OVERLAY.items()
+        key: {**rows[entry.key], "text": f"{entry.key} of the baseline of 'repan cycle', where it differs."}
+        for key, entry in OVERLAY.items()
     }
-    return {**rows, **overlay}
+    return {**rows, **{key: {**facts, "default": None} for key, facts in overlay.items()}}
 
 
-def _as_yaml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_as_yaml, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
+def _as_line(facts: str | Facts) -> str:
+    if isinstance(facts, str):
+        return facts
+    return f"{facts['text']} ({facts['type']}, default {as_text(facts['default'])})"
+
+
+@KINDS.register("trackers")
+def _trackers() -> Rows:
+    return {name: " ".join((inspect.getdoc(TRACKERS[name]) or "").split()) for name in TRACKERS}
 
 
 def _look(name: str) -> str:
@@ -101,7 +109,7 @@ def run(kind: str, pattern: str | None, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(shown))
         return
-    print_table([kind, ""], shown.items())
+    print_table([kind, ""], ((name, _as_line(facts)) for name, facts in shown.items()))
     if len(rows) > len(shown) and not pattern:
         more = f"and {len(rows) - len(shown)} of timm's and torchvision's: repan list {kind} 'timm:*'"
         print(f"{more}; or your own, as file.py:function")

@@ -1,7 +1,7 @@
 """From a configuration to the objects of a run, without writing anything.
 
 Order of initialisation:
-1. the run directory is checked to be free
+1. the run directory is checked to be free, trackers to be there
 2. device and precision
 3. data, with its validation part
 4. network, weights to start from, blocks
@@ -22,7 +22,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import repan_cli
-from repan_cli import anneal, engine, models, runs, runtime
+from repan_cli import anneal, engine, models, runs, runtime, trackers
 from repan_cli.checkpoint import Checkpoint
 from repan_cli.commands.network import Network, again, build, named, restarted, safe_precision
 from repan_cli.commands.tasks_of import TaskOf
@@ -88,6 +88,8 @@ def prepare(
     config = resolved.config
     if saved is None:
         runs.check_free(config.run.out)
+    if runtime.own_rank() == 0:
+        trackers.check(config.run.trackers)
     machine = runtime.start(config.run.device, config.run.precision, channels_last=config.run.channels_last)
     dataset = load_dataset(config)
     network = build(command, config, dataset) if saved is None else again(config, dataset, saved)

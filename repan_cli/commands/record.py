@@ -11,8 +11,9 @@ from typing import Any
 from repan_cli import checkpoint, engine, runs
 from repan_cli.commands import control
 from repan_cli.commands.prepare import Session
+from repan_cli.config import flatten
 from repan_cli.state import snapshot
-from repan_cli.trackers import Csv, JsonLines, rewind
+from repan_cli.trackers import Csv, JsonLines, Tracked, Tracker, open_requested, rewind
 
 WATCHED = ("top1_before", "top1_after_restart", "loss_before", "loss_after_restart", "logit_error")
 
@@ -27,7 +28,12 @@ class Record:
         self.summary, self.start, self.epoch = begun["summary"], begun["start"], begun["epoch"]
         self.seconds_before = begun["seconds"]
         rewind(folder.path, *self.position())
-        self.trackers = [JsonLines(folder / "metrics.jsonl"), Csv(folder / "metrics.csv")]
+        self.requested = open_requested(session.config.run.trackers, _tracked(session, folder))
+        self.trackers: list[Tracker] = [
+            JsonLines(folder / "metrics.jsonl"),
+            Csv(folder / "metrics.csv"),
+            *self.requested,
+        ]
 
     @property
     def seconds(self) -> float:
@@ -54,6 +60,8 @@ class Record:
     def take(self, event: engine.Event) -> None:
         if isinstance(event, engine.CycleStart):
             self.start = dataclasses.asdict(event)
+            if event.cycle:
+                self._log("restart", self.start)
         elif isinstance(event, engine.Updated):
             if saves_at(self.session, event):
                 self.save_last()
@@ -66,9 +74,8 @@ class Record:
         self.epoch = _metrics(event)
         if event.best:
             self._save("best.pt", event.cycle, event.epoch, self.epoch)
+        self._log("epoch", dataclasses.asdict(event))
         self.save_last()
-        for tracker in self.trackers:
-            tracker.log(dataclasses.asdict(event))
         self.folder.status("running", cycle=event.cycle, epoch=event.epoch)
 
     def _take_end(self, event: engine.CycleEnd) -> None:
@@ -80,9 +87,24 @@ class Record:
             self.summary["cycles"].append({"cycle": event.cycle, **before, **row})
         if self.session.command == "cycle":
             self._save(f"cycle_{event.cycle:02d}.pt", event.cycle, None, _metrics(event))
+        self._log("cycle_end", dataclasses.asdict(event))
         self.save_last()
         if event.cycle == 0 and control.is_awaited(self.folder.path):
             control.begin(self.folder.path)
+
+    def finish(self) -> None:
+        """The results, in figures."""
+        flat = {"test_top1": self.summary["test"]["top1"], "test_top5": self.summary["test"]["top5"]}
+        self._log(
+            "final", {**flat, **{f"fused_{name}": value for name, value in self.summary.get("fused", {}).items()}}
+        )
+
+    def _log(self, kind: str, figures: Mapping[str, Any]) -> None:
+        """Before the state is saved: what a kill leaves in excess is taken out again, what it takes away is lost."""
+        progress, plan = self.session.training.progress, self.session.training.plan
+        epochs = sum(phase.epochs for phase in plan[: progress.phase]) + progress.epoch
+        for tracker in self.trackers:
+            tracker.log(kind, epochs, figures)
 
     def save_last(self) -> None:
         """The weights and everything else that the run needs to go on from here. Raises DivergedError instead when an
@@ -110,6 +132,10 @@ class Record:
 
 def _metrics(event: engine.Epoch | engine.CycleEnd) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(event).items() if name not in ("cycle", "epoch", "best")}
+
+
+def _tracked(session: Session, folder: runs.RunDirectory) -> Tracked:
+    return Tracked(folder.path, session.command, flatten(session.config, cycles=session.command == "cycle"))
 
 
 def _new_summary(session: Session) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from repan_cli.errors import InputError
 from repan_cli.models import user_file
 
 MAY_CHANGE = (
-    "cycle.count", "data.root", "data.workers", "run.device", "run.log_every", "run.save_every", "teacher.name"
+    "cycle.count", "data.root", "data.workers", "run.device", "run.log_every", "run.save_every", "run.trackers",
+    "teacher.name"
 )  # fmt: skip
 """Settings that a resumed run may have otherwise: they do not change what is computed (a teacher must be the same)."""
 
@@ -46,7 +47,8 @@ def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, C
     if trained and (path / "summary.json").exists():
         cycle = session.config.cycle
         more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if cycle.lr == "restart" else ""
-        raise InputError(f"{path} is finished{more if command == 'cycle' else ''}")
+        begin = f"; begin another run from its weights with --init {path / runs.LAST}"
+        raise InputError(f"{path} is finished{more if command == 'cycle' else begin}")
     for name, digest in session.training.task_of.digests.items():
         if digest not in saved.meta["teachers"].values():
             raise InputError(f"{name} is not the teacher that the run began with")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,9 +65,13 @@ def carry_out(
     training = session.training
     epochs = {phase.cycle: phase.epochs for phase in training.plan}
     steps = training.train.steps(session.config.data.batch_size)
-    display = Display(epochs=epochs, steps=steps, log=folder / "log.txt")
+    display = Display(epochs=epochs, steps=steps, log=folder / "log.txt", compiles=session.config.run.compile)
     display.facts({**header(session, resolved), "run": str(folder.path)})
     record = Record(session, folder, begun)
+    for tracker in record.requested:
+        display.command(tracker.name, tracker.where)
+    pulse = runs.Pulse(folder.beat, seconds=runs.HEARTBEAT)
+    pulse.start()
     try:
         with runtime.StopSignals() as signals:
             try:
@@ -83,6 +88,7 @@ def carry_out(
             folder.status("diverged" if isinstance(error, DivergedError) else "failed")
         raise
     finally:
+        pulse.stop()
         record.close()
         display.close()
     if as_json:
@@ -95,12 +101,13 @@ def _train(session: Session, record: Record, display: Display, signals: runtime.
         session.training.stop = signals
     if fresh:
         record.open()
+    if math.isfinite(session.training.progress.best_top1):  # of the weights it began with, or before a stop
+        display.position.best = session.training.progress.best_top1
     try:
         with display:
             for event in engine.fit(session.training):
                 record.take(event)
-                if not isinstance(event, engine.Updated):
-                    display.show(event)
+                display.show(event)
                 if _stops(session, event, signals):
                     raise StoppedError
     except StoppedError:
@@ -234,6 +241,7 @@ def _finish(session: Session, folder: runs.RunDirectory, display: Display, recor
     except InputError as error:  # a network without anything to merge
         display.say(f"no fused.pt: {error}")
     summary["seconds"] = record.seconds
+    record.finish()
     folder.write_json("summary.json", summary)
     folder.status("done")
     _draw(session, folder, display)

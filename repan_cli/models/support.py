@@ -1,8 +1,8 @@
 """What can be done with a network of timm's or torchvision's: train in cycles, fuse, or neither.
 
-The table `support.csv` beside this file was made by `python -m repan_cli.models.support`; a name that it does not have
-is looked at when it is asked for. Looking builds the network on the meta device and watches one forward pass: it costs
-no arithmetic.
+The table `support.csv` beside this file was made by `python -m repan_cli.models.support`, and names are completed from
+it; a name that it does not have is looked at when it is asked for. Looking builds the network on the meta
+device and watches one forward pass: it costs no arithmetic.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torchvision
 from torch import nn
 
+from repan_cli.blocks import RepBlock
 from repan_cli.models.adapt import is_own_block
 from repan_cli.models.create import OURS, TIMM, TORCHVISION
 from repan_cli.models.expand import Selection, to_expand, watch
@@ -70,7 +71,7 @@ def look(name: str) -> Support:
     """Build a network on the meta device and watch it run."""
     model, size, channels = _on_meta(name)
     model.eval()
-    own = sum(1 for module in model.modules() if is_own_block(module))
+    own = sum(1 for module in model.modules() if is_own_block(module) or isinstance(module, RepBlock))
     images = torch.empty(2, channels, size, size, device="meta")
     with torch.no_grad():
         changes, _ = to_expand(model, images, "rep", Selection())
@@ -84,13 +85,15 @@ def _on_meta(name: str) -> tuple[nn.Module, int, int]:
         if name.startswith(TORCHVISION):
             model = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None)
             return model, 299 if "inception" in name else 224, 3
+        if name in OURS:
+            return timm.create_model(name), 32, 3
         channels, size, _ = timm.get_pretrained_cfg(name.removeprefix(TIMM)).input_size
         return timm.create_model(name.removeprefix(TIMM)), size, channels
 
 
 def _rows() -> Iterator[tuple[str, int, int, int]]:
     logging.disable(logging.WARNING)
-    for name in names():
+    for name in (*OURS, *names()):
         try:
             yield (name, *look(name))
         except Exception as error:

@@ -1,0 +1,190 @@
+"""Fifty mistakes that people make on the command line: each ends with its exit code and one line that names the thing
+and the mend.
+"""
+
+import builtins
+import errno
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import run
+
+D = "-m repvgg_a0_cifar -d digits"
+MISTAKES = [
+    # commands and options
+    ("trian -m repvgg", r"no such command 'trian'; did you mean 'train'\?"),
+    ("train --mdoel repvgg -d digits", r"no such option: --mdoel; did you mean --model"),
+    ("--verison", r"no such option: --verison; did you mean --version\?"),
+    (f"train {D} --out", r"option '--out' requires an argument; see 'repan train --help'"),
+    (f"train {D} --cycles 3", r"no such option: --cycles: it belongs to other commands .* such as 'repan cycle'"),
+    ("fuse", r"missing argument 'CHECKPOINT'; see 'repan fuse --help'"),
+    ("info best.pt fused.pt", r"got unexpected extra argument\(?s?\)? \(fused.pt\); see 'repan info --help'"),
+    ("list model", r"unknown kind of name 'model'; did you mean models"),
+    ("list blocks zzz*", r"no blocks match 'zzz\*'"),
+    ("-v list blocks", r"-v belongs to --version: 'repan --version -v'"),
+    # settings
+    (f"train {D} epochs = 3", r"'epochs' is not KEY=VALUE, without a space beside the '='"),
+    (f"train {D} fast", r"'fast' is not KEY=VALUE, such as optim.lr=0.1"),
+    (f"train {D} lr=0.1", r"unknown setting 'lr'; did you mean optim.lr or cycle.lr\?"),
+    (f"train {D} optim.weight-decay=1", r"unknown setting 'optim.weight-decay'; did you mean optim.weight_decay"),
+    (f"train {D} optim=0.1", r"optim is a section: give optim.SETTING=VALUE, see 'repan list settings \"optim\.\*\"'"),
+    (f"train {D} optim.lr=1 optim.lr=2", r"optim.lr is given twice on the command line"),
+    (f"train {D} --lr 1 optim.lr=1", r"--lr and optim.lr= are the same setting: give one"),
+    (f"train {D} --lr 0,1", r"optim.lr: '0,1' is not a finite number"),
+    (f"train {D} --epochs 2.5", r"epochs: '2.5' is not a whole number"),
+    (f"train {D} --batch-size 1", r"data.batch_size: 1 must be at least 2"),
+    (f"train {D} run.compile=maybe", r"run.compile: 'maybe' is neither true nor false"),
+    (f"train {D} data.augment=autoaugmnt", r"data.augment: 'autoaugmnt' is not a choice; did you mean autoaugment"),
+    (f"train {D} optim.schedule=cosin", r"unknown schedule 'cosin'; did you mean cosine\?"),
+    (f"train {D} optim.name=sgdd", r"unknown optimizer 'sgdd'; did you mean sgd"),
+    (f"train {D} run.trackers=wandbb", r"unknown tracker 'wandbb'; did you mean wandb\?"),
+    # what does not go together
+    (f"train {D} cycle.count=3", r"cycle.count has no effect in 'repan train': it belongs to 'repan cycle'"),
+    (f"train {D} --teacher best.pt", r"teacher.name has no effect in 'repan train': give it to 'repan distill'"),
+    (f"distill {D}", r"no teacher: give --teacher FILE or timm:NAME"),
+    (f"cycle {D} --pretrained --init best.pt", r"model.pretrained and model.init both say .*: give one"),
+    (f"cycle {D} data.val_fraction=0 cycle.start_from=best", r"cycle.start_from=best needs .*; set data.val_fraction"),
+    (f"train {D} --dry-run --resume run", r"--dry-run does not go with --resume: the run has its settings"),
+    ("train --resume run --out other", r"--out does not go with --resume: .* in its own directory"),
+    # networks
+    ("train -m RepVGG -d digits", r"unknown model 'RepVGG'; did you mean repvgg\?"),
+    ("train -m timm:resnet19 -d digits", r"unknown model 'timm:resnet19'; did you mean timm:resnet18"),
+    ("train -m best.pt -d digits", r"model.name=best.pt is a file of weights: give it as --init"),
+    ("train -m net.py -d digits", r"model.name=net.py needs the function in it .*: net.py:FUNCTION"),
+    ("train -m net.py:build -d digits", r"net.py has no function 'build'"),
+    (f"train {D} --block repvg", r"unknown block family 'repvg'; did you mean repvgg"),
+    ("train -m repvgg", r"no data set: give --dataset NAME, see 'repan list datasets'"),
+    # data
+    ("train -m repvgg -d cifar-100", r"unknown data set 'cifar-100'; did you mean cifar100"),
+    ("train -m repvgg -d photos", r"data.name=photos is a folder: give --dataset folder --data-root photos"),
+    ("train -m repvgg -d folder --data-root empty", r"no folder empty/train: expected .*; --data-root names another"),
+    ("evaluate best.pt -d folder --data-root photos", r"knows 10 classes, folder has 2"),
+    # machine
+    (f"train {D} --device gpu", r"unknown device 'gpu'; give auto, cpu, cuda, cuda:N or mps"),
+    (f"train {D} --device cuda:99", r"device cuda:99 is not there: PyTorch sees \d+ GPUs?; try --device auto"),
+    # files
+    (f"train {D} -c recipes/cifer", r"no configuration file or preset 'recipes/cifer'; did you mean recipes/cifar"),
+    (f"train {D} -c twice.yaml", r"twice.yaml line 3: the key 'lr' stands twice"),
+    (f"train {D} -c best.pt", r"cannot read best.pt: not a text file"),
+    (f"train {D} --init text.pt", r"text.pt is damaged, or no checkpoint at all; use another copy"),
+    (f"train {D} --init pickled.pt", r"pickled.pt .*: refused, no code is run; save its state_dict\(\) instead"),
+    (f"cycle {D} --init fused.pt", r"fused.pt is fused, .*: start from last.pt, best.pt or cycle_NN.pt of its run"),
+    (
+        "train -m resnet18 -d digits --init best.pt",
+        r"best.pt holds .* repvgg_a0_cifar, not resnet18_cifar: give --model",
+    ),
+    (f"train {D} --out run", r"the run directory run exists already; .*: go on with --resume run, or give another"),
+    (f"train {D} --out best.pt/x", r"cannot create the run directory best.pt/x: Not a directory; give another --out"),
+    ("train --resume nowhere", r"no run directory nowhere to resume"),
+    ("train --resume empty", r"empty is no run directory: it holds no config.yaml"),
+    ("cycle --resume latest", r"no run of 'repan cycle' under runs/cycle: name its directory"),
+    ("train --resume run", r"run is finished; begin another run from its weights with --init run/last.pt"),
+    ("cycle --resume run", r"run is a run of 'repan train': resume it with that command"),
+    ("fuse nowhere.pt", r"nowhere.pt"),
+    ("fuse empty", r"empty.*it is a folder; name a file in it"),
+    ("evaluate best.pt --split tset", r"--split tset is none of .*; did you mean test\?"),
+]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with a finished run and with files that are not what they are taken for."""
+    folder = tmp_path_factory.mktemp("desk")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", f"repan train {D} --epochs 1 data.batch_size=256 --out {folder / 'run'}".split(" "))
+        with pytest.raises(SystemExit):
+            from repan_cli import cli
+
+            cli.main()
+    for name in ("best.pt", "fused.pt"):
+        shutil.copy(folder / "run" / name, folder)
+    (folder / "empty").mkdir()
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / "photos" / part / name).mkdir(parents=True)
+            for number in range(4):
+                picture = Image.fromarray(np.full((16, 16, 3), 50 * number, dtype=np.uint8))
+                picture.save(folder / "photos" / part / name / f"{number}.png")
+    (folder / "text.pt").write_text("hello")
+    (folder / "net.py").write_text("x = 1\n")
+    (folder / "twice.yaml").write_text("optim:\n  lr: 0.1\n  lr: 0.2\n")
+    torch.save(torch.nn.Linear(3, 3), folder / "pickled.pt")
+    return folder
+
+
+def test_there_are_fifty():
+    assert len({words for words, _ in MISTAKES}) == len(MISTAKES) >= 50
+
+
+@pytest.mark.parametrize(("words", "says"), MISTAKES)
+def test_a_mistake_is_one_line(capsys, desk, monkeypatch, words, says):
+    monkeypatch.chdir(desk)
+    before = sorted(desk.rglob("*"))
+    code, out, err = run(capsys, *words.split(" "))
+    assert (code, out) == (2, ""), err
+    (line,) = err.splitlines()
+    assert re.match("Error: .*" + says, line), line
+    assert sorted(desk.rglob("*")) == before
+
+
+def without(name, monkeypatch):
+    """As if a package were not installed."""
+    whole = builtins.__import__
+
+    def missing(wanted, *rest, **options):
+        if wanted.split(".")[0] == name:
+            raise ImportError(f"No module named '{name}'", name=name)
+        return whole(wanted, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+
+
+def test_an_optional_package_is_not_there(capsys, desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    without("sklearn", monkeypatch)
+    code, out, err = run(capsys, "train", *D.split(" "))
+    assert (code, out) == (2, "")
+    assert err == "Error: the digits data set comes with scikit-learn: pip install 'repan-cli[demo]'\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a.pt"), "no space left to write a.pt; free some, or give"),
+        (MemoryError(), "out of memory; set a smaller --batch-size (with as much more of optim.accumulate)"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory; set a smaller"),
+    ],
+)
+def test_no_room(capsys, desk, monkeypatch, error, says):
+    from repan_cli.commands import train
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(train, "prepare", fail)
+    code, out, err = run(capsys, "train", *D.split(" "), "--out", desk / "new")
+    assert (code, out) == (4, "")
+    (line,) = err.splitlines()
+    assert line.startswith(f"Error: {says}")
+
+
+def test_no_words_at_all_show_the_help(capsys):
+    code, out, err = run(capsys)
+    assert code in (0, 2)
+    assert "Usage: " in out + err
+    assert "Error" not in err
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(capsys, desk, monkeypatch):
+    from repan_cli.commands import train
+
+    def fail(*args, **options):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(train, "prepare", fail)
+    with pytest.raises(ZeroDivisionError):
+        run(capsys, "train", *D.split(" "), "--out", desk / "new")
