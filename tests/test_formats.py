@@ -69,7 +69,7 @@ def test_every_family_agrees_in_every_format(capsys, tmp_path, family):
     code, out, err = run(capsys, "fuse", tmp_path / "net.pt", *ALL, "--json")
     assert code == 0, err
     facts = json.loads(out)
-    assert facts["images"] == {"random": 16, "real": 0, "why_not_real": "its data are not known"}
+    assert facts["images"] == {"random": 8, "real": 0, "why_not_real": "its data are not known"}
     assert facts["gmacs_after"] <= facts["gmacs_before"]
     for file in facts["files"]:
         assert file["rel_error"] < 1e-4
@@ -344,7 +344,7 @@ def test_predict_and_evaluate_take_every_format(capsys, cycle_run, tmp_path):
     code, text, err = run(capsys, "fuse", cycle_run.folder, *ALL, "-o", out, "--json")
     assert code == 0, err
     facts = json.loads(text)
-    assert facts["images"]["real"] == 16
+    assert facts["images"]["real"] == 8
     found = {}
     for path in (cycle_run.folder / "best.pt", *facts["out"]):
         _, text, _ = run(capsys, "predict", path, tmp_path, "--top", "3", "--json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -204,7 +205,7 @@ class _Job:
             copy = Path(folder) / f"copy{target.suffix}"
             copy.write_bytes(content)
             opened = open_subject(str(copy), self.model if user_file.names_a_file(self.result.meta["model"]) else None)
-            error = max(self._error(opened.network, self.images), self._error(opened.network, self.images[:1]))
+            error = self._error(opened.network)
         if not error <= self.bound:
             raise MergeError(
                 f"{target} would not compute what the network does: relative error {error:.1e}; not written"
@@ -214,12 +215,23 @@ class _Job:
         return Written(str(target), kind, form, len(content), error, opened.runtime, use)
 
     @torch.no_grad()
-    def _error(self, network: nn.Module, images: Tensor) -> float:
-        given = images
+    def _error(self, network: nn.Module) -> float:
+        """In batches of two sizes."""
+        given = self.images
         if self.with_normalize:
             mean, std = (torch.tensor(self.result.meta[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
-            given = images * std + mean
-        return export.relative_error(network(given), self.fused(images))
+            given = given * std + mean
+        found = network(given), network(given[:1])
+        return max(
+            export.relative_error(each, wanted)
+            for each, wanted in zip(found, (self.expected, self.expected[:1]), strict=True)
+        )
+
+    @functools.cached_property
+    @torch.no_grad()
+    def expected(self) -> Tensor:
+        """What the merged network says of the images."""
+        return self.fused(self.images)
 
 
 def _use(target: Path, form: str, meta: dict[str, Any]) -> str:
