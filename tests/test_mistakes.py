@@ -85,7 +85,7 @@ MISTAKES = [
     ("train --resume run", r"run is finished; begin another run from its weights with --init run/last.pt"),
     ("cycle --resume run", r"run is a run of 'repan train': resume it with that command"),
     ("fuse nowhere.pt", r"nowhere.pt"),
-    ("fuse empty", r"empty.*it is a folder; name a file in it"),
+    ("fuse empty", r"empty is a folder without best.pt or last.pt: name a file in it"),
     ("evaluate best.pt --split tset", r"--split tset is none of .*; did you mean test\?"),
 ]
 

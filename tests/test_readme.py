@@ -63,6 +63,8 @@ def test_commands_work(capsys, workplace, monkeypatch, command):
     words = shlex.split(command)[1:]
     if words[0] in ("train", "distill", "cycle") and not {"--dry-run", "--resume"} & set(words):
         words.append("--print-config")
+    if words[0] == "benchmark":
+        words += ["--seconds", "0", "-b", "1"]
     code, _, err = run(capsys, *words)
     assert code == 0, err
 

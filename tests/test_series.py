@@ -147,7 +147,7 @@ def test_with_weights_to_start_from_there_is_no_baseline_to_share(capsys, tmp_pa
     ("at", "number", "code", "stopped_in", "seeds"),
     [
         pytest.param(3, signal.SIGTERM, 75, "seed_3", (3,), marks=pytest.mark.soak),
-        (STEPS + 2, signal.SIGINT, 130, "seed_3", (3,)),
+        pytest.param(STEPS + 2, signal.SIGINT, 130, "seed_3", (3,), marks=pytest.mark.soak),
         (2 * STEPS + 2, signal.SIGUSR1, 75, "control_seed_3", (3,)),
         pytest.param(3 * STEPS + 4, signal.SIGTERM, 75, "seed_4", (3, 4), marks=pytest.mark.soak),
     ],

@@ -156,7 +156,8 @@ def _inference(forms: list[_Form], images: Tensor, batch: int, machine: Runtime,
     for form in forms:
         case = _forward(form, given, machine)
         try:
-            case()
+            with quiet():
+                case()
         except Exception as error:
             if form.name != COMPILED:
                 raise

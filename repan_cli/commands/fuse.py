@@ -261,6 +261,8 @@ def _constructor(meta: dict[str, Any]) -> str:
     block = ', block="plain"' if meta["structure"]["native"] else ""
     shape = f"num_classes={classes}, in_chans={channels}{block}"
     made = f'timm.create_model("{name.removeprefix(TIMM)}", {shape})'
+    if name in models.OURS:
+        made = f"import repan_cli.models; {made}"
     own = any(change[0] == "adapt" for change in meta["structure"]["changes"])
     return f"timm.utils.reparameterize_model({made})" if own else made
 

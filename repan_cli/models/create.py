@@ -226,7 +226,9 @@ def rebuild(saved: Checkpoint, source: str, network: nn.Module | str | None = No
     `source` names the file in errors; `network` as for `blank`. Raises InputError when the weights do not fit the
     network that the file describes.
     """
-    drawn = user_file.names_a_file(saved.meta["model"])  # what a person's own does with its weights is not known
+    drawn = user_file.names_a_file(
+        str(saved.meta.get("model"))
+    )  # what a person's own does with its weights is not known
     with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else _NothingIsDrawn():
         model = blank(saved.meta, source, network)
     checkpoint.load_weights(model, saved, source)
