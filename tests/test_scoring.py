@@ -1,0 +1,110 @@
+"""Scores in detail: every figure against one that is worked out by hand."""
+
+import csv
+import json
+
+import pytest
+import timm
+import torch
+from conftest import CPU
+from test_cli import run
+from test_datasets import write_folders
+from torch import nn
+
+from repan_cli import engine, scoring
+from repan_cli.data.datasets import Images
+from repan_cli.data.resident import ResidentImages
+from repan_cli.extras import missing
+
+
+class Told(nn.Module):
+    """Gives the logits that stand for each image, whose number is its only pixel."""
+
+    def __init__(self, logits, most=10**9):
+        super().__init__()
+        self.logits, self.most, self.asked = logits, most, []
+
+    def forward(self, images):
+        self.asked.append(len(images))
+        if len(images) > self.most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return self.logits[(images[:, 0, 0, 0] * 255).round().long()]
+
+
+def source(labels):
+    numbers = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).numpy()
+    return ResidentImages(Images(numbers, torch.tensor(labels).numpy()), mean=(0.0,), std=(1.0,), device=CPU)
+
+
+def sure(classes, chosen, confidence):
+    """Logits whose softmax gives `confidence` to one class and the rest alike to the others."""
+    rest = (1 - confidence) / (classes - 1)
+    return torch.tensor([confidence if number == chosen else rest for number in range(classes)]).log()
+
+
+def test_figures_worked_out_by_hand():
+    """Four images at 0.9 of which three are right, two at 0.5 of which none is: |0.9 - 0.75| * 4/6 + 0.5 * 2/6."""
+    labels = [0, 0, 1, 1, 2, 2]
+    told = [(0, 0.9), (0, 0.9), (1, 0.9), (0, 0.9), (0, 0.5), (1, 0.5)]
+    logits = torch.stack([sure(3, chosen, confidence) for chosen, confidence in told])
+    details, _ = scoring.examine(Told(logits), source(labels), 3)
+    assert details.calibration_error == pytest.approx(100 * (0.15 * 4 + 0.5 * 2) / 6, abs=1e-4)
+    assert details.confusion.tolist() == [[2, 0, 0], [1, 1, 0], [1, 1, 0]]
+    assert details.class_accuracy() == [100, 50, 0]
+    assert details.score.top1 == pytest.approx(50)
+    assert list(scoring.worst_confusions(details.confusion, 2)) == [(1, 0, 1), (2, 0, 1)]
+    assert details.score == engine.evaluate(Told(logits), source(labels))
+
+
+def test_a_class_without_images_has_no_accuracy():
+    details, _ = scoring.examine(Told(torch.eye(3)), source([0, 1]), 3)
+    assert details.class_accuracy() == [100, 100, None]
+
+
+def test_agreement():
+    first, _ = scoring.examine(Told(torch.eye(4)), source([0, 1, 2, 3]), 4)
+    other, _ = scoring.examine(Told(torch.eye(4)[[0, 1, 3, 2]]), source([0, 1, 2, 3]), 4)
+    assert scoring.agreement(first, other) == 50
+
+
+def test_batches_are_halved_until_memory_suffices():
+    labels = [number % 5 for number in range(200)]
+    logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    whole, size = scoring.examine(Told(logits), source(labels), 5)
+    assert size == 1000
+    tight = Told(logits, most=100)
+    details, size = scoring.examine(tight, source(labels), 5)
+    assert size == 62
+    assert tight.asked[:5] == [200, 200, 200, 125, 62]
+    assert details.score.top1 == whole.score.top1
+    assert details.confusion.equal(whole.confusion)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        scoring.examine(Told(logits, most=0), source(labels), 5)
+
+
+def test_tables_and_both_forms(capsys, cycle_run, tmp_path):
+    words = ["evaluate", cycle_run.folder / "best.pt", "--fused", "--out", tmp_path / "tables", "--json"]
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["form"], found["compared"]["form"], found["agreement"]) == ("fused", "multi-branch", 100)
+    assert found["loss"] == pytest.approx(found["compared"]["loss"], rel=1e-5)
+    rows = list(csv.reader((tmp_path / "tables" / "confusion.csv").open()))
+    counts = [[int(cell) for cell in row[1:]] for row in rows[1:]]
+    assert sum(map(sum, counts)) == found["images"]
+    right = sum(counts[number][number] for number in range(10))
+    assert 100 * right / found["images"] == pytest.approx(found["top1"])
+    classes = list(csv.DictReader((tmp_path / "tables" / "classes.csv").open()))
+    assert {row["class"]: float(row["top1"]) for row in classes} == pytest.approx(found["class_top1"])
+    assert (tmp_path / "tables" / "confusion.png").exists() or missing("matplotlib")
+
+
+def test_weights_of_others_on_ones_own_images(capsys, tmp_path):
+    """A timm network's file, named, on image folders of as many classes."""
+    model = timm.create_model("repvgg_a0", num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "theirs.pth")
+    folders = write_folders(tmp_path / "photos")
+    words = ["evaluate", tmp_path / "theirs.pth", "--model", "repvgg_a0", "-d", "folder", "--data-root", folders]
+    code, out, err = run(capsys, *words, "--json")
+    assert code == 0, err
+    assert json.loads(out)["form"] == "multi-branch"
