@@ -15,6 +15,37 @@ import typer
 import repan_cli
 from repan_cli import completion, config
 from repan_cli.errors import FULL, InputError, OutOfSpaceError, RepanError, is_out_of_memory
+from repan_cli.options import (
+    SHORTCUTS,
+    BatchSizeOption,
+    BlockOption,
+    ConfigOption,
+    ControlOption,
+    DataOption,
+    DataRootOption,
+    DatasetOption,
+    DeviceOption,
+    DryRunOption,
+    EpochsOption,
+    JsonOption,
+    LrOption,
+    MachineOption,
+    ModelOption,
+    NetworkOption,
+    OutOption,
+    OverwriteOption,
+    PlaceOption,
+    PretrainedOption,
+    PrintConfigOption,
+    ResumeOption,
+    SeedOption,
+    SeedsOption,
+    Settings,
+    SplitOption,
+    SubjectArgument,
+    TeacherOption,
+    shortcut,
+)
 from repan_cli.registry import did_you_mean
 
 app = typer.Typer(
@@ -39,93 +70,6 @@ HELP_STYLES = {
     "STYLE_REQUIRED_LONG": "red",
 }
 """Typer's help in yellow, cyan and dim grey cannot be read on white."""
-
-SHORTCUTS = {
-    "model": "model.name",
-    "block": "block.name",
-    "dataset": "data.name",
-    "data_root": "data.root",
-    "epochs": "epochs",
-    "lr": "optim.lr",
-    "batch_size": "data.batch_size",
-    "baseline_epochs": "baseline.epochs",
-    "baseline_lr": "baseline.optim.lr",
-    "cycles": "cycle.count",
-    "init": "model.init",
-    "pretrained": "model.pretrained",
-    "teacher": "teacher.name",
-    "seed": "run.seed",
-    "device": "run.device",
-    "out": "run.out",
-}
-"""Which setting an option stands for."""
-
-
-def _shortcut(name: str, metavar: str, text: str | None = None) -> Any:
-    key = SHORTCUTS[name]
-    declared = config.SCHEMA.get(key) or config.OVERLAY[key]
-    flags = [f"--{name.replace('_', '-')}", *{"model": ["-m"], "dataset": ["-d"], "out": ["-o"]}.get(name, [])]
-    offers = completion.of_setting(key)
-    return typer.Option(*flags, metavar=metavar, help=text or declared.text, show_default=False, autocompletion=offers)
-
-
-ModelOption = Annotated[str | None, _shortcut("model", "NAME")]
-BlockOption = Annotated[str | None, _shortcut("block", "NAME")]
-DatasetOption = Annotated[str | None, _shortcut("dataset", "NAME")]
-DataRootOption = Annotated[str | None, _shortcut("data_root", "FOLDER")]
-EpochsOption = Annotated[str | None, _shortcut("epochs", "N", "Length of the run.")]
-LrOption = Annotated[str | None, _shortcut("lr", "RATE")]
-PretrainedOption = Annotated[
-    bool, typer.Option("--pretrained", help="Start from the weights that timm or torchvision offers.")
-]
-BatchSizeOption = Annotated[str | None, _shortcut("batch_size", "N")]
-TeacherOption = Annotated[
-    str | None, _shortcut("teacher", "NAME", "A file of weights, timm:NAME, or in cycle 'previous'.")
-]
-SeedOption = Annotated[str | None, _shortcut("seed", "N")]
-DeviceOption = Annotated[str | None, _shortcut("device", "NAME")]
-OutOption = Annotated[str | None, _shortcut("out", "FOLDER")]
-ConfigOption = Annotated[
-    str | None,
-    typer.Option(
-        "-c",
-        "--config",
-        metavar="FILE",
-        help="Settings from a YAML file or a preset (recipes/cifar); without it, the recipe of the data set.",
-        autocompletion=completion.completes(completion.presets),
-    ),
-]
-PrintConfigOption = Annotated[bool, typer.Option("--print-config", help="Print the settings as YAML and stop.")]
-ResumeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--resume",
-        metavar="RUN",
-        help="Go on with a run: its directory, or 'latest'.",
-        show_default=False,
-        autocompletion=completion.completes(completion.runs),
-    ),
-]
-SeedsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--seeds", metavar="N,N,...", help="Run once with each of these seeds, and compare.", show_default=False
-    ),
-]
-ControlOption = Annotated[bool, typer.Option("--control", help="Also run the same without restarts, and compare.")]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Try every part of the run once, say what it will be, write nothing.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Any other setting, such as optim.weight_decay=2e-4; see 'repan list settings'.",
-        show_default=False,
-        autocompletion=completion.words,
-    ),
-]
 
 
 def _dispatch(module: str, *arguments: Any, entry: str = "run", **options: Any) -> None:
@@ -286,13 +230,13 @@ def cycle(
     dataset: DatasetOption = None,
     block: BlockOption = None,
     data_root: DataRootOption = None,
-    baseline_epochs: Annotated[str | None, _shortcut("baseline_epochs", "N", "Length of the baseline.")] = None,
-    baseline_lr: Annotated[str | None, _shortcut("baseline_lr", "RATE", "Peak learning rate of the baseline.")] = None,
-    cycles: Annotated[str | None, _shortcut("cycles", "N")] = None,
-    epochs: Annotated[str | None, _shortcut("epochs", "N", "Length of each cycle.")] = None,
-    lr: Annotated[str | None, _shortcut("lr", "RATE", "Peak learning rate of each cycle.")] = None,
+    baseline_epochs: Annotated[str | None, shortcut("baseline_epochs", "N", "Length of the baseline.")] = None,
+    baseline_lr: Annotated[str | None, shortcut("baseline_lr", "RATE", "Peak learning rate of the baseline.")] = None,
+    cycles: Annotated[str | None, shortcut("cycles", "N")] = None,
+    epochs: Annotated[str | None, shortcut("epochs", "N", "Length of each cycle.")] = None,
+    lr: Annotated[str | None, shortcut("lr", "RATE", "Peak learning rate of each cycle.")] = None,
     init: Annotated[
-        str | None, _shortcut("init", "FILE", "Start the cycles from these weights instead of a baseline.")
+        str | None, shortcut("init", "FILE", "Start the cycles from these weights instead of a baseline.")
     ] = None,
     pretrained: PretrainedOption = False,
     teacher: TeacherOption = None,
@@ -364,7 +308,7 @@ def _add_training(command: str, text: str) -> None:
         data_root: DataRootOption = None,
         epochs: EpochsOption = None,
         lr: LrOption = None,
-        init: Annotated[str | None, _shortcut("init", "FILE", "Start from these weights.")] = None,
+        init: Annotated[str | None, shortcut("init", "FILE", "Start from these weights.")] = None,
         pretrained: PretrainedOption = False,
         batch_size: BatchSizeOption = None,
         seed: SeedOption = None,
@@ -396,49 +340,6 @@ def _add_training(command: str, text: str) -> None:
 
 _add_training("train", TRAIN)
 _add_training("distill", DISTILL)
-
-
-SubjectArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="A file that repan wrote, a run's folder, others' weights (with --model), or timm:NAME.",
-        show_default=False,
-        autocompletion=completion.completes(completion.checkpoints),
-    ),
-]
-NetworkOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model", "-m", metavar="NAME", help="The network of others' weights, or your own, file.py:function."
-    ),
-]
-
-
-MachineOption = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--dataset",
-        "-d",
-        metavar="NAME",
-        help="Another data set than it was trained on.",
-        autocompletion=completion.of_setting("data.name"),
-    ),
-]
-PlaceOption = Annotated[
-    str | None, typer.Option("--data-root", metavar="FOLDER", help="Folder of the data sets, where it has moved.")
-]
-SplitOption = Annotated[
-    str,
-    typer.Option(
-        "--split",
-        metavar="PART",
-        help="test, val or train.",
-        autocompletion=completion.completes(completion.splits),
-    ),
-]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 
 
 def _check_split(split: str) -> None:

@@ -24,12 +24,25 @@ ROWS = [
     ["tasks", "teacher", "optim", "checkpoint", "models", "data", "export"],
     ["engine", "anneal", "state", "scoring"],
     ["commands"],
-    ["completion", "cli"],
+    ["completion", "options", "cli"],
 ]
 """From the bottom up. A room may import rooms of its own row and of those below."""
 
 LIGHT = {
-    *("cli", "completion", "config", "registry", "errors", "extras", "console", "live", "trackers", "runs", "plots"),
+    *(
+        "cli",
+        "options",
+        "completion",
+        "config",
+        "registry",
+        "errors",
+        "extras",
+        "console",
+        "live",
+        "trackers",
+        "runs",
+        "plots",
+    ),
     *("results", "comparison", "report"),
 }
 """Rooms that never import torch."""
