@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -17,34 +18,16 @@ from repan_cli import completion, config
 from repan_cli.errors import FULL, InputError, OutOfSpaceError, RepanError, is_out_of_memory
 from repan_cli.options import (
     SHORTCUTS,
-    BatchSizeOption,
     BlockOption,
-    ConfigOption,
-    ControlOption,
     DataOption,
-    DataRootOption,
-    DatasetOption,
-    DeviceOption,
-    DryRunOption,
-    EpochsOption,
     JsonOption,
-    LrOption,
     MachineOption,
-    ModelOption,
     NetworkOption,
-    OutOption,
     OverwriteOption,
     PlaceOption,
-    PretrainedOption,
-    PrintConfigOption,
-    ResumeOption,
-    SeedOption,
-    SeedsOption,
-    Settings,
     SplitOption,
     SubjectArgument,
-    TeacherOption,
-    shortcut,
+    of_training,
 )
 from repan_cli.registry import did_you_mean
 
@@ -128,7 +111,7 @@ def _as_known(error: Exception) -> RepanError | None:
 def _train(
     command: str,
     *,
-    file: str | None,
+    config_file: str | None,
     settings: list[str] | None,
     resume: str | None,
     seeds: str | None,
@@ -148,10 +131,10 @@ def _train(
             given[SHORTCUTS[name]] = str(value)
         if resume is not None:
             others = {"--print-config": print_config, "--dry-run": dry_run, "--seeds": seeds, "--control": control}
-            _check_resume(given, {"-c": file, **others})
+            _check_resume(given, {"-c": config_file, **others})
         else:
             numbers = _seeds(seeds, given)
-            resolved = config.resolve(command, file, given)
+            resolved = config.resolve(command, config_file, given)
             if _begun_anew(resolved.config.run.out):
                 resume, given = resolved.config.run.out, {}
     except RepanError as error:
@@ -223,36 +206,8 @@ def repan(
         _fail(InputError("-v belongs to --version: 'repan --version -v' prints packages and machine"))
 
 
-@app.command(rich_help_panel="Training")
-def cycle(
-    settings: Settings = None,
-    model: ModelOption = None,
-    dataset: DatasetOption = None,
-    block: BlockOption = None,
-    data_root: DataRootOption = None,
-    baseline_epochs: Annotated[str | None, shortcut("baseline_epochs", "N", "Length of the baseline.")] = None,
-    baseline_lr: Annotated[str | None, shortcut("baseline_lr", "RATE", "Peak learning rate of the baseline.")] = None,
-    cycles: Annotated[str | None, shortcut("cycles", "N")] = None,
-    epochs: Annotated[str | None, shortcut("epochs", "N", "Length of each cycle.")] = None,
-    lr: Annotated[str | None, shortcut("lr", "RATE", "Peak learning rate of each cycle.")] = None,
-    init: Annotated[
-        str | None, shortcut("init", "FILE", "Start the cycles from these weights instead of a baseline.")
-    ] = None,
-    pretrained: PretrainedOption = False,
-    teacher: TeacherOption = None,
-    batch_size: BatchSizeOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    out: OutOption = None,
-    config_file: ConfigOption = None,
-    resume: ResumeOption = None,
-    seeds: SeedsOption = None,
-    control: ControlOption = False,
-    print_config: PrintConfigOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Train by RepAn: a baseline, then cycles of merging, regrowing and training on.
+TRAINING = {
+    "cycle": """Train by RepAn: a baseline, then cycles of merging, regrowing and training on.
 
     Examples:
 
@@ -261,85 +216,49 @@ def cycle(
     [bold]repan cycle --model repvgg --dataset cifar100 --cycles 5 --epochs 20 --seed 1[/bold]
 
     [bold]repan cycle --init runs/train/NAME/best.pt --dataset cifar100 cycle.rule=running[/bold]
-    """
-    options = {name: value for name, value in locals().items() if name in SHORTCUTS}
-    _train(
-        "cycle",
-        file=config_file,
-        settings=settings,
-        resume=resume,
-        seeds=seeds,
-        control=control,
-        print_config=print_config,
-        dry_run=dry_run,
-        as_json=as_json,
-        **options,
-    )
-
-
-TRAIN = """Train a network plainly: one course, no restart.
+    """,
+    "train": """Train a network plainly: one course, no restart.
 
     Examples:
 
     [bold]repan train --model repvgg --dataset cifar100 --epochs 100[/bold]
 
     [bold]repan train --model repvgg_a0_cifar --block acb --dataset folder --data-root photos data.image_size=64[/bold]
-    """
-
-DISTILL = """Train a network with a teacher: one course, no restart.
+    """,
+    "distill": """Train a network with a teacher: one course, no restart.
 
     Examples:
 
     [bold]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt[/bold]
 
     [bold]repan distill --model repvgg --dataset cifar100 --teacher runs/train/NAME/best.pt teacher.alpha=0.9[/bold]
-    """
+    """,
+}
+"""The commands that train, and their help."""
 
 
 def _add_training(command: str, text: str) -> None:
-    """A command without cycles; `train` and `distill` have the same options, of which `train` refuses a teacher."""
+    """A command whose parameters are those of `of_training`: Typer reads them from the signature."""
 
-    def training(
-        settings: Settings = None,
-        model: ModelOption = None,
-        dataset: DatasetOption = None,
-        teacher: TeacherOption = None,
-        block: BlockOption = None,
-        data_root: DataRootOption = None,
-        epochs: EpochsOption = None,
-        lr: LrOption = None,
-        init: Annotated[str | None, shortcut("init", "FILE", "Start from these weights.")] = None,
-        pretrained: PretrainedOption = False,
-        batch_size: BatchSizeOption = None,
-        seed: SeedOption = None,
-        device: DeviceOption = None,
-        out: OutOption = None,
-        config_file: ConfigOption = None,
-        resume: ResumeOption = None,
-        seeds: SeedsOption = None,
-        print_config: PrintConfigOption = False,
-        dry_run: DryRunOption = False,
-        as_json: JsonOption = False,
-    ) -> None:
-        options = {name: value for name, value in locals().items() if name in SHORTCUTS}
-        _train(
-            command,
-            file=config_file,
-            settings=settings,
-            resume=resume,
-            seeds=seeds,
-            print_config=print_config,
-            dry_run=dry_run,
-            as_json=as_json,
-            **options,
-        )
+    def training(**given: Any) -> None:
+        _train(command, **given)
 
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(option), annotation=option)
+        for name, option in of_training(command).items()
+    ]
+    training.__signature__ = inspect.Signature(parameters)
+    training.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     training.__doc__ = text
     app.command(command, rich_help_panel="Training")(training)
 
 
-_add_training("train", TRAIN)
-_add_training("distill", DISTILL)
+def _default(option: Any) -> bool | None:
+    return False if get_args(option)[0] is bool else None
+
+
+for _command, _text in TRAINING.items():
+    _add_training(_command, _text)
 
 
 def _check_split(split: str) -> None:

@@ -34,41 +34,54 @@ def shortcut(name: str, metavar: str, text: str | None = None) -> Any:
     declared = config.SCHEMA.get(key) or config.OVERLAY[key]
     flags = [f"--{name.replace('_', '-')}", *{"model": ["-m"], "dataset": ["-d"], "out": ["-o"]}.get(name, [])]
     offers = completion.of_setting(key)
-    return typer.Option(*flags, metavar=metavar, help=text or declared.text, show_default=False, autocompletion=offers)
+    return typer.Option(
+        *flags,
+        metavar=metavar,
+        help=text or declared.text,
+        show_default=False,
+        autocompletion=offers,
+        rich_help_panel=_panel(name),
+    )
 
 
-ModelOption = Annotated[str | None, shortcut("model", "NAME")]
+WHAT, HOW_LONG, RUN = "What is trained", "How long, how fast", "The run"
+
+
+def _panel(name: str) -> str:
+    """Under which heading of the help an option stands."""
+    if name in ("model", "dataset", "block", "data_root", "init", "teacher"):
+        return WHAT
+    return RUN if name in ("seed", "device", "out") else HOW_LONG
+
+
 BlockOption = Annotated[str | None, shortcut("block", "NAME")]
-DatasetOption = Annotated[str | None, shortcut("dataset", "NAME")]
-DataRootOption = Annotated[str | None, shortcut("data_root", "FOLDER")]
-EpochsOption = Annotated[str | None, shortcut("epochs", "N", "Length of the run.")]
-LrOption = Annotated[str | None, shortcut("lr", "RATE")]
 PretrainedOption = Annotated[
-    bool, typer.Option("--pretrained", help="Start from the weights that timm or torchvision offers.")
+    bool,
+    typer.Option("--pretrained", help="Start from the weights that timm or torchvision offers.", rich_help_panel=WHAT),
 ]
-BatchSizeOption = Annotated[str | None, shortcut("batch_size", "N")]
 TeacherOption = Annotated[
     str | None, shortcut("teacher", "NAME", "A file of weights, timm:NAME, or in cycle 'previous'.")
 ]
-SeedOption = Annotated[str | None, shortcut("seed", "N")]
-DeviceOption = Annotated[str | None, shortcut("device", "NAME")]
-OutOption = Annotated[str | None, shortcut("out", "FOLDER")]
 ConfigOption = Annotated[
     str | None,
     typer.Option(
         "-c",
         "--config",
         metavar="FILE",
+        rich_help_panel=RUN,
         help="Settings from a YAML file or a preset (recipes/cifar); without it, the recipe of the data set.",
         autocompletion=completion.completes(completion.presets),
     ),
 ]
-PrintConfigOption = Annotated[bool, typer.Option("--print-config", help="Print the settings as YAML and stop.")]
+PrintConfigOption = Annotated[
+    bool, typer.Option("--print-config", rich_help_panel=RUN, help="Print the settings as YAML and stop.")
+]
 ResumeOption = Annotated[
     str | None,
     typer.Option(
         "--resume",
         metavar="RUN",
+        rich_help_panel=RUN,
         help="Go on with a run: its directory, or 'latest'.",
         show_default=False,
         autocompletion=completion.completes(completion.runs),
@@ -77,12 +90,21 @@ ResumeOption = Annotated[
 SeedsOption = Annotated[
     str | None,
     typer.Option(
-        "--seeds", metavar="N,N,...", help="Run once with each of these seeds, and compare.", show_default=False
+        "--seeds",
+        metavar="N,N,...",
+        rich_help_panel=RUN,
+        help="Run once with each of these seeds, and compare.",
+        show_default=False,
     ),
 ]
-ControlOption = Annotated[bool, typer.Option("--control", help="Also run the same without restarts, and compare.")]
+ControlOption = Annotated[
+    bool, typer.Option("--control", rich_help_panel=RUN, help="Also run the same without restarts, and compare.")
+]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Try every part of the run once, say what it will be, write nothing.")
+    bool,
+    typer.Option(
+        "--dry-run", rich_help_panel=RUN, help="Try every part of the run once, say what it will be, write nothing."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Settings = Annotated[
@@ -94,6 +116,47 @@ Settings = Annotated[
         autocompletion=completion.words,
     ),
 ]
+
+
+def of_training(command: str) -> dict[str, Any]:
+    """The arguments of `train`, `distill` and `cycle` by name, in the order of their help. Switches are off, all others
+    None, where they are not given.
+    """
+    cycles = command == "cycle"
+    texts = CYCLE_TEXTS if cycles else RUN_TEXTS
+    only = {"baseline_epochs": "N", "baseline_lr": "RATE", "cycles": "N"} if cycles else {}
+    shared = {"model": "NAME", "dataset": "NAME", "block": "NAME", "data_root": "FOLDER", **only}
+    shared |= {"epochs": "N", "lr": "RATE", "init": "FILE"}
+    later = {"batch_size": "N", "seed": "N", "device": "NAME", "out": "FOLDER"}
+
+    def shortcuts(metavars: dict[str, str]) -> dict[str, Any]:
+        return {name: Annotated[str | None, shortcut(name, what, texts.get(name))] for name, what in metavars.items()}
+
+    return {
+        "settings": Settings,
+        **shortcuts(shared),
+        "pretrained": PretrainedOption,
+        "teacher": TeacherOption,
+        **shortcuts(later),
+        "config_file": ConfigOption,
+        "resume": ResumeOption,
+        "seeds": SeedsOption,
+        **({"control": ControlOption} if cycles else {}),
+        "print_config": PrintConfigOption,
+        "dry_run": DryRunOption,
+        "as_json": JsonOption,
+    }
+
+
+RUN_TEXTS = {"epochs": "Length of the run.", "init": "Start from these weights."}
+CYCLE_TEXTS = {
+    "baseline_epochs": "Length of the baseline.",
+    "baseline_lr": "Peak learning rate of the baseline.",
+    "epochs": "Length of each cycle.",
+    "lr": "Peak learning rate of each cycle.",
+    "init": "Start the cycles from these weights instead of a baseline.",
+}
+"""What an option says where the text of its setting would not do."""
 
 
 # ---------------------------------------------------------------------------------------------- files of networks
