@@ -61,6 +61,7 @@ def test_quantize(capsys, cycle_run, tmp_path):
     assert len(found["layers"]) == 23
     _, text, _ = run(capsys, "evaluate", out, "--json")
     assert json.loads(text)["top1"] == found["int8"]["top1"]
+    assert json.loads(text)["precision"] == "int8"
     assert "exists already" in one_line(capsys, "quantize", cycle_run.folder / "best.pt", "-o", out)
     assert "name a file that ends in .onnx" in one_line(capsys, "quantize", cycle_run.folder, "-o", tmp_path / "x.pt")
     assert "is exported already" in one_line(capsys, "quantize", out)

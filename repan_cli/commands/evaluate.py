@@ -52,7 +52,8 @@ def run(
         found[form], size = examine(network, images, len(data.classes))
         if size < eval_batch(images):
             warn(f"memory sufficed for batches of {size} images only, which took longer")
-    result = _result(found, data.classes) | {"dataset": data.name, "split": split, "runtime": subject.runtime}
+    how = {"runtime": subject.runtime, "precision": subject.meta.get("precision", "float32")}
+    result = _result(found, data.classes) | {"dataset": data.name, "split": split, **how}
     if out:
         result["out"] = _write(out, found[result["form"]], data.classes)
     if as_json:
@@ -100,7 +101,8 @@ def _write(folder: Path, details: Details, classes: tuple[str, ...]) -> list[str
 
 
 def _report(source: str, result: dict[str, Any], found: dict[str, Details], classes: tuple[str, ...]) -> None:
-    tell(f"{source} on {result['images']:,} {result['split']} images of {result['dataset']}")
+    by = f"{result['runtime']}, {result['precision']}"
+    tell(f"{source} ({by}) on {result['images']:,} {result['split']} images of {result['dataset']}")
     names = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss", "calibration_error": "calibration error %"}
     rows = []
     for form, details in found.items():
