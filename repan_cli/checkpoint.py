@@ -56,6 +56,9 @@ SEAL, DIGITS = b"repan sha256 ", 64
 a `.pt` or `.pt2` archive, at the end, the last metadata of an `.onnx` file, and the first value in the header of a
 `.safetensors` file."""
 
+EXPORTS = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load"}
+"""Files of networks that are no checkpoints, and what opens them."""
+
 MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
 
 
@@ -175,6 +178,8 @@ def load_any(path: str | Path) -> Checkpoint | dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no checkpoint {path}" + (": it is a folder; name a file in it" if path.is_dir() else ""))
+    if path.suffix in EXPORTS:
+        raise InputError(f"{path} is an export: {EXPORTS[path.suffix]} opens it, and repan evaluate, predict and info")
     try:
         is_sealed = check_seal(path)
     except OSError as error:

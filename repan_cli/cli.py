@@ -276,11 +276,22 @@ def fuse(
     ] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", "-f", metavar="FORMAT", help="pt, safetensors, onnx or pt2; several: -f pt -f onnx."),
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="FORMAT",
+            help="pt, safetensors, onnx or pt2; several: -f pt -f onnx.",
+            autocompletion=completion.completes(completion.formats),
+        ),
     ] = None,
     form: Annotated[
         str,
-        typer.Option("--form", metavar="FORM", help="conv; or conv-bn, which loads into the plain timm network."),
+        typer.Option(
+            "--form",
+            metavar="FORM",
+            help="conv; or conv-bn, which loads into the plain timm network.",
+            autocompletion=completion.completes(completion.forms),
+        ),
     ] = "conv",
     with_normalize: Annotated[
         bool, typer.Option("--with-normalize", help="Put the normalisation of images into the graph.")

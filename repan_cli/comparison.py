@@ -169,8 +169,11 @@ class Comparison:
         return self.groups[0]
 
     def gain(self, group: Group, figure: str = "test_top1") -> Difference | None:
-        """Over the control; None for the control itself."""
-        return None if group is self.control else difference(group.by_seed(figure), self.control.by_seed(figure))
+        """Over the control; None for the control itself, and for other data, which it says nothing of."""
+        ours, theirs = group.results[0], self.control.results[0]
+        if group is self.control or ours.dataset != theirs.dataset or ours.classes != theirs.classes:
+            return None
+        return difference(group.by_seed(figure), self.control.by_seed(figure))
 
 
 def compare(results: Sequence[Result], control: Path | None = None) -> Comparison:

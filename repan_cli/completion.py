@@ -75,6 +75,14 @@ def splits() -> list[str]:
     return ["test", "val", "train"]
 
 
+def formats() -> list[str]:
+    return ["pt", "safetensors", "onnx", "pt2"]
+
+
+def forms() -> list[str]:
+    return ["conv", "conv-bn"]
+
+
 def presets(start: str = "") -> list[str]:
     return [*config.presets(), *_files(start, (".yaml", ".yml"))]
 

@@ -31,7 +31,7 @@ def _row(comparison: Comparison, group: Group) -> tuple[str, ...]:
         group.label,
         str(len(group.seeds)),
         *(_spread(group.spread(figure)) for figure in ("test_top1", "last_test_top1", "val_top1")),
-        _gain(comparison.gain(group)),
+        "control" if group is comparison.control else _gain(comparison.gain(group)),
         f"{cost['epochs']:g}",
         _short(cost["images"]),
         duration(3600 * cost["hours"]),
@@ -54,7 +54,7 @@ def _short(number: float | None) -> str:
 
 def _gain(gain: Difference | None) -> str:
     if gain is None:
-        return "control"
+        return "-"
     interval = "" if gain.low is None else f" [{gain.low:+.2f}, {gain.high:+.2f}]"
     return f"{gain.mean:+.2f}{interval}"
 
@@ -67,7 +67,8 @@ def legend(comparison: Comparison) -> str:
         words += "; mean ± standard deviation over seeds"
     if len(spread) < len(comparison.groups):
         words += "; one seed has no spread, and the difference no interval"
-    methods = {gain.method for group in comparison.groups[1:] if (gain := comparison.gain(group)).method}
+    gains = [comparison.gain(group) for group in comparison.groups[1:]]
+    methods = {gain.method for gain in gains if gain and gain.method}
     if methods:
         how = " or ".join(METHODS[method] for method in sorted(methods))
         words += f"; in brackets the {CONFIDENCE:.0%} confidence interval, {how}"

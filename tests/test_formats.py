@@ -200,6 +200,8 @@ def test_bad_wishes(capsys, net, tmp_path, monkeypatch):
     assert "is fused already" in one_line(capsys, "fuse", tmp_path / "fused.pt")
     assert run(capsys, "fuse", tmp_path / "fused.pt", "-f", "pt2")[0] == 0
     assert "is exported already" in one_line(capsys, "fuse", tmp_path / "fused_fused.pt2")
+    with pytest.raises(InputError, match=r"is an export: torch\.export\.load opens it"):
+        repan_cli.load(tmp_path / "fused_fused.pt2")
     monkeypatch.setattr("repan_cli.extras.missing", lambda *packages: ["onnxscript"])
     line = one_line(capsys, "fuse", path, "-o", tmp_path / "net.onnx")
     assert "writing ONNX needs onnxscript: pip install 'repan-cli[onnx]'" in line

@@ -272,7 +272,7 @@ def test_weights_that_cannot_be_fetched_are_one_line(digits, monkeypatch):
 
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", no_network)
-    with pytest.raises(InputError, match=r"of resnet10t \(no route to host\); give their file: with --init to train"):
+    with pytest.raises(InputError, match=r"of resnet10t \(no route to host\); give their file: --init FILE to train"):
         made(digits, model__name="timm:resnet10t", model__pretrained=True)
     without = next(name for name in timm.list_models("*resnet*") if not timm.is_model_pretrained(name))
     with pytest.raises(InputError, match="no pretrained weights of"):

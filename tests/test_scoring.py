@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import CPU
-from test_cli import run
+from test_cli import one_line, run
 from test_datasets import write_folders
 from torch import nn
 
@@ -97,6 +97,12 @@ def test_tables_and_both_forms(capsys, cycle_run, tmp_path):
     classes = list(csv.DictReader((tmp_path / "tables" / "classes.csv").open()))
     assert {row["class"]: float(row["top1"]) for row in classes} == pytest.approx(found["class_top1"])
     assert (tmp_path / "tables" / "confusion.png").exists() or missing("matplotlib")
+
+
+def test_tables_that_cannot_be_written_are_told_before_anything_is_scored(capsys, cycle_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/tables"):
+        assert "--out" in one_line(capsys, "evaluate", cycle_run.folder / "best.pt", "--out", out)
 
 
 def test_weights_of_others_on_ones_own_images(capsys, tmp_path):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from test_cli import one_line, run
@@ -138,6 +139,14 @@ def test_with_weights_to_start_from_there_is_no_baseline_to_share(capsys, tmp_pa
     assert (ours["seed"], theirs["seed"]) == (5, 5)
     assert ours["cycles"][0]["logit_error"] > 0
     assert theirs["cycles"][0]["logit_error"] == 0
+
+
+def test_a_network_of_ones_own_has_a_control(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(OWN)
+    words = ["-m", "net.py:build", "-d", "digits", "data.batch_size=256", "--baseline-epochs", 1, "--epochs", 1]
+    done(capsys, "cycle", *words, "--cycles", 1, "--control", "--out", "run")
+    assert [state_of(path) for path in sorted(Path("run").glob("*seed_0"))] == ["done", "done"]
 
 
 # ---------------------------------------------------------------------------------------------- stops

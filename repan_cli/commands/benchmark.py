@@ -114,7 +114,8 @@ def _subject(source: str, model: str | None, image_size: int | None, block: str 
 def _forms(subject: Subject, images: Tensor, machine: Runtime, *, compiled: bool) -> list[_Form]:
     """Multi-branch, fused, compiled and ONNX Runtime, as far as there are such."""
     if subject.runtime != "PyTorch":
-        return [_Form(subject.runtime, subject.network.to(machine.device))]
+        name = f"{subject.runtime} {subject.meta.get('precision', '')}".rstrip()
+        return [_Form(name, subject.network.to(machine.device))]
     multi = subject.network.eval()
     forms, fused = [], multi
     if subject.form != FUSED and (any(rep_blocks(multi)) or any(is_own_block(module) for module in multi.modules())):
@@ -264,7 +265,8 @@ def _report(result: dict[str, Any]) -> None:
         for each in result["forms"]
         if each["parameters"] is not None
     ]
-    print_table(["form", "parameters", "GMACs"], sizes)
+    if sizes:
+        print_table(["form", "parameters", "GMACs"], sizes)
     rows = [(str(row["batch"]), row["form"], *_cells(row), f"{row['speedup']:.2f}x") for row in result["inference"]]
     print_table(["batch", "inference", "ms", "quartiles", "images/s", "against the first"], rows)
     rows = [

@@ -36,6 +36,8 @@ def run(words: list[str], *, control: str | None, as_json: bool, as_csv: bool, h
         unfinished = [{"run": path, "why": why} for path, why in left_out]
         print(json.dumps({**as_data(comparison), "left_out": unfinished}))
     elif as_csv:
+        for warning in comparison.warnings:
+            warn(warning)
         print(_as_csv(as_data(comparison)), end="")
     else:
         show(comparison)

@@ -36,8 +36,8 @@ def run(
     as_json: bool,
 ) -> None:
     """Score SOURCE in float32; `fused` merges it, with proof, and scores both forms side by side."""
-    if out and out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: name a folder for the tables")
+    if out:
+        _make_folder(out)
     subject = open_subject(source, model)
     machine = runtime.start(device, "fp32")
     data = data_of.load(subject, dataset, data_root)
@@ -62,6 +62,16 @@ def run(
         _report(source, result, found, data.classes)
 
 
+def _make_folder(out: Path) -> None:
+    """Before anything is scored. Raises InputError where no tables can be written."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder for the tables")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create the folder {out}: {error.strerror}; give another --out") from None
+
+
 def _result(found: dict[str, Details], classes: tuple[str, ...]) -> dict[str, Any]:
     """The figures of the last form, with those of the one before it beside them."""
     (form, details), *_ = reversed(found.items())
@@ -79,7 +89,6 @@ def _figures(details: Details) -> dict[str, Any]:
 
 def _write(folder: Path, details: Details, classes: tuple[str, ...]) -> list[str]:
     """Tables and picture; the names of the files."""
-    folder.mkdir(parents=True, exist_ok=True)
     counts = details.confusion.tolist()
     confusion = [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))]
     accuracy = [

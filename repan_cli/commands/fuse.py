@@ -27,6 +27,7 @@ from repan_cli.export.program import Normalized, trace
 from repan_cli.extras import need
 from repan_cli.models import user_file
 from repan_cli.models.create import TIMM, TORCHVISION
+from repan_cli.registry import did_you_mean
 from repan_cli.runs import write_atomically
 
 WEIGHTS, GRAPHS = ("pt", "safetensors"), ("onnx", "pt2")
@@ -96,7 +97,9 @@ def _targets(source: str, out: Path | None, formats: list[str], *, overwrite: bo
     endings = formats or [ending or "pt"]
     for wanted in endings:
         if wanted not in FORMATS:
-            raise InputError(f"cannot write the format '{wanted}': choose {', '.join(FORMATS)}")
+            raise InputError(
+                f"cannot write the format '{wanted}'{did_you_mean(wanted, FORMATS)}: choose {', '.join(FORMATS)}"
+            )
     stem = out.with_suffix("") if out and ending in FORMATS else out or _default_stem(path)
     targets = [stem.with_name(f"{stem.name}.{wanted}") for wanted in dict.fromkeys(endings)]
     for target in targets:

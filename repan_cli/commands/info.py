@@ -20,6 +20,7 @@ from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
 from repan_cli.extras import need
 from repan_cli.models import user_file
+from repan_cli.results import read_json
 
 SIGNS = {
     "multi-branch, the RepVGG authors' names": "rbr_dense",
@@ -73,10 +74,12 @@ def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
     model = None if hidden else models.rebuild(saved, str(path), network)
     blocks = dict(rep_blocks(model)) if model else {}
     layers = {name: f"{block.family}, {_describe(block.trunk.conv)}" for name, block in blocks.items()}
-    meta = {key: value for key, value in saved.meta.items() if key not in ("config", "structure")}
+    inner = ("config", "structure", "progress", "begun")  # the last two are what a resume needs
+    meta = {key: value for key, value in saved.meta.items() if key not in inner}
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved.weights.values())
     return {
         **meta,
+        **_state_of_run(path),
         "parameters": sum(p.numel() for p in model.parameters()) if model else None,
         "bytes": size,
         "attach_rate": max((float(block.attach_rate) for block in blocks.values()), default=None),
@@ -85,6 +88,14 @@ def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
         "left_alone": saved.meta["structure"]["left"],
         "config": saved.meta["config"],
     }
+
+
+def _state_of_run(path: Path) -> dict[str, str]:
+    """Of a file in a run directory: whether the run is done, and how it goes on."""
+    state = read_json(path.parent / "status.json").get("state") if (path.parent / "status.json").exists() else None
+    if not isinstance(state, str):
+        return {}
+    return {"run": state if state == "done" else f"{state}; --resume {path.parent} goes on with it"}
 
 
 def _describe(conv: nn.Conv2d) -> str:
@@ -149,6 +160,8 @@ def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> d
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, (list, dict)) and not value:
+        return "-"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
     if isinstance(value, list):

@@ -11,7 +11,7 @@ from typing import Any
 from repan_cli.config import OVERLAY, SCHEMA, as_text, presets
 from repan_cli.console import print_table
 from repan_cli.errors import InputError
-from repan_cli.registry import Registry
+from repan_cli.registry import Registry, did_you_mean
 from repan_cli.trackers import TRACKERS
 
 Facts = dict[str, Any]
@@ -102,7 +102,7 @@ def run(kind: str, pattern: str | None, *, as_json: bool) -> None:
     if pattern:
         shown = {name: text for name, text in rows.items() if fnmatch.fnmatch(name, pattern)}
         if not shown:
-            raise InputError(f"no {kind} match '{pattern}'")
+            raise InputError(f"no {kind} match '{pattern}'{did_you_mean(pattern, rows)}; try '*{pattern.strip('*')}*'")
         shown = {name: text or _look(name) for name, text in shown.items()}
     else:
         shown = {name: text for name, text in rows.items() if not name.startswith(FOREIGN)}

@@ -46,9 +46,10 @@ def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, C
     trained = session.training.progress.phase >= len(session.training.plan)
     if trained and (path / "summary.json").exists():
         cycle = session.config.cycle
-        more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if cycle.lr == "restart" else ""
+        open_ended = command == "cycle" and cycle.lr == "restart"
+        more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if open_ended else ""
         begin = f"; begin another run from its weights with --init {path / runs.LAST}"
-        raise InputError(f"{path} is finished{more if command == 'cycle' else begin}")
+        raise InputError(f"{path} is finished{more or begin}")
     for name, digest in session.training.task_of.digests.items():
         if digest not in saved.meta["teachers"].values():
             raise InputError(f"{name} is not the teacher that the run began with")

@@ -157,7 +157,9 @@ def _make(series: Series, member: Member, given: Layer, ready: Session | None) -
         if any((path / name).exists() for name in (runs.LAST, runs.PREVIOUS)):
             if _state(path) == control.WAITING:
                 tell(f"goes on from the end of the baseline of {path.name.removeprefix(control.PREFIX)}")
-            resume.run(series.command, str(path), given, as_json=False)
+            network = series.resolved.config.model.name
+            own = {"model.name": network} if network and models.user_file.names_a_file(network) else {}
+            resume.run(series.command, str(path), {**given, **own}, as_json=False)
             return
         _clear(path)
         resolved = series.of(member)

@@ -23,6 +23,7 @@ from repan_cli.models.adapt import is_own_block
 from repan_cli.models.create import TIMM
 from repan_cli.models.expand import Expansion
 from repan_cli.optim import classifier_layers
+from repan_cli.registry import did_you_mean
 
 LARGE_IMAGE = 224
 """Short names without a data set are timm's own, made for large images."""
@@ -106,7 +107,8 @@ def file_of(source: str) -> Path | None:
     if path.is_file():
         return path
     if path.suffix in FILES or len(path.parts) > 1:
-        raise InputError(f"no file {source}")
+        beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"no file {source}{did_you_mean(str(path), beside)}")
     return None
 
 

@@ -36,8 +36,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 raise ValueError(f"its pixels are {NUMBERS[image.mode]}, not brightness from 0 to 255")
             yield image
     except UnidentifiedImageError:
-        empty = path.stat().st_size == 0
-        raise UnreadableImageError(f"cannot read the image {path}: {'it is empty' if empty else 'no image'}") from None
+        why = "it is no image, or cut off" if path.stat().st_size else "it is empty"
+        raise UnreadableImageError(f"cannot read the image {path}: {why}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"cannot read the image {path}: {error}") from None
 

@@ -137,8 +137,8 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
 def _not_fetched(name: str, error: Exception) -> InputError:
     line = next(iter(str(error).splitlines()), type(error).__name__)
     return InputError(
-        f"cannot fetch the pretrained weights of {name} ({line}); give their file: with --init to train, "
-        f"elsewhere with --model {name}"
+        f"cannot fetch the pretrained weights of {name} ({line}); give their file: --init FILE to train, "
+        f"elsewhere FILE --model {name}"
     )
 
 
