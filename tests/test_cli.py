@@ -94,6 +94,7 @@ def test_people_read_stderr_and_log_txt(cycle_run):
         assert text in log
 
 
+@pytest.mark.soak
 def test_the_saved_configuration_repeats_the_run(cycle_run, tmp_path):
     again = repan("cycle", "-c", cycle_run.folder / "config.yaml", "--out", tmp_path / "again", "--json")
     assert again.returncode == 0, again.stderr

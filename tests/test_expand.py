@@ -502,7 +502,7 @@ def test_averaged_copies_and_optimizers_survive_a_restart():
     ] == state
 
 
-@pytest.mark.parametrize("family", ["repvgg", "dbb", "qarep"])
+@pytest.mark.parametrize("family", ["repvgg", pytest.param("dbb", marks=pytest.mark.soak), "qarep"])
 @torch.no_grad()
 def test_twenty_restarts_drift_less_than_a_hundred_thousandth(family):
     """In float32, branches let in before each restart."""

@@ -63,7 +63,16 @@ def net(tmp_path_factory):
 X = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("family", ["plain", "rep", "acb", "dbb", "mobileone", "qarep"])
+QUICK_FAMILIES = ("dbb", "qarep")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family in QUICK_FAMILIES else pytest.mark.soak)
+        for family in ("plain", "rep", "repvgg", "acb", "dbb", "mobileone", "qarep")
+    ],
+)
 def test_every_family_agrees_in_every_format(capsys, tmp_path, family):
     model = saved_net(tmp_path / "net.pt", family=family)
     code, out, err = run(capsys, "fuse", tmp_path / "net.pt", *ALL, "--json")
@@ -133,7 +142,10 @@ def test_a_machine_without_repan_opens_it(capsys, net, tmp_path, kind):
     assert relative(logits, net[1](torch.ones(3, 3, 32, 32))) < 1e-4
 
 
-PLAIN = ["timm:resnet18", "timm:mobilenetv3_small_050", "timm:repvgg_a0", "timm:mobileone_s0", "timm:regnety_002"]
+PLAIN = [
+    *("timm:resnet18", "timm:mobilenetv3_small_050", "timm:repvgg_a0"),
+    *(pytest.param(name, marks=pytest.mark.soak) for name in ("timm:mobileone_s0", "timm:regnety_002")),
+]
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -139,6 +139,7 @@ def test_a_run_stopped_around_a_restart_ends_with_the_same_bits(capsys, tmp_path
     assert_same(folder, expected)
 
 
+@pytest.mark.soak
 def test_five_stops_in_one_epoch_repeat_and_miss_no_sample(capsys, tmp_path, whole, monkeypatch):
     seen = []
     make = Source.training_batches

@@ -73,6 +73,7 @@ def controlled(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------- with a control
 
 
+@pytest.mark.soak
 def test_every_run_and_every_control_is_what_it_would_be_alone(capsys, tmp_path, controlled):
     folder, _, _ = controlled(capsys)
     done(capsys, "cycle", *CYCLE, "--seed", 4, "--out", tmp_path / "alone")
@@ -130,6 +131,7 @@ def test_a_finished_series_is_only_compared_again(capsys, controlled):
     assert weights.stat().st_mtime_ns == before
 
 
+@pytest.mark.soak
 def test_with_weights_to_start_from_there_is_no_baseline_to_share(capsys, tmp_path, cycle_run):
     words = ["--init", cycle_run.folder / "cycle_00.pt", "--dataset", "digits", "data.batch_size=256"]
     words += ["--cycles", 1, "--epochs", 1, "run.precision=fp32"]
@@ -157,7 +159,7 @@ def test_a_network_of_ones_own_has_a_control(capsys, tmp_path, monkeypatch):
     [
         pytest.param(3, signal.SIGTERM, 75, "seed_3", (3,), marks=pytest.mark.soak),
         pytest.param(STEPS + 2, signal.SIGINT, 130, "seed_3", (3,), marks=pytest.mark.soak),
-        (2 * STEPS + 2, signal.SIGUSR1, 75, "control_seed_3", (3,)),
+        pytest.param(2 * STEPS + 2, signal.SIGUSR1, 75, "control_seed_3", (3,), marks=pytest.mark.soak),
         pytest.param(3 * STEPS + 4, signal.SIGTERM, 75, "seed_4", (3, 4), marks=pytest.mark.soak),
     ],
 )
@@ -181,7 +183,9 @@ def test_a_stopped_series_goes_on_to_the_same_end(capsys, tmp_path, controlled, 
         assert_same_run(folder / name, expected / name, tmp_path)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGTERM, 75, marks=pytest.mark.soak), (signal.SIGINT, 130)]
+)
 def test_a_signal_while_a_run_is_ending_stops_before_the_next(capsys, tmp_path, monkeypatch, number, code):
     draw = train._draw
 
@@ -239,6 +243,7 @@ def test_what_was_killed_before_it_had_a_state_is_begun_anew(capsys, tmp_path):
     assert summary_of(folder / "seed_1")["seed"] == 1
 
 
+@pytest.mark.soak
 def test_a_half_made_control_is_made_again(capsys, tmp_path):
     """Of a process that was killed while it copied."""
     folder = tmp_path / "series"
@@ -261,6 +266,7 @@ def test_a_control_whose_start_is_lost_trains_the_baseline_itself(capsys, tmp_pa
     assert_same_run(copy / "control_seed_3", folder / "control_seed_3", tmp_path)
 
 
+@pytest.mark.soak
 def test_one_run_of_a_series_can_be_resumed_by_itself(capsys, tmp_path, controlled):
     expected, _, _ = controlled(capsys)
     folder = tmp_path / "series"
