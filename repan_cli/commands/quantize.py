@@ -103,13 +103,14 @@ def _merged(subject: Subject, images: Tensor) -> tuple[nn.Module, checkpoint.Che
 
 
 def _calibration(source: Source, images: int) -> Iterator[Tensor]:
-    """Training images as they are, the first of each of evenly spaced batches."""
+    """Training images as they are, `images` of them or all, in batches evenly spaced over the part."""
     batches = -(-source.count // BATCH)
     wanted = min(-(-images // BATCH), batches)
     chosen = {number * batches // wanted for number in range(wanted)}
     for number, batch in enumerate(source.batches(BATCH)):
-        if number in chosen:
-            yield batch.images[: min(images, BATCH)]
+        if number in chosen and images > 0:
+            yield batch.images[:images]
+            images -= len(batch.images)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
