@@ -31,6 +31,9 @@ RECIPES = {
 }
 """The recipe a data set is trained with when no `-c FILE` is given."""
 
+SWITCHES = {"true": "on", "yes": "on", "false": "off", "no": "off"}
+"""What people say for the choices on and off."""
+
 POLICIES = ("autoaugment", "randaugment", "trivialaugment")
 """Augmentation policies that work on one picture at a time."""
 
@@ -254,7 +257,17 @@ class Run:
     )
     channels_last: bool = setting(True, "Channels-last memory format.")
     sync_bn: bool = setting(False, "Share BN statistics among the GPUs of a job in every step, for small batches.")
-    compile: bool = setting(False, "Compile the training pass with torch.compile, which needs a C++ compiler.")
+    compile: str = setting(
+        "auto",
+        "torch.compile of the training pass, which needs a C++ compiler: auto leaves it out, as a run that is short "
+        "loses more than it wins; on; off.",
+        choices=("auto", "on", "off"),
+    )
+    graph: str = setting(
+        "auto",
+        "A training step as one CUDA graph: auto, on a GPU where that can be; on; off.",
+        choices=("auto", "on", "off"),
+    )
     out: str | None = setting(None, "Run directory; by default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.")
     log_every: int = setting(20, "Training steps between two looks at the loss (a host-device sync each).", low=1)
     save_every: int | None = setting(
@@ -319,6 +332,8 @@ class Setting:
         if not isinstance(text, str):
             raise ValueError(f"expected one value, not {text!r}")
         value = _PARSERS[kind](text.strip())
+        if "on" in self.choices:
+            value = SWITCHES.get(value, value)
         self._check_bounds(value)
         return value
 

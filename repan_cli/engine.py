@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from repan_cli import anneal, optim
 from repan_cli.anneal import Phase
-from repan_cli.blocks import rep_blocks, set_attach_rate
+from repan_cli.blocks import attach_rates
 from repan_cli.data.source import Batch, Source
 from repan_cli.errors import DivergedError, InputError, StoppedError
-from repan_cli.runtime import Runtime, average_buffers, generator, key, summed
+from repan_cli.graphs import Graphs
+from repan_cli.runtime import Runtime, generator, key, summed
 from repan_cli.state import Progress, Totals
 from repan_cli.tasks import Task
+from repan_cli.update import recorded_as, storage, update
 
 EVAL_BATCH, EVAL_PIXELS = 1000, 1000 * 64 * 64
 """Bounds on the images, and on their pixels, of a batch that is only looked at."""
@@ -122,10 +125,11 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Source, stop: Callable[[], bool] = bool) -> Score:
+def evaluate(model: nn.Module, images: Source, stop: Callable[[], bool] = bool, graphs: Graphs | None = None) -> Score:
     """Score a network in eval mode, in float32: the same weights give the same figures wherever they are reported.
 
-    Raises StoppedError, between two batches, when `stop` says so.
+    `graphs`: record it, for a network that is scored often. Raises StoppedError, between two batches, when `stop` says
+    so.
     """
     was_training = model.training
     model.eval()
@@ -134,7 +138,11 @@ def evaluate(model: nn.Module, images: Source, stop: Callable[[], bool] = bool) 
         if stop():
             model.train(was_training)
             raise StoppedError
-        totals += score_batch(model(batch), labels)
+        if graphs is None:
+            totals += score_batch(model(batch), labels)
+        else:
+            key = ("evaluate", model, batch.shape)
+            totals += graphs(key, lambda given: score_batch(model(given[0]), given[1]), (batch, labels))
     model.train(was_training)
     if images.ranks > 1:
         totals = summed(totals)
@@ -172,7 +180,8 @@ class Training:
     differ in it, and a teacher may be the network as it is then. `val` None means that nothing was held
     out to choose by. `restarted` names the blocks that restart; None is all. `wrapped` is the network as training
     calls it, compiled for one; None is the network itself. `ema`: a weight average that is scored in its stead.
-    `accumulate`: how many batches an update takes. `stop` is asked wherever the run may take long without an event.
+    `accumulate`: how many batches an update takes. `graphs`: where updates are recorded and replayed; None does them as
+    they are. `stop` is asked wherever the run may take long without an event.
     """
 
     model: nn.Module
@@ -192,7 +201,30 @@ class Training:
     ema: ModelEmaV3 | None = None
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     progress: Progress = field(default_factory=Progress)
+    graphs: Graphs | None = None
     stop: Callable[[], bool] = bool
+
+    def __post_init__(self) -> None:
+        if self.graphs is not None:
+            optim.rates_to_device(self.optimizer, self.runtime.device)
+
+    @cached_property
+    def attach_rates(self) -> list[Tensor]:
+        """Of the blocks that restart."""
+        return attach_rates(self.model, only=self.restarted)
+
+    @cached_property
+    def trunk_live(self) -> Tensor | None:
+        """On the device 0 while trunks are frozen, 1 else, for recorded updates of a run that freezes them."""
+        if self.graphs is None or not any(phase.trunk_is_frozen(0) for phase in self.plan):
+            return None
+        return torch.ones((), device=self.runtime.device)
+
+    @cached_property
+    def norms(self) -> list[_BatchNorm]:
+        """The layers that count their batches and do not need that number."""
+        norms = (module for module in self.model.modules() if isinstance(module, _BatchNorm))
+        return [norm for norm in norms if norm.num_batches_tracked is not None and norm.momentum is not None]
 
     @property
     def called(self) -> nn.Module:
@@ -214,6 +246,8 @@ def fit(run: Training) -> Iterator[Event]:
     for phase in run.plan[run.progress.phase :]:
         task = run.task_of(phase)
         optim.apply_settings(run.optimizer, phase.optim)
+        if run.graphs is not None:
+            run.graphs.enter(recorded_as(phase, task), storage(run))
         if not run.progress.begun:
             yield _begin(run, phase, task)
         while run.progress.epoch < phase.epochs:
@@ -230,7 +264,7 @@ def _epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
     """Train and score an epoch. Its event comes with a `progress` from which the next one would begin."""
     progress, began = run.progress, time.perf_counter()
     result = yield from _train_epoch(run, phase, task)
-    score = evaluate(run.scored, run.val, run.stop) if run.val else None
+    score = evaluate(run.scored, run.val, run.stop, run.graphs) if run.val else None
     best = score is not None and score.top1 > progress.best_top1
     if best:
         progress.best_top1 = score.top1
@@ -256,7 +290,7 @@ def _keep_best(run: Training, phase: Phase, score: Score | None) -> None:
     """Keep the weights that the next phase starts from, where those are not the last."""
     if phase.start_from == "last":
         return
-    judged = evaluate(run.scored, run.test, run.stop) if phase.start_from == "best-test" else score
+    judged = evaluate(run.scored, run.test, run.stop, run.graphs) if phase.start_from == "best-test" else score
     if judged.top1 > run.progress.best_of_phase:
         run.progress.best_of_phase = judged.top1
         run.progress.best_weights = {name: value.clone() for name, value in run.scored.state_dict().items()}
@@ -364,11 +398,11 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
     batches = run.train.training_batches(run.batch_size, *place, first=progress.step)
     last = (steps - 1) // run.accumulate * run.accumulate
     lr, rate = _position(phase, epoch - 1 + last / steps)
-    for group in _groups(batches, run.accumulate):
+    for group in _groups(task.prepared(batches), run.accumulate):
         elapsed = epoch - 1 + progress.step / steps
         lr, rate = _position(phase, elapsed)
         torch.manual_seed(key("step", run.seed, phase.cycle, epoch, progress.step))
-        _update(run, phase, task, group, elapsed)
+        update(run, phase, task, group, elapsed)
         before, progress.step = progress.step, progress.step + len(group)
         if before < FIRST_STEPS <= progress.step or progress.step == steps < FIRST_STEPS:
             totals.first_loss = totals.mean_loss()
@@ -394,54 +428,7 @@ def _position(phase: Phase, elapsed: float) -> tuple[float, float]:
     return phase.learning_rate(elapsed), 1.0 if rate is None else rate
 
 
-def _update(run: Training, phase: Phase, task: Task, group: list[Batch], elapsed: float) -> None:
-    """One step of the optimizer, `elapsed` epochs into the phase, on the mean loss over the images of `group`."""
-    optim.set_learning_rate(run.optimizer, phase.learning_rate(elapsed))
-    if (rate := phase.attach_rate(elapsed)) is not None:
-        set_attach_rate(run.model, rate, only=run.restarted)
-    run.optimizer.zero_grad(set_to_none=True)
-    images = _images_of_all_ranks(run, group)
-    for number, batch in enumerate(group, start=1):
-        alone = run.runtime.ranks > 1 and number < len(group)  # gradients are exchanged with the last batch
-        with run.called.no_sync() if alone else contextlib.nullcontext():
-            with run.runtime.autocast():
-                loss, logits = task(run.called, batch)
-            share = len(batch.images) * run.runtime.ranks / images  # gradients are averaged over ranks
-            run.scaler.scale(loss * share).backward()
-        run.progress.totals.add(loss, logits, batch)
-    if phase.trunk_is_frozen(elapsed):
-        optim.drop_trunk_gradients(run.optimizer)
-    if run.scaler.is_enabled():
-        run.scaler.unscale_(run.optimizer)
-    norm = optim.clip_gradients(run.optimizer, phase.optim)
-    if run.scaler.is_enabled():
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-    else:
-        run.progress.totals.broken += optim.step_if_finite(run.optimizer, norm)
-    average_buffers(run.model)
-    if run.ema:
-        _average(run, phase, elapsed)
-
-
-def _images_of_all_ranks(run: Training, group: list[Batch]) -> int:
-    """How many images an update is made of, where ranks may have one more or less."""
-    images = sum(len(batch.images) for batch in group)
-    if run.runtime.ranks == 1:
-        return images
-    first, last = run.progress.step, run.progress.step + len(group)
-    return min(last * run.batch_size, run.train.count) - first * run.batch_size
-
-
 def _check_scale(run: Training) -> None:
     """The scaler halves the loss scale whenever a gradient overflows: from 2 ** 16, twenty times in a row."""
     if run.scaler.is_enabled() and run.scaler.get_scale() < LEAST_SCALE:
         raise DivergedError("gradients overflow in fp16 however the loss is scaled; set run.precision=bf16 or fp32")
-
-
-def _average(run: Training, phase: Phase, elapsed: float) -> None:
-    """Take the step into the weight average, whose blocks are attached as the network's are."""
-    batches = round(elapsed * run.train.steps(run.batch_size))
-    run.ema.update(run.model, step=batches // run.accumulate + 1)
-    for (_, averaged), (_, block) in zip(rep_blocks(run.ema.module), rep_blocks(run.model), strict=True):
-        averaged.attach_rate.copy_(block.attach_rate)

@@ -114,9 +114,25 @@ def _add_momentum(optimizer: torch.optim.Optimizer, group: dict) -> None:
         optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, frozen: bool = False) -> None:
+    """Set the rate of all groups, where it lies on the device in place; that of `frozen` trunks is 0."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        value = 0.0 if frozen and group["trunk"] else rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of it can be part of a CUDA graph: it must neither count nor decide on the host."""
+    return isinstance(optimizer, torch.optim.SGD) and bool(optimizer.defaults["fused"])
+
+
+def rates_to_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Keep the learning rates where a recorded step reads them."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
 
 
 def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
@@ -133,6 +149,24 @@ def drop_trunk_gradients(optimizer: torch.optim.Optimizer) -> None:
         if group["trunk"]:
             for parameter in group["params"]:
                 parameter.grad = None
+
+
+def mask_trunk_gradients(optimizer: torch.optim.Optimizer, live: Tensor) -> None:
+    """The same for a recorded step, where the rate of frozen trunks is 0 already: times `live`, 0 or 1, on the device.
+
+    `mask_trunk_momentum` belongs to it: otherwise weight decay would have momentum grow, and leap later.
+    """
+    torch._foreach_mul_([p.grad for p in _trunk_parameters(optimizer) if p.grad is not None], live)
+
+
+def mask_trunk_momentum(optimizer: torch.optim.Optimizer, live: Tensor) -> None:
+    """Zero the trunks' momentum where `live`, 0 or 1, on the device, says so."""
+    memory = [optimizer.state[p].get("momentum_buffer") for p in _trunk_parameters(optimizer)]
+    torch._foreach_mul_([buffer for buffer in memory if buffer is not None], live)
+
+
+def _trunk_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups if group["trunk"] for p in group["params"]]
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, optim: Optim) -> Tensor:

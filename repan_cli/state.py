@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from repan_cli.data.source import Batch
 from repan_cli.errors import DivergedError, InputError
 from repan_cli.runtime import joined, summed
 
@@ -26,24 +25,34 @@ PLAIN = (int, float, bool, str, type(None))
 
 @dataclass
 class Totals:
-    """Sums over an epoch, on the device: reading them is a host-device sync. `broken` counts updates that were left out
-    because a loss or a gradient was not finite.
+    """Sums over an epoch, on the device: reading them is a host-device sync. They are, (3,), the loss, hits, and
+    updates that were left out because a loss or a gradient was not finite.
     """
 
-    loss: Tensor
-    correct: Tensor
-    broken: Tensor
+    sums: Tensor
     images: int = 0
     first_loss: float = math.nan
 
     @classmethod
     def zeros(cls, device: torch.device) -> Totals:
-        return cls(*torch.zeros(3, device=device))
+        return cls(torch.zeros(3, device=device))
 
-    def add(self, loss: Tensor, logits: Tensor, batch: Batch) -> None:
-        self.images += len(batch.images)
-        self.loss += loss.detach() * len(batch.images)
-        self.correct += (logits.detach().argmax(1) == batch.classes()).sum()
+    @property
+    def loss(self) -> Tensor:
+        return self.sums[0]
+
+    @property
+    def correct(self) -> Tensor:
+        return self.sums[1]
+
+    @property
+    def broken(self) -> Tensor:
+        return self.sums[2]
+
+    def add(self, sums: Tensor, images: int) -> None:
+        """An update on so many images."""
+        self.sums += sums
+        self.images += images
 
     def mean_loss(self) -> float:
         """Over all ranks. Raises DivergedError when it is not finite, or an update was left out."""
@@ -65,8 +74,10 @@ class Totals:
         """Let rank 0 hold the sums of all ranks, and the others nothing: what rank 0 saves is then everything."""
         if not joined():
             return
-        sums = torch.stack([self.loss, self.correct, torch.full_like(self.loss, self.images)])
-        self.loss, self.correct, images = summed(sums) if rank == 0 else summed(sums) * 0
+        loss, correct, images = summed(torch.stack([*self.sums[:2], torch.full_like(self.loss, self.images)])) * (
+            rank == 0
+        )
+        self.sums = torch.stack([loss, correct, self.broken])
         self.images = int(images.item())
 
 
@@ -139,8 +150,8 @@ def restore(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, An
         if run.scaler.is_enabled():
             run.scaler.load_state_dict(plain["scaler"])
         if "images" in plain:
-            sums = (tensors[f"totals.{name}"].to(run.runtime.device) for name in ("loss", "correct", "broken"))
-            run.progress.totals = Totals(*sums, plain["images"], plain["first_loss"])
+            sums = torch.stack([tensors[f"totals.{name}"] for name in ("loss", "correct", "broken")])
+            run.progress.totals = Totals(sums.to(run.runtime.device), plain["images"], plain["first_loss"])
             if run.runtime.rank:  # rank 0 holds the sums of all
                 run.progress.totals = Totals.zeros(run.runtime.device)
         run.progress.best_weights = _under("best.", tensors, run.runtime.device) or None
@@ -166,7 +177,7 @@ def _restore_optimizer(run: Training, tensors: Mapping[str, Tensor], plain: Mapp
     for name, rest in plain["parameters"].items():
         run.optimizer.state[parameters[name]].update(rest)
     for group, saved in zip(run.optimizer.param_groups, plain["groups"], strict=True):
-        group.update(saved)
+        group.update({name: value for name, value in saved.items() if name != "lr"})  # which the position sets
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,9 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repan_cli.data.source import Batch
+from repan_cli.teacher import LogitCache, Teacher
 
 
 class Task(Protocol):
+    @property
+    def recorded_as(self) -> Hashable:
+        """What tells its computation from another task's, where that is recorded and done again."""
+
+    def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches with what is looked up for them before the step."""
+
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean loss of a batch, a scalar, and its logits (B, num_classes)."""
 
@@ -23,6 +31,13 @@ class Classification:
 
     label_smoothing: float = 0.0
     binary: bool = False
+
+    @property
+    def recorded_as(self) -> Hashable:
+        return self
+
+    def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return batches
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(batch.images).float()
@@ -42,19 +57,26 @@ class Classification:
 class Distillation:
     """`alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * CE`, batch means in float32 (Hinton et al. 2015).
 
-    `teacher` gives its logits (B, num_classes) for a batch; the soft targets are those at `temperature` T.
+    `teacher` gives its logits (B, num_classes) for a batch that comes without; the soft targets are those at
+    `temperature` T.
     """
 
     hard: Classification
-    teacher: Callable[[Batch], Tensor]
+    teacher: Teacher | LogitCache
     alpha: float
     temperature: float
 
+    @property
+    def recorded_as(self) -> Hashable:
+        return self.hard, self.alpha, self.temperature, self.teacher.recorded_as
+
+    def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return self.teacher.prepared(batches)
+
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(batch.images).float()
-        student, teacher = (
-            F.log_softmax(each / self.temperature, dim=1) for each in (logits, self.teacher(batch).float())
-        )
+        wanted = self.teacher(batch) if batch.teacher is None else batch.teacher
+        student, teacher = (F.log_softmax(each / self.temperature, dim=1) for each in (logits, wanted.float()))
         divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
         soft = self.temperature**2 * divergence
         return self.alpha * soft + (1 - self.alpha) * self.hard.loss(logits, batch.labels), logits

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +71,15 @@ class Teacher:
     def __call__(self, batch: Batch) -> Tensor:
         return self.logits(batch.images)
 
+    @property
+    def recorded_as(self) -> Hashable:
+        """Its network is part of a recorded step."""
+        return id(self)
+
+    def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches as they are: it looks at their images in the step."""
+        return batches
+
 
 class LogitCache:
     """A teacher's logits in float16 by (image, view), computed when a view is first seen.
@@ -79,13 +88,18 @@ class LogitCache:
     (`cycle.reseed=same`) or that does not augment computes each of them once. The first batch that needs nothing new is
     computed all the same, and compared: a teacher that is not a function of the view alone raises InputError.
 
+    What it knows is noted on the CPU, as views are numbered there: looking up is no host-device sync.
+
     Args:
         teacher: what is asked for views that are not there yet.
         make_table: called at the first use, for a float16 table (images, views, classes) in whatever memory.
+        together: of how many images, of the coming batches, the teacher is asked at once where one is not there yet.
     """
 
-    def __init__(self, teacher: Callable[[Batch], Tensor], make_table: Callable[[], Tensor]) -> None:
-        self.teacher, self.make_table = teacher, make_table
+    def __init__(
+        self, teacher: Callable[[Batch], Tensor], make_table: Callable[[], Tensor], *, together: int = 1
+    ) -> None:
+        self.teacher, self.make_table, self.together = teacher, make_table, together
         self.asked = self.computed = 0
         self.compared = False
 
@@ -94,24 +108,50 @@ class LogitCache:
         return self.make_table()
 
     @cached_property
-    def filled(self) -> Tensor:
+    def filled(self) -> np.ndarray:
         """Which (image, view) the table knows."""
-        return torch.zeros(self.table.shape[:2], dtype=torch.bool, device=self.table.device)
+        return np.zeros(self.table.shape[:2], dtype=bool)
+
+    @property
+    def recorded_as(self) -> Hashable:
+        """Its logits are an input of a recorded step."""
+        return "cached"
 
     def __call__(self, batch: Batch) -> Tensor:
-        place = self.table.device
-        index, views = batch.index.to(place), batch.views.to(place)
-        missing = (~self.filled[index, views]).nonzero().squeeze(1)
-        self.asked, self.computed = self.asked + len(index), self.computed + len(missing)
-        if len(missing):
-            here = missing.to(batch.images.device)
-            logits = self.teacher(Batch(*(part[here] for part in batch)))
-            self.table[index[missing], views[missing]] = _bounded(logits).to(place, torch.float16)
-            self.filled[index[missing], views[missing]] = True
-        found = self.table[index, views].to(batch.images.device).float()
-        if not (len(missing) or self.compared):
-            self._compare(found, _bounded(self.teacher(batch)))
-        return found
+        return next(self.prepared(iter([batch]))).teacher
+
+    def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches with their logits."""
+        for batch in batches:
+            coming = [batch]
+            if missing := not self._known(batch).all():
+                while sum(len(each.index) for each in coming) < self.together and (more := next(batches, None)):
+                    coming.append(more)
+                self._fill(coming)
+            for each in coming:
+                found = self._look_up(each)
+                if not (missing or self.compared):
+                    self._compare(found, _bounded(self.teacher(each)))
+                yield each._replace(teacher=found)
+
+    def _known(self, batch: Batch) -> np.ndarray:
+        return self.filled[batch.index.numpy(), batch.views.numpy()]
+
+    def _fill(self, batches: list[Batch]) -> None:
+        """Ask the teacher for all of the batches that is not there yet."""
+        rows = [torch.from_numpy(np.flatnonzero(~self._known(batch))) for batch in batches]
+        parts = [Batch(*_rows(batch, row)) for batch, row in zip(batches, rows, strict=True)]
+        whole = Batch(*(torch.cat(part) for part in zip(*(part[:4] for part in parts), strict=True)))
+        logits, place = self.teacher(whole), self.table.device
+        here = (each.to(place, non_blocking=True) for each in (whole.index, whole.views))
+        self.table[tuple(here)] = _bounded(logits).to(place, torch.float16)
+        self.filled[whole.index.numpy(), whole.views.numpy()] = True
+        self.computed += len(whole.index)
+
+    def _look_up(self, batch: Batch) -> Tensor:
+        self.asked += len(batch.index)
+        here = (each.to(self.table.device, non_blocking=True) for each in (batch.index, batch.views))
+        return self.table[tuple(here)].to(batch.images.device, non_blocking=True).float()
 
     def _compare(self, found: Tensor, live: Tensor) -> None:
         self.compared = True
@@ -121,6 +161,12 @@ class LogitCache:
                 f"the teacher's logits for the same views differ by {error:.0%}: it draws random numbers in eval mode; "
                 "set teacher.cache=none"
             )
+
+
+def _rows(batch: Batch, rows: Tensor) -> tuple[Tensor, ...]:
+    """Some of a batch: images, labels, index, views."""
+    here = rows.to(batch.images.device, non_blocking=True)
+    return batch.images[here], batch.labels[here], batch.index[rows], batch.views[rows]
 
 
 def _bounded(logits: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from repan_cli import anneal, config, engine, optim
 from repan_cli.runtime import Runtime
 from repan_cli.state import Totals
 from repan_cli.tasks import Classification
+from repan_cli.update import update
 
 BATCH = 64
 BLOCKS, CONVS, NORMS = 22, 44, 62
@@ -54,7 +55,7 @@ def step(digit_images):
         batches = digit_images.training_batches(BATCH, 0, 0, 1)
 
         def one():
-            engine._update(run, run.plan[0], Classification(), [next(batches)], 0.0)
+            update(run, run.plan[0], Classification(), [next(batches)], 0.0)
 
         one()
         return one, model
@@ -62,7 +63,7 @@ def step(digit_images):
     return make
 
 
-@pytest.mark.parametrize(("precision", "most"), [("fp32", 840), ("bf16", 960)])
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 740), ("bf16", 860)])
 def test_operators_of_a_step(step, precision, most):
     """Convolutions and BN forward and back, the sums of the blocks, and next to nothing else."""
     one, _ = step(precision)
@@ -71,7 +72,8 @@ def test_operators_of_a_step(step, precision, most):
     calls = counted.calls
     assert calls["aten.convolution"] == calls["aten.convolution_backward"] == CONVS
     assert calls["aten.native_batch_norm"] == calls["aten.native_batch_norm_backward"] == NORMS
-    assert calls["aten.addcmul"] == NORMS - BLOCKS + 1  # a sum a side branch, and the normalisation of images
+    assert calls["aten.addcmul"] == BLOCKS + 1  # a sum a block, and the normalisation of images
+    assert calls["aten.add_"] <= 2  # no BN counts its batches by itself
     assert calls["aten._fused_sgd_"] <= 6  # one a group of parameters
     assert sum(calls.values()) <= most
 

@@ -21,8 +21,8 @@ ROWS = [
         *("blocks", "runtime", "timing", "console", "live", "trackers", "runs", "plots"),
         *("results", "comparison", "report"),
     ],
-    ["tasks", "teacher", "optim", "checkpoint", "models", "data", "export"],
-    ["engine", "anneal", "state", "scoring"],
+    ["tasks", "teacher", "optim", "graphs", "checkpoint", "models", "data", "export"],
+    ["engine", "update", "anneal", "state", "scoring"],
     ["commands"],
     ["completion", "options", "cli"],
 ]

@@ -422,7 +422,7 @@ def test_out_of_memory_names_the_setting(capsys, tmp_path, monkeypatch):
     def too_much(run, *arguments):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
 
-    monkeypatch.setattr(engine, "_update", too_much)
+    monkeypatch.setattr(engine, "update", too_much)
     code, _, err = run(capsys, "train", *SMALL, "--epochs", "1", "--out", tmp_path / "run")
     assert code == 4
     assert "out of memory; set a smaller --batch-size" in err.splitlines()[-1]

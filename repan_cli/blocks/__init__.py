@@ -2,7 +2,15 @@
 
 from repan_cli.blocks.branch import Branch, ConvBN, Geometry, IdentityBN, ScaledIdentity
 from repan_cli.blocks.families import FAMILIES, OWN, block_around, check_family, make_block, side_branches
-from repan_cli.blocks.rep_block import RepBlock, refresh, rep_blocks, reparameterize, set_attach_rate
+from repan_cli.blocks.rep_block import (
+    RepBlock,
+    attach_rates,
+    fill_all,
+    refresh,
+    rep_blocks,
+    reparameterize,
+    set_attach_rate,
+)
 
 __all__ = [
     "FAMILIES",
@@ -13,8 +21,10 @@ __all__ = [
     "IdentityBN",
     "RepBlock",
     "ScaledIdentity",
+    "attach_rates",
     "block_around",
     "check_family",
+    "fill_all",
     "make_block",
     "refresh",
     "rep_blocks",

@@ -35,8 +35,9 @@ class RepBlock(nn.Module):
         """(N, C_in, H, W) to (N, C_out, H_out, W_out)."""
         y = self.trunk(x)
         rate = self.attach_rate.to(y.dtype)  # under autocast a float32 rate would promote the sum
-        for branch in self.branches:
-            y = torch.addcmul(y, branch(x), rate)
+        sides = [branch(x) for branch in self.branches]
+        if sides:
+            y = torch.addcmul(y, sum(sides[1:], sides[0]), rate)
         return self.post_norm(y)
 
     def sum_kernel(self) -> Kernel:
@@ -93,11 +94,21 @@ def rep_blocks(model: nn.Module) -> Iterator[tuple[str, RepBlock]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, RepBlock))
 
 
+def attach_rates(model: nn.Module, *, only: Collection[str] | None = None) -> list[Tensor]:
+    """The attach rates of every block, or of the blocks named in `only`."""
+    return [block.attach_rate for name, block in rep_blocks(model) if only is None or name in only]
+
+
 def set_attach_rate(model: nn.Module, rate: float, *, only: Collection[str] | None = None) -> None:
     """Set the attach rate of every block, or of the blocks named in `only`, in place."""
-    for name, block in rep_blocks(model):
-        if only is None or name in only:
-            block.attach_rate.fill_(rate)
+    fill_all(attach_rates(model, only=only), rate)
+
+
+def fill_all(tensors: list[Tensor], value: float) -> None:
+    """Set many tensors to one number in place, in two launches."""
+    if tensors:
+        torch._foreach_zero_(tensors)
+        torch._foreach_add_(tensors, value)
 
 
 def refresh(

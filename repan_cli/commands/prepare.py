@@ -33,8 +33,9 @@ from repan_cli.data.datasets import Dataset
 from repan_cli.data.source import Source
 from repan_cli.data.sources import plain_source, training_source
 from repan_cli.errors import InputError
+from repan_cli.graphs import CudaRecorder, Graphs
 from repan_cli.models import user_file
-from repan_cli.optim import SCHEDULES, build_optimizer
+from repan_cli.optim import SCHEDULES, build_optimizer, can_be_recorded
 from repan_cli.state import restore
 
 
@@ -142,10 +143,11 @@ def _training(
     ema = _average(network.model, config.ema)
     task_of = TaskOf(ema.module if ema else network.model, dataset, train, machine)
     task_of.prepare(plan)
+    optimizer = build_optimizer(network.model, config.optim)
     return engine.Training(
         model=network.model,
         task_of=task_of,
-        optimizer=build_optimizer(network.model, config.optim),
+        optimizer=optimizer,
         plan=plan,
         train=train,
         val=plain_source(dataset, "val", machine, config.data.workers) if dataset.val else None,
@@ -159,6 +161,7 @@ def _training(
         wrapped=_wrapped(network.model, config, machine),
         ema=ema,
         scaler=machine.scaler(),
+        graphs=_graphs(config, machine, optimizer),
     )
 
 
@@ -170,9 +173,28 @@ def _wrapped(model: nn.Module, config: Config, machine: runtime.Runtime) -> nn.M
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is not known to older PyTorch
             wrapped = nn.parallel.DistributedDataParallel(model, device_ids=own, broadcast_buffers=False)
-    if config.run.compile:
-        wrapped = torch.compile(wrapped)
+    if config.run.compile == "on":
+        wrapped = torch.compile(wrapped, dynamic=False)  # an epoch has batches of two sizes
     return None if wrapped is model else wrapped
+
+
+def _graphs(config: Config, machine: runtime.Runtime, optimizer: torch.optim.Optimizer) -> Graphs | None:
+    """Where updates are recorded as CUDA graphs; None where they are done as they are.
+
+    Raises InputError where `run.graph=on` asks for what cannot be.
+    """
+    reasons = {
+        f"the device is {machine.device.type}": machine.device.type != "cuda",
+        "there are several processes": machine.ranks > 1,
+        "the loss scaler of run.precision=fp16 decides on the host": machine.precision == "fp16",
+        f"optim.name={config.optim.name} decides on the host": not can_be_recorded(optimizer),
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    if config.run.graph == "on" and why:
+        raise InputError(f"run.graph=on, but {why}: set run.graph=auto")
+    if config.run.graph == "off" or why:
+        return None
+    return Graphs(CudaRecorder(machine.device), demanded=config.run.graph == "on")
 
 
 def _with_shared_statistics(network: Network, machine: runtime.Runtime) -> Network:

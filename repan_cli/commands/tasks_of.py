@@ -20,6 +20,7 @@ from repan_cli.commands.network import check_classes
 from repan_cli.console import warn
 from repan_cli.data.datasets import Dataset
 from repan_cli.data.source import Source
+from repan_cli.engine import eval_batch
 from repan_cli.errors import InputError
 from repan_cli.runtime import Runtime
 from repan_cli.tasks import Classification, Distillation, Task
@@ -108,7 +109,9 @@ class TaskOf:
             return teacher
         shape = (self.train.count, self.train.view_count, len(self.dataset.classes))
         return LogitCache(
-            teacher, lambda: allocate(shape, self.machine.device, self.folder or Path(tempfile.gettempdir()))
+            teacher,
+            lambda: allocate(shape, self.machine.device, self.folder or Path(tempfile.gettempdir())),
+            together=eval_batch(self.train) if self.machine.device.type == "cuda" else 1,
         )
 
 

@@ -65,7 +65,7 @@ def carry_out(
     training = session.training
     epochs = {phase.cycle: phase.epochs for phase in training.plan}
     steps = training.train.steps(session.config.data.batch_size)
-    display = Display(epochs=epochs, steps=steps, log=folder / "log.txt", compiles=session.config.run.compile)
+    display = Display(epochs=epochs, steps=steps, log=folder / "log.txt", compiles=session.config.run.compile == "on")
     display.facts({**header(session, resolved), "run": str(folder.path)})
     record = Record(session, folder, begun)
     for tracker in record.requested:

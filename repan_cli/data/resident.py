@@ -58,13 +58,20 @@ class ResidentImages(Source):
 
     def batch(self, index: Tensor, views: Tensor) -> Batch:
         """The given views of the given images, with their labels."""
-        return Batch(self.gather(index, views), self.labels[index], index, views)
+        return next(self._gathered([index], [views]))
+
+    def _gathered(self, rows: Sequence[Tensor], views: Sequence[Tensor]) -> Iterator[Batch]:
+        """A batch for each of `rows` and its `views`, which go to the device all at once: each time is a host-device
+        sync.
+        """
+        sizes = [len(row) for row in rows]
+        places, looks = (torch.cat(list(parts)).to(self.device).split(sizes) for parts in (rows, views))
+        for row, view, here, look in zip(rows, views, places, looks, strict=True):
+            yield Batch(self.gather(here, look), self.labels[here], row, view)
 
     def _training(self, rows: Sequence[Tensor], plan: Plan, position: tuple[int, ...]) -> Iterator[Batch]:
-        for index in rows:
-            here = index.to(self.device)
-            yield self.batch(here, plan.views[here])
+        yield from self._gathered(rows, [plan.views[row] for row in rows]) if rows else ()
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        for index in torch.arange(self.count, device=self.device).split(batch_size)[self.rank :: self.ranks]:
-            yield self.batch(index, torch.full_like(index, self.center))
+        rows = torch.arange(self.count).split(batch_size)[self.rank :: self.ranks]
+        yield from self._gathered(rows, [torch.full_like(row, self.center) for row in rows]) if rows else ()

@@ -22,14 +22,24 @@ from repan_cli import runtime
 
 
 class Batch(NamedTuple):
-    """Normalised images (B, C, H, W), labels (B,) or their shares (B, num_classes), and which image of the part and
-    which view of it each one is.
+    """Normalised images (B, C, H, W), labels (B,) or their shares (B, num_classes); on the CPU, which image of the part
+    and which view of it each one is; and the logits (B, num_classes) of a teacher, where they are known already.
     """
 
     images: Tensor
     labels: Tensor
-    index: Tensor
-    views: Tensor
+    index: Tensor | None = None
+    views: Tensor | None = None
+    teacher: Tensor | None = None
+
+    def computed_on(self) -> tuple[Tensor, ...]:
+        """What the device needs of it, from which `Batch.of` makes it again."""
+        return (self.images, self.labels) if self.teacher is None else (self.images, self.labels, self.teacher)
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> Batch:
+        images, labels, *teacher = parts
+        return cls(images, labels, teacher=teacher[0] if teacher else None)
 
     def classes(self) -> Tensor:
         """(B,), the class with the largest share."""
@@ -45,9 +55,6 @@ class Plan(NamedTuple):
     views: Tensor
     holes: Tensor
     erased: Tensor
-
-    def to(self, device: torch.device) -> Plan:
-        return Plan(*(part.to(device) for part in self))
 
 
 @dataclass(frozen=True)
@@ -133,11 +140,10 @@ class Source(ABC):
     def training_batches(self, batch_size: int, *position: int, first: int = 0) -> Iterator[Batch]:
         """The batches of the epoch at `position`, (seed, cycle, epoch), from number `first` on."""
         plan = self.plan(*position)
-        here = plan.to(self.device)
         rows = [row.tensor_split(self.ranks)[self.rank] for row in plan.order.split(batch_size)]
         rows = rows[: self.steps(batch_size)]
-        for step, batch in enumerate(self._training(rows[first:], here, position), start=first):
-            yield self._finished(batch, here, (*position, step))
+        for step, batch in enumerate(self._training(rows[first:], plan, position), start=first):
+            yield self._finished(batch, plan, (*position, step))
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -172,9 +178,11 @@ class Source(ABC):
         """With what is done to whole batches: blank squares and rectangles, and mixing."""
         images, labels = batch.images, batch.labels
         if self.augmentation.cutout:
-            images = _blank(images, _squares(plan.holes[batch.index], self.augmentation.cutout, self.size))
+            holes = plan.holes[batch.index].to(self.device, non_blocking=True)
+            images = _blank(images, _squares(holes, self.augmentation.cutout, self.size))
         if self.augmentation.erase:
-            images = _blank(images, _rectangles(plan.erased[batch.index], self.augmentation.erase, self.size))
+            numbers = plan.erased[batch.index].to(self.device, non_blocking=True)
+            images = _blank(images, _rectangles(numbers, self.augmentation.erase, self.size))
         if self.mix is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(runtime.key("mix", *position))

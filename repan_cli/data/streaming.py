@@ -137,7 +137,7 @@ class StreamedImages(Source):
         )
         for images, labels, index, problems in loader:
             self._note(problems, mend)
-            images, labels, index = (each.to(self.device, non_blocking=True) for each in (images, labels, index))
+            images, labels = (each.to(self.device, non_blocking=True) for each in (images, labels))
             yield Batch(self._normalised(images), labels, index, torch.zeros_like(index))
 
     def _note(self, problems: dict[str, bool], mend: str) -> None:

@@ -1,0 +1,282 @@
+"""Recorded updates: the same losses as updates that are done one by one, across cycles, without a second recording.
+
+A tape takes the place of a CUDA graph: it keeps every operation with the very tensors that it read and wrote, and does
+all of it again on those. What a CUDA graph would miss, such as a number that the host put in or a tensor that has been
+replaced since, it misses, too.
+"""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from conftest import CPU, small_net
+from test_counts import Counted
+from test_engine import FP32, plan, same, training
+from test_teacher import resident
+from timm.utils import ModelEmaV3
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from repan_cli import config, engine, graphs
+from repan_cli.commands import prepare
+from repan_cli.errors import InputError
+from repan_cli.graphs import Graphs
+from repan_cli.optim import build_optimizer
+from repan_cli.runtime import Runtime
+from repan_cli.tasks import Classification, Distillation
+from repan_cli.teacher import LogitCache, Teacher, View, allocate
+
+
+class Tape(TorchDispatchMode):
+    """The operations that are done meanwhile, to be done again on the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self.played = True
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, tree_leaves(result)))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        if self.played:  # a CUDA graph is recorded without being carried out, this one was
+            self.played = False
+            return
+        for function, args, kwargs, places in self.calls:
+            for place, value in zip(places, tree_leaves(function(*args, **kwargs)), strict=True):
+                if torch.is_tensor(place) and place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
+
+
+class Tapes:
+    """A recorder of tapes."""
+
+    def aside(self, work):
+        return work()
+
+    def record(self, work):
+        with Tape() as tape:
+            result = work()
+        return tape.replay, result
+
+
+@pytest.fixture(autouse=True)
+def early(monkeypatch):
+    monkeypatch.setattr(graphs, "WARM_UPS", 1)
+
+
+def taught(digits, how):
+    """Tasks of a run whose network learns from another one, too; `how` its logits come."""
+    torch.manual_seed(1)
+    view = View(8, digits.mean, digits.std)
+    teacher = Teacher(small_net(in_chans=1), own=view, student=view, runtime=FP32)
+    data = resident(digits)
+    cached = LogitCache(teacher, lambda: allocate((data.count, data.view_count, 10), CPU, None), together=100)
+    task = Distillation(Classification(), cached if how == "cached" else teacher, alpha=0.5, temperature=4.0)
+    return lambda phase: task
+
+
+SHORT = {"epochs": "2", "baseline__epochs": "1", "cycle__count": "2"}
+THREE = {**SHORT, "cycle__count": "3"}
+CASES = {
+    "zero-gamma": {"cycle__attach": "zero-gamma"},
+    "ramp": {"cycle__attach": "ramp", "cycle__attach_epochs": "2"},
+    "one course": {"cycle__lr": "continuous", "optim__warmup_epochs": "1"},
+    "frozen trunk": {
+        "cycle__freeze_trunk": "true",
+        "cycle__attach_epochs": "1.5",
+        "optim__decay": "all",
+        "optim__lr": "0.005",
+    },
+    "best": {"cycle__start_from": "best"},
+    "no momentum": {"optim__momentum": "0", "optim__clip": "null"},
+}
+
+
+def pair(digits, make):
+    """The same run twice: as it is, and recorded. BN takes on the statistics of so few batches as there are, so that a
+    restart finds the network in eval mode to be the one in train mode and losses stay where rounding stays small.
+    """
+    runs = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        runs.append(make(graphs=Graphs(Tapes()) if recorded else None))
+        for norm in runs[-1].norms:
+            norm.momentum = 0.6
+    return runs
+
+
+def losses(run):
+    return [event.loss for event in engine.fit(run) if isinstance(event, engine.Step)]
+
+
+def agree(eager, recorded, *, rel=1e-5):
+    found = losses(eager), losses(recorded)
+    assert len(found[0]) == 15
+    assert found[1] == pytest.approx(found[0], rel=rel)
+    for name, value in eager.model.state_dict().items():
+        torch.testing.assert_close(recorded.model.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_updates_give_the_same_losses(digits, case):
+    phases = plan(**SHORT, **CASES[case])
+    settings = phases[-1].optim
+
+    def make(**options):
+        return training(digits, phases, settings=settings, batch_size=80, log_every=1, **options)
+
+    eager, recorded = pair(digits, make)
+    agree(eager, recorded)
+    assert recorded.graphs.recorded == 3, "whole and ragged batches of training, and validation"
+
+
+def test_bfloat16_too(digits):
+    def make(**options):
+        return training(digits, plan(**SHORT), runtime=Runtime(CPU, "bf16"), batch_size=80, log_every=1, **options)
+
+    eager, recorded = pair(digits, make)
+    assert losses(recorded) == pytest.approx(losses(eager), rel=1e-2)
+
+
+@pytest.mark.parametrize("how", ["cached", "live"])
+def test_a_teacher_is_part_of_the_recording_or_of_its_input(digits, how):
+    def make(**options):
+        run = training(digits, plan(**SHORT), batch_size=80, log_every=1, **options)
+        run.task_of = taught(digits, how)
+        return run
+
+    agree(*pair(digits, make))
+
+
+def test_a_weight_average_and_accumulated_batches(digits):
+    def make(**options):
+        run = training(digits, plan(**SHORT), batch_size=32, log_every=1, accumulate=2, **options)
+        run.ema = ModelEmaV3(run.model, decay=0.9, use_warmup=True)
+        return run
+
+    eager, recorded = pair(digits, make)
+    agree(eager, recorded)
+    assert same(eager.ema.module.state_dict(), recorded.ema.module.state_dict()) or all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        for a, b in zip(eager.ema.module.parameters(), recorded.ema.module.parameters(), strict=True)
+    )
+
+
+def test_no_cycle_after_the_first_records_anything(digits):
+    run = training(digits, plan(**THREE, cycle__freeze_trunk="true"), batch_size=80, graphs=Graphs(Tapes()))
+    counts = [run.graphs.recorded for event in engine.fit(run) if isinstance(event, engine.CycleEnd)]
+    assert counts == [1, 3, 3, 3]
+
+
+def test_other_rules_are_another_recording(digits):
+    phases = plan(**THREE, optim__weight_decay="0.1", **{"baseline__optim__weight_decay": "0"})
+    run = training(digits, phases, batch_size=80, graphs=Graphs(Tapes()))
+    counts = [run.graphs.recorded for event in engine.fit(run) if isinstance(event, engine.CycleEnd)]
+    assert counts == [1, 4, 4, 4]
+
+
+def test_the_tape_notices_what_a_graph_would_miss(digits):
+    """A learning rate that the host puts in stays what it was: such a run goes another way."""
+
+    def make(**options):
+        return training(digits, plan(**SHORT), batch_size=80, log_every=1, **options)
+
+    eager, recorded = pair(digits, make)
+    for group in recorded.optimizer.param_groups:
+        group["lr"] = float(group["lr"])
+    assert losses(recorded) != pytest.approx(losses(eager), rel=1e-3)
+
+
+def test_a_tensor_that_has_moved_is_noticed_before_the_next_phase(digits):
+    run = training(digits, plan(**SHORT), batch_size=80, graphs=Graphs(Tapes()))
+    with pytest.raises(AssertionError, match="has moved"):
+        for event in engine.fit(run):
+            if isinstance(event, engine.CycleEnd):
+                first = next(run.model.parameters())
+                first.data = first.data.clone()
+
+
+@pytest.mark.parametrize("how", ["plain", "cached"])
+def test_a_recorded_step_never_waits_for_the_host(digits, how):
+    run = training(digits, plan(**SHORT), batch_size=80, log_every=1000, graphs=Graphs(Tapes()))
+    if how == "cached":
+        run.task_of = taught(digits, how)
+    waits = []
+    with Counted() as counted:
+        for event in engine.fit(run):
+            if isinstance(event, engine.Updated) and event.step == 2:
+                waits.append(counted.calls["aten._local_scalar_dense"])
+            elif isinstance(event, engine.Updated):
+                counted.calls = Counter()
+    assert waits
+    assert not any(waits[2:]), "the first comparison of a cache with its teacher may"
+
+
+class Refuses(Tapes):
+    def record(self, work):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+def test_what_cannot_be_recorded_is_done_as_it_is(digits):
+    def make(**options):
+        return training(digits, plan(**SHORT), batch_size=80, log_every=1, **options)
+
+    eager, refused = pair(digits, make)
+    refused.graphs.recorder = Refuses()
+    agree(eager, refused)
+    assert refused.graphs.refused == "operation not permitted when stream is capturing"
+    demanded = make(graphs=Graphs(Refuses(), demanded=True))
+    with pytest.raises(InputError, match="cannot be recorded .* not permitted .*; set run.graph=off"):
+        losses(demanded)
+
+
+# ---------------------------------------------------------------------------------------------- the settings
+
+
+@pytest.mark.parametrize(
+    ("machine", "given", "why"),
+    [
+        (Runtime(CPU, "fp32"), {}, "the device is cpu"),
+        (Runtime(torch.device("cuda"), "bf16", ranks=2), {}, "there are several processes"),
+        (Runtime(torch.device("cuda"), "fp16"), {}, "the loss scaler of run.precision=fp16 decides on the host"),
+        (Runtime(torch.device("cuda"), "bf16"), {"optim.name": "adamw"}, "optim.name=adamw decides on the host"),
+        (Runtime(torch.device("cuda"), "bf16"), {}, None),
+    ],
+)
+def test_where_updates_are_recorded(monkeypatch, machine, given, why):
+    monkeypatch.setattr(prepare, "CudaRecorder", lambda device: Tapes())
+    for switch in ("auto", "on", "off"):
+        chosen = config.build({}, {**given, "run.graph": switch})
+        optimizer = build_optimizer(small_net(), chosen.optim)
+        if switch == "on" and why:
+            with pytest.raises(InputError, match=f"run.graph=on, but {why}: set run.graph=auto"):
+                prepare._graphs(chosen, machine, optimizer)
+        else:
+            found = prepare._graphs(chosen, machine, optimizer)
+            assert (found is not None) == (why is None and switch != "off")
+
+
+@pytest.mark.parametrize(("said", "meant"), [("true", "on"), ("no", "off"), ("on", "on"), ("auto", "auto")])
+def test_switches_may_be_said_as_booleans(said, meant):
+    chosen = config.build({}, {"run.graph": said, "run.compile": said})
+    assert dataclasses.asdict(chosen.run) | {"graph": meant, "compile": meant} == dataclasses.asdict(chosen.run)
+
+
+def test_three_cycles_compile_two_graphs(digits):
+    """One for whole batches and one for the ragged last one; attach rates and restarts change tensors in place."""
+    found = []
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return graph.forward
+
+    run = training(digits, plan(**THREE), batch_size=80, log_every=1)
+    torch._dynamo.reset()
+    run.wrapped = torch.compile(run.model, backend=backend, dynamic=False)
+    counts = [len(found) for event in engine.fit(run) if isinstance(event, engine.CycleEnd)]
+    assert counts == [2, 2, 2, 2]
