@@ -20,7 +20,7 @@ CONFIDENCE = 0.95
 
 WITHOUT_EFFECT = {
     *("run.seed", "run.out", "run.device", "run.log_every", "run.save_every", "run.trackers", "run.channels_last"),
-    *("run.compile", "data.workers", "teacher.cache"),
+    *("run.compile", "run.graph", "data.workers", "teacher.cache"),
 }
 """Settings that may differ within a group: the seed, where results go, how fast they are computed and what is said."""
 

@@ -37,7 +37,7 @@ class Halves:
     """A task whose network sees each half of a batch by itself, as two ranks do."""
 
     def __init__(self, task):
-        self.task = task
+        self.task, self.prepared = task, task.prepared
 
     def __call__(self, model, batch):
         if not model.training or not torch.is_grad_enabled():

@@ -15,6 +15,7 @@ from conftest import ROOT
 from test_cli import one_line, run
 
 from repan_cli import checkpoint, engine
+from repan_cli.commands import record
 from repan_cli.commands.record import Record
 from repan_cli.data.source import Source
 
@@ -29,6 +30,12 @@ def words(command, folder, teacher=None):
         return [*SMALL, *length.split(), *rates.split(), "--out", folder]
     given = ["--teacher", teacher] if command == "distill" else []
     return [*SMALL, "--epochs", "3", *given, "--out", folder]
+
+
+@pytest.fixture(autouse=True)
+def saving_every_epoch(monkeypatch):
+    """However short it is: what is saved must not depend on the clock here."""
+    monkeypatch.setattr(record, "SAVING_SHARE", float("inf"))
 
 
 class StopAt:
@@ -126,6 +133,29 @@ def test_a_run_stopped_after_any_update_ends_with_the_same_bits(capsys, tmp_path
     assert f"go on with: repan {command} --resume {folder}" in err
     assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
     resumed(capsys, command, folder)
+    assert_same(folder, expected)
+
+
+def test_a_run_with_short_epochs_saves_few_of_them_and_loses_nothing(capsys, tmp_path, whole, monkeypatch):
+    """Saving takes a small share of the time; what a crash leaves out is trained again."""
+    expected, folder = whole("train", capsys), tmp_path / "run"
+    take, epochs = Record.take, []
+
+    def failing(taker, event):
+        take(taker, event)
+        epochs.extend([event] if isinstance(event, engine.Epoch) else [])
+        if len(epochs) == 2:
+            raise RuntimeError("a crash")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "SAVING_SHARE", 0.0)
+        patch.setattr(Record, "take", failing)
+        with pytest.raises(RuntimeError, match="a crash"):
+            run(capsys, "train", *words("train", folder))
+        assert checkpoint.load(folder / "last.pt").meta["progress"]["epoch"] == 0
+        best = checkpoint.load(folder / "best.pt").meta["epoch"]
+        assert best == max(epochs, key=lambda event: event.val_top1).epoch
+    resumed(capsys, "train", folder)
     assert_same(folder, expected)
 
 
@@ -326,6 +356,7 @@ class Poisoned:
 
     def __init__(self, task, at, what):
         self.task, self.at, self.what, self.count = task, at, what, 0
+        self.prepared = task.prepared
 
     def __call__(self, model, batch):
         loss, logits = self.task(model, batch)

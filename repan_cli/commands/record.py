@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -9,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from repan_cli import checkpoint, engine, runs
+from repan_cli.checkpoint import Checkpoint
 from repan_cli.commands import control
 from repan_cli.commands.prepare import Session
 from repan_cli.config import flatten
 from repan_cli.state import snapshot
 from repan_cli.trackers import Csv, JsonLines, Tracked, Tracker, open_requested, rewind
+
+SAVING_SHARE = 0.02
+"""Of a run's time what saving may take at the ends of epochs: where those are short, some go by without."""
 
 WATCHED = ("top1_before", "top1_after_restart", "loss_before", "loss_after_restart", "logit_error")
 
@@ -27,6 +32,8 @@ class Record:
         begun = begun or {"summary": _new_summary(session), "start": {}, "epoch": {}, "seconds": 0.0}
         self.summary, self.start, self.epoch = begun["summary"], begun["start"], begun["epoch"]
         self.seconds_before = begun["seconds"]
+        self.best: Checkpoint | None = None  # to be written with the next state
+        self.saved_at, self.saving = time.perf_counter(), 0.0
         rewind(folder.path, *self.position())
         self.requested = open_requested(session.config.run.trackers, _tracked(session, folder))
         self.trackers: list[Tracker] = [
@@ -73,10 +80,11 @@ class Record:
     def _take_epoch(self, event: engine.Epoch) -> None:
         self.epoch = _metrics(event)
         if event.best:
-            self._save("best.pt", event.cycle, event.epoch, self.epoch)
+            self.best = self._capture(event.cycle, event.epoch, self.epoch)
         self._log("epoch", dataclasses.asdict(event))
-        self.save_last()
-        self.folder.status("running", cycle=event.cycle, epoch=event.epoch)
+        if (time.perf_counter() - self.saved_at) * SAVING_SHARE >= self.saving:
+            self.save_last()
+            self.folder.status("running", cycle=event.cycle, epoch=event.epoch)
 
     def _take_end(self, event: engine.CycleEnd) -> None:
         row = {"top1": event.top1, "test_top1": event.test_top1, "seconds": event.seconds}
@@ -110,9 +118,10 @@ class Record:
         """The weights and everything else that the run needs to go on from here. Raises DivergedError instead when an
         update since the last save was not finite.
         """
-        training = self.session.training
+        training, began = self.session.training, time.perf_counter()
         if training.progress.totals is not None:
             training.progress.totals.check()
+        self._save_best()
         tensors, plain = snapshot(training)
         cycle, epoch = self.position()
         begun = {"summary": self.summary, "start": self.start, "epoch": self.epoch, "seconds": self.seconds}
@@ -120,12 +129,24 @@ class Record:
         meta |= {"progress": plain, "begun": begun, "finished": self.session.start is not None}
         content = checkpoint.capture(training.scored, meta)
         checkpoint.save_last(dataclasses.replace(content, state=tensors), self.folder)
+        self.saved_at = time.perf_counter()
+        self.saving = self.saved_at - began
+
+    def _save_best(self) -> None:
+        if self.best is not None:
+            checkpoint.save(self.best, self.folder / "best.pt")
+            self.best = None
 
     def _save(self, name: str, cycle: int, epoch: int | None, metrics: Mapping[str, Any]) -> None:
+        checkpoint.save(self._capture(cycle, epoch, metrics), self.folder / name)
+
+    def _capture(self, cycle: int, epoch: int | None, metrics: Mapping[str, Any]) -> Checkpoint:
         meta = self.session.meta(cycle=cycle, epoch=epoch, metrics=dict(metrics))
-        checkpoint.save(checkpoint.capture(self.session.training.scored, meta), self.folder / name)
+        return checkpoint.capture(self.session.training.scored, meta)
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # of a run that failed: nothing else is to get in the way
+            self._save_best()
         for tracker in self.trackers:
             tracker.close()
 

@@ -103,11 +103,15 @@ def _train(session: Session, record: Record, display: Display, signals: runtime.
         record.open()
     if math.isfinite(session.training.progress.best_top1):  # of the weights it began with, or before a stop
         display.position.best = session.training.progress.best_top1
+    told = False
     try:
         with display:
             for event in engine.fit(session.training):
                 record.take(event)
                 display.show(event)
+                if session.training.graphs and session.training.graphs.refused and not told:
+                    told = True
+                    display.say(f"steps run one by one: no CUDA graph ({session.training.graphs.refused})")
                 if _stops(session, event, signals):
                     raise StoppedError
     except StoppedError:
@@ -181,7 +185,7 @@ def header(session: Session, resolved: Resolved) -> dict[str, str]:
         **_describe_augmentation(training.train),
         "plan": _describe_plan(training.plan),
         **_describe_teacher(training),
-        "device": training.runtime.describe(),
+        "device": training.runtime.describe() + (", a step is one CUDA graph" if training.graphs else ""),
         "settings": resolved.source,
     }
 
