@@ -116,12 +116,15 @@ def _add_momentum(optimizer: torch.optim.Optimizer, group: dict) -> None:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, frozen: bool = False) -> None:
     """Set the rate of all groups, where it lies on the device in place; that of `frozen` trunks is 0."""
+    on_device: dict[Tensor, float] = {}
     for group in optimizer.param_groups:
         value = 0.0 if frozen and group["trunk"] else rate
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(value)
+            on_device[group["lr"]] = value
         else:
             group["lr"] = value
+    for place, value in on_device.items():
+        place.fill_(value)
 
 
 def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
@@ -130,9 +133,10 @@ def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def rates_to_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Keep the learning rates where a recorded step reads them."""
+    """Keep the learning rates where a recorded step reads them: one of all trunks, one of everything else."""
+    rates = {trunk: torch.zeros((), device=device) for trunk in (False, True)}
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        group["lr"] = rates[group["trunk"]]
 
 
 def zero_momentum(optimizer: torch.optim.Optimizer) -> None:

@@ -1,8 +1,12 @@
 """Timing in turns, and what `repan benchmark` tells."""
 
+import importlib.metadata
 import json
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from test_cli import one_line, run
 
 from repan_cli import timing
@@ -58,3 +62,38 @@ def test_bad_words(capsys, cycle_run):
         capsys, "benchmark", cycle_run.folder / "best.pt", "--block", "acb"
     )
     assert "--batch" in one_line(capsys, "benchmark", "repvgg", "-b", "0")
+
+
+# ---------------------------------------------------------------------------------------------- the suite
+
+SUITE = ROOT / "tests" / "benchmark" / "suite.py"
+
+
+def suite(*words):
+    result = subprocess.run([sys.executable, SUITE, *words], capture_output=True, text=True, cwd=ROOT.parent)
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_the_suite_measures_against_the_targets():
+    code, out, err = suite("--quick", "--device", "cpu", "--only", "ceilings,losses,step,loader,inference,start")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["quick"], found["device"]) == (True, "cpu")
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
+    assert min(found["ceilings"].values()) > 0
+    assert found["losses"]["float32, channels last"]["first step"] < 1e-5
+    assert all(difference["first step"] < 1e-2 for difference in found["losses"].values())
+    assert {row["work"].split(",")[0] for row in found["targets"]} > {"loader", "repan --help"}
+
+
+def test_the_suite_names_what_it_does_not_know():
+    code, _, err = suite("--only", "step,stop")
+    assert code == 2
+    assert "--only: no stop; there are ceilings, losses, step" in err
+
+
+@pytest.mark.soak
+def test_every_measurement_runs():
+    code, out, err = suite("--quick", "--device", "cpu")
+    assert code == 0, err
+    assert {"distill", "teacher", "fuse", "epoch", "overhead"} < set(json.loads(out))

@@ -58,20 +58,19 @@ class ResidentImages(Source):
 
     def batch(self, index: Tensor, views: Tensor) -> Batch:
         """The given views of the given images, with their labels."""
-        return next(self._gathered([index], [views]))
+        return next(self._gathered(index, views, [len(index)]))
 
-    def _gathered(self, rows: Sequence[Tensor], views: Sequence[Tensor]) -> Iterator[Batch]:
-        """A batch for each of `rows` and its `views`, which go to the device all at once: each time is a host-device
-        sync.
-        """
-        sizes = [len(row) for row in rows]
-        places, looks = (torch.cat(list(parts)).to(self.device).split(sizes) for parts in (rows, views))
-        for row, view, here, look in zip(rows, views, places, looks, strict=True):
-            yield Batch(self.gather(here, look), self.labels[here], row, view)
+    def _gathered(self, order: Tensor, views: Tensor, sizes: list[int]) -> Iterator[Batch]:
+        """Batches of such sizes; all indices go to the device at once, as each time is a host-device sync."""
+        parts = (order, views, order.to(self.device), views.to(self.device))
+        for index, view, here, look in zip(*(part.split(sizes) for part in parts), strict=True):
+            yield Batch(self.gather(here, look), self.labels[here], index, view)
 
     def _training(self, rows: Sequence[Tensor], plan: Plan, position: tuple[int, ...]) -> Iterator[Batch]:
-        yield from self._gathered(rows, [plan.views[row] for row in rows]) if rows else ()
+        order = torch.cat([*rows, torch.empty(0, dtype=torch.long)])
+        return self._gathered(order, plan.views[order], [len(row) for row in rows])
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         rows = torch.arange(self.count).split(batch_size)[self.rank :: self.ranks]
-        yield from self._gathered(rows, [torch.full_like(row, self.center) for row in rows]) if rows else ()
+        order = torch.cat([*rows, torch.empty(0, dtype=torch.long)])
+        return self._gathered(order, torch.full_like(order, self.center), [len(row) for row in rows])
