@@ -119,9 +119,9 @@ def _title(comparison: Comparison) -> str:
 
 
 def _about(comparison: Comparison) -> str:
-    names = sorted({result.dataset for group in comparison.groups for result in group.results})
-    runs = sum(len(group.results) for group in comparison.groups)
-    return f"{count(runs, 'run')} on {', '.join(names)}. repan {__version__}, {now()}"
+    results = [result for group in comparison.groups for result in group.results]
+    names = sorted({result.dataset + f" ({result.classes} classes)" * bool(result.classes) for result in results})
+    return f"{count(len(results), 'run')} on {', '.join(names)}. repan {__version__}, {now()}"
 
 
 def _section(title: str, *parts: str) -> str:

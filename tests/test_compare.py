@@ -246,6 +246,7 @@ def test_there_can_be_several_controls(capsys, arms, monkeypatch):
     assert lines[1].count("|") == lines[2].count("|") == 12
     assert lines[2].startswith("| repan | 2 | 73.50 ± 2.12 |")
     assert lines[2].endswith("| 4 | 180 k | 2 h 00 min | cpu |")
+    assert lines[6].startswith("6 runs on cifar100 (100 classes)")
     assert "mean ± standard deviation over seeds" in lines[6]
     assert lines[8] == f"- left out: {arms / 'same' / 'seed_2'}: not finished (done)"
 
