@@ -125,6 +125,14 @@ def test_all_arms_have_their_turn_with_a_seed_before_the_next_seed(run, tmp_path
     assert (code, made(calls)) == (0, [])
 
 
+def test_the_table_has_the_controls_that_are_finished(run, tmp_path):
+    (tmp_path / "continuous_none_seed_0").write_text("3")
+    _, _, calls = run("--arms", "full_restart_none,restart_zero,restart_none,continuous_none,one_cosine", "--seeds", 0)
+    words = calls[-1][0]
+    controls = [words[place + 1].rpartition("/")[2] for place, word in enumerate(words) if word == "--control"]
+    assert controls == ["one_cosine", "restart_none", "full_restart_none"]
+
+
 def test_by_default_every_small_arm_runs_controls_first(runner):
     given = runner.read_words(["out"])
     assert given.arms[:3] == ["one_cosine", "continuous_none", "restart_none"]

@@ -171,7 +171,7 @@ def stop(children: Children) -> None:
 def write_table(out: Path) -> None:
     """OUT/results.md, and the table on screen: the finished runs below OUT, beside the controls among them."""
     finished = {path.parent.name for path in out.glob("*/seed_*") if state_of(path) == "done"}
-    controls = [arm for arm in ARMS if arm.removeprefix("full_") in CONTROLS and arm in finished]
+    controls = [arm for prefix in ("", "full_") for name in CONTROLS if (arm := prefix + name) in finished]
     chosen = [word for arm in controls for word in ("--control", str(out / arm))]
     if finished:
         subprocess.run([*REPAN, "compare", str(out), "--by-folder", *chosen, "--markdown", str(out / "results.md")])
