@@ -495,16 +495,24 @@ def compare(
         typer.Argument(metavar="RUN", help="Run directories, folders with runs in them, globs.", show_default=False),
     ],
     control: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--control",
             metavar="RUN",
-            help="Compare with the runs that are set as this one is; default: those without restarts, else the first.",
+            help="Compare with the group of this run, or of these; default: that without restarts, else the first. "
+            "May be given several times.",
             show_default=False,
         ),
     ] = None,
+    by_folder: Annotated[
+        bool, typer.Option("--by-folder", help="Runs in one folder are a group of its name, not those set alike.")
+    ] = False,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Also write a page with curves.", show_default=False)
+    ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option("--markdown", metavar="FILE", help="Also write the table as Markdown.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV on stdout.")] = False,
@@ -516,8 +524,19 @@ def compare(
     [bold]repan compare runs/cycle/NAME[/bold]
 
     [bold]repan compare runs/cycle/* --html comparison.html[/bold]
+
+    [bold]repan compare study --by-folder --control study/one_cosine --markdown study/results.md[/bold]
     """
-    _dispatch("compare", runs, control=control, as_json=as_json, as_csv=as_csv, html=html)
+    _dispatch(
+        "compare",
+        runs,
+        control=control or [],
+        by_folder=by_folder,
+        as_json=as_json,
+        as_csv=as_csv,
+        html=html,
+        markdown=markdown,
+    )
 
 
 @app.command("list", rich_help_panel="Inspection")

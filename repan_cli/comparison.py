@@ -6,9 +6,10 @@ Pure functions of finished runs; a result is a mean over seeds, never one run.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,6 +151,10 @@ class Group:
         values = list(self.by_seed(figure).values())
         return None if None in values else Spread.of(values)
 
+    def devices(self) -> list[str]:
+        """What its runs were computed on, as far as they noted it."""
+        return sorted({result.device for result in self.results if result.device})
+
     def cost(self) -> dict[str, float | None]:
         """Of a run, on average: epochs, training images seen, hours."""
         seconds = self.spread("seconds")
@@ -159,41 +164,54 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups, of which the first is what the others are compared with."""
+    """Groups, of which the first so many are what the others are compared with: the control, and perhaps more."""
 
     groups: tuple[Group, ...]
     warnings: tuple[str, ...]
+    control_count: int = 1
 
     @property
     def control(self) -> Group:
         return self.groups[0]
 
-    def gain(self, group: Group, figure: str = "test_top1") -> Difference | None:
-        """Over the control; None for the control itself, and for other data, which it says nothing of."""
-        ours, theirs = group.results[0], self.control.results[0]
-        if group is self.control or ours.dataset != theirs.dataset or ours.classes != theirs.classes:
+    @property
+    def controls(self) -> tuple[Group, ...]:
+        return self.groups[: self.control_count]
+
+    def gain(self, group: Group, figure: str = "test_top1", *, over: Group | None = None) -> Difference | None:
+        """Over a control, by default the first; None for itself, and for other data, which it says nothing of."""
+        control = over or self.control
+        ours, theirs = group.results[0], control.results[0]
+        if group is control or ours.dataset != theirs.dataset or ours.classes != theirs.classes:
             return None
-        return difference(group.by_seed(figure), self.control.by_seed(figure))
+        return difference(group.by_seed(figure), control.by_seed(figure))
 
 
-def compare(results: Sequence[Result], control: Path | None = None) -> Comparison:
-    """Group finished runs and choose what they are compared with: the group of the run `control`, else the one without
-    restarts, else the first.
+def compare(
+    results: Sequence[Result], controls: Mapping[str, Sequence[Path]] | None = None, *, by_folder: bool = False
+) -> Comparison:
+    """Group finished runs and choose what they are compared with: the group of each of `controls`, runs by the word
+    that means them, else the group without restarts, else the first.
+
+    Runs that are set alike are a group; `by_folder`, those that lie in one folder, whose name the group then has.
     """
     if not results:
         raise InputError("no finished run to compare")
     kinds: dict[Any, list[Result]] = {}
     for result in results:
-        kinds.setdefault(_kind(result), []).append(result)
+        kinds.setdefault(_folder(result) if by_folder else _kind(result), []).append(result)
     members, warnings = [], [*_different_problems(results)]
     for runs in kinds.values():
         single = {run.seed: run for run in runs}
         if len(single) < len(runs):
             warnings.append(f"several runs of one seed ({runs[0].path} and others): the last one of each counts")
+        if by_folder and (differing := _differing(runs)):
+            warnings.append(f"the runs in {runs[0].path.parent} differ in {', '.join(differing)}")
         members.append(tuple(single[seed] for seed in sorted(single)))
-    chosen, doubts = _control(members, control)
-    members.insert(0, members.pop(chosen))
-    return Comparison(_labelled(members), (*warnings, *doubts))
+    chosen, doubts = _controls(members, controls or {})
+    groups = _labelled([members[number] for number in dict.fromkeys((*chosen, *range(len(members))))])
+    named = _named_by_folder(groups) if by_folder else groups
+    return Comparison(named, (*warnings, *doubts), len(chosen))
 
 
 def _kind(result: Result) -> tuple[Any, ...]:
@@ -216,17 +234,37 @@ def _different_problems(results: Sequence[Result]) -> list[str]:
     return []
 
 
-def _control(members: list[tuple[Result, ...]], path: Path | None) -> tuple[int, list[str]]:
-    """Which of the groups is the control, and what is doubtful about that."""
-    if path is not None:
-        wanted = path.resolve()
-        for number, runs in enumerate(members):
-            if any(run.path.resolve() == wanted for run in runs):
-                return number, []
-        raise InputError(f"the control {path} is none of the runs that are compared")
+def _folder(result: Result) -> Path:
+    """Where it lies, beside the runs with other seeds."""
+    return result.path.resolve().parent
+
+
+def _named_by_folder(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """With the names of their folders, as seen from where they all lie."""
+    folders = [_folder(group.results[0]) for group in groups]
+    common = Path(os.path.commonpath(folders))
+    names = [folder.relative_to(common).as_posix() if folder != common else folder.name for folder in folders]
+    return tuple(replace(group, label=name) for group, name in zip(groups, names, strict=True))
+
+
+def _controls(members: list[tuple[Result, ...]], controls: Mapping[str, Sequence[Path]]) -> tuple[list[int], list[str]]:
+    """Which of the groups are the controls, and what is doubtful about that."""
+    if controls:
+        return list(dict.fromkeys(_group_of(word, paths, members) for word, paths in controls.items())), []
     found = [number for number, runs in enumerate(members) if _is_control(runs[0])]
     several = f"{len(found)} groups go without restarts: the first is the control; choose with --control RUN"
-    return (found or [0])[0], [several] if len(found) > 1 else []
+    return (found or [0])[:1], [several] if len(found) > 1 else []
+
+
+def _group_of(word: str, paths: Sequence[Path], members: list[tuple[Result, ...]]) -> int:
+    """The group whose runs a word means, or some of them."""
+    wanted = {path.resolve() for path in paths}
+    found = [number for number, runs in enumerate(members) if any(run.path.resolve() in wanted for run in runs)]
+    if not found:
+        raise InputError(f"the control {word} is none of the runs that are compared")
+    if len(found) > 1:
+        raise InputError(f"--control {word} is runs of {len(found)} groups: name one, its group is the control")
+    return found[0]
 
 
 def _labelled(members: list[tuple[Result, ...]]) -> tuple[Group, ...]:
@@ -311,6 +349,14 @@ def _group_as_data(comparison: Comparison, group: Group) -> dict[str, Any]:
         "seeds": group.seeds,
         "runs": [str(result.path) for result in group.results],
         **{figure: spread._asdict() if spread else None for figure, spread in spreads.items()},
+        "devices": group.devices(),
         "difference": {figure: gain._asdict() for figure, gain in gains.items() if gain} or None,
+        "differences": _differences(comparison, group),
         **group.cost(),
     }
+
+
+def _differences(comparison: Comparison, group: Group) -> dict[str, Any]:
+    """Of test top-1 over each of the controls, by their labels."""
+    gains = {control.label: comparison.gain(group, over=control) for control in comparison.controls}
+    return {label: gain._asdict() if gain else None for label, gain in gains.items()}

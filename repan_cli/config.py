@@ -99,7 +99,14 @@ class Data:
     )
     split_seed: int = setting(0, "Seed of that part, independent of run.seed.", low=0)
     channels: int | None = setting(None, "1 reads images in grey, 3 in colour; null takes the data set's own.", low=1)
-    classes: int | None = setting(None, "Number of classes of the data set 'synthetic'.", low=2)
+    classes: int | None = setting(
+        None,
+        "Number of classes: only the first so many by name; null is all. Of 'synthetic' as many are made; null is 10.",
+        low=2,
+    )
+    per_class: int | None = setting(
+        None, "Training images of each class, at most: the first so many, of which val_fraction is held out.", low=1
+    )
     augment: str = setting(
         "standard",
         "standard: random crop, and flip where that makes sense; a policy on top of it: autoaugment, randaugment, "

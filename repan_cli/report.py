@@ -13,15 +13,21 @@ from repan_cli.comparison import CONFIDENCE, Comparison, Difference, Group, Spre
 from repan_cli.console import count, duration, percent
 from repan_cli.runs import now
 
-TITLES = ("runs", "seeds", "test top-1", "last cycle", "val best", "over the control", "epochs", "images", "time")
 METHODS = {"paired": "paired by seed", "welch": "by Welch's t-test, as the seeds differ"}
 
 
 # ---------------------------------------------------------------------------------------------- the table
 
 
+def titles(comparison: Comparison) -> tuple[str, ...]:
+    """Of the columns of `rows`."""
+    several = comparison.control_count > 1
+    over = [f"over {control.label}" for control in comparison.controls] if several else ["over the control"]
+    return ("runs", "seeds", "test top-1", "last cycle", "val best", *over, "epochs", "images", "time")
+
+
 def rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """A row a group, under `TITLES`; epochs, images and time are those of one run."""
+    """A row a group, under `titles`; epochs, images and time are those of one run."""
     return [_row(comparison, group) for group in comparison.groups]
 
 
@@ -31,7 +37,7 @@ def _row(comparison: Comparison, group: Group) -> tuple[str, ...]:
         group.label,
         str(len(group.seeds)),
         *(_spread(group.spread(figure)) for figure in ("test_top1", "last_test_top1", "val_top1")),
-        "control" if group is comparison.control else _gain(comparison.gain(group)),
+        *("control" if group is over else _gain(comparison.gain(group, over=over)) for over in comparison.controls),
         f"{cost['epochs']:g}",
         _short(cost["images"]),
         duration(3600 * cost["hours"]),
@@ -67,7 +73,7 @@ def legend(comparison: Comparison) -> str:
         words += "; mean ± standard deviation over seeds"
     if len(spread) < len(comparison.groups):
         words += "; one seed has no spread, and the difference no interval"
-    gains = [comparison.gain(group) for group in comparison.groups[1:]]
+    gains = [comparison.gain(group, over=over) for group in comparison.groups for over in comparison.controls]
     methods = {gain.method for gain in gains if gain and gain.method}
     if methods:
         how = " or ".join(METHODS[method] for method in sorted(methods))
@@ -75,17 +81,32 @@ def legend(comparison: Comparison) -> str:
     return f"{words}."
 
 
+def markdown(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> str:
+    """The table, with what its runs were computed on, and what its figures are."""
+    devices = [", ".join(group.devices()) or "-" for group in comparison.groups]
+    body = [(*row, device) for row, device in zip(rows(comparison), devices, strict=True)]
+    head = (*titles(comparison), "device")
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    notes = [f"- {note}\n" for note in _notes(comparison, left_out)]
+    text = f"{table}\n\n{_about(comparison)}: {legend(comparison)}\n"
+    return f"{text}\n{''.join(notes)}" if notes else text
+
+
+def _notes(comparison: Comparison, left_out: Sequence[tuple[str, str]]) -> list[str]:
+    return [*comparison.warnings, *(f"left out: {path}: {why}" for path, why in left_out)]
+
+
 # ---------------------------------------------------------------------------------------------- the page
 
 
 def page(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> str:
     """The comparison as one HTML file: table, curves, seeds, runs. `left_out`: runs that are not in it, and why."""
-    notes = [*comparison.warnings, *(f"left out: {path}: {why}" for path, why in left_out)]
     parts = [
         f"<h1>{escape(_title(comparison))}</h1>",
         f"<p class=quiet>{escape(_about(comparison))}</p>",
-        *(f"<p class=note>{escape(note)}</p>" for note in notes),
-        _section("Results", _table(TITLES, rows(comparison)), legend(comparison)),
+        *(f"<p class=note>{escape(note)}</p>" for note in _notes(comparison, left_out)),
+        _section("Results", _table(titles(comparison), rows(comparison)), legend(comparison)),
         *_curves_section(comparison),
         _section("Test top-1, a point a seed", _strip(comparison), "Bars: the mean."),
         _section("Runs", _table(RUN_TITLES, _run_rows(comparison))),
@@ -98,9 +119,9 @@ def _title(comparison: Comparison) -> str:
 
 
 def _about(comparison: Comparison) -> str:
-    names = sorted({result.dataset for group in comparison.groups for result in group.results})
-    runs = sum(len(group.results) for group in comparison.groups)
-    return f"{count(runs, 'run')} on {', '.join(names)}. repan {__version__}, {now()}"
+    results = [result for group in comparison.groups for result in group.results]
+    names = sorted({result.dataset + f" ({result.classes} classes)" * bool(result.classes) for result in results})
+    return f"{count(len(results), 'run')} on {', '.join(names)}. repan {__version__}, {now()}"
 
 
 def _section(title: str, *parts: str) -> str:

@@ -19,8 +19,8 @@ from repan_cli.trackers import read_metrics
 class Result:
     """A finished run. Accuracies are in percent; `test_top1` is that of the network that validation chose.
 
-    `classes` and `images`, those of an epoch, are None for runs that did not note them; `records` holds the cycle
-    and the validation top-1 of each epoch.
+    `classes`, `images`, those of an epoch, and `device` are None for runs that did not note them; `records` holds the
+    cycle and the validation top-1 of each epoch.
     """
 
     path: Path
@@ -34,6 +34,7 @@ class Result:
     last_test_top1: float
     val_top1: float | None
     seconds: float
+    device: str | None
     records: list[dict[str, Any]]
 
     @property
@@ -122,8 +123,16 @@ def _result(path: Path, summary: Mapping[str, Any], records: list[dict[str, Any]
         last_test_top1=_number(float(phases[-1]["test_top1"])),
         val_top1=max((value for value in validation if value is not None), default=None),
         seconds=_number(float(summary["seconds"])),
+        device=_device(path / "env.json"),
         records=course,
     )
+
+
+def _device(path: Path) -> str | None:
+    """What a run began on: a GPU's name, or cpu."""
+    machine = read_json(path) if path.exists() else {}
+    name = machine.get("gpu") or machine.get("device")
+    return str(name) if name else None
 
 
 def _number(value: Any) -> float | None:

@@ -190,6 +190,32 @@ def test_evaluate(capsys, cycle_run):
     assert f"multi-branch  {cycle_run.summary['test']['top1']:.2f}" in err
 
 
+def test_what_was_trained_on_a_part_of_a_data_set_is_scored_on_that_part(capsys, cycle_run, tmp_path):
+    part, out = ("data.classes=3", "data.per_class=30"), tmp_path / "run"
+    words = ("--dataset", "digits", "--epochs", 1, "data.batch_size=32", "run.precision=fp32", *part)
+    code, text, err = run(capsys, "train", "--model", "repvgg_a0_cifar", *words, "--out", out, "--json")
+    assert code == 0, err
+    summary = json.loads(text)
+    assert (summary["classes"], summary["images"]) == (3, {"train": 81, "val": 9, "test": 107})
+    for more in ((), ("--dataset", "digits"), ("--fused",)):
+        code, text, err = run(capsys, "evaluate", out / "best.pt", "--json", *more)
+        assert (code, err) == (0, "")
+        score = json.loads(text)
+        assert (score["top1"], score["images"]) == (summary["test"]["top1"], 107)
+        assert list(score["class_top1"]) == ["0", "1", "2"]
+    _, text, _ = run(capsys, "evaluate", out / "best.pt", "--split", "val", "--json")
+    assert json.loads(text)["images"] == 9
+    whole = cycle_run.folder / "best.pt"
+    refused = one_line(capsys, "distill", "--model", "repvgg_a0_cifar", "--teacher", whole, *words)
+    assert "knows 10 classes, digits has 3" in refused
+    assert "data.classes=11, but digits has 10" in one_line(
+        capsys, "train", "--model", "repvgg", "-d", "digits", "data.classes=11"
+    )
+    assert "data.classes: 1 must be at least 2" in one_line(
+        capsys, "train", "--model", "repvgg", "-d", "digits", "data.classes=1"
+    )
+
+
 def test_info(capsys, cycle_run):
     code, out, _ = run(capsys, "info", cycle_run.folder / "cycle_01.pt", "--json")
     facts = json.loads(out)

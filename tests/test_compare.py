@@ -185,7 +185,7 @@ def test_the_control_can_be_chosen(capsys, runs):
     found, _ = as_json(capsys, runs / "none_0", "--control", runs / "repan_0")
     assert [group["label"] for group in found["groups"]] == ["cycle.restart=repan", "cycle.restart=none"]
     assert found["groups"][1]["difference"]["test_top1"]["mean"] == -1
-    assert "is 6 runs: name one" in one_line(capsys, "compare", runs, "--control", runs)
+    assert "is runs of 2 groups: name one" in one_line(capsys, "compare", runs, "--control", runs)
     write_run(runs / "stopped")
     (runs / "stopped" / "summary.json").unlink()
     code, _, err = run(capsys, "compare", runs, "--control", runs / "stopped")
@@ -201,6 +201,54 @@ def test_without_a_control_the_first_group_is_compared_with(capsys, tmp_path):
         ("block.name=acb", True),
         ("block.name=repvgg", False),
     ]
+
+
+@pytest.fixture
+def arms(tmp_path):
+    """Three arms of two seeds, each in a folder, of which two are set alike; with one run that was stopped."""
+    for name, gain, given in (("cosine", 0, {"cycle__restart": "none"}), ("repan", 2, {}), ("same", 3, {})):
+        for seed in (0, 1):
+            write_run(tmp_path / name / f"seed_{seed}", seed, 70 + gain + seed * (gain + 1), **given)
+            (tmp_path / name / f"seed_{seed}" / "env.json").write_text('{"device": "cpu", "gpu": null}')
+    (write_run(tmp_path / "same" / "seed_2", 2) / "summary.json").unlink()
+    return tmp_path
+
+
+def test_runs_can_be_grouped_and_named_by_their_folders(capsys, arms):
+    found, _ = as_json(capsys, arms, "--by-folder")
+    assert [(group["label"], group["seeds"], group["devices"]) for group in found["groups"]] == [
+        ("cosine", [0, 1], ["cpu"]),
+        ("repan", [0, 1], ["cpu"]),
+        ("same", [0, 1], ["cpu"]),
+    ]
+    assert found["warnings"] == []
+    assert [group["label"] for group in as_json(capsys, arms / "repan", "--by-folder")[0]["groups"]] == ["repan"]
+    write_run(arms / "repan" / "other", 5, block__name="acb")
+    found, _ = as_json(capsys, arms, "--by-folder")
+    assert found["warnings"] == [f"the runs in {arms / 'repan'} differ in block.name"]
+
+
+def test_there_can_be_several_controls(capsys, arms, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    words = ("compare", arms, "--by-folder", "--control", arms / "repan", "--control", arms / "cosine")
+    code, out, err = run(capsys, *words, "--markdown", arms / "results.md")
+    assert code == 0, err
+    title, first, second, third = out.splitlines()
+    assert "over repan" in title
+    assert "over cosine" in title
+    assert re.search(r"repan .* control +\+3.00 \[-9.71, \+15.71\]", first)
+    assert re.search(r"cosine .* -3.00 .* control", second)
+    assert re.search(r"same .* \+1.50 .* \+4.50", third)
+    _, out, _ = run(capsys, *words, "--csv")
+    assert [row["over cosine"] for row in csv.DictReader(io.StringIO(out))] == ["3.0", "", "4.5"]
+    lines = (arms / "results.md").read_text().splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")][6:8] == ["over repan", "over cosine"]
+    assert lines[1].count("|") == lines[2].count("|") == 12
+    assert lines[2].startswith("| repan | 2 | 73.50 ± 2.12 |")
+    assert lines[2].endswith("| 4 | 180 k | 2 h 00 min | cpu |")
+    assert lines[6].startswith("6 runs on cifar100 (100 classes)")
+    assert "mean ± standard deviation over seeds" in lines[6]
+    assert lines[8] == f"- left out: {arms / 'same' / 'seed_2'}: not finished (done)"
 
 
 def test_two_kinds_of_control_are_said(capsys, runs):

@@ -89,6 +89,79 @@ def test_a_whole_reduction_averages_pixels(tmp_path):
     assert np.abs(half - averaged).max() <= 1
 
 
+# ---------------------------------------------------------------------------------------------- a part of a set
+
+
+def test_a_part_of_the_classes_is_the_first_by_name_in_every_part(digits):
+    whole = datasets.load("digits", "data", val_fraction=0)
+    part = datasets.load("digits", "data", classes=3, val_fraction=0)
+    assert part.classes == ("0", "1", "2")
+    for ours, theirs in ((part.train, whole.train), (part.test, whole.test)):
+        assert np.array_equal(ours.images, theirs.images[theirs.labels < 3])
+        assert np.array_equal(ours.labels, theirs.labels[theirs.labels < 3])
+    assert part.labels_digest != whole.labels_digest
+    everything = datasets.load("digits", "data", classes=10)
+    assert (everything.classes, everything.split_digest) == (digits.classes, digits.split_digest)
+
+
+def test_classes_that_stay_keep_their_order_and_are_numbered_anew(monkeypatch):
+    names, labels = ("wasp", "ant", "cow", "bee"), np.array([3, 0, 1, 2, 1, 3])
+    images = datasets.Images(np.arange(6, dtype=np.uint8).repeat(16).reshape(6, 4, 4, 1), labels)
+    spec = datasets.DatasetSpec(
+        "", lambda root, reading: datasets.Raw(names, {"train": images, "test": images}), (0,), (1,)
+    )
+    monkeypatch.setitem(datasets.DATASETS._entries, "animals", spec)
+    data = datasets.load("animals", "data", classes=2, val_fraction=0)
+    assert data.classes == ("ant", "bee")
+    assert data.train.labels.tolist() == [1, 0, 0, 1]
+    assert data.train.images[:, 0, 0, 0].tolist() == [0, 2, 4, 5]
+
+
+def test_the_first_images_of_each_class_train_and_the_test_part_stays(digits):
+    part = datasets.load("digits", "data", per_class=20)
+    assert (np.bincount(part.train.labels) == 18).all()
+    assert (np.bincount(part.val.labels) == 2).all()
+    assert np.array_equal(part.test.images, digits.test.images)
+    whole, first = (datasets.load("digits", "data", val_fraction=0, per_class=count).train for count in (None, 5))
+    for label in range(10):
+        assert np.array_equal(first.images[first.labels == label], whole.images[whole.labels == label][:5])
+    assert len(datasets.load("digits", "data", per_class=10**6).train.labels) == len(digits.train.labels)
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized"])
+def test_a_part_of_folders_in_memory_and_read_one_by_one(tmp_path, crop):
+    folder = write_folders(tmp_path, classes=("ant", "bee", "cow"), parts=("train", "val", "test"))
+    data = datasets.load("folder", folder, crop=crop, classes=2, per_class=4)
+    assert data.classes == ("ant", "bee")
+    assert [part.labels.tolist() for part in (data.train, data.val)] == [[0] * 4 + [1] * 4, [0] * 6 + [1] * 6]
+    last = np.asarray(Image.open(tmp_path / "train" / "bee" / "3.png"))
+    train = data.train
+    there = train.images[7] if crop == "pad" else np.asarray(train.read(int(train.index[7])))
+    assert np.array_equal(there, last)
+
+
+def test_a_part_that_cannot_be_is_said(tmp_path):
+    with pytest.raises(InputError, match="^data.classes=11, but digits has 10 classes: give at most as many$"):
+        datasets.load("digits", "data", classes=11)
+    with pytest.raises(InputError, match="one training image a class .* data.val_fraction=0, or data.per_class above"):
+        datasets.load("digits", "data", per_class=1)
+    assert len(datasets.load("digits", "data", per_class=1, val_fraction=0).train.labels) == 10
+    folder = write_folders(tmp_path, parts=("train", "val", "test"))
+    assert len(datasets.load("folder", folder, per_class=1).train.labels) == 2  # what is held out lies beside it
+
+
+def test_an_empty_class_is_warned_of_only_where_it_is_chosen(monkeypatch, capsys):
+    labels = np.array([0, 1, 0, 1])
+    images = datasets.Images(np.zeros((4, 4, 4, 1), dtype=np.uint8), labels)
+    raw = datasets.Raw(("a", "b", "c"), {"train": images, "test": images})
+    spec = datasets.DatasetSpec("", lambda root, reading: raw, (0,), (1,))
+    monkeypatch.setitem(datasets.DATASETS._entries, "letters", spec)
+    datasets.load("letters", "data", classes=2)
+    assert capsys.readouterr().err == ""
+    datasets.load("letters", "data")
+    assert "such as 'c', have no training image" in capsys.readouterr().err
+
+
 def test_grey_images_can_be_resized():
     assert datasets.load("digits", "data", image_size=16).train.images.shape[1:] == (16, 16, 1)
 

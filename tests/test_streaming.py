@@ -256,5 +256,3 @@ def test_synthetic_data_have_the_shape_asked_for(capsys):
     assert (len(data.classes), data.image_size, data.channels) == (7, 16, 3)
     assert "no accuracy on them means anything" in capsys.readouterr().err
     assert isinstance(datasets.load("synthetic", "data", image_size=80).train, datasets.Pictures)
-    with pytest.raises(InputError, match="data.classes is for --dataset synthetic"):
-        datasets.load("digits", "data", classes=3)

@@ -18,20 +18,29 @@ from repan_cli.errors import InputError
 from repan_cli.results import Result, find_runs, read_result
 
 
-def run(words: list[str], *, control: str | None, as_json: bool, as_csv: bool, html: Path | None) -> None:
-    """Print the comparison of the runs that `words` mean, and write it as a page where one is asked for."""
+def run(
+    words: list[str],
+    *,
+    control: list[str],
+    by_folder: bool,
+    as_json: bool,
+    as_csv: bool,
+    html: Path | None,
+    markdown: Path | None,
+) -> None:
+    """Print the comparison of the runs that `words` mean, and write it as a page or a table where one is asked for."""
     if as_json and as_csv:
         raise InputError("--json and --csv both write to stdout: give one")
-    chosen = find_runs([control]) if control else []
-    if len(chosen) > 1:
-        raise InputError(f"--control {control} is {len(chosen)} runs: name one, its group is the control")
-    results, left_out = read_all(find_runs([*words, *([control] if control else [])]))
+    controls = {word: find_runs([word]) for word in control}
+    results, left_out = read_all(find_runs([*words, *control]))
     for path, why in left_out:
         warn(f"left out: {path}: {why}")
-    comparison = compare(results, *chosen)
-    if html:
-        runs.write_atomically(html, lambda file: file.write(report.page(comparison, left_out).encode()))
-        tell(f"written: {html}")
+    comparison = compare(results, controls, by_folder=by_folder)
+    for path, text_of in ((html, report.page), (markdown, report.markdown)):
+        if path:
+            content = text_of(comparison, left_out).encode()
+            runs.write_atomically(path, lambda file, content=content: file.write(content))
+            tell(f"written: {path}")
     if as_json:
         unfinished = [{"run": path, "why": why} for path, why in left_out]
         print(json.dumps({**as_data(comparison), "left_out": unfinished}))
@@ -58,15 +67,15 @@ def show(comparison: Comparison, *, to_stderr: bool = False) -> None:
     """The table, and on stderr what its figures are."""
     for warning in comparison.warnings:
         warn(warning)
-    rows = report.rows(comparison)
-    if _width([report.TITLES, *rows]) <= Console(stderr=to_stderr).width:
-        print_table(list(report.TITLES), rows, to_stderr=to_stderr)
+    titles, rows = report.titles(comparison), report.rows(comparison)
+    if _width([titles, *rows]) <= Console(stderr=to_stderr).width:
+        print_table(list(titles), rows, to_stderr=to_stderr)
     else:  # names on lines of their own
         numbers = [str(number) for number in range(1, len(rows) + 1)]
         names = ((number, row[0]) for number, row in zip(numbers, rows, strict=True))
-        print_table(["", report.TITLES[0]], names, to_stderr=to_stderr)
+        print_table(["", titles[0]], names, to_stderr=to_stderr)
         figures = ((number, *row[1:]) for number, row in zip(numbers, rows, strict=True))
-        print_table(["", *report.TITLES[1:]], figures, to_stderr=to_stderr)
+        print_table(["", *titles[1:]], figures, to_stderr=to_stderr)
     tell(report.legend(comparison))
 
 
@@ -93,4 +102,6 @@ def _flat(group: Mapping[str, Any]) -> dict[str, Any]:
         row |= {figure: spread.get("mean"), f"{figure}_sd": spread.get("sd")}
     gain = (group["difference"] or {}).get("test_top1", {})
     row |= {"difference": gain.get("mean"), "low": gain.get("low"), "high": gain.get("high")}
-    return row | {name: group[name] for name in ("epochs", "images", "hours")}
+    for label, found in group["differences"].items():
+        row |= {f"over {label}": (found or {}).get("mean")} if len(group["differences"]) > 1 else {}
+    return row | {name: group[name] for name in ("epochs", "images", "hours")} | {"device": " ".join(group["devices"])}

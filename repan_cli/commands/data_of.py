@@ -49,8 +49,8 @@ def settings(subject: Subject, dataset: str | None = None, root: str | None = No
     stored = {key: value for key, value in meta["config"].items() if key.startswith("data.")}
     arguments = datasets.settings_of(config.replace(config.Config(), stored).data)
     asked = {"name": dataset, "root": root, "image_size": meta["image_size"], "channels": meta["in_chans"]}
-    if dataset is not None:
-        arguments["classes"] = None
+    if dataset not in (None, arguments["name"]):  # the part that it was trained on is one of its own data
+        arguments |= {"classes": None, "per_class": None}
     return {**arguments, **{name: value for name, value in asked.items() if value is not None}}
 
 

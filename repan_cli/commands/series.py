@@ -211,8 +211,8 @@ def _finish(series: Series, folder: runs.RunDirectory, *, as_json: bool) -> None
     made = {result.path.name: result for result in results}
     _note_gains(made, members)
     if results:
-        first = next((made[member.name].path for member in members if member.is_control and member.name in made), None)
-        comparison = compare(results, first)
+        controls = [made[member.name].path for member in members if member.is_control and member.name in made]
+        comparison = compare(results, {str(series.path): controls} if controls else None)
         folder.write_json("comparison.json", as_data(comparison))
         folder.write_text("comparison.html", report.page(comparison, left_out))
         _report(series, comparison, made)

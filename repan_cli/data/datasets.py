@@ -160,21 +160,26 @@ def load(
     crop: str = "auto",
     on_error: str = "stop",
     classes: int | None = None,
+    per_class: int | None = None,
     val_fraction: float = 0.1,
     split_seed: int = 0,
 ) -> Dataset:
-    """Read a data set and hold out its validation part.
+    """Read a data set, or a part of it, and hold out its validation part.
 
+    `classes` keeps the first so many by name, in all parts; `per_class` the first so many training images of each.
     A folder set with both val and test uses them as they are. Otherwise the one it has is the test set, and
     `val_fraction` of the training set, stratified and drawn by `split_seed` alone, is held out.
     """
     spec = _specification(name)
-    if classes is not None and name != "synthetic":
-        raise InputError("data.classes is for --dataset synthetic: elsewhere the data say how many there are")
     mean, std = _statistics(spec, channels)
     reading = Reading(image_size or spec.image_size, len(mean), crop, on_error == "skip", classes or 10)
     raw = spec.load(Path(root), reading)
     _check_labels(name, raw)
+    if classes not in (None, len(raw.classes)):
+        raw = _first_classes(name, raw, classes)
+    _warn_of_empty_classes(name, raw)
+    if per_class is not None:
+        raw = _first_images(raw, per_class)
     parts = {part: _fitted(images, reading) for part, images in raw.parts.items()}
     train, val, test = parts["train"], parts.get("val"), parts.get("test")
     digest = ""
@@ -182,6 +187,11 @@ def load(
         val, test = None, val
     if val is None and val_fraction > 0:
         held_out = stratified(train.labels, val_fraction, split_seed)
+        if not held_out.any():
+            raise InputError(
+                f"with one training image a class none of {name} can be held out: set data.val_fraction=0, or "
+                "data.per_class above 1"
+            )
         digest = hashlib.sha256(np.packbits(held_out).tobytes() + train.labels.tobytes()).hexdigest()
         train, val = train.take(~held_out), train.take(held_out)
     size = train.images.shape[1] if isinstance(train, Images) else reading.image_size or _side(train)
@@ -198,6 +208,7 @@ def settings_of(data: config.Data) -> dict[str, Any]:
         "crop": data.crop,
         "on_error": data.on_error,
         "classes": data.classes,
+        "per_class": data.per_class,
         "val_fraction": data.val_fraction,
         "split_seed": data.split_seed,
     }
@@ -223,10 +234,41 @@ def _check_labels(name: str, raw: Raw) -> None:
         if low < 0 or high >= len(raw.classes):
             wrong = low if low < 0 else high
             raise InputError(f"{name} has {len(raw.classes)} classes, but its {part} part holds the label {wrong}")
+
+
+def _warn_of_empty_classes(name: str, raw: Raw) -> None:
     lacking = set(range(len(raw.classes))) - set(np.unique(raw.parts["train"].labels).tolist())
     if lacking:
         first = raw.classes[min(lacking)]
         warn(f"{len(lacking)} of the classes of {name}, such as '{first}', have no training image")
+
+
+def _first_classes(name: str, raw: Raw, count: int) -> Raw:
+    """With the first `count` classes by name alone, numbered anew in the order that they had."""
+    if count > len(raw.classes):
+        raise InputError(f"data.classes={count}, but {name} has {len(raw.classes)} classes: give at most as many")
+    by_name = sorted(range(len(raw.classes)), key=lambda number: raw.classes[number])
+    chosen = sorted(by_name[:count])
+    numbers = np.full(len(raw.classes), -1)
+    numbers[chosen] = np.arange(count)
+    parts = {part: _renumbered(images, numbers) for part, images in raw.parts.items()}
+    for part, images in parts.items():
+        if not len(images.labels):
+            raise InputError(f"data.classes={count} leaves no image in the {part} part of {name}: give more")
+    return Raw(tuple(raw.classes[number] for number in chosen), parts)
+
+
+def _renumbered(part: Part, numbers: np.ndarray) -> Part:
+    """The images whose class has a new number in `numbers` (classes,), where -1 is none."""
+    kept = part.take(numbers[part.labels] >= 0)
+    labels = numbers[kept.labels]
+    return Images(kept.images, labels) if isinstance(kept, Images) else Pictures(kept.read, labels, kept.index)
+
+
+def _first_images(raw: Raw, count: int) -> Raw:
+    """With at most `count` training images of each class, the first ones; all that do not train are kept."""
+    train = raw.parts["train"]
+    return raw._replace(parts={**raw.parts, "train": train.take(first_of_each(train.labels, count))})
 
 
 def _fitted(part: Part, reading: Reading) -> Part:
@@ -263,6 +305,14 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         members = order[labels[order] == label]
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         mask[members[:count]] = True
+    return mask
+
+
+def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
+    """A mask (N,) of the first `count` images of every class."""
+    mask = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        mask[np.flatnonzero(labels == label)[:count]] = True
     return mask
 
 
