@@ -47,6 +47,7 @@ def test_a_network_by_its_name(capsys):
         assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["milliseconds"])
 
 
+@pytest.mark.soak
 def test_files(capsys, cycle_run):
     _, out, _ = run(capsys, "benchmark", cycle_run.folder / "fused.pt", *QUICK)
     assert json.loads(out)["inference"][0]["form"] == "fused"

@@ -185,6 +185,7 @@ def test_conv_bn_where_there_is_no_such_place(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["net.pt"]
 
 
+@pytest.mark.soak
 def test_others_weights_and_names(capsys, tmp_path, monkeypatch):
     """Weights in a file of others', and a name whose pretrained weights come from timm."""
     torch.manual_seed(0)

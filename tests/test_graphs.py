@@ -97,6 +97,9 @@ CASES = {
 }
 
 
+QUICK = ("zero-gamma", "frozen trunk", "no momentum")
+
+
 def pair(digits, make):
     """The same run twice: as it is, and recorded. BN takes on the statistics of so few batches as there are, so that a
     restart finds the network in eval mode to be the one in train mode and losses stay where rounding stays small.
@@ -122,7 +125,9 @@ def agree(eager, recorded, *, rel=1e-5):
         torch.testing.assert_close(recorded.model.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.soak) for case in CASES]
+)
 def test_recorded_updates_give_the_same_losses(digits, case):
     phases = plan(**SHORT, **CASES[case])
     settings = phases[-1].optim

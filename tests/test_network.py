@@ -282,6 +282,7 @@ def test_weights_that_cannot_be_fetched_are_one_line(digits, monkeypatch):
 # ---------------------------------------------------------------------------------------------- repan's checkpoints
 
 
+@pytest.mark.soak
 def test_a_network_trained_plain_is_expanded_and_cycled(capsys, place):
     words = [*QUICK, "--model", "timm:resnet10t", "optim.lr=0.01"]
     code, out, err = run(capsys, "train", *words, "--block", "plain", "--out", "plain")

@@ -154,6 +154,7 @@ def test_shared_statistics_merge_and_restart_as_ones_own(family):
     assert relative(reparameterize(shared)(images), expected) < 1e-5
 
 
+@pytest.mark.soak
 def test_a_strided_1x1_branch_on_few_channels_stays_inside_its_memory():
     """PyTorch's own gradient of such a convolution corrupts the heap of a process, channels last, on CPUs."""
     code = """

@@ -84,6 +84,7 @@ def test_every_run_and_every_control_is_what_it_would_be_alone(capsys, tmp_path,
     assert re.sub("out: .*", "", ours) == re.sub("out: .*", "", alone)
 
 
+@pytest.mark.soak
 def test_the_control_does_not_train_the_baseline_again(capsys, controlled):
     folder, _, err = controlled(capsys)
     log = (folder / "control_seed_3" / "log.txt").read_text()
