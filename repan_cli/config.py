@@ -178,9 +178,9 @@ class Cycle:
         "repan", "At the start of a cycle: repan merges and regrows; none is the control.", choices=("repan", "none")
     )
     lr: str = setting(
-        "restart",
-        "restart: a new course in every cycle; continuous: one over baseline and cycles, from the baseline's rate.",
-        choices=("restart", "continuous"),
+        "continuous",
+        "continuous: one course over baseline and cycles, from the baseline's rate; restart: a new one in every cycle.",
+        choices=("continuous", "restart"),
     )
     lr_decay: float = setting(1.0, "Factor on the learning rate from one cycle to the next.", above=0)
     rule: str = setting(
@@ -190,9 +190,9 @@ class Cycle:
     )
     calibration_images: int = setting(1000, "Augmented training images that calibrate measures on.", low=2)
     attach: str = setting(
-        "ramp",
-        "How fresh branches come in: ramp of the attach rate; zero-gamma: rate 1, last gamma 0; one: all at once.",
-        choices=("ramp", "zero-gamma", "one"),
+        "zero-gamma",
+        "How fresh branches come in: zero-gamma: rate 1, last gamma 0; ramp of the attach rate; one: all at once.",
+        choices=("zero-gamma", "ramp", "one"),
     )
     attach_epochs: float = setting(5.0, "Epochs of the ramp, and of freeze_trunk.", low=0)
     freeze_trunk: bool = setting(False, "Keep the trunk's parameters fixed during attach_epochs.")
@@ -707,9 +707,21 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
         raise InputError("no data set: give --dataset NAME, see 'repan list datasets'")
     if config.model.name is None and config.model.init is None:
         raise InputError("no network: give --model NAME, see 'repan list models'")
+    if command == "cycle" and config.cycle.lr == "continuous" and config.model.init is None:
+        _refuse_two_rates(config, given)
     if command == "distill" and config.teacher.name in (None, PREVIOUS):
         raise InputError("no teacher: give --teacher FILE or timm:NAME ('previous' is for 'repan cycle')")
     return Resolved(config, f"{_shown(path)}, {len(given)} from the command line", given)
+
+
+def _refuse_two_rates(config: Config, given: Layer) -> None:
+    """One course runs from the baseline's rate: another one for the cycles would be silently without effect."""
+    rate = baseline_phase(config).optim.lr
+    if "optim.lr" in given and config.optim.lr != rate:
+        raise InputError(
+            f"optim.lr={config.optim.lr:g} has no effect with cycle.lr=continuous, one course from the baseline's "
+            f"{rate:g}: set cycle.lr=restart, or the baseline's alone"
+        )
 
 
 def _shown(path: Path | None) -> str:

@@ -200,7 +200,7 @@ def plan(*, baseline: bool = True, **settings: str) -> tuple[anneal.Phase, ...]:
 
 
 def test_every_cycle_has_its_own_course():
-    phases = plan(cycle__count="3", cycle__lr_decay="0.5", optim__min_lr="0.001", baseline__optim__min_lr="0.001")
+    phases = plan(cycle__lr="restart", cycle__count="3", cycle__lr_decay="0.5", optim__min_lr="0.001", baseline__optim__min_lr="0.001")
     assert [(phase.cycle, phase.epochs) for phase in phases] == [(0, 20), (1, 10), (2, 10), (3, 10)]
     assert [phase.learning_rate(0) for phase in phases] == pytest.approx([0.1, 0.05, 0.025, 0.0125])
     assert [phase.learning_rate(phase.epochs) for phase in phases] == pytest.approx([0.001] * 4)
@@ -234,7 +234,7 @@ def test_the_control_differs_in_merging_alone(course):
 @settings(max_examples=50, deadline=None)
 @given(elapsed=st.floats(0, 10), length=st.sampled_from([0.0, 0.5, 3.0, 20.0]))
 def test_the_ramp_rises_from_zero_to_one(elapsed, length):
-    phase = plan(cycle__attach_epochs=str(length))[1]
+    phase = plan(cycle__attach="ramp", cycle__attach_epochs=str(length))[1]
     expected = min(1.0, elapsed / length) if length else 1.0
     assert phase.attach_rate(elapsed) == pytest.approx(expected)
 
