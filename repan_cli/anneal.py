@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from repan_cli.blocks import FAMILIES, OWN, RepBlock, refresh, rep_blocks
 from repan_cli.blocks.kernel import Kernel, exact
@@ -115,8 +116,8 @@ class _Sums:
         self.squares: Tensor | float = 0.0
         self.count = 0
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        values = output.detach()
+    def __call__(self, values: Tensor) -> None:
+        values = values.detach()
         values = (values.cpu() if values.device.type == "mps" else values).double()  # which has no float64
         self.total = self.total + values.sum((0, 2, 3))
         self.squares = self.squares + values.square().sum((0, 2, 3))
@@ -130,26 +131,58 @@ class _Sums:
         return Moments(mean - bias, (squares - mean**2).clamp_min(0))
 
 
-@torch.no_grad()
-def calibrate(model: nn.Module, images: Iterable[Tensor | Sequence[Tensor]]) -> dict[str, Moments]:
-    """The moments of `conv(x; K)` at every block whose trunk has a BN, by the block's name.
+Seen = Callable[[Tensor, Tensor], None]
+"""Takes a block's input (N, C_in, H, W) and output (N, C_out, H', W')."""
 
-    One pass of `images`, batches (N, C, H, W), through a merged copy in eval mode measures all blocks at once,
-    because every block keeps its function. The copy leaves hooks away from compiled and wrapped modules.
+
+class Merged:
+    """A merged copy of a network in eval mode, in which every block can be looked at: since every block keeps its
+    function, one pass tells of all of them. Being a copy, it leaves hooks away from compiled and wrapped modules.
     """
-    merged = copy.deepcopy(unwrapped(model)).eval()
-    blocks = {name: block for name, block in rep_blocks(merged) if block.trunk.has_norm}
-    sums = {name: _Sums() for name in blocks}
-    for _, block in list(rep_blocks(merged)):
-        block.collapse()
-    for name, collect in sums.items():
-        blocks[name].trunk.conv.register_forward_hook(collect)
-    device = next(merged.parameters()).device
-    for batch in images if sums else ():
-        merged((batch if isinstance(batch, Tensor) else batch[0]).to(device))
-    if not all(collect.count for collect in sums.values()):
-        raise InputError("cycle.rule=calibrate needs images that reach every block, and got none")
-    return {name: collect.moments(exact(blocks[name].trunk.conv.bias)) for name, collect in sums.items()}
+
+    def __init__(self, model: nn.Module) -> None:
+        self.network = copy.deepcopy(unwrapped(model)).eval()
+        blocks = dict(rep_blocks(self.network))
+        self.with_norm = [name for name, block in blocks.items() if block.trunk.has_norm]
+        for block in blocks.values():
+            block.collapse()
+        self.convs = {name: block.trunk.conv for name, block in blocks.items()}
+
+    @torch.no_grad()
+    def look(self, images: Iterable[Tensor | Sequence[Tensor]], seen: Mapping[str, Seen]) -> None:
+        """Send batches (N, C, H, W) through, and give what each block reads and writes to what `seen` has for its name.
+
+        Raises InputError when a block is not reached.
+        """
+        missing = set(seen)
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                missing.discard(name)
+                seen[name](inputs[0], output)
+
+            return hook
+
+        handles = [self.convs[name].register_forward_hook(watch(name)) for name in seen]
+        device = next(self.network.parameters()).device
+        for batch in images if seen else ():
+            self.network((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+        for handle in handles:
+            handle.remove()
+        if missing:
+            raise InputError("cycle.rule=calibrate needs images that reach every block, and got none")
+
+
+def calibrate(model: nn.Module, images: Iterable[Tensor | Sequence[Tensor]]) -> dict[str, Moments]:
+    """The moments of `conv(x; K)` at every block whose trunk has a BN, by the block's name."""
+    merged = Merged(model)
+    sums = {name: _Sums() for name in merged.with_norm}
+    merged.look(images, {name: _output_to(collect) for name, collect in sums.items()})
+    return {name: collect.moments(exact(merged.convs[name].bias)) for name, collect in sums.items()}
+
+
+def _output_to(collect: _Sums) -> Seen:
+    return lambda x, y: collect(y)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -196,7 +229,8 @@ def restart(
         rule: restoration rule: `calibrate`, `running` (as released) or `reset`.
         images: batches (N, C, H, W) that `calibrate` measures on, 1,000 images or more, as train mode will see them;
             of a loader's (images, labels) the images are taken.
-        attach: `ramp` sets the attach rate to 0, `zero-gamma` to 1 with the branches silenced, `one` to 1.
+        attach: `ramp` sets the attach rate to 0, `zero-gamma` to 1 with the branches silenced, `compensated` to 1 with
+            branches as strong as the block, which the trunk makes up for, `one` to 1.
         branch_init: weights of the fresh branches, `kaiming` or `small`.
         trunk_scale: under `calibrate`, `merged` writes K, `keep` scales every channel to the trunk's old norm.
         only: names of the blocks to restart, as `blocks.rep_blocks` gives them; None is all.
@@ -214,17 +248,95 @@ def restart(
     blocks = {name: block for name, block in rep_blocks(model) if only is None or name in only}
     if not blocks:
         raise InputError("the network has no re-parameterizable block, so there is nothing to restart")
-    moments = calibrate(model, images) if rule == "calibrate" else {}
+    if attach == "compensated":
+        kernels, moments = _compensated(model, blocks, list(images), branch_init, generator)
+    else:
+        kernels = {name: block.sum_kernel() for name, block in blocks.items()}
+        moments = calibrate(model, images) if rule == "calibrate" else {}
     zero_gammas = 0
     for name, block in blocks.items():
-        kernel, trunk = block.sum_kernel(), None
+        trunk = None
         if block.trunk.has_norm:
-            trunk = _restored(block, kernel, rule, moments.get(name), trunk_scale)
+            trunk = _restored(block, kernels[name], rule, moments.get(name), trunk_scale)
             if rule == "running" and not _unit_gamma(block):
                 zero_gammas += int((block.trunk.norm.weight.abs() < TINY_GAMMA).sum())
-        _write(block, kernel, trunk)
-        refresh(block, attach, branch_init=branch_init, generator=generator)
+        _write(block, kernels[name], trunk)
+        if attach != "compensated":
+            refresh(block, attach, branch_init=branch_init, generator=generator)
     return RestartReport(len(blocks), zero_gammas)
+
+
+@torch.no_grad()
+def _compensated(
+    model: nn.Module,
+    blocks: Mapping[str, RepBlock],
+    images: list[Tensor | Sequence[Tensor]],
+    branch_init: str,
+    generator: torch.Generator | None,
+) -> tuple[dict[str, Kernel], dict[str, Moments]]:
+    """Fresh side branches that are active from the first step, and the kernels and moments of trunks without them.
+
+    Every BN in a branch has the statistics of its input then, and the branch's output the standard deviation of the
+    block's; a last pass over the images measures `conv(x; K - sum K_i)`, what is left to the trunk.
+    """
+    merged = Merged(model)
+    left = {name: block.sum_kernel() for name, block in blocks.items()}
+    for block in blocks.values():
+        refresh(block, "one", branch_init=branch_init, generator=generator)
+    spreads = _settle(merged, blocks, images)
+    for name, block in blocks.items():
+        for branch in block.branches:
+            branch.admit(left[name][0], spreads[name])
+        left[name] = block.without_branches(left[name])
+    sums = {name: _Sums() for name, block in blocks.items() if block.trunk.has_norm}
+    trunks = {name: blocks[name].merged((left[name][0], torch.zeros_like(left[name][1]))) for name in sums}
+    merged.look(images, {name: _through(trunks[name], collect) for name, collect in sums.items()})
+    return left, {name: collect.moments(torch.zeros(())) for name, collect in sums.items()}
+
+
+def _settle(
+    merged: Merged, blocks: Mapping[str, RepBlock], images: list[Tensor | Sequence[Tensor]]
+) -> dict[str, Tensor]:
+    """Give the BN layers of all side branches the statistics of their inputs, those that come first in a branch before
+    those behind them; gives the standard deviation of each block's output, (C_out,).
+    """
+    branches = [branch for block in blocks.values() for branch in block.branches]
+    norms = [[module for module in branch.modules() if isinstance(module, _BatchNorm)] for branch in branches]
+    training = {norm: norm.training for own in norms for norm in own}
+    for norm in training:
+        norm.eval()
+    for level in range(max([1, *map(len, norms)])):
+        outputs = {name: _Sums() for name in blocks}
+        inputs = {own[level]: _Sums() for own in norms if level < len(own)}
+        handles = [norm.register_forward_pre_hook(_input_to(collect)) for norm, collect in inputs.items()]
+        merged.look(images, {name: _both(block, outputs[name]) for name, block in blocks.items()})
+        for norm, handle in zip(inputs, handles, strict=True):
+            handle.remove()
+            mean, var = inputs[norm].moments(torch.zeros(()))
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(var)
+    for norm, was in training.items():
+        norm.train(was)
+    return {name: collect.moments(torch.zeros(())).var.sqrt() for name, collect in outputs.items()}
+
+
+def _both(block: RepBlock, collect: _Sums) -> Seen:
+    """Collects the block's output, and shows its input to its branches."""
+
+    def seen(x: Tensor, y: Tensor) -> None:
+        collect(y)
+        for branch in block.branches:
+            branch(x)
+
+    return seen
+
+
+def _input_to(collect: _Sums) -> Callable[..., None]:
+    return lambda norm, inputs: collect(inputs[0])
+
+
+def _through(conv: nn.Conv2d, collect: _Sums) -> Seen:
+    return lambda x, y: collect(conv(x))
 
 
 def _restored(block: RepBlock, kernel: Kernel, rule: str, moments: Moments | None, trunk_scale: str) -> Trunk:

@@ -191,8 +191,9 @@ class Cycle:
     calibration_images: int = setting(1000, "Augmented training images that calibrate measures on.", low=2)
     attach: str = setting(
         "zero-gamma",
-        "How fresh branches come in: zero-gamma: rate 1, last gamma 0; ramp of the attach rate; one: all at once.",
-        choices=("zero-gamma", "ramp", "one"),
+        "How fresh branches come in: zero-gamma: rate 1, last gamma 0; compensated: at full strength, which the trunk "
+        "makes up for; ramp of the attach rate; one: all at once.",
+        choices=("zero-gamma", "compensated", "ramp", "one"),
     )
     attach_epochs: float = setting(5.0, "Epochs of the ramp, and of freeze_trunk.", low=0)
     freeze_trunk: bool = setting(False, "Keep the trunk's parameters fixed during attach_epochs.")

@@ -29,7 +29,7 @@ def trained(family: str) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("attach", ["ramp", "zero-gamma"])
+@pytest.mark.parametrize("attach", ["ramp", "zero-gamma", "compensated"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("family", list(FAMILIES))
 @torch.no_grad()
@@ -43,7 +43,7 @@ def test_every_rule_keeps_the_function_in_eval_mode(family, rule, attach):
     assert relative(model.eval()(x), expected) < 1e-9
 
 
-@pytest.mark.parametrize("attach", ["ramp", "zero-gamma"])
+@pytest.mark.parametrize("attach", ["ramp", "zero-gamma", "compensated"])
 @pytest.mark.parametrize("trunk_scale", ["merged", "keep"])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].post_norm])
 @torch.no_grad()
@@ -200,7 +200,13 @@ def plan(*, baseline: bool = True, **settings: str) -> tuple[anneal.Phase, ...]:
 
 
 def test_every_cycle_has_its_own_course():
-    phases = plan(cycle__lr="restart", cycle__count="3", cycle__lr_decay="0.5", optim__min_lr="0.001", baseline__optim__min_lr="0.001")
+    phases = plan(
+        cycle__lr="restart",
+        cycle__count="3",
+        cycle__lr_decay="0.5",
+        optim__min_lr="0.001",
+        baseline__optim__min_lr="0.001",
+    )
     assert [(phase.cycle, phase.epochs) for phase in phases] == [(0, 20), (1, 10), (2, 10), (3, 10)]
     assert [phase.learning_rate(0) for phase in phases] == pytest.approx([0.1, 0.05, 0.025, 0.0125])
     assert [phase.learning_rate(phase.epochs) for phase in phases] == pytest.approx([0.001] * 4)

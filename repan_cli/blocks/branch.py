@@ -166,6 +166,13 @@ class Branch(Protocol):
     def silence(self) -> None:
         """Make its output zero in train and eval mode, by its last gamma and beta or its weights, in place."""
 
+    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+        """Of a fresh branch whose BN statistics are those of its input: choose gamma for its start, in place.
+
+        `kernel` (C_out, C_in/groups, kh, kw), the block's own, and the standard deviation `spread` (C_out,) of the
+        block's output are in float64, on the CPU.
+        """
+
 
 def init_weight(weight: Tensor, init: str, generator: torch.Generator | None = None) -> None:
     """Fresh convolution weights in place: `kaiming` (normal, fan-out; He et al. 2015) or `small` (normal, std 0.01)."""
@@ -244,6 +251,10 @@ class ConvBN(nn.Module):
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
+    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+        if self.has_norm:
+            self.norm.weight.copy_(spread)
+
 
 def _reached(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """What of its input a strided 1x1 convolution reads, without the rows and columns behind its last step.
@@ -308,6 +319,13 @@ class IdentityBN(nn.Module):
     def silence(self) -> None:
         silence_norm(self.norm)
 
+    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+        """It takes over what the block has of an identity."""
+        row, column = self.geometry.center((1, 1))
+        channels = torch.arange(self.geometry.in_channels)
+        share = kernel[channels, channels % kernel.shape[1], row, column]
+        self.norm.weight.copy_(share * torch.sqrt(exact(self.norm.running_var) + self.norm.eps))
+
 
 class ScaledIdentity(nn.Module):
     """The block's input times a learned factor a channel, 1 at first; where no BN is wanted inside the block."""
@@ -333,6 +351,9 @@ class ScaledIdentity(nn.Module):
 
     def silence(self) -> None:
         nn.init.zeros_(self.weight)
+
+    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+        """It begins as the identity."""
 
 
 class ResidualPointwise(nn.Conv2d):
@@ -402,6 +423,9 @@ class PointwiseConvBN(nn.Module):
     def silence(self) -> None:
         silence_norm(self.norm)
 
+    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+        self.norm.weight.copy_(spread)
+
 
 class PointwiseAverageBN(nn.Module):
     """1x1 + BN, then average pooling + BN (DBB); without the 1x1 + BN in a depthwise block that keeps its channels.
@@ -458,3 +482,6 @@ class PointwiseAverageBN(nn.Module):
 
     def silence(self) -> None:
         silence_norm(self.norm)
+
+    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+        self.norm.weight.copy_(spread)

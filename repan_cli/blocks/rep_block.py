@@ -56,14 +56,23 @@ class RepBlock(nn.Module):
 
     def reparameterize(self) -> nn.Conv2d:
         """A new convolution equal to this block in eval mode, with the trunk's device, dtype and memory format."""
-        return self._merged(self.equivalent_kernel())
+        return self.merged(self.equivalent_kernel())
 
     def collapse(self) -> None:
         """Put the sum's one convolution, with a bias, in the trunk's place and drop the branches."""
-        self.trunk = ConvBN(self._merged(self.sum_kernel()), None, canvas=self.trunk.canvas)
+        self.trunk = ConvBN(self.merged(self.sum_kernel()), None, canvas=self.trunk.canvas)
         self.branches = nn.ModuleList()
 
-    def _merged(self, kernel: Kernel) -> nn.Conv2d:
+    def without_branches(self, kernel: Kernel) -> Kernel:
+        """What of a kernel for the whole sum is left to the trunk."""
+        weight, bias = kernel
+        rate = self.attach_rate.item()
+        for side_weight, side_bias in (branch.equivalent_kernel() for branch in self.branches):
+            weight, bias = weight - rate * side_weight, bias - rate * side_bias
+        return weight, bias
+
+    def merged(self, kernel: Kernel) -> nn.Conv2d:
+        """A convolution with this kernel and the trunk's geometry, device, dtype and memory format."""
         conv, (weight, bias) = self.trunk.conv, kernel
         merged = nn.Conv2d(
             conv.in_channels,
