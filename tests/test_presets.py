@@ -181,7 +181,7 @@ def test_the_arms_of_an_experiment_differ_in_what_they_are_about_alone(name):
 def test_the_arms_are_those_of_the_experiment():
     """A name says of which controls an arm is one, and in one thing it differs from the arm that it builds on."""
     settings = {name: config.resolve(command_of(name), name, {}).config for name in ARMS}
-    assert len(ARMS) == 17 + 6
+    assert len(ARMS) == 18 + 7
     for name, each in settings.items():
         family = name.removeprefix("experiments/").removeprefix("full_").partition("_")[0]
         assert command_of(name) == ("train" if family == "one" else "cycle")

@@ -42,6 +42,8 @@ def workplace(cycle_run, tmp_path_factory):
         shutil.copy(stopped / "last_previous.pt", stopped / "last.pt")
     shutil.copytree(cycle_run.folder, folder / "runs" / "study" / "seed_0")
     shutil.copy(cycle_run.folder / "config.yaml", folder / "runs" / "study")
+    for arm in ("one_cosine", "continuous_zero"):
+        shutil.copytree(cycle_run.folder, folder / "study" / arm / "seed_0")
     series = {"command": "cycle", "seeds": [0], "control": False, "settings": "recipes/digits"}
     (folder / "runs" / "study" / "series.json").write_text(json.dumps(series))
     return folder
