@@ -221,7 +221,8 @@ def _kind(result: Result) -> tuple[Any, ...]:
 
 
 def _is_control(result: Result) -> bool:
-    return result.settings.get("cycle.restart") == "none"
+    """Whether it goes without restarts; runs of other commands than cycle do."""
+    return result.command != "cycle" or result.settings.get("cycle.restart") == "none"
 
 
 def _different_problems(results: Sequence[Result]) -> list[str]:
@@ -252,6 +253,8 @@ def _controls(members: list[tuple[Result, ...]], controls: Mapping[str, Sequence
     if controls:
         return list(dict.fromkeys(_group_of(word, paths, members) for word, paths in controls.items())), []
     found = [number for number, runs in enumerate(members) if _is_control(runs[0])]
+    if len(found) == len(members):  # nothing restarts here: plain training is no control of plain training
+        found = [number for number, runs in enumerate(members) if runs[0].command == "cycle"]
     several = f"{len(found)} groups go without restarts: the first is the control; choose with --control RUN"
     return (found or [0])[:1], [several] if len(found) > 1 else []
 

@@ -267,8 +267,8 @@ class Run:
     sync_bn: bool = setting(False, "Share BN statistics among the GPUs of a job in every step, for small batches.")
     compile: str = setting(
         "auto",
-        "torch.compile of the training pass, which needs a C++ compiler: auto leaves it out, as a run that is short "
-        "loses more than it wins; on; off.",
+        "torch.compile of the training pass, which needs a C++ compiler and about a minute: on; off; auto is off, as "
+        "short runs lose more than they win.",
         choices=("auto", "on", "off"),
     )
     graph: str = setting(

@@ -76,12 +76,20 @@ def _compute(
         alone = run.runtime.ranks > 1 and number + 1 < batches  # gradients are exchanged with the last batch
         with run.called.no_sync() if alone else contextlib.nullcontext():
             with run.runtime.autocast(), _counted_at_once(run.norms):
-                loss, logits = task(run.called, batch)
+                loss, logits = task(_called(run, batch), batch)
             share = len(batch.images) * run.runtime.ranks / images  # gradients are averaged over ranks
             run.scaler.scale(loss * share).backward()
         losses.append(loss.detach() * len(batch.images))
         hits.append((logits.detach().argmax(1) == batch.classes()).sum())
     return torch.stack([sum(losses), sum(hits), _step(run, phase, frozen)])
+
+
+def _called(run: Training, batch: Batch) -> nn.Module:
+    """The network as training calls it, which for a ragged last batch is not compiled: that takes as long again as for
+    all the others.
+    """
+    ragged = len(batch.images) * run.runtime.ranks < run.batch_size
+    return getattr(run.called, "_orig_mod", run.called) if ragged else run.called
 
 
 def _step(run: Training, phase: Phase, frozen: bool) -> Tensor:

@@ -7,7 +7,9 @@ command again leaves what is finished and goes on with the rest.
     python configs/experiments/run.py study --minutes 60 -- --data-root data
     python configs/experiments/run.py study --arms 'full_*' --seeds 0,1,2,3,4 -- --device cuda
 
-What stands behind -- goes to every run; settings of cycle, baseline and teacher to those of `repan cycle` alone.
+What stands behind -- goes to every run that begins; settings (KEY=VALUE) of cycle, baseline and teacher to those of
+`repan cycle` alone. A shorter study needs all of epochs=N baseline.epochs=N cycle.count=N, and `epochs` is the whole of
+one_cosine but a cycle of the others: say it for each in a command of its own.
 Exit codes: 0; 75 when stopped by --minutes, Ctrl-C or SIGTERM; 3 when runs diverged; else that of the run that failed.
 """
 
@@ -74,7 +76,10 @@ class Run(NamedTuple):
             return f"test top-1 {summary['test']['top1']:.2f} after {summary['seconds'] / 60:.1f} minutes"
         if code in (STOPPED, -signal.SIGTERM):
             return "stopped, to go on later"
-        return "diverged" if code == DIVERGED else f"failed with exit code {code}: see {self.log}"
+        if code == DIVERGED:
+            return "diverged"
+        last = ["", *self.log.read_text(errors="replace").split("\n")][-2]
+        return f"failed with exit code {code}: {last} (see {self.log})"
 
 
 Children = dict[int, tuple[Run, subprocess.Popen[bytes]]]

@@ -16,8 +16,8 @@ from repan_cli.errors import InputError
 from repan_cli.models import user_file
 
 MAY_CHANGE = (
-    "cycle.count", "data.root", "data.workers", "run.device", "run.log_every", "run.save_every", "run.trackers",
-    "teacher.name"
+    "cycle.count", "data.root", "data.workers", "run.device", "run.graph", "run.log_every", "run.save_every",
+    "run.trackers", "teacher.name"
 )  # fmt: skip
 """Settings that a resumed run may have otherwise: they do not change what is computed (a teacher must be the same)."""
 
