@@ -170,7 +170,9 @@ class Merged:
         for handle in handles:
             handle.remove()
         if missing:
-            raise InputError("cycle.rule=calibrate needs images that reach every block, and got none")
+            raise InputError(
+                "cycle.rule=calibrate and cycle.attach=compensated need images that reach every block, and got none"
+            )
 
 
 def calibrate(model: nn.Module, images: Iterable[Tensor | Sequence[Tensor]]) -> dict[str, Moments]:

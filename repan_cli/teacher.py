@@ -73,8 +73,8 @@ class Teacher:
 
     @property
     def recorded_as(self) -> Hashable:
-        """Its network is part of a recorded step."""
-        return id(self)
+        """Itself: its network is part of a recorded step, and lives as long."""
+        return self
 
     def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches as they are: it looks at their images in the step."""

@@ -181,7 +181,7 @@ def test_a_dead_channel_survives_calibration():
 
 
 def test_calibrate_without_images_is_refused():
-    with pytest.raises(InputError, match="needs images"):
+    with pytest.raises(InputError, match="need images"):
         anneal.restart(small_net())
 
 
