@@ -15,7 +15,7 @@ _DOORS = {
     "fuse": "repan_cli.export",
     "load": "repan_cli.models",
     "reparameterize": "repan_cli.blocks",
-    "restart": "repan_cli.anneal",
+    "restart": "repan_cli.anneal.restart",
     "set_attach_rate": "repan_cli.blocks",
 }
 

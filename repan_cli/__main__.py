@@ -1,5 +1,7 @@
 """`python -m repan_cli`: the command from a checkout, without installation."""
 
-from repan_cli.cli import main
+from __future__ import annotations
+
+from repan_cli.cli.app import main
 
 main()

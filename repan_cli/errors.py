@@ -1,5 +1,7 @@
 """Errors that people see: one line that names the thing and the mend, and the process's exit code."""
 
+from __future__ import annotations
+
 import errno
 
 

@@ -19,8 +19,12 @@ from torch import nn
 
 import repan_cli.models  # noqa: F401 (registers the networks)
 from repan_cli.data import datasets
-from repan_cli.data.resident import ResidentImages
-from repan_cli.data.source import Augmentation
+from repan_cli.data.batches import Augmentation
+from repan_cli.data.in_memory import InMemoryLoader
+from repan_cli.data.types import Dataset
+from repan_cli.display.console import show_notices
+
+show_notices()  # tests read warnings where a user does
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -69,13 +73,13 @@ def repan(*words: object, cwd: Path | None = None, **env: str) -> subprocess.Com
 
 
 @pytest.fixture(scope="session")
-def digits() -> datasets.Dataset:
+def digits() -> Dataset:
     return datasets.load("digits", "data")
 
 
 @pytest.fixture(scope="session")
-def digit_images(digits: datasets.Dataset) -> ResidentImages:
-    return ResidentImages(
+def digit_images(digits: Dataset) -> InMemoryLoader:
+    return InMemoryLoader(
         digits.train, mean=digits.mean, std=digits.std, device=CPU, augmentation=Augmentation(padding=1)
     )
 

@@ -9,9 +9,12 @@ from conftest import randomize_norms, relative, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repan_cli import anneal, config
+from repan_cli import config
+from repan_cli.anneal.calibration import calibrate
+from repan_cli.anneal.restart import restart
 from repan_cli.blocks import FAMILIES, Geometry, make_block, rep_blocks, set_attach_rate
 from repan_cli.errors import InputError
+from repan_cli.training.plan import Phase, cycle_plan, training_plan
 
 RULES = ("calibrate", "running", "reset")
 
@@ -38,7 +41,7 @@ def test_every_rule_keeps_the_function_in_eval_mode(family, rule, attach):
     set_attach_rate(model, 0.7)
     x = images(count=32).double()
     expected = model(x)
-    report = anneal.restart(model, rule=rule, images=[x], attach=attach)
+    report = restart(model, rule=rule, images=[x], attach=attach)
     assert report.blocks == 22
     assert relative(model.eval()(x), expected) < 1e-9
 
@@ -52,7 +55,7 @@ def test_calibrate_keeps_the_function_in_train_mode(family, trunk_scale, attach)
     model = trained(family)
     x = images()
     expected = model(x)
-    anneal.restart(model, images=[x[:100], x[100:]], attach=attach, trunk_scale=trunk_scale)
+    restart(model, images=[x[:100], x[100:]], attach=attach, trunk_scale=trunk_scale)
     assert relative(model.train()(x), expected) < 1e-3
 
 
@@ -63,7 +66,7 @@ def test_a_norm_after_the_sum_keeps_the_function_in_both_modes_under_every_rule(
     model = trained("qarep").double()
     x = images().double()
     expected = copy.deepcopy(model)(x), copy.deepcopy(model).train()(x)
-    anneal.restart(model, rule=rule)
+    restart(model, rule=rule)
     assert relative(model(x), expected[0]) < 1e-12
     assert relative(model.train()(x), expected[1]) < 1e-12
 
@@ -75,7 +78,7 @@ def test_the_other_rules_break_train_mode(rule):
     model = trained("repvgg")
     x = images()
     expected = model(x)
-    anneal.restart(model, rule=rule)
+    restart(model, rule=rule)
     assert relative(model.train()(x), expected) > 0.1
 
 
@@ -84,7 +87,7 @@ def test_letting_branches_in_at_once_changes_the_function():
     model = trained("repvgg")
     x = images()
     expected = model(x)
-    anneal.restart(model, images=[x], attach="one")
+    restart(model, images=[x], attach="one")
     assert relative(model(x), expected) > 0.1
     assert all(block.attach_rate == 1 for _, block in rep_blocks(model))
 
@@ -94,7 +97,7 @@ def test_restart_works_in_place():
     storage = {name: value.data_ptr() for name, value in model.state_dict(keep_vars=True).items()}
     parameters = list(model.parameters())
     before = copy.deepcopy(model.state_dict())
-    anneal.restart(model, images=[images()])
+    restart(model, images=[images()])
     assert {name: value.data_ptr() for name, value in model.state_dict(keep_vars=True).items()} == storage
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
@@ -107,7 +110,7 @@ def test_fresh_branches_depend_on_the_generator_alone():
     for seed in (1, 1, 2):
         torch.manual_seed(len(drawn))
         model = small_net()
-        anneal.restart(model, rule="reset", generator=torch.Generator().manual_seed(seed))
+        restart(model, rule="reset", generator=torch.Generator().manual_seed(seed))
         drawn.append(model.stages[1][0].branches[0].conv.weight)
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
@@ -118,13 +121,13 @@ def test_choices_that_do_not_exist_are_named(wrong):
     model = small_net()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(InputError, match="is not a choice"):
-        anneal.restart(model, images=[images()], **wrong)
+        restart(model, images=[images()], **wrong)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_small_branches_are_small():
     model = small_net()
-    anneal.restart(model, rule="reset", branch_init="small", generator=torch.Generator().manual_seed(0))
+    restart(model, rule="reset", branch_init="small", generator=torch.Generator().manual_seed(0))
     weight = torch.cat([block.branches[0].conv.weight.flatten() for _, block in rep_blocks(model)])
     assert weight.detach().std().item() == pytest.approx(0.01, rel=0.05)
 
@@ -134,7 +137,7 @@ def test_running_replaces_zero_gammas_and_says_so():
     block = randomize_norms(make_block("repvgg", Geometry(4, 4, (3, 3), padding=(1, 1)))).double().eval()
     x = torch.randn(8, 4, 6, 6, dtype=torch.float64)
     expected, old = block(x), copy.deepcopy(block.trunk.norm)
-    assert anneal.restart(block, rule="running").zero_gammas == 1
+    assert restart(block, rule="running").zero_gammas == 1
     assert relative(block(x), expected) < 1e-12
     assert block.trunk.norm.weight[0] == 1
     assert torch.equal(block.trunk.norm.weight[1:], old.weight[1:])
@@ -144,7 +147,7 @@ def test_running_replaces_zero_gammas_and_says_so():
 @torch.no_grad()
 def test_running_sets_gamma_to_one_for_acb_as_released():
     block = randomize_norms(make_block("acb", Geometry(4, 4, (3, 3), padding=(1, 1))))
-    anneal.restart(block, rule="running")
+    restart(block, rule="running")
     assert torch.equal(block.trunk.norm.weight, torch.ones(4))
 
 
@@ -155,7 +158,7 @@ def test_calibrate_measures_biased_moments_over_all_batches():
     weight, _ = block.equivalent_kernel()
     z = torch.nn.functional.conv2d(x, weight, padding=1)
     model = torch.nn.Sequential(block)
-    moments = anneal.calibrate(model, iter([x[:7], (x[7:], "labels")]))["0"]
+    moments = calibrate(model, iter([x[:7], (x[7:], "labels")]))["0"]
     torch.testing.assert_close(moments.mean, z.mean((0, 2, 3)))
     torch.testing.assert_close(moments.var, z.var((0, 2, 3), correction=0))
 
@@ -164,7 +167,7 @@ def test_calibrate_measures_biased_moments_over_all_batches():
 def test_keep_gives_every_channel_its_old_norm():
     model = trained("repvgg")
     old = {name: block.trunk.conv.weight.flatten(1).norm(dim=1) for name, block in rep_blocks(model)}
-    anneal.restart(model, images=[images()], trunk_scale="keep")
+    restart(model, images=[images()], trunk_scale="keep")
     for name, block in rep_blocks(model):
         norms = block.trunk.conv.weight.flatten(1).norm(dim=1)
         alive = norms > 0  # channel 0 has gamma 0 in every branch: its merged kernel is 0 and has no norm to give
@@ -176,27 +179,27 @@ def test_keep_gives_every_channel_its_old_norm():
 def test_a_dead_channel_survives_calibration():
     block = make_block("plain", Geometry(3, 4, (3, 3), padding=(1, 1))).eval()
     block.trunk.conv.weight[1] = 0
-    anneal.restart(torch.nn.Sequential(block), images=[images()])
+    restart(torch.nn.Sequential(block), images=[images()])
     assert all(torch.isfinite(value).all() for value in block.state_dict().values())
 
 
 def test_calibrate_without_images_is_refused():
     with pytest.raises(InputError, match="need images"):
-        anneal.restart(small_net())
+        restart(small_net())
 
 
 def test_a_network_without_blocks_is_refused():
     with pytest.raises(InputError, match="no re-parameterizable block"):
-        anneal.restart(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3)), rule="reset")
+        restart(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3)), rule="reset")
 
 
 # ---------------------------------------------------------------------------------------------- the plan
 
 
-def plan(*, baseline: bool = True, **settings: str) -> tuple[anneal.Phase, ...]:
+def plan(*, baseline: bool = True, **settings: str) -> tuple[Phase, ...]:
     given = {"baseline.epochs": "20", "baseline.optim.lr": "0.1", "optim.lr": "0.05", "epochs": "10"}
     dotted = {key.replace("__", "."): value for key, value in settings.items()}
-    return anneal.cycle_plan(config.build(given, dotted), baseline=baseline)
+    return cycle_plan(config.build(given, dotted), baseline=baseline)
 
 
 def test_every_cycle_has_its_own_course():
@@ -216,7 +219,7 @@ def test_every_cycle_has_its_own_course():
 def test_one_course_runs_through_baseline_and_cycles():
     phases = plan(cycle__count="4", cycle__lr="continuous")
     rates = [phase.learning_rate(epoch) for phase in phases for epoch in range(phase.epochs)]
-    whole = anneal.training_plan(config.build({"epochs": "60", "optim.lr": "0.1"}))[0]
+    whole = training_plan(config.build({"epochs": "60", "optim.lr": "0.1"}))[0]
     assert rates == pytest.approx([whole.learning_rate(epoch) for epoch in range(60)])
 
 

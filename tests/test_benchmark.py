@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 from test_cli import one_line, run
 
-from repan_cli import timing
-from repan_cli.extras import missing
+from repan_cli.system import timing
+from repan_cli.system.packages import missing
 
 
 def test_cases_take_turns():

@@ -15,10 +15,11 @@ import torch
 from conftest import small_net
 
 import repan_cli
-from repan_cli import checkpoint, models, runs
+from repan_cli import checkpoint, models
 from repan_cli.blocks import reparameterize, set_attach_rate
-from repan_cli.checkpoint import Checkpoint
+from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.errors import InputError, OutOfSpaceError
+from repan_cli.system.files import write_atomically
 
 META = {
     "model": "repvgg_a0_cifar",
@@ -277,6 +278,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OutOfSpaceError, match="no space left to write"):
-        runs.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

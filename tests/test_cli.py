@@ -16,7 +16,10 @@ from PIL import Image
 from test_datasets import write_folders
 
 import repan_cli
-from repan_cli import checkpoint, cli, config, plots
+from repan_cli import checkpoint, config
+from repan_cli.cli import app, options
+from repan_cli.commands import version
+from repan_cli.display import plots
 
 
 def run(capsys, *words):
@@ -24,7 +27,7 @@ def run(capsys, *words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["repan", *map(str, words)])
         with pytest.raises(SystemExit) as left:
-            cli.main()
+            app.main()
     out, err = capsys.readouterr()
     return left.value.code or 0, out, err
 
@@ -270,7 +273,7 @@ def test_printed_settings_are_valid_input(capsys, tmp_path):
 
 def test_every_shortcut_is_an_option_of_cycle(capsys):
     _, out, _ = run(capsys, "cycle", "--help")
-    for name, key in cli.SHORTCUTS.items():
+    for name, key in options.SHORTCUTS.items():
         assert f"--{name.replace('_', '-')}" in out
         assert key in config.SCHEMA or key in config.OVERLAY
 
@@ -306,7 +309,6 @@ def test_the_environment_for_bug_reports(capsys):
 
 
 def test_gpus_are_those_of_the_driver(monkeypatch):
-    from repan_cli.commands import version
 
     answer = subprocess.CompletedProcess([], 0, "NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15\n")
     monkeypatch.setattr(version.subprocess, "run", lambda *args, **options: answer)
@@ -486,7 +488,7 @@ def test_a_full_disk_is_named(capsys, tmp_path, monkeypatch):
 
 
 def test_a_second_ctrl_c_leaves_at_once(capsys, tmp_path, monkeypatch):
-    from repan_cli.console import Display
+    from repan_cli.display.console import Display
 
     def press_twice(display, event):
         if type(event).__name__ == "Epoch":

@@ -11,9 +11,12 @@ from html.parser import HTMLParser
 import pytest
 from test_cli import one_line, run
 
-from repan_cli import config, report
-from repan_cli.comparison import WITHOUT_EFFECT, Spread, compare, difference, incomplete_beta, t_bound
-from repan_cli.results import find_runs, read_result
+from repan_cli import config
+from repan_cli.compare import page as report_page
+from repan_cli.compare.groups import WITHOUT_EFFECT, compare
+from repan_cli.compare.page import render
+from repan_cli.compare.results import find_runs, read_result
+from repan_cli.compare.statistics import Spread, difference, incomplete_beta, t_bound
 
 BASE = {"model.name": "repvgg_a1_cifar", "block.name": "repvgg", "data.name": "cifar100", "epochs": "2"}
 
@@ -471,15 +474,15 @@ def test_the_page_shows_curves_bands_restarts_and_seeds(capsys, runs):
     assert "+2.00 [-0.48, +4.48]" in page.words
     assert str(runs / "none_0").rpartition("/")[2] in page.words
     single = [read_result(path) for path in find_runs([str(runs / "none_0"), str(runs / "repan_0")])]
-    assert not Page(report.page(compare(single))).paths("band")
+    assert not Page(render(compare(single))).paths("band")
 
 
 def test_a_curve_is_the_mean_between_least_and_greatest(tmp_path):
     write_run(tmp_path / "a", 0, val=(10, 20, 30, 40))
     write_run(tmp_path / "b", 1, val=(20, 40, 60, 50))
     (group,) = compare([read_result(path) for path in find_runs([str(tmp_path)])]).groups
-    assert report.curve(group) == ([15, 30, 45, 45], [10, 20, 30, 40], [20, 40, 60, 50])
-    assert report.cycle_starts(group) == {1: 2}
+    assert report_page.curve(group) == ([15, 30, 45, 45], [10, 20, 30, 40], [20, 40, 60, 50])
+    assert report_page.cycle_starts(group) == {1: 2}
 
 
 def test_names_are_text_on_the_page(capsys, tmp_path):
@@ -494,7 +497,7 @@ def test_names_are_text_on_the_page(capsys, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_stand_out(scheme):
     """WCAG: 4.5 for text, 3 for what is drawn."""
-    light, dark = report.STYLE.split("@media", 1)
+    light, dark = report_page.STYLE.split("@media", 1)
     colors = dict(re.findall(r"--(\w+): (#\w{6})", light if scheme == "light" else dark))
 
     def luminance(color):
@@ -509,13 +512,13 @@ def test_colours_stand_out(scheme):
     assert contrast(colors["ink"], colors["paper"]) > 7
     assert contrast(colors["ink"], colors["note"]) > 7
     assert contrast(colors["soft"], colors["paper"]) > 4.5
-    for number in range(report.COLORS):
+    for number in range(report_page.COLORS):
         assert contrast(colors[f"c{number}"], colors["paper"]) > 4.5
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (47.3, 75.1), (98, 98), (-3, 250), (69.99, 70.01)])
 def test_ticks_are_round_and_few(low, high):
-    ticks = report.Scale(low, high, 0, 100).ticks()
+    ticks = report_page.Scale(low, high, 0, 100).ticks()
     assert 1 <= len(ticks) <= 9
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
 

@@ -10,15 +10,17 @@ from conftest import ROOT
 from test_cli import run
 from test_layering import loaded_after
 
-from repan_cli import completion, config
-from repan_cli.models import OURS
+from repan_cli import config
+from repan_cli.cli import completion
+from repan_cli.data.types import DATASETS
+from repan_cli.models import BUILTIN
 
 
 def by_shell(*line, cwd=None):
     """What the installed command answers bash through Typer's own protocol."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "_REPAN_COMPLETE": "complete_bash"}
     env |= {"COMP_WORDS": "\n".join(("repan", *line)), "COMP_CWORD": str(len(line))}
-    code = "import sys; sys.argv = ['repan']; from repan_cli.cli import main; main()"
+    code = "import sys; sys.argv = ['repan']; from repan_cli.cli.app import main; main()"
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=cwd, timeout=60)
     return found.stdout.split()
 
@@ -34,15 +36,16 @@ def test_the_names_are_those_that_exist():
     from timm import optim
 
     from repan_cli.blocks import FAMILIES
-    from repan_cli.data import datasets
-    from repan_cli.optim import SCHEDULES
+
+    pass
+    from repan_cli.training.schedules import SCHEDULES
 
     assert completion.blocks() == list(FAMILIES)
-    assert sorted(completion.datasets()) == sorted(datasets.DATASETS)
+    assert sorted(completion.datasets()) == sorted(DATASETS)
     assert completion.schedules() == list(SCHEDULES)
     assert set(completion.optimizers()) <= set(optim.list_optimizers())  # it registers some in a loop
     assert len(completion.optimizers()) > 0.8 * len(optim.list_optimizers())
-    assert set(OURS) <= set(completion.models())
+    assert set(BUILTIN) <= set(completion.models())
 
 
 def test_models_of_others_come_with_the_first_letter():
@@ -128,7 +131,7 @@ def test_the_shell_is_answered(line, offered):
 
 
 def test_completing_is_light():
-    code = "from repan_cli import cli, completion; completion.models('t'); completion.words('optim.name='); "
+    code = "from repan_cli.cli import app, completion; completion.models('t'); completion.words('optim.name='); "
     assert not loaded_after(code + "completion.kinds()") & {"torch", "torchvision", "timm", "numpy", "sklearn"}
 
 

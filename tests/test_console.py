@@ -5,7 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
-from repan_cli import console, engine, live
+from repan_cli.display import console, live
+from repan_cli.runs import directory
+from repan_cli.system.text import SPARKLINE_WIDTH, count, duration, sparkline
+from repan_cli.training.events import CycleEnd, CycleStart, Epoch, LossLog, StepEnd
 
 
 @pytest.mark.parametrize(
@@ -13,15 +16,15 @@ from repan_cli import console, engine, live
     [(0.04, "0.0 s"), (59.94, "59.9 s"), (60, "1 min 00 s"), (3599, "59 min 59 s"), (7500, "2 h 05 min")],
 )
 def test_durations(seconds, text):
-    assert console.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_sparkline():
-    assert console.sparkline([0, 50, None, 100]) == "▁▅█"
-    assert console.sparkline([3, 3]) == "▁▁"
-    assert console.sparkline([None]) == ""
-    many = console.sparkline(range(640))
-    assert (len(many), many[0], many[-1]) == (console.SPARKLINE_WIDTH, "▁", "█")
+    assert sparkline([0, 50, None, 100]) == "▁▅█"
+    assert sparkline([3, 3]) == "▁▁"
+    assert sparkline([None]) == ""
+    many = sparkline(range(640))
+    assert (len(many), many[0], many[-1]) == (SPARKLINE_WIDTH, "▁", "█")
 
 
 def display(tmp_path, *, width=80, compiles=False, **options):
@@ -33,7 +36,7 @@ def display(tmp_path, *, width=80, compiles=False, **options):
 
 def step(**changes):
     values = {"cycle": 1, "epoch": 2, "step": 3, "loss": 1.5, "lr": 0.1, "attach_rate": 0.5, "images_per_second": 1e3}
-    return engine.Step(**{**values, **changes})
+    return LossLog(**{**values, **changes})
 
 
 def epoch(**changes):
@@ -47,15 +50,15 @@ def epoch(**changes):
         "val_loss": 1.0,
     }
     rest = {"lr": 0.1, "attach_rate": 0.5, "images_per_second": 12345.0, "best": True}
-    return engine.Epoch(**{**values, **rest, **changes})
+    return Epoch(**{**values, **rest, **changes})
 
 
 def test_lines_fit_80_columns(tmp_path):
     shown = display(tmp_path)
-    shown.show(engine.CycleStart(1, True, 22, 0, 60.0, 60.0, 0.5, 0.51, 3e-7))
+    shown.show(CycleStart(1, True, 22, 0, 60.0, 60.0, 0.5, 0.51, 3e-7))
     shown.show(epoch())
     shown.show(epoch(val_top1=None, best=False))
-    shown.show(engine.CycleEnd(1, 61.0, 62.0, 90.0, 1.0, 70.0))
+    shown.show(CycleEnd(1, 61.0, 62.0, 90.0, 1.0, 70.0))
     lines = shown.console.file.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines), lines
     assert "merged and regrew 22 blocks" in lines[0]
@@ -83,7 +86,7 @@ def test_without_a_terminal_a_long_epoch_still_speaks(tmp_path):
 def test_it_speaks_by_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.01)
     shown = display(tmp_path)
-    shown.pulse = console.Pulse(shown.speak, seconds=0.01)
+    shown.pulse = directory.Heartbeat(shown.speak, seconds=0.01)
     with shown:
         shown.pulse.stopped.wait(0.2)
     assert "epoch 1/2, starting" in shown.console.file.getvalue()
@@ -125,9 +128,9 @@ def test_on_a_terminal_the_live_display_follows_the_run(tmp_path):
     shown = display(tmp_path, width=140, force_terminal=True)
     with shown:
         assert "starting" in screen(shown)[0]
-        shown.show(engine.CycleStart(1, True, 22, 0, 60.0, 60.0, 0.5, 0.51, 3e-7))
+        shown.show(CycleStart(1, True, 22, 0, 60.0, 60.0, 0.5, 0.51, 3e-7))
         shown.show(step(epoch=1, step=1))
-        shown.show(engine.Updated(1, 1, 2))
+        shown.show(StepEnd(1, 1, 2))
         first, second = screen(shown)
         assert first.startswith("cycle 1/1    epoch 1/3")
         assert "2/4" in first
@@ -138,17 +141,17 @@ def test_on_a_terminal_the_live_display_follows_the_run(tmp_path):
         shown.show(epoch(epoch=2, val_top1=50.0, best=False))
         shown.show(step(epoch=3, step=1))
         assert "val 50.00, best 60.00*" in screen(shown)[0]
-        shown.show(engine.CycleEnd(0, 61.0, 62.0, 90.0, 1.0, 70.0))
+        shown.show(CycleEnd(0, 61.0, 62.0, 90.0, 1.0, 70.0))
         assert "restart" in screen(shown)[0]
 
 
 def test_compiling_is_said_while_it_lasts(tmp_path):
     shown = display(tmp_path, compiles=True)
-    shown.show(engine.CycleStart(0))
+    shown.show(CycleStart(0))
     assert "compiling the training pass (run.compile)" in shown.console.file.getvalue()
     assert "compiling" in screen(shown)[0]
-    shown.show(engine.Updated(0, 1, 1))
-    shown.show(engine.CycleStart(1))
+    shown.show(StepEnd(0, 1, 1))
+    shown.show(CycleStart(1))
     assert shown.console.file.getvalue().count("compiling") == 1
     assert "compiled, 0.0 s with the first step" in shown.console.file.getvalue()
 
@@ -162,14 +165,14 @@ def test_what_is_left_is_told_from_the_pace():
     here = live.Position(epochs={0: 2, 1: 3}, steps=10)
     assert here.left(0.0) == (None, None)
     for number in range(1, 6):
-        here.move(engine.Updated(0, 1, number), now=100.0 + number)
+        here.move(StepEnd(0, 1, number), now=100.0 + number)
     assert here.left(105.0) == (5.0, 5.0 + 4 * 10.0)
     assert here.left(107.0) == (3.0, 3.0 + 4 * 10.0)
     for number in range(1, 4):  # scoring took 10 seconds beside
-        here.move(engine.Updated(0, 2, number), now=120.0 + number)
+        here.move(StepEnd(0, 2, number), now=120.0 + number)
     assert here.left(123.0) == (7.0, 7.0 + 3 * 20.0)
     for number in (4, 5):  # a resumed run begins amid an epoch
-        here.move(engine.Updated(1, 3, number), now=200.0 + 3 * number)
+        here.move(StepEnd(1, 3, number), now=200.0 + 3 * number)
     assert here.left(215.0) == (15.0, 15.0)
 
 
@@ -196,19 +199,19 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch):
 
 def test_zero_gammas_are_said(tmp_path):
     shown = display(tmp_path)
-    shown.show(engine.CycleStart(1, True, 22, 3, None, None, 0.5, 0.51, 3e-7))
+    shown.show(CycleStart(1, True, 22, 3, None, None, 0.5, 0.51, 3e-7))
     assert "3 channels had gamma 0" in shown.console.file.getvalue()
 
 
 @pytest.mark.parametrize(("after", "warned"), [(0.9, False), (1.1, True)])
 def test_a_restart_that_breaks_train_mode_is_said(tmp_path, after, warned):
     shown = display(tmp_path)
-    shown.show(engine.CycleStart(1, True, 22, 0, None, None, 0.5, after, 3e-7))
+    shown.show(CycleStart(1, True, 22, 0, None, None, 0.5, after, 3e-7))
     assert ("Warning: the restart kept the function of eval mode only" in shown.console.file.getvalue()) == warned
 
 
 def test_counts():
-    assert [console.count(number, "epoch") for number in (0, 1, 1200)] == ["0 epochs", "1 epoch", "1,200 epochs"]
+    assert [count(number, "epoch") for number in (0, 1, 1200)] == ["0 epochs", "1 epoch", "1,200 epochs"]
 
 
 def test_brackets_are_not_markup(tmp_path):

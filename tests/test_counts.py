@@ -10,11 +10,14 @@ from conftest import CPU
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from repan_cli import anneal, config, engine, optim
-from repan_cli.runtime import Runtime
-from repan_cli.state import Totals
-from repan_cli.tasks import Classification
-from repan_cli.update import update
+from repan_cli import config
+from repan_cli.system.device import Runtime
+from repan_cli.training import optim
+from repan_cli.training.plan import Phase
+from repan_cli.training.progress import Totals
+from repan_cli.training.run import Training
+from repan_cli.training.step import update
+from repan_cli.training.tasks import Classification
 
 BATCH = 64
 BLOCKS, CONVS, NORMS = 22, 44, 62
@@ -40,11 +43,11 @@ def step(digit_images):
     def make(precision, **settings):
         model = timm.create_model("repvgg_a1_cifar", num_classes=10, in_chans=1).train()
         chosen = dataclasses.replace(config.Config().optim, lr=0.01, momentum=0.9, nesterov=True, **settings)
-        run = engine.Training(
+        run = Training(
             model=model.to(memory_format=torch.channels_last),
             task_of=lambda phase: Classification(),
             optimizer=optim.build_optimizer(model, chosen),
-            plan=(anneal.Phase(0, 9, chosen, None, 0, 9),),
+            plan=(Phase(0, 9, chosen, None, 0, 9),),
             train=digit_images,
             val=None,
             test=digit_images,

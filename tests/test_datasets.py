@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 
 from repan_cli.data import datasets
+from repan_cli.data.subset import stratified
+from repan_cli.data.types import DATASETS, ArrayImages, DatasetSpec, RawDataset
 from repan_cli.errors import InputError
 
 
@@ -45,7 +47,7 @@ def test_the_parts_are_disjoint_and_the_split_repeats(digits):
 
 def test_stratified_holds_out_the_share_of_every_class_and_never_all():
     labels = np.array([0] * 100 + [1] * 10 + [2] * 2 + [3])
-    mask = datasets.stratified(labels, 0.1, seed=3)
+    mask = stratified(labels, 0.1, seed=3)
     assert [int(mask[labels == label].sum()) for label in range(4)] == [10, 1, 1, 0]
 
 
@@ -106,11 +108,9 @@ def test_a_part_of_the_classes_is_the_first_by_name_in_every_part(digits):
 
 def test_classes_that_stay_keep_their_order_and_are_numbered_anew(monkeypatch):
     names, labels = ("wasp", "ant", "cow", "bee"), np.array([3, 0, 1, 2, 1, 3])
-    images = datasets.Images(np.arange(6, dtype=np.uint8).repeat(16).reshape(6, 4, 4, 1), labels)
-    spec = datasets.DatasetSpec(
-        "", lambda root, reading: datasets.Raw(names, {"train": images, "test": images}), (0,), (1,)
-    )
-    monkeypatch.setitem(datasets.DATASETS._entries, "animals", spec)
+    images = ArrayImages(np.arange(6, dtype=np.uint8).repeat(16).reshape(6, 4, 4, 1), labels)
+    spec = DatasetSpec("", lambda root, reading: RawDataset(names, {"train": images, "test": images}), (0,), (1,))
+    monkeypatch.setitem(DATASETS._entries, "animals", spec)
     data = datasets.load("animals", "data", classes=2, val_fraction=0)
     assert data.classes == ("ant", "bee")
     assert data.train.labels.tolist() == [1, 0, 0, 1]
@@ -152,10 +152,10 @@ def test_a_part_that_cannot_be_is_said(tmp_path):
 
 def test_an_empty_class_is_warned_of_only_where_it_is_chosen(monkeypatch, capsys):
     labels = np.array([0, 1, 0, 1])
-    images = datasets.Images(np.zeros((4, 4, 4, 1), dtype=np.uint8), labels)
-    raw = datasets.Raw(("a", "b", "c"), {"train": images, "test": images})
-    spec = datasets.DatasetSpec("", lambda root, reading: raw, (0,), (1,))
-    monkeypatch.setitem(datasets.DATASETS._entries, "letters", spec)
+    images = ArrayImages(np.zeros((4, 4, 4, 1), dtype=np.uint8), labels)
+    raw = RawDataset(("a", "b", "c"), {"train": images, "test": images})
+    spec = DatasetSpec("", lambda root, reading: raw, (0,), (1,))
+    monkeypatch.setitem(DATASETS._entries, "letters", spec)
     datasets.load("letters", "data", classes=2)
     assert capsys.readouterr().err == ""
     datasets.load("letters", "data")

@@ -12,33 +12,39 @@ from conftest import CPU, small_net
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from repan_cli import anneal, config, engine, optim
+from repan_cli import config
 from repan_cli.blocks import Geometry, make_block, rep_blocks
-from repan_cli.data.datasets import Images
-from repan_cli.data.resident import ResidentImages
-from repan_cli.data.source import Augmentation
+from repan_cli.data.batches import Augmentation
+from repan_cli.data.in_memory import InMemoryLoader
+from repan_cli.data.types import ArrayImages
 from repan_cli.errors import DivergedError
-from repan_cli.runtime import Runtime
-from repan_cli.tasks import Classification
+from repan_cli.system.device import Runtime
+from repan_cli.training import optim
+from repan_cli.training.evaluation import evaluate
+from repan_cli.training.events import CycleEnd, CycleStart, Epoch, LossLog, StepEnd
+from repan_cli.training.loop import fit
+from repan_cli.training.plan import Phase, cycle_plan
+from repan_cli.training.run import Training
+from repan_cli.training.tasks import Classification
 
 FP32 = Runtime(CPU, "fp32")
 
 
-def part(images: Images, count: int) -> Images:
-    return Images(*(array[:count] for array in images))
+def part(images: ArrayImages, count: int) -> ArrayImages:
+    return ArrayImages(*(array[:count] for array in images))
 
 
 def training(digits, plan, *, model=None, val=True, runtime=FP32, settings=None, batch_size=64, lr=0.05, **options):
     model = model or small_net(in_chans=1)
     look = {"mean": digits.mean, "std": digits.std, "device": CPU}
-    return engine.Training(
+    return Training(
         model=model.to(memory_format=torch.channels_last),
         task_of=lambda phase: Classification(phase.optim.label_smoothing),
-        optimizer=optim.build_optimizer(model, settings or config.Optim(lr=lr)),
+        optimizer=optim.build_optimizer(model, settings or config.OptimConfig(lr=lr)),
         plan=plan,
-        train=ResidentImages(part(digits.train, 192), augmentation=Augmentation(padding=1), **look),
-        val=ResidentImages(digits.val, **look) if val else None,
-        test=ResidentImages(part(digits.test, 100), **look),
+        train=InMemoryLoader(part(digits.train, 192), augmentation=Augmentation(padding=1), **look),
+        val=InMemoryLoader(digits.val, **look) if val else None,
+        test=InMemoryLoader(part(digits.test, 100), **look),
         runtime=runtime,
         batch_size=batch_size,
         **options,
@@ -48,9 +54,7 @@ def training(digits, plan, *, model=None, val=True, runtime=FP32, settings=None,
 def plan(*, baseline=True, **settings):
     given = {"epochs": "2", "baseline.epochs": "2", "cycle.count": "1", "cycle.attach_epochs": "1", "optim.lr": "0.05"}
     given |= {"cycle.lr": "restart", "cycle.attach": "ramp"}
-    return anneal.cycle_plan(
-        config.build(given, {k.replace("__", "."): v for k, v in settings.items()}), baseline=baseline
-    )
+    return cycle_plan(config.build(given, {k.replace("__", "."): v for k, v in settings.items()}), baseline=baseline)
 
 
 def weights(run):
@@ -62,21 +66,21 @@ def same(a, b):
 
 
 def test_events_come_in_order_and_hold_plain_values_only(digits):
-    events = list(engine.fit(training(digits, plan(), log_every=2)))
+    events = list(fit(training(digits, plan(), log_every=2)))
     names = [type(event).__name__ for event in events]
-    phase = ["CycleStart", *["Updated", "Step", "Updated", "Step", "Updated", "Epoch"] * 2, "CycleEnd"]
+    phase = ["CycleStart", *["StepEnd", "LossLog", "StepEnd", "LossLog", "StepEnd", "Epoch"] * 2, "CycleEnd"]
     assert names == phase * 2
     for event in events:
         values = dataclasses.asdict(event).values()
         assert all(value is None or type(value) in (int, float, bool) for value in values), event
-    epochs = [event for event in events if isinstance(event, engine.Epoch)]
+    epochs = [event for event in events if isinstance(event, Epoch)]
     assert [(event.cycle, event.epoch) for event in epochs] == [(0, 1), (0, 2), (1, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_same_seed_gives_the_same_bits(digits, precision):
     runs = [training(digits, plan(), runtime=Runtime(CPU, precision), seed=seed) for seed in (3, 3, 4)]
-    losses = [[event.loss for event in engine.fit(run) if isinstance(event, engine.Epoch)] for run in runs]
+    losses = [[event.loss for event in fit(run) if isinstance(event, Epoch)] for run in runs]
     assert same(weights(runs[0]), weights(runs[1]))
     assert losses[0] == losses[1] != losses[2]
 
@@ -85,16 +89,16 @@ def test_cycles_from_a_baseline_file_are_the_cycles_behind_that_baseline(digits)
     """What makes controls comparable: nothing leaks from the baseline into the cycles but its weights."""
     whole = training(digits, plan())
     later = training(digits, plan(baseline=False))
-    for event in engine.fit(whole):
-        if isinstance(event, engine.CycleEnd) and event.cycle == 0:
+    for event in fit(whole):
+        if isinstance(event, CycleEnd) and event.cycle == 0:
             later.model.load_state_dict(weights(whole))
-    list(engine.fit(later))
+    list(fit(later))
     assert same(weights(whole), weights(later))
 
 
 def test_the_control_is_training_on_with_zeroed_momentum(digits):
     control = training(digits, plan(cycle__restart="none", baseline__optim__lr="0.05"))
-    list(engine.fit(control))
+    list(fit(control))
     by_hand = training(digits, ())
     for phase in plan():
         optim.zero_momentum(by_hand.optimizer)
@@ -112,7 +116,7 @@ def test_the_control_is_training_on_with_zeroed_momentum(digits):
 
 
 def test_a_restart_keeps_accuracy_and_logits(digits):
-    start = next(event for event in engine.fit(training(digits, plan(baseline=False))))
+    start = next(event for event in fit(training(digits, plan(baseline=False))))
     assert start.restarted
     assert start.blocks == 22
     assert start.top1_before == start.top1_after_restart
@@ -127,16 +131,16 @@ def test_the_loss_across_a_restart_tells_the_rules_apart(digits, rule, jumps):
         for epoch in range(40):
             for images, *_ in run.train.training_batches(192, 7, 7, epoch):
                 run.model.train()(images)
-    start = next(engine.fit(run))
+    start = next(fit(run))
     assert (abs(start.loss_after_restart - start.loss_before) > 0.1) == jumps
 
 
 def test_the_frozen_trunk_stays_while_its_statistics_move(digits):
     run = training(digits, plan(baseline=False, cycle__freeze_trunk="yes", cycle__attach_epochs="2"))
-    events = engine.fit(run)
+    events = fit(run)
     next(events)
     after_restart = weights(run)
-    assert isinstance(list(events)[-1], engine.CycleEnd)
+    assert isinstance(list(events)[-1], CycleEnd)
     for name, value in run.model.state_dict().items():
         if ".trunk." in name:
             assert torch.equal(value, after_restart[name]) == ("running" not in name and "tracked" not in name), name
@@ -144,24 +148,24 @@ def test_the_frozen_trunk_stays_while_its_statistics_move(digits):
 
 
 def test_the_attach_rate_follows_the_ramp(digits):
-    events = list(engine.fit(training(digits, plan(baseline=False, cycle__attach_epochs="1.5"), log_every=1)))
-    rates = [event.attach_rate for event in events if isinstance(event, engine.Step)]
+    events = list(fit(training(digits, plan(baseline=False, cycle__attach_epochs="1.5"), log_every=1)))
+    rates = [event.attach_rate for event in events if isinstance(event, LossLog)]
     assert rates == pytest.approx([0, 2 / 9, 4 / 9, 6 / 9, 8 / 9, 1])
 
 
 def test_a_cycle_can_end_with_its_best_weights(digits):
     run = training(digits, plan(baseline=False, epochs="3", cycle__start_from="best"), lr=0.5)
     seen, states = [], []
-    for event in engine.fit(run):
-        if isinstance(event, engine.Epoch):
+    for event in fit(run):
+        if isinstance(event, Epoch):
             seen.append(event.val_top1)
             states.append(weights(run))
     assert same(weights(run), states[seen.index(max(seen))])
 
 
 def test_without_a_validation_part_nothing_is_best(digits):
-    events = list(engine.fit(training(digits, plan(), val=False)))
-    assert not any(event.best for event in events if isinstance(event, engine.Epoch))
+    events = list(fit(training(digits, plan(), val=False)))
+    assert not any(event.best for event in events if isinstance(event, Epoch))
     assert events[-1].top1 is None
     assert events[-1].test_top1 is not None
 
@@ -170,7 +174,7 @@ def test_the_test_set_chooses_nothing(digits):
     """Turning the test labels round changes the figures reported on them, and nothing else."""
     runs = [training(digits, plan(cycle__start_from="best")) for _ in range(2)]
     runs[1].test.labels = runs[1].test.labels.flip(0)
-    events = [[e for e in engine.fit(run) if isinstance(e, engine.Epoch)] for run in runs]
+    events = [[e for e in fit(run) if isinstance(e, Epoch)] for run in runs]
     assert same(weights(runs[0]), weights(runs[1]))
     assert [e.best for e in events[0]] == [e.best for e in events[1]]
 
@@ -180,7 +184,7 @@ def test_the_baseline_has_its_own_label_smoothing(digits):
     first = {}
     for smoothing in ("0", "0.5"):
         run = training(digits, plan(baseline__optim__label_smoothing=smoothing), log_every=1)
-        first[smoothing] = next(event.loss for event in engine.fit(run) if isinstance(event, engine.Step))
+        first[smoothing] = next(event.loss for event in fit(run) if isinstance(event, LossLog))
     model = small_net(in_chans=1).to(memory_format=torch.channels_last).train()
     images, labels, *_ = next(run.train.training_batches(64, 0, 0, 1))
     for smoothing, loss in first.items():
@@ -193,13 +197,13 @@ def test_divergence_stops_the_run(digits):
     with torch.no_grad():
         run.model.head.weight[0, 0] = float("nan")
     with pytest.raises(DivergedError, match="no longer finite"):
-        list(engine.fit(run))
+        list(fit(run))
 
 
 def test_evaluation_counts_every_image_once_and_leaves_the_mode(digits):
     model = small_net(in_chans=1).train()
-    images = ResidentImages(digits.test, mean=digits.mean, std=digits.std, device=CPU)
-    score = engine.evaluate(model, images)
+    images = InMemoryLoader(digits.test, mean=digits.mean, std=digits.std, device=CPU)
+    score = evaluate(model, images)
     assert model.training
     with torch.no_grad():
         batch, labels, *_ = next(images.batches(10_000))
@@ -216,13 +220,13 @@ def test_top5_with_fewer_classes_is_certain(digits):
     model = small_net(in_chans=1)
     model.reset_classifier(3)
     labels = digits.test.labels % 3
-    images = ResidentImages(Images(digits.test.images, labels), mean=digits.mean, std=digits.std, device=CPU)
-    assert engine.evaluate(model, images).top5 == 100
+    images = InMemoryLoader(ArrayImages(digits.test.images, labels), mean=digits.mean, std=digits.std, device=CPU)
+    assert evaluate(model, images).top5 == 100
 
 
 def test_the_optimizer_never_loses_its_parameters(digits):
     run = training(digits, plan())
-    list(engine.fit(run))
+    list(fit(run))
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in run.model.parameters()}
     assert len(list(rep_blocks(run.model))) == 22
@@ -238,7 +242,7 @@ def test_accumulated_batches_make_the_update_of_one_large_batch(digits):
         run = training(digits, plan(), seed=1, batch_size=batch_size, accumulate=accumulate)
         run.model.train = lambda mode=True: None
         run.model.eval()
-        next(event for event in engine.fit(run) if isinstance(event, engine.Updated))
+        next(event for event in fit(run) if isinstance(event, StepEnd))
         runs.append(run)
     assert runs[1].progress.step == 4
     for name, value in runs[0].model.state_dict().items():
@@ -253,22 +257,22 @@ def fresh():
 
 def test_a_ragged_last_group_is_an_update(digits):
     run = training(digits, plan(), batch_size=64, accumulate=2)
-    events = list(engine.fit(run))
-    assert [event.step for event in events if isinstance(event, engine.Updated)][:2] == [2, 3]
+    events = list(fit(run))
+    assert [event.step for event in events if isinstance(event, StepEnd)][:2] == [2, 3]
 
 
 def test_the_average_of_weights_is_scored_and_starts_anew_after_a_restart(digits):
     model = small_net(in_chans=1)
     average = ModelEmaV3(model, decay=0.9)
     run = training(digits, plan(cycle__attach="ramp"), model=model, ema=average)
-    for event in engine.fit(run):
-        if isinstance(event, engine.CycleStart) and event.cycle == 1:
+    for event in fit(run):
+        if isinstance(event, CycleStart) and event.cycle == 1:
             assert same(average.module.state_dict(), model.state_dict())
-        if isinstance(event, engine.Updated):
+        if isinstance(event, StepEnd):
             rates = [{name: b.attach_rate.item() for name, b in rep_blocks(m)} for m in (model, average.module)]
             assert rates[0] == rates[1]
-        if isinstance(event, engine.Epoch):
-            assert event.val_top1 == engine.evaluate(average.module, run.val).top1
+        if isinstance(event, Epoch):
+            assert event.val_top1 == evaluate(average.module, run.val).top1
     assert run.scored is average.module
     assert not same(average.module.state_dict(), model.state_dict())
 
@@ -278,7 +282,7 @@ def test_the_average_is_the_exponential_one(digits):
     run = training(digits, plan(), model=model, ema=ModelEmaV3(model, decay=0.75))
     name = next(name for name, value in model.named_parameters() if value.ndim == 4)
     expected = dict(model.named_parameters())[name].detach().clone()
-    for count, event in enumerate(event for event in engine.fit(run) if isinstance(event, engine.Updated)):
+    for count, event in enumerate(event for event in fit(run) if isinstance(event, StepEnd)):
         decay = 0.75 if count else 0.0  # the first weights are forgotten
         expected = decay * expected + (1 - decay) * dict(model.named_parameters())[name].detach()
         torch.testing.assert_close(dict(run.ema.module.named_parameters())[name].detach(), expected)
@@ -302,9 +306,9 @@ def test_half_precision_trains_with_a_scaled_loss(digits):
     found = {}
     for precision in ("fp16", "fp32"):
         runtime = Runtime(CPU, precision)
-        phases = (anneal.Phase(0, 6, config.Optim(lr=0.05), None, 0, 6),)
+        phases = (Phase(0, 6, config.OptimConfig(lr=0.05), None, 0, 6),)
         run = training(digits, phases, model=fresh(), runtime=runtime, scaler=runtime.scaler())
-        found[precision] = [event.loss for event in engine.fit(run) if isinstance(event, engine.Epoch)]
+        found[precision] = [event.loss for event in fit(run) if isinstance(event, Epoch)]
         assert all(value.isfinite().all() for value in weights(run).values())
         assert run.scaler.is_enabled() == (precision == "fp16")
     assert found["fp16"][-1] < found["fp16"][0] - 0.1
@@ -313,7 +317,7 @@ def test_half_precision_trains_with_a_scaled_loss(digits):
 
 def test_a_skipped_first_step_leaves_momentum_at_zero():
     model = fresh()
-    optimizer = optim.build_optimizer(model, config.Optim())
+    optimizer = optim.build_optimizer(model, config.OptimConfig())
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(model(torch.full((4, 1, 8, 8), torch.inf)).sum()).backward()
     scaler.unscale_(optimizer)
@@ -327,12 +331,12 @@ def test_optimizers_of_timm_train_and_are_zeroed(digits, name):
     phases = plan(**settings)
     run = training(digits, phases, model=fresh(), settings=phases[0].optim)
     losses = []
-    for event in engine.fit(run):
-        if isinstance(event, engine.CycleStart) and event.cycle == 1:
+    for event in fit(run):
+        if isinstance(event, CycleStart) and event.cycle == 1:
             held = [v for state in run.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
             assert held
             assert not any(value.any() for value in held)
-        if isinstance(event, engine.Epoch) and event.cycle == 0:
+        if isinstance(event, Epoch) and event.cycle == 0:
             losses.append(event.loss)
     assert losses[-1] < losses[0]
 
@@ -340,10 +344,10 @@ def test_optimizers_of_timm_train_and_are_zeroed(digits, name):
 def test_best_test_leaves_the_weights_that_the_test_set_chose(digits):
     run = training(digits, plan(cycle__start_from="best-test", epochs="3"))
     scores = []
-    for event in engine.fit(run):
-        if isinstance(event, engine.Epoch):
-            scores.append(engine.evaluate(run.model, run.test).top1)
-        if isinstance(event, engine.CycleEnd):
+    for event in fit(run):
+        if isinstance(event, Epoch):
+            scores.append(evaluate(run.model, run.test).top1)
+        if isinstance(event, CycleEnd):
             assert event.test_top1 == max(scores)
             scores = []
 
@@ -357,6 +361,6 @@ def test_a_compiled_training_pass_gives_the_same_losses(digits):
         model = nn.Sequential(block, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         wrapped = torch.compile(model) if compiled else None
         run = training(digits, plan(), model=model, wrapped=wrapped, log_every=1)
-        found.append([event.loss for event in engine.fit(run) if isinstance(event, engine.Step)])
+        found.append([event.loss for event in fit(run) if isinstance(event, LossLog)])
     assert len(found[0]) == 12
     assert found[0] == pytest.approx(found[1], rel=1e-5)

@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import repan_cli
-from repan_cli import anneal, checkpoint, export, models
+from repan_cli import checkpoint, export, models
+from repan_cli.anneal.restart import restart
 from repan_cli.blocks import FAMILIES, make_block, rep_blocks, reparameterize, set_attach_rate
 from repan_cli.errors import InputError
-from repan_cli.models.expand import Change, Selection, expand, plan
+from repan_cli.models.changes import Change, Selection
+from repan_cli.models.expand import expand, plan
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -94,7 +96,7 @@ def test_a_grid_of_layers_is_exact_or_refused_by_name(family, record_property):
         randomize_norms(model, 2)
         set_attach_rate(model, rate)
         expected = model(x)
-        anneal.restart(model, images=[x])
+        restart(model, images=[x])
         assert relative(model(x), expected) < 1e-10, row
         randomize_norms(model, 3)
         set_attach_rate(model, rate)
@@ -133,7 +135,7 @@ def test_a_conv_and_its_norm_become_a_block(layers):
     assert isinstance(model.norm, nn.ReLU) == isinstance(norm, BatchNormAct2d)
     assert model.repan_report.changes == (Change("expand", "conv", "norm", "repvgg"),)
     assert block.attach_rate == 0
-    anneal.restart(model, images=[x])
+    restart(model, images=[x])
     assert relative(model(x), expected) < 1e-12
 
 
@@ -162,7 +164,7 @@ def test_a_conv_without_a_norm_becomes_a_block_without_one():
         assert not model.conv.trunk.has_norm
         set_attach_rate(model, 0.5)
         expected = model(X.double())
-        anneal.restart(model)  # there is nothing to calibrate
+        restart(model)  # there is nothing to calibrate
         assert relative(model(X.double()), expected) < 1e-12
 
 
@@ -409,7 +411,7 @@ def test_own_blocks_of_timm_are_adapted(name, blocks):
     assert model.repan_report.family == "own"
     assert len(list(rep_blocks(model))) == blocks
     assert relative(model(x), expected) < 1e-12
-    anneal.restart(model, images=[torch.randn(8, 3, 64, 64, dtype=torch.float64)])
+    restart(model, images=[torch.randn(8, 3, 64, 64, dtype=torch.float64)])
     assert relative(model(x), expected) < 1e-10
     set_attach_rate(model, 0.4)
     attached = model(x)
@@ -457,7 +459,7 @@ def test_a_compiled_network_survives_a_restart_without_a_second_compilation():
         for rate in (0.5, 0.7):
             set_attach_rate(compiled, rate)
             expected = compiled(X)
-            anneal.restart(compiled, images=[X])
+            restart(compiled, images=[X])
             assert relative(compiled(X), expected) < 1e-5
     assert len(compiled_graphs) == 1
     assert compiled._orig_mod is model
@@ -470,7 +472,7 @@ def test_a_data_parallel_network_survives_a_restart(tmp_path):
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
         for _ in range(3):
             before = wrapped.eval()(X).detach()
-            anneal.restart(wrapped, images=[X])
+            restart(wrapped, images=[X])
             assert relative(wrapped(X), before) < 1e-5
             set_attach_rate(wrapped, 1)
             weight = wrapped.module[0].branches[0].conv.weight
@@ -492,8 +494,8 @@ def test_averaged_copies_and_optimizers_survive_a_restart():
     pointers = [tensor.data_ptr() for tensor in itertools.chain(model.parameters(), average.parameters())]
     state = [optimizer.state[p]["momentum_buffer"].data_ptr() for p in model.parameters() if p in optimizer.state]
     before = average.eval()(X)
-    anneal.restart(model, images=[X])
-    anneal.restart(average, images=[X])
+    restart(model, images=[X])
+    restart(average, images=[X])
     assert relative(average(X), before) < 1e-5
     average.update_parameters(model)
     assert [tensor.data_ptr() for tensor in itertools.chain(model.parameters(), average.parameters())] == pointers
@@ -511,11 +513,11 @@ def test_twenty_restarts_drift_less_than_a_hundred_thousandth(family):
     expand(model, family, images=X)
     for _ in range(20):
         before = model(X)
-        anneal.restart(model, images=[X], attach="zero-gamma")
+        restart(model, images=[X], attach="zero-gamma")
         assert relative(model(X), before) < 1e-5
     start = copy.deepcopy(model).double()(X.double())
     for _ in range(20):
-        anneal.restart(model, images=[X])
+        restart(model, images=[X])
     assert relative(model(X), start) < 1e-5
 
 
@@ -524,7 +526,7 @@ def test_only_the_blocks_that_are_named_restart():
     names = list(dict(rep_blocks(model)))
     set_attach_rate(model, 0.5)
     kept = copy.deepcopy(model[3].state_dict())
-    anneal.restart(model, images=[X], only=names[:1])
+    restart(model, images=[X], only=names[:1])
     assert model[0].attach_rate == 0
     assert all(torch.equal(value, kept[name]) for name, value in model[3].state_dict().items())
     set_attach_rate(model, 1.0, only=names[:1])

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, repan, small_net
 
 from repan_cli import export
-from repan_cli.blocks import FAMILIES, RepBlock, branch, rep_block, rep_blocks, set_attach_rate
+from repan_cli.blocks import FAMILIES, RepBlock, branches, kernel, rep_block, rep_blocks, set_attach_rate
 from repan_cli.errors import InputError, MergeError
 
 X = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -34,11 +34,11 @@ def wrong_padding(kernel, size, offset):
     return right_embed(kernel, size, (0, 0))
 
 
-right_embed = branch.embed
+right_embed = kernel.embed
 
 
 WRONG = {
-    "a small kernel at another tap": lambda patch: patch.setattr(branch, "embed", wrong_padding),
+    "a small kernel at another tap": lambda patch: patch.setattr(branches, "embed", wrong_padding),
     "the attach rate forgotten": lambda patch: patch.setattr(
         RepBlock, "equivalent_kernel", lambda block: _sum(block, rate=1.0)
     ),
@@ -89,10 +89,10 @@ def test_a_plain_network_has_nothing_to_merge():
 
 
 WRONG_COMMAND = """
-import repan_cli.blocks.branch as branch
-from repan_cli.cli import main
-right = branch.embed
-branch.embed = lambda kernel, size, offset: right(kernel, size, (0, 0))
+import repan_cli.blocks.branches as branches
+from repan_cli.cli.app import main
+right = branches.embed
+branches.embed = lambda kernel, size, offset: right(kernel, size, (0, 0))
 main()
 """
 

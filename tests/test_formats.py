@@ -15,11 +15,12 @@ from test_cli import one_line, run
 
 import repan_cli
 from repan_cli import checkpoint, models
-from repan_cli.commands import subject
+from repan_cli.commands import fuse
 from repan_cli.errors import InputError
 from repan_cli.export import pt2_file
-from repan_cli.extras import missing
 from repan_cli.models import expand
+from repan_cli.session import artifact
+from repan_cli.system.packages import missing
 
 needs_onnx = pytest.mark.skipif(bool(missing("onnx", "onnxscript", "onnxruntime")), reason="the onnx extra is missing")
 FORMATS = ["pt", "safetensors", "pt2", pytest.param("onnx", marks=needs_onnx)]
@@ -82,7 +83,7 @@ def test_every_family_agrees_in_every_format(capsys, tmp_path, family):
     assert facts["gmacs_after"] <= facts["gmacs_before"]
     for file in facts["files"]:
         assert file["rel_error"] < 1e-4
-        opened = subject.open_subject(file["path"])
+        opened = artifact.open_artifact(file["path"])
         assert relative(opened.network(X), model(X)) < 1e-4
         assert opened.meta["classes"][3] == "class 3"
 
@@ -107,14 +108,14 @@ def test_a_damaged_export_is_refused(capsys, net, tmp_path, kind):
     for place in range(len(content) // 7, len(content), len(content) // 7):
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         with pytest.raises(InputError, match=r"damaged|cannot be opened|not written by repan"):
-            subject.open_subject(str(path))
+            artifact.open_artifact(str(path))
 
 
 @pytest.mark.parametrize("kind", ["pt2", pytest.param("onnx", marks=needs_onnx)])
 def test_the_normalisation_goes_into_the_graph(capsys, net, tmp_path, kind):
     path = tmp_path / f"net.{kind}"
     assert run(capsys, "fuse", net[0], "-o", path, "--with-normalize")[0] == 0
-    opened = subject.open_subject(str(path))
+    opened = artifact.open_artifact(str(path))
     assert opened.preparation.std == (1.0, 1.0, 1.0)
     raw = torch.rand(3, 3, 32, 32)
     mean, std = (torch.tensor(opened.meta[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
@@ -215,7 +216,7 @@ def test_bad_wishes(capsys, net, tmp_path, monkeypatch):
     assert "is exported already" in one_line(capsys, "fuse", tmp_path / "fused_fused.pt2")
     with pytest.raises(InputError, match=r"is an export: torch\.export\.load opens it"):
         repan_cli.load(tmp_path / "fused_fused.pt2")
-    monkeypatch.setattr("repan_cli.extras.missing", lambda *packages: ["onnxscript"])
+    monkeypatch.setattr("repan_cli.system.packages.missing", lambda *packages: ["onnxscript"])
     line = one_line(capsys, "fuse", path, "-o", tmp_path / "net.onnx")
     assert "writing ONNX needs onnxscript: pip install 'repan-cli[onnx]'" in line
 
@@ -322,7 +323,7 @@ def rewritten(content, change):
 
 @pytest.fixture(scope="module")
 def good_pt2(net, tmp_path_factory):
-    from repan_cli.commands import fuse
+    pass
 
     out = tmp_path_factory.mktemp("pt2") / "net.pt2"
     wishes = {"model": None, "with_normalize": False, "data_root": None, "overwrite": False, "as_json": False}
@@ -340,7 +341,7 @@ def test_no_file_runs_code(good_pt2, tmp_path, monkeypatch, what):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pt2").write_bytes(rewritten(good_pt2, HOSTILE[what]))
     with pytest.raises(InputError, match=r"refused, no code is run"):
-        subject.open_subject("evil.pt2")
+        artifact.open_artifact("evil.pt2")
     assert not (tmp_path / "marker").exists()
 
 

@@ -18,14 +18,17 @@ from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from repan_cli import config, engine, graphs
-from repan_cli.commands import prepare
+from repan_cli import config
 from repan_cli.errors import InputError
-from repan_cli.graphs import Graphs
-from repan_cli.optim import build_optimizer
-from repan_cli.runtime import Runtime
-from repan_cli.tasks import Classification, Distillation
-from repan_cli.teacher import LogitCache, Teacher, View, allocate
+from repan_cli.session import build
+from repan_cli.system.device import Runtime
+from repan_cli.training import cuda_graphs
+from repan_cli.training.cuda_graphs import Graphs
+from repan_cli.training.events import CycleEnd, LossLog, StepEnd
+from repan_cli.training.loop import fit
+from repan_cli.training.optim import build_optimizer
+from repan_cli.training.tasks import Classification, Distillation
+from repan_cli.training.teacher import LogitCache, Teacher, View, allocate
 
 
 class Tape(TorchDispatchMode):
@@ -66,7 +69,7 @@ class Tapes:
 
 @pytest.fixture(autouse=True)
 def early(monkeypatch):
-    monkeypatch.setattr(graphs, "WARM_UPS", 1)
+    monkeypatch.setattr(cuda_graphs, "WARM_UPS", 1)
 
 
 def taught(digits, how):
@@ -114,7 +117,7 @@ def pair(digits, make):
 
 
 def losses(run):
-    return [event.loss for event in engine.fit(run) if isinstance(event, engine.Step)]
+    return [event.loss for event in fit(run) if isinstance(event, LossLog)]
 
 
 def agree(eager, recorded, *, rel=1e-5):
@@ -172,14 +175,14 @@ def test_a_weight_average_and_accumulated_batches(digits):
 
 def test_no_cycle_after_the_first_records_anything(digits):
     run = training(digits, plan(**THREE, cycle__freeze_trunk="true"), batch_size=80, graphs=Graphs(Tapes()))
-    counts = [run.graphs.recorded for event in engine.fit(run) if isinstance(event, engine.CycleEnd)]
+    counts = [run.graphs.recorded for event in fit(run) if isinstance(event, CycleEnd)]
     assert counts == [1, 3, 3, 3]
 
 
 def test_other_rules_are_another_recording(digits):
     phases = plan(**THREE, optim__weight_decay="0.1", **{"baseline__optim__weight_decay": "0"})
     run = training(digits, phases, batch_size=80, graphs=Graphs(Tapes()))
-    counts = [run.graphs.recorded for event in engine.fit(run) if isinstance(event, engine.CycleEnd)]
+    counts = [run.graphs.recorded for event in fit(run) if isinstance(event, CycleEnd)]
     assert counts == [1, 4, 4, 4]
 
 
@@ -198,8 +201,8 @@ def test_the_tape_notices_what_a_graph_would_miss(digits):
 def test_a_tensor_that_has_moved_is_noticed_before_the_next_phase(digits):
     run = training(digits, plan(**SHORT), batch_size=80, graphs=Graphs(Tapes()))
     with pytest.raises(AssertionError, match="has moved"):
-        for event in engine.fit(run):
-            if isinstance(event, engine.CycleEnd):
+        for event in fit(run):
+            if isinstance(event, CycleEnd):
                 first = next(run.model.parameters())
                 first.data = first.data.clone()
 
@@ -211,10 +214,10 @@ def test_a_recorded_step_never_waits_for_the_host(digits, how):
         run.task_of = taught(digits, how)
     waits = []
     with Counted() as counted:
-        for event in engine.fit(run):
-            if isinstance(event, engine.Updated) and event.step == 2:
+        for event in fit(run):
+            if isinstance(event, StepEnd) and event.step == 2:
                 waits.append(counted.calls["aten._local_scalar_dense"])
-            elif isinstance(event, engine.Updated):
+            elif isinstance(event, StepEnd):
                 counted.calls = Counter()
     assert waits
     assert not any(waits[2:]), "the first comparison of a cache with its teacher may"
@@ -252,15 +255,15 @@ def test_what_cannot_be_recorded_is_done_as_it_is(digits):
     ],
 )
 def test_where_updates_are_recorded(monkeypatch, machine, given, why):
-    monkeypatch.setattr(prepare, "CudaRecorder", lambda device: Tapes())
+    monkeypatch.setattr(build, "CudaRecorder", lambda device: Tapes())
     for switch in ("auto", "on", "off"):
         chosen = config.build({}, {**given, "run.graph": switch})
         optimizer = build_optimizer(small_net(), chosen.optim)
         if switch == "on" and why:
             with pytest.raises(InputError, match=f"run.graph=on, but {why}: set run.graph=auto"):
-                prepare._graphs(chosen, machine, optimizer)
+                build._graphs(chosen, machine, optimizer)
         else:
-            found = prepare._graphs(chosen, machine, optimizer)
+            found = build._graphs(chosen, machine, optimizer)
             assert (found is not None) == (why is None and switch != "off")
 
 
@@ -281,5 +284,5 @@ def test_three_cycles_compile_one_graph(digits):
     run = training(digits, plan(**THREE), batch_size=80, log_every=1)
     torch._dynamo.reset()
     run.wrapped = torch.compile(run.model, backend=backend, dynamic=False)
-    counts = [len(found) for event in engine.fit(run) if isinstance(event, engine.CycleEnd)]
+    counts = [len(found) for event in fit(run) if isinstance(event, CycleEnd)]
     assert counts == [1, 1, 1, 1]

@@ -20,8 +20,9 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from repan_cli import checkpoint, cli
-from repan_cli.checkpoint import Checkpoint
+from repan_cli import checkpoint
+from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.cli import app
 
 COMMANDS = {
     "info": ["info", "FILE"],
@@ -349,7 +350,7 @@ def outcome(words: list[str]) -> dict[str, object]:
     sys.argv, sys.stdout, sys.stderr = ["repan", *words], io.StringIO(), io.StringIO()
     code = 0
     try:
-        cli.main()
+        app.main()
     except SystemExit as left:
         code = left.code or 0
     except BaseException as error:

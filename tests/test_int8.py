@@ -11,8 +11,9 @@ from torch import nn
 
 from repan_cli.blocks import reparameterize
 from repan_cli.commands import quantize
+from repan_cli.data import build
 from repan_cli.export import int8
-from repan_cli.extras import missing
+from repan_cli.system.packages import missing
 
 pytestmark = pytest.mark.skipif(bool(missing("onnx", "onnxscript", "onnxruntime")), reason="the onnx extra is missing")
 X = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -83,12 +84,12 @@ def test_calibration_takes_training_images_evenly(digit_images, wanted):
 
 def test_calibration_is_asked_for_the_training_part_alone(capsys, cycle_run, tmp_path, monkeypatch):
     asked = []
-    original = quantize.plain_source
+    original = build.eval_loader
 
     def watched(data, part, machine):
         asked.append(part)
         return original(data, part, machine)
 
-    monkeypatch.setattr(quantize, "plain_source", watched)
+    monkeypatch.setattr(quantize, "eval_loader", watched)
     assert run(capsys, "quantize", cycle_run.folder, "-o", tmp_path / "a.onnx", "--split", "val")[0] == 0
     assert asked == ["train", "val"]

@@ -13,6 +13,9 @@ import torch
 from PIL import Image
 from test_cli import run
 
+from repan_cli.cli import app
+from repan_cli.session import runner
+
 D = "-m repvgg_a0_cifar -d digits"
 MISTAKES = [
     # commands and options
@@ -98,9 +101,9 @@ def desk(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", f"repan train {D} --epochs 1 data.batch_size=256 --out {folder / 'run'}".split(" "))
         with pytest.raises(SystemExit):
-            from repan_cli import cli
+            pass
 
-            cli.main()
+            app.main()
     for name in ("best.pt", "fused.pt"):
         shutil.copy(folder / "run" / name, folder)
     (folder / "empty").mkdir()
@@ -161,12 +164,12 @@ def test_an_optional_package_is_not_there(capsys, desk, monkeypatch):
     ],
 )
 def test_no_room(capsys, desk, monkeypatch, error, says):
-    from repan_cli.commands import train
+    pass
 
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(train, "prepare", fail)
+    monkeypatch.setattr(runner, "prepare", fail)
     code, out, err = run(capsys, "train", *D.split(" "), "--out", desk / "new")
     assert (code, out) == (4, "")
     (line,) = err.splitlines()
@@ -181,11 +184,11 @@ def test_no_words_at_all_show_the_help(capsys):
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(capsys, desk, monkeypatch):
-    from repan_cli.commands import train
+    pass
 
     def fail(*args, **options):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(train, "prepare", fail)
+    monkeypatch.setattr(runner, "prepare", fail)
     with pytest.raises(ZeroDivisionError):
         run(capsys, "train", *D.split(" "), "--out", desk / "new")

@@ -7,7 +7,7 @@ from conftest import relative, small_net
 
 from repan_cli.blocks import FAMILIES, reparameterize
 from repan_cli.errors import InputError
-from repan_cli.models import OURS, resolve, support
+from repan_cli.models import BUILTIN, catalog, resolve
 
 DEPLOYED = {"a0": 0.387, "a1": 0.644, "a2": 1.373, "b0": 0.741, "b1": 2.844, "b2": 4.434, "b3": 6.258}
 
@@ -82,16 +82,16 @@ def test_an_unknown_name_gets_suggestions(name):
 
 
 def test_all_are_registered_with_timm():
-    assert set(OURS) <= set(timm.list_models("*_cifar"))
+    assert set(BUILTIN) <= set(timm.list_models("*_cifar"))
 
 
 @pytest.mark.parametrize(
     "name", ["timm:resnet18", "timm:repvit_m1", "timm:mobileone_s0", "timm:nf_resnet50", "torchvision:resnet18"]
 )
 def test_the_table_of_what_can_cycle_is_what_looking_finds(name):
-    listed = support.table()[name]
+    listed = catalog.table()[name]
     try:
-        found = support.look(name)
+        found = catalog.look(name)
     except NotImplementedError:
         pytest.skip("the installed version does not build it on the meta device")
     assert (found.own, found.pairs) == (listed.own, listed.pairs)
@@ -101,5 +101,5 @@ def test_the_table_of_what_can_cycle_is_what_looking_finds(name):
 
 def test_the_table_has_most_of_the_networks_that_are_installed():
     """One that another version of timm adds is looked at when it is asked for."""
-    names = support.names()
-    assert len(support.table().keys() & set(names)) > 0.8 * len(names)
+    names = catalog.names()
+    assert len(catalog.table().keys() & set(names)) > 0.8 * len(names)

@@ -19,11 +19,11 @@ from torch import nn
 import repan_cli
 from repan_cli import checkpoint
 from repan_cli.blocks import rep_blocks
-from repan_cli.commands import network
-from repan_cli.config import build
+from repan_cli.config.resolve import build
 from repan_cli.data import datasets
 from repan_cli.errors import InputError
-from repan_cli.runtime import Runtime
+from repan_cli.session import network
+from repan_cli.system.device import Runtime
 
 NET = """
 from torch import nn

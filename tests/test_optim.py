@@ -8,27 +8,28 @@ import pytest
 import torch
 from conftest import small_net
 
-from repan_cli import optim
-from repan_cli.config import Optim
+from repan_cli.config.settings import OptimConfig
 from repan_cli.errors import InputError
+from repan_cli.training import optim
+from repan_cli.training.schedules import SCHEDULES, learning_rate
 
 
-@pytest.mark.parametrize("name", list(optim.SCHEDULES))
+@pytest.mark.parametrize("name", list(SCHEDULES))
 def test_schedules_start_at_the_peak_and_never_rise(name):
-    factors = [optim.SCHEDULES[name](step / 100) for step in range(101)]
+    factors = [SCHEDULES[name](step / 100) for step in range(101)]
     assert factors[0] == 1
     assert all(0 <= later <= earlier for earlier, later in itertools.pairwise(factors))
 
 
 def test_cosine_with_warmup():
-    settings = Optim(lr=0.2, min_lr=0.02, warmup_epochs=4)
-    rates = [optim.learning_rate(settings, epoch, 24) for epoch in (0, 1, 4, 14, 24, 30)]
+    settings = OptimConfig(lr=0.2, min_lr=0.02, warmup_epochs=4)
+    rates = [learning_rate(settings, epoch, 24) for epoch in (0, 1, 4, 14, 24, 30)]
     assert rates == pytest.approx([0, 0.05, 0.2, 0.11, 0.02, 0.02])
 
 
 def test_an_unknown_schedule_is_named():
     with pytest.raises(InputError, match="unknown schedule 'cosin'; did you mean cosine"):
-        optim.learning_rate(Optim(schedule="cosin"), 0, 1)
+        learning_rate(OptimConfig(schedule="cosin"), 0, 1)
 
 
 def test_groups_hold_every_parameter_once_by_role():
@@ -47,15 +48,15 @@ def test_groups_hold_every_parameter_once_by_role():
 
 @pytest.mark.parametrize(("decay", "decaying"), [("weights", {"weight"}), ("all", {"weight", "norm", "classifier"})])
 def test_what_decays(decay, decaying):
-    optimizer = optim.build_optimizer(small_net(), Optim(weight_decay=0.5, decay=decay))
+    optimizer = optim.build_optimizer(small_net(), OptimConfig(weight_decay=0.5, decay=decay))
     assert {g["role"] for g in optimizer.param_groups if g["weight_decay"] == 0.5} == decaying
     assert {g["weight_decay"] for g in optimizer.param_groups} <= {0.0, 0.5}
 
 
 def test_a_phase_changes_settings_but_not_the_groups():
-    optimizer = optim.build_optimizer(small_net(), Optim())
+    optimizer = optim.build_optimizer(small_net(), OptimConfig())
     groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
-    optim.apply_settings(optimizer, Optim(momentum=0.0, weight_decay=0.1))
+    optim.apply_settings(optimizer, OptimConfig(momentum=0.0, weight_decay=0.1))
     assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == groups
     assert all(group["momentum"] == 0 and not group["nesterov"] for group in optimizer.param_groups)
 
@@ -74,21 +75,21 @@ def test_clipping_bounds_the_whole_norm_or_that_of_the_convs():
     head = list(model.get_classifier().parameters())
     convs = [p for p in model.parameters() if p.ndim == 4]
     for which, clipped in (("all", list(model.parameters())), ("convs", convs)):
-        optimizer = optim.build_optimizer(model, Optim())
+        optimizer = optim.build_optimizer(model, OptimConfig())
         with_gradients(model, 1.0)
         untouched = norm_of(head)
-        optim.clip_gradients(optimizer, Optim(clip=2.0, clip_params=which))
+        optim.clip_gradients(optimizer, OptimConfig(clip=2.0, clip_params=which))
         assert norm_of(clipped) == pytest.approx(2.0, rel=1e-4)
         assert (norm_of(head) == untouched) == (which == "convs")
     with_gradients(model, 1.0)
     before = norm_of(list(model.parameters()))
-    optim.clip_gradients(optimizer, dataclasses.replace(Optim(), clip=None))
+    optim.clip_gradients(optimizer, dataclasses.replace(OptimConfig(), clip=None))
     assert norm_of(list(model.parameters())) == before
 
 
 def test_a_frozen_trunk_does_not_move_while_the_rest_does():
     model = small_net()
-    optimizer = optim.build_optimizer(model, Optim(lr=0.1, weight_decay=0.1, decay="all"))
+    optimizer = optim.build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.1, decay="all"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _ in range(2):
         with_gradients(model, 1.0)
@@ -101,12 +102,12 @@ def test_a_frozen_trunk_does_not_move_while_the_rest_does():
 def test_zeroing_momentum_forgets_the_past():
     """A step after it equals the first step of a new optimizer."""
     models = [small_net(), small_net()]
-    old = optim.build_optimizer(models[0], Optim(lr=0.1))
+    old = optim.build_optimizer(models[0], OptimConfig(lr=0.1))
     with_gradients(models[0], 3.0)
     old.step()
     optim.zero_momentum(old)
     models[1].load_state_dict(models[0].state_dict())
-    for model, optimizer in zip(models, (old, optim.build_optimizer(models[1], Optim(lr=0.1))), strict=True):
+    for model, optimizer in zip(models, (old, optim.build_optimizer(models[1], OptimConfig(lr=0.1))), strict=True):
         with_gradients(model, 1.0)
         optimizer.step()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):

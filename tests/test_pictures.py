@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repan_cli.data import datasets, pictures
+from repan_cli.data import datasets, image_files
 from repan_cli.errors import InputError
 
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -17,7 +17,7 @@ def saved(tmp_path, image, name="a.png", **options):
 
 
 def pixels(path, channels=3):
-    return np.asarray(pictures.open_image(path, channels))
+    return np.asarray(image_files.open_image(path, channels))
 
 
 def test_grey_and_colour(tmp_path):
@@ -53,16 +53,16 @@ def test_numbers_that_are_no_brightness_are_refused(tmp_path):
     for array, what in ((RAMP.astype(np.float32), "floats"), (RAMP.astype(np.int32), "32-bit integers")):
         path = saved(tmp_path, Image.fromarray(array), "a.tif")
         with pytest.raises(InputError, match=f"cannot read the image .*a.tif: its pixels are {what}"):
-            pictures.open_image(path)
+            image_files.open_image(path)
         with pytest.raises(InputError):
-            pictures.check(path, whole=False)
+            image_files.check(path, whole=False)
 
 
 def test_a_bomb_is_refused(tmp_path, monkeypatch):
     path = saved(tmp_path, Image.new("L", (300, 300)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
     with pytest.raises(InputError, match="cannot read the image .*a.png: .*decompression bomb"):
-        pictures.open_image(path)
+        image_files.open_image(path)
 
 
 def test_a_folder_called_validation_is_the_validation_part(tmp_path):

@@ -7,11 +7,12 @@ import shlex
 
 import pytest
 
-from repan_cli import checkpoint, cli, config
-from repan_cli.anneal import cycle_plan, training_plan
+from repan_cli import checkpoint, config
+from repan_cli.cli.options import SHORTCUTS
 from repan_cli.commands import dry_run
-from repan_cli.commands.prepare import prepare
-from repan_cli.data import known
+from repan_cli.data import builtin
+from repan_cli.session.build import prepare
+from repan_cli.training.plan import cycle_plan, training_plan
 
 PRESETS = config.presets()
 
@@ -36,7 +37,7 @@ def test_the_command_in_its_header_uses_it(name):
     options = [word for word in words[1:] if "=" not in word and word != "--pretrained"]
     given = dict(zip(options[::2], options[1::2], strict=True))
     file = given.pop("-c", None)
-    layer = {cli.SHORTCUTS[option.removeprefix("--").replace("-", "_")]: value for option, value in given.items()}
+    layer = {SHORTCUTS[option.removeprefix("--").replace("-", "_")]: value for option, value in given.items()}
     resolved = config.resolve(words[0], file, layer)
     assert resolved.source.startswith(f"{name},")
 
@@ -130,7 +131,7 @@ def small_teacher(tmp_path, classes, size):
 @pytest.mark.parametrize("name", [*RELEASED, *IMAGENET, "recipes/imagenet", "recipes/cifar", "recipes/folder"])
 def test_a_preset_builds_its_network_and_makes_steps(name, tmp_path, monkeypatch, capsys):
     """On noise of the right shape and number of classes; ImageNet's at 64 pixels, in batches of 8."""
-    monkeypatch.setattr(known, "MOST_NOISE", 24)
+    monkeypatch.setattr(builtin, "MOST_NOISE", 24)
     command = name.rpartition("_")[2] if "_" in name else "cycle"
     large, classes = "imagenet" in name, 1000 if "imagenet" in name else 100 if "cifar100" in name else 10
     size = 64 if large else 32

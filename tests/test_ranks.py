@@ -13,8 +13,10 @@ from conftest import ROOT
 from test_cli import run
 from test_resume import metrics, wait_for
 
-from repan_cli import checkpoint, config, engine
-from repan_cli.commands.prepare import prepare
+from repan_cli import checkpoint, config
+from repan_cli.session.build import prepare
+from repan_cli.training.events import Epoch
+from repan_cli.training.loop import fit
 
 SMALL = "--model repvgg_a0 --dataset digits data.batch_size=64 run.precision=fp32 --seed 3 --lr 0.05".split()  # noqa: SIM905
 EPOCH = 20  # 1,295 images: the 15 behind the last full batch are one more
@@ -63,7 +65,7 @@ def test_two_ranks_train_as_one_process_whose_bn_sees_the_same_halves(together):
     session = prepare("train", config.resolve("train", None, given))
     task_of = session.training.task_of
     session.training.task_of = lambda phase: Halves(task_of(phase))
-    epochs = [event for event in engine.fit(session.training) if isinstance(event, engine.Epoch)]
+    epochs = [event for event in fit(session.training) if isinstance(event, Epoch)]
     found = metrics(folder)
     assert session.training.train.steps(64) == EPOCH + 1
     assert [row["first_loss"] for row in found[:1]] == pytest.approx([epochs[0].first_loss], rel=1e-5)
@@ -91,11 +93,11 @@ def test_one_rank_speaks_and_writes(together):
 
 
 def test_sample_shares_of_ranks_are_every_sample_once(digits):
-    from repan_cli.data.resident import ResidentImages
+    from repan_cli.data.in_memory import InMemoryLoader
 
     look = {"mean": digits.mean, "std": digits.std, "device": torch.device("cpu")}
-    parts = [ResidentImages(digits.train, rank=rank, ranks=3, **look) for rank in range(3)]
-    whole = ResidentImages(digits.train, **look)
+    parts = [InMemoryLoader(digits.train, rank=rank, ranks=3, **look) for rank in range(3)]
+    whole = InMemoryLoader(digits.train, **look)
     for batches in zip(*(part.training_batches(64, 0, 0, 1) for part in (*parts, whole)), strict=True):
         assert torch.equal(torch.cat([batch.index for batch in batches[:3]]), batches[3].index)
     looked_at = [batch.index for part in parts for batch in part.batches(50)]

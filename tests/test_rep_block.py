@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from repan_cli import anneal
+from repan_cli.anneal.restart import restart
 from repan_cli.blocks import FAMILIES, Geometry, RepBlock, make_block, rep_blocks, reparameterize, set_attach_rate
 from repan_cli.errors import InputError
 
@@ -149,7 +149,7 @@ def test_shared_statistics_merge_and_restart_as_ones_own(family):
     expected = model(images)
     shared = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert any(isinstance(module, nn.SyncBatchNorm) for module in shared.modules())
-    anneal.restart(shared, rule="calibrate", images=[images], attach="ramp")
+    restart(shared, rule="calibrate", images=[images], attach="ramp")
     assert relative(shared.eval()(images), expected) < 1e-5
     assert relative(reparameterize(shared)(images), expected) < 1e-5
 

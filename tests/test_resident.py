@@ -7,18 +7,18 @@ from conftest import CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repan_cli.data.datasets import Images
-from repan_cli.data.resident import ResidentImages
-from repan_cli.data.source import Augmentation
+from repan_cli.data.batches import Augmentation
+from repan_cli.data.in_memory import InMemoryLoader
+from repan_cli.data.types import ArrayImages
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
-def resident(count: int = 40, size: int = 6, **options) -> tuple[np.ndarray, ResidentImages]:
+def resident(count: int = 40, size: int = 6, **options) -> tuple[np.ndarray, InMemoryLoader]:
     images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    part = Images(images, np.arange(count, dtype=np.int64))
+    part = ArrayImages(images, np.arange(count, dtype=np.int64))
     look = {name: options.pop(name) for name in ("memory_format", "classes") if name in options}
-    return images, ResidentImages(part, mean=MEAN, std=STD, device=CPU, augmentation=Augmentation(**options), **look)
+    return images, InMemoryLoader(part, mean=MEAN, std=STD, device=CPU, augmentation=Augmentation(**options), **look)
 
 
 def by_hand(image: np.ndarray, padding: int, view: int) -> torch.Tensor:

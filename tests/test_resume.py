@@ -14,10 +14,15 @@ import torch
 from conftest import ROOT
 from test_cli import one_line, run
 
-from repan_cli import checkpoint, engine
-from repan_cli.commands import record
-from repan_cli.commands.record import Record
-from repan_cli.data.source import Source
+from repan_cli import checkpoint
+from repan_cli.data import builtin
+from repan_cli.data.batches import Loader
+from repan_cli.data.subset import stratified
+from repan_cli.session import recorder
+from repan_cli.session.recorder import Record
+from repan_cli.system import files
+from repan_cli.training import loop
+from repan_cli.training.events import CycleEnd, CycleStart, Epoch, StepEnd
 
 SMALL = "--model repvgg_a0 --dataset digits data.batch_size=256 run.precision=fp32 run.log_every=2 --seed 3".split()  # noqa: SIM905
 TIMES = ("images_per_second",)
@@ -35,13 +40,13 @@ def words(command, folder, teacher=None):
 @pytest.fixture(autouse=True)
 def saving_every_epoch(monkeypatch):
     """However short it is: what is saved must not depend on the clock here."""
-    monkeypatch.setattr(record, "SAVING_SHARE", float("inf"))
+    monkeypatch.setattr(recorder, "SAVING_SHARE", float("inf"))
 
 
 class StopAt:
     """Sends this process a signal when a run has made so many updates, or another event comes for the nth time."""
 
-    def __init__(self, patch, count, *, kind=engine.Updated, number=signal.SIGTERM):
+    def __init__(self, patch, count, *, kind=StepEnd, number=signal.SIGTERM):
         self.left, self.kind, self.number = count, kind, number
         take = Record.take
 
@@ -139,12 +144,12 @@ def test_a_run_with_short_epochs_saves_few_of_them_and_loses_nothing(capsys, tmp
 
     def failing(taker, event):
         take(taker, event)
-        epochs.extend([event] if isinstance(event, engine.Epoch) else [])
+        epochs.extend([event] if isinstance(event, Epoch) else [])
         if len(epochs) == 3:
             raise RuntimeError("a crash")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record, "SAVING_SHARE", 0.0)
+        patch.setattr(recorder, "SAVING_SHARE", 0.0)
         patch.setattr(Record, "take", failing)
         with pytest.raises(RuntimeError, match="a crash"):
             run(capsys, "cycle", *words("cycle", folder))
@@ -157,7 +162,7 @@ def test_a_run_with_short_epochs_saves_few_of_them_and_loses_nothing(capsys, tmp
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kind", [engine.CycleStart, engine.Epoch, engine.CycleEnd])
+@pytest.mark.parametrize("kind", [CycleStart, Epoch, CycleEnd])
 def test_a_run_stopped_around_a_restart_ends_with_the_same_bits(capsys, tmp_path, whole, kind):
     expected, folder = whole("cycle", capsys), tmp_path / "run"
     code, _ = stopped(capsys, "cycle", *words("cycle", folder), at=2, kind=kind)
@@ -169,7 +174,7 @@ def test_a_run_stopped_around_a_restart_ends_with_the_same_bits(capsys, tmp_path
 @pytest.mark.soak
 def test_five_stops_in_one_epoch_repeat_and_miss_no_sample(capsys, tmp_path, whole, monkeypatch):
     seen = []
-    make = Source.training_batches
+    make = Loader.training_batches
 
     def watched(source, batch_size, *position, first=0):
         for batch in make(source, batch_size, *position, first=first):
@@ -177,7 +182,7 @@ def test_five_stops_in_one_epoch_repeat_and_miss_no_sample(capsys, tmp_path, who
                 seen.append(batch.index)
             yield batch
 
-    monkeypatch.setattr(Source, "training_batches", watched)
+    monkeypatch.setattr(Loader, "training_batches", watched)
     folder = tmp_path / "run"
     arguments = words("train", folder)
     for attempt in range(5):
@@ -243,10 +248,10 @@ def test_the_same_value_more_cycles_and_workers_may_be_given(capsys, begun):
 
 
 def test_other_data_are_refused(capsys, begun, monkeypatch):
-    from repan_cli.data import known
+    pass
 
-    digits = known.stratified
-    monkeypatch.setattr(known, "stratified", lambda labels, fraction, seed: digits(labels, fraction, seed + 1))
+    digits = stratified
+    monkeypatch.setattr(builtin, "stratified", lambda labels, fraction, seed: digits(labels, fraction, seed + 1))
     assert "the images of digits are not those that the run began with" in one_line(capsys, "cycle", "--resume", begun)
 
 
@@ -376,10 +381,10 @@ class Poisoned:
 @pytest.mark.parametrize("at", [1, 4, 8])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_divergence_ends_the_run_and_reaches_no_file(capsys, tmp_path, monkeypatch, what, at, optimizer):
-    from repan_cli.commands.tasks_of import TaskOf
+    from repan_cli.session.teachers import PhaseTasks
 
-    make = TaskOf.__call__
-    monkeypatch.setattr(TaskOf, "__call__", lambda self, phase: Poisoned(make(self, phase), at, what))
+    make = PhaseTasks.__call__
+    monkeypatch.setattr(PhaseTasks, "__call__", lambda self, phase: Poisoned(make(self, phase), at, what))
     folder = tmp_path / "run"
     extra = ["run.save_every=1", f"optim.name={optimizer}", "--lr", "0.01", "--epochs", "2", "--out", folder]
     code, _, err = run(capsys, "train", *SMALL, *extra)
@@ -397,10 +402,8 @@ def test_divergence_ends_the_run_and_reaches_no_file(capsys, tmp_path, monkeypat
 
 
 def test_a_full_disk_keeps_the_state_before(capsys, tmp_path, monkeypatch):
-    from repan_cli import runs
-
     folder = tmp_path / "run"
-    flush, calls = runs.flush, []
+    flush, calls = files.flush, []
 
     def full(file):
         calls.append(file)
@@ -408,7 +411,7 @@ def test_a_full_disk_keeps_the_state_before(capsys, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         flush(file)
 
-    monkeypatch.setattr(runs, "flush", full)
+    monkeypatch.setattr(files, "flush", full)
     code, _, err = run(capsys, "train", *words("train", folder))
     assert code == 4
     assert f"no space left to write {folder}" in err
@@ -453,7 +456,7 @@ def test_out_of_memory_names_the_setting(capsys, tmp_path, monkeypatch):
     def too_much(run, *arguments):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
 
-    monkeypatch.setattr(engine, "update", too_much)
+    monkeypatch.setattr(loop, "update", too_much)
     code, _, err = run(capsys, "train", *SMALL, "--epochs", "1", "--out", tmp_path / "run")
     assert code == 4
     assert "out of memory; set a smaller --batch-size" in err.splitlines()[-1]

@@ -9,6 +9,8 @@ import pytest
 
 from repan_cli import runs
 from repan_cli.errors import InputError
+from repan_cli.runs import directory
+from repan_cli.system.files import write_atomically
 
 
 def test_two_runs_in_one_second_get_two_names(tmp_path, monkeypatch):
@@ -38,7 +40,7 @@ def test_a_directory_that_cannot_be_made(tmp_path):
 def test_files_are_readable_as_the_umask_says(tmp_path):
     old = os.umask(0o022)
     try:
-        runs.write_atomically(tmp_path / "a", lambda file: file.write(b"x"))
+        write_atomically(tmp_path / "a", lambda file: file.write(b"x"))
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
@@ -57,16 +59,16 @@ def test_a_running_run_shows_that_it_is_alive(tmp_path, monkeypatch):
     folder = runs.RunDirectory(tmp_path / "run")
     folder.beat()
     assert not (folder / "status.json").exists()
-    monkeypatch.setattr(runs, "now", lambda: "before")
+    monkeypatch.setattr(directory, "now", lambda: "before")
     folder.status("running", cycle=1)
-    monkeypatch.setattr(runs, "now", lambda: "after")
-    pulse = runs.Pulse(folder.beat, seconds=0.01)
+    monkeypatch.setattr(directory, "now", lambda: "after")
+    pulse = runs.Heartbeat(folder.beat, seconds=0.01)
     pulse.start()
     pulse.stopped.wait(0.1)
     pulse.stop()
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["cycle"], status["time"], status["heartbeat"]) == ("running", 1, "before", "after")
     folder.status("done")
-    monkeypatch.setattr(runs, "now", lambda: "later")
+    monkeypatch.setattr(directory, "now", lambda: "later")
     folder.beat()
     assert json.loads((folder / "status.json").read_text())["heartbeat"] == "after"

@@ -11,10 +11,11 @@ from test_cli import one_line, run
 from test_datasets import write_folders
 from torch import nn
 
-from repan_cli import engine, scoring
-from repan_cli.data.datasets import Images
-from repan_cli.data.resident import ResidentImages
-from repan_cli.extras import missing
+from repan_cli.data.in_memory import InMemoryLoader
+from repan_cli.data.types import ArrayImages
+from repan_cli.system.packages import missing
+from repan_cli.training import scoring
+from repan_cli.training.evaluation import evaluate
 
 
 class Told(nn.Module):
@@ -33,7 +34,7 @@ class Told(nn.Module):
 
 def source(labels):
     numbers = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).numpy()
-    return ResidentImages(Images(numbers, torch.tensor(labels).numpy()), mean=(0.0,), std=(1.0,), device=CPU)
+    return InMemoryLoader(ArrayImages(numbers, torch.tensor(labels).numpy()), mean=(0.0,), std=(1.0,), device=CPU)
 
 
 def sure(classes, chosen, confidence):
@@ -53,7 +54,7 @@ def test_figures_worked_out_by_hand():
     assert details.class_accuracy() == [100, 50, 0]
     assert details.score.top1 == pytest.approx(50)
     assert list(scoring.worst_confusions(details.confusion, 2)) == [(1, 0, 1), (2, 0, 1)]
-    assert details.score == engine.evaluate(Told(logits), source(labels))
+    assert details.score == evaluate(Told(logits), source(labels))
 
 
 def test_a_class_without_images_has_no_accuracy():

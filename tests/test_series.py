@@ -12,8 +12,11 @@ from test_cli import one_line, run
 from test_compare import page_of
 from test_resume import StopAt, assert_same
 
-from repan_cli import engine, runs, runtime
-from repan_cli.commands import train
+from repan_cli import runs
+from repan_cli.commands import study
+from repan_cli.session import build, summary
+from repan_cli.system.signals import StopSignals
+from repan_cli.training import optim
 
 SMALL = ["--model", "repvgg_a0", "--dataset", "digits", "--epochs", "1", "data.batch_size=256", "run.precision=fp32"]
 CYCLE = [*SMALL, "--baseline-epochs", "1", "--cycles", "1", "--lr", "0.001", "ema.enabled=true", "optim.name=adamw"]
@@ -188,13 +191,13 @@ def test_a_stopped_series_goes_on_to_the_same_end(capsys, tmp_path, controlled, 
     ("number", "code"), [pytest.param(signal.SIGTERM, 75, marks=pytest.mark.soak), (signal.SIGINT, 130)]
 )
 def test_a_signal_while_a_run_is_ending_stops_before_the_next(capsys, tmp_path, monkeypatch, number, code):
-    draw = train._draw
+    draw = summary.draw
 
     def drawn(*arguments):
         os.kill(os.getpid(), number)
         draw(*arguments)
 
-    monkeypatch.setattr(train, "_draw", drawn)
+    monkeypatch.setattr(summary, "draw", drawn)
     folder = tmp_path / "series"
     left, _, err = run(capsys, "train", *TRAIN, "--seeds", "0,1", "--out", folder)
     assert left == code
@@ -207,9 +210,7 @@ def test_a_signal_while_a_run_is_ending_stops_before_the_next(capsys, tmp_path, 
 
 
 def test_ctrl_c_before_a_run_has_begun_says_how_to_go_on(capsys, tmp_path, monkeypatch):
-    from repan_cli.commands import series
-
-    prepare, calls = series.prepare, []
+    prepare, calls = build.prepare, []
 
     def impatient(*arguments):
         calls.append(arguments)
@@ -217,20 +218,20 @@ def test_ctrl_c_before_a_run_has_begun_says_how_to_go_on(capsys, tmp_path, monke
             raise KeyboardInterrupt
         return prepare(*arguments)
 
-    monkeypatch.setattr(series, "prepare", impatient)
+    monkeypatch.setattr(study, "prepare", impatient)
     code, _, err = run(capsys, "train", *TRAIN, "--seeds", "0,1", "--out", tmp_path / "series")
     assert code == 130
     assert f"interrupted before seed_1 began; go on with: repan train --resume {tmp_path / 'series'}" in err
 
 
 def test_inside_another_a_stop_is_heard_by_both():
-    with runtime.StopSignals() as outer:
-        with runtime.StopSignals() as inner:
+    with StopSignals() as outer:
+        with StopSignals() as inner:
             os.kill(os.getpid(), signal.SIGTERM)
             assert inner.received == outer.received == signal.SIGTERM
-        with runtime.StopSignals() as later:
+        with StopSignals() as later:
             assert later.received == signal.SIGTERM
-    with runtime.StopSignals() as fresh:
+    with StopSignals() as fresh:
         assert not fresh()
 
 
@@ -282,7 +283,7 @@ def test_one_run_of_a_series_can_be_resumed_by_itself(capsys, tmp_path, controll
 
 
 def test_a_seed_that_diverges_does_not_keep_the_others_from_training(capsys, tmp_path, monkeypatch):
-    step, broken = engine.optim.step_if_finite, []
+    step, broken = optim.step_if_finite, []
 
     def breaking(optimizer, norm):
         if not broken:
@@ -290,7 +291,7 @@ def test_a_seed_that_diverges_does_not_keep_the_others_from_training(capsys, tmp
             return step(optimizer, norm * float("nan"))
         return step(optimizer, norm)
 
-    monkeypatch.setattr(engine.optim, "step_if_finite", breaking)
+    monkeypatch.setattr(optim, "step_if_finite", breaking)
     folder = tmp_path / "series"
     code, out, err = run(capsys, "train", *TRAIN, "--seeds", "0,1", "--json", "--out", folder)
     assert code == 3

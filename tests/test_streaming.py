@@ -10,20 +10,20 @@ from test_resident import MEAN, STD, by_hand
 from torchvision import transforms
 
 from repan_cli import config
-from repan_cli.data import datasets, known, sources
-from repan_cli.data.datasets import Images
-from repan_cli.data.resident import ResidentImages
-from repan_cli.data.source import Augmentation
-from repan_cli.data.streaming import StreamedImages
+from repan_cli.data import build, builtin, datasets
+from repan_cli.data.batches import Augmentation
+from repan_cli.data.in_memory import InMemoryLoader
+from repan_cli.data.streaming import StreamingLoader
+from repan_cli.data.types import ArrayImages, LazyImages
 from repan_cli.errors import InputError
-from repan_cli.runtime import Runtime
+from repan_cli.system.device import Runtime
 
 FP32 = Runtime(CPU, "fp32")
 
 
 def noise(count=40, size=8, channels=3):
     images = np.random.default_rng(0).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
-    return Images(images, np.arange(count, dtype=np.int64) % 5)
+    return ArrayImages(images, np.arange(count, dtype=np.int64) % 5)
 
 
 def streamed(
@@ -32,7 +32,7 @@ def streamed(
     look = {"mean": MEAN, "std": STD, "device": CPU, "size": size, "classes": classes}
     augmentation = Augmentation(**augmentation)
     kinds = {"resized": resized, "workers": workers, "skip": skip, "policy_of": policy_of}
-    return StreamedImages(part or noise(), augmentation=augmentation, **kinds, **look)
+    return StreamingLoader(part or noise(), augmentation=augmentation, **kinds, **look)
 
 
 def epoch(source, batch_size=16, position=(0, 1, 1), **options):
@@ -42,7 +42,7 @@ def epoch(source, batch_size=16, position=(0, 1, 1), **options):
 def test_every_view_is_that_of_the_picture_pipeline_to_1e_6():
     """All 162 crops and flips of 32x32 images, by tensor operations on the device and by Pillow."""
     part = noise(4, 32)
-    resident = ResidentImages(part, mean=MEAN, std=STD, device=CPU, augmentation=Augmentation(padding=4, flip=True))
+    resident = InMemoryLoader(part, mean=MEAN, std=STD, device=CPU, augmentation=Augmentation(padding=4, flip=True))
     normalise = transforms.Normalize(MEAN, STD)
     assert resident.view_count == 162
     for view in range(162):
@@ -78,7 +78,7 @@ def test_an_epoch_can_be_entered_at_any_batch(kind, mix):
         source = streamed(padding=1, flip=True, policy="randaugment", **mix)
     else:
         augmentation = Augmentation(padding=1, flip=True, **mix)
-        source = ResidentImages(noise(), mean=MEAN, std=STD, device=CPU, augmentation=augmentation, classes=5)
+        source = InMemoryLoader(noise(), mean=MEAN, std=STD, device=CPU, augmentation=augmentation, classes=5)
     whole = epoch(source)
     for first in range(4):
         rest = epoch(source, first=first)
@@ -107,7 +107,7 @@ def test_policies_change_images_each_in_its_own_way(policy, policy_of):
 
 def test_grey_images_take_policies():
     part = noise(8, 16, channels=1)
-    source = StreamedImages(
+    source = StreamingLoader(
         part, resized=False, mean=(0.5,), std=(0.2,), size=16, device=CPU,
         augmentation=Augmentation(policy="trivialaugment"), policy_of="svhn",
     )  # fmt: skip
@@ -117,7 +117,7 @@ def test_grey_images_take_policies():
 def test_resized_crops_show_a_part_of_each_image():
     half = np.zeros((16, 32, 32, 3), dtype=np.uint8)
     half[:, :16] = 255
-    source = streamed(Images(half, np.zeros(16, dtype=np.int64)), resized=True, size=16, least_area=0.08)
+    source = streamed(ArrayImages(half, np.zeros(16, dtype=np.int64)), resized=True, size=16, least_area=0.08)
     means = epoch(source)[0].images.mean((1, 2, 3))
     assert means.std() > 0.1
     assert source.unnumbered == "data.crop=resized"
@@ -130,9 +130,9 @@ def test_resized_crops_show_a_part_of_each_image():
 def test_mixing_shares_labels_as_it_shares_pixels():
     images = np.zeros((64, 8, 8, 3), dtype=np.uint8)
     images[:32] = 255
-    part = Images(images, np.repeat([0, 1], 32))
+    part = ArrayImages(images, np.repeat([0, 1], 32))
     for mix in ({"mixup": 1.0}, {"cutmix": 1.0}):
-        source = ResidentImages(
+        source = InMemoryLoader(
             part, mean=(0,) * 3, std=(1,) * 3, device=CPU, augmentation=Augmentation(**mix), classes=2
         )
         batch = epoch(source, batch_size=64)[0]
@@ -145,8 +145,8 @@ def test_mixing_shares_labels_as_it_shares_pixels():
 
 def test_erasing_blanks_one_rectangle_in_a_share_of_the_images():
     images = np.full((400, 24, 24, 3), 255, dtype=np.uint8)
-    part = Images(images, np.zeros(400, dtype=np.int64))
-    source = ResidentImages(part, mean=(0,) * 3, std=(1,) * 3, device=CPU, augmentation=Augmentation(erase=0.4))
+    part = ArrayImages(images, np.zeros(400, dtype=np.int64))
+    source = InMemoryLoader(part, mean=(0,) * 3, std=(1,) * 3, device=CPU, augmentation=Augmentation(erase=0.4))
     blank = epoch(source, batch_size=400)[0].images[:, 0] == 0
     areas = blank.sum((1, 2)) / 24**2
     assert 0.33 < (areas > 0).float().mean() < 0.47
@@ -167,19 +167,19 @@ def folder(tmp_path, **options):
 
 def test_large_folders_are_read_one_by_one(tmp_path):
     data, settings = folder(tmp_path)
-    source = sources.training_source(data, settings, FP32)
-    assert isinstance(source, StreamedImages)
+    source = build.train_loader(data, settings, FP32)
+    assert isinstance(source, StreamingLoader)
     assert epoch(source, batch_size=4)[0].images.shape == (4, 3, 16, 16)
-    test = sources.plain_source(data, "test", FP32, 0)
+    test = build.eval_loader(data, "test", FP32, 0)
     assert torch.cat([batch.labels for batch in test.batches(5)]).tolist() == [0] * 6 + [1] * 6
     assert (data.image_size, len(data.val.labels)) == (16, 2)
 
 
 def test_images_above_64_pixels_are_read_one_by_one(tmp_path):
     write_folders(tmp_path, size=(70, 70))
-    assert isinstance(datasets.load("folder", tmp_path).train, datasets.Pictures)
-    assert isinstance(datasets.load("folder", tmp_path, image_size=64).train, Images)
-    assert isinstance(datasets.load("folder", tmp_path, crop="pad").train, Images)
+    assert isinstance(datasets.load("folder", tmp_path).train, LazyImages)
+    assert isinstance(datasets.load("folder", tmp_path, image_size=64).train, ArrayImages)
+    assert isinstance(datasets.load("folder", tmp_path, crop="pad").train, ArrayImages)
 
 
 def cut(path):
@@ -190,11 +190,11 @@ def cut(path):
 def test_an_image_that_cannot_be_decoded_stops_the_run_or_is_left_out(tmp_path, workers, capsys):
     data, _ = folder(tmp_path, val_fraction=0)
     cut(tmp_path / "train" / "bee" / "3.png")
-    stopping = sources.training_source(data, config.build({"data.workers": str(workers)}).data, FP32)
+    stopping = build.train_loader(data, config.build({"data.workers": str(workers)}).data, FP32)
     with pytest.raises(InputError, match=r"cannot read the image .*bee/3.png: .*; data.on_error=skip leaves"):
         epoch(stopping, batch_size=4)
     skipping = config.build({"data.workers": str(workers), "data.on_error": "skip"}).data
-    source = sources.training_source(data, skipping, FP32)
+    source = build.train_loader(data, skipping, FP32)
     for position in ((0, 0, 1), (0, 0, 2)):
         batches = epoch(source, batch_size=4, position=position)
         assert [len(batch.labels) for batch in batches] == [4, 4, 4], "another image in its place"
@@ -203,7 +203,7 @@ def test_an_image_that_cannot_be_decoded_stops_the_run_or_is_left_out(tmp_path, 
     with pytest.raises(InputError, match="test/ant/1.png"):
         datasets.load("folder", tmp_path, image_size=16, crop="resized", on_error="skip")
     with pytest.raises(InputError, match=r"test/ant/1.png: [^;]*$"):
-        list(sources.plain_source(data, "test", FP32, workers).batches(4))
+        list(build.eval_loader(data, "test", FP32, workers).batches(4))
 
 
 def test_unreadable_headers_are_found_before_the_first_step(tmp_path, capsys):
@@ -224,7 +224,7 @@ def test_imagenet_is_all_of_its_classes(tmp_path, monkeypatch):
     write_folders(tmp_path / "imagenet", parts=("train", "val"), size=(40, 30))
     with pytest.raises(InputError, match="holds 2 of ImageNet's 1000 classes: half-downloaded"):
         datasets.load("imagenet", tmp_path)
-    monkeypatch.setattr(known, "IMAGENET_CLASSES", 2)
+    monkeypatch.setattr(builtin, "IMAGENET_CLASSES", 2)
     data = datasets.load("imagenet", tmp_path)
     assert (data.image_size, data.classes) == (224, ("ant", "bee"))
     (tmp_path / "imagenet" / "val" / "loose.jpg").write_bytes(b"x")
@@ -241,7 +241,7 @@ def test_timm_names_are_passed_through(tmp_path):
     data = datasets.load("torch/image_folder", tmp_path, image_size=16)
     assert (data.classes, data.image_size) == (("ant", "bee"), 16)
     assert [len(part.labels) for part in (data.train, data.val, data.test)] == [10, 2, 12]
-    batch = next(sources.plain_source(data, "test", FP32, 0).batches(12))
+    batch = next(build.eval_loader(data, "test", FP32, 0).batches(12))
     assert batch.images.shape == (12, 3, 16, 16)
     with pytest.raises(InputError, match="wds/x can only be read in order"):
         datasets.load("wds/x", tmp_path)
@@ -255,4 +255,4 @@ def test_synthetic_data_have_the_shape_asked_for(capsys):
     data = datasets.load("synthetic", "data", image_size=16, classes=7)
     assert (len(data.classes), data.image_size, data.channels) == (7, 16, 3)
     assert "no accuracy on them means anything" in capsys.readouterr().err
-    assert isinstance(datasets.load("synthetic", "data", image_size=80).train, datasets.Pictures)
+    assert isinstance(datasets.load("synthetic", "data", image_size=80).train, LazyImages)

@@ -11,11 +11,13 @@ import torch
 from conftest import relative
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repan_cli import anneal
+from repan_cli.anneal.restart import restart
 from repan_cli.blocks import reparameterize, set_attach_rate
 from repan_cli.errors import InputError
-from repan_cli.models.adapt import is_own_block
-from repan_cli.models.expand import Expansion, expand, watch
+from repan_cli.models.changes import Expansion
+from repan_cli.models.expand import expand
+from repan_cli.models.probe import watch
+from repan_cli.models.timm_blocks import is_own_block
 
 SIZE = 96
 BLOCKS = ("repvgg", "dbb", "acb", "mobileone", "qarep", "rep")
@@ -108,7 +110,7 @@ def test_expand_restart_and_fuse_keep_the_function(name, record_property):
     if not own:
         set_attach_rate(model, 0.3)
         expected, bound = model(images), bound_of(model, images)
-    anneal.restart(model, images=[images])
+    restart(model, images=[images])
     assert relative(model(images), expected) < bound
     set_attach_rate(model, 0.3)
     attached, bound = model(images), bound_of(model, images)

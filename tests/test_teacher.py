@@ -11,16 +11,18 @@ from conftest import CPU, relative, small_net
 from test_cli import one_line, run
 from torch import nn
 
-from repan_cli import config, engine
-from repan_cli.anneal import cycle_plan, training_plan
+from repan_cli import config
 from repan_cli.blocks import rep_blocks
-from repan_cli.commands.tasks_of import Found, TaskOf
-from repan_cli.data.resident import ResidentImages
-from repan_cli.data.source import Augmentation, Batch
+from repan_cli.data.batches import Augmentation, Batch
+from repan_cli.data.in_memory import InMemoryLoader
 from repan_cli.errors import InputError
-from repan_cli.runtime import Runtime
-from repan_cli.tasks import Classification, Distillation
-from repan_cli.teacher import LogitCache, Teacher, View, allocate
+from repan_cli.session.teachers import PhaseTasks, TeacherModel
+from repan_cli.system.device import Runtime
+from repan_cli.training.loop import fit
+from repan_cli.training.plan import cycle_plan, training_plan
+from repan_cli.training.run import Training
+from repan_cli.training.tasks import Classification, Distillation
+from repan_cli.training.teacher import LogitCache, Teacher, View, allocate
 
 FP32 = Runtime(CPU, "fp32")
 
@@ -78,7 +80,7 @@ def test_a_teacher_may_want_another_size():
 
 
 def resident(digits, padding=1):
-    return ResidentImages(
+    return InMemoryLoader(
         digits.train, mean=digits.mean, std=digits.std, device=CPU, augmentation=Augmentation(padding=padding)
     )
 
@@ -86,7 +88,7 @@ def resident(digits, padding=1):
 @pytest.mark.parametrize("storage", ["memory", "file"])
 def test_the_cache_agrees_with_the_live_teacher_on_every_view(digits, tmp_path, monkeypatch, storage):
     if storage == "file":
-        monkeypatch.setattr("repan_cli.teacher.SHARE_OF_HOST", 0.0)
+        monkeypatch.setattr("repan_cli.training.teacher.SHARE_OF_HOST", 0.0)
     mapped = []
     monkeypatch.setattr(np, "memmap", lambda *args, make=np.memmap, **kw: mapped.append(make(*args, **kw)) or mapped[0])
     data, live = resident(digits), small_net(in_chans=1)
@@ -167,10 +169,10 @@ def test_a_teacher_of_two_phases_is_found_once(digits, monkeypatch):
     found = []
     view = View(8, digits.mean, digits.std)
     monkeypatch.setattr(
-        "repan_cli.commands.tasks_of.find",
-        lambda settings, dataset: found.append(settings.name) or Found(small_net(in_chans=1), view, "digest"),
+        "repan_cli.session.teachers.find_teacher",
+        lambda settings, dataset: found.append(settings.name) or TeacherModel(small_net(in_chans=1), view, "digest"),
     )
-    task_of = TaskOf(small_net(in_chans=1), digits, resident(digits), FP32)
+    task_of = PhaseTasks(small_net(in_chans=1), digits, resident(digits), FP32)
     plan = cycle_plan(
         settings_of(teacher__name="a.pt", baseline__teacher__name="a.pt", baseline__teacher__alpha=0.1), baseline=True
     )
@@ -184,7 +186,7 @@ def test_a_teacher_of_two_phases_is_found_once(digits, monkeypatch):
 def test_previous_is_the_merged_network_as_the_cycle_finds_it(digits):
     model = small_net(in_chans=1)
     data = resident(digits)
-    task_of = TaskOf(model, digits, data, FP32)
+    task_of = PhaseTasks(model, digits, data, FP32)
     first, second = cycle_plan(settings_of(teacher__name="previous"), baseline=False)
     batch = data.batch(torch.arange(16), torch.zeros(16, dtype=torch.long))
     expected = model(batch.images)
@@ -205,12 +207,12 @@ def test_a_teacher_is_part_of_nothing_that_is_trained_or_saved(digits):
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     view = View(8, digits.mean, digits.std)
     task = Distillation(Classification(), Teacher(teacher, own=view, student=view, runtime=FP32), 0.5, 4.0)
-    from repan_cli.optim import build_optimizer
+    from repan_cli.training.optim import build_optimizer
 
-    training = engine.Training(
+    training = Training(
         model=model,
         task_of=lambda phase: task,
-        optimizer=build_optimizer(model, config.Optim()),
+        optimizer=build_optimizer(model, config.OptimConfig()),
         plan=training_plan(settings_of()),
         train=data,
         val=None,
@@ -218,7 +220,7 @@ def test_a_teacher_is_part_of_nothing_that_is_trained_or_saved(digits):
         runtime=FP32,
         batch_size=256,
     )
-    list(engine.fit(training))
+    list(fit(training))
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     inside = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
     assert not inside & {id(p) for p in teacher.parameters()}

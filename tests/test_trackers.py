@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT, repan
 from test_cli import DIGITS, one_line, run
 
-from repan_cli import trackers
 from repan_cli.errors import InputError
+from repan_cli.runs import trackers
+from repan_cli.session import recorder
 
 SETTINGS = {"optim.lr": 0.1, "data.name": "digits", "ema.enabled": False, "teacher.name": None, "epochs": 3}
 
@@ -20,7 +21,7 @@ def needs(package):
 
 def tracked(folder):
     folder.mkdir(exist_ok=True)
-    return trackers.Tracked(folder, "train", SETTINGS)
+    return trackers.TrackedRun(folder, "train", SETTINGS)
 
 
 def scalars(folder):
@@ -210,16 +211,15 @@ class Killed(BaseException):
 
 def killed_in(capsys, monkeypatch, *words, cycle, epoch):
     """Run a command that ends without a chance to save as it would note an epoch."""
-    from repan_cli.commands import record
 
     def take(self, event):
         if (event.cycle, event.epoch) == (cycle, epoch):
             raise Killed
         return whole(self, event)
 
-    whole = record.Record._take_epoch
+    whole = recorder.Record._take_epoch
     with monkeypatch.context() as patch:
-        patch.setattr(record.Record, "_take_epoch", take)
+        patch.setattr(recorder.Record, "_take_epoch", take)
         with pytest.raises(Killed):
             run(capsys, *words)
     return capsys.readouterr().err

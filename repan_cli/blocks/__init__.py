@@ -1,12 +1,13 @@
 """Re-parameterizable blocks: kernel algebra, branches, the block, its families. Knows nothing of configuration."""
 
-from repan_cli.blocks.branch import Branch, ConvBN, Geometry, IdentityBN, ScaledIdentity
-from repan_cli.blocks.families import FAMILIES, OWN, block_around, check_family, make_block, side_branches
+from repan_cli.blocks.branches import Branch, ConvBN, IdentityBN, ScaledIdentity
+from repan_cli.blocks.families import FAMILIES, NATIVE, block_around, check_family, make_block, side_branches
+from repan_cli.blocks.geometry import Geometry
 from repan_cli.blocks.rep_block import (
     RepBlock,
     attach_rates,
     fill_all,
-    refresh,
+    reinit_branches,
     rep_blocks,
     reparameterize,
     set_attach_rate,
@@ -14,7 +15,7 @@ from repan_cli.blocks.rep_block import (
 
 __all__ = [
     "FAMILIES",
-    "OWN",
+    "NATIVE",
     "Branch",
     "ConvBN",
     "Geometry",
@@ -26,7 +27,7 @@ __all__ = [
     "check_family",
     "fill_all",
     "make_block",
-    "refresh",
+    "reinit_branches",
     "rep_blocks",
     "reparameterize",
     "set_attach_rate",

@@ -9,21 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repan_cli.blocks.branch import (
+from repan_cli.blocks.branches import (
     Branch,
     ConvBN,
-    Geometry,
     IdentityBN,
     PointwiseAverageBN,
     PointwiseConvBN,
     ScaledIdentity,
     conv_bn,
 )
+from repan_cli.blocks.geometry import Geometry
 from repan_cli.blocks.rep_block import RepBlock
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
 
-OWN = "own"
+NATIVE = "own"
 """What `RepBlock.family` says of a network's own multi-branch blocks."""
 
 

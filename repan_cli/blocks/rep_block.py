@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from repan_cli.blocks.branch import Branch, ConvBN
+from repan_cli.blocks.branches import Branch, ConvBN
 from repan_cli.blocks.kernel import Kernel, fold_norm
 
 
@@ -120,7 +120,7 @@ def fill_all(tensors: list[Tensor], value: float) -> None:
         torch._foreach_add_(tensors, value)
 
 
-def refresh(
+def reinit_branches(
     block: RepBlock, attach: str, *, branch_init: str = "kaiming", generator: torch.Generator | None = None
 ) -> None:
     """Fresh side branches, in place.

@@ -14,18 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repan_cli import checkpoint, export, models, runs, runtime
+from repan_cli import checkpoint, export, models, runs
 from repan_cli.blocks import rep_blocks
-from repan_cli.checkpoint import FUSED
-from repan_cli.commands.subject import Subject, open_subject
-from repan_cli.console import print_table, tell, warn
+from repan_cli.checkpoint.format import FUSED
+from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
-from repan_cli.export.program import first_line, quiet, trace
-from repan_cli.extras import missing
-from repan_cli.models.adapt import is_own_block
-from repan_cli.runtime import Runtime
-from repan_cli.timing import Timing, interleaved
+from repan_cli.export.trace import first_line, quiet, trace
+from repan_cli.models.timm_blocks import is_own_block
+from repan_cli.session.artifact import Artifact, open_artifact
+from repan_cli.system.device import Runtime, describe_machine, processor, start_runtime
+from repan_cli.system.notices import warn
+from repan_cli.system.packages import missing
+from repan_cli.system.timing import Timing, interleaved
 
 COMPILED, ONNX = "compiled", "ONNX Runtime"
 
@@ -47,7 +48,7 @@ def run(
     """Time SOURCE: all forms in turns at every batch size, then a step of training."""
     if min([*batches, training_batch + 1]) < 1:
         raise InputError("--batch and --training-batch are numbers of images: 1 or more (0 leaves training out)")
-    machine = runtime.start(device, precision)
+    machine = start_runtime(device, precision)
     subject = _subject(source, model, image_size, block)
     size = image_size or subject.meta["image_size"]
     images = torch.randn(2, subject.meta["in_chans"], size, size, generator=torch.Generator().manual_seed(0))
@@ -89,15 +90,15 @@ class _Form:
         return {"form": self.name, "parameters": self.parameters, "gmacs": self.gmacs}
 
 
-def _subject(source: str, model: str | None, image_size: int | None, block: str | None) -> Subject:
+def _subject(source: str, model: str | None, image_size: int | None, block: str | None) -> Artifact:
     """The network of a file, or of a name, with fresh weights, expanded."""
     if Path(source).exists() or Path(source).suffix in (".pt", ".onnx", ".pt2", ".safetensors"):
         if block is not None:
             raise InputError("--block is for a network by its name: a file has its blocks")
-        return open_subject(source, model)
+        return open_artifact(source, model)
     name = models.resolve(source, image_size or models.SMALL_IMAGE)
     native = block if name in models.BUILT_OF_BLOCKS else None
-    subject = open_subject(name, pretrained=False, block=native)
+    subject = open_artifact(name, pretrained=False, block=native)
     network = subject.network
     if name in models.BUILT_OF_BLOCKS:
         return subject
@@ -111,7 +112,7 @@ def _subject(source: str, model: str | None, image_size: int | None, block: str 
     return dataclasses.replace(subject, meta={**subject.meta, "block": network.repan_report.family})
 
 
-def _forms(subject: Subject, images: Tensor, machine: Runtime, *, compiled: bool) -> list[_Form]:
+def _forms(subject: Artifact, images: Tensor, machine: Runtime, *, compiled: bool) -> list[_Form]:
     """Multi-branch, fused, compiled and ONNX Runtime, as far as there are such."""
     if subject.runtime != "PyTorch":
         name = f"{subject.runtime} {subject.meta.get('precision', '')}".rstrip()
@@ -253,7 +254,7 @@ def _memory(network: nn.Module, step: Callable[[], object], machine: Runtime) ->
 
 
 def _machine(machine: Runtime) -> dict[str, Any]:
-    return {**runtime.describe_machine(machine), "processor": runtime.processor(), **runs.software()}
+    return {**describe_machine(machine), "processor": processor(), **runs.software()}
 
 
 def _report(result: dict[str, Any]) -> None:

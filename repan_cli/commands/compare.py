@@ -5,17 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from repan_cli import report, runs
-from repan_cli.comparison import Comparison, as_data, compare
-from repan_cli.console import print_table, tell, warn
+from repan_cli.compare import page
+from repan_cli.compare.groups import as_data, compare
+from repan_cli.compare.results import find_runs, read_all
+from repan_cli.display.comparison import show
+from repan_cli.display.console import tell
 from repan_cli.errors import InputError
-from repan_cli.results import Result, find_runs, read_result
+from repan_cli.system.files import write_atomically
+from repan_cli.system.notices import warn
 
 
 def run(
@@ -36,10 +37,10 @@ def run(
     for path, why in left_out:
         warn(f"left out: {path}: {why}")
     comparison = compare(results, controls, by_folder=by_folder)
-    for path, text_of in ((html, report.page), (markdown, report.markdown)):
+    for path, text_of in ((html, page.render), (markdown, page.markdown)):
         if path:
             content = text_of(comparison, left_out).encode()
-            runs.write_atomically(path, lambda file, content=content: file.write(content))
+            write_atomically(path, lambda file, content=content: file.write(content))
             tell(f"written: {path}")
     if as_json:
         unfinished = [{"run": path, "why": why} for path, why in left_out]
@@ -50,38 +51,6 @@ def run(
         print(_as_csv(as_data(comparison)), end="")
     else:
         show(comparison)
-
-
-def read_all(paths: Sequence[Path]) -> tuple[list[Result], list[tuple[str, str]]]:
-    """Those runs that are finished, and each that is not with the reason."""
-    results, left_out = [], []
-    for path in paths:
-        try:
-            results.append(read_result(path))
-        except InputError as error:
-            left_out.append((str(path), str(error)))
-    return results, left_out
-
-
-def show(comparison: Comparison, *, to_stderr: bool = False) -> None:
-    """The table, and on stderr what its figures are."""
-    for warning in comparison.warnings:
-        warn(warning)
-    titles, rows = report.titles(comparison), report.rows(comparison)
-    if _width([titles, *rows]) <= Console(stderr=to_stderr).width:
-        print_table(list(titles), rows, to_stderr=to_stderr)
-    else:  # names on lines of their own
-        numbers = [str(number) for number in range(1, len(rows) + 1)]
-        names = ((number, row[0]) for number, row in zip(numbers, rows, strict=True))
-        print_table(["", titles[0]], names, to_stderr=to_stderr)
-        figures = ((number, *row[1:]) for number, row in zip(numbers, rows, strict=True))
-        print_table(["", *titles[1:]], figures, to_stderr=to_stderr)
-    tell(report.legend(comparison))
-
-
-def _width(rows: Sequence[Sequence[str]]) -> int:
-    """Of a table of these cells, with two spaces between columns."""
-    return sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))
 
 
 def _as_csv(data: Mapping[str, Any]) -> str:

@@ -11,14 +11,20 @@ from typing import Any
 
 import torch
 
-from repan_cli import engine, export, runtime
+from repan_cli import export
 from repan_cli.blocks import rep_blocks
-from repan_cli.commands import train
-from repan_cli.commands.network import describe_blocks
-from repan_cli.commands.prepare import Session, prepare
-from repan_cli.config import Resolved
-from repan_cli.console import by_reason, count, duration, print_table, some, tell
+from repan_cli.config.resolve import Resolved
+from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
+from repan_cli.session import summary
+from repan_cli.session.build import Session, prepare
+from repan_cli.session.network import describe_blocks
+from repan_cli.system.device import peak_memory
+from repan_cli.system.text import by_reason, count, duration, some
+from repan_cli.training.evaluation import EVAL_BATCH
+from repan_cli.training.events import CycleStart, Epoch, StepEnd
+from repan_cli.training.loop import fit
+from repan_cli.training.progress import Progress
 
 STEPS = 3
 """Two that are timed, after one that warms up."""
@@ -29,7 +35,7 @@ def run(command: str, resolved: Resolved, *, runs: int = 1, as_json: bool) -> No
     config = dataclasses.replace(resolved.config, run=dataclasses.replace(resolved.config.run, out=None))
     session = prepare(command, dataclasses.replace(resolved, config=config))
     facts = {**_network(session), **_merge(session), **_restart(session), **_evaluation(session), **_steps(session)}
-    facts["peak_memory_bytes"] = runtime.peak_memory(session.training.runtime.device)
+    facts["peak_memory_bytes"] = peak_memory(session.training.runtime.device)
     facts["estimated_seconds"] = _estimate(session, facts)
     facts["runs"] = runs
     if as_json:
@@ -57,9 +63,7 @@ def _restart(session: Session) -> dict[str, Any]:
     model = copy.deepcopy(session.training.model)
     began = time.perf_counter()
     start = next(
-        engine.fit(
-            dataclasses.replace(session.training, model=model, wrapped=None, plan=(cycle,), progress=engine.Progress())
-        )
+        fit(dataclasses.replace(session.training, model=model, wrapped=None, plan=(cycle,), progress=Progress()))
     )
     return {"logits_moved": start.logit_error, "restart_seconds": time.perf_counter() - began}
 
@@ -69,12 +73,12 @@ def _steps(session: Session) -> dict[str, Any]:
     phase = session.training.plan[0]
     if phase.restarts:
         phase = dataclasses.replace(phase, settings=dataclasses.replace(phase.settings, restart="none"))
-    training = dataclasses.replace(session.training, plan=(phase,), log_every=1, progress=engine.Progress())
-    events, moments = engine.fit(training), []
+    training = dataclasses.replace(session.training, plan=(phase,), log_every=1, progress=Progress())
+    events, moments = fit(training), []
     for event in events:
-        if isinstance(event, (engine.CycleStart, engine.Updated)):
+        if isinstance(event, (CycleStart, StepEnd)):
             moments.append((time.perf_counter(), getattr(event, "step", 0)))
-        if isinstance(event, engine.Epoch) or len(moments) > STEPS:
+        if isinstance(event, Epoch) or len(moments) > STEPS:
             break
     events.close()
     first, last = moments[min(1, len(moments) - 2)], moments[-1]  # an only update is all there is to time
@@ -85,7 +89,7 @@ def _steps(session: Session) -> dict[str, Any]:
 @torch.no_grad()
 def _evaluation(session: Session) -> dict[str, Any]:
     model, images = session.training.model.eval(), session.training.val or session.training.test
-    batch = next(images.batches(engine.EVAL_BATCH)).images
+    batch = next(images.batches(EVAL_BATCH)).images
     began = time.perf_counter()
     model(batch).sum().item()
     return {"evaluation_images_per_second": len(batch) / (time.perf_counter() - began)}
@@ -111,7 +115,7 @@ def _estimate(session: Session, facts: Mapping[str, Any]) -> float:
 def _report(session: Session, resolved: Resolved, facts: Mapping[str, Any]) -> None:
     plan = session.training.plan
     merged = f", {facts['params_after']:,} when merged" if "params_after" in facts else ""
-    header = {name: text for name, text in train.header(session, resolved).items() if not name.startswith("repan")}
+    header = {name: text for name, text in summary.header(session, resolved).items() if not name.startswith("repan")}
     rows = {
         **header,
         "network": f"{facts['model']}, {facts['parameters']:,} parameters{merged}",

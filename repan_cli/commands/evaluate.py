@@ -9,16 +9,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from repan_cli import export, plots, runtime
-from repan_cli.checkpoint import FUSED
-from repan_cli.commands import data_of
-from repan_cli.commands.subject import open_subject
-from repan_cli.console import percent, print_table, tell, warn
-from repan_cli.data.sources import plain_source
-from repan_cli.engine import eval_batch
+from repan_cli import export
+from repan_cli.checkpoint.format import FUSED
+from repan_cli.data.build import eval_loader
+from repan_cli.display import plots
+from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
-from repan_cli.runs import write_atomically
-from repan_cli.scoring import Details, agreement, examine, worst_confusions
+from repan_cli.session import artifact_images
+from repan_cli.session.artifact import open_artifact
+from repan_cli.system.device import start_runtime
+from repan_cli.system.files import write_atomically
+from repan_cli.system.notices import warn
+from repan_cli.system.text import percent
+from repan_cli.training.evaluation import eval_batch
+from repan_cli.training.scoring import Details, agreement, examine, worst_confusions
 
 WORST = 5
 
@@ -38,10 +42,10 @@ def run(
     """Score SOURCE in float32; `fused` merges it, with proof, and scores both forms side by side."""
     if out:
         _make_folder(out)
-    subject = open_subject(source, model)
-    machine = runtime.start(device, "fp32")
-    data = data_of.load(subject, dataset, data_root)
-    images = plain_source(data, split, machine, share=subject.preparation.share)
+    subject = open_artifact(source, model)
+    machine = start_runtime(device, "fp32")
+    data = artifact_images.load(subject, dataset, data_root)
+    images = eval_loader(data, split, machine, share=subject.preparation.share)
     networks = {subject.form: subject.network}
     if fused and subject.form != FUSED:
         batch = next(images.batches(export.PROOF_IMAGES)).images

@@ -15,20 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli import checkpoint, export, models
-from repan_cli.checkpoint import FUSED, PLAIN, Checkpoint
-from repan_cli.commands.data_of import noise, real_images
-from repan_cli.commands.subject import Subject, open_subject
-from repan_cli.console import count, print_table, tell, warn
+from repan_cli.checkpoint.format import FUSED, PLAIN, Checkpoint
+from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError, MergeError
 from repan_cli.export import onnx_file, pt2_file
-from repan_cli.export.merge import check_finite, untrained_norms
-from repan_cli.export.plain import as_plain
-from repan_cli.export.program import Normalized, trace
-from repan_cli.extras import need
+from repan_cli.export.conv_bn import as_plain
+from repan_cli.export.fuse import check_finite, untrained_norms
+from repan_cli.export.trace import Normalized, trace
 from repan_cli.models import user_file
 from repan_cli.models.create import TIMM, TORCHVISION
 from repan_cli.registry import did_you_mean
-from repan_cli.runs import write_atomically
+from repan_cli.session.artifact import Artifact, open_artifact
+from repan_cli.session.artifact_images import noise, real_images
+from repan_cli.system.files import write_atomically
+from repan_cli.system.notices import warn
+from repan_cli.system.packages import need
+from repan_cli.system.text import count
 
 WEIGHTS, GRAPHS = ("pt", "safetensors"), ("onnx", "pt2")
 FORMATS = (*WEIGHTS, *GRAPHS)
@@ -67,7 +69,7 @@ def run(
     """Write the merged network of SOURCE, once for every format. Nothing is written unless everything agrees."""
     targets = _targets(source, out, formats, overwrite=overwrite)
     _check_wishes(targets, form, with_normalize=with_normalize)
-    subject = open_subject(source, model)
+    subject = open_artifact(source, model)
     _check_mergeable(subject, targets, form)
     images, seen = _images(subject, data_root)
     fused, report = _merged(subject, images)
@@ -130,7 +132,7 @@ def _check_wishes(targets: Sequence[Path], form: str, *, with_normalize: bool) -
         need("writing ONNX", "onnx", *onnx_file.PACKAGES)
 
 
-def _check_mergeable(subject: Subject, targets: Sequence[Path], form: str) -> None:
+def _check_mergeable(subject: Artifact, targets: Sequence[Path], form: str) -> None:
     if subject.runtime != "PyTorch":
         raise InputError(f"{subject.source} is exported already: fuse the checkpoint that it came from")
     written = all(target.suffix.removeprefix(".") in WEIGHTS for target in targets)
@@ -143,7 +145,7 @@ def _check_mergeable(subject: Subject, targets: Sequence[Path], form: str) -> No
         warn(f"{count(len(fresh), 'BN')} of {subject.source} never saw an image, such as {fresh[0]}: is it trained?")
 
 
-def _images(subject: Subject, data_root: str | None) -> tuple[Tensor, dict[str, Any]]:
+def _images(subject: Artifact, data_root: str | None) -> tuple[Tensor, dict[str, Any]]:
     """Images to compare on: noise of the statistics that the network sees, and real ones where they are at hand."""
     random = noise(subject)
     real, why = real_images(subject, data_root, export.PROOF_IMAGES)
@@ -151,7 +153,7 @@ def _images(subject: Subject, data_root: str | None) -> tuple[Tensor, dict[str, 
     return random if real is None else torch.cat([real, random]), seen
 
 
-def _merged(subject: Subject, images: Tensor) -> tuple[nn.Module, export.FuseReport | None]:
+def _merged(subject: Artifact, images: Tensor) -> tuple[nn.Module, export.FuseReport | None]:
     """The merged network and its proof; a network without anything to merge as it is."""
     if subject.form == FUSED:
         return subject.network, None
@@ -165,7 +167,7 @@ def _merged(subject: Subject, images: Tensor) -> tuple[nn.Module, export.FuseRep
 class _Job:
     """A merged network on its way into files."""
 
-    subject: Subject
+    subject: Artifact
     fused: nn.Module
     result: Checkpoint
     images: Tensor
@@ -207,7 +209,7 @@ class _Job:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / f"copy{target.suffix}"
             copy.write_bytes(content)
-            opened = open_subject(str(copy), self.model if user_file.names_a_file(self.result.meta["model"]) else None)
+            opened = open_artifact(str(copy), self.model if user_file.names_a_file(self.result.meta["model"]) else None)
             error = self._error(opened.network)
         if not error <= self.bound:
             raise MergeError(
@@ -264,13 +266,13 @@ def _constructor(meta: dict[str, Any]) -> str:
     block = ', block="plain"' if meta["structure"]["native"] else ""
     shape = f"num_classes={classes}, in_chans={channels}{block}"
     made = f'timm.create_model("{name.removeprefix(TIMM)}", {shape})'
-    if name in models.OURS:
+    if name in models.BUILTIN:
         made = f"import repan_cli.models; {made}"
     own = any(change[0] == "adapt" for change in meta["structure"]["changes"])
     return f"timm.utils.reparameterize_model({made})" if own else made
 
 
-def _report(source: str, facts: dict[str, Any], subject: Subject, *, with_normalize: bool) -> None:
+def _report(source: str, facts: dict[str, Any], subject: Artifact, *, with_normalize: bool) -> None:
     seen = facts["images"]
     real = f"{seen['real']} real" if seen["real"] else f"no real ({seen['why_not_real']})"
     if "blocks" in facts:
@@ -298,7 +300,7 @@ def _agreement(error: float) -> str:
     return "to the bit" if error == 0 else f"to {error:.0e}"
 
 
-def _input(subject: Subject, *, with_normalize: bool) -> str:
+def _input(subject: Artifact, *, with_normalize: bool) -> str:
     """What a graph takes."""
     meta = subject.meta
     shape = f"float32 (N, {meta['in_chans']}, {meta['image_size']}, {meta['image_size']}), any N"

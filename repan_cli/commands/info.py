@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from repan_cli import checkpoint, models
 from repan_cli.blocks import rep_blocks
-from repan_cli.checkpoint import Checkpoint
-from repan_cli.commands.subject import file_of, open_subject, written_into
-from repan_cli.config import SCHEMA
-from repan_cli.console import by_reason, print_table
+from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.config.settings import SCHEMA
+from repan_cli.display.console import print_table
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
-from repan_cli.extras import need
 from repan_cli.models import user_file
-from repan_cli.results import read_json
+from repan_cli.session.artifact import file_of, open_artifact, written_into
+from repan_cli.system.files import read_json
+from repan_cli.system.packages import need
+from repan_cli.system.text import by_reason
 
 SIGNS = {
     "multi-branch, the RepVGG authors' names": "rbr_dense",
@@ -109,7 +110,7 @@ def _exported(path: Path) -> dict[str, Any]:
     header = written_into(path)
     facts: dict[str, Any] = {"format": path.suffix.removeprefix("."), "bytes": path.stat().st_size}
     if header is not None:
-        meta = open_subject(str(path)).meta
+        meta = open_artifact(str(path)).meta
         more = {key: value for key, value in meta.items() if key not in ("config", "structure")}
         facts |= {**more, "digest": header.get("digest"), "config": meta["config"]}
     elif path.suffix == ".pt2":
@@ -154,7 +155,7 @@ def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> d
             "last layer": f"{matrices[-1]} {tuple(last.shape)}",
         }
     if network is not None:
-        meta = open_subject(str(path), network).meta
+        meta = open_artifact(str(path), network).meta
         facts |= {"fits": meta["model"], "classes": len(meta["classes"]), "in_chans": meta["in_chans"]}
     return facts
 

@@ -8,11 +8,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from repan_cli.config import OVERLAY, SCHEMA, as_text, presets
-from repan_cli.console import print_table
+from repan_cli.config.files import presets
+from repan_cli.config.schema import as_text
+from repan_cli.config.settings import OVERLAY, SCHEMA
+from repan_cli.display.console import print_table
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry, did_you_mean
-from repan_cli.trackers import TRACKERS
+from repan_cli.runs.trackers import TRACKERS
 
 Facts = dict[str, Any]
 Rows = dict[str, str] | dict[str, Facts]
@@ -25,11 +27,13 @@ def _models() -> Rows:
     import timm
 
     from repan_cli import models
-    from repan_cli.models import support
+    from repan_cli.models import catalog
 
-    ours = {name: f"{timm.model_entrypoint(name).__doc__} Cycles, fuses." for name in models.OURS}
-    known = support.table()
-    return {**ours, **{name: known[name].describe() if name in known else "" for name in support.names()}}
+    pass
+
+    ours = {name: f"{timm.model_entrypoint(name).__doc__} Cycles, fuses." for name in models.BUILTIN}
+    known = catalog.table()
+    return {**ours, **{name: known[name].describe() if name in known else "" for name in catalog.names()}}
 
 
 @KINDS.register("blocks")
@@ -41,14 +45,14 @@ def _blocks() -> Rows:
 
 @KINDS.register("datasets")
 def _datasets() -> Rows:
-    from repan_cli.data.datasets import DATASETS
+    from repan_cli.data.types import DATASETS
 
     return {name: DATASETS[name].text for name in DATASETS}
 
 
 @KINDS.register("schedules")
 def _schedules() -> Rows:
-    from repan_cli.optim import SCHEDULES
+    from repan_cli.training.schedules import SCHEDULES
 
     return {name: inspect.getdoc(SCHEDULES[name]) or "" for name in SCHEDULES}
 
@@ -88,10 +92,10 @@ def _trackers() -> Rows:
 
 def _look(name: str) -> str:
     """What can be done with a network that the table of this version does not have yet."""
-    from repan_cli.models import support
+    from repan_cli.models import catalog
 
     try:
-        return support.look(name).describe()
+        return catalog.look(name).describe()
     except Exception:  # a network that does not run on the meta device, or needs a package
         return "not known before it is built: try --dry-run"
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from repan_cli import runtime
-from repan_cli.commands.subject import Subject, open_subject
-from repan_cli.console import count, print_table, tell, warn
-from repan_cli.data.pictures import EXTENSIONS, UnreadableImageError
+from repan_cli.data.image_files import EXTENSIONS, UnreadableImageError
+from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
+from repan_cli.session.artifact import Artifact, open_artifact
+from repan_cli.system.device import Runtime, start_runtime
+from repan_cli.system.notices import warn
+from repan_cli.system.text import count
 
 BATCH = 32
 
@@ -26,8 +28,8 @@ def run(source: str, paths: list[Path], *, top: int, model: str | None, device: 
     if top < 1:
         raise InputError(f"--top {top}: at least one class is named")
     files = list(_files(paths))
-    subject = open_subject(source, model)
-    machine = runtime.start(device, "fp32")
+    subject = open_artifact(source, model)
+    machine = start_runtime(device, "fp32")
     subject.network.to(machine.device, memory_format=machine.memory_format)
     rows, unreadable = [], []
     for start in range(0, len(files), BATCH):
@@ -58,7 +60,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
 
 @torch.no_grad()
 def _predicted(
-    subject: Subject, files: Sequence[Path], top: int, machine: runtime.Runtime, unreadable: list[str]
+    subject: Artifact, files: Sequence[Path], top: int, machine: Runtime, unreadable: list[str]
 ) -> list[dict[str, Any]]:
     """An entry for each file that can be read; what is wrong with the others goes into `unreadable`."""
     images, read = [], []
@@ -86,7 +88,7 @@ def _predicted(
     ]
 
 
-def _report(subject: Subject, rows: list[dict[str, Any]]) -> None:
+def _report(subject: Artifact, rows: list[dict[str, Any]]) -> None:
     tell(f"{subject.source}: {subject.meta['model']}, {subject.form}, {len(subject.meta['classes'])} classes")
     width = max(len(row["classes"]) for row in rows)
     print_table(

@@ -11,20 +11,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from repan_cli import checkpoint, export, runtime
-from repan_cli.checkpoint import FUSED
-from repan_cli.commands import data_of
-from repan_cli.commands.subject import Subject, open_subject
-from repan_cli.console import count, percent, print_table, tell
-from repan_cli.data.source import Source
-from repan_cli.data.sources import plain_source
+from repan_cli import checkpoint, export
+from repan_cli.checkpoint.format import FUSED
+from repan_cli.data.batches import Loader
+from repan_cli.data.build import eval_loader
+from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
 from repan_cli.export import int8, onnx_file
-from repan_cli.export.merge import check_finite
-from repan_cli.export.program import trace
-from repan_cli.extras import need
-from repan_cli.runs import write_atomically
-from repan_cli.scoring import agreement, examine
+from repan_cli.export.fuse import check_finite
+from repan_cli.export.trace import trace
+from repan_cli.session import artifact_images
+from repan_cli.session.artifact import Artifact, open_artifact
+from repan_cli.system.device import start_runtime
+from repan_cli.system.files import write_atomically
+from repan_cli.system.packages import need
+from repan_cli.system.text import count, percent
+from repan_cli.training.scoring import agreement, examine
 
 BATCH = 64
 SHOWN = 8
@@ -48,20 +50,20 @@ def run(
     target = _target(source, out, overwrite=overwrite)
     if images < 1:
         raise InputError(f"--images {images}: at least one is needed to calibrate")
-    subject = open_subject(source, model)
+    subject = open_artifact(source, model)
     if subject.runtime != "PyTorch":
         raise InputError(f"{subject.source} is exported already: quantise the checkpoint that it came from")
     check_finite(subject.network)
-    machine = runtime.start("cpu", "fp32")
-    data = data_of.load(subject, dataset, data_root)
-    network, saved = _merged(subject, data_of.noise(subject))
-    training = plain_source(data, "train", machine)
+    machine = start_runtime("cpu", "fp32")
+    data = artifact_images.load(subject, dataset, data_root)
+    network, saved = _merged(subject, artifact_images.noise(subject))
+    training = eval_loader(data, "train", machine)
     layers = int8.health(network, _calibration(training, images))
     header = checkpoint.header(saved)
-    graph = onnx_file.write(trace(network, data_of.noise(subject), subject.source), header)
+    graph = onnx_file.write(trace(network, artifact_images.noise(subject), subject.source), header)
     header = {**header, "meta": {**saved.meta, "precision": "int8"}}
     content = int8.quantize(graph, _calibration(training, images), header, per_channel=not per_tensor)
-    scored = plain_source(data, split, machine)
+    scored = eval_loader(data, split, machine)
     before, _ = examine(network, scored, len(data.classes))
     after, _ = examine(onnx_file.OnnxNetwork(content), scored, len(data.classes))
     write_atomically(target, lambda file: file.write(content))
@@ -95,14 +97,14 @@ def _target(source: str, out: Path | None, *, overwrite: bool) -> Path:
     return target
 
 
-def _merged(subject: Subject, images: Tensor) -> tuple[nn.Module, checkpoint.Checkpoint]:
+def _merged(subject: Artifact, images: Tensor) -> tuple[nn.Module, checkpoint.Checkpoint]:
     if subject.form == FUSED:
         return subject.network, subject.checkpoint()
     network, _ = export.fuse(subject.network, images)
     return network, checkpoint.capture_fused(network, subject.checkpoint())
 
 
-def _calibration(source: Source, images: int) -> Iterator[Tensor]:
+def _calibration(source: Loader, images: int) -> Iterator[Tensor]:
     """Training images as they are, `images` of them or all, in batches evenly spaced over the part."""
     batches = -(-source.count // BATCH)
     wanted = min(-(-images // BATCH), batches)

@@ -16,8 +16,9 @@ from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
 import repan_cli
-from repan_cli.console import NAME_WIDTH, count
-from repan_cli.runs import PACKAGES
+from repan_cli.display.console import NAME_WIDTH
+from repan_cli.runs.directory import PACKAGES
+from repan_cli.system.text import count
 
 OPTIONAL = ("matplotlib", "scikit-learn", "scipy", "tensorboard", "wandb", "onnx", "onnxruntime", "datasets")
 GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")

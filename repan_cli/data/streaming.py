@@ -21,14 +21,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from repan_cli import runtime
-from repan_cli.console import warn
-from repan_cli.data.datasets import Images, Part, Pictures
-from repan_cli.data.pictures import ArrayReader, UnreadableImageError
+from repan_cli.data.batches import Batch, EpochPlan, Loader
+from repan_cli.data.image_files import ArrayReader, UnreadableImageError
 from repan_cli.data.policies import policy
-from repan_cli.data.preparation import CROP_SHARE, middle
-from repan_cli.data.source import Batch, Plan, Source
+from repan_cli.data.preprocess import CROP_SHARE, middle
+from repan_cli.data.types import ArrayImages, LazyImages, Part
 from repan_cli.errors import InputError
+from repan_cli.system.notices import warn
+from repan_cli.system.seeding import seed_for
+from repan_cli.system.signals import STOP_SIGNALS
 
 MOST_WORKERS = 16
 
@@ -47,7 +48,7 @@ class _Loaded(Dataset):
     replaced by the next that can be read where `skip` says so.
     """
 
-    def __init__(self, part: Pictures, transform: Any, position: tuple[int, ...] | None, *, skip: bool) -> None:
+    def __init__(self, part: LazyImages, transform: Any, position: tuple[int, ...] | None, *, skip: bool) -> None:
         self.part, self.transform, self.position, self.skip = part, transform, position, skip
 
     def __len__(self) -> int:
@@ -65,7 +66,7 @@ class _Loaded(Dataset):
                     break
                 continue
             if self.position is not None:
-                _seed(runtime.key("picture", *self.position, index))
+                _seed(seed_for("picture", *self.position, index))
             return _Sample(self.transform(picture), int(self.part.labels[number]), number, problem)
         return _Sample(None, 0, index, problem)
 
@@ -78,12 +79,12 @@ def _seed(key: int) -> None:
 
 def _ignore_signals(worker: int) -> None:
     """The main process decides when a run stops: its workers must not die first."""
-    for number in runtime.STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
-class StreamedImages(Source):
+class StreamingLoader(Loader):
     """The images of one part of a data set, read one by one.
 
     Args:
@@ -108,8 +109,8 @@ class StreamedImages(Source):
         **options: Any,
     ) -> None:
         super().__init__(count=len(part.labels), **options)
-        if isinstance(part, Images):
-            part = Pictures(ArrayReader(part.images), part.labels, np.arange(len(part.labels)))
+        if isinstance(part, ArrayImages):
+            part = LazyImages(ArrayReader(part.images), part.labels, np.arange(len(part.labels)))
         self.part, self.resized, self.policy_of = part, resized, policy_of
         self.workers, self.skip, self.skipped, self.share = workers, skip, set(), share
 
@@ -117,7 +118,7 @@ class StreamedImages(Source):
     def unnumbered(self) -> str | None:
         return "data.crop=resized" if self.resized else self.augmentation.unnumbered
 
-    def _training(self, rows: Sequence[Tensor], plan: Plan, position: tuple[int, ...]) -> Iterator[Batch]:
+    def _training(self, rows: Sequence[Tensor], plan: EpochPlan, position: tuple[int, ...]) -> Iterator[Batch]:
         samples = _Loaded(self.part, self._training_transform(), position, skip=self.skip)
         yield from self._load(samples, rows, mend="; data.on_error=skip leaves such training images out")
 

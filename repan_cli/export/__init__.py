@@ -2,7 +2,7 @@
 (`plain`), files for other runtimes (`onnx_file`, `pt2_file`), int8 (`int8`).
 """
 
-from repan_cli.export.merge import (
+from repan_cli.export.fuse import (
     PROOF_IMAGES,
     TOLERANCE,
     FuseReport,

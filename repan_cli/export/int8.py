@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
-from repan_cli.export.program import first_line, quiet
-from repan_cli.extras import need
+from repan_cli.export.trace import first_line, quiet
+from repan_cli.system.packages import need
 
 LEVELS = 255
 USUAL = 0.999

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from repan_cli import checkpoint
-from repan_cli.checkpoint import DIGITS, SEAL
+from repan_cli.checkpoint.format import CHECKSUM, DIGITS
 from repan_cli.errors import InputError
-from repan_cli.export.program import first_line, quiet
-from repan_cli.extras import need
+from repan_cli.export.trace import first_line, quiet
+from repan_cli.system.packages import need
 
 OPSET = 18
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
@@ -53,7 +53,7 @@ def seal(model: Any, header: dict[str, Any]) -> bytes:
     entries = {
         "classes": json.dumps(meta["classes"]),
         "repan": json.dumps(header, sort_keys=True),
-        "seal": SEAL.decode() + "0" * DIGITS,  # the last bytes of the file
+        "seal": CHECKSUM.decode() + "0" * DIGITS,  # the last bytes of the file
     }
     for key, value in entries.items():
         model.metadata_props.add(key=key, value=value)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from repan_cli import checkpoint
-from repan_cli.checkpoint import DIGITS, SEAL
+from repan_cli.checkpoint.format import CHECKSUM, DIGITS
 from repan_cli.errors import InputError
-from repan_cli.export.program import quiet
+from repan_cli.export.trace import quiet
 
 HEADER = "repan.json"
 RECORDS = re.compile(
@@ -50,7 +50,7 @@ def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:
     with quiet():
         torch.export.save(program, buffer, extra_files={HEADER: json.dumps(header, sort_keys=True)})
     buffer.seek(-2, os.SEEK_END)  # the length of the archive's comment
-    buffer.write((len(SEAL) + DIGITS).to_bytes(2, "little") + SEAL)
+    buffer.write((len(CHECKSUM) + DIGITS).to_bytes(2, "little") + CHECKSUM)
     return checkpoint.sealed(buffer, buffer.tell())
 
 

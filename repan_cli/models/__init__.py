@@ -1,31 +1,20 @@
 """Networks: importing this registers ours with timm; `resolve` turns what people type into a full name."""
 
-from repan_cli.models import mobilenet_cifar, repvgg_cifar, resnet_cifar
-from repan_cli.models.create import (
-    BUILT_OF_BLOCKS,
-    OURS,
-    SMALL_IMAGE,
-    blank,
-    check_given,
-    create,
-    describe,
-    form_of,
-    has_new_classifier,
-    load,
-    rebuild,
-    resolve,
-)
-from repan_cli.models.expand import Change, Expansion, Selection, apply, expand, plan, summary
+from repan_cli.models.changes import Change, Expansion, Selection, apply, summary
+from repan_cli.models.create import BUILT_OF_BLOCKS, BUILTIN, SMALL_IMAGE, create, has_new_classifier, resolve
+from repan_cli.models.expand import expand, plan
+from repan_cli.models.inspect import form_of
+from repan_cli.models.rebuild import build_untrained, check_given, describe, load, rebuild
 
 __all__ = [
+    "BUILTIN",
     "BUILT_OF_BLOCKS",
-    "OURS",
     "SMALL_IMAGE",
     "Change",
     "Expansion",
     "Selection",
     "apply",
-    "blank",
+    "build_untrained",
     "check_given",
     "create",
     "describe",

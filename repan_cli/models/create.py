@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 import torchvision
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from repan_cli import checkpoint
-from repan_cli.blocks import OWN, check_family, rep_blocks, reparameterize
-from repan_cli.checkpoint import FUSED, MULTI_BRANCH, PLAIN, Checkpoint
+from repan_cli.blocks import NATIVE, check_family
 from repan_cli.errors import InputError
 from repan_cli.models import mobilenet_cifar, repvgg_cifar, resnet_cifar, user_file
-from repan_cli.models.expand import DEFAULT_FAMILY, Change, Expansion, apply
-from repan_cli.optim import classifier_layers
+from repan_cli.models.expand import DEFAULT_FAMILY
+from repan_cli.models.inspect import classifier_layers
 from repan_cli.registry import did_you_mean
 
 BUILT_OF_BLOCKS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
 """Those of our networks that are built of blocks; all others are plain at first."""
 
-OURS: tuple[str, ...] = (*BUILT_OF_BLOCKS, *resnet_cifar.default_cfgs, *mobilenet_cifar.default_cfgs)
+BUILTIN: tuple[str, ...] = (*BUILT_OF_BLOCKS, *resnet_cifar.default_cfgs, *mobilenet_cifar.default_cfgs)
 """The networks of this package."""
 
 SMALL_IMAGE = 64
@@ -56,11 +50,11 @@ def resolve(name: str, image_size: int) -> str:
         return _known(name, [TIMM + known for known in timm.list_models()])
     full = ALIASES.get(name, name)
     small = f"{SMALL.get(full, full)}_cifar"
-    if image_size <= SMALL_IMAGE and small in OURS:
+    if image_size <= SMALL_IMAGE and small in BUILTIN:
         return small
-    if full in OURS:
+    if full in BUILTIN:
         return full
-    return TIMM + _known(full, list(dict.fromkeys([*ALIASES, *OURS, *timm.list_models()])))
+    return TIMM + _known(full, list(dict.fromkeys([*ALIASES, *BUILTIN, *timm.list_models()])))
 
 
 def _known(name: str, choices: list[str]) -> str:
@@ -85,7 +79,7 @@ def create(
     `pretrained` the weights are those that timm or torchvision offers, and the classifier is new where these know
     another number of classes.
     """
-    if block not in (None, OWN):
+    if block not in (None, NATIVE):
         check_family(block, branches)
     if pretrained and not name.startswith((TIMM, TORCHVISION)):
         raise InputError(f"there are no pretrained weights of {name}; give a file of weights with --init")
@@ -95,7 +89,7 @@ def create(
         return _torchvision(name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
     kwargs: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
     if name in BUILT_OF_BLOCKS:
-        kwargs |= {"block": DEFAULT_FAMILY if block in (None, OWN) else block, "branches": branches}
+        kwargs |= {"block": DEFAULT_FAMILY if block in (None, NATIVE) else block, "branches": branches}
     return _timm(name, pretrained=pretrained, **kwargs)
 
 
@@ -148,109 +142,3 @@ def has_new_classifier(name: str, num_classes: int) -> bool:
         meta = torchvision.models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.meta
         return len(meta.get("categories", ())) != num_classes
     return timm.get_pretrained_cfg(name.removeprefix(TIMM)).num_classes != num_classes
-
-
-# ---------------------------------------------------------------------------------------------- checkpoints
-
-
-NEEDED = ("model", "block", "form", "classes", "in_chans", "structure")
-"""What `blank` reads of a checkpoint's description."""
-
-
-def form_of(model: nn.Module) -> str:
-    """What `meta["form"]` says of a network that was not fused: multi-branch, or plain when no block has a side
-    branch.
-    """
-    return MULTI_BRANCH if any(len(block.branches) for _, block in rep_blocks(model)) else PLAIN
-
-
-def describe(name: str, expansion: Expansion, native: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's description says of the network itself: enough for `rebuild`, with the class list.
-
-    `native` holds `block` and `branches` that a network built of blocks was made with; for others it is empty.
-    """
-    structure = {**expansion.as_meta(), "native": dict(native)}
-    return {"model": name, "block": expansion.family, "structure": structure}
-
-
-def blank(meta: Mapping[str, Any], source: str, network: nn.Module | str | None = None) -> nn.Module:
-    """The network that a checkpoint describes, in its form, with fresh weights.
-
-    A person's own network is given again as `network`, the plain module or its name: a path in a file is never
-    imported by itself. Raises InputError where it is missing.
-    """
-    if lacking := [key for key in NEEDED if key not in meta]:
-        raise InputError(f"{source} does not say what its network is ({', '.join(lacking)} missing): another version?")
-    native, expansion = meta["structure"]["native"], Expansion.from_meta(meta)
-    changes = expansion.changes
-    if meta["form"] == FUSED:  # branches that would only be merged need not be made
-        native = {**native, "block": "plain", "branches": None} if native else native
-        changes = [_without_branches(change) for change in changes if change.kind != "grow"]
-    if isinstance(network, nn.Module):
-        model = network
-    else:
-        name = _own_or_stored(meta["model"], network, source)
-        model = create(name, num_classes=len(meta["classes"]), in_chans=meta["in_chans"], **native)
-    try:
-        apply(model, changes)
-    except AttributeError as error:
-        raise InputError(f"{source} does not fit the network: it lacks a layer ({error})") from None
-    model.repan_report = expansion
-    return reparameterize(model) if meta["form"] == FUSED else model
-
-
-def _without_branches(change: Change) -> Change:
-    return change._replace(family="plain", copies=None) if change.kind == "expand" else change
-
-
-def check_given(stored: str, given: str | None, source: str) -> None:
-    """Raises InputError for a person's own network that was not given again: no file is imported by itself."""
-    if user_file.names_a_file(stored) and given is None:
-        raise InputError(
-            f"{source} holds a network of your own, {stored}: give --model {stored} (no file is imported by itself)"
-        )
-
-
-def _own_or_stored(stored: str, given: str | None, source: str) -> str:
-    check_given(stored, given, source)
-    if user_file.names_a_file(stored):
-        return given
-    if given not in (None, stored):
-        raise InputError(f"{source} holds {stored}; --model is for a network of your own")
-    return stored
-
-
-def rebuild(saved: Checkpoint, source: str, network: nn.Module | str | None = None) -> nn.Module:
-    """The network in a checkpoint, multi-branch or fused as it was saved, on the CPU in eval mode.
-
-    `source` names the file in errors; `network` as for `blank`. Raises InputError when the weights do not fit the
-    network that the file describes.
-    """
-    drawn = user_file.names_a_file(
-        str(saved.meta.get("model"))
-    )  # what a person's own does with its weights is not known
-    with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else _NothingIsDrawn():
-        model = blank(saved.meta, source, network)
-    checkpoint.load_weights(model, saved, source)
-    return model.eval()
-
-
-class _NothingIsDrawn(TorchFunctionMode):
-    """Leaves fresh weights as the memory is, where all of them will be replaced: drawing 25 million takes 0.3 s."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return function(*args, **(kwargs or {}))
-
-
-def load(path: str | Path, model: nn.Module | str | None = None) -> nn.Module:
-    """A ready network from any file repan wrote, fused or not, in eval mode on the CPU.
-
-    Args:
-        path: a `.pt` or `.safetensors` file that repan wrote.
-        model: for a network of your own, the plain module as it was before training, or its name `file.py:function`.
-
-    Raises InputError, naming the file, when it is damaged, not repan's, or does not fit the network.
-    """
-    return rebuild(checkpoint.load(path), str(path), model)

@@ -25,26 +25,43 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import timm  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-from repan_cli import anneal, config, engine, export, models, optim, runs, runtime  # noqa: E402
-from repan_cli.commands.prepare import prepare  # noqa: E402
-from repan_cli.commands.record import Record  # noqa: E402
-from repan_cli.console import Display  # noqa: E402
-from repan_cli.data.datasets import Images  # noqa: E402
-from repan_cli.data.resident import ResidentImages  # noqa: E402
-from repan_cli.data.source import Augmentation  # noqa: E402
-from repan_cli.graphs import CudaRecorder, Graphs  # noqa: E402
-from repan_cli.runtime import Runtime  # noqa: E402
-from repan_cli.state import Totals  # noqa: E402
-from repan_cli.tasks import Classification, Distillation, Task  # noqa: E402
-from repan_cli.teacher import LogitCache, Teacher, View  # noqa: E402
-from repan_cli.timing import Timing, interleaved, wait  # noqa: E402
-from repan_cli.update import update  # noqa: E402
+from repan_cli import (
+    config,
+    export,
+    models,
+    runs,
+)
+from repan_cli.data.batches import Augmentation
+from repan_cli.data.in_memory import InMemoryLoader
+from repan_cli.data.types import ArrayImages
+from repan_cli.display.console import Display
+from repan_cli.session.build import prepare
+from repan_cli.session.recorder import Record
+from repan_cli.system.device import (
+    Runtime,
+    describe_machine,
+    find_device,
+    find_precision,
+    peak_memory,
+    processor,
+)
+from repan_cli.system.timing import Timing, interleaved, wait
+from repan_cli.training import optim
+from repan_cli.training.cuda_graphs import CudaRecorder, Graphs
+from repan_cli.training.events import Epoch, StepEnd
+from repan_cli.training.loop import fit
+from repan_cli.training.plan import Phase
+from repan_cli.training.progress import Totals
+from repan_cli.training.run import Training
+from repan_cli.training.step import update
+from repan_cli.training.tasks import Classification, Distillation, Task
+from repan_cli.training.teacher import LogitCache, Teacher, View
 
 STUDENT, TEACHER, CLASSES, SIDE = "repvgg_a1_cifar", "resnet101_cifar", 100, 32
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -76,7 +93,7 @@ class Bench:
     @property
     def best(self) -> str:
         """The precision that `run.precision=auto` means here."""
-        return runtime.find_precision("auto", self.device)
+        return find_precision("auto", self.device)
 
     def machine(self, precision: str, *, channels_last: bool = True) -> Runtime:
         return Runtime(self.device, precision, channels_last)
@@ -109,28 +126,28 @@ def student() -> nn.Module:
     return timm.create_model(STUDENT, num_classes=CLASSES)
 
 
-def source(bench: Bench, machine: Runtime) -> ResidentImages:
+def source(bench: Bench, machine: Runtime) -> InMemoryLoader:
     """Random images with CIFAR's views: crops with padding 4 and flips."""
     draw = np.random.default_rng(0)
-    part = Images(
+    part = ArrayImages(
         draw.integers(0, 256, (bench.images, SIDE, SIDE, 3), dtype=np.uint8), draw.integers(0, CLASSES, bench.images)
     )
     place = {"device": machine.device, "memory_format": machine.memory_format}
-    return ResidentImages(part, mean=MEAN, std=STD, augmentation=Augmentation(padding=4, flip=True), **place)
+    return InMemoryLoader(part, mean=MEAN, std=STD, augmentation=Augmentation(padding=4, flip=True), **place)
 
 
 def training(
     bench: Bench, machine: Runtime, task: Task, *, graph: bool = False, compiled: bool = False, epochs: int = 1
-) -> engine.Training:
+) -> Training:
     """A run with the settings of recipes/cifar, but for the learning rate: noise is to be learned by nobody."""
     model = student().to(machine.device, memory_format=machine.memory_format)
-    settings = config.Optim(lr=1e-3)
+    settings = config.OptimConfig(lr=1e-3)
     data = source(bench, machine)
-    return engine.Training(
+    return Training(
         model=model,
         task_of=lambda phase: task,
         optimizer=optim.build_optimizer(model, settings),
-        plan=(anneal.Phase(0, epochs, settings, None, 0, epochs),),
+        plan=(Phase(0, epochs, settings, None, 0, epochs),),
         train=data,
         val=None,
         test=data,
@@ -142,7 +159,7 @@ def training(
     )
 
 
-def stepper(run: engine.Training) -> Callable[[], object]:
+def stepper(run: Training) -> Callable[[], object]:
     """One update after the other on whole batches, epoch after epoch."""
     run.model.train()
     run.progress.totals = Totals.zeros(run.runtime.device)
@@ -197,7 +214,7 @@ def network(name: str) -> nn.Module:
     return export.fuse(model, torch.randn(2, 3, SIDE, SIDE))[0]
 
 
-def full_cache(bench: Bench, data: ResidentImages) -> LogitCache:
+def full_cache(bench: Bench, data: InMemoryLoader) -> LogitCache:
     """A cache that knows every view: steps take as long whatever its logits are."""
     table = torch.randn((data.count, data.view_count, CLASSES), dtype=torch.float16, device=bench.device)
     cache = LogitCache(lambda batch: None, lambda: table)
@@ -319,11 +336,11 @@ def epoch(bench: Bench) -> dict[str, Any]:
             task = Distillation(task, full_cache(bench, source(bench, machine)), alpha=0.5, temperature=4.0)
         run = training(bench, machine, task, graph=graph, epochs=epochs)
         seconds, began, memory = [], time.perf_counter(), []
-        for event in engine.fit(run):
-            if isinstance(event, engine.Epoch):
+        for event in fit(run):
+            if isinstance(event, Epoch):
                 wait(bench.device)
                 seconds.append(time.perf_counter() - began)
-                memory.append(runtime.peak_memory(bench.device))
+                memory.append(peak_memory(bench.device))
                 began = time.perf_counter()
         settled = sorted(seconds[epochs // 2 :])
         found[name] = {
@@ -352,12 +369,12 @@ def overhead(bench: Bench) -> dict[str, Any]:
             record, began, steps = Record(session, folder), time.perf_counter(), 0
             record.open()
             with display:
-                for event in engine.fit(session.training):
+                for event in fit(session.training):
                     for name, take in (("record", record.take), ("display", display.show)):
                         at = time.perf_counter()
                         take(event)
                         spent[name] += time.perf_counter() - at
-                    steps += isinstance(event, engine.Updated)
+                    steps += isinstance(event, StepEnd)
             whole = time.perf_counter() - began
             record.close()
             display.close()
@@ -437,9 +454,9 @@ def main() -> None:
     words = parser.parse_args()
     if unknown := set(words.only.split(",")) - set(MEASUREMENTS):
         parser.error(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join(MEASUREMENTS)}")
-    bench = Bench(runtime.find_device(words.device), 0.0 if words.quick else words.seconds, words.quick)
-    machine = runtime.describe_machine(bench.machine(bench.best))
-    result: dict[str, Any] = {**machine, "processor": runtime.processor(), **runs.software(), "quick": words.quick}
+    bench = Bench(find_device(words.device), 0.0 if words.quick else words.seconds, words.quick)
+    machine = describe_machine(bench.machine(bench.best))
+    result: dict[str, Any] = {**machine, "processor": processor(), **runs.software(), "quick": words.quick}
     began = time.perf_counter()
     for name in words.only.split(","):
         at = time.perf_counter()

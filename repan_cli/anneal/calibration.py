@@ -1,0 +1,153 @@
+"""Measure what each block computes in the merged network: the statistics that restoration needs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repan_cli.anneal.restoration import Moments
+from repan_cli.blocks import RepBlock, rep_blocks
+from repan_cli.blocks.kernel import exact
+from repan_cli.errors import InputError
+from repan_cli.system.ranks import summed
+
+# ---------------------------------------------------------------------------------------------- calibration
+
+
+class ChannelSums:
+    """Sums of a channel's values and squares, in float64."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+        self.count = 0
+
+    def __call__(self, values: Tensor) -> None:
+        values = values.detach()
+        values = (values.cpu() if values.device.type == "mps" else values).double()  # which has no float64
+        self.total = self.total + values.sum((0, 2, 3))
+        self.squares = self.squares + values.square().sum((0, 2, 3))
+        self.count += values.numel() // values.shape[1]
+
+    def moments(self, bias: Tensor) -> Moments:
+        """Of the convolution's output without its bias, over the images of all ranks."""
+        count = torch.full_like(self.total, self.count)
+        total, squares, count = (exact(part) for part in summed(torch.stack([self.total, self.squares, count])))
+        mean, squares = total / count, squares / count
+        return Moments(mean - bias, (squares - mean**2).clamp_min(0))
+
+
+Seen = Callable[[Tensor, Tensor], None]
+"""Takes a block's input (N, C_in, H, W) and output (N, C_out, H', W')."""
+
+
+class MergedProbe:
+    """A merged copy of a network in eval mode, in which every block can be looked at: since every block keeps its
+    function, one pass tells of all of them. Being a copy, it leaves hooks away from compiled and wrapped modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.network = copy.deepcopy(unwrapped(model)).eval()
+        blocks = dict(rep_blocks(self.network))
+        self.with_norm = [name for name, block in blocks.items() if block.trunk.has_norm]
+        for block in blocks.values():
+            block.collapse()
+        self.convs = {name: block.trunk.conv for name, block in blocks.items()}
+
+    @torch.no_grad()
+    def look(self, images: Iterable[Tensor | Sequence[Tensor]], seen: Mapping[str, Seen]) -> None:
+        """Send batches (N, C, H, W) through, and give what each block reads and writes to what `seen` has for its name.
+
+        Raises InputError when a block is not reached.
+        """
+        missing = set(seen)
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                missing.discard(name)
+                seen[name](inputs[0], output)
+
+            return hook
+
+        handles = [self.convs[name].register_forward_hook(watch(name)) for name in seen]
+        device = next(self.network.parameters()).device
+        for batch in images if seen else ():
+            self.network((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+        for handle in handles:
+            handle.remove()
+        if missing:
+            raise InputError(
+                "cycle.rule=calibrate and cycle.attach=compensated need images that reach every block, and got none"
+            )
+
+
+def calibrate(model: nn.Module, images: Iterable[Tensor | Sequence[Tensor]]) -> dict[str, Moments]:
+    """The moments of `conv(x; K)` at every block whose trunk has a BN, by the block's name."""
+    merged = MergedProbe(model)
+    sums = {name: ChannelSums() for name in merged.with_norm}
+    merged.look(images, {name: _output_to(collect) for name, collect in sums.items()})
+    return {name: collect.moments(exact(merged.convs[name].bias)) for name, collect in sums.items()}
+
+
+def _output_to(collect: ChannelSums) -> Seen:
+    return lambda x, y: collect(y)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile and data-parallel wrappers, whose parameters it shares."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def calibrate_branch_norms(
+    merged: MergedProbe, blocks: Mapping[str, RepBlock], images: list[Tensor | Sequence[Tensor]]
+) -> dict[str, Tensor]:
+    """Give the BN layers of all side branches the statistics of their inputs, those that come first in a branch before
+    those behind them; gives the standard deviation of each block's output, (C_out,).
+    """
+    branches = [branch for block in blocks.values() for branch in block.branches]
+    norms = [[module for module in branch.modules() if isinstance(module, _BatchNorm)] for branch in branches]
+    training = {norm: norm.training for own in norms for norm in own}
+    for norm in training:
+        norm.eval()
+    for level in range(max([1, *map(len, norms)])):
+        outputs = {name: ChannelSums() for name in blocks}
+        inputs = {own[level]: ChannelSums() for own in norms if level < len(own)}
+        handles = [norm.register_forward_pre_hook(_input_to(collect)) for norm, collect in inputs.items()]
+        merged.look(images, {name: _both(block, outputs[name]) for name, block in blocks.items()})
+        for norm, handle in zip(inputs, handles, strict=True):
+            handle.remove()
+            mean, var = inputs[norm].moments(torch.zeros(()))
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(var)
+    for norm, was in training.items():
+        norm.train(was)
+    return {name: collect.moments(torch.zeros(())).var.sqrt() for name, collect in outputs.items()}
+
+
+def _both(block: RepBlock, collect: ChannelSums) -> Seen:
+    """Collects the block's output, and shows its input to its branches."""
+
+    def seen(x: Tensor, y: Tensor) -> None:
+        collect(y)
+        for branch in block.branches:
+            branch(x)
+
+    return seen
+
+
+def _input_to(collect: ChannelSums) -> Callable[..., None]:
+    return lambda norm, inputs: collect(inputs[0])
+
+
+def through(conv: nn.Conv2d, collect: ChannelSums) -> Seen:
+    return lambda x, y: collect(conv(x))

@@ -1,0 +1,119 @@
+"""The method: the restart between two annealing cycles, and the plan of a run as pure functions of position.
+
+RepAn, "Enhanced Annealing through Re-parameterization" (CVPR 2024): merge every block (Rep), re-initialise its side
+branches (expansion), write the merged kernel back into the trunk so that the function is kept (restoration), train
+on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from repan_cli.anneal.calibration import ChannelSums, MergedProbe, calibrate, calibrate_branch_norms, through, unwrapped
+from repan_cli.anneal.restoration import TINY_GAMMA, Moments, restored_trunk, unit_gamma, write_trunk
+from repan_cli.blocks import RepBlock, reinit_branches, rep_blocks
+from repan_cli.blocks.kernel import Kernel
+from repan_cli.config.settings import SCHEMA
+from repan_cli.errors import InputError
+from repan_cli.registry import did_you_mean
+
+# ---------------------------------------------------------------------------------------------- restart
+
+
+@dataclass(frozen=True)
+class RestartReport:
+    """What a restart did: how many blocks, and in how many channels `running` had to replace a zero gamma by 1."""
+
+    blocks: int
+    zero_gammas: int = 0
+
+
+def restart(
+    model: nn.Module,
+    *,
+    rule: str = "calibrate",
+    images: Iterable[Tensor | Sequence[Tensor]] = (),
+    attach: str = "ramp",
+    branch_init: str = "kaiming",
+    trunk_scale: str = "merged",
+    only: Collection[str] | None = None,
+    generator: torch.Generator | None = None,
+) -> RestartReport:
+    """Rep, expansion and restoration of every block, in place on the same parameters.
+
+    The function in eval mode is kept (except with `attach="one"`, which lets the fresh branches in at once); with the
+    rule `calibrate` the one in train mode is too, up to the difference between `images` and the training batches.
+    A block without a BN in its trunk takes the merged kernel as it is, under every rule. Zero the optimizer's momentum
+    afterwards.
+
+    Args:
+        rule: restoration rule: `calibrate`, `running` (as released) or `reset`.
+        images: batches (N, C, H, W) that `calibrate` measures on, 1,000 images or more, as train mode will see them;
+            of a loader's (images, labels) the images are taken.
+        attach: `ramp` sets the attach rate to 0, `zero-gamma` to 1 with the branches silenced, `compensated` to 1 with
+            branches as strong as the block, which the trunk makes up for, `one` to 1.
+        branch_init: weights of the fresh branches, `kaiming` or `small`.
+        trunk_scale: under `calibrate`, `merged` writes K, `keep` scales every channel to the trunk's old norm.
+        only: names of the blocks to restart, as `blocks.rep_blocks` gives them; None is all.
+        generator: draws the fresh weights.
+
+    Raises InputError for a choice that does not exist, when the model has no such block, or `calibrate` got no images.
+    """
+    for key, value in (("rule", rule), ("attach", attach), ("branch_init", branch_init), ("trunk_scale", trunk_scale)):
+        choices = SCHEMA[f"cycle.{key}"].choices
+        if value not in choices:
+            raise InputError(
+                f"{key}='{value}' is not a choice{did_you_mean(str(value), choices)}: {', '.join(choices)}"
+            )
+    model = unwrapped(model)
+    blocks = {name: block for name, block in rep_blocks(model) if only is None or name in only}
+    if not blocks:
+        raise InputError("the network has no re-parameterizable block, so there is nothing to restart")
+    if attach == "compensated":
+        kernels, moments = _compensated(model, blocks, list(images), branch_init, generator)
+    else:
+        kernels = {name: block.sum_kernel() for name, block in blocks.items()}
+        moments = calibrate(model, images) if rule == "calibrate" else {}
+    zero_gammas = 0
+    for name, block in blocks.items():
+        trunk = None
+        if block.trunk.has_norm:
+            trunk = restored_trunk(block, kernels[name], rule, moments.get(name), trunk_scale)
+            if rule == "running" and not unit_gamma(block):
+                zero_gammas += int((block.trunk.norm.weight.abs() < TINY_GAMMA).sum())
+        write_trunk(block, kernels[name], trunk)
+        if attach != "compensated":
+            reinit_branches(block, attach, branch_init=branch_init, generator=generator)
+    return RestartReport(len(blocks), zero_gammas)
+
+
+@torch.no_grad()
+def _compensated(
+    model: nn.Module,
+    blocks: Mapping[str, RepBlock],
+    images: list[Tensor | Sequence[Tensor]],
+    branch_init: str,
+    generator: torch.Generator | None,
+) -> tuple[dict[str, Kernel], dict[str, Moments]]:
+    """Fresh side branches that are active from the first step, and the kernels and moments of trunks without them.
+
+    Every BN in a branch has the statistics of its input then, and the branch's output the standard deviation of the
+    block's; a last pass over the images measures `conv(x; K - sum K_i)`, what is left to the trunk.
+    """
+    merged = MergedProbe(model)
+    left = {name: block.sum_kernel() for name, block in blocks.items()}
+    for block in blocks.values():
+        reinit_branches(block, "one", branch_init=branch_init, generator=generator)
+    spreads = calibrate_branch_norms(merged, blocks, images)
+    for name, block in blocks.items():
+        for branch in block.branches:
+            branch.admit(left[name][0], spreads[name])
+        left[name] = block.without_branches(left[name])
+    sums = {name: ChannelSums() for name, block in blocks.items() if block.trunk.has_norm}
+    trunks = {name: blocks[name].merged((left[name][0], torch.zeros_like(left[name][1]))) for name in sums}
+    merged.look(images, {name: through(trunks[name], collect) for name, collect in sums.items()})
+    return left, {name: collect.moments(torch.zeros(())) for name, collect in sums.items()}

@@ -1,0 +1,114 @@
+"""Restoration: write a merged kernel back into the trunk of its block so that the function is kept."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from repan_cli.blocks import FAMILIES, NATIVE, RepBlock
+from repan_cli.blocks.kernel import Kernel, exact
+
+TINY_GAMMA = 1e-6
+"""Below this |gamma| the rule `running` cannot divide by it."""
+
+
+# ---------------------------------------------------------------------------------------------- restoration
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance (C_out,) of `conv(x; K)` over images and positions, in float64."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class TrunkParams(NamedTuple):
+    """What restoration writes into a trunk, in float64 on the CPU.
+
+    The weight is (C_out, C_in / groups, kh, kw), the rest (C_out,).
+    """
+
+    weight: Tensor
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor
+    beta: Tensor
+
+
+def restore_calibrate(kernel: Kernel, moments: Moments, eps: float, scale: Tensor) -> TrunkParams:
+    """Measured statistics and the affine parameters that undo them: exact in eval mode, kept in train mode.
+
+    With W = s K: mean = s m, var = s^2 v, gamma = sqrt(s^2 v + eps) / s, beta = b + m. `scale` is s, (C_out,),
+    positive.
+    """
+    weight, bias = kernel
+    mean, var = moments
+    gamma = torch.sqrt(scale**2 * var + eps) / scale
+    return TrunkParams(weight * scale.view(-1, 1, 1, 1), scale * mean, scale**2 * var, gamma, bias + mean)
+
+
+def restore_reset(kernel: Kernel, eps: float) -> TrunkParams:
+    """A fresh BN made an identity in eval mode: mean 0, var 1, gamma sqrt(1 + eps), W = K, beta = b."""
+    weight, bias = kernel
+    ones = torch.ones_like(bias)
+    return TrunkParams(weight, torch.zeros_like(bias), ones, (1 + eps) ** 0.5 * ones, bias)
+
+
+def restore_running(kernel: Kernel, norm: nn.BatchNorm2d, *, unit_gamma: bool) -> TrunkParams:
+    """As the method was released: the trunk's BN statistics and gamma stay, W = K sigma / gamma, beta = b + mean
+    gamma / sigma.
+
+    With `unit_gamma` gamma becomes 1; so it does for channels whose gamma is too small to divide by.
+    """
+    weight, bias = kernel
+    mean, var, gamma = exact(norm.running_mean), exact(norm.running_var), exact(norm.weight)
+    sigma = torch.sqrt(var + norm.eps)
+    gamma = torch.ones_like(gamma) if unit_gamma else torch.where(gamma.abs() < TINY_GAMMA, 1.0, gamma)
+    return TrunkParams(weight * (sigma / gamma).view(-1, 1, 1, 1), mean, var, gamma, bias + mean * gamma / sigma)
+
+
+@torch.no_grad()
+def write_trunk(block: RepBlock, kernel: Kernel, trunk: TrunkParams | None) -> None:
+    """Copy into the storage that is there: optimizers, DDP and captured graphs hold on to it.
+
+    A trunk without BN (`trunk` None) takes the kernel as it is.
+    """
+    conv, norm = block.trunk.conv, block.trunk.norm
+    weight, bias = kernel
+    if trunk is not None:
+        weight, bias = trunk.weight, torch.zeros_like(bias)
+        norm.running_mean.copy_(trunk.mean)
+        norm.running_var.copy_(trunk.var)
+        norm.weight.copy_(trunk.gamma)
+        norm.bias.copy_(trunk.beta)
+    conv.weight.copy_(weight)
+    if conv.bias is not None:
+        conv.bias.copy_(bias)
+    else:
+        assert not bias.any(), "a trunk with neither BN nor bias cannot take a bias"
+
+
+def restored_trunk(
+    block: RepBlock, kernel: Kernel, rule: str, moments: Moments | None, trunk_scale: str
+) -> TrunkParams:
+    norm = block.trunk.norm
+    if rule == "calibrate":
+        return restore_calibrate(kernel, moments, norm.eps, _scale(block, kernel, trunk_scale))
+    if rule == "reset":
+        return restore_reset(kernel, norm.eps)
+    return restore_running(kernel, norm, unit_gamma=unit_gamma(block))
+
+
+def unit_gamma(block: RepBlock) -> bool:
+    return block.family != NATIVE and FAMILIES[block.family].unit_gamma
+
+
+def _scale(block: RepBlock, kernel: Kernel, trunk_scale: str) -> Tensor:
+    """The factor on each channel of the merged kernel, (C_out,): 1, or |W_old| / |K| (1 where either is 0)."""
+    merged = kernel[0].flatten(1).norm(dim=1)
+    if trunk_scale == "merged":
+        return torch.ones_like(merged)
+    old = exact(block.trunk.conv.weight).flatten(1).norm(dim=1)
+    return torch.where((merged > 0) & (old > 0), old / merged, 1.0)

@@ -1,0 +1,364 @@
+"""Branches: the linear maps whose sum is a block, each of which equals one convolution in eval mode."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repan_cli.blocks.geometry import Geometry, Window, middle_window, window_at
+from repan_cli.blocks.kernel import (
+    Kernel,
+    Size,
+    averaged,
+    compose,
+    conv_kernel,
+    embed,
+    exact,
+    fold_norm,
+    identity_kernel,
+)
+
+FEW_CHANNELS = 16
+"""With fewer input channels a strided 1x1 kernel is kept from stepping over a last row, see `_reached`."""
+
+
+# ---------------------------------------------------------------------------------------------- what a block asks
+
+
+class Branch(Protocol):
+    """What a block asks of its trunk and of each side branch."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H_out, W_out)."""
+
+    def equivalent_kernel(self) -> Kernel:
+        """The one convolution of the trunk's geometry that this equals in eval mode; float64, CPU."""
+
+    def reset(self, init: str, generator: torch.Generator | None) -> None:
+        """Make it fresh in place: new weights, gamma 1, beta 0, mean 0, variance 1."""
+
+    def silence(self) -> None:
+        """Make its output zero in train and eval mode, by its last gamma and beta or its weights, in place."""
+
+    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+        """Of a fresh branch whose BN statistics are those of its input: choose gamma for its start, in place.
+
+        `kernel` (C_out, C_in/groups, kh, kw), the block's own, and the standard deviation `spread` (C_out,) of the
+        block's output are in float64, on the CPU.
+        """
+
+
+def init_weight(weight: Tensor, init: str, generator: torch.Generator | None = None) -> None:
+    """Fresh convolution weights in place: `kaiming` (normal, fan-out; He et al. 2015) or `small` (normal, std 0.01)."""
+    drawn = torch.empty(weight.shape)  # on the CPU, so that a seed gives the same weights on every device
+    if init == "small":
+        nn.init.normal_(drawn, std=0.01, generator=generator)
+    else:
+        nn.init.kaiming_normal_(drawn, mode="fan_out", nonlinearity="relu", generator=generator)
+    with torch.no_grad():
+        weight.copy_(drawn)
+
+
+def silence_norm(norm: nn.BatchNorm2d) -> None:
+    nn.init.zeros_(norm.weight)
+    nn.init.zeros_(norm.bias)
+
+
+def reset_norm(norm: nn.BatchNorm2d) -> None:
+    norm.reset_running_stats()
+    nn.init.ones_(norm.weight)
+    nn.init.zeros_(norm.bias)
+
+
+# ---------------------------------------------------------------------------------------------- branches
+
+
+class ConvBN(nn.Module):
+    """A convolution and its BN, where it has one: the trunk of a block, or a side branch.
+
+    Args:
+        conv: the convolution, with the block's stride, dilation and groups.
+        norm: its BN; None for a branch without.
+        canvas: kernel size of the block, which the equivalent kernel has.
+        offset: tap (row, column) of the trunk's kernel that the first tap of this one lies on.
+        window: what the convolution sees of the input, where its own padding does not say it.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        norm: nn.BatchNorm2d | None,
+        *,
+        canvas: Size,
+        offset: Size = (0, 0),
+        window: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.canvas, self.offset = canvas, offset
+        self.window = window or nn.Identity()
+        self.conv = conv
+        self.norm = norm or nn.Identity()
+
+    @property
+    def has_norm(self) -> bool:
+        return not isinstance(self.norm, nn.Identity)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(_reached(self.window(x), self.conv)))
+
+    def equivalent_kernel(self) -> Kernel:
+        kernel = conv_kernel(self.conv)
+        return embed(fold_norm(kernel, self.norm) if self.has_norm else kernel, self.canvas, self.offset)
+
+    def reset(self, init: str, generator: torch.Generator | None = None) -> None:
+        init_weight(self.conv.weight, init, generator)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+        if self.has_norm:
+            reset_norm(self.norm)
+
+    def silence(self) -> None:
+        if self.has_norm:
+            silence_norm(self.norm)
+            return
+        nn.init.zeros_(self.conv.weight)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+
+    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+        if self.has_norm:
+            self.norm.weight.copy_(spread)
+
+
+def _reached(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """What of its input a strided 1x1 convolution reads, without the rows and columns behind its last step.
+
+    On CPUs PyTorch's (2.15's, for one) gradient of its weights writes outside of its memory where there are such, for
+    few channels in channels-last format.
+    """
+    if conv.kernel_size != (1, 1) or conv.stride == (1, 1) or conv.in_channels >= FEW_CHANNELS or any(conv.padding):
+        return x
+    rows, columns = ((size - 1) // step * step + 1 for size, step in zip(x.shape[-2:], conv.stride, strict=True))
+    return x[..., :rows, :columns]
+
+
+def conv_bn(
+    geometry: Geometry, kernel_size: Size | None = None, *, offset: Size | None = None, norm: bool = True
+) -> ConvBN:
+    """A fresh convolution with a BN, or without.
+
+    Without `kernel_size` it is the trunk's own; a smaller one lies in the middle unless `offset` (row, column) places
+    it.
+    """
+    kernel_size = kernel_size or geometry.kernel_size
+    offset = geometry.center(kernel_size) if offset is None else offset
+    window, padding = window_at(geometry, kernel_size, offset)
+    conv = nn.Conv2d(
+        geometry.in_channels,
+        geometry.out_channels,
+        kernel_size,
+        stride=geometry.stride,
+        padding=padding,
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+        bias=False,
+        padding_mode=geometry.padding_mode,
+    )
+    normed = nn.BatchNorm2d(geometry.out_channels) if norm else None
+    branch = ConvBN(conv, normed, canvas=geometry.kernel_size, offset=offset, window=window)
+    branch.reset("kaiming")
+    return branch
+
+
+class IdentityBN(nn.Module):
+    """The block's input through a BN of its own; for blocks that keep the shape."""
+
+    def __init__(self, geometry: Geometry, norm: nn.BatchNorm2d | None = None) -> None:
+        super().__init__()
+        assert geometry.keeps_shape
+        self.geometry = geometry
+        self.window = middle_window(geometry)
+        self.norm = norm or nn.BatchNorm2d(geometry.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.window(x))
+
+    def equivalent_kernel(self) -> Kernel:
+        identity = identity_kernel(self.geometry.in_channels, self.geometry.groups)
+        return embed(fold_norm(identity, self.norm), self.geometry.kernel_size, self.geometry.center((1, 1)))
+
+    def reset(self, init: str, generator: torch.Generator | None = None) -> None:
+        reset_norm(self.norm)
+
+    def silence(self) -> None:
+        silence_norm(self.norm)
+
+    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+        """It takes over what the block has of an identity."""
+        row, column = self.geometry.center((1, 1))
+        channels = torch.arange(self.geometry.in_channels)
+        share = kernel[channels, channels % kernel.shape[1], row, column]
+        self.norm.weight.copy_(share * torch.sqrt(exact(self.norm.running_var) + self.norm.eps))
+
+
+class ScaledIdentity(nn.Module):
+    """The block's input times a learned factor a channel, 1 at first; where no BN is wanted inside the block."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        assert geometry.keeps_shape
+        self.geometry = geometry
+        self.window = middle_window(geometry)
+        self.weight = nn.Parameter(torch.ones(geometry.out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.window(x)
+        return x * self.weight.view(-1, 1, 1).to(x.dtype)
+
+    def equivalent_kernel(self) -> Kernel:
+        weight, bias = identity_kernel(self.geometry.in_channels, self.geometry.groups)
+        scaled = weight * exact(self.weight).view(-1, 1, 1, 1)
+        return embed((scaled, bias), self.geometry.kernel_size, self.geometry.center((1, 1)))
+
+    def reset(self, init: str, generator: torch.Generator | None = None) -> None:
+        nn.init.ones_(self.weight)
+
+    def silence(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+        """It begins as the identity."""
+
+
+class ResidualPointwise(nn.Conv2d):
+    """A 1x1 convolution stored as the identity plus a learned difference, zeros at first (DBB, section 3.3)."""
+
+    def __init__(self, geometry: Geometry, width: int) -> None:
+        super().__init__(
+            geometry.in_channels,
+            width,
+            (1, 1),
+            padding=geometry.padding,
+            groups=geometry.groups,
+            bias=False,
+            padding_mode=geometry.padding_mode,
+        )
+        identity, _ = identity_kernel(geometry.in_channels, geometry.groups)
+        copies = width // geometry.in_channels
+        self.register_buffer("identity", identity.repeat_interleave(copies, 0).to(self.weight.dtype), persistent=False)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight + self.identity, None)
+
+    def kernel(self) -> Kernel:
+        weight = exact(self.weight) + exact(self.identity)
+        return weight, weight.new_zeros(len(weight))
+
+
+class PointwiseConvBN(nn.Module):
+    """1x1 + BN, then k x k + BN (DBB, Ding et al. 2021).
+
+    The 1x1 convolution pads its input as the trunk does, so that the map between the two holds at its borders what the
+    first BN makes of zeros, in train mode as well as in eval mode, and the k x k convolution needs no padding.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.groups = geometry.groups
+        width = geometry.in_channels * (2 if geometry.depthwise else 1)
+        self.inner_conv = ResidualPointwise(geometry, width)
+        self.inner_norm = nn.BatchNorm2d(width)
+        self.conv = nn.Conv2d(
+            width,
+            geometry.out_channels,
+            geometry.kernel_size,
+            stride=geometry.stride,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+            bias=False,
+        )
+        self.norm = nn.BatchNorm2d(geometry.out_channels)
+        self.reset("kaiming")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(self.inner_norm(self.inner_conv(x))))
+
+    def equivalent_kernel(self) -> Kernel:
+        inner = fold_norm(self.inner_conv.kernel(), self.inner_norm)
+        return fold_norm(compose(inner, conv_kernel(self.conv), self.groups), self.norm)
+
+    def reset(self, init: str, generator: torch.Generator | None = None) -> None:
+        nn.init.zeros_(self.inner_conv.weight)
+        init_weight(self.conv.weight, init, generator)
+        reset_norm(self.inner_norm)
+        reset_norm(self.norm)
+
+    def silence(self) -> None:
+        silence_norm(self.norm)
+
+    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+        self.norm.weight.copy_(spread)
+
+
+class PointwiseAverageBN(nn.Module):
+    """1x1 + BN, then average pooling + BN (DBB); without the 1x1 + BN in a depthwise block that keeps its channels.
+
+    The average counts the padding, which the 1x1 convolution adds as in `PointwiseConvBN`. With dilation the pooling is
+    a convolution with constant weights.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+        channels = geometry.out_channels
+        if geometry.depthwise and geometry.in_channels == channels:
+            self.inner_conv = self.inner_norm = None
+            self.window = Window(geometry, geometry.kernel_size, (0, 0))
+        else:
+            self.inner_conv = nn.Conv2d(
+                geometry.in_channels,
+                channels,
+                (1, 1),
+                padding=geometry.padding,
+                groups=geometry.groups,
+                bias=False,
+                padding_mode=geometry.padding_mode,
+            )
+            self.inner_norm = nn.BatchNorm2d(channels)
+        self.norm = nn.BatchNorm2d(channels)
+        self.reset("kaiming")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.window(x) if self.inner_conv is None else self.inner_norm(self.inner_conv(x))
+        return self.norm(self._average(x))
+
+    def _average(self, x: Tensor) -> Tensor:
+        geometry = self.geometry
+        height, width = geometry.kernel_size
+        if geometry.dilation == (1, 1):
+            return F.avg_pool2d(x, geometry.kernel_size, geometry.stride)
+        weight = x.new_full((x.shape[1], 1, height, width), 1 / (height * width))
+        return F.conv2d(x, weight, stride=geometry.stride, dilation=geometry.dilation, groups=x.shape[1])
+
+    def equivalent_kernel(self) -> Kernel:
+        if self.inner_conv is None:
+            kernel = identity_kernel(self.geometry.in_channels, self.geometry.groups)
+        else:
+            kernel = fold_norm(conv_kernel(self.inner_conv), self.inner_norm)
+        return fold_norm(averaged(kernel, self.geometry.kernel_size), self.norm)
+
+    def reset(self, init: str, generator: torch.Generator | None = None) -> None:
+        if self.inner_conv is not None:
+            init_weight(self.inner_conv.weight, init, generator)
+            reset_norm(self.inner_norm)
+        reset_norm(self.norm)
+
+    def silence(self) -> None:
+        silence_norm(self.norm)
+
+    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+        self.norm.weight.copy_(spread)

@@ -1,0 +1,135 @@
+"""The shape that all branches of a block share, and what a smaller kernel sees of the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repan_cli.blocks.kernel import (
+    Size,
+)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a block's trunk convolution, which all its branches share. Sizes are (height, width)."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Size
+    stride: Size = (1, 1)
+    padding: Size = (0, 0)
+    dilation: Size = (1, 1)
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Geometry:
+        """That of a convolution. Raises ValueError where its padding has no symmetric numbers."""
+        return cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            _numeric_padding(conv),
+            conv.dilation,
+            conv.groups,
+            conv.padding_mode,
+        )
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether the identity is a branch of this block: as many channels out as in, stride 1."""
+        return self.in_channels == self.out_channels and self.stride == (1, 1)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every group reads one channel."""
+        return self.groups == self.in_channels > 1
+
+    def center(self, kernel_size: Size) -> Size:
+        """The offset at which a small kernel lies in the middle of the trunk's, tap (k - 1) // 2."""
+        return tuple(
+            (outer - 1) // 2 - (inner - 1) // 2 for outer, inner in zip(self.kernel_size, kernel_size, strict=True)
+        )
+
+    def offset_of(self, padding: Size) -> Size:
+        """Where the first tap of a small kernel with its own `padding` p' lies in the trunk's: (p - p') / d.
+
+        Raises ValueError where that is no tap of the trunk's.
+        """
+        rows = [divmod(p - own, d) for p, own, d in zip(self.padding, padding, self.dilation, strict=True)]
+        if any(rest or tap < 0 for tap, rest in rows):
+            raise ValueError(f"a branch with padding {padding} falls between the taps of its trunk")
+        return tuple(tap for tap, _ in rows)
+
+    def output_size(self, input_size: Size) -> Size:
+        """Height and width of the block's output for an input of `input_size`."""
+        return tuple(
+            _outputs(*row)
+            for row in zip(input_size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
+        )
+
+
+def _numeric_padding(conv: nn.Conv2d) -> Size:
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if any(reach % 2 for reach in total):
+            raise ValueError("its padding 'same' is larger on one side than on the other")
+        return tuple(reach // 2 for reach in total)
+    return conv.padding
+
+
+def _outputs(size: int, padding: int, dilation: int, kernel: int, stride: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+class Window(nn.Module):
+    """What a small kernel sees of the trunk's *padded* input when its first tap lies on the trunk's tap `offset`.
+
+    In every dimension the slice `[o * d : o * d + (H_out - 1) * s + d * (k - 1) + 1]`, so that a convolution without
+    padding on it gives exactly the block's output size, for any kernel size, stride, dilation and padding.
+    """
+
+    def __init__(self, geometry: Geometry, kernel_size: Size, offset: Size) -> None:
+        super().__init__()
+        self.geometry, self.kernel_size, self.offset = geometry, kernel_size, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        geometry, sides = self.geometry, []
+        for axis, outputs in enumerate(geometry.output_size(x.shape[-2:])):
+            start = self.offset[axis] * geometry.dilation[axis] - geometry.padding[axis]
+            reach = (outputs - 1) * geometry.stride[axis] + geometry.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+            sides = [-start, start + reach - x.shape[-2 + axis], *sides]
+        if geometry.padding_mode != "zeros":
+            x, sides = self._padded_as_trunk(x, sides)
+        return F.pad(x, sides) if any(sides) else x
+
+    def _padded_as_trunk(self, x: Tensor, sides: list[int]) -> tuple[Tensor, list[int]]:
+        rows, columns = self.geometry.padding
+        padding = [columns, columns, rows, rows]
+        padded = F.pad(x, padding, mode=self.geometry.padding_mode)
+        return padded, [side - already for side, already in zip(sides, padding, strict=True)]
+
+
+def window_at(geometry: Geometry, kernel_size: Size, offset: Size) -> tuple[nn.Module, Size]:
+    """How a small kernel at `offset` reads its input: a window module and the padding the convolution adds itself.
+
+    A kernel in the middle of the trunk's needs no window: the convolution's own padding p - o * d says the same,
+    cheaper.
+    """
+    padding = tuple(p - o * d for p, o, d in zip(geometry.padding, offset, geometry.dilation, strict=True))
+    middle = all(2 * o + k == size for o, k, size in zip(offset, kernel_size, geometry.kernel_size, strict=True))
+    if middle and min(padding) >= 0:
+        return nn.Identity(), padding
+    return Window(geometry, kernel_size, offset), (0, 0)
+
+
+def middle_window(geometry: Geometry) -> nn.Module:
+    """What the middle tap of the trunk's kernel sees: the input of an identity branch."""
+    window, padding = window_at(geometry, (1, 1), geometry.center((1, 1)))
+    return window if padding == (0, 0) else Window(geometry, (1, 1), geometry.center((1, 1)))

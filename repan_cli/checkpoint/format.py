@@ -1,0 +1,134 @@
+"""Checkpoints: tensors and plain types only, written atomically, verified by a digest, never unpickled.
+
+A checkpoint is weights by name and a description (`meta`) that is enough to rebuild the network. As `.pt` it is a
+dictionary that `torch.load(weights_only=True)` reads, as `.safetensors` the description travels in the header. Both
+carry a SHA-256 over names, dtypes, shapes, bytes and description, and one over the file itself, and are refused when
+either does not match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from repan_cli.system.files import write_atomically
+
+FORMAT = 1
+
+CONTENT = {"version": int, "digest": str, "meta": dict, "weights": dict, "state": dict}
+DESCRIBED = {"model": str, "form": str, "classes": (list, tuple), "in_chans": int, "structure": dict, "config": dict}
+"""The kinds of what a description may hold, for files that were made up."""
+
+CHECKSUM, DIGITS = b"repan sha256 ", 64
+"""What stands in front of the SHA-256 of all other bytes of a file, and how many digits that has. It is the comment of
+a `.pt` or `.pt2` archive, at the end, the last metadata of an `.onnx` file, and the first value in the header of a
+`.safetensors` file."""
+
+MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights by name, on the CPU, and a description in plain types.
+
+    `meta` holds at least: model, block, form ("multi-branch", "fused" or "plain"), classes, in_chans, image_size,
+    mean, std, data, cycle, epoch, metrics. `state`: what else a run needs to go on, by name; only in its last.pt.
+    """
+
+    weights: dict[str, Tensor]
+    meta: dict[str, Any]
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """SHA-256 over the tensors (name, dtype, shape, logical bytes) and the description."""
+        total = hashlib.sha256(json.dumps(self.meta, sort_keys=True).encode())
+        for kind, tensors in (("", self.weights), ("state ", self.state)):
+            for name in sorted(tensors):
+                tensor = tensors[name].detach().cpu().contiguous()
+                total.update(f"{kind}{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+
+def capture(model: nn.Module, meta: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint of a network: its weights copied to the CPU."""
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    return Checkpoint(weights, dict(meta))
+
+
+def capture_fused(model: nn.Module, origin: Checkpoint) -> Checkpoint:
+    """The checkpoint of a network that was merged from `origin`, which its description names by digest."""
+    changes = [list(change) for change in model.repan_report.changes]
+    structure = {**origin.meta["structure"], "changes": changes}
+    return capture(model, {**origin.meta, "structure": structure, "form": FUSED, "fused_from": origin.digest()})
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint; the name's ending, .pt or .safetensors, is its format."""
+    buffer = as_bytes(checkpoint, path.suffix)
+    write_atomically(path, lambda file: file.write(buffer))
+
+
+def as_bytes(checkpoint: Checkpoint, suffix: str) -> bytes:
+    """The content of its file, `.pt` or `.safetensors`."""
+    return _as_safetensors(checkpoint) if suffix == ".safetensors" else _as_pt(checkpoint)
+
+
+def header(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a file says of itself beside its weights, in plain types."""
+    return {"version": FORMAT, "digest": checkpoint.digest(), "meta": checkpoint.meta}
+
+
+def _as_pt(checkpoint: Checkpoint) -> bytes:
+    buffer = io.BytesIO()
+    content = {"format": "repan", **header(checkpoint), "weights": checkpoint.weights, "state": checkpoint.state}
+    torch.save(content, buffer)
+    buffer.seek(-2, os.SEEK_END)  # the length of the archive's comment
+    buffer.write((len(CHECKSUM) + DIGITS).to_bytes(2, "little") + CHECKSUM)
+    return sealed(buffer, buffer.tell())
+
+
+def _as_safetensors(checkpoint: Checkpoint) -> bytes:
+    seal = CHECKSUM.decode() + "0" * DIGITS
+    # one entry only: safetensors writes several in random order, and equal content must give equal bytes
+    buffer = io.BytesIO(
+        safetensors.torch.save(checkpoint.weights, {"repan": json.dumps({"seal": seal, **header(checkpoint)})})
+    )
+    return sealed(buffer, buffer.getvalue().index(CHECKSUM) + len(CHECKSUM))
+
+
+def sealed(buffer: io.BytesIO, place: int) -> bytes:
+    """The file in `buffer` with the digits of its SHA-256 at their `place`, behind `SEAL`."""
+    digits = _sum_around(buffer, place)
+    buffer.seek(place)
+    buffer.write(digits)
+    return buffer.getvalue()
+
+
+def _sum_around(file: IO[bytes], place: int) -> bytes:
+    """The digits of the SHA-256 of all bytes but those where these digits stand."""
+    total = hashlib.sha256()
+    file.seek(0)
+    while part := file.read(min(2**20, place - file.tell())):
+        total.update(part)
+    file.seek(place + DIGITS)
+    while part := file.read(2**20):
+        total.update(part)
+    return total.hexdigest().encode()
+
+
+def check_description(meta: Mapping[str, Any]) -> None:
+    """Raises ValueError unless everything that a description may hold is of its kind."""
+    if wrong := [name for name, kind in DESCRIBED.items() if not isinstance(meta.get(name), kind)]:
+        raise ValueError(wrong[0])

@@ -1,0 +1,240 @@
+"""Read files of weights, repan's and others': verified, never unpickled, bounded in memory."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import pickle
+import pickletools
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from repan_cli.checkpoint.format import CHECKSUM, CONTENT, DESCRIBED, DIGITS, FORMAT, Checkpoint, _sum_around
+from repan_cli.errors import InputError
+
+_numpy_scalar = np.float64(0).__reduce__()[0]
+PLAIN_TYPES = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "bool")),
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+"""What trainers save beside weights and what is no code: attributes, and numbers of numpy's."""
+
+MOST_TEXT = 2**21
+"""Bytes of a description, a pickle or a header, enough for 20,000 tensors. One that is longer, and more than an eighth
+of its file, is made to fill the memory: as objects it takes seventy times its bytes."""
+
+EXPORTS = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load"}
+"""Files of networks that are no checkpoints, and what opens them."""
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read and verify a checkpoint, from `.pt` or `.safetensors`.
+
+    Raises InputError, naming the file, when it is missing, damaged, or not written by repan.
+    """
+    saved = load_any(path)
+    if not isinstance(saved, Checkpoint):
+        raise InputError(f"{path} was not written by repan")
+    return saved
+
+
+def load_any(path: str | Path) -> Checkpoint | dict[str, Tensor]:
+    """A checkpoint of repan's, verified, or the weights by name in a file of others.
+
+    Of others' files, `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors`, the usual wrappers (`state_dict`, `model`, ...)
+    are opened. Raises InputError, naming the file, when it is missing, damaged, or holds no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no checkpoint {path}" + (": it is a folder; name a file in it" if path.is_dir() else ""))
+    if path.suffix in EXPORTS:
+        raise InputError(f"{path} is an export: {EXPORTS[path.suffix]} opens it, and repan evaluate, predict and info")
+    try:
+        is_sealed = check_seal(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    if not isinstance(content, Mapping) or content.get("format") != "repan":
+        return _foreign_weights(content, path)
+    checkpoint = _verified(content, path)
+    if not is_sealed:  # it was lost, or another program wrote the file again
+        raise InputError(f"{path} is damaged: the check sum of the file is missing; use another copy")
+    return checkpoint
+
+
+def check_seal(path: Path) -> bool:
+    """Whether a file, of whatever format, carries a check sum. Raises InputError when it is not that of its bytes."""
+    with path.open("rb") as file:
+        if path.suffix != ".safetensors":
+            file.seek(max(0, path.stat().st_size - len(CHECKSUM) - DIGITS))
+        start, part = file.tell(), file.read(256)
+        if CHECKSUM not in part:
+            return False
+        place = start + part.index(CHECKSUM) + len(CHECKSUM)
+        expected = _sum_around(file, place)
+        file.seek(place)
+        if file.read(DIGITS) != expected:
+            raise InputError(f"{path} is damaged: its bytes do not match its check sum; use another copy")
+        return True
+
+
+def _verified(content: Mapping[str, Any], path: Path) -> Checkpoint:
+    version = content.get("version")
+    if isinstance(version, int) and version > FORMAT:
+        raise InputError(f"{path} was written by a newer repan: upgrade this one")
+    if not all(isinstance(content.get(name), kind) for name, kind in CONTENT.items()):
+        raise InputError(f"{path} is damaged: parts of it are missing; use another copy")
+    checkpoint = Checkpoint(content["weights"], content["meta"], content["state"])
+    if not (_are_plain({**checkpoint.weights, **checkpoint.state}, path) and _is_description(checkpoint.meta, path)):
+        raise InputError(f"{path} is damaged: it holds what repan does not write; use another copy")
+    if checkpoint.digest() != content["digest"]:
+        raise InputError(f"{path} is damaged: its content does not match its digest; use another copy")
+    return checkpoint
+
+
+def _are_plain(tensors: Mapping[Any, Any], path: Path) -> bool:
+    """Whether all are dense tensors by name; one larger than its file is a view that would fill the memory."""
+    return all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and (tensor.layout, tensor.device.type, tensor.is_quantized) == (torch.strided, "cpu", False)
+        and tensor.numel() * tensor.element_size() <= path.stat().st_size
+        for name, tensor in tensors.items()
+    )
+
+
+def _longest_text(path: Path) -> int:
+    return max(MOST_TEXT, path.stat().st_size // 8)
+
+
+def _is_description(meta: Mapping[str, Any], path: Path) -> bool:
+    """Whether it is plain, of the right kinds, and short: lists that share parts may be of any length as text."""
+    length, longest = 0, _longest_text(path)
+    try:
+        for part in json.JSONEncoder(sort_keys=True).iterencode(meta):
+            length += len(part)
+            if length > longest:
+                return False
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return all(isinstance(meta[name], kind) for name, kind in DESCRIBED.items() if name in meta)
+
+
+class _NothingIsCopied(TorchFunctionMode):
+    """Refuses what a pickle may do to a small tensor that is seen as a huge one: take it apart, or convert it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.unbind, Tensor.to):  # unbind is how iteration begins
+            raise pickle.UnpicklingError("tensors are only read")
+        return function(*args, **(kwargs or {}))
+
+
+def _read_pt(path: Path) -> Any:
+    try:
+        _refuse_bombs(path)
+        with torch.serialization.safe_globals(PLAIN_TYPES), _NothingIsCopied(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of others' pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path} is damaged, or holds more than tensors and plain types (a whole pickled network?): refused, no "
+            "code is run; save its state_dict() instead"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception:  # the reader of a damaged archive raises nearly anything
+        raise InputError(f"{path} is damaged, or no checkpoint at all; use another copy") from None
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Raises InputError for a file that would take far more memory than it has bytes, before torch reads it."""
+    bomb = InputError(f"{path} would fill the memory: refused; save its state_dict() with torch.save, uncompressed")
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            file.seek(0)
+            pickles = [file] * 5  # torch's old format: number, protocol, system, content, names of storages
+        else:
+            pickles = _pickles_of_archive(file, bomb)
+        for part in pickles:
+            _refuse_makers(part, _longest_text(path), bomb)
+
+
+def _pickles_of_archive(file: IO[bytes], bomb: InputError) -> Iterator[IO[bytes]]:
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        # with something in front of it, torch would not find the same directory
+        if packed or sum(entry.file_size for entry in entries) > size or min(entry.header_offset for entry in entries):
+            raise bomb
+        for entry in entries:
+            if entry.filename.lower().endswith(".pkl"):
+                yield io.BytesIO(archive.read(entry))
+
+
+def _refuse_makers(file: IO[bytes], longest: int, bomb: InputError) -> None:
+    """Raises for a pickle that is long, or makes an array out of its length alone."""
+    start = file.tell()
+    for _, argument, place in pickletools.genops(file):
+        if place - start > longest or argument in ("builtins bytearray", "__builtin__ bytearray"):
+            raise bomb
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > _longest_text(path):
+                raise ValueError("a header this long is none")
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        ours = {"format": "repan", "weights": weights, "state": {}}
+        return {**ours, **json.loads(header["repan"])} if "repan" in header else weights
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception:
+        raise InputError(f"{path} is damaged, or no safetensors file; use another copy") from None
+
+
+# ---------------------------------------------------------------------------------------------- others' weights
+
+WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "network", "module", "weights", "params")
+"""Under which keys trainers save the weights, in the order in which they are looked for."""
+
+PREFIXES = ("module.", "_orig_mod.")
+"""What data-parallel wrappers and torch.compile put in front of names."""
+
+
+def _foreign_weights(content: Any, path: Path) -> dict[str, Tensor]:
+    for _ in range(16):  # no further: a wrapper may hold itself
+        if not isinstance(content, Mapping):
+            break
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    tensors = content.items() if isinstance(content, Mapping) else ()
+    weights = {name: value for name, value in tensors if isinstance(name, str) and isinstance(value, Tensor)}
+    if not weights:
+        raise InputError(f"{path} holds no weights: no tensors by name, nor under {', '.join(WRAPPERS)}")
+    if not _are_plain(weights, path):
+        raise InputError(f"{path} holds tensors that are sparse, quantized or larger than the file: save plain ones")
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights

@@ -1,0 +1,215 @@
+"""What the shell offers when somebody presses Tab: names, settings and their values, runs and checkpoints.
+
+A keypress must not wait for torch: names are read from tables, and from the sources that register them.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import re
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from repan_cli import config
+
+PACKAGE = Path(__file__).parents[1]
+WEIGHTS = (".pt", ".pth", ".safetensors", ".onnx", ".pt2")
+DEEPEST, MOST = 4, 200
+"""How far below the folder that was typed files are looked for, and how many are offered."""
+
+
+def models(start: str = "") -> list[str]:
+    """Short names and ours; others' once a letter is there, with prefix and without, as both can be typed."""
+    with (PACKAGE / "models" / "catalog.csv").open(encoding="utf-8", newline="") as file:
+        full = [row[0] for row in csv.reader(file)]
+    ours = [name for name in full if ":" not in name]
+    short = [name.removesuffix("_cifar") for name in ours]
+    if not start:
+        return ["repvgg", *short, *ours, "timm:", "torchvision:"]
+    return ["repvgg", *short, *full, *(name.removeprefix("timm:") for name in full if name.startswith("timm:"))]
+
+
+def blocks() -> list[str]:
+    return _registered(PACKAGE / "blocks" / "families.py", r'^@family\("(\w+)"')
+
+
+def datasets() -> list[str]:
+    return list(config.RECIPES)
+
+
+def schedules() -> list[str]:
+    return _registered(PACKAGE / "training" / "schedules.py", r'^@SCHEDULES\.register\("(\w+)"')
+
+
+def optimizers() -> list[str]:
+    """Those of the timm that is installed."""
+    found = importlib.util.find_spec("timm")
+    source = Path(found.origin).parent / "optim" / "_optim_factory.py" if found and found.origin else None
+    return _registered(source, r"\bname='(\w+)'") if source and source.exists() else ["sgd", "adamw"]
+
+
+def _registered(source: Path, pattern: str) -> list[str]:
+    return re.findall(pattern, source.read_text(encoding="utf-8"), re.M)
+
+
+def trackers() -> list[str]:
+    from repan_cli.runs.trackers import TRACKERS
+
+    return list(TRACKERS)
+
+
+def kinds() -> list[str]:
+    from repan_cli.commands.list_names import KINDS
+
+    return list(KINDS)
+
+
+def devices() -> list[str]:
+    return ["auto", "cpu", "cuda", "cuda:0", "mps"]
+
+
+def splits() -> list[str]:
+    return ["test", "val", "train"]
+
+
+def formats() -> list[str]:
+    return ["pt", "safetensors", "onnx", "pt2"]
+
+
+def forms() -> list[str]:
+    return ["conv", "conv-bn"]
+
+
+def presets(start: str = "") -> list[str]:
+    return [*config.presets(), *_files(start, (".yaml", ".yml"))]
+
+
+def checkpoints(start: str = "") -> list[str]:
+    return _files(start, WEIGHTS)
+
+
+def teachers(start: str = "") -> list[str]:
+    return [config.PREVIOUS, *checkpoints(start), *(name for name in models(start) if ":" in name)]
+
+
+def runs(start: str = "") -> list[str]:
+    """'latest', and the directories that hold a run, the newest first."""
+    found = [Path(path).parent for path in _files(start or "runs/", ("config.yaml",))]
+    newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return ["latest", *map(str, newest)]
+
+
+def _files(start: str, endings: tuple[str, ...]) -> list[str]:
+    """Files that end so, at the folder that `start` begins with or some levels below it."""
+    folder, found = start.rpartition("/")[0], []
+    top = Path(folder + "/" if start.startswith("/") else folder or ".")
+    for place, folders, files in os.walk(top):
+        depth = len(Path(place).relative_to(top).parts)
+        folders[:] = [] if depth >= DEEPEST else sorted(name for name in folders if not name.startswith("."))
+        found += [str(Path(place) / name) for name in sorted(files) if name.endswith(endings) and name[0] != "."]
+        if len(found) > MOST:
+            break
+    return [f"{'./' if start.startswith('./') else ''}{path}" for path in found[:MOST]]
+
+
+NAMES: dict[str, Callable[..., list[str]]] = {
+    "model.name": models,
+    "model.init": checkpoints,
+    "block.name": blocks,
+    "data.name": datasets,
+    "optim.name": optimizers,
+    "optim.schedule": schedules,
+    "teacher.name": teachers,
+    "teacher.model": models,
+    "run.device": devices,
+    "run.trackers": trackers,
+}
+"""What a setting may be, where its declaration does not say."""
+
+
+def values(key: str, start: str = "") -> list[str]:
+    """What can stand behind KEY=, where that is known: the choices, names, or the default."""
+    entry = config.SCHEMA.get(key) or config.OVERLAY.get(key)
+    if entry is None:
+        return []
+    if entry.key in NAMES:
+        known = _called(NAMES[entry.key], start.rpartition(",")[2])
+        if typing.get_origin(entry.type) is not tuple:
+            return known
+        head = start[: len(start) - len(start.rpartition(",")[2])]
+        given = head.strip("[").split(",")
+        return [f"{head}{name}" for name in known if name not in given]
+    kind = entry.type
+    words = list(entry.choices) or (["true", "false"] if kind is bool else [config.as_text(entry.default)])
+    optional = type(None) in typing.get_args(kind)
+    return list(dict.fromkeys([*words, *(["null"] if optional else [])]))
+
+
+def settings(start: str = "") -> list[str]:
+    """KEY= for every key that begins so; of the only one also its values."""
+    key, equals, value = start.partition("=")
+    if equals:
+        return [f"{key}={word}" for word in values(key, value)]
+    keys = [known for known in [*config.SCHEMA, *config.OVERLAY] if known.startswith(key)]
+    offered = [f"{known}=" for known in keys]
+    return offered if len(keys) != 1 else [*offered, *(f"{keys[0]}={word}" for word in values(keys[0]))]
+
+
+def _called(source: Callable[..., list[str]], start: str) -> list[str]:
+    return source(start) if source.__code__.co_argcount else source()
+
+
+def completes(source: Callable[..., list[str]]) -> Callable[[str], list[str]]:
+    """The function that Typer asks with the beginning of a word."""
+
+    def complete(incomplete: str) -> list[str]:
+        return list(dict.fromkeys(word for word in _called(source, incomplete) if word.startswith(incomplete)))
+
+    return complete
+
+
+def of_setting(key: str) -> Callable[[str], list[str]]:
+    """Completes the value of an option that stands for the setting `key`; without known ones the shell goes on."""
+
+    def complete(incomplete: str) -> list[str]:
+        entry = config.SCHEMA.get(key) or config.OVERLAY[key]
+        if entry.key not in NAMES and not entry.choices:
+            return []
+        return list(dict.fromkeys(word for word in values(key, incomplete) if word.startswith(incomplete)))
+
+    return complete
+
+
+def words(incomplete: str) -> list[str]:
+    """Completes a word of `[KEY=VALUE]...`. bash cuts words at '=' and ':', so that one of its words may be a piece."""
+    if incomplete == ":":  # what is offered must begin so for Typer, and must not for bash
+        return []
+    place = int(os.environ.get("COMP_CWORD") or 0)
+    line = os.environ.get("COMP_WORDS", "").split("\n")[: place + 1]
+    option, whole = glue(line) if place else ("", incomplete)
+    cut = len(whole) - len(incomplete)
+    offered = values(OPTIONS[option], whole) if option in OPTIONS else settings(whole)
+    return [word[cut:] for word in dict.fromkeys(offered) if word.startswith(whole)]
+
+
+def glue(line: Iterable[str]) -> tuple[str, str]:
+    """The option that stands before the last word, if one does, and that word with the pieces that bash cut off."""
+    *before, whole = line
+    while before and (whole[:1] in ("=", ":") or before[-1] in ("=", ":")):
+        whole = before.pop() + whole
+    option, equals, value = whole.partition("=")
+    if option.startswith("--") and equals:
+        return option, value
+    return (before[-1] if before and before[-1].startswith("-") else ""), whole
+
+
+OPTIONS = {
+    "--model": "model.name",
+    "-m": "model.name",
+    "--teacher": "teacher.name",
+    "--device": "run.device",
+}
+"""Options whose values have a ':' in them: bash hands their last piece over as if it were a word of its own."""

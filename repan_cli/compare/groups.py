@@ -1,0 +1,266 @@
+"""Runs side by side: grouped by what was set, a mean and a spread over seeds, differences with their uncertainty.
+
+Pure functions of finished runs; a result is a mean over seeds, never one run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from repan_cli.compare.results import Result
+from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread, difference
+from repan_cli.config.settings import OVERLAY, SCHEMA
+from repan_cli.errors import InputError
+
+WITHOUT_EFFECT = {
+    *("run.seed", "run.out", "run.device", "run.log_every", "run.save_every", "run.trackers", "run.channels_last"),
+    *("run.compile", "run.graph", "data.workers", "teacher.cache"),
+}
+"""Settings that may differ within a group: the seed, where results go, how fast they are computed and what is said."""
+
+ONLY_AT_RESTARTS = {
+    f"cycle.{name}"
+    for name in ("rule", "calibration_images", "attach", "attach_epochs", "freeze_trunk", "branch_init", "trunk_scale")
+}
+"""Settings that a control, which never restarts, does not read."""
+
+
+# ---------------------------------------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing that matters but their seed, one a seed. `settings` are what sets the group apart."""
+
+    label: str
+    settings: Mapping[str, Any]
+    results: tuple[Result, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [result.seed for result in self.results]
+
+    def by_seed(self, figure: str) -> dict[int, float]:
+        return {result.seed: getattr(result, figure) for result in self.results}
+
+    def spread(self, figure: str) -> Spread | None:
+        """Of a figure of `Result`; None where not all runs have it."""
+        values = list(self.by_seed(figure).values())
+        return None if None in values else Spread.of(values)
+
+    def devices(self) -> list[str]:
+        """What its runs were computed on, as far as they noted it."""
+        return sorted({result.device for result in self.results if result.device})
+
+    def cost(self) -> dict[str, float | None]:
+        """Of a run, on average: epochs, training images seen, hours."""
+        seconds = self.spread("seconds")
+        epochs, seen = self.spread("epochs"), self.spread("images_seen")
+        return {"epochs": epochs.mean, "images": seen.mean if seen else None, "hours": seconds.mean / 3600}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups, of which the first so many are what the others are compared with: the control, and perhaps more."""
+
+    groups: tuple[Group, ...]
+    warnings: tuple[str, ...]
+    control_count: int = 1
+
+    @property
+    def control(self) -> Group:
+        return self.groups[0]
+
+    @property
+    def controls(self) -> tuple[Group, ...]:
+        return self.groups[: self.control_count]
+
+    def gain(self, group: Group, figure: str = "test_top1", *, over: Group | None = None) -> Difference | None:
+        """Over a control, by default the first; None for itself, and for other data, which it says nothing of."""
+        control = over or self.control
+        ours, theirs = group.results[0], control.results[0]
+        if group is control or ours.dataset != theirs.dataset or ours.classes != theirs.classes:
+            return None
+        return difference(group.by_seed(figure), control.by_seed(figure))
+
+
+def compare(
+    results: Sequence[Result], controls: Mapping[str, Sequence[Path]] | None = None, *, by_folder: bool = False
+) -> Comparison:
+    """Group finished runs and choose what they are compared with: the group of each of `controls`, runs by the word
+    that means them, else the group without restarts, else the first.
+
+    Runs that are set alike are a group; `by_folder`, those that lie in one folder, whose name the group then has.
+    """
+    if not results:
+        raise InputError("no finished run to compare")
+    kinds: dict[Any, list[Result]] = {}
+    for result in results:
+        kinds.setdefault(_folder(result) if by_folder else _kind(result), []).append(result)
+    members, warnings = [], [*_different_problems(results)]
+    for runs in kinds.values():
+        single = {run.seed: run for run in runs}
+        if len(single) < len(runs):
+            warnings.append(f"several runs of one seed ({runs[0].path} and others): the last one of each counts")
+        if by_folder and (differing := _differing(runs)):
+            warnings.append(f"the runs in {runs[0].path.parent} differ in {', '.join(differing)}")
+        members.append(tuple(single[seed] for seed in sorted(single)))
+    chosen, doubts = _controls(members, controls or {})
+    groups = _labelled([members[number] for number in dict.fromkeys((*chosen, *range(len(members))))])
+    named = _named_by_folder(groups) if by_folder else groups
+    return Comparison(named, (*warnings, *doubts), len(chosen))
+
+
+def _kind(result: Result) -> tuple[Any, ...]:
+    """What the runs of a group share."""
+    settings = sorted((key, repr(value)) for key, value in result.settings.items() if _reads(result, key))
+    return result.command, result.dataset, result.classes, *settings
+
+
+def _is_control(result: Result) -> bool:
+    """Whether it goes without restarts; runs of other commands than cycle do."""
+    return result.command != "cycle" or result.settings.get("cycle.restart") == "none"
+
+
+def _different_problems(results: Sequence[Result]) -> list[str]:
+    names = sorted({result.dataset for result in results})
+    classes = sorted({result.classes for result in results if result.classes})
+    if len(names) > 1:
+        return [f"these runs are of different data sets: {', '.join(names)}"]
+    if len(classes) > 1:
+        return [f"these runs know different numbers of classes: {', '.join(map(str, classes))}"]
+    return []
+
+
+def _folder(result: Result) -> Path:
+    """Where it lies, beside the runs with other seeds."""
+    return result.path.resolve().parent
+
+
+def _named_by_folder(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """With the names of their folders, as seen from where they all lie."""
+    folders = [_folder(group.results[0]) for group in groups]
+    common = Path(os.path.commonpath(folders))
+    names = [folder.relative_to(common).as_posix() if folder != common else folder.name for folder in folders]
+    return tuple(replace(group, label=name) for group, name in zip(groups, names, strict=True))
+
+
+def _controls(members: list[tuple[Result, ...]], controls: Mapping[str, Sequence[Path]]) -> tuple[list[int], list[str]]:
+    """Which of the groups are the controls, and what is doubtful about that."""
+    if controls:
+        return list(dict.fromkeys(_group_of(word, paths, members) for word, paths in controls.items())), []
+    found = [number for number, runs in enumerate(members) if _is_control(runs[0])]
+    if len(found) == len(members):  # nothing restarts here: plain training is no control of plain training
+        found = [number for number, runs in enumerate(members) if runs[0].command == "cycle"]
+    several = f"{len(found)} groups go without restarts: the first is the control; choose with --control RUN"
+    return (found or [0])[:1], [several] if len(found) > 1 else []
+
+
+def _group_of(word: str, paths: Sequence[Path], members: list[tuple[Result, ...]]) -> int:
+    """The group whose runs a word means, or some of them."""
+    wanted = {path.resolve() for path in paths}
+    found = [number for number, runs in enumerate(members) if any(run.path.resolve() in wanted for run in runs)]
+    if not found:
+        raise InputError(f"the control {word} is none of the runs that are compared")
+    if len(found) > 1:
+        raise InputError(f"--control {word} is runs of {len(found)} groups: name one, its group is the control")
+    return found[0]
+
+
+def _labelled(members: list[tuple[Result, ...]]) -> tuple[Group, ...]:
+    firsts = [runs[0] for runs in members]
+    keys = _differing(firsts)
+    commands, classes = (len({getattr(first, name) for first in firsts}) > 1 for name in ("command", "classes"))
+    groups = []
+    for first, runs in zip(firsts, members, strict=True):
+        settings = {key: _setting(first, key) for key in keys if _reads(first, key)}
+        words = [first.command] * commands + [f"{key}={_shown(value)}" for key, value in settings.items()]
+        words += [f"{first.classes} classes"] * classes
+        groups.append(Group(" ".join(words) or _common_label(first), settings, runs))
+    return tuple(groups)
+
+
+def _differing(firsts: Sequence[Result]) -> list[str]:
+    """The settings in which groups differ, in the order in which they are declared."""
+    present = {key for first in firsts for key in first.settings}
+    order = {key: place for place, key in enumerate([*SCHEMA, *OVERLAY])}
+    differing = []
+    for key in sorted(present, key=lambda key: (order.get(key, len(order)), key)):
+        values = {repr(_setting(first, key)) for first in firsts if _reads(first, key)}
+        if len(values) > 1:
+            differing.append(key)
+    return differing
+
+
+def _reads(result: Result, key: str) -> bool:
+    """Whether a setting has an effect on a run's result."""
+    if key in WITHOUT_EFFECT or (key in ONLY_AT_RESTARTS and _is_control(result)):
+        return False
+    if key == "data.root":  # known sets are the same wherever they lie
+        return result.dataset == "folder"
+    return key in result.settings or (key in OVERLAY and result.command == "cycle")
+
+
+def _setting(result: Result, key: str) -> Any:
+    """Its value; the baseline's are the main ones where nothing is laid over them, and it has no teacher."""
+    if key in result.settings or key not in OVERLAY:
+        return result.settings[key]
+    return None if key == "baseline.teacher.name" else result.settings[key.removeprefix("baseline.")]
+
+
+def _shown(value: Any) -> str:
+    """As it would be typed."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_shown, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _common_label(result: Result) -> str:
+    names = (result.settings.get(key) for key in ("model.name", "block.name", "data.name"))
+    return " ".join([result.command, *(str(name) for name in names if name)])
+
+
+# ---------------------------------------------------------------------------------------------- plain data
+
+
+def as_data(comparison: Comparison) -> dict[str, Any]:
+    """The comparison in plain types, for JSON."""
+    return {
+        "confidence": CONFIDENCE,
+        "groups": [_group_as_data(comparison, group) for group in comparison.groups],
+        "warnings": list(comparison.warnings),
+    }
+
+
+def _group_as_data(comparison: Comparison, group: Group) -> dict[str, Any]:
+    spreads = {figure: group.spread(figure) for figure in ("test_top1", "last_test_top1", "val_top1")}
+    gains = {figure: comparison.gain(group, figure) for figure in ("test_top1", "last_test_top1")}
+    first = group.results[0]
+    return {
+        "label": group.label,
+        "settings": dict(group.settings),
+        "control": group is comparison.control,
+        "command": first.command,
+        "dataset": first.dataset,
+        "seeds": group.seeds,
+        "runs": [str(result.path) for result in group.results],
+        **{figure: spread._asdict() if spread else None for figure, spread in spreads.items()},
+        "devices": group.devices(),
+        "difference": {figure: gain._asdict() for figure, gain in gains.items() if gain} or None,
+        "differences": _differences(comparison, group),
+        **group.cost(),
+    }
+
+
+def _differences(comparison: Comparison, group: Group) -> dict[str, Any]:
+    """Of test top-1 over each of the controls, by their labels."""
+    gains = {control.label: comparison.gain(group, over=control) for control in comparison.controls}
+    return {label: gain._asdict() if gain else None for label, gain in gains.items()}

@@ -1,0 +1,174 @@
+"""What runs have left in their directories, read back: settings, figures and the course of validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repan_cli import config
+from repan_cli.errors import InputError
+from repan_cli.runs.directory import SERIES
+from repan_cli.runs.trackers import read_metrics
+from repan_cli.system.files import read_json
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run. Accuracies are in percent; `test_top1` is that of the network that validation chose.
+
+    `classes`, `images`, those of an epoch, and `device` are None for runs that did not note them; `records` holds the
+    cycle and the validation top-1 of each epoch.
+    """
+
+    path: Path
+    command: str
+    settings: Mapping[str, Any]
+    seed: int
+    dataset: str
+    classes: int | None
+    images: int | None
+    test_top1: float
+    last_test_top1: float
+    val_top1: float | None
+    seconds: float
+    device: str | None
+    records: list[dict[str, Any]]
+
+    @property
+    def epochs(self) -> int:
+        return len(self.records)
+
+    @property
+    def images_seen(self) -> int | None:
+        return self.images * self.epochs if self.images else None
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and not (folder / SERIES).exists()
+
+
+def find_runs(words: Iterable[str]) -> list[Path]:
+    """The run directories that words mean: each a run, a file in one, a folder with runs anywhere below, or a glob.
+
+    Raises InputError for a word that means none, and for a folder that cannot be read.
+    """
+    found: dict[Path, Path] = {}
+    for word in words:
+        paths = [Path(word)] if Path(word).exists() else _matching(word)
+        try:
+            runs = [run for path in paths for run in _runs_at(path)]
+        except OSError as error:
+            raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+        if not runs:
+            raise InputError(f"no run directory {word}" if not paths else f"no run directory in {word}")
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _matching(glob: str) -> list[Path]:
+    path = Path(glob)
+    return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+
+
+def _runs_at(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        path = path.parent
+        if not is_run(path):
+            return
+    if is_run(path):
+        yield path
+        return
+    for inner in sorted(path.iterdir()):
+        leads_elsewhere = inner.is_symlink() and not is_run(inner)  # perhaps to where we come from
+        if inner.is_dir() and not inner.name.startswith(".") and not leads_elsewhere:
+            yield from _runs_at(inner)
+
+
+def read_result(path: Path) -> Result:
+    """A finished run. Raises InputError, whose text says why, for one that is not finished or cannot be read."""
+    status = read_json(path / "status.json") if (path / "status.json").exists() else {"state": "done"}
+    if status.get("state") != "done" or not (path / "summary.json").exists():
+        where = f" in cycle {status['cycle']}, epoch {status['epoch']}" if "epoch" in status else ""
+        raise InputError(f"not finished ({status.get('state')}{where})")
+    try:
+        return _result(path, read_json(path / "summary.json"), read_metrics(path / "metrics.jsonl"))
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(f"its files are not what repan writes ({type(error).__name__}: {error})") from None
+
+
+def _result(path: Path, summary: Mapping[str, Any], records: list[dict[str, Any]]) -> Result:
+    phases = [row for row in (summary["baseline"], *summary["cycles"]) if row]
+    start = summary["baseline"] if records and records[0]["cycle"] else None
+    course = [{"cycle": int(record["cycle"]), "val_top1": _number(record["val_top1"])} for record in records]
+    validation = [record["val_top1"] for record in course] + ([_number(start["top1"])] if start else [])
+    settings = read_settings(path / "config.yaml", summary["command"])
+    images = summary.get("images", {}).get("train")
+    return Result(
+        path=path,
+        command=str(summary["command"]),
+        settings=settings,
+        seed=int(settings["run.seed"]),
+        dataset=str(summary["dataset"]),
+        classes=int(summary["classes"]) if "classes" in summary else None,
+        images=None if images is None else int(images),
+        test_top1=_number(float(summary["test"]["top1"])),
+        last_test_top1=_number(float(phases[-1]["test_top1"])),
+        val_top1=max((value for value in validation if value is not None), default=None),
+        seconds=_number(float(summary["seconds"])),
+        device=_device(path / "env.json"),
+        records=course,
+    )
+
+
+def _device(path: Path) -> str | None:
+    """What a run began on: a GPU's name, or cpu."""
+    machine = read_json(path) if path.exists() else {}
+    name = machine.get("gpu") or machine.get("device")
+    return str(name) if name else None
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None. Raises ValueError or TypeError for anything else."""
+    if value is None:
+        return None
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no figure")
+    return float(value)
+
+
+def read_settings(path: Path, command: str) -> dict[str, Any]:
+    """Every setting of a run of `command` by its dotted key, typed where this repan knows it; what the file leaves out
+    has its default.
+    """
+    cycles = command == "cycle"
+    settings = {key: entry.default for key, entry in config.SCHEMA.items() if cycles or not key.startswith("cycle.")}
+    for key, text in config.parse_yaml(path.read_text(encoding="utf-8"), str(path)).items():
+        entry = config.SCHEMA.get(key) or config.OVERLAY.get(key)
+        try:
+            settings[key] = entry.parse(text) if entry else _frozen(text)
+        except ValueError:  # a choice that another version knows
+            settings[key] = _frozen(text)
+    return settings
+
+
+def _frozen(text: Any) -> Any:
+    return tuple(map(_frozen, text)) if isinstance(text, list) else text
+
+
+def read_all(paths: Sequence[Path]) -> tuple[list[Result], list[tuple[str, str]]]:
+    """Those runs that are finished, and each that is not with the reason."""
+    results, left_out = [], []
+    for path in paths:
+        try:
+            results.append(read_result(path))
+        except InputError as error:
+            left_out.append((str(path), str(error)))
+    return results, left_out

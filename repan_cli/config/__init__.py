@@ -1,0 +1,63 @@
+"""Settings: declared once, read from YAML and KEY=VALUE as text, typed by the schema, checked all at once.
+
+A `Config` is a tree of frozen dataclasses, one a section. Everything else about a setting (its text, type, bounds,
+default) follows from its one declaration. Layers of settings are flat, `{"optim.lr": "0.1"}`, and the later layer
+wins: defaults < `base:` file < `-c` file < command line.
+"""
+
+from repan_cli.config.files import dump, find_preset, parse_assignments, parse_yaml, presets, read_file
+from repan_cli.config.resolve import Resolved, build, resolve, typed
+from repan_cli.config.schema import Layer, as_text
+from repan_cli.config.settings import (
+    OVERLAY,
+    POLICIES,
+    PREVIOUS,
+    RECIPES,
+    SCHEMA,
+    BlockConfig,
+    Config,
+    CycleConfig,
+    DataConfig,
+    EmaConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TeacherConfig,
+    baseline_phase,
+    flatten,
+    from_flat,
+    replace,
+)
+
+__all__ = [
+    "OVERLAY",
+    "POLICIES",
+    "PREVIOUS",
+    "RECIPES",
+    "SCHEMA",
+    "BlockConfig",
+    "Config",
+    "CycleConfig",
+    "DataConfig",
+    "EmaConfig",
+    "Layer",
+    "ModelConfig",
+    "OptimConfig",
+    "Resolved",
+    "RunConfig",
+    "TeacherConfig",
+    "as_text",
+    "baseline_phase",
+    "build",
+    "dump",
+    "find_preset",
+    "flatten",
+    "from_flat",
+    "parse_assignments",
+    "parse_yaml",
+    "presets",
+    "read_file",
+    "replace",
+    "resolve",
+    "typed",
+]

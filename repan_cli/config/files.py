@@ -1,0 +1,146 @@
+"""Read settings from YAML and from KEY=VALUE words, find presets, and write a configuration as YAML."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repan_cli.config.settings import SCHEMA, Config, flatten
+from repan_cli.errors import InputError
+from repan_cli.registry import did_you_mean
+from repan_cli.system.text import on_one_line
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class _TextLoader(yaml.BaseLoader):
+    """YAML whose scalars all stay text, whose duplicate keys are errors, and whose aliases stand for one value.
+
+    An alias of lists of aliases of lists is how a file of a few lines fills the memory.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        alias = self.peek_event().start_mark if self.check_event(yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        if alias and not isinstance(node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="an alias can stand for one value only", problem_mark=alias)
+        return node
+
+
+def _mapping(loader: _TextLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise yaml.MarkedYAMLError(problem="expected 'key: value' lines", problem_mark=node.start_mark)
+    seen: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=key_node.start_mark)
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_TextLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """The flat layer of settings in a YAML text. `source` names it in errors."""
+    try:
+        tree = yaml.load(text, Loader=_TextLoader)
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # the last two: "\\U00110000"
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise InputError(on_one_line(f"{source}{where}: {getattr(error, 'problem', None) or 'not YAML'}")) from None
+    if tree is None or tree == "":
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(f"{source}: expected 'key: value' lines, found {type(tree).__name__}")
+    return dict(_flatten(tree, ""))
+
+
+def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def preset_folders() -> list[Path]:
+    """Where presets lie: beside the package in a checkout, inside it once installed."""
+    package = Path(__file__).resolve().parents[1]
+    return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+
+
+def presets() -> dict[str, Path]:
+    """The shipped presets by name, such as recipes/cifar."""
+    found = {}
+    for folder in preset_folders():
+        for path in sorted(folder.rglob("*.yaml")):
+            found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+    return found
+
+
+def find_preset(name: str, *, near: Path | None = None) -> Path:
+    """The file that `name` means: a path, a path beside the file `near`, or the name of a shipped preset."""
+    for path in (Path(name), *([near.parent / name] if near else [])):
+        with contextlib.suppress(OSError):  # a name that is too long for one
+            if path.is_file():
+                return path
+    shipped = presets()
+    if name.removesuffix(".yaml") in shipped:
+        return shipped[name.removesuffix(".yaml")]
+    hint = did_you_mean(name, shipped) or "; 'repan list presets' shows those that ship with repan"
+    raise InputError(f"no configuration file or preset '{name}'{hint}")
+
+
+def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The layer of settings in a file, laid over that of its `base:` file."""
+    if path.resolve() in seen:
+        raise InputError(f"{path}: 'base' leads back to itself")
+    try:
+        layer = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    base = layer.pop("base", None)
+    if not base:
+        return layer
+    if not isinstance(base, str):
+        raise InputError(f"{path}: base: expected the name of one file")
+    try:
+        found = find_preset(base, near=path)
+    except InputError as error:
+        raise InputError(on_one_line(f"{path}: base: {error}")) from None
+    return {**read_file(found, seen=(*seen, path.resolve())), **layer}
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """The layer of `KEY=VALUE` words from the command line."""
+    layer: dict[str, Any] = {}
+    for word in assignments:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            spaced = key in SCHEMA or word.startswith("=")
+            how = "without a space beside the '='" if spaced else "such as optim.lr=0.1"
+            raise InputError(f"'{word}' is not KEY=VALUE, {how}")
+        if key in layer:
+            raise InputError(f"{key} is given twice on the command line")
+        layer[key] = value
+    return layer
+
+
+def dump(config: Config, *, cycles: bool = True) -> str:
+    """The configuration as YAML that `-c` reads back to the same values."""
+    tree: dict[str, Any] = {}
+    for key, value in flatten(config, cycles=cycles).items():
+        *path, leaf = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=False, allow_unicode=True)

@@ -1,0 +1,139 @@
+"""From layers of settings, or from the command line, to a checked configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from repan_cli.config.files import find_preset, presets, read_file
+from repan_cli.config.schema import Layer
+from repan_cli.config.settings import OVERLAY, PREVIOUS, RECIPES, SCHEMA, Config, baseline_phase, from_flat
+from repan_cli.errors import InputError
+from repan_cli.registry import did_you_mean
+from repan_cli.system.text import on_one_line
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def build(*layers: Layer) -> Config:
+    """The configuration that `layers` describe, the later one winning.
+
+    Raises `InputError` with one line for each thing wrong: unknown keys, values of the wrong type or out of bounds,
+    settings that contradict each other.
+    """
+    config = from_flat(typed(*layers))
+    if problems := [*_section_problems(config)]:
+        raise InputError("\n".join(problems))
+    return config
+
+
+def typed(*layers: Layer) -> dict[str, Any]:
+    """The values that `layers` give as text, by dotted key, the later one winning.
+
+    Raises InputError with one line for each unknown key and each value of the wrong type or out of bounds.
+    """
+    problems, values = [], {}
+    for key, text in {key: text for layer in layers for key, text in layer.items()}.items():
+        entry = SCHEMA.get(key) or OVERLAY.get(key)
+        if entry is None:
+            problems.append(_unknown_key(key))
+            continue
+        try:
+            values[key] = entry.parse(text)
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    if problems:
+        raise InputError("\n".join(map(on_one_line, problems)))
+    return values
+
+
+def _unknown_key(key: str) -> str:
+    sections = {known.partition(".")[0] for known in SCHEMA if "." in known} | {"baseline"}
+    if key in sections:
+        return f"{key} is a section: give {key}.SETTING=VALUE, see 'repan list settings \"{key}.*\"'"
+    same = [known for known in SCHEMA if known.rpartition(".")[2] == key]
+    hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, [*SCHEMA, *OVERLAY])
+    return f"unknown setting '{key}'{hint or '; see repan list settings'}"
+
+
+def _section_problems(config: Config) -> Iterator[str]:
+    yield from config.model.problems()
+    yield from config.data.problems()
+    yield from config.optim.problems()
+    yield from config.cycle.problems()
+    yield from config.teacher.problems()
+    yield from config.problems()
+    yield from (f"baseline: {problem}" for problem in baseline_phase(config).optim.problems())
+
+
+def baseline_layer(layer: Layer) -> dict[str, Any]:
+    """A file's layer as `train` reads it: its baseline keys laid over the main ones, the cycles left out."""
+    main = {key: text for key, text in layer.items() if not key.startswith(("baseline.", "cycle."))}
+    laid_over = {key.removeprefix("baseline."): text for key, text in layer.items() if key in OVERLAY}
+    return {**main, **laid_over}
+
+
+# ---------------------------------------------------------------------------------------------- from the command line
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, a line that says where it came from, and what of it the command line gave."""
+
+    config: Config
+    source: str
+    given: Layer = field(default_factory=dict)
+
+
+def resolve(command: str, file: str | None, given: Layer) -> Resolved:
+    """The configuration of `repan COMMAND -c FILE`, with the settings `given` on the command line on top.
+
+    Without a file the recipe of the data set is read, where there is one. `train` reads the baseline of a file of
+    cycles.
+    """
+    if file is None:
+        file = RECIPES.get(str(given.get("data.name")))
+    path = find_preset(file) if file else None
+    layer = read_file(path) if path else {}
+    if command == "train":
+        refuse(given, ("teacher.",), "has no effect in 'repan train': give it to 'repan distill'")
+        layer = {key: text for key, text in layer.items() if not key.startswith(("teacher.", "baseline.teacher."))}
+    if command != "cycle":
+        refuse(given, ("cycle.", "baseline."), f"has no effect in 'repan {command}': it belongs to 'repan cycle'")
+        layer = baseline_layer(layer)
+    config = build(layer, given)
+    if config.data.name is None:
+        raise InputError("no data set: give --dataset NAME, see 'repan list datasets'")
+    if config.model.name is None and config.model.init is None:
+        raise InputError("no network: give --model NAME, see 'repan list models'")
+    if command == "cycle" and config.cycle.lr == "continuous" and config.model.init is None:
+        _refuse_two_rates(config, given)
+    if command == "distill" and config.teacher.name in (None, PREVIOUS):
+        raise InputError("no teacher: give --teacher FILE or timm:NAME ('previous' is for 'repan cycle')")
+    return Resolved(config, f"{_shown(path)}, {len(given)} from the command line", given)
+
+
+def _refuse_two_rates(config: Config, given: Layer) -> None:
+    """One course runs from the baseline's rate: another one for the cycles would be silently without effect."""
+    rate = baseline_phase(config).optim.lr
+    if "optim.lr" in given and config.optim.lr != rate:
+        raise InputError(
+            f"optim.lr={config.optim.lr:g} has no effect with cycle.lr=continuous, one course from the baseline's "
+            f"{rate:g}: set cycle.lr=restart, or the baseline's alone"
+        )
+
+
+def _shown(path: Path | None) -> str:
+    """How people would type it: the name of a preset, or a path."""
+    if path is None:
+        return "defaults"
+    return next((name for name, preset in presets().items() if preset == path), str(path))
+
+
+def refuse(given: Layer, sections: tuple[str, ...], why: str) -> None:
+    """Raises InputError when the command line gave a setting of these sections."""
+    for key in given:
+        if key.startswith(sections):
+            raise InputError(f"{key} {why}")

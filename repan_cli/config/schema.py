@@ -1,0 +1,135 @@
+"""How a setting is declared, and how the text that people type becomes its value."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from repan_cli.registry import did_you_mean
+
+SWITCHES = {"true": "on", "yes": "on", "false": "off", "no": "off"}
+"""What people say for the choices on and off."""
+
+Layer = Mapping[str, Any]
+
+
+def setting(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A dataclass field with its text, and its bounds: low <= value, above < value, value <= high."""
+    metadata = {"text": text, "choices": choices, "low": low, "above": above, "high": high}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One declared setting: its dotted key, type, default, text and bounds."""
+
+    key: str
+    type: Any
+    default: Any
+    text: str
+    choices: tuple[str, ...]
+    low: float | None
+    above: float | None
+    high: float | None
+
+    def parse(self, text: Any) -> Any:
+        """The value that `text` (a string, or a list of them) means. Raises ValueError with what is wrong."""
+        kind, optional = _optional(self.type)
+        if optional and text in ("null", "~", "", "None", None):
+            return None
+        if typing.get_origin(kind) is tuple:
+            return tuple(self._parse_one(typing.get_args(kind)[0], part) for part in _parts(text))
+        return self._parse_one(kind, text)
+
+    def describe(self) -> dict[str, Any]:
+        """What programs may want to know of it."""
+        kind, optional = _optional(self.type)
+        many = typing.get_args(kind)
+        name = f"list of {many[0].__name__}" if many else kind.__name__
+        facts = {"text": self.text, "type": f"{name} or null" if optional else name, "default": self.default}
+        bounds = {"choices": list(self.choices), "low": self.low, "above": self.above, "high": self.high}
+        return {**facts, **{name: bound for name, bound in bounds.items() if bound not in (None, [])}}
+
+    def _parse_one(self, kind: type, text: Any) -> Any:
+        if not isinstance(text, str):
+            raise ValueError(f"expected one value, not {text!r}")
+        value = _PARSERS[kind](text.strip())
+        if "on" in self.choices:
+            value = SWITCHES.get(value, value)
+        self._check_bounds(value)
+        return value
+
+    def _check_bounds(self, value: Any) -> None:
+        if self.choices and value not in self.choices:
+            hint = did_you_mean(value, self.choices) or f"; choose {' or '.join(self.choices)}"
+            raise ValueError(f"'{value}' is not a choice{hint}")
+        for bound, broken, words in (
+            (self.low, lambda: value < self.low, "at least"),
+            (self.above, lambda: value <= self.above, "above"),
+            (self.high, lambda: value > self.high, "at most"),
+        ):
+            if bound is not None and broken():
+                raise ValueError(f"{value:g} must be {words} {bound:g}")
+
+
+def _optional(kind: Any) -> tuple[Any, bool]:
+    if isinstance(kind, types.UnionType):
+        (inner,) = (part for part in typing.get_args(kind) if part is not type(None))
+        return inner, True
+    return kind, False
+
+
+def _parts(text: Any) -> list[Any]:
+    """The elements of a list: YAML's own, or `[a,b]` or `a,b` as text."""
+    if isinstance(text, str):
+        text = [part for part in text.strip().removeprefix("[").removesuffix("]").split(",") if part.strip()]
+    return text or []
+
+
+def _parse_bool(text: str) -> bool:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in words:
+        raise ValueError(f"'{text}' is neither true nor false")
+    return words[text.lower()]
+
+
+def _parse_int(text: str) -> int:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():  # also nan and inf
+        raise ValueError(f"'{text}' is not a whole number")
+    return int(text) if text.lstrip("+-").isdigit() else int(number)
+
+
+def _parse_float(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"'{text}' is not a finite number")
+    return number
+
+
+_PARSERS = {bool: _parse_bool, int: _parse_int, float: _parse_float, str: str}
+
+
+def as_text(value: Any) -> str:
+    """A value as people type it."""
+    if isinstance(value, (tuple, list)):
+        return f"[{','.join(map(as_text, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"

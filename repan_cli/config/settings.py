@@ -1,0 +1,341 @@
+"""Every setting with its text, default and bounds: a tree of frozen dataclasses, one a section."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from repan_cli.config.schema import Setting, setting
+
+RECIPES = {
+    "digits": "recipes/digits",
+    "folder": "recipes/folder",
+    "imagenet": "recipes/imagenet",
+    **dict.fromkeys(("cifar10", "cifar100", "svhn", "mnist", "fashionmnist", "synthetic"), "recipes/cifar"),
+    **dict.fromkeys(("imagenet16", "imagenet16_120", "imagenet16_150", "imagenet16_200"), "recipes/cifar"),
+}
+"""The recipe a data set is trained with when no `-c FILE` is given."""
+
+POLICIES = ("autoaugment", "randaugment", "trivialaugment")
+"""Augmentation policies that work on one picture at a time."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str | None = setting(
+        None, "Network: repvgg, repvgg_a1_cifar, timm:NAME, torchvision:NAME, or your own as file.py:function."
+    )
+    pretrained: bool = setting(False, "Start from the weights that timm or torchvision offers for the network.")
+    init: str | None = setting(
+        None, "File of weights to start from, repan's or others'; cycle then skips the baseline if its classes fit."
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.pretrained and self.init:
+            yield "model.pretrained and model.init both say which weights to start from: give one"
+        name = self.name or ""
+        if name.endswith((".pt", ".pth", ".safetensors")):
+            yield f"model.name={name} is a file of weights: give it as --init, and --model where it is not repan's"
+        if name.endswith(".py"):
+            yield f"model.name={name} needs the function in it that builds the network: {name}:FUNCTION"
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    name: str | None = setting(
+        None, "Block family, see 'repan list blocks'; null: the network's own blocks where it has them, else repvgg."
+    )
+    kernel: tuple[int, ...] = setting(
+        (), "Kernel sizes of the convolutions that become blocks, such as [3,5]; [] is all above 1.", low=1
+    )
+    include: tuple[str, ...] = setting((), "Only convolutions whose names match one of these globs; [] is all.")
+    exclude: tuple[str, ...] = setting((), "No convolutions whose names match one of these globs.")
+    limit: int | None = setting(None, "At most this many blocks, those with the most weights first.", low=1)
+    branches: int | None = setting(None, "Number of k x k side branches (mobileone; null is 3).", low=1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str | None = setting(None, "Data set, see 'repan list datasets'.")
+    root: str = setting("data", "Folder of the data sets; ROOT/NAME is read (for 'folder': ROOT itself).")
+    image_size: int | None = setting(None, "Side of the images in pixels; null takes the data set's own.", low=4)
+    batch_size: int = setting(128, "Images a training step.", low=2)
+    val_fraction: float = setting(
+        0.1, "Part of the training set held out to choose by; 0 trains on everything.", low=0, high=0.9
+    )
+    split_seed: int = setting(0, "Seed of that part, independent of run.seed.", low=0)
+    channels: int | None = setting(None, "1 reads images in grey, 3 in colour; null takes the data set's own.", low=1)
+    classes: int | None = setting(
+        None,
+        "Number of classes: only the first so many by name; null is all. Of 'synthetic' as many are made; null is 10.",
+        low=2,
+    )
+    per_class: int | None = setting(
+        None, "Training images of each class, at most: the first so many, of which val_fraction is held out.", low=1
+    )
+    augment: str = setting(
+        "standard",
+        "standard: random crop, and flip where that makes sense; a policy on top of it: autoaugment, randaugment, "
+        "trivialaugment; none.",
+        choices=("standard", *POLICIES, "none"),
+    )
+    crop: str = setting(
+        "auto",
+        "pad: images in memory are padded and cropped; resized: a part of each is cropped and resized, read one by "
+        "one; auto: pad up to 64 pixels, else resized.",
+        choices=("auto", "pad", "resized"),
+    )
+    crop_padding: int | None = setting(
+        None, "Pixels around the image before the random crop; null is an eighth of its side.", low=0
+    )
+    crop_area: float = setting(0.08, "Least part of an image's area under crop=resized.", above=0, high=1)
+    cutout: int = setting(0, "Side in pixels of a square that is blanked in every training image; 0 is none.", low=0)
+    erase: float = setting(0.0, "Share of training images in which a random rectangle is blanked.", low=0, high=1)
+    mixup: float = setting(0.0, "Alpha of mixup; 0 is none. With cutmix, each batch draws one of both.", low=0)
+    cutmix: float = setting(0.0, "Alpha of CutMix; 0 is none.", low=0)
+    workers: int | None = setting(
+        None, "Processes that read images one by one; null is one a core beside a GPU, else one.", low=0
+    )
+    on_error: str = setting(
+        "stop", "Training images that cannot be read: stop, or skip them, counted.", choices=("stop", "skip")
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.channels == 2 or (self.channels or 0) > 3:
+            yield f"data.channels={self.channels} is neither 1 nor 3"
+        if self.name and self.name not in RECIPES and Path(self.name).is_dir():
+            yield f"data.name={self.name} is a folder: give --dataset folder --data-root {self.name}"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: str = setting("sgd", "Optimizer: sgd, or one of timm's, see 'repan list optimizers'.")
+    lr: float = setting(0.1, "Peak learning rate.", above=0)
+    min_lr: float = setting(0.0, "Learning rate that the schedule ends at.", low=0)
+    momentum: float = setting(0.9, "Momentum, of optimizers that have it.", low=0, high=0.9999)
+    nesterov: bool = setting(True, "Nesterov momentum (no effect without momentum).")
+    weight_decay: float = setting(5e-4, "Weight decay.", low=0)
+    decay: str = setting(
+        "weights", "What decays: weights spares BN, biases and the classifier; all.", choices=("weights", "all")
+    )
+    clip: float | None = setting(10.0, "Bound on the gradient's norm; null is none.", above=0)
+    clip_params: str = setting(
+        "all", "Whose gradient is clipped: all parameters, or the convs' weights.", choices=("all", "convs")
+    )
+    schedule: str = setting("cosine", "Course of the learning rate, see 'repan list schedules'.")
+    warmup_epochs: float = setting(0.0, "Epochs of linear warm-up at the start of each course.", low=0)
+    loss: str = setting(
+        "ce", "ce: cross-entropy over classes; bce: a binary one for each class, summed.", choices=("ce", "bce")
+    )
+    label_smoothing: float = setting(0.0, "Label smoothing.", low=0, high=0.99)
+    accumulate: int = setting(
+        1, "Batches an update takes: the effective batch is so many times data.batch_size.", low=1
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.min_lr > self.lr:
+            yield f"optim.min_lr={self.min_lr:g} is above optim.lr={self.lr:g}"
+
+
+@dataclass(frozen=True)
+class CycleConfig:
+    count: int = setting(4, "Number of annealing cycles after the baseline.", low=1)
+    restart: str = setting(
+        "repan", "At the start of a cycle: repan merges and regrows; none is the control.", choices=("repan", "none")
+    )
+    lr: str = setting(
+        "continuous",
+        "continuous: one course over baseline and cycles, from the baseline's rate; restart: a new one in every cycle.",
+        choices=("continuous", "restart"),
+    )
+    lr_decay: float = setting(1.0, "Factor on the learning rate from one cycle to the next.", above=0)
+    rule: str = setting(
+        "calibrate",
+        "How merged weights return to the trunk: calibrate keeps train mode too; running (as released), reset do not.",
+        choices=("calibrate", "running", "reset"),
+    )
+    calibration_images: int = setting(1000, "Augmented training images that calibrate measures on.", low=2)
+    attach: str = setting(
+        "zero-gamma",
+        "How fresh branches come in: zero-gamma: rate 1, last gamma 0; compensated: at full strength, which the trunk "
+        "makes up for; ramp of the attach rate; one: all at once.",
+        choices=("zero-gamma", "compensated", "ramp", "one"),
+    )
+    attach_epochs: float = setting(5.0, "Epochs of the ramp, and of freeze_trunk.", low=0)
+    freeze_trunk: bool = setting(False, "Keep the trunk's parameters fixed during attach_epochs.")
+    branch_init: str = setting(
+        "kaiming", "Weights of fresh branches: kaiming, or small (std 0.01).", choices=("kaiming", "small")
+    )
+    trunk_scale: str = setting(
+        "merged",
+        "Scale of the trunk's weights under calibrate: merged kernel as it is, or keep each channel's old norm.",
+        choices=("merged", "keep"),
+    )
+    start_from: str = setting(
+        "last",
+        "Weights the next cycle starts from: last; best on the validation part; best-test, as released: the test set "
+        "chooses, so that its figures mean less.",
+        choices=("last", "best", "best-test"),
+    )
+    reseed: str = setting(
+        "fresh", "Data order of a cycle: fresh, or the same as in the first cycle.", choices=("fresh", "same")
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.trunk_scale == "keep" and self.rule != "calibrate":
+            yield f"cycle.trunk_scale=keep belongs to cycle.rule=calibrate, not {self.rule}"
+        if self.lr == "continuous" and self.lr_decay != 1:
+            yield "cycle.lr_decay belongs to cycle.lr=restart; with continuous set it to 1"
+
+
+PREVIOUS = "previous"
+"""The teacher that is the merged network of the cycle before."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    name: str | None = setting(
+        None,
+        "Teacher: a file of weights, timm:NAME or torchvision:NAME (pretrained), or previous (in cycle: the merged "
+        "network of the cycle before).",
+    )
+    model: str | None = setting(None, "Network of a teacher's file that is not repan's.")
+    alpha: float = setting(0.5, "Share of the distillation loss; the rest is the cross-entropy.", low=0, high=1)
+    temperature: float = setting(4.0, "Temperature of the distillation loss.", above=0)
+    image_size: int | None = setting(None, "Side of the images that the teacher sees; null is its own.", low=4)
+    cache: str = setting(
+        "auto",
+        "Keep the teacher's logits of every view that was seen: auto, where views can be told apart; views; none.",
+        choices=("auto", "views", "none"),
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.model is not None and self.name is None:
+            yield "teacher.model needs teacher.name, the file of its weights"
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    enabled: bool = setting(False, "Score and save an exponential average of the weights; a restart begins it anew.")
+    decay: float = setting(0.9998, "Its decay an update; lower at first.", low=0, high=0.999999)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    seed: int = setting(0, "Seed of weights, data order and augmentation.", low=0)
+    device: str = setting("auto", "auto (a GPU where there is one), cpu, cuda, cuda:N or mps.")
+    precision: str = setting(
+        "auto",
+        "auto: bf16 where the device computes in it, else fp32; bf16; fp16, with a loss scaler; fp32.",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
+    channels_last: bool = setting(True, "Channels-last memory format.")
+    sync_bn: bool = setting(False, "Share BN statistics among the GPUs of a job in every step, for small batches.")
+    compile: str = setting(
+        "auto",
+        "torch.compile of the training pass, which needs a C++ compiler and about a minute: on; off; auto is off, as "
+        "short runs lose more than they win.",
+        choices=("auto", "on", "off"),
+    )
+    graph: str = setting(
+        "auto",
+        "A training step as one CUDA graph: auto, on a GPU where that can be; on; off.",
+        choices=("auto", "on", "off"),
+    )
+    out: str | None = setting(None, "Run directory; by default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.")
+    log_every: int = setting(20, "Training steps between two looks at the loss (a host-device sync each).", low=1)
+    save_every: int | None = setting(
+        None, "Training steps between two saves inside an epoch; null saves at its end, and when asked to stop.", low=1
+    )
+    trackers: tuple[str, ...] = setting(
+        (), "Where figures go beside metrics.jsonl and metrics.csv: [tensorboard,wandb], see 'repan list trackers'."
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    block: BlockConfig = field(default_factory=BlockConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    epochs: int = setting(30, "Length of the run, or of one cycle.", low=1)
+    baseline: Mapping[str, Any] = field(default_factory=dict)
+    """`epochs`, `optim.*` and `teacher.*` keys that the baseline phase of `cycle` lays over the main ones."""
+    cycle: CycleConfig = field(default_factory=CycleConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def problems(self) -> Iterator[str]:
+        if self.data.val_fraction == 0 and self.cycle.start_from == "best":
+            yield "cycle.start_from=best needs a validation part; set data.val_fraction above 0 or start_from=last"
+
+
+def _declared() -> Iterator[Setting]:
+    hints = typing.get_type_hints(Config)
+    for entry in dataclasses.fields(Config):
+        if entry.name == "baseline":
+            continue
+        if not dataclasses.is_dataclass(hints[entry.name]):
+            yield Setting(entry.name, hints[entry.name], entry.default, **entry.metadata)
+            continue
+        inner = typing.get_type_hints(hints[entry.name])
+        for leaf in dataclasses.fields(hints[entry.name]):
+            yield Setting(f"{entry.name}.{leaf.name}", inner[leaf.name], leaf.default, **leaf.metadata)
+
+
+SCHEMA: dict[str, Setting] = {entry.key: entry for entry in _declared()}
+"""Every setting by its dotted key."""
+
+OVERLAY: dict[str, Setting] = {
+    f"baseline.{key}": entry
+    for key, entry in SCHEMA.items()
+    if key == "epochs" or key.startswith(("optim.", "teacher."))
+}
+"""The keys of the baseline phase, typed as the settings they are laid over."""
+
+
+def from_flat(values: Mapping[str, Any]) -> Config:
+    """The configuration of typed values by dotted key, such as `flatten` gives."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    baseline = {key.removeprefix("baseline."): value for key, value in values.items() if key in OVERLAY}
+    return replace(dataclasses.replace(Config(), baseline=baseline), {k: v for k, v in values.items() if k in SCHEMA})
+
+
+def replace(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with some typed values changed, by dotted key."""
+    sections: dict[str, dict[str, Any]] = {}
+    top = {}
+    for key, value in values.items():
+        section, dot, name = key.partition(".")
+        if dot:
+            sections.setdefault(section, {})[name] = value
+        else:
+            top[key] = value
+    changed = {name: dataclasses.replace(getattr(config, name), **inner) for name, inner in sections.items()}
+    return dataclasses.replace(config, **changed, **top)
+
+
+def baseline_phase(config: Config) -> Config:
+    """The configuration that the baseline of `cycle` trains with: without a teacher, unless it names its own."""
+    laid_over = {"teacher.name": None, **config.baseline}
+    return dataclasses.replace(replace(config, laid_over), baseline={})
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def flatten(config: Config, *, cycles: bool = True) -> dict[str, Any]:
+    """Typed values by dotted key; without `cycles`, what `train` uses."""
+    flat = {}
+    for key in SCHEMA:
+        section, dot, name = key.partition(".")
+        value = getattr(getattr(config, section), name) if dot else getattr(config, section)
+        flat[key] = list(value) if isinstance(value, tuple) else value
+    if not cycles:
+        return {key: value for key, value in flat.items() if not key.startswith("cycle.")}
+    return {**flat, **{f"baseline.{key}": value for key, value in config.baseline.items()}}

@@ -1,0 +1,353 @@
+"""The data sets that are known by name: their files, as their makers publish them, and their statistics.
+
+Image folders `ROOT/NAME/{train,test}/<class>/*` are accepted in place of the files of every set that has any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from repan_cli.data.folders import load_folders
+from repan_cli.data.image_files import UnreadableImageError, as_mode
+from repan_cli.data.subset import stratified
+from repan_cli.data.types import (
+    DATASETS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PREFIXES,
+    ArrayImages,
+    DatasetSpec,
+    LazyImages,
+    RawDataset,
+    ReadOptions,
+)
+from repan_cli.errors import InputError
+from repan_cli.system.notices import warn
+
+DIGITS = tuple(str(digit) for digit in range(10))
+
+# ---------------------------------------------------------------------------------------------- digits
+
+
+def _load_digits(root: Path, reading: ReadOptions) -> RawDataset:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise InputError("the digits data set comes with scikit-learn: pip install 'repan-cli[demo]'") from None
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int64)
+    test = stratified(labels, 0.2, seed=0)
+    parts = {"train": ArrayImages(images[~test], labels[~test]), "test": ArrayImages(images[test], labels[test])}
+    return RawDataset(tuple(str(name) for name in bunch.target_names), parts)
+
+
+# ---------------------------------------------------------------------------------------------- torchvision's
+
+
+def _from_torchvision(
+    class_name: str, folder: str, read: Callable[[Any], RawDataset], *, parts: dict[str, dict[str, Any]]
+) -> Callable[[Path, ReadOptions], RawDataset]:
+    """A loader that reads, and downloads where it can, one of torchvision's data sets.
+
+    `read` turns one of its parts into images; `parts` holds the arguments that mean train and test.
+    """
+
+    def load(root: Path, reading: ReadOptions) -> RawDataset:
+        if (root / folder / "train").is_dir():
+            return load_folders(root / folder, reading)
+        from torchvision import datasets
+
+        new_folders = [path for path in (root / folder, root) if not path.exists()]
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for data
+                make = getattr(datasets, class_name)
+                found = {name: make(root / folder, download=True, **which) for name, which in parts.items()}
+        except ImportError as error:
+            raise InputError(f"{folder} needs the package {error.name}: pip install {error.name}") from None
+        except (OSError, RuntimeError) as error:
+            for path in new_folders:
+                with contextlib.suppress(OSError):  # only what is empty goes
+                    path.rmdir()
+            where = f"put its files or {{train,test}}/<class>/*.png into {root / folder}, or give --data-root"
+            raise InputError(f"{folder} is not under {root} and cannot be downloaded ({error}); {where}") from None
+        classes, _ = read(found["train"])
+        return RawDataset(classes, {name: read(part).parts["all"] for name, part in found.items()})
+
+    return load
+
+
+def _read_cifar(part: Any) -> RawDataset:
+    return RawDataset(tuple(part.classes), {"all": ArrayImages(part.data, np.array(part.targets, dtype=np.int64))})
+
+
+def _read_mnist(part: Any) -> RawDataset:
+    return RawDataset(
+        tuple(part.classes), {"all": ArrayImages(part.data.numpy()[..., None], part.targets.numpy().astype(np.int64))}
+    )
+
+
+def _read_svhn(part: Any) -> RawDataset:
+    return RawDataset(DIGITS, {"all": ArrayImages(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1)), part.labels)})
+
+
+TRAIN_OR_NOT = {"train": {"train": True}, "test": {"train": False}}
+SPLITS = {"train": {"split": "train"}, "test": {"split": "test"}}
+
+
+# ---------------------------------------------------------------------------------------------- ImageNet at 16 pixels
+
+PIXELS = 16
+ARRAY_PARTS = ("_reconstruct", "ndarray", "dtype", "scalar")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads what the batches hold, numpy arrays in plain containers, and runs nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.split(".")[0] == "numpy" and name in ARRAY_PARTS) or (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no array")
+
+
+def _load_imagenet16(classes: int) -> Callable[[Path, ReadOptions], RawDataset]:
+    """The first `classes` classes of downsampled ImageNet (Chrabaszcz et al. 2017), batches of pickled arrays."""
+
+    def load(root: Path, reading: ReadOptions) -> RawDataset:
+        folder = root / "imagenet16"
+        if (folder / "train").is_dir():
+            return load_folders(folder, reading)
+        train = [_read_batch(folder / f"train_data_batch_{number}", classes) for number in range(1, 11)]
+        joined = ArrayImages(*(np.concatenate(arrays) for arrays in zip(*train, strict=True)))
+        names = tuple(f"{number:04d}" for number in range(1, classes + 1))
+        return RawDataset(names, {"train": joined, "test": _read_batch(folder / "val_data", classes)})
+
+    return load
+
+
+def _read_batch(path: Path, classes: int) -> ArrayImages:
+    try:
+        with path.open("rb") as file:
+            batch = _ArraysOnly(file, encoding="latin1").load()
+        images, labels = np.asarray(batch["data"]), np.asarray(batch["labels"], dtype=np.int64)
+        images = images.reshape(-1, 3, PIXELS, PIXELS).transpose(0, 2, 3, 1).astype(np.uint8, casting="same_kind")
+    except OSError as error:
+        what = f"cannot read {path}: {error.strerror or error}"
+        raise InputError(
+            f"{what}; imagenet16 is not downloaded: put its train_data_batch_1..10 and val_data there"
+        ) from None
+    except Exception as error:
+        raise InputError(f"{path} is damaged, or no batch of 16x16 images ({error})") from None
+    if len(images) != len(labels) or labels.min() < 1 or labels.max() > 1000:
+        raise InputError(f"{path} holds {len(images)} images and {len(labels)} labels, which must be 1 to 1000")
+    kept = labels <= classes
+    return ArrayImages(np.ascontiguousarray(images[kept]), labels[kept] - 1)
+
+
+# ---------------------------------------------------------------------------------------------- ImageNet
+
+IMAGENET_CLASSES = 1000
+
+
+def _load_imagenet(root: Path, reading: ReadOptions) -> RawDataset:
+    """`ROOT/imagenet/{train,val}/<class>/*`, all of its thousand classes."""
+    raw = load_folders(root / "imagenet", reading)
+    if len(raw.classes) != IMAGENET_CLASSES:
+        raise InputError(
+            f"{root / 'imagenet'} holds {len(raw.classes)} of ImageNet's {IMAGENET_CLASSES} classes: half-downloaded? "
+            f"A part of it is trained on with --dataset folder --data-root {root / 'imagenet'}"
+        )
+    return raw
+
+
+# ---------------------------------------------------------------------------------------------- noise, for speed tests
+
+NOISE_BYTES, MOST_NOISE = 2**28, 10_000
+
+
+def _load_noise(root: Path, reading: ReadOptions) -> RawDataset:
+    """Random pixels and labels: what is learned from them means nothing."""
+    warn("synthetic data are noise, for speed tests: no accuracy on them means anything")
+    size, draw = reading.image_size or 32, np.random.default_rng(0)
+    parts = {}
+    for part, most in (("train", MOST_NOISE), ("test", MOST_NOISE // 10)):
+        count = max(2 * reading.classes, min(most, NOISE_BYTES // (size**2 * reading.channels)))
+        images = draw.integers(0, 256, (count, size, size, reading.channels), dtype=np.uint8)
+        parts[part] = ArrayImages(images, np.arange(count) % reading.classes)
+    return RawDataset(tuple(f"class {number}" for number in range(reading.classes)), parts)
+
+
+# ---------------------------------------------------------------------------------------------- timm's own names
+
+IN_ORDER = ("wds", "tfds", "hfids")
+"""timm's data sets that can only be read from the front: nothing can be held out of them, nor an epoch repeated."""
+
+
+class _TimmReader:
+    """Reads the pictures of one of timm's or torchvision's data sets, by number."""
+
+    def __init__(self, dataset: Any, channels: int) -> None:
+        self.dataset, self.channels = dataset, channels
+
+    def __call__(self, index: int) -> Image.Image:
+        try:
+            return as_mode(self.dataset[index][0], self.channels)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UnreadableImageError(f"cannot read {self.name(index)}: {error}") from None
+
+    def name(self, index: int) -> str:
+        return f"image {index} of {type(self.dataset).__name__}"
+
+
+def _load_timm(name: str) -> Callable[[Path, ReadOptions], RawDataset]:
+    def load(root: Path, reading: ReadOptions) -> RawDataset:
+        train = _timm_part(name, root, "train")
+        others = {part: _timm_part(name, root, split) for part, split in (("val", "validation"), ("test", "test"))}
+        if name.startswith("torch/"):
+            others.pop("test" if others["val"] else "val")  # torchvision's have two parts
+        found = {part: dataset for part, dataset in {"train": train, **others}.items() if dataset is not None}
+        if len(found) < 2 or train is None:
+            raise InputError(f"timm finds no training and validation part of {name} in {root}")
+        classes, _ = _classes_and_labels(name, train)
+        parts = {}
+        for part, dataset in found.items():
+            _, labels = _classes_and_labels(name, dataset)
+            parts[part] = LazyImages(_TimmReader(dataset, reading.channels), labels, np.arange(len(labels)))
+        return RawDataset(classes, parts)
+
+    return load
+
+
+def _timm_part(name: str, root: Path, split: str) -> Any:
+    """One part of a data set of timm's; None for a validation or test part that it does not have."""
+    from timm.data import create_dataset
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return create_dataset(name, root=str(root), split=split, download=name.startswith("torch/"))
+    except ImportError as error:
+        raise InputError(f"{name} needs the package {error.name}: pip install {error.name}") from None
+    except Exception as error:  # of timm, torchvision, datasets, or the network
+        if split != "train":
+            return None
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"timm cannot open {name} in {root}: {line}") from None
+
+
+def _classes_and_labels(name: str, dataset: Any) -> tuple[tuple[str, ...], np.ndarray]:
+    """The names of its classes, and the class numbers of its images without reading these."""
+    table = getattr(getattr(dataset, "reader", None), "dataset", None)  # Hugging Face's
+    if table is not None:
+        key = dataset.reader.label_key
+        classes, labels = getattr(table.features[key], "names", None), table[key]
+    else:
+        classes = getattr(dataset, "classes", None)
+        labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if labels is None:
+        raise InputError(f"{name} does not tell the labels of its images without reading them: that is not supported")
+    labels = np.asarray(labels, dtype=np.int64)
+    return tuple(map(str, classes or range(labels.max() + 1))), labels
+
+
+def _timm_spec(name: str) -> DatasetSpec:
+    prefix = name.partition("/")[0]
+    if prefix in IN_ORDER:
+        raise InputError(
+            f"{name} can only be read in order, so that nothing could be held out or resumed: unpack it into class "
+            "folders (--dataset folder), or use hfds/ for sets of the Hugging Face hub"
+        )
+    return DatasetSpec(f"timm's {name}", _load_timm(name), IMAGENET_MEAN, IMAGENET_STD, image_size=224)
+
+
+PREFIXES.update(dict.fromkeys(("hfds", "torch", *IN_ORDER), _timm_spec))
+
+
+# ---------------------------------------------------------------------------------------------- specifications
+
+DATASETS.register("folder")(
+    DatasetSpec(
+        "your own images: ROOT/train/<class>/*, ROOT/{val,test}/<class>/*", load_folders, IMAGENET_MEAN, IMAGENET_STD
+    )
+)
+
+DATASETS.register("digits")(
+    DatasetSpec(
+        "8x8 handwritten digits from scikit-learn, no download: the demo", _load_digits, (0.305,), (0.376,), flip=False
+    )
+)
+DATASETS.register("cifar10")(
+    DatasetSpec(
+        "32x32 photographs, 10 classes, 60,000 images",
+        _from_torchvision("CIFAR10", "cifar10", _read_cifar, parts=TRAIN_OR_NOT),
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        policy="cifar10",
+    )
+)
+DATASETS.register("cifar100")(
+    DatasetSpec(
+        "32x32 photographs, 100 classes, 60,000 images",
+        _from_torchvision("CIFAR100", "cifar100", _read_cifar, parts=TRAIN_OR_NOT),
+        (0.5071, 0.4866, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+        policy="cifar10",
+    )
+)
+DATASETS.register("svhn")(
+    DatasetSpec(
+        "32x32 house numbers, 10 classes, 99,289 images; needs scipy",
+        _from_torchvision("SVHN", "svhn", _read_svhn, parts=SPLITS),
+        (0.4377, 0.4438, 0.4728),
+        (0.1980, 0.2010, 0.1970),
+        flip=False,
+        policy="svhn",
+    )
+)
+DATASETS.register("mnist")(
+    DatasetSpec(
+        "28x28 handwritten digits, grey, 70,000 images",
+        _from_torchvision("MNIST", "mnist", _read_mnist, parts=TRAIN_OR_NOT),
+        (0.1307,),
+        (0.3081,),
+        flip=False,
+    )
+)
+DATASETS.register("fashionmnist")(
+    DatasetSpec(
+        "28x28 pieces of clothing, grey, 10 classes, 70,000 images",
+        _from_torchvision("FashionMNIST", "fashionmnist", _read_mnist, parts=TRAIN_OR_NOT),
+        (0.2860,),
+        (0.3530,),
+    )
+)
+DATASETS.register("imagenet")(
+    DatasetSpec(
+        "ImageNet-1k at 224 pixels, from ROOT/imagenet/{train,val}/<class>/*",
+        _load_imagenet,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        image_size=224,
+    )
+)
+DATASETS.register("synthetic")(
+    DatasetSpec(
+        "noise, for speed tests only; data.classes and data.image_size choose", _load_noise, (0.5,) * 3, (0.29,) * 3
+    )
+)
+for _classes in (1000, 200, 150, 120):
+    DATASETS.register("imagenet16" if _classes == 1000 else f"imagenet16_{_classes}")(
+        DatasetSpec(
+            f"ImageNet at 16x16 pixels, {'all' if _classes == 1000 else 'the first'} {_classes} classes",
+            _load_imagenet16(_classes),
+            (0.4811, 0.4575, 0.4079),
+            (0.2479, 0.2402, 0.2553),
+        )
+    )

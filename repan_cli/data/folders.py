@@ -1,0 +1,101 @@
+"""Image folders: `ROOT/train/<class>/*` and `ROOT/{val,test}/<class>/*`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from repan_cli.data import image_files
+from repan_cli.data.image_files import UnreadableImageError
+from repan_cli.data.types import ArrayImages, LazyImages, RawDataset, ReadOptions
+from repan_cli.errors import InputError
+from repan_cli.system.notices import warn
+from repan_cli.system.text import count as count_of
+
+LARGEST_RESIDENT = 16 * 2**30
+LOOKED_AT = 200_000
+
+
+# ---------------------------------------------------------------------------------------------- image folders
+
+
+def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
+    """`root/train/<class>/*` and `root/val/<class>/*` or `root/test/<class>/*`; `validation` is `val`."""
+    folders = image_files.part_folders(root)
+    classes = image_files.class_folders(folders["train"])
+    listed = {part: image_files.list_images(folder, classes) for part, folder in folders.items()}
+    size = reading.image_size or image_files.own_size(listed["train"][0][0], reading.channels)
+    parts = {}
+    for part, (paths, labels) in listed.items():
+        skip = reading.skip and part == "train"
+        if reading.streams(size):
+            parts[part] = _pictures(paths, labels, reading, skip=skip, whole=part != "train")
+        else:
+            parts[part] = _read_images(paths, labels, size, reading, skip=skip)
+    return RawDataset(classes, parts)
+
+
+def _read_images(paths: list[Path], labels: np.ndarray, size: int, reading: ReadOptions, *, skip: bool) -> ArrayImages:
+    if len(paths) * size * size * reading.channels > LARGEST_RESIDENT:
+        raise InputError(
+            f"{len(paths):,} images of {size} pixels do not fit in memory: set a smaller data.image_size, or "
+            "data.crop=resized, which reads them one by one"
+        )
+    crop = reading.image_size is not None
+
+    def read(index: int) -> np.ndarray:
+        return np.asarray(_at_size(paths[index], size, reading.channels, crop=crop))
+
+    images = _outcomes(read, len(paths), skip=skip)
+    kept = np.array([image is not None for image in images])
+    stacked = np.stack([image for image in images if image is not None])
+    return ArrayImages(stacked.reshape(-1, size, size, reading.channels), labels[kept])
+
+
+def _at_size(path: Path, size: int, channels: int, *, crop: bool) -> Image.Image:
+    image = image_files.open_image(path, channels)
+    if not crop and image.size != (size, size):
+        raise InputError(
+            f"{path} is {image.width}x{image.height} pixels, others are {size}x{size}: set data.image_size"
+        )
+    return image_files.square(image, size)
+
+
+def _pictures(paths: list[Path], labels: np.ndarray, reading: ReadOptions, *, skip: bool, whole: bool) -> LazyImages:
+    """Files to be read when they are asked for; looked at now, unless there are very many: their headers, or, as a run
+    must not fail at its end, `whole` images.
+    """
+
+    def look(index: int) -> bool:
+        image_files.check(paths[index], whole=whole)
+        return True
+
+    kept = np.ones(len(paths), dtype=bool)
+    if len(paths) <= LOOKED_AT:
+        kept = np.array([found is not None for found in _outcomes(look, len(paths), skip=skip)])
+    return LazyImages(image_files.FileReader(paths, reading.channels), labels[kept], np.flatnonzero(kept))
+
+
+def _outcomes(read: Callable[[int], Any], count: int, *, skip: bool) -> list[Any]:
+    """What `read` gives for each number; with `skip` None for images that cannot be read, and a warning."""
+    failed = []
+
+    def outcome(index: int) -> Any:
+        try:
+            return read(index)
+        except UnreadableImageError as error:
+            failed.append(error)
+
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
+        found = list(pool.map(outcome, range(count)))
+    if failed and not skip:
+        more = f" (and {count_of(len(failed) - 1, 'other')})" if len(failed) > 1 else ""
+        raise UnreadableImageError(f"{failed[0]}{more}")
+    if failed:
+        warn(f"{len(failed)} of {count:,} training images cannot be read and are left out; one of them: {failed[0]}")
+    return found

@@ -1,0 +1,57 @@
+"""Parts of a data set: its first classes, the first images of each class, a stratified validation part."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from repan_cli.data.types import ArrayImages, LazyImages, Part, RawDataset
+from repan_cli.errors import InputError
+
+
+def first_classes(name: str, raw: RawDataset, count: int) -> RawDataset:
+    """With the first `count` classes by name alone, numbered anew in the order that they had."""
+    if count > len(raw.classes):
+        raise InputError(f"data.classes={count}, but {name} has {len(raw.classes)} classes: give at most as many")
+    by_name = sorted(range(len(raw.classes)), key=lambda number: raw.classes[number])
+    chosen = sorted(by_name[:count])
+    numbers = np.full(len(raw.classes), -1)
+    numbers[chosen] = np.arange(count)
+    parts = {part: _renumbered(images, numbers) for part, images in raw.parts.items()}
+    for part, images in parts.items():
+        if not len(images.labels):
+            raise InputError(f"data.classes={count} leaves no image in the {part} part of {name}: give more")
+    return RawDataset(tuple(raw.classes[number] for number in chosen), parts)
+
+
+def _renumbered(part: Part, numbers: np.ndarray) -> Part:
+    """The images whose class has a new number in `numbers` (classes,), where -1 is none."""
+    kept = part.take(numbers[part.labels] >= 0)
+    labels = numbers[kept.labels]
+    return (
+        ArrayImages(kept.images, labels) if isinstance(kept, ArrayImages) else LazyImages(kept.read, labels, kept.index)
+    )
+
+
+def first_images(raw: RawDataset, count: int) -> RawDataset:
+    """With at most `count` training images of each class, the first ones; all that do not train are kept."""
+    train = raw.parts["train"]
+    return raw._replace(parts={**raw.parts, "train": train.take(first_of_each(train.labels, count))})
+
+
+def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """A mask (N,) that holds out `fraction` of every class, drawn by `seed`: at least one image, and never all."""
+    mask = np.zeros(len(labels), dtype=bool)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        mask[members[:count]] = True
+    return mask
+
+
+def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
+    """A mask (N,) of the first `count` images of every class."""
+    mask = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        mask[np.flatnonzero(labels == label)[:count]] = True
+    return mask

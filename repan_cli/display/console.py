@@ -1,0 +1,239 @@
+"""Everything that people read while repan works, on stderr: the header, the live display, epoch lines, the summary.
+
+On a terminal one live display shows where the run is; elsewhere plain lines say so, at least one a minute. Permanent
+lines also go to the run's log.txt. Knows floats and names only, never a tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import textwrap
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from repan_cli.display.live import Position, View, figures
+from repan_cli.runs.directory import Heartbeat
+from repan_cli.system.notices import LOGGER
+from repan_cli.system.text import duration, percent
+from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, LossLog, StepEnd
+
+SECONDS_BETWEEN_LINES = 30
+REFRESHES = 5
+NAME_WIDTH = 14
+WIDE = 1000
+LOSS_JUMP = 0.5
+JUMPED = (
+    "the restart kept the function of eval mode only. Either the rule does that (running, reset, attach=one), "
+    "or the BN statistics had not settled: train longer before it, or in smaller batches"
+)
+COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7} {:>7}"
+WARNING = "bold magenta"
+"""Readable on white and on black, as yellow is not."""
+
+
+@functools.cache
+def on_stderr() -> Console:
+    """One for all that people read: only through the console of a live display can a line be put above that."""
+    return Console(stderr=True, highlight=False)
+
+
+class Display:
+    """Shows one run.
+
+    `epochs` holds the length of each phase, the baseline being cycle 0; `steps` are those of an epoch. `compiles` says
+    that the first step takes long.
+    """
+
+    def __init__(
+        self, *, epochs: Mapping[int, int], steps: int, log: Path | None = None, compiles: bool = False
+    ) -> None:
+        self.epochs, self.compiles = epochs, compiles
+        self.position = Position(epochs, steps, cycle=min(epochs))
+        self.view = View(self.position, self.name)
+        self.console = on_stderr()
+        self.log = log.open("a", encoding="utf-8") if log else None
+        self.live = self._live()
+        self.pulse = None if self.live else Heartbeat(self.speak, seconds=5)
+        self.spoke = self.began = time.monotonic()
+
+    def _live(self) -> Live | None:
+        """None where nothing can be redrawn: in a file, a pipe, a dumb terminal."""
+        if not self.console.is_terminal or self.console.is_dumb_terminal:
+            return None
+        return Live(self.view, console=self.console, refresh_per_second=REFRESHES, transient=True)
+
+    def __enter__(self) -> Display:
+        self.position.doing = "starting"
+        (self.live or self.pulse).start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        (self.live or self.pulse).stop()
+
+    def speak(self) -> None:
+        """Without a live display: say where the run is when nothing was said for a while."""
+        if time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
+            here = self.position
+            where = here.doing or f"step {here.step}/{here.steps}"
+            place = f"{self.name(here.cycle)}, epoch {here.epoch}/{self.epochs[here.cycle]}, {where}"
+            self.say(f"{place}  {figures(here)}".rstrip())
+
+    def close(self) -> None:
+        if self.log:
+            self.log.close()
+
+    def say(self, text: str | Text | Table = "") -> None:
+        """A permanent line, on screen and in log.txt."""
+        self.console.print(text, soft_wrap=not isinstance(text, Table), markup=False)
+        self.spoke = time.monotonic()
+        if self.log:
+            Console(file=self.log, width=120, no_color=True).print(text, soft_wrap=True, markup=False)
+            self.log.flush()
+
+    def note(self, text: str) -> None:
+        """A line for log.txt alone, of what is said elsewhere."""
+        if self.log:
+            print(text, file=self.log, flush=True)
+
+    def facts(self, rows: Mapping[str, str]) -> None:
+        """Rows of a name and what is to be said of it, wrapped between words so that paths stay whole."""
+        margin = " " * NAME_WIDTH
+        for name, text in rows.items():
+            width = max(self.console.width - NAME_WIDTH, 20)
+            lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+            self.say(Text.assemble((name.ljust(NAME_WIDTH), "bold"), f"\n{margin}".join(lines)))
+
+    def command(self, name: str, text: str) -> None:
+        """A command to copy: never wrapped."""
+        self.say(Text.assemble((name.ljust(NAME_WIDTH), "bold"), text))
+
+    def name(self, cycle: int) -> str:
+        """What a phase is called."""
+        if len(self.epochs) == 1 and cycle == 0:
+            return "train"
+        return "baseline" if cycle == 0 else f"cycle {cycle}/{max(self.epochs)}"
+
+    def show(self, event: Event) -> None:
+        """Show one event of the training loop."""
+        match event:
+            case CycleStart():
+                self._start(event)
+            case LossLog():
+                self._log_loss(event)
+            case StepEnd():
+                self._end_step(event)
+            case Epoch():
+                self._epoch(event)
+            case CycleEnd():
+                self._end(event)
+
+    def _start(self, event: CycleStart) -> None:
+        name = self.name(event.cycle)
+        self.position.cycle, self.position.epoch, self.position.step = event.cycle, 1, 0
+        self.position.doing = "training"
+        if event.restarted:
+            self.say(f"{name}: merged and regrew {event.blocks} blocks, logits moved {event.logit_error:.0e}")
+            loss = f"training loss {event.loss_before:.3f} -> {event.loss_after_restart:.3f}"
+            val = f", val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}"
+            self.say(loss + (val if event.top1_before is not None else ""))
+            if event.loss_after_restart > event.loss_before + LOSS_JUMP:
+                self.say(Text.assemble(("Warning: ", WARNING), JUMPED))
+        elif event.cycle:
+            self.say(f"{name}: no merging (control), momentum zeroed")
+        if event.zero_gammas:
+            self.say(f"{event.zero_gammas} channels had gamma 0, which rule=running cannot divide by: set to 1")
+        if self.compiles:
+            self.say("compiling the training pass (run.compile): the first step waits for it")
+            self.position.doing, self.began = "compiling", time.monotonic()
+        titles = COLUMNS.format("phase", "epoch", "loss", "train", "val", "lr", "attach", "img/s")
+        self.say(Text(f"{titles}  *: best", style="bold"))
+
+    def _log_loss(self, event: LossLog) -> None:
+        names = ("loss", "lr", "attach_rate", "images_per_second")
+        self.position.figures = {name: getattr(event, name) for name in names}
+        self._end_step(event)
+
+    def _end_step(self, event: LossLog | StepEnd) -> None:
+        self.position.move(event)
+        if self.compiles:
+            self.compiles = False
+            self.say(f"compiled, {duration(time.monotonic() - self.began)} with the first step")
+
+    def _epoch(self, event: Epoch) -> None:
+        if event.val_top1 is not None:
+            here = self.position
+            here.val, here.best = event.val_top1, event.val_top1 if event.best else max(here.best or 0, event.val_top1)
+        line = COLUMNS.format(
+            self.name(event.cycle),
+            f"{event.epoch}/{self.epochs[event.cycle]}",
+            f"{event.loss:.3f}",
+            percent(event.train_top1),
+            percent(event.val_top1) + ("*" if event.best else " "),
+            f"{event.lr:.4f}",
+            f"{event.attach_rate:.2f}",
+            f"{event.images_per_second:,.0f}",
+        )
+        self.say(Text(line, style="bold" if event.best else ""))
+
+    def _end(self, event: CycleEnd) -> None:
+        val = f"val {percent(event.top1)}, " if event.top1 is not None else ""
+        self.position.doing = "restart" if event.cycle < max(self.epochs) else "ending"
+        self.say(f"{self.name(event.cycle)}: {val}test {percent(event.test_top1)}, {duration(event.seconds)}")
+
+    def table(self, summary: Mapping[str, Any]) -> None:
+        """A row per phase: validation top-1 around the restart and at the end, test top-1, time."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("phase", "val before", "after restart", "val at end", "test", "time"):
+            table.add_column(title, justify="left" if title == "phase" else "right")
+        table.add_row(self.name(0) if 0 in self.epochs else "start", "", "", *_figures(summary["baseline"]))
+        for row in summary["cycles"]:
+            around = percent(row["top1_before"]), percent(row["top1_after_restart"])
+            table.add_row(self.name(row["cycle"]), *around, *_figures(row))
+        self.say()
+        self.say(table)
+
+
+def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return percent(row["top1"]), percent(row["test_top1"]), duration(row["seconds"])
+
+
+def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: bool = False) -> None:
+    """A table on stdout, for commands whose data it is; or on stderr. Where nobody looks, a row is a line to grep."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in title:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console(stderr=to_stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDE
+    console.print(table)
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr."""
+    on_stderr().print(text, soft_wrap=True, markup=False)
+
+
+class _NoticeHandler(logging.Handler):
+    """Prints notices on stderr, above a live display where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = Text.assemble(("Warning: ", WARNING), record.getMessage())
+        on_stderr().print(line, soft_wrap=True)
+
+
+def show_notices() -> None:
+    """Print warnings of the package on stderr from now on, each as a line that begins with 'Warning:'."""
+    if not LOGGER.handlers:
+        LOGGER.addHandler(_NoticeHandler())
+        LOGGER.propagate = False

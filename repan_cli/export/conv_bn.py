@@ -1,0 +1,90 @@
+"""The form `conv-bn`: merged weights in the places of the plain network, an identity BN behind each convolution.
+
+The file then loads strictly into the network as its makers build it: `timm.create_model(...).load_state_dict(...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import timm.utils
+import torch
+from torch import Tensor, nn
+
+from repan_cli.blocks import rep_blocks
+from repan_cli.blocks.branches import ConvBN
+from repan_cli.errors import InputError
+from repan_cli.models.changes import Change
+
+Places = Mapping[str, tuple[str, str | None]]
+"""Of each merged convolution the names of the convolution and the BN that take it in, in the plain network."""
+
+
+@torch.no_grad()
+def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
+    """`plain` with the weights of a network that was merged from an expansion of it, in place.
+
+    A BN behind a merged convolution becomes the identity plus the merged bias: mean 0, variance 1, gamma sqrt(1 + eps).
+    timm's own multi-branch blocks, where it has any, are merged by timm first.
+
+    Args:
+        fused: a merged network, whose `repan_report` says how it was made.
+        plain: the network as its makers build it, or one of blocks without side branches.
+
+    Raises InputError where the plain network has no place for a merged bias.
+    """
+    changes = fused.repan_report.changes
+    if any(change.kind == "adapt" for change in changes):
+        plain = timm.utils.reparameterize_model(plain)
+    plain.eval()
+    places = _places(changes, plain)
+    state = dict(fused.state_dict())
+    own = plain.state_dict()
+    for merged, (conv, norm) in places.items():
+        weight, bias = state.pop(f"{merged}.weight"), state.pop(f"{merged}.bias")
+        state[f"{conv}.weight"] = weight
+        if f"{conv}.bias" in own:
+            state[f"{conv}.bias"], bias = bias, torch.zeros_like(bias)
+        if norm is not None:
+            state |= _identity(plain.get_submodule(norm), norm, bias)
+        elif bias.any():
+            raise InputError(
+                f"--form conv-bn: {conv} of the plain network has no BN and no bias to take the merged one"
+            )
+    state |= {f"{name}.attach_rate": block.attach_rate for name, block in rep_blocks(plain)}
+    if differing := sorted(state.keys() ^ own.keys()):
+        raise _no_place(differing[0])
+    plain.load_state_dict(state)
+    return plain
+
+
+def _no_place(name: str) -> InputError:
+    return InputError(
+        f"--form conv-bn: the plain network has other layers at {name}, timm merges it in its own way; use --form conv"
+    )
+
+
+def _places(changes: tuple[Change, ...], plain: nn.Module) -> Places:
+    """Where the convolutions of the fused network lie in the plain one; all others lie where they were."""
+    names = {name for name, _ in plain.named_modules()}
+    expanded = {change.name: (change.name, change.norm) for change in changes if change.kind == "expand"}
+    blocks = {name: _place_in_block(name, block.trunk) for name, block in rep_blocks(plain)}
+    if missing := [name for place in expanded.values() for name in place if name is not None and name not in names]:
+        raise _no_place(missing[0])
+    return {**expanded, **blocks}
+
+
+def _place_in_block(name: str, trunk: ConvBN) -> tuple[str, str | None]:
+    return f"{name}.trunk.conv", f"{name}.trunk.norm" if trunk.has_norm else None
+
+
+def _identity(norm: nn.Module, name: str, bias: Tensor) -> dict[str, Tensor]:
+    """The state of a BN that adds `bias` and does nothing else; its counter says that it is not fresh."""
+    if norm.weight is None:
+        raise InputError(f"--form conv-bn: {name} of the plain network has no affine parameters to take the bias")
+    ones = torch.ones_like(bias)
+    state = {"running_mean": torch.zeros_like(bias), "running_var": ones, "bias": bias}
+    state["weight"] = (ones.double() * (1 + norm.eps) ** 0.5).to(bias.dtype)
+    if norm.num_batches_tracked is not None:
+        state["num_batches_tracked"] = torch.ones_like(norm.num_batches_tracked)
+    return {f"{name}.{key}": value for key, value in state.items()}

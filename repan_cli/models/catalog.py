@@ -1,0 +1,107 @@
+"""What can be done with a network of timm's or torchvision's: train in cycles, fuse, or neither.
+
+The table `catalog.csv` beside this file was made by `python -m repan_cli.models.catalog`, and names are completed from
+it; a name that it does not have is looked at when it is asked for. Looking builds the network on the meta
+device and watches one forward pass: it costs no arithmetic.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from repan_cli.blocks import RepBlock
+from repan_cli.models.changes import Selection
+from repan_cli.models.create import BUILTIN, TIMM, TORCHVISION
+from repan_cli.models.expand import to_expand
+from repan_cli.models.probe import watch
+from repan_cli.models.timm_blocks import is_own_block
+from repan_cli.system.notices import warn
+
+TABLE = Path(__file__).with_name("catalog.csv")
+
+
+class Support(NamedTuple):
+    """How many multi-branch blocks a network has of its own, how many of its convolutions become blocks by default,
+    and how many convolutions are read by a BN.
+    """
+
+    own: int
+    convs: int
+    pairs: int
+
+    @property
+    def cycles(self) -> bool:
+        return bool(self.own or self.convs)
+
+    @property
+    def fuses(self) -> bool:
+        return bool(self.own or self.convs or self.pairs)
+
+    def describe(self) -> str:
+        if self.cycles:
+            what = f"{self.own} blocks of its own" if self.own else f"{self.convs} convolution{'s' * (self.convs > 1)}"
+            return f"cycles ({what}), fuses"
+        return f"fuses only ({self.pairs} BN to fold)" if self.fuses else "trains only"
+
+
+def names() -> list[str]:
+    """All networks that are not ours, by their full names."""
+    foreign = [name for name in timm.list_models() if name not in BUILTIN]
+    return [
+        *(TIMM + name for name in foreign),
+        *(TORCHVISION + name for name in torchvision.models.list_models(torchvision.models)),
+    ]
+
+
+def table() -> dict[str, Support]:
+    """The networks that were looked at when this version was made."""
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return {row[0]: Support(*map(int, row[1:])) for row in csv.reader(file)}
+
+
+def look(name: str) -> Support:
+    """Build a network on the meta device and watch it run."""
+    model, size, channels = _on_meta(name)
+    model.eval()
+    own = sum(1 for module in model.modules() if is_own_block(module) or isinstance(module, RepBlock))
+    images = torch.empty(2, channels, size, size, device="meta")
+    with torch.no_grad():
+        changes, _ = to_expand(model, images, "rep", Selection())
+        pairs = sum(1 for norms in watch(model, images).norms.values() if norms)
+    return Support(own, len(changes), pairs)
+
+
+def _on_meta(name: str) -> tuple[nn.Module, int, int]:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if name.startswith(TORCHVISION):
+            model = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None)
+            return model, 299 if "inception" in name else 224, 3
+        if name in BUILTIN:
+            return timm.create_model(name), 32, 3
+        channels, size, _ = timm.get_pretrained_cfg(name.removeprefix(TIMM)).input_size
+        return timm.create_model(name.removeprefix(TIMM)), size, channels
+
+
+def _rows() -> Iterator[tuple[str, int, int, int]]:
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    for name in (*BUILTIN, *names()):
+        try:
+            yield (name, *look(name))
+        except Exception as error:
+            warn(f"{name}: {type(error).__name__}: {error}"[:150])
+
+
+if __name__ == "__main__":
+    with TABLE.open("w", encoding="utf-8", newline="") as target:
+        csv.writer(target, lineterminator="\n").writerows(_rows())

@@ -1,0 +1,143 @@
+"""The changes that turn convolutions of a network into blocks, and carrying them out."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from repan_cli.blocks import RepBlock, block_around, reinit_branches
+from repan_cli.models.timm_blocks import adapt, split_norm
+
+NOT_CHOSEN = "not chosen: "
+
+
+class Change(NamedTuple):
+    """One place of a network that becomes a block; in a checkpoint a list of texts.
+
+    `adapt` makes blocks of timm's own multi-branch module `name`; `expand` one of the convolution `name` and the BN
+    `norm`, if it has one (else it gets a bias, if it has none); `grow` gives the block `name`, which has no side
+    branch, those of a family; `copies` is the number of branches, for the families that let choose.
+    """
+
+    kind: str
+    name: str
+    norm: str | None = None
+    family: str | None = None
+    copies: int | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which convolutions become blocks, or which blocks restart.
+
+    Args:
+        kernel: sizes of the larger side of the kernel; empty is all above 1, None all.
+        include: globs of names; empty is all.
+        exclude: globs of names that are left out.
+        limit: at most this many, those with the most weights first.
+    """
+
+    kernel: tuple[int, ...] | None = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    limit: int | None = None
+
+    def left_out(self, convs: Mapping[str, nn.Conv2d]) -> dict[str, str]:
+        """Of convolutions by name those that are not chosen, with the reason."""
+        reasons = {name: reason for name, conv in convs.items() if (reason := self._reason(name, conv))}
+        chosen = sorted((name for name in convs if name not in reasons), key=lambda name: -convs[name].weight.numel())
+        if self.limit is not None:
+            reasons |= dict.fromkeys(chosen[self.limit :], f"{NOT_CHOSEN}beyond block.limit={self.limit}")
+        return reasons
+
+    def _reason(self, name: str, conv: nn.Conv2d) -> str | None:
+        size = max(conv.kernel_size)
+        if self.include and not _matches(name, self.include):
+            return f"{NOT_CHOSEN}no name in block.include"
+        if _matches(name, self.exclude):
+            return f"{NOT_CHOSEN}a name in block.exclude"
+        if self.kernel is None or size in self.kernel or (not self.kernel and size > 1):
+            return None
+        wanted = "[" + ",".join(map(str, self.kernel)) + "]" + ("" if self.kernel else ", all above 1")
+        return f"{NOT_CHOSEN}kernel {'x'.join(map(str, conv.kernel_size))}, block.kernel is {wanted}"
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+EVERYTHING = Selection(kernel=None, include=("*",))
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The blocks that a network is to have: the family, the changes, and why other convolutions are left alone."""
+
+    family: str
+    changes: tuple[Change, ...]
+    left: Mapping[str, str]
+
+    def after(self, earlier: Expansion | None) -> Expansion:
+        """This one, made of a network that had an earlier one."""
+        return dataclasses.replace(self, changes=(*earlier.changes, *self.changes)) if earlier else self
+
+    def as_meta(self) -> dict[str, Any]:
+        """In plain types, for a checkpoint."""
+        return {"changes": [list(change) for change in self.changes], "left": dict(self.left)}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Expansion:
+        """From the description in a checkpoint."""
+        structure = meta["structure"]
+        return cls(meta["block"], tuple(Change(*parts) for parts in structure["changes"]), structure["left"])
+
+
+def summary(left: Mapping[str, str]) -> str:
+    """The reasons for which convolutions are left alone, the most frequent first, each with a name."""
+    if not left:
+        return "it has none"
+    first = {reason: name for name, reason in reversed(left.items())}
+    counted = Counter(left.values()).most_common(3)
+    return "; ".join(f"{first[reason]}{f' and {n - 1} more' if n > 1 else ''}: {reason}" for reason, n in counted)
+
+
+# ---------------------------------------------------------------------------------------------- carrying out
+
+
+def apply(model: nn.Module, changes: Iterable[Change], *, attach: str = "ramp") -> None:
+    """Make the changes in a network, in place. Fresh branches draw from the global generator."""
+    for change in changes:
+        module = model.get_submodule(change.name)
+        if change.kind == "adapt":
+            _put(model, change.name, adapt(module))
+            continue
+        block = _grown(module, change) if change.kind == "grow" else _expanded(model, module, change)
+        _put(model, change.name, block)
+        zero_start = block.trunk.has_norm and not block.trunk.norm.weight.any()
+        reinit_branches(block, "zero-gamma" if attach == "one" and zero_start else attach)
+
+
+def _grown(block: RepBlock, change: Change) -> RepBlock:
+    norm = block.trunk.norm if block.trunk.has_norm else None
+    return block_around(block.trunk.conv, norm, change.family, copies=change.copies)
+
+
+def _expanded(model: nn.Module, conv: nn.Module, change: Change) -> RepBlock:
+    norm = None
+    if change.norm is not None:
+        norm, rest = split_norm(model.get_submodule(change.norm))
+        _put(model, change.norm, rest.train(norm.training))
+    elif conv.bias is None:  # the branches' BN will want one when they are merged
+        conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
+    return block_around(conv, norm, change.family, copies=change.copies)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,25 @@
+"""Questions about a network: where its classifier is, and which form it has."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from repan_cli.blocks import rep_blocks
+from repan_cli.checkpoint.format import MULTI_BRANCH, PLAIN
+
+
+def classifier_layers(model: nn.Module) -> list[str]:
+    """The names of the layers that give the logits: what the network itself says, else its last linear layer."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if isinstance(found, nn.Module):
+        inside = {id(module) for module in found.modules()}
+        return [name for name in linear if id(model.get_submodule(name)) in inside]
+    return [name for name in linear if isinstance(model.get_submodule(name), nn.Linear)][-1:]
+
+
+def form_of(model: nn.Module) -> str:
+    """What `meta["form"]` says of a network that was not fused: multi-branch, or plain when no block has a side
+    branch.
+    """
+    return MULTI_BRANCH if any(len(block.branches) for _, block in rep_blocks(model)) else PLAIN

@@ -1,0 +1,204 @@
+"""Watch a forward pass of a network, and try changes on a float64 copy of it."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from repan_cli.blocks import rep_blocks
+from repan_cli.errors import InputError
+from repan_cli.models.changes import Change, apply
+
+TOLERANCE = 1e-10
+"""Bound on the relative change of the network's output in float64."""
+
+NUDGE, CEILING = 1e-13, 1e-4
+"""A network that amplifies rounding may differ by what this change of its images does to it, up to the ceiling."""
+
+PROBE_IMAGES = 2
+
+
+# ---------------------------------------------------------------------------------------------- watching
+
+
+class Sightings(NamedTuple):
+    """What one forward pass showed: how often a module was called, the BNs that read exactly a convolution's output,
+    and how many layers own a parameter.
+    """
+
+    calls: Counter[nn.Module]
+    norms: Mapping[nn.Module, list[nn.Module]]
+    owners: Counter[int]
+
+
+@torch.no_grad()
+def watch(model: nn.Module, images: Tensor) -> Sightings:
+    """Look at one forward pass of a network; on the meta device it costs no arithmetic."""
+    calls: Counter[nn.Module] = Counter()
+    convs = [module for module in model.modules() if isinstance(module, _ConvNd)]
+    norms: dict[nn.Module, list[nn.Module]] = {conv: [] for conv in convs}
+
+    def after_conv(conv: nn.Module, inputs: Any, output: Tensor) -> None:
+        calls[conv] += 1
+        if isinstance(output, Tensor):
+            output._repan_source = conv, output._version  # an in-place change raises the version
+
+    def before_norm(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        calls[norm] += 1
+        conv, version = getattr(inputs[0], "_repan_source", (None, None)) if inputs else (None, None)
+        if conv is not None and inputs[0]._version == version and norm not in norms[conv]:
+            norms[conv].append(norm)
+
+    inside = {id(part) for _, block in rep_blocks(model) for part in block.modules()}
+    free_norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in inside]
+    hooks = [conv.register_forward_hook(after_conv) for conv in convs]
+    hooks += [norm.register_forward_pre_hook(before_norm) for norm in free_norms]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return Sightings(calls, norms, owners)
+
+
+# ---------------------------------------------------------------------------------------------- trying
+
+
+class Probe:
+    """A float64 copy of a network on the CPU in eval mode, with what it returns, to try changes on."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self.model = _copied(model).cpu().double().eval()
+        self.images = images[:PROBE_IMAGES].detach().cpu().double()
+        try:
+            _disturb(self.model, self.images)
+            self.expected = _tensors(self.model(self.images))
+            again = _tensors(self.model(self.images))
+            elsewhere = _tensors(self.model(torch.zeros_like(self.images)))
+            nudged = _tensors(self.model(self.images * (1 + NUDGE)))
+        except Exception as error:
+            shape = "x".join(map(str, self.images.shape))
+            raise InputError(
+                f"the network does not run on images of shape {shape} in float64: {_line(error)}"
+            ) from error
+        self.bound = min(max(TOLERANCE, _difference(nudged, self.expected)), CEILING)
+        if not all(tensor.isfinite().all() for tensor in self.expected):
+            raise InputError("the network's output is not finite, so nothing can be compared")
+        if _difference(again, self.expected) > TOLERANCE:
+            raise InputError(
+                "the network gives two outputs for the same images in eval mode, so nothing can be compared"
+            )
+        if not _difference(elsewhere, self.expected) > TOLERANCE:
+            raise InputError("the network's output does not depend on its images, so nothing can be compared")
+
+    def changed(self, changes: Iterable[Change]) -> nn.Module:
+        """A copy with changes made. Leaves the global generator as it was."""
+        model = copy.deepcopy(self.model)
+        with torch.random.fork_rng(devices=[]):
+            apply(model, changes)
+        return model
+
+    def keep(self, changes: list[Change], *, after: list[Change], left: dict[str, str]) -> list[Change]:
+        """Those of `changes`, made after others, that keep the function; the reason of the rest goes into `left`."""
+        kept = list(after)
+        self._halve(changes, kept, left)
+        return kept[len(after) :]
+
+    def _halve(self, changes: list[Change], kept: list[Change], left: dict[str, str]) -> None:
+        """Add to `kept` all of `changes` when they agree together, else one half after the other."""
+        if not changes:
+            return
+        problem = self._problem([*kept, *changes])
+        if problem is None:
+            kept += changes
+        elif len(changes) == 1:
+            left[changes[0].name] = problem
+        else:
+            middle = len(changes) // 2
+            self._halve(changes[:middle], kept, left)
+            self._halve(changes[middle:], kept, left)
+
+    def _problem(self, changes: list[Change]) -> str | None:
+        try:
+            model = self.changed(changes).eval()
+        except ValueError as error:
+            return str(error)
+        try:
+            found = _tensors(model(self.images))
+        except Exception as error:  # whatever a network does with what was its convolution
+            return f"as a block it fails: {_line(error)}"
+        if not _difference(found, self.expected) <= self.bound:
+            return "as a block it changes the network's function"
+        return None
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        computed = [name for name, module in model.named_modules() if isinstance(vars(module).get("weight"), Tensor)]
+        where = computed[0] if computed else "the network"
+        raise InputError(
+            f"{where} cannot be copied: its weight is computed, as by the older weight_norm; remove that "
+            "(remove_weight_norm), or use torch.nn.utils.parametrizations"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+@torch.no_grad()
+def _disturb(model: nn.Module, images: Tensor) -> None:
+    """Give every BN random affine parameters and statistics near those of the images, and what is all zeros a value:
+    then the images reach the output, and no mistake hides behind a fresh BN or a zero.
+    """
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+
+    def disturb(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        shape = norm.running_mean.shape
+        values = inputs[0].transpose(0, 1).flatten(1)
+        var, mean = torch.var_mean(values, dim=1, correction=0)
+        norm.running_mean.copy_(mean + 0.1 * var.sqrt() * torch.randn(shape, generator=draw))
+        norm.running_var.copy_(torch.where(var > 0, var, 1.0) * (0.5 + torch.rand(shape, generator=draw)))
+        if norm.weight is not None:
+            norm.weight.copy_(0.5 + torch.rand(shape, generator=draw))
+            norm.bias.copy_(0.1 * torch.randn(shape, generator=draw))
+
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    hooks = [norm.register_forward_pre_hook(disturb) for norm in norms]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The floating tensors in what a network returns."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest relative difference; infinite where the shapes differ."""
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
+        return float("inf")
+    tiny = torch.finfo(torch.float64).tiny
+    errors = [
+        ((a - b).abs().max() / b.abs().max().clamp_min(tiny)).item() for a, b in zip(found, expected, strict=True)
+    ]
+    return max(errors, default=0.0) if not any(error != error for error in errors) else float("inf")

@@ -1,0 +1,211 @@
+"""Run directories: their names, the files in them, and writing a file so that a reader never sees half of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import repan_cli
+from repan_cli.errors import InputError, OutOfSpaceError
+from repan_cli.system.files import flush, temporary_file, write_atomically
+
+PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "typer", "rich")
+
+
+def _lock(path: Path) -> IO[str]:
+    """A lock that one process can hold, and that is free as soon as that process is gone, however it ended."""
+    file = path.open("a+", encoding="utf-8")
+    try:
+        _lock_file(file)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise InputError(f"the run directory {path.parent} is being written by {holder}: let it end first") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def _lock_file(file: IO[str]) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+HEARTBEAT = 30
+"""Seconds between two signs of life in status.json."""
+
+LAST, PREVIOUS = "last.pt", "last_previous.pt"
+"""What a run goes on from: the newest state, and the one before it, for when that is damaged."""
+
+SERIES = "series.json"
+"""What a folder of several runs, that one command makes, is known by."""
+
+
+class RunDirectory:
+    """The folder of one run, which one process at a time may write to: until it leaves the `with`, or is gone.
+
+    Creating one that exists is an InputError, and so is reopening one that is being written to.
+    """
+
+    def __init__(self, path: Path, *, reopen: bool = False) -> None:
+        self.path = path
+        if not reopen:
+            self._create()
+        self._lock = _lock(path / ".lock")
+        self._status: dict[str, Any] = {}
+        self._speaking = threading.Lock()
+
+    def _create(self) -> None:
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:
+            raise InputError(existing(self.path)) from None
+        except OSError as error:
+            raise InputError(
+                f"cannot create the run directory {self.path}: {error.strerror}; give another --out"
+            ) from None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._lock.close()
+
+    def replace_last(self, write: Callable[[IO[bytes]], None]) -> None:
+        """Write a new last.pt and keep the one that was as last_previous.pt: at every moment one of them is whole."""
+        with temporary_file(self.path / LAST) as (file, name):
+            write(file)
+            flush(file)
+            with contextlib.suppress(FileNotFoundError):  # there is none yet
+                (self.path / LAST).replace(self.path / PREVIOUS)
+            name.replace(self.path / LAST)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def write_text(self, name: str, text: str) -> None:
+        write_atomically(self.path / name, lambda file: file.write(text.encode()))
+
+    def write_json(self, name: str, content: Any) -> None:
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def status(self, state: str, **position: Any) -> None:
+        """What the run is doing, for scripts that watch it: running, done, failed, diverged, interrupted, preempted.
+
+        A killed run stays 'running': its process is then gone from its host, and its heartbeat grows old.
+        """
+        with self._speaking:
+            process = {"pid": os.getpid(), "host": platform.node()}
+            self._status = {"state": state, "time": now(), **process, "heartbeat_seconds": HEARTBEAT, **position}
+            self._write_status()
+
+    def beat(self) -> None:
+        """Say that the run is alive."""
+        with self._speaking, contextlib.suppress(OSError, OutOfSpaceError):  # the run itself will meet it
+            if self._status.get("state") == "running":
+                self._write_status()
+
+    def _write_status(self) -> None:
+        self.write_json("status.json", {**self._status, "heartbeat": now()})
+
+
+class Heartbeat:
+    """Calls `beat` every so many seconds, from a thread of its own, between `start` and `stop`."""
+
+    def __init__(self, beat: Callable[[], None], *, seconds: float) -> None:
+        self.beat, self.seconds = beat, seconds
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self.stopped.wait(self.seconds):
+            self.beat()
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+
+def read_series(path: Path) -> dict[str, Any] | None:
+    """What a folder of several runs is; None for any other. Raises InputError for one that cannot be read."""
+    if not (path / SERIES).exists():
+        return None
+    try:
+        about = json.loads((path / SERIES).read_text(encoding="utf-8"))
+        return {name: about[name] for name in ("command", "seeds", "control", "settings")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path / SERIES} is damaged: resume the runs in {path} one by one") from None
+
+
+def existing(path: Path) -> str:
+    goes_on = (path / LAST).exists() or (path / SERIES).exists()
+    mend = f"go on with --resume {path}, or give another --out" if goes_on else "give another --out"
+    return f"the run directory {path} exists already; nothing was touched: {mend}"
+
+
+def find(command: str, name: str) -> Path:
+    """The run directory that `--resume NAME` means: a folder, a file in it, or the latest of the command."""
+    if name == "latest":
+        found = sorted(Path("runs", command).glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise InputError(f"no run of 'repan {command}' under {Path('runs', command)}: name its directory")
+        return found[-1].parent
+    path = Path(name).parent if Path(name).is_file() else Path(name)
+    if not path.is_dir():
+        raise InputError(f"no run directory {path} to resume")
+    if not (path / "config.yaml").exists():
+        raise InputError(f"{path} is no run directory: it holds no config.yaml")
+    return path
+
+
+def check_free(path: str | None) -> None:
+    """Complain early about a run directory that exists. Raises InputError."""
+    if path and Path(path).exists():
+        raise InputError(existing(Path(path)))
+
+
+def default_path(command: str, *names: str) -> Path:
+    """runs/<command>/<date-time>-<names>, with a number behind it where two runs begin in one second."""
+    stem = "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), *(name.replace(":", "-") for name in names)])
+    return next(path for path in _numbered(Path("runs") / command / stem) if not path.exists())
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    number = 2
+    while True:
+        yield path.with_name(f"{path.name}-{number}")
+        number += 1
+
+
+def now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def software() -> dict[str, Any]:
+    """Versions and command line, for env.json."""
+    versions = {"repan": repan_cli.__version__}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"time": now(), "argv": sys.argv[1:], "versions": versions}

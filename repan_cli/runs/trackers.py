@@ -1,0 +1,305 @@
+"""Where figures go while a run goes on: JSON lines and CSV, always; TensorBoard and W&B on request.
+
+A tracker is one class: `log` takes flat figures of one kind, `TRACKERS` knows it by name. It imports its own library in
+its constructor only.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from repan_cli.errors import InputError
+from repan_cli.registry import Registry
+from repan_cli.system.files import write_atomically
+from repan_cli.system.notices import warn
+from repan_cli.system.packages import missing
+
+KINDS = ("epoch", "cycle_end", "final", "restart")
+"""What there are figures of, in the order in which they come once a number of epochs is done."""
+
+
+class Tracker(Protocol):
+    def log(self, kind: str, epochs: int, figures: Mapping[str, Any]) -> None:
+        """Note the figures of one of KINDS, after so many epochs of the run."""
+
+    def close(self) -> None:
+        """Release files and connections."""
+
+
+class JsonLines:
+    """metrics.jsonl: one object an epoch, flushed, the truth about the run."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a", encoding="utf-8")
+
+    def log(self, kind: str, epochs: int, figures: Mapping[str, Any]) -> None:
+        if kind == "epoch":
+            self.file.write(json.dumps(figures) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Csv:
+    """metrics.csv: the same for spreadsheets; its columns are the keys of the first record."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a", encoding="utf-8", newline="")
+        self.writer: csv.DictWriter[str] | None = None
+
+    def log(self, kind: str, epochs: int, figures: Mapping[str, Any]) -> None:
+        if kind != "epoch":
+            return
+        if self.writer is None:
+            self.writer = csv.DictWriter(self.file, list(figures))
+            if self.file.tell() == 0:
+                self.writer.writeheader()
+        self.writer.writerow(figures)
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that a kill cut off is none."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def rewind(folder: Path, cycle: int, epoch: int) -> None:
+    """Take out what metrics.jsonl and metrics.csv hold from beyond an epoch: a resumed run makes it again."""
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if (r["cycle"], r["epoch"]) <= (cycle, epoch)]
+    for name, kind in (("metrics.jsonl", JsonLines), ("metrics.csv", Csv)):
+        (folder / name).unlink(missing_ok=True)
+        tracker = kind(folder / name)
+        for record in records:
+            tracker.log("epoch", record["epoch"], record)
+        tracker.close()
+
+
+# ---------------------------------------------------------------------------------------------- on request
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as trackers see it: its directory, its command, its settings by dotted key."""
+
+    folder: Path
+    command: str
+    settings: Mapping[str, Any]
+
+
+class OnRequest(Tracker, Protocol):
+    """A tracker of `run.trackers`. `where` says in a line how its figures are looked at."""
+
+    where: str
+
+    def __init__(self, run: TrackedRun) -> None: ...
+
+    @staticmethod
+    def problem() -> str | None:
+        """Why it cannot be used, and the mend; asked before anything is written."""
+
+
+TRACKERS: Registry[type[OnRequest]] = Registry("tracker")
+
+
+def _missing(package: str) -> str | None:
+    how = f"run.trackers={package} needs the package {package}: pip install 'repan-cli[{package}]'"
+    return how if missing(package) else None
+
+
+@TRACKERS.register("tensorboard")
+class TensorBoard:
+    """Event files for TensorBoard, in the run directory: figures, settings as text and as hyperparameters."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self.event, self.summary = event_pb2.Event, summary_pb2.Summary
+        folder = run.folder / "tensorboard"
+        fresh = not folder.exists()
+        self.writer = EventFileWriter(str(folder))
+        self.where = f"tensorboard --logdir {folder}"
+        if fresh:
+            self._write(0, _hyperparameters(run.settings))
+            self._write(0, _settings_as_text(run))
+
+    def log(self, kind: str, epochs: int, figures: Mapping[str, Any]) -> None:
+        self._write(epochs, [self.summary.Value(tag=f"{kind}/{name}", simple_value=v) for name, v in _numbers(figures)])
+
+    def _write(self, epochs: int, values: list[Any]) -> None:
+        self.writer.add_event(self.event(wall_time=time.time(), step=epochs, summary=self.summary(value=values)))
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+    @staticmethod
+    def problem() -> str | None:
+        return _missing("tensorboard")
+
+
+def _hyperparameters(settings: Mapping[str, Any]) -> list[Any]:
+    """What TensorBoard's table of hyperparameters reads."""
+    from tensorboard.compat.proto import summary_pb2
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    start = plugin_data_pb2.SessionStartInfo(start_time_secs=time.time())
+    for key, value in settings.items():
+        if isinstance(value, bool):
+            start.hparams[key].bool_value = value
+        elif isinstance(value, (int, float)):
+            start.hparams[key].number_value = value
+        else:
+            start.hparams[key].string_value = str(value)
+    content = plugin_data_pb2.HParamsPluginData(session_start_info=start, version=0).SerializeToString()
+    metadata = summary_pb2.SummaryMetadata(plugin_data={"plugin_name": "hparams", "content": content})
+    return [summary_pb2.Summary.Value(tag="_hparams_/session_start_info", metadata=metadata)]
+
+
+def _settings_as_text(run: TrackedRun) -> list[Any]:
+    from tensorboard.compat.proto import summary_pb2, tensor_pb2, types_pb2
+
+    rows = [f"repan {run.command}, {run.folder.name}", *(f"{key}: {value}" for key, value in run.settings.items())]
+    text = "".join(f"    {row}\n" for row in rows).encode()  # indented is verbatim in Markdown
+    tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[text])
+    metadata = summary_pb2.SummaryMetadata(plugin_data={"plugin_name": "text"})
+    return [summary_pb2.Summary.Value(tag="settings", tensor=tensor, metadata=metadata)]
+
+
+@TRACKERS.register("wandb")
+class WeightsAndBiases:
+    """Weights & Biases; a resumed run goes on under the id that the run directory keeps. WANDB_MODE, WANDB_PROJECT and
+    its other variables are heeded.
+    """
+
+    def __init__(self, run: TrackedRun) -> None:
+        import wandb
+
+        kept = run.folder / "wandb_id.txt"
+        if not kept.exists():
+            write_atomically(kept, lambda file: file.write(uuid.uuid4().hex[:8].encode()))
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "repan"),
+            name=os.environ.get("WANDB_NAME", run.folder.name),
+            id=kept.read_text(),
+            resume="allow",
+            mode=os.environ.get("WANDB_MODE"),
+            job_type=run.command,
+            dir=run.folder,
+            settings=wandb.Settings(silent=True, console="off"),  # the screen is repan's
+        )
+        self.run.config.update(dict(run.settings), allow_val_change=True)
+        self.run.define_metric("*", step_metric="epochs")
+        self.where = f"wandb sync {Path(self.run.dir).parent}" if self.run.offline else self.run.url or "disabled"
+
+    def log(self, kind: str, epochs: int, figures: Mapping[str, Any]) -> None:
+        self.run.log({"epochs": epochs, **{f"{kind}/{name}": value for name, value in _numbers(figures)}})
+
+    def close(self) -> None:
+        failed = isinstance(sys.exc_info()[1], Exception)
+        self.run.finish(exit_code=int(failed))
+
+    @staticmethod
+    def problem() -> str | None:
+        if missing := _missing("wandb"):
+            return missing
+        if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+            return None
+        import wandb
+
+        try:
+            wandb.login()
+        except wandb.errors.Error as error:
+            line = str(error).splitlines()[0]
+            return f"run.trackers=wandb: {line} Or set WANDB_MODE=offline"
+        return None
+
+
+def _numbers(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Those that can be drawn."""
+    for name, value in figures.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            yield name, value
+
+
+class Once:
+    """A tracker that takes nothing twice, whatever a resumed run makes again, and what it has missed later.
+
+    It never ends a run: one that fails is left out, with a warning. `trackers.json` keeps how far each has come.
+    """
+
+    def __init__(self, name: str, run: TrackedRun) -> None:
+        self.name, self.marks = name, run.folder / "trackers.json"
+        self.tracker: OnRequest | None = TRACKERS[name](run)
+        self.where = self.tracker.where
+        self.mark = _read_marks(self.marks).get(name, [-1, 0])
+        for epochs, record in enumerate(read_metrics(run.folder / "metrics.jsonl"), start=1):
+            self.log("epoch", epochs, record)
+
+    def log(self, kind: str, epochs: int, figures: Mapping[str, Any]) -> None:
+        mark = [epochs, KINDS.index(kind)]
+        if self.tracker is None or mark <= self.mark:
+            return
+        try:
+            self.tracker.log(kind, epochs, figures)
+            self.mark = mark
+            marks = json.dumps({**_read_marks(self.marks), self.name: mark})
+            write_atomically(self.marks, lambda file: file.write(marks.encode()))
+        except Exception as error:  # whatever its library or the network comes up with
+            self._leave(error)
+
+    def close(self) -> None:
+        if self.tracker is None:
+            return
+        try:
+            self.tracker.close()
+        except Exception as error:
+            self._leave(error)
+
+    def _leave(self, error: Exception) -> None:
+        self.tracker = None
+        line = next(iter(str(error).splitlines()), "")
+        warn(f"{self.name} failed and gets no more of this run, which goes on ({type(error).__name__}: {line})")
+
+
+def _read_marks(path: Path) -> dict[str, list[int]]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def check(names: tuple[str, ...]) -> None:
+    """Raises InputError for a tracker that does not exist or cannot be used here."""
+    for name in names:
+        if problem := TRACKERS[name].problem():
+            raise InputError(problem)
+
+
+def open_requested(names: tuple[str, ...], run: TrackedRun) -> list[Once]:
+    """The trackers of `run.trackers`. Raises InputError for one that cannot begin."""
+    opened = []
+    for name in dict.fromkeys(names):
+        try:
+            opened.append(Once(name, run))
+        except Exception as error:  # whatever its library or the network comes up with
+            line = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"run.trackers={name} cannot begin: {line}") from None
+    return opened

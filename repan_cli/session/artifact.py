@@ -1,0 +1,218 @@
+"""What fuse, evaluate, predict, benchmark and quantize are about: a network from any file, or by its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from repan_cli import checkpoint, models, runs
+from repan_cli.blocks import NATIVE, rep_blocks
+from repan_cli.checkpoint.format import MULTI_BRANCH, PLAIN, Checkpoint
+from repan_cli.data.preprocess import CROP_SHARE, Preparation
+from repan_cli.errors import InputError
+from repan_cli.export import onnx_file, pt2_file
+from repan_cli.models import user_file
+from repan_cli.models.changes import Expansion
+from repan_cli.models.create import TIMM
+from repan_cli.models.inspect import classifier_layers
+from repan_cli.models.timm_blocks import is_own_block
+from repan_cli.registry import did_you_mean
+
+LARGE_IMAGE = 224
+"""Short names without a data set are timm's own, made for large images."""
+
+FILES = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".onnx", ".pt2")
+OUR_IMAGE, OUR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A network in eval mode on the CPU, and what is known of it.
+
+    `meta` is the description of a checkpoint. `runtime` is what computes: PyTorch, or what the file is made for.
+    """
+
+    source: str
+    network: nn.Module
+    meta: Mapping[str, Any]
+    runtime: str = "PyTorch"
+    saved: Checkpoint | None = field(default=None, repr=False)
+
+    @property
+    def form(self) -> str:
+        return self.meta["form"]
+
+    @property
+    def preparation(self) -> Preparation:
+        """How it wants its images."""
+        meta = self.meta
+        normalizes = meta.get("normalizes", False)
+        return Preparation(
+            size=meta["image_size"],
+            channels=meta["in_chans"],
+            mean=(0.0,) * meta["in_chans"] if normalizes else tuple(meta["mean"]),
+            std=(1.0,) * meta["in_chans"] if normalizes else tuple(meta["std"]),
+            resized=Preparation.crops(meta["config"].get("data.crop", "auto"), meta["image_size"]),
+            share=meta.get("crop_share", CROP_SHARE),
+        )
+
+    def checkpoint(self) -> Checkpoint:
+        """The network as a checkpoint of its form."""
+        return self.saved or checkpoint.capture(self.network, self.meta)
+
+
+def open_artifact(
+    source: str, model: str | None = None, *, pretrained: bool = True, block: str | None = None
+) -> Artifact:
+    """The network in a file or a run directory, or the pretrained one of a name.
+
+    Args:
+        source: a file that repan wrote, weights of others (with `model`), a run directory, or a network's name.
+        model: the network that weights of others are of, or a person's own, `file.py:function`.
+        pretrained: with the weights that timm or torchvision offers, where `source` is a name.
+        block: the block family of a network that is built of blocks, where `source` is a name.
+
+    Raises InputError, naming the source, when it is missing, damaged, or not said what it is.
+    """
+    path = file_of(source)
+    if path is None:
+        return _named(source, pretrained=pretrained, block=block)
+    if path.suffix == ".onnx":
+        network = onnx_file.open_file(_checked(path))
+        return Artifact(str(path), network, _described(path), "ONNX Runtime")
+    if path.suffix == ".pt2":
+        network = pt2_file.open_file(_checked(path))
+        return Artifact(str(path), network, _described(path), "torch.export")
+    content = checkpoint.load_any(path)
+    if isinstance(content, Checkpoint):
+        return Artifact(str(path), models.rebuild(content, str(path), model), content.meta, saved=content)
+    return _foreign(path, content, model)
+
+
+def file_of(source: str) -> Path | None:
+    """The file that a person means; None where it is the name of a network."""
+    path = Path(source)
+    if path.is_dir():
+        for name in ("best.pt", runs.LAST):
+            if (path / name).is_file():
+                return path / name
+        raise InputError(f"{source} is a folder without best.pt or last.pt: name a file in it")
+    if path.is_file():
+        return path
+    if path.suffix in FILES or len(path.parts) > 1:
+        beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"no file {source}{did_you_mean(str(path), beside)}")
+    return None
+
+
+def _checked(path: Path) -> Path:
+    checkpoint.check_seal(path)
+    return path
+
+
+def written_into(path: Path) -> dict[str, Any] | None:
+    """What repan wrote into an exported file beside the graph; None where it did not write the file."""
+    text = onnx_file.header(path) if path.suffix == ".onnx" else pt2_file.header(path)
+    try:
+        header = json.loads(text) if text else None
+        if header is not None:
+            checkpoint.check_description(header["meta"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return header
+
+
+def _described(path: Path) -> dict[str, Any]:
+    header = written_into(path)
+    if header is None:
+        raise InputError(f"{path} was not written by repan fuse, so its classes and images are not known")
+    return header["meta"]
+
+
+# ---------------------------------------------------------------------------------------------- networks by name
+
+
+def _named(name: str, *, pretrained: bool, block: str | None) -> Artifact:
+    if user_file.names_a_file(name):
+        raise InputError(f"{name} is a network without weights: give the file of its weights, and this as --model")
+    full = models.resolve(name, LARGE_IMAGE)
+    if full in models.BUILTIN and pretrained:
+        raise InputError(f"{full} is a network without weights: train it, then give its checkpoint")
+    model = models.create(full, num_classes=_classes_of(full), in_chans=3, block=block, pretrained=pretrained)
+    return _as_subject(name, full, model.eval())
+
+
+def _classes_of(full: str) -> int:
+    """How many classes the pretrained weights of a network know; of ours as many as CIFAR-100 has."""
+    if full in models.BUILTIN:
+        return OUR_CLASSES
+    cfg = timm.get_pretrained_cfg(full.removeprefix(TIMM), allow_unregistered=True)
+    return cfg.num_classes if cfg is not None and full.startswith(TIMM) else IMAGENET_CLASSES
+
+
+def _foreign(path: Path, weights: Mapping[str, Tensor], name: str | None) -> Artifact:
+    """Weights of others in the network they are said to be of; how many classes and channels, they tell themselves."""
+    if name is None:
+        raise InputError(f"{path} was not written by repan and does not say which network it is of: give --model NAME")
+    full = name if user_file.names_a_file(name) else models.resolve(name, LARGE_IMAGE)
+    with torch.random.fork_rng(devices=[]):
+        probe = models.create(full, num_classes=IMAGENET_CLASSES, in_chans=3)
+        own = probe.state_dict()
+        rows = [f"{layer}.weight" for layer in classifier_layers(probe)]
+        classes = next((len(weights[key]) for key in rows if key in weights), IMAGENET_CLASSES)
+        first = next((key for key, value in own.items() if value.ndim == 4), None)
+        channels = weights[first].shape[1] if first in weights and weights[first].ndim == 4 else 3
+        model = models.create(full, num_classes=classes, in_chans=channels)
+    checkpoint.load_foreign(model, weights, str(path))
+    return _as_subject(str(path), full, model.eval())
+
+
+def _as_subject(source: str, full: str, model: nn.Module) -> Artifact:
+    cfg = timm.data.resolve_model_data_config(model) if hasattr(model, "pretrained_cfg") else {}
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    channels = convs[0].in_channels * convs[0].groups if convs and convs[0].groups == 1 else 3
+    classes = model.num_classes if hasattr(model, "num_classes") else _outputs(model)
+    branches = any(is_own_block(module) for module in model.modules())
+    own = Expansion(next((block.family for _, block in rep_blocks(model)), NATIVE), (), {})
+    native = {"block": own.family, "branches": None} if full in models.BUILT_OF_BLOCKS else {}
+    meta = {
+        **models.describe(full, own, native),
+        "form": MULTI_BRANCH if branches or models.form_of(model) == MULTI_BRANCH else PLAIN,
+        "classes": class_names(classes),
+        "in_chans": channels,
+        "image_size": OUR_IMAGE if full in models.BUILTIN else cfg.get("input_size", (LARGE_IMAGE,))[-1],
+        "mean": list(cfg.get("mean", timm.data.IMAGENET_DEFAULT_MEAN))[:channels],
+        "std": list(cfg.get("std", timm.data.IMAGENET_DEFAULT_STD))[:channels],
+        "crop_share": cfg.get("crop_pct", CROP_SHARE),
+        "split_digest": "",
+        "config": {},
+        "cycle": 0,
+        "epoch": None,
+        "metrics": {},
+    }
+    return Artifact(source, model, meta)
+
+
+def _outputs(model: nn.Module) -> int:
+    layers = classifier_layers(model)
+    return len(model.get_submodule(layers[-1]).weight) if layers else IMAGENET_CLASSES
+
+
+def class_names(count: int) -> list[str]:
+    """ImageNet's, where there are as many; else numbers."""
+    if count == IMAGENET_CLASSES:
+        info = timm.data.ImageNetInfo()
+        return [info.index_to_description(index) for index in range(count)]
+    return [str(index) for index in range(count)]
+
+
+def knows_its_data(subject: Artifact) -> bool:
+    """Whether it says which data set it was trained on."""
+    return "data.name" in subject.meta["config"]

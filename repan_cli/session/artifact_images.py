@@ -1,0 +1,100 @@
+"""The images that belong to a network: the data set it was trained on, or some of its images to look at."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repan_cli import config, export
+from repan_cli.data import datasets, image_files
+from repan_cli.data.types import ArrayImages, Dataset
+from repan_cli.errors import InputError
+from repan_cli.session.artifact import Artifact, knows_its_data
+from repan_cli.session.network import check_classes
+from repan_cli.system.notices import warn
+
+WITHOUT_FILES = ("digits", "synthetic")
+PARTS = ("test", "val", "train")
+
+
+def load(subject: Artifact, dataset: str | None = None, root: str | None = None) -> Dataset:
+    """The data set that a network names, or the one asked for, split and prepared as the network wants it.
+
+    Raises InputError when it names none, or the classes are not the network's.
+    """
+    meta = subject.meta
+    if dataset is None and not knows_its_data(subject):
+        raise InputError(f"{subject.source} does not say which data it is for: give --dataset and --data-root")
+    arguments = settings(subject, dataset, root)
+    data = datasets.load(**arguments)
+    prepared = subject.preparation
+    data = dataclasses.replace(data, mean=prepared.mean, std=prepared.std)
+    if knows_its_data(subject):
+        check_classes(subject.source, meta["classes"], data)
+    elif len(meta["classes"]) != len(data.classes):
+        counts = f"{subject.source} knows {len(meta['classes'])} classes, {data.name} has {len(data.classes)}"
+        raise InputError(f"{counts}: give data of its classes")
+    if knows_its_data(subject) and data.split_digest != meta["split_digest"]:
+        warn(f"the validation part of this data is not the one {subject.source} was trained with")
+    return data
+
+
+def settings(subject: Artifact, dataset: str | None = None, root: str | None = None) -> dict[str, Any]:
+    """The arguments of `datasets.load` for a network's data, with another name or place where they are given."""
+    meta = subject.meta
+    stored = {key: value for key, value in meta["config"].items() if key.startswith("data.")}
+    arguments = datasets.settings_of(config.replace(config.Config(), stored).data)
+    asked = {"name": dataset, "root": root, "image_size": meta["image_size"], "channels": meta["in_chans"]}
+    if dataset not in (None, arguments["name"]):  # the part that it was trained on is one of its own data
+        arguments |= {"classes": None, "per_class": None}
+    return {**arguments, **{name: value for name, value in asked.items() if value is not None}}
+
+
+def noise(subject: Artifact) -> Tensor:
+    """Images without content, (N, C, H, W), of the statistics that a network sees."""
+    prepared = subject.preparation
+    shape = (export.PROOF_IMAGES, prepared.channels, prepared.size, prepared.size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def real_images(subject: Artifact, root: str | None, count: int) -> tuple[Tensor | None, str]:
+    """Some images of a network's own data (n, C, H, W), normalised, as far as they are on this machine; else why none.
+
+    Of image folders one a class is read, from the test part where there is one; nothing is downloaded.
+    """
+    if not knows_its_data(subject):
+        return None, "its data are not known"
+    arguments = settings(subject, None, root)
+    try:
+        if arguments["name"] in WITHOUT_FILES:
+            return _of_memory(subject, arguments, count), ""
+        folder = Path(arguments["root"])
+        folder = folder if arguments["name"] == "folder" else folder / arguments["name"]
+        if not folder.is_dir():
+            return None, f"no {folder}; --data-root names another place"
+        if any((folder / name).is_dir() for names in image_files.PARTS.values() for name in names):
+            return _of_folders(subject, folder, count), ""
+        return _of_memory(subject, arguments, count), ""
+    except InputError as error:
+        return None, str(error)
+
+
+def _of_memory(subject: Artifact, arguments: dict[str, Any], count: int) -> Tensor:
+    part = datasets.load(**arguments).test
+    numbers = range(min(count, len(part.labels)))
+    if isinstance(part, ArrayImages):
+        found = [torch.from_numpy(part.images[number]).permute(2, 0, 1) for number in numbers]
+    else:
+        found = [subject.preparation.picture(part.read(int(part.index[number]))) for number in numbers]
+    return subject.preparation.normalized(torch.stack(found))
+
+
+def _of_folders(subject: Artifact, folder: Path, count: int) -> Tensor:
+    parts = image_files.part_folders(folder)
+    part = next(parts[name] for name in PARTS if name in parts)
+    firsts = [image_files.first_image(part / name) for name in image_files.class_folders(part)[:count]]
+    return torch.stack([subject.preparation.file(path) for path in firsts])

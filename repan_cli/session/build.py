@@ -1,0 +1,228 @@
+"""From a configuration to the objects of a run, without writing anything.
+
+Order of initialisation:
+1. the run directory is checked to be free, trackers to be there
+2. device and precision
+3. data, with its validation part
+4. network, weights to start from, blocks
+5. plan, task, optimizer
+Only then does `train` create the run directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import repan_cli
+from repan_cli import models, runs
+from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.config.resolve import Resolved, refuse
+from repan_cli.config.settings import Config, EmaConfig, flatten
+from repan_cli.data import datasets
+from repan_cli.data.batches import Loader
+from repan_cli.data.build import eval_loader, train_loader
+from repan_cli.data.types import Dataset
+from repan_cli.errors import InputError
+from repan_cli.models import user_file
+from repan_cli.runs import trackers
+from repan_cli.session.network import Network, build, resolve_names, restarted, restore_network, safe_precision
+from repan_cli.session.teachers import PhaseTasks
+from repan_cli.system.device import Runtime, start_runtime
+from repan_cli.system.launcher import own_rank
+from repan_cli.system.notices import warn
+from repan_cli.training.cuda_graphs import CudaRecorder, Graphs
+from repan_cli.training.evaluation import Score, evaluate
+from repan_cli.training.optim import build_optimizer, can_be_recorded
+from repan_cli.training.plan import Phase, cycle_plan, training_plan
+from repan_cli.training.run import Training
+from repan_cli.training.schedules import SCHEDULES
+from repan_cli.training.snapshot import restore
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run that is ready to go.
+
+    `config` has the full names of network and block family; `start` is the score of the weights it begins with, if they
+    need no baseline.
+    """
+
+    command: str
+    config: Config
+    dataset: Dataset
+    network: Network
+    training: Training
+    start: dict[str, Any] | None
+
+    @property
+    def own_network(self) -> str | None:
+        """Its name `file.py:function`, where it is a person's own: a checkpoint is read with it."""
+        return self.network.name if user_file.names_a_file(self.network.name) else None
+
+    def meta(self, **position: Any) -> dict[str, Any]:
+        """The description that its checkpoints carry."""
+        return {
+            "repan": repan_cli.__version__,
+            "command": self.command,
+            **self.network.meta(),
+            "form": models.form_of(self.training.model),
+            "classes": list(self.dataset.classes),
+            "in_chans": self.dataset.channels,
+            "image_size": self.dataset.image_size,
+            "mean": list(self.dataset.mean),
+            "std": list(self.dataset.std),
+            "split_digest": self.dataset.split_digest,
+            "labels_digest": self.dataset.labels_digest,
+            "surroundings": surroundings(self.training.runtime),
+            "teachers": dict(self.training.task_of.digests),
+            "config": flatten(self.config, cycles=self.command == "cycle"),
+            **position,
+        }
+
+
+def prepare(
+    command: str, resolved: Resolved, *, saved: Checkpoint | None = None, folder: Path | None = None
+) -> Session:
+    """Build everything that a run needs, without writing anything; one that goes on is in the state that was `saved` in
+    its `folder`. Raises InputError for what cannot be used.
+    """
+    config = resolved.config
+    if saved is None:
+        runs.check_free(config.run.out)
+    if own_rank() == 0:
+        trackers.check(config.run.trackers)
+    machine = start_runtime(config.run.device, config.run.precision, channels_last=config.run.channels_last)
+    dataset = load_dataset(config)
+    network = build(command, config, dataset) if saved is None else restore_network(config, dataset, saved)
+    if network.finished:
+        refuse(resolved.given, ("baseline.",), "has no effect here: the weights that were given are the baseline")
+    machine = safe_precision(machine, network, dataset, chosen=config.run.precision)
+    if config.run.sync_bn:
+        network = _with_shared_statistics(network, machine)
+    network.model.to(machine.device, memory_format=machine.memory_format)
+    config = resolve_names(config, network)
+    training = _training(command, config, dataset, network, machine)
+    if saved is not None:
+        restore(training, saved.state, saved.meta["progress"])
+        training.task_of.folder = folder
+        if training.progress.begun:
+            training.task_of.resumed_in = training.plan[training.progress.phase].cycle
+        start = saved.meta["begun"]["summary"]["baseline"] if network.finished else None
+    else:
+        start = _score_start(training) if network.finished else None
+    return Session(command, config, dataset, network, training, start)
+
+
+def surroundings(machine: Runtime) -> dict[str, Any]:
+    """What the last bits of a run may depend on beside its settings."""
+    return {
+        "torch": str(torch.__version__),
+        "device": machine.device.type,
+        "threads": torch.get_num_threads(),
+        "processes": machine.ranks,
+        "precision": machine.precision,
+    }
+
+
+def load_dataset(config: Config) -> Dataset:
+    return datasets.load(**datasets.settings_of(config.data))
+
+
+def _training(command: str, config: Config, dataset: Dataset, network: Network, machine: Runtime) -> Training:
+    plan = cycle_plan(config, baseline=not network.finished) if command == "cycle" else training_plan(config)
+    _warn_of_a_long_ramp(plan[-1])
+    if plan[-1].start_from == "best-test":
+        warn("cycle.start_from=best-test: the test set chooses the epochs, so that its figures are too good")
+    for phase in plan:
+        SCHEDULES[phase.optim.schedule]  # an unknown one is an error before the first step
+    train = train_loader(dataset, config.data, machine)
+    ema = _average(network.model, config.ema)
+    task_of = PhaseTasks(ema.module if ema else network.model, dataset, train, machine)
+    task_of.prepare(plan)
+    optimizer = build_optimizer(network.model, config.optim)
+    return Training(
+        model=network.model,
+        task_of=task_of,
+        optimizer=optimizer,
+        plan=plan,
+        train=train,
+        val=eval_loader(dataset, "val", machine, config.data.workers) if dataset.val else None,
+        test=eval_loader(dataset, "test", machine, config.data.workers),
+        runtime=machine,
+        batch_size=config.data.batch_size,
+        restarted=restarted(config, network.model) if command == "cycle" else None,
+        seed=config.run.seed,
+        log_every=config.run.log_every,
+        accumulate=config.optim.accumulate,
+        wrapped=_wrapped(network.model, config, machine),
+        ema=ema,
+        scaler=machine.scaler(),
+        graphs=_graphs(config, machine, optimizer),
+    )
+
+
+def _wrapped(model: nn.Module, config: Config, machine: Runtime) -> nn.Module | None:
+    """The network as training calls it: on several ranks with an exchange of gradients, and compiled if asked for."""
+    wrapped = model
+    if machine.ranks > 1:
+        own = [machine.device] if machine.device.type == "cuda" else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name is not known to older PyTorch
+            wrapped = nn.parallel.DistributedDataParallel(model, device_ids=own, broadcast_buffers=False)
+    if config.run.compile == "on":
+        wrapped = torch.compile(wrapped, dynamic=False)  # an epoch has batches of two sizes
+    return None if wrapped is model else wrapped
+
+
+def _graphs(config: Config, machine: Runtime, optimizer: torch.optim.Optimizer) -> Graphs | None:
+    """Where updates are recorded as CUDA graphs; None where they are done as they are.
+
+    Raises InputError where `run.graph=on` asks for what cannot be.
+    """
+    reasons = {
+        f"the device is {machine.device.type}": machine.device.type != "cuda",
+        "there are several processes": machine.ranks > 1,
+        "the loss scaler of run.precision=fp16 decides on the host": machine.precision == "fp16",
+        f"optim.name={config.optim.name} decides on the host": not can_be_recorded(optimizer),
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    if config.run.graph == "on" and why:
+        raise InputError(f"run.graph=on, but {why}: set run.graph=auto")
+    if config.run.graph == "off" or why:
+        return None
+    return Graphs(CudaRecorder(machine.device), demanded=config.run.graph == "on")
+
+
+def _with_shared_statistics(network: Network, machine: Runtime) -> Network:
+    """The network with BN over the batches of all ranks; its weights, names and merged form are the same."""
+    if machine.device.type != "cuda" or machine.ranks == 1:
+        raise InputError("run.sync_bn is for several GPUs under torchrun: set run.sync_bn=false")
+    return dataclasses.replace(network, model=nn.SyncBatchNorm.convert_sync_batchnorm(network.model))
+
+
+def _average(model: nn.Module, ema: EmaConfig) -> ModelEmaV3 | None:
+    """The average of the weights, where one is asked for; its decay grows from 0, as the first weights are soon old."""
+    return ModelEmaV3(model, decay=ema.decay, use_warmup=True) if ema.enabled else None
+
+
+def _warn_of_a_long_ramp(last: Phase) -> None:
+    reached = last.attach_rate(last.epochs)
+    if reached is not None and reached < 1:
+        longer = f"cycle.attach_epochs={last.settings.attach_epochs:g} is longer than a cycle"
+        warn(f"{longer}: branches reach rate {reached:.2f}")
+
+
+def _score_start(training: Training) -> dict[str, Any]:
+    def score(images: Loader) -> Score:
+        return evaluate(training.model, images)
+
+    top1 = score(training.val).top1 if training.val else None
+    return {"top1": top1, "test_top1": score(training.test).top1, "seconds": 0.0}

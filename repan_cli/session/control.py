@@ -1,0 +1,60 @@
+"""The control of a run: the same settings, seed, images and epochs, but no restarts, from the run's own baseline.
+
+Up to the end of the baseline both are one run, so that the control goes on from a copy of the run's state there, as
+after a stop, instead of training the same again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from repan_cli import checkpoint, runs
+from repan_cli.config.files import dump
+from repan_cli.config.settings import Config, from_flat, replace
+
+PREFIX = "control_"
+WAITING = "waiting"
+WEIGHTS = ("best.pt", "cycle_00.pt", runs.LAST)
+FIGURES = ("env.json", "metrics.jsonl", "metrics.csv")
+
+
+def without_restarts(config: Config, folder: Path) -> Config:
+    """The settings of the control that is written to `folder`."""
+    return replace(config, _changes(folder))
+
+
+def _changes(folder: Path) -> dict[str, Any]:
+    return {"cycle.restart": "none", "run.out": str(folder)}
+
+
+def is_awaited(run: Path) -> bool:
+    """Whether a run is one of a series with controls, and its own has not begun."""
+    series = runs.read_series(run.parent)
+    mine = series and series["control"] and not run.name.startswith(PREFIX)
+    return bool(mine) and not _of(run).exists()
+
+
+def _of(run: Path) -> Path:
+    return run.with_name(f"{PREFIX}{run.name}")
+
+
+def begin(run: Path) -> None:
+    """Make the run directory of the control out of a run that has just ended its baseline."""
+    target = _of(run)
+    draft = target.with_name(f".{target.name}")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed here
+    draft.mkdir()
+    for name in FIGURES:
+        shutil.copyfile(run / name, draft / name)
+    for name in WEIGHTS:
+        if (run / name).exists():  # without a validation part there is no best
+            saved = checkpoint.load(run / name)
+            settings = saved.meta["config"] | _changes(target)
+            checkpoint.save(dataclasses.replace(saved, meta=saved.meta | {"config": settings}), draft / name)
+    with runs.RunDirectory(draft, reopen=True) as folder:
+        folder.write_text("config.yaml", dump(from_flat(settings)))
+        folder.status(WAITING, cycle=0)
+    draft.replace(target)

@@ -1,0 +1,287 @@
+"""The network of a run: named, created or loaded, expanded into blocks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from repan_cli import checkpoint, models
+from repan_cli.blocks import rep_blocks
+from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.config.settings import Config, replace
+from repan_cli.data.types import Dataset
+from repan_cli.errors import InputError
+from repan_cli.models import Expansion, Selection, user_file
+from repan_cli.models.inspect import classifier_layers
+from repan_cli.models.probe import PROBE_IMAGES
+from repan_cli.system.device import Runtime
+from repan_cli.system.notices import warn
+from repan_cli.system.seeding import seed_for
+from repan_cli.system.text import count
+
+Weights = Checkpoint | Mapping[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with its blocks, and what is known of it.
+
+    `native` holds block family and branches that it was built with, where it is built of blocks. `trained`: its weights
+    come from somewhere; `new_classifier`: all but those of its classifier.
+    """
+
+    model: nn.Module
+    name: str
+    expansion: Expansion
+    native: Mapping[str, Any]
+    trained: bool
+    new_classifier: bool
+
+    def meta(self) -> dict[str, Any]:
+        return models.describe(self.name, self.expansion, self.native)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it needs no baseline."""
+        return self.trained and not self.new_classifier
+
+
+def build(command: str, config: Config, dataset: Dataset) -> Network:
+    """The network that a configuration describes. Raises InputError for one that cannot be had or used."""
+    weights = checkpoint.load_any(config.model.init) if config.model.init else None
+    name = _full_name(config, dataset, weights)
+    torch.manual_seed(seed_for("weights", config.run.seed))
+    if isinstance(weights, Checkpoint):
+        network = _continued(config, dataset, name, weights)
+    else:
+        network = _created(config, dataset, name, weights)
+    if command == "cycle" and not any(rep_blocks(network.model)):
+        left = models.summary(network.expansion.left)
+        raise InputError(f"no convolution of {name} can become a block: {left}")
+    if command == "cycle" and config.cycle.restart != "none" and models.form_of(network.model) == checkpoint.PLAIN:
+        warn("its blocks have no side branches to regrow: give --block NAME, see 'repan list blocks'")
+    return network
+
+
+def restarted(config: Config, model: nn.Module) -> frozenset[str] | None:
+    """Which blocks restart: those that the settings of the section `block` choose; None is all of them."""
+    convs = {name: block.trunk.conv for name, block in rep_blocks(model)}
+    block = config.block
+    left_out = Selection(block.kernel or None, block.include, block.exclude, block.limit).left_out(convs)
+    if convs and len(left_out) == len(convs):
+        raise InputError(f"the settings of block leave no block to restart: {models.summary(left_out)}")
+    return frozenset(convs) - left_out.keys() if left_out else None
+
+
+def noise(dataset: Dataset) -> Tensor:
+    """Images without content, to see how the network works."""
+    shape = (PROBE_IMAGES, dataset.channels, dataset.image_size, dataset.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
+    if config.model.name is not None:
+        return models.resolve(config.model.name, dataset.image_size)
+    if isinstance(weights, Checkpoint):
+        models.check_given(weights.meta["model"], None, config.model.init)
+        return weights.meta["model"]
+    raise InputError(f"{config.model.init} does not say which network it is of: give --model NAME")
+
+
+def _created(config: Config, dataset: Dataset, name: str, weights: Mapping[str, Tensor] | None) -> Network:
+    """A fresh network, or one with weights of others, expanded: with branches that train at once, silent where the
+    function is to be kept.
+    """
+    classes = len(dataset.classes)
+    model = models.create(
+        name,
+        num_classes=classes,
+        in_chans=dataset.channels,
+        block=config.block.name,
+        branches=config.block.branches,
+        pretrained=config.model.pretrained,
+    )
+    _check_output(model, name, dataset)
+    new_classifier = config.model.pretrained and models.has_new_classifier(name, classes)
+    trained = weights is not None or config.model.pretrained
+    native = _native(name, model, config)
+    multi_branch = weights is not None and any(".trunk." in f".{key}" for key in weights) and not native
+    if weights is not None and not multi_branch:
+        new_classifier = _take(model, weights, config)
+    family = native.get("block", config.block.name)
+    expansion = _plan(model, config, dataset, family)
+    models.apply(model, expansion.changes, attach="zero-gamma" if trained else "one")
+    if multi_branch:
+        new_classifier = _take(model, weights, config)
+    return Network(model, name, expansion, native, trained, new_classifier)
+
+
+def _native(name: str, model: nn.Module, config: Config) -> dict[str, Any]:
+    if name not in models.BUILT_OF_BLOCKS:
+        return {}
+    return {"block": next(block.family for _, block in rep_blocks(model)), "branches": config.block.branches}
+
+
+def _plan(model: nn.Module, config: Config, dataset: Dataset, family: str | None) -> Expansion:
+    block = config.block
+    selection = Selection(block.kernel, block.include, block.exclude, block.limit)
+    return models.plan(model, noise(dataset), family=family, selection=selection, copies=block.branches)
+
+
+def _take(model: nn.Module, weights: Mapping[str, Tensor], config: Config) -> bool:
+    layers = classifier_layers(model)
+    new = checkpoint.load_foreign(model, weights, config.model.init, may_be_new=layers)
+    if new:
+        warn(f"{config.model.init} knows other classes: {', '.join(layers)} starts anew")
+    return new
+
+
+def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -> Network:
+    """The network of one of repan's checkpoints; one without side branches may grow those of another family."""
+    source = config.model.init
+    _check_origin(config, dataset, name, saved)
+    model = models.build_untrained(saved.meta, source, name)
+    checkpoint.load_weights(model, saved, source)
+    _check_output(model, name, dataset)
+    expansion = Expansion.from_meta(saved.meta)
+    family = config.block.name or expansion.family
+    if family != expansion.family:
+        grown = _plan(model, config, dataset, family)
+        models.apply(model, grown.changes, attach="zero-gamma")
+        expansion = grown.after(expansion)
+    return Network(model, name, expansion, saved.meta["structure"]["native"], True, False)
+
+
+def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Network:
+    """The network of a run that goes on. Raises InputError when the data are no longer those of the run."""
+    check_classes("the run", saved.meta["classes"], dataset)
+    if saved.meta["labels_digest"] != dataset.labels_digest:
+        raise InputError(
+            f"the images of {dataset.name} are not those that the run began with: some came, went or moved"
+        )
+    model = models.build_untrained(saved.meta, "the run", config.model.name)
+    checkpoint.load_weights(model, saved, "the run")
+    native = saved.meta["structure"]["native"]
+    expansion = Expansion.from_meta(saved.meta)
+    return Network(model, config.model.name, expansion, native, saved.meta["finished"], False)
+
+
+def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -> None:
+    """The weights to start from must be of this network and these classes, in a form that trains."""
+    meta, source = saved.meta, config.model.init
+    if meta["form"] == checkpoint.FUSED:
+        raise InputError(
+            f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run"
+        )
+    if meta["model"] != name and not (user_file.names_a_file(name) and user_file.names_a_file(meta["model"])):
+        raise InputError(f"{source} holds the network {meta['model']}, not {name}: give --model as it was trained")
+    if config.block.name not in (None, meta["block"]) and meta["form"] != checkpoint.PLAIN:
+        raise InputError(
+            f"{source} holds blocks of the family {meta['block']}, not {config.block.name}: give --block as it was "
+            "trained (only one trained with --block plain may grow others)"
+        )
+    check_classes(source, meta["classes"], dataset)
+    if meta["split_digest"] != dataset.split_digest:
+        warn(f"{source} was trained with another validation part: images it has seen are now used to choose by")
+
+
+def check_classes(source: object, classes: list[str], dataset: Dataset) -> None:
+    """Raises InputError when a checkpoint's classes are not the data set's."""
+    if classes == list(dataset.classes):
+        return
+    if len(classes) != len(dataset.classes):
+        counts = f"{source} knows {len(classes)} classes, {dataset.name} has {len(dataset.classes)}"
+        raise InputError(f"{counts}: give the data it was trained on")
+    first = next((a, b) for a, b in zip(classes, dataset.classes, strict=True) if a != b)
+    raise InputError(
+        f"{source} and {dataset.name} name their classes differently, such as '{first[0]}' and '{first[1]}'"
+    )
+
+
+@torch.no_grad()
+def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
+    """One logit a class, in one tensor, in eval mode and in train mode (of a copy: it would move statistics)."""
+    images = noise(dataset)
+    expected = (len(images), len(dataset.classes))
+    for mode in (False, True):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                logits = copy.deepcopy(model).train(mode)(images)
+        except Exception as error:
+            line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
+            size = f"{dataset.channels}x{dataset.image_size}x{dataset.image_size}"
+            raise InputError(f"{name} does not run on images of {size}: {line}; {_mend(name)}") from error
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        if found != expected:
+            raise InputError(
+                f"{name} returns {found} for {len(images)} images, not {expected}: it must return one logit a class"
+                + (" (take num_classes as an argument)" if user_file.names_a_file(name) else "")
+            )
+
+
+def _mend(name: str) -> str:
+    """What may help a network that does not run on the images."""
+    if user_file.names_a_file(name):
+        return "let it take in_chans as an argument, or set data.image_size"
+    cfg = timm.get_pretrained_cfg(name.removeprefix("timm:"), allow_unregistered=True)
+    if cfg is not None and cfg.fixed_input_size:
+        return f"it wants data.image_size={cfg.input_size[-1]}"
+    return "set a larger data.image_size"
+
+
+@torch.no_grad()
+def safe_precision(machine: Runtime, network: Network, dataset: Dataset, *, chosen: str) -> Runtime:
+    """The runtime in fp32 where bf16 computes wrong gradients; a warning says so.
+
+    On CPUs PyTorch's (2.15's, for one) bf16 gradient of a strided kernel holds uninitialised memory where the map that
+    it reads is smaller than the stride, as deep networks on small images have it.
+    """
+    if machine.device.type != "cpu" or machine.precision != "bf16":
+        return machine
+    found: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda conv, inputs, name=name: found.append(name) if _smaller_than_stride(conv, inputs[0]) else None
+        )
+        for name, module in network.model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    modes = {module: module.training for module in network.model.modules()}
+    network.model.eval()(noise(dataset))
+    for module, mode in modes.items():
+        module.training = mode
+    for hook in hooks:
+        hook.remove()
+    if not found:
+        return machine
+    why = f"{found[0]} reads a map smaller than its stride, where PyTorch's bf16 gradients are wrong on CPUs"
+    if chosen != "auto":
+        warn(f"{why}: set run.precision=fp32, or a larger data.image_size")
+        return machine
+    warn(f"{why}: this run is in fp32 (a larger data.image_size would allow bf16)")
+    return dataclasses.replace(machine, precision="fp32")
+
+
+def _smaller_than_stride(conv: nn.Conv2d, images: Tensor) -> bool:
+    return max(conv.kernel_size) > 1 and any(
+        side < stride for side, stride in zip(images.shape[-2:], conv.stride, strict=True)
+    )
+
+
+def describe_blocks(model: nn.Module) -> str:
+    """How many blocks of which families a network has."""
+    counted = Counter(block.family for _, block in rep_blocks(model))
+    return " and ".join(count(number, f"{family} block") for family, number in counted.items()) or "no blocks"
+
+
+def resolve_names(config: Config, network: Network) -> Config:
+    """The configuration with the full names of the network and its block family."""
+    return replace(config, {"model.name": network.name, "block.name": network.expansion.family})

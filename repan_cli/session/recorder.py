@@ -1,0 +1,191 @@
+"""What a run leaves in its directory while it goes on: metrics, checkpoints, the state to go on from, the summary."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from repan_cli import checkpoint, runs
+from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.config.settings import flatten
+from repan_cli.runs.trackers import Csv, JsonLines, TrackedRun, Tracker, open_requested, rewind
+from repan_cli.session import control
+from repan_cli.session.build import Session
+from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, StepEnd
+from repan_cli.training.snapshot import snapshot
+
+SAVING_SHARE = 0.02
+"""Of a run's time what saving may take at the ends of epochs: where those are short, some go by without."""
+
+WATCHED = ("top1_before", "top1_after_restart", "loss_before", "loss_after_restart", "logit_error")
+
+
+class Record:
+    """Takes the events of a run. `begun` is what a resumed run had noted, from its last.pt."""
+
+    def __init__(self, session: Session, folder: runs.RunDirectory, begun: Mapping[str, Any] | None = None) -> None:
+        self.session, self.folder = session, folder
+        self.began = time.perf_counter()
+        begun = begun or {"summary": _new_summary(session), "start": {}, "epoch": {}, "seconds": 0.0}
+        self.summary, self.start, self.epoch = begun["summary"], begun["start"], begun["epoch"]
+        self.seconds_before = begun["seconds"]
+        self.best: Checkpoint | None = None  # to be written with the next state
+        self.saved_at, self.saving = time.perf_counter(), 0.0
+        rewind(folder.path, *self.position())
+        self.requested = open_requested(session.config.run.trackers, _tracked(session, folder))
+        self.trackers: list[Tracker] = [
+            JsonLines(folder / "metrics.jsonl"),
+            Csv(folder / "metrics.csv"),
+            *self.requested,
+        ]
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time in which it stood still."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def position(self) -> tuple[int, int]:
+        """The cycle, and how many of its epochs are done."""
+        plan, progress = self.session.training.plan, self.session.training.progress
+        return plan[min(progress.phase, len(plan) - 1)].cycle, progress.epoch if progress.phase < len(plan) else 10**9
+
+    def open(self) -> None:
+        """What there is before the first step: the weights that a run of cycles begins with, and a first state."""
+        session = self.session
+        self.folder.status("running")
+        if session.start:
+            if session.start["top1"] is not None:  # where the run begins competes for the best, too
+                session.training.progress.best_top1 = session.start["top1"]
+                self._save("best.pt", 0, None, session.start)
+            if session.command == "cycle":
+                self._save("cycle_00.pt", 0, None, session.start)
+        self.save_last()
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, CycleStart):
+            self.start = dataclasses.asdict(event)
+            if event.cycle:
+                self._log("restart", self.start)
+        elif isinstance(event, StepEnd):
+            if saves_at(self.session, event):
+                self.save_last()
+        elif isinstance(event, Epoch):
+            self._take_epoch(event)
+        elif isinstance(event, CycleEnd):
+            self._take_end(event)
+
+    def _take_epoch(self, event: Epoch) -> None:
+        self.epoch = _metrics(event)
+        if event.best:
+            self.best = self._capture(event.cycle, event.epoch, self.epoch)
+        self._log("epoch", dataclasses.asdict(event))
+        if (time.perf_counter() - self.saved_at) * SAVING_SHARE >= self.saving:
+            self.save_last()
+            self.folder.status("running", cycle=event.cycle, epoch=event.epoch)
+
+    def _take_end(self, event: CycleEnd) -> None:
+        row = {"top1": event.top1, "test_top1": event.test_top1, "seconds": event.seconds}
+        if event.cycle == 0:
+            self.summary["baseline"] = row
+        else:
+            before = {name: self.start[name] for name in WATCHED}
+            self.summary["cycles"].append({"cycle": event.cycle, **before, **row})
+        if self.session.command == "cycle":
+            self._save(f"cycle_{event.cycle:02d}.pt", event.cycle, None, _metrics(event))
+        self._log("cycle_end", dataclasses.asdict(event))
+        self.save_last()
+        if event.cycle == 0 and control.is_awaited(self.folder.path):
+            control.begin(self.folder.path)
+
+    def finish(self) -> None:
+        """The results, in figures."""
+        flat = {"test_top1": self.summary["test"]["top1"], "test_top5": self.summary["test"]["top5"]}
+        self._log(
+            "final", {**flat, **{f"fused_{name}": value for name, value in self.summary.get("fused", {}).items()}}
+        )
+
+    def _log(self, kind: str, figures: Mapping[str, Any]) -> None:
+        """Before the state is saved: what a kill leaves in excess is taken out again, what it takes away is lost."""
+        progress, plan = self.session.training.progress, self.session.training.plan
+        epochs = sum(phase.epochs for phase in plan[: progress.phase]) + progress.epoch
+        for tracker in self.trackers:
+            tracker.log(kind, epochs, figures)
+
+    def save_last(self) -> None:
+        """The weights and everything else that the run needs to go on from here. Raises DivergedError instead when an
+        update since the last save was not finite.
+        """
+        training, began = self.session.training, time.perf_counter()
+        if training.progress.totals is not None:
+            training.progress.totals.check()
+        self._save_best()
+        tensors, plain = snapshot(training)
+        cycle, epoch = self.position()
+        begun = {"summary": self.summary, "start": self.start, "epoch": self.epoch, "seconds": self.seconds}
+        meta = self.session.meta(cycle=cycle, epoch=min(epoch, training.plan[-1].epochs), metrics=self.epoch)
+        meta |= {"progress": plain, "begun": begun, "finished": self.session.start is not None}
+        content = checkpoint.capture(training.scored, meta)
+        content = checkpoint.as_bytes(dataclasses.replace(content, state=tensors), ".pt")
+        self.folder.replace_last(lambda file: file.write(content))
+        self.saved_at = time.perf_counter()
+        self.saving = self.saved_at - began
+
+    def _save_best(self) -> None:
+        if self.best is not None:
+            checkpoint.save(self.best, self.folder / "best.pt")
+            self.best = None
+
+    def _save(self, name: str, cycle: int, epoch: int | None, metrics: Mapping[str, Any]) -> None:
+        checkpoint.save(self._capture(cycle, epoch, metrics), self.folder / name)
+
+    def _capture(self, cycle: int, epoch: int | None, metrics: Mapping[str, Any]) -> Checkpoint:
+        meta = self.session.meta(cycle=cycle, epoch=epoch, metrics=dict(metrics))
+        return checkpoint.capture(self.session.training.scored, meta)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of a run that failed: nothing else is to get in the way
+            self._save_best()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def _metrics(event: Epoch | CycleEnd) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(event).items() if name not in ("cycle", "epoch", "best")}
+
+
+def _tracked(session: Session, folder: runs.RunDirectory) -> TrackedRun:
+    return TrackedRun(folder.path, session.command, flatten(session.config, cycles=session.command == "cycle"))
+
+
+def _new_summary(session: Session) -> dict[str, Any]:
+    config, data = session.config, session.dataset
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    return {
+        "command": session.command,
+        "model": config.model.name,
+        "block": config.block.name,
+        "dataset": config.data.name,
+        "classes": len(data.classes),
+        "images": {name: len(part.labels) for name, part in parts.items() if part},
+        "seed": config.run.seed,
+        "baseline": session.start,
+        "cycles": [],
+    }
+
+
+def saves_at(session: Session, event: StepEnd) -> bool:
+    """Whether the run saves after this update, in the middle of an epoch; every rank then lets rank 0 know its sums."""
+    every = session.config.run.save_every
+    if every is None or event.step // every == (event.step - session.training.accumulate) // every:
+        return False
+    session.training.progress.totals.pool(session.training.runtime.rank)
+    return True
+
+
+def chosen_file(folder: Path) -> Path:
+    """The checkpoint that validation chose, or the last one where nothing was held out."""
+    return next(path for path in (folder / "best.pt", folder / runs.LAST) if path.exists())

@@ -1,0 +1,134 @@
+"""`--resume`: a run goes on from its newest whole state, as if it had never stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from repan_cli import checkpoint, config, models, runs
+from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.config.resolve import Resolved
+from repan_cli.config.schema import Layer
+from repan_cli.config.settings import Config
+from repan_cli.errors import InputError
+from repan_cli.models import user_file
+from repan_cli.session import runner
+from repan_cli.session.build import Session, prepare, surroundings
+from repan_cli.system.launcher import own_rank
+from repan_cli.system.notices import warn
+from repan_cli.system.text import count
+
+MAY_CHANGE = (
+    "cycle.count", "data.root", "data.workers", "run.device", "run.graph", "run.log_every", "run.save_every",
+    "run.trackers", "teacher.name"
+)  # fmt: skip
+"""Settings that a resumed run may have otherwise: they do not change what is computed (a teacher must be the same)."""
+
+
+def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
+    """Go on with a run of `command`. Raises InputError for one that cannot be."""
+    path = runs.find(command, name)
+    if own_rank():
+        runner.follow(_again(command, given, path)[0])
+        return
+    with runs.RunDirectory(path, reopen=True) as folder:
+        session, resolved, saved = _again(command, given, path)
+        _warn_of_changes(saved, surroundings(session.training.runtime))
+        if resolved.source.startswith(str(path / runs.PREVIOUS)):
+            _set_aside(path / runs.LAST)
+        runner.carry_out(session, folder, resolved, begun=saved.meta["begun"], as_json=as_json)
+
+
+def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, Checkpoint]:
+    """The run in the folder `path`, in its newest whole state."""
+    source, saved = newest_state(path)
+    if saved.meta["command"] != command:
+        raise InputError(f"{path} is a run of 'repan {saved.meta['command']}': resume it with that command")
+    resolved = Resolved(_changed(saved, given, path), f"{source}, from where it stopped")
+    session = prepare(command, resolved, saved=saved, folder=path)
+    trained = session.training.progress.phase >= len(session.training.plan)
+    if trained and (path / "summary.json").exists():
+        cycle = session.config.cycle
+        open_ended = command == "cycle" and cycle.lr == "restart"
+        more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if open_ended else ""
+        begin = f"; begin another run from its weights with --init {path / runs.LAST}"
+        raise InputError(f"{path} is finished{more or begin}")
+    for name, digest in session.training.task_of.digests.items():
+        if digest not in saved.meta["teachers"].values():
+            raise InputError(f"{name} is not the teacher that the run began with")
+    return session, resolved, saved
+
+
+def newest_state(path: Path) -> tuple[Path, Checkpoint]:
+    """The newest whole state of a run: last.pt, or with a warning the one before. Raises InputError without any."""
+    problems = []
+    for file in (path / runs.LAST, path / runs.PREVIOUS):
+        if not file.exists():
+            problems.append(f"{file} is not there")
+            continue
+        try:
+            saved = checkpoint.load(file)
+            if "progress" not in saved.meta:
+                raise InputError(f"{file} holds weights, but no state to resume from")
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warn(f"{problem}: going on from {file.name}")
+        return file, saved
+    begin = f"begin anew with -c {path / 'config.yaml'} --out NEW"
+    raise InputError(f"{path} holds no state to resume from ({'; '.join(problems)}): {begin}")
+
+
+def _set_aside(damaged: Path) -> None:
+    """Keep a damaged state from taking the place of the whole one, without deleting it."""
+    if damaged.exists():
+        damaged.replace(damaged.with_name("last_damaged.pt"))
+
+
+def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
+    """The configuration of the run with what may change. Raises InputError for what may not."""
+    stored, asked = saved.meta["config"], config.typed(given)
+    whole = config.from_flat(stored)
+    for key, value in asked.items():
+        same = _same_network(saved, value) if key == "model.name" else value == stored.get(key)
+        if same or key in MAY_CHANGE:
+            continue
+        raise InputError(
+            f"{key} cannot change in a resume (it was {stored.get(key)}): begin another run from its weights with "
+            f"model.init={path / runs.LAST}"
+        )
+    _check_cycles(whole, asked.get("cycle.count", whole.cycle.count), saved.meta["progress"]["phase"])
+    changed = {key: asked[key] for key in MAY_CHANGE if key in asked}
+    own = asked.get("model.name") if user_file.names_a_file(saved.meta["model"]) else None
+    models.check_given(saved.meta["model"], own, str(path))
+    return config.replace(whole, {**changed, "model.name": own or saved.meta["model"], "run.out": str(path)})
+
+
+def _same_network(saved: Checkpoint, given: str) -> bool:
+    """Whether a name means the network of the run; one's own is told by its weights, wherever its file is now."""
+    stored = saved.meta["model"]
+    if user_file.names_a_file(stored):
+        return user_file.names_a_file(given)
+    return models.resolve(given, saved.meta["image_size"]) == stored
+
+
+def _check_cycles(whole: Config, cycles: int, phase: int) -> None:
+    if cycles == whole.cycle.count:
+        return
+    if whole.cycle.lr == "continuous":
+        raise InputError(
+            f"cycle.count cannot change with cycle.lr=continuous, one course over {count(whole.cycle.count, 'cycle')}: "
+            "begin another run from its weights with --init"
+        )
+    if cycles < phase:
+        raise InputError(f"cycle.count={cycles} is less than the {phase} that were begun")
+
+
+def _warn_of_changes(saved: Checkpoint, now: Mapping[str, Any]) -> None:
+    """Say what is not as it was where that may change the last bits of what follows."""
+    before = saved.meta["surroundings"]
+    changes = [f"{name} {before[name]} is now {now[name]}" for name in now if before.get(name) != now[name]]
+    if changes:
+        warn(f"resumed elsewhere: {', '.join(changes)}; what follows may differ in its last bits")

@@ -1,0 +1,170 @@
+"""`repan train`, `distill` and `cycle`: one session from configuration to summary, which differ in their plan alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repan_cli import runs
+from repan_cli.config.files import dump
+from repan_cli.config.resolve import Resolved
+from repan_cli.display.console import Display
+from repan_cli.errors import DivergedError, InterruptedRunError, PreemptedRunError, StoppedError
+from repan_cli.session.build import Session, prepare
+from repan_cli.session.recorder import Record, saves_at
+from repan_cli.session.summary import draw, finish, header
+from repan_cli.system.device import describe_machine
+from repan_cli.system.ranks import summed
+from repan_cli.system.signals import StopSignals
+from repan_cli.training.events import Event, StepEnd
+from repan_cli.training.loop import fit
+
+STEPS_BETWEEN_STOPS = 10
+"""On GPUs, where asking the other ranks is a host-device sync."""
+
+
+def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
+    """Prepare, train, merge, and report. Of several ranks the first does all but its share of the training."""
+    session = prepare(command, resolved)
+    if session.training.runtime.rank:
+        follow(session)
+    else:
+        begin(session, resolved, as_json=as_json)
+
+
+def begin(session: Session, resolved: Resolved, *, as_json: bool) -> None:
+    """Make the run directory of a run that is ready, and carry it out."""
+    command, config = session.command, session.config
+    names = (config.model.name, config.block.name, config.data.name)
+    with runs.RunDirectory(Path(config.run.out) if config.run.out else runs.default_path(command, *names)) as folder:
+        session.training.task_of.folder = folder.path
+        folder.write_text("config.yaml", dump(config, cycles=command == "cycle"))
+        folder.write_json("env.json", {**runs.software(), **describe_machine(session.training.runtime)})
+        carry_out(session, folder, resolved, as_json=as_json)
+
+
+def carry_out(
+    session: Session,
+    folder: runs.RunDirectory,
+    resolved: Resolved,
+    *,
+    begun: Mapping[str, Any] | None = None,
+    as_json: bool,
+) -> None:
+    """Train and report, from the start or, with what a run had `begun`, from where it stopped.
+
+    Raises InterruptedRunError on Ctrl-C and PreemptedRunError when another signal asks to stop, with everything saved.
+    """
+    training = session.training
+    epochs = {phase.cycle: phase.epochs for phase in training.plan}
+    steps = training.train.steps(session.config.data.batch_size)
+    display = Display(epochs=epochs, steps=steps, log=folder / "log.txt", compiles=session.config.run.compile == "on")
+    display.facts({**header(session, resolved), "run": str(folder.path)})
+    record = Record(session, folder, begun)
+    for tracker in record.requested:
+        display.command(tracker.name, tracker.where)
+    pulse = runs.Heartbeat(folder.beat, seconds=runs.HEARTBEAT)
+    pulse.start()
+    try:
+        with StopSignals() as signals:
+            try:
+                _train(session, record, display, signals, fresh=begun is None)
+                finish(session, folder, display, record)
+            except (KeyboardInterrupt, StoppedError) as end:
+                signals.leaving = True
+                raise _stopped(session, folder, display, signals, saved=isinstance(end, StoppedError)) from None
+    except (InterruptedRunError, PreemptedRunError) as stop:
+        display.note(str(stop))
+        raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            folder.status("diverged" if isinstance(error, DivergedError) else "failed")
+        raise
+    finally:
+        pulse.stop()
+        record.close()
+        display.close()
+    if as_json:
+        print(json.dumps(record.summary))
+
+
+def _train(session: Session, record: Record, display: Display, signals: StopSignals, *, fresh: bool) -> None:
+    """Train through the plan and note what happens. Raises StoppedError when a signal asks to, with the state saved."""
+    if session.training.runtime.ranks == 1:
+        session.training.stop = signals
+    if fresh:
+        record.open()
+    if math.isfinite(session.training.progress.best_top1):  # of the weights it began with, or before a stop
+        display.position.best = session.training.progress.best_top1
+    told = False
+    try:
+        with display:
+            for event in fit(session.training):
+                record.take(event)
+                display.show(event)
+                if session.training.graphs and session.training.graphs.refused and not told:
+                    told = True
+                    display.say(f"steps run one by one: no CUDA graph ({session.training.graphs.refused})")
+                if _stops(session, event, signals):
+                    raise StoppedError
+    except StoppedError:
+        if session.training.progress.whole:  # in the middle of a restart what the last epoch saved is the state
+            record.save_last()
+        raise
+
+
+def follow(session: Session) -> None:
+    """Train as one of several ranks, of which the first writes and speaks."""
+    try:
+        with StopSignals() as signals:
+            for event in fit(session.training):
+                if isinstance(event, StepEnd):
+                    saves_at(session, event)
+                if _stops(session, event, signals):
+                    raise StoppedError
+    except StoppedError:
+        raise PreemptedRunError from None
+
+
+def _stops(session: Session, event: Event, signals: StopSignals) -> bool:
+    """Whether the run stops here: where one rank was asked to, all stop after the same update."""
+    machine = session.training.runtime
+    if machine.ranks == 1:
+        return signals()
+    if not isinstance(event, StepEnd):
+        return False
+    every = 1 if machine.device.type == "cpu" else STEPS_BETWEEN_STOPS
+    if event.step // every == (event.step - session.training.accumulate) // every:
+        return False
+    asked = [signals.received == signal.SIGINT, signals.received not in (None, signal.SIGINT)]
+    by_hand, by_others = summed(torch.tensor(asked, dtype=torch.float32, device=machine.device)).tolist()
+    if not by_hand and not by_others:
+        return False
+    signals.received = signals.received or (signal.SIGTERM if by_others else signal.SIGINT)
+    session.training.progress.totals.pool(machine.rank)
+    return True
+
+
+def _stopped(
+    session: Session, folder: runs.RunDirectory, display: Display, signals: StopSignals, *, saved: bool
+) -> InterruptedRunError | PreemptedRunError:
+    """Leave the run so that it can go on, and say how."""
+    asked = signals.received not in (None, signal.SIGINT)
+    folder.status("preempted" if asked else "interrupted")
+    draw(session, folder, display)
+    own = f" --model {session.own_network}" if session.own_network else ""
+    ranks = session.training.runtime.ranks
+    command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
+    how = f"go on with: {command} {session.command} --resume {folder.path}{own}"
+    if not saved:
+        return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}")
+    if asked:
+        return PreemptedRunError(f"stopped by {signal.Signals(signals.received).name}, everything is saved; {how}")
+    return InterruptedRunError(f"interrupted, everything is saved; {how}")

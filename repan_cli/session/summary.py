@@ -1,0 +1,171 @@
+"""What a run says before its first step, and its results at the end: summary.json, fused.pt, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from repan_cli import checkpoint, export, models, runs
+from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.config.resolve import Resolved
+from repan_cli.data.batches import Loader
+from repan_cli.data.streaming import StreamingLoader
+from repan_cli.display import plots
+from repan_cli.display.console import Display
+from repan_cli.errors import InputError
+from repan_cli.runs.trackers import read_metrics
+from repan_cli.session.build import Session
+from repan_cli.session.network import describe_blocks
+from repan_cli.session.recorder import Record, chosen_file
+from repan_cli.system.text import count, duration, percent, sparkline
+from repan_cli.training.evaluation import evaluate
+from repan_cli.training.plan import Phase
+from repan_cli.training.run import Training
+
+
+def header(session: Session, resolved: Resolved) -> dict[str, str]:
+    """What is about to happen, before it does."""
+    config, data, training = session.config, session.dataset, session.training
+    typed, name = resolved.config.model.name, config.model.name
+    network = name if typed in (None, name) else f"{typed} is {name}"
+    blocks = describe_blocks(training.model)
+    parts = {"training": data.train, "validation": data.val, "test": data.test}
+    counts = ", ".join(f"{len(part.labels):,} {which}" for which, part in parts.items() if part)
+    size = f"{data.image_size}x{data.image_size}" + ("" if data.channels == 3 else " grey")
+    return {
+        f"repan {session.command}": f"{network}: {blocks}, {export.count_parameters(training.model):,} parameters",
+        "data": f"{data.name}: {counts} images of {size}, {len(data.classes)} classes",
+        **_describe_augmentation(training.train),
+        "plan": _describe_plan(training.plan),
+        **_describe_teacher(training),
+        "device": training.runtime.describe() + (", a step is one CUDA graph" if training.graphs else ""),
+        "settings": resolved.source,
+    }
+
+
+def _describe_augmentation(train: Loader) -> dict[str, str]:
+    """What is done to training images beside crop and flip, or how they come; nothing in the plainest case."""
+    chosen = {name: getattr(train.augmentation, name) for name in ("policy", "cutout", "erase", "mixup", "cutmix")}
+    parts = [f"{name} {value}" for name, value in chosen.items() if value]
+    if isinstance(train, StreamingLoader):
+        parts += [f"read one by one, {count(train.workers, 'worker')}"]
+    return {"images": ", ".join(parts)} if parts else {}
+
+
+def _describe_teacher(training: Training) -> dict[str, str]:
+    """Who teaches, what images it sees, and what of the loss is its share."""
+    teacher = training.plan[-1].teacher
+    if teacher.name is None:
+        return {}
+    seen = training.task_of.described.get(teacher.name, "the network of the cycle before, merged")
+    share = f"alpha {teacher.alpha:g}, temperature {teacher.temperature:g}"
+    return {"teacher": f"{teacher.name}: {seen}; {share}"}
+
+
+def _describe_plan(plan: tuple[Phase, ...]) -> str:
+    parts = []
+    cycles = [phase for phase in plan if phase.cycle]
+    if plan[0].cycle == 0:
+        parts.append(
+            f"{count(plan[0].epochs, 'epoch')} at lr {plan[0].optim.lr:g}" + (" as baseline" if cycles else "")
+        )
+    if cycles:
+        settings = cycles[0].settings
+        what = f"restart by {settings.rule}, {settings.attach}" if cycles[0].restarts else "no restart (control)"
+        parts.append(
+            f"{count(len(cycles), 'cycle')} of {count(cycles[0].epochs, 'epoch')} at lr {cycles[0].optim.lr:g}, {what}"
+        )
+        if settings.lr == "continuous":
+            parts.append("one course of the learning rate over all")
+        if settings.start_from != "last":
+            judge = "the test set" if settings.start_from == "best-test" else "validation"
+            parts.append(f"each cycle ends with the epoch that is best on {judge}")
+    return "; ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------- the end
+
+
+def finish(session: Session, folder: runs.RunDirectory, display: Display, record: Record) -> None:
+    """Measure the network that validation chose, merge it, write summary and picture, say where everything is."""
+    source, summary = chosen_file(folder.path), record.summary
+    chosen = checkpoint.load(source)
+    model = models.rebuild(chosen, str(source), session.own_network)
+    summary["chosen"] = {"file": source.name, "cycle": chosen.meta["cycle"], "epoch": chosen.meta["epoch"]}
+    summary["test"] = _score(session, model)
+    try:
+        summary["fused"] = _fuse(session, folder, chosen, model)
+    except InputError as error:  # a network without anything to merge
+        display.say(f"no fused.pt: {error}")
+    summary["seconds"] = record.seconds
+    record.finish()
+    folder.write_json("summary.json", summary)
+    folder.status("done")
+    draw(session, folder, display)
+    _report(folder, display, summary, session.own_network)
+
+
+def _score(session: Session, model: nn.Module) -> dict[str, Any]:
+    machine = session.training.runtime
+    model.to(machine.device, memory_format=machine.memory_format)
+    return dataclasses.asdict(evaluate(model, session.training.test.alone()))
+
+
+def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model: nn.Module) -> dict[str, Any]:
+    """Write fused.pt, proven equal on some test images, and measure its own test accuracy."""
+    images = next(session.training.test.batches(export.PROOF_IMAGES)).images
+    fused, report = export.fuse(model, images.cpu())
+    checkpoint.save(checkpoint.capture_fused(fused, chosen), folder / "fused.pt")
+    return {"out": "fused.pt", **dataclasses.asdict(report), "test_top1": _score(session, fused)["top1"]}
+
+
+def draw(session: Session, folder: runs.RunDirectory, display: Display) -> None:
+    config = session.config
+    title = (
+        f"repan {session.command}",
+        config.model.name,
+        config.block.name,
+        config.data.name,
+        f"seed {config.run.seed}",
+    )
+    if not plots.available():
+        display.say(f"no curves.png: {plots.HOW_TO_GET}")
+    elif records := read_metrics(folder / "metrics.jsonl"):
+        plots.draw_curves(records, folder / "curves.png", title=", ".join(title))
+
+
+def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], own_network: str | None) -> None:
+    """The end of a run on screen: a row a phase, what was chosen, what merging brought, where it lies."""
+    test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
+    records = read_metrics(folder / "metrics.jsonl")
+    validation = [record["val_top1"] for record in records if record["val_top1"] is not None]
+    if summary["cycles"]:
+        display.table(summary)
+    rows = {"chosen": f"{chosen['file']}, cycle {chosen['cycle']} epoch {chosen['epoch']}"}
+    if not chosen["epoch"]:
+        start = percent(summary["baseline"]["top1"])
+        rows["chosen"] = f"{chosen['file']}, the weights it started from (validation {start}): no epoch was better"
+    elif validation:
+        rows["chosen"] += ", the first with the best validation top-1"
+        rows["validation"] = f"{sparkline(validation)}  best epoch {percent(max(validation))}"
+    rows["test"] = f"top-1 {percent(test['top1'])}, top-5 {percent(test['top5'])}"
+    if summary["cycles"]:
+        start, base = display.name(0) if 0 in display.epochs else "start", summary["baseline"]["test_top1"]
+        chosen_gain, last_gain = test["top1"] - base, summary["cycles"][-1]["test_top1"] - base
+        rows["gain"] = (
+            f"{chosen_gain:+.2f} points of test top-1 over the {start}; the end of the last cycle {last_gain:+.2f} "
+            "(one seed)"
+        )
+    if fused:
+        rows["merged"] = (
+            f"top-1 {percent(fused['test_top1'])} from {fused['params_after']:,} parameters instead of "
+            f"{fused['params_before']:,}; relative error {fused['rel_error_fp64']:.0e} in float64"
+        )
+    rows["time"] = duration(summary["seconds"])
+    rows["files"] = str(folder.path)
+    display.say()
+    display.facts(rows)
+    own = f" --model {own_network}" if own_network else ""
+    display.command("next", f"repan evaluate {folder / (fused['out'] if fused else chosen['file'])}{own}")

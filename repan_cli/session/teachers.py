@@ -1,0 +1,178 @@
+"""The task of each phase of a run, with its teacher found, checked and merged."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from repan_cli import checkpoint, config, export, models
+from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.data.batches import Loader
+from repan_cli.data.types import Dataset
+from repan_cli.errors import InputError
+from repan_cli.session.network import check_classes
+from repan_cli.system.device import Runtime
+from repan_cli.system.notices import warn
+from repan_cli.training.evaluation import eval_batch
+from repan_cli.training.plan import Phase
+from repan_cli.training.tasks import Classification, Distillation, Task
+from repan_cli.training.teacher import LogitCache, Teacher, View, allocate
+
+LARGE_IMAGE = 224
+"""Short names of teachers are timm's own, made for large images."""
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """A teacher's network, on the CPU, and how it wants its images."""
+
+    model: nn.Module
+    view: View
+    digest: str
+    name: str = ""
+
+    def describe(self) -> str:
+        """The network and the images it sees."""
+        mean, std = ("/".join(f"{value:.3g}" for value in values) for values in (self.view.mean, self.view.std))
+        return f"{self.name} on {self.view.size}x{self.view.size} images, mean {mean}, std {std}"
+
+
+class PhaseTasks:
+    """Gives each phase its task. A teacher is built once, with one cache of its logits for all its phases; the teacher
+    `previous` is the network that the cycle before left, merged.
+
+    `model` is the network that is scored. `folder` is the run's: there a cache goes that does not fit in memory, and
+    there that network is found in a run that was `resumed_in` the midst of a cycle.
+    """
+
+    def __init__(self, model: nn.Module, dataset: Dataset, train: Loader, machine: Runtime) -> None:
+        self.model, self.dataset, self.train, self.machine = model, dataset, train, machine
+        self.folder: Path | None = None
+        self.resumed_in: int | None = None
+        self.digests: dict[str, str] = {}
+        self.described: dict[str, str] = {}
+        self._teachers: dict[config.TeacherConfig, LogitCache | Teacher] = {}
+
+    def prepare(self, plan: Sequence[Phase]) -> None:
+        """Find the teachers of all phases, so that what is wrong with one is said before the first step."""
+        for phase in plan:
+            if phase.teacher.name not in (None, config.PREVIOUS):
+                self._teacher(phase.teacher)
+
+    def __call__(self, phase: Phase) -> Task:
+        hard = Classification(phase.optim.label_smoothing, phase.optim.loss == "bce")
+        settings = phase.teacher
+        if settings.name is None:
+            return hard
+        return Distillation(hard, self._teacher(settings, phase.cycle), settings.alpha, settings.temperature)
+
+    def _teacher(self, settings: config.TeacherConfig, cycle: int = 0) -> LogitCache | Teacher:
+        settings = dataclasses.replace(settings, alpha=0.5, temperature=1.0)  # which its logits do not depend on
+        if settings.name == config.PREVIOUS:
+            self._teachers.pop(settings, None)
+        if settings not in self._teachers:
+            found = self._previous(cycle) if settings.name == config.PREVIOUS else find_teacher(settings, self.dataset)
+            self.digests[settings.name] = found.digest
+            self.described[settings.name] = found.describe()
+            self._teachers[settings] = self._ready(found, settings)
+        return self._teachers[settings]
+
+    def _previous(self, cycle: int) -> TeacherModel:
+        """From its file, where the network has changed since."""
+        model = copy.deepcopy(self.model).cpu().float()
+        if cycle == self.resumed_in:
+            file = self.folder / f"cycle_{cycle - 1:02d}.pt"
+            checkpoint.load_weights(model, checkpoint.load(file), str(file))
+        return TeacherModel(model, self._student, checkpoint.capture(model, {}).digest())
+
+    @property
+    def _student(self) -> View:
+        return View(self.dataset.image_size, self.dataset.mean, self.dataset.std)
+
+    def _ready(self, found: TeacherModel, settings: config.TeacherConfig) -> LogitCache | Teacher:
+        model = merged(found, self.dataset.channels)
+        model.to(self.machine.device, memory_format=self.machine.memory_format)
+        teacher = Teacher(model, own=found.view, student=self._student, runtime=self.machine)
+        if settings.cache == "none":
+            return teacher
+        if why := self.train.unnumbered:
+            if settings.cache == "views":
+                raise InputError(f"teacher.cache=views: with {why} no view comes twice; set teacher.cache=none")
+            return teacher
+        shape = (self.train.count, self.train.view_count, len(self.dataset.classes))
+        return LogitCache(
+            teacher,
+            lambda: allocate(shape, self.machine.device, self.folder or Path(tempfile.gettempdir())),
+            together=eval_batch(self.train) if self.machine.device.type == "cuda" else 1,
+        )
+
+
+def merged(found: TeacherModel, channels: int) -> nn.Module:
+    """The teacher with its blocks merged and its BN folded, where it has any."""
+    images = torch.randn(2, channels, found.view.size, found.view.size, generator=torch.Generator().manual_seed(0))
+    try:
+        return export.fuse(found.model, images)[0]
+    except InputError:  # nothing to merge
+        return found.model.eval()
+
+
+def find_teacher(settings: config.TeacherConfig, dataset: Dataset) -> TeacherModel:
+    """The network that `teacher.name` means.
+
+    Raises InputError when there is none, when it does not know exactly the classes of the data, or reads other
+    channels.
+    """
+    name = settings.name
+    if not Path(name).is_file():
+        found = _pretrained(name, dataset)
+    else:
+        weights = checkpoint.load_any(name)
+        found = _ours(settings, dataset, weights) if isinstance(weights, Checkpoint) else _theirs(settings, dataset)
+    size = settings.image_size or found.view.size
+    return TeacherModel(found.model, View(size, found.view.mean, found.view.std), found.digest, found.name)
+
+
+def _ours(settings: config.TeacherConfig, dataset: Dataset, saved: Checkpoint) -> TeacherModel:
+    name, meta = settings.name, saved.meta
+    check_classes(f"the teacher {name}", meta["classes"], dataset)
+    if meta["in_chans"] != dataset.channels:
+        raise InputError(f"the teacher {name} reads {meta['in_chans']} channels, {dataset.name} has {dataset.channels}")
+    if meta["split_digest"] != dataset.split_digest:
+        warn(f"the teacher {name} was trained with another validation part: it has seen images that now choose")
+    model = models.rebuild(saved, name, settings.model)
+    return TeacherModel(
+        model, View(meta["image_size"], tuple(meta["mean"]), tuple(meta["std"])), saved.digest(), meta["model"]
+    )
+
+
+def _theirs(settings: config.TeacherConfig, dataset: Dataset) -> TeacherModel:
+    if settings.model is None:
+        raise InputError(f"{settings.name} does not say which network it is of: give teacher.model=NAME")
+    size = settings.image_size or dataset.image_size
+    full = models.resolve(settings.model, size)
+    model = models.create(full, num_classes=len(dataset.classes), in_chans=dataset.channels)
+    checkpoint.load_foreign(model, checkpoint.load_any(settings.name), f"the teacher {settings.name}")
+    return TeacherModel(model, View(size, dataset.mean, dataset.std), checkpoint.capture(model, {}).digest(), full)
+
+
+def _pretrained(name: str, dataset: Dataset) -> TeacherModel:
+    if Path(name).suffix in (".pt", ".pth", ".safetensors", ".bin", ".ckpt"):
+        raise InputError(f"no teacher's file {name}")
+    full = models.resolve(name, LARGE_IMAGE)
+    if models.has_new_classifier(full, len(dataset.classes)):
+        raise InputError(
+            f"the pretrained {full} does not know the {len(dataset.classes)} classes of {dataset.name}: train it on "
+            "them first, then give its checkpoint"
+        )
+    model = models.create(full, num_classes=len(dataset.classes), in_chans=dataset.channels, pretrained=True)
+    cfg = timm.data.resolve_model_data_config(model)
+    view = View(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
+    return TeacherModel(model, view, checkpoint.capture(model, {}).digest(), full)

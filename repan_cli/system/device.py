@@ -1,0 +1,123 @@
+"""The machine: device, precision, threads, and randomness keyed by position instead of by generator state."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repan_cli.errors import InputError
+from repan_cli.system.ranks import join_ranks
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in what precision a network runs, and which of how many processes this is."""
+
+    device: torch.device
+    precision: str
+    channels_last: bool = True
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast to bfloat16 or float16, or nothing in fp32."""
+        lower = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=lower, enabled=self.precision != "fp32")
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """The loss scaler that fp16 needs; one that does nothing otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def describe(self) -> str:
+        """One line for people: device, threads, precision."""
+        if self.device.type == "cuda":
+            many = f", {self.ranks} of them" if self.ranks > 1 else ""
+            return f"{self.device} ({torch.cuda.get_device_name(self.device)}{many}), {self.precision}"
+        if self.device.type == "mps":
+            return f"mps, {self.precision}"
+        many = f"{self.ranks} processes, " if self.ranks > 1 else ""
+        return f"cpu, {many}{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, {self.precision}"
+
+
+def start_runtime(device: str = "auto", precision: str = "auto", *, channels_last: bool = True) -> Runtime:
+    """The runtime that the settings mean on this machine. Raises InputError for a device that is not there."""
+    rank, ranks = join_ranks(device)
+    if ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    found = find_device(device)
+    return Runtime(found, find_precision(precision, found), channels_last, rank, ranks)
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device '{name}'; give auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device {name} is not supported; give auto, cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device mps is not there: PyTorch sees no Apple GPU; try --device auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name} is not there: PyTorch sees {torch.cuda.device_count()} GPUs; try --device auto"
+        )
+    return device
+
+
+def find_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the device computes in it, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "mps":
+        return "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return "bf16" if any(getattr(torch.cpu, probe, bool)() for probe in native) else "fp32"
+
+
+def processor() -> str:
+    """What the machine's processor calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe_machine(runtime: Runtime) -> dict[str, Any]:
+    """What a run's env.json says of the machine."""
+    gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "device": str(runtime.device),
+        "gpu": gpu,
+        "cuda": torch.version.cuda,
+        "precision": runtime.precision,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: on the GPU, or of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

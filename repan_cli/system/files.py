@@ -1,0 +1,86 @@
+"""Write a file so that a reader never sees half of it, and read JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from repan_cli.errors import FULL, InputError, OutOfSpaceError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises InputError, naming the file, for what is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} cannot be read")
+    return content
+
+
+CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it, rename it into place, and flush the folder."""
+    with temporary_file(path) as (file, name):
+        write(file)
+        flush(file)
+        name.replace(path)
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """A file beside `path`, open for writing, and its name; it is gone where something fails.
+
+    Raises OutOfSpaceError, with the bytes that are free, when the disk is full.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            Path(name).chmod(0o666 & ~_umask())
+            yield file, Path(name)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        if error.errno not in FULL:
+            raise
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
+        raise OutOfSpaceError(f"no space left to write {path}: {free}; free some, and resume") from None
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def flush(file: IO[bytes]) -> None:
+    """Onto the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows cannot open folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,45 @@
+"""Signals that ask a run to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class StopSignals:
+    """While it is entered, SIGINT, SIGTERM and SIGUSR1 ask the run to stop; a second SIGINT raises KeyboardInterrupt.
+
+    Calling it says whether one has come; `received` is the first. Once the process is `leaving`, it hears no more. One
+    that is entered inside another knows what that has heard, and tells it what it hears.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.leaving = False
+        self._outer: StopSignals | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # others cannot take signals
+            self._before = {number: signal.signal(number, self._take) for number in STOP_SIGNALS}
+        outer = getattr(self._before.get(signal.SIGINT), "__self__", None)
+        if isinstance(outer, StopSignals):
+            self._outer, self.received = outer, outer.received
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT and not self.leaving:
+            raise KeyboardInterrupt
+        self.received = self.received or number
+        if self._outer:
+            self._outer.received = self._outer.received or number
+
+    def __call__(self) -> bool:
+        return self.received is not None

@@ -1,0 +1,62 @@
+"""Numbers, durations and names as people read them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+
+
+def on_one_line(text: str) -> str:
+    """What a file says may be long, or hold line ends and what no terminal shows."""
+    if len(text) > 400:
+        text = f"{text[:300]} ... {text[-90:]}"
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+SPARKLINE_WIDTH = 60
+NAMES_SHOWN = 6
+
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def count(number: int, noun: str) -> str:
+    """1 epoch, 2 epochs."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 4.2 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def sparkline(values: Iterable[float | None]) -> str:
+    """A row of bars between the lowest and the highest value; of many values each bar is the mean of some."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return ""
+    if len(known) > SPARKLINE_WIDTH:
+        cuts = [round(place * len(known) / SPARKLINE_WIDTH) for place in range(SPARKLINE_WIDTH + 1)]
+        known = [sum(known[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
+    low, span = min(known), (max(known) - min(known)) or 1
+    return "".join(SPARKS[round((value - low) / span * (len(SPARKS) - 1))] for value in known)
+
+
+def some(names: list[str]) -> str:
+    """The first of many names, and how many there are."""
+    return ", ".join(names[:NAMES_SHOWN]) + (f", ... ({len(names)})" if len(names) > NAMES_SHOWN else "")
+
+
+def by_reason(left: Mapping[str, str]) -> list[tuple[str, str]]:
+    """A row a reason: some of the names that it holds for, and the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        names.setdefault(reason, []).append(name)
+    return [(some(found), reason) for reason, found in names.items()]

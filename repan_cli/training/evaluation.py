@@ -1,0 +1,76 @@
+"""Score a network on the images of one part of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repan_cli.data.batches import Loader
+from repan_cli.errors import InputError, StoppedError
+from repan_cli.system.ranks import summed
+from repan_cli.training.cuda_graphs import Graphs
+
+EVAL_BATCH, EVAL_PIXELS = 1000, 1000 * 64 * 64
+"""Bounds on the images, and on their pixels, of a batch that is only looked at."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy in percent and mean cross-entropy over `images` images."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Loader, stop: Callable[[], bool] = bool, graphs: Graphs | None = None) -> Score:
+    """Score a network in eval mode, in float32: the same weights give the same figures wherever they are reported.
+
+    `graphs`: record it, for a network that is scored often. Raises StoppedError, between two batches, when `stop` says
+    so.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(3, device=images.device)
+    for batch, labels, *_ in images.batches(eval_batch(images)):
+        if stop():
+            model.train(was_training)
+            raise StoppedError
+        if graphs is None:
+            totals += score_batch(model(batch), labels)
+        else:
+            key = ("evaluate", model, batch.shape)
+            totals += graphs(key, lambda given: score_batch(model(given[0]), given[1]), (batch, labels))
+    model.train(was_training)
+    if images.ranks > 1:
+        totals = summed(totals)
+    return score_of(totals, images.count)
+
+
+def score_batch(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums over a batch, (3,): top-1 hits, top-5 hits, cross-entropy."""
+    if not isinstance(logits, Tensor):
+        raise InputError(f"the network returns a {type(logits).__name__}, not one tensor of logits")
+    ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([ranks[:, 0].sum(), ranks.sum(), loss])
+
+
+def score_of(totals: Tensor, count: int) -> Score:
+    """The score that the sums over `count` images mean."""
+    top1, top5, loss = (value / count for value in totals.tolist())
+    return Score(100 * top1, 100 * top5, loss, count)
+
+
+def eval_batch(images: Loader) -> int:
+    """How many images are looked at together."""
+    return max(1, min(EVAL_BATCH, EVAL_PIXELS // images.size**2))

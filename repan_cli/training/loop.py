@@ -1,0 +1,227 @@
+"""The training loop: a generator of events that hold floats and names only. It prints nothing and writes nothing."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repan_cli.anneal.restart import RestartReport, restart
+from repan_cli.data.batches import Batch
+from repan_cli.errors import DivergedError, StoppedError
+from repan_cli.system.seeding import generator_for, seed_for
+from repan_cli.training import optim
+from repan_cli.training.evaluation import Score, eval_batch, evaluate
+from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, LossLog, StepEnd
+from repan_cli.training.plan import Phase
+from repan_cli.training.progress import Totals
+from repan_cli.training.run import Training
+from repan_cli.training.step import recorded_as, storage, update
+from repan_cli.training.tasks import Task
+
+FIRST_STEPS = 10
+LEAST_SCALE = 2**-3
+LOOK_IMAGES = 256
+
+
+def fit(run: Training) -> Iterator[Event]:
+    """Train through the plan, from where `run.progress` stands. The caller logs and saves from the events; the model is
+    trained in place.
+
+    Raises DivergedError when the loss or a gradient stops being finite, StoppedError when `run.stop` says so.
+    """
+    for phase in run.plan[run.progress.phase :]:
+        task = run.task_of(phase)
+        optim.apply_settings(run.optimizer, phase.optim)
+        if run.graphs is not None:
+            run.graphs.enter(recorded_as(phase, task), storage(run))
+        if not run.progress.begun:
+            yield _begin(run, phase, task)
+        while run.progress.epoch < phase.epochs:
+            yield from _epoch(run, phase, task)
+        if run.progress.best_weights is not None:
+            for model in {run.model, run.scored}:
+                model.load_state_dict(run.progress.best_weights)
+        end = _end(run, phase)
+        run.progress.next_phase()
+        yield end
+
+
+def _epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
+    """Train and score an epoch. Its event comes with a `progress` from which the next one would begin."""
+    progress, began = run.progress, time.perf_counter()
+    result = yield from _train_epoch(run, phase, task)
+    score = evaluate(run.scored, run.val, run.stop, run.graphs) if run.val else None
+    best = score is not None and score.top1 > progress.best_top1
+    if best:
+        progress.best_top1 = score.top1
+    _keep_best(run, phase, score)
+    progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, None
+    progress.seconds += time.perf_counter() - began
+    yield Epoch(
+        cycle=phase.cycle,
+        epoch=progress.epoch,
+        loss=result.loss,
+        first_loss=result.first_loss,
+        train_top1=result.top1,
+        val_top1=score.top1 if score else None,
+        val_loss=score.loss if score else None,
+        lr=result.lr,
+        attach_rate=result.attach_rate,
+        images_per_second=result.images_per_second,
+        best=best,
+    )
+
+
+def _keep_best(run: Training, phase: Phase, score: Score | None) -> None:
+    """Keep the weights that the next phase starts from, where those are not the last."""
+    if phase.start_from == "last":
+        return
+    judged = evaluate(run.scored, run.test, run.stop, run.graphs) if phase.start_from == "best-test" else score
+    if judged.top1 > run.progress.best_of_phase:
+        run.progress.best_of_phase = judged.top1
+        run.progress.best_weights = {name: value.clone() for name, value in run.scored.state_dict().items()}
+
+
+def _end(run: Training, phase: Phase) -> CycleEnd:
+    began = time.perf_counter()
+    val = evaluate(run.scored, run.val, run.stop) if run.val else None
+    test = evaluate(run.scored, run.test, run.stop)
+    seconds = run.progress.seconds + time.perf_counter() - began
+    return CycleEnd(phase.cycle, val.top1 if val else None, test.top1, test.top5, test.loss, seconds)
+
+
+# ---------------------------------------------------------------------------------------------- the restart
+
+
+def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
+    """Before a cycle the restart, watched from outside."""
+    if phase.cycle == 0:
+        run.progress.begun = True
+        return CycleStart(0)
+    run.progress.whole, began = False, time.perf_counter()
+    before = _look(run, phase, task)
+    report = _restart(run, phase) if phase.restarts else RestartReport(blocks=0)
+    optim.zero_momentum(run.optimizer)
+    if run.ema:
+        run.ema.set(run.model)
+    after = _look(run, phase, task)
+    run.progress.begun = run.progress.whole = True
+    run.progress.seconds = time.perf_counter() - began
+    return CycleStart(
+        cycle=phase.cycle,
+        restarted=phase.restarts,
+        blocks=report.blocks,
+        zero_gammas=report.zero_gammas,
+        top1_before=before.top1,
+        top1_after_restart=after.top1,
+        loss_before=before.loss,
+        loss_after_restart=after.loss,
+        logit_error=((after.logits - before.logits).abs().max() / before.logits.abs().max()).item(),
+    )
+
+
+class _Look(NamedTuple):
+    top1: float | None
+    loss: float
+    logits: Tensor
+
+
+@torch.no_grad()
+def _look(run: Training, phase: Phase, task: Task) -> _Look:
+    """Validation top-1, the loss of a first batch in train mode (of a copy: it would move statistics), its logits."""
+    batch = next(run.train.training_batches(max(run.batch_size, LOOK_IMAGES), run.seed, phase.data_cycle(), 1))
+    loss, _ = task(copy.deepcopy(run.model).train(), batch)
+    top1 = evaluate(run.model, run.val, run.stop).top1 if run.val else None
+    return _Look(top1, loss.item(), run.model.eval()(batch.images))
+
+
+def _restart(run: Training, phase: Phase) -> RestartReport:
+    settings = phase.settings
+    return restart(
+        run.model,
+        rule=settings.rule,
+        images=_calibration_images(run, phase.cycle, settings.calibration_images),
+        attach=settings.attach,
+        branch_init=settings.branch_init,
+        trunk_scale=settings.trunk_scale,
+        only=run.restarted,
+        generator=generator_for("branches", run.seed, phase.cycle),
+    )
+
+
+def _calibration_images(run: Training, cycle: int, count: int) -> Iterator[Tensor]:
+    """`count` augmented training images, or as many as there are, drawn for this cycle."""
+    for batch in run.train.training_batches(eval_batch(run.train), run.seed, cycle, 0):  # epochs count from 1
+        if run.stop():
+            raise StoppedError
+        yield batch.images[: -(-count // run.runtime.ranks)]
+        count -= len(batch.images) * run.runtime.ranks
+        if count <= 0:
+            return
+
+
+# ---------------------------------------------------------------------------------------------- an epoch
+
+
+@dataclass(frozen=True)
+class _EpochResult:
+    loss: float
+    first_loss: float
+    top1: float
+    lr: float
+    attach_rate: float
+    images_per_second: float
+
+
+def _train_epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
+    """The rest of a pass over the training images; returns the epoch's figures."""
+    run.model.train()
+    progress, epoch = run.progress, run.progress.epoch + 1
+    steps = run.train.steps(run.batch_size)
+    progress.totals = totals = progress.totals or Totals.zeros(run.runtime.device)
+    seen, began = totals.images, time.perf_counter()
+    place = run.seed, phase.data_cycle(), epoch
+    batches = run.train.training_batches(run.batch_size, *place, first=progress.step)
+    last = (steps - 1) // run.accumulate * run.accumulate
+    lr, rate = _position(phase, epoch - 1 + last / steps)
+    for group in _groups(task.prepared(batches), run.accumulate):
+        elapsed = epoch - 1 + progress.step / steps
+        lr, rate = _position(phase, elapsed)
+        torch.manual_seed(seed_for("step", run.seed, phase.cycle, epoch, progress.step))
+        update(run, phase, task, group, elapsed)
+        before, progress.step = progress.step, progress.step + len(group)
+        if before < FIRST_STEPS <= progress.step or progress.step == steps < FIRST_STEPS:
+            totals.first_loss = totals.mean_loss()
+        if progress.step // run.log_every > before // run.log_every or progress.step == steps:
+            speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
+            _check_scale(run)
+            yield LossLog(phase.cycle, epoch, progress.step, totals.mean_loss(), lr, rate, speed)
+        yield StepEnd(phase.cycle, epoch, progress.step)
+    speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
+    return _EpochResult(totals.mean_loss(), totals.first_loss, totals.top1(), lr, rate, speed)
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """The batches of each update."""
+    batches = iter(batches)
+    while group := list(itertools.islice(batches, size)):
+        yield group
+
+
+def _position(phase: Phase, elapsed: float) -> tuple[float, float]:
+    """Learning rate and attach rate `elapsed` epochs into the phase."""
+    rate = phase.attach_rate(elapsed)
+    return phase.learning_rate(elapsed), 1.0 if rate is None else rate
+
+
+def _check_scale(run: Training) -> None:
+    """The scaler halves the loss scale whenever a gradient overflows: from 2 ** 16, twenty times in a row."""
+    if run.scaler.is_enabled() and run.scaler.get_scale() < LEAST_SCALE:
+        raise DivergedError("gradients overflow in fp16 however the loss is scaled; set run.precision=bf16 or fp32")

@@ -1,0 +1,157 @@
+"""The optimizer, its parameter groups, and the learning rate as a pure function of progress."""
+
+from __future__ import annotations
+
+import timm.optim
+import torch
+from torch import Tensor, nn
+
+from repan_cli.blocks import rep_blocks
+from repan_cli.config.settings import OptimConfig
+from repan_cli.errors import InputError
+from repan_cli.models.inspect import classifier_layers
+from repan_cli.registry import did_you_mean
+
+SGD = "sgd"
+"""The default; others are timm's."""
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """The parameters by what they are: `role` weight, norm (BN and biases) or classifier; `trunk` of a block or not.
+
+    The groups never change during a run, only their settings do, so that one optimizer serves all phases.
+    """
+    trunk = {id(p) for _, block in rep_blocks(model) for p in block.trunk.parameters()}
+    layers = dict(model.named_modules())
+    classifier = {id(p) for name in classifier_layers(model) for p in layers[name].parameters()}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        role = "classifier" if id(parameter) in classifier else "weight" if parameter.ndim > 1 else "norm"
+        groups.setdefault((role, id(parameter) in trunk), []).append(parameter)
+    return [{"params": params, "role": role, "trunk": is_trunk} for (role, is_trunk), params in groups.items()]
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer that `optim.name` means, over `parameter_groups`. Raises InputError for one that is not known."""
+    groups = parameter_groups(model)
+    if optim.name == SGD:
+        optimizer = torch.optim.SGD(groups, lr=optim.lr, fused=True)
+    else:
+        known = timm.optim.list_optimizers()
+        if optim.name not in known:
+            raise InputError(
+                f"unknown optimizer '{optim.name}'{did_you_mean(optim.name, known)}; see repan list optimizers"
+            )
+        optimizer = timm.optim.create_optimizer_v2(groups, opt=optim.name, lr=optim.lr, momentum=optim.momentum)
+    apply_settings(optimizer, optim)
+    return optimizer
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> None:
+    """Set momentum and weight decay of every group for the phase that begins."""
+    for group in optimizer.param_groups:
+        if optim.name == SGD:
+            group["momentum"] = optim.momentum
+            group["nesterov"] = optim.nesterov and optim.momentum > 0
+            _add_momentum(optimizer, group)
+        group["weight_decay"] = optim.weight_decay if optim.decay == "all" or group["role"] == "weight" else 0.0
+
+
+def _add_momentum(optimizer: torch.optim.Optimizer, group: dict) -> None:
+    """Give every parameter its buffer now: in a first step that a loss scaler skips, fused SGD would leave it as
+    uninitialised memory.
+    """
+    for parameter in group["params"] if group["momentum"] else ():
+        optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, frozen: bool = False) -> None:
+    """Set the rate of all groups, where it lies on the device in place; that of `frozen` trunks is 0."""
+    on_device: dict[Tensor, float] = {}
+    for group in optimizer.param_groups:
+        value = 0.0 if frozen and group["trunk"] else rate
+        if isinstance(group["lr"], Tensor):
+            on_device[group["lr"]] = value
+        else:
+            group["lr"] = value
+    for place, value in on_device.items():
+        place.fill_(value)
+
+
+def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of it can be part of a CUDA graph: it must neither count nor decide on the host."""
+    return isinstance(optimizer, torch.optim.SGD) and bool(optimizer.defaults["fused"])
+
+
+def rates_to_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Keep the learning rates where a recorded step reads them: one of all trunks, one of everything else."""
+    rates = {trunk: torch.zeros((), device=device) for trunk in (False, True)}
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["trunk"]]
+
+
+def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zero the optimizer's memory in place: after a restart its coordinates have changed."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
+def drop_trunk_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Leave the trunks out of the next step, its decay and momentum, and out of the gradient's norm."""
+    for group in optimizer.param_groups:
+        if group["trunk"]:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def mask_trunk_gradients(optimizer: torch.optim.Optimizer, live: Tensor) -> None:
+    """The same for a recorded step, where the rate of frozen trunks is 0 already: times `live`, 0 or 1, on the device.
+
+    `mask_trunk_momentum` belongs to it: otherwise weight decay would have momentum grow, and leap later.
+    """
+    torch._foreach_mul_([p.grad for p in _trunk_parameters(optimizer) if p.grad is not None], live)
+
+
+def mask_trunk_momentum(optimizer: torch.optim.Optimizer, live: Tensor) -> None:
+    """Zero the trunks' momentum where `live`, 0 or 1, on the device, says so."""
+    memory = [optimizer.state[p].get("momentum_buffer") for p in _trunk_parameters(optimizer)]
+    torch._foreach_mul_([buffer for buffer in memory if buffer is not None], live)
+
+
+def _trunk_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups if group["trunk"] for p in group["params"]]
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> Tensor:
+    """Scale gradients down to a total 2-norm of `optim.clip`, without a host-device sync; None leaves them.
+
+    Returns a number that is finite if and only if all gradients are: the sum of their norms.
+    """
+    clipped, others = [], []
+    for group in optimizer.param_groups:
+        chosen = clipped if optim.clip_params == "all" or group["role"] == "weight" else others
+        chosen += [p for p in group["params"] if p.grad is not None]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in some], foreach=True) for some in (clipped, others) if some]
+    if optim.clip is not None and clipped:
+        torch.nn.utils.clip_grads_with_norm_(clipped, optim.clip, norms[0], foreach=True)
+    return torch.stack(norms).sum()
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
+    """Make a step unless `norm` is not finite; returns whether it was left out, 0 or 1, on the device.
+
+    Fused SGD decides on the device; for others CPUs decide, and on GPUs their gradients become zeros.
+    """
+    broken = (~norm.isfinite()).float()
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, broken
+    elif norm.device.type == "cpu":
+        if broken.item():
+            return broken
+    else:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            parameter.grad.masked_fill_(broken.bool(), 0)
+    optimizer.step()
+    return broken

@@ -1,0 +1,89 @@
+"""The plan of a run: its phases, with learning rate and attach rate as pure functions of position."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from repan_cli.config.settings import Config, CycleConfig, OptimConfig, TeacherConfig, baseline_phase
+from repan_cli.training.schedules import learning_rate
+
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a run: the baseline (cycle 0, no restart) or one annealing cycle.
+
+    `course_start` and `course_length` place the phase, in epochs, within its course of the learning rate. `start_from`:
+    which of its weights it leaves to the next one, see `cycle.start_from`.
+    """
+
+    cycle: int
+    epochs: int
+    optim: OptimConfig
+    settings: CycleConfig | None
+    course_start: float
+    course_length: float
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    start_from: str = "last"
+
+    def learning_rate(self, elapsed: float) -> float:
+        """The rate `elapsed` epochs into this phase."""
+        return learning_rate(self.optim, self.course_start + elapsed, self.course_length)
+
+    @property
+    def restarts(self) -> bool:
+        """Whether blocks are merged and regrown before this phase; the baseline and the control go without."""
+        return self.settings is not None and self.settings.restart == "repan"
+
+    def attach_rate(self, elapsed: float) -> float | None:
+        """The attach rate `elapsed` epochs into this phase; None where it stays as it is."""
+        if not self.restarts or self.settings.attach != "ramp":
+            return None
+        return min(1.0, elapsed / self.settings.attach_epochs) if self.settings.attach_epochs else 1.0
+
+    def trunk_is_frozen(self, elapsed: float) -> bool:
+        """Whether the trunk stays fixed `elapsed` epochs into this phase."""
+        return self.restarts and self.settings.freeze_trunk and elapsed < self.settings.attach_epochs
+
+    def data_cycle(self) -> int:
+        """The cycle whose data order this phase uses."""
+        return min(self.cycle, 1) if self.settings and self.settings.reseed == "same" else self.cycle
+
+
+def training_plan(config: Config) -> tuple[Phase, ...]:
+    """The one phase of `train` and `distill`."""
+    return (Phase(0, config.epochs, config.optim, None, 0, config.epochs, config.teacher),)
+
+
+def cycle_plan(config: Config, *, baseline: bool) -> tuple[Phase, ...]:
+    """The phases of `cycle`: the baseline, unless the run starts from a trained network, and the annealing cycles."""
+    start = baseline_phase(config)
+    lengths = ([start.epochs] if baseline else []) + [config.epochs] * config.cycle.count
+    return tuple(_phases(config, start, lengths, first=0 if baseline else 1))
+
+
+def _phases(config: Config, baseline: Config, lengths: list[int], *, first: int) -> Iterator[Phase]:
+    done = 0
+    for cycle, epochs in enumerate(lengths, start=first):
+        optim = _decayed(config.optim, config.cycle.lr_decay ** (cycle - 1)) if cycle else baseline.optim
+        course = (0, epochs)
+        if config.cycle.lr == "continuous":
+            course = (done, sum(lengths))
+            optim = _with_schedule_of(optim, baseline.optim if first == 0 else config.optim)
+        teacher = config.teacher if cycle else baseline.teacher
+        settings = config.cycle if cycle else None
+        yield Phase(cycle, epochs, optim, settings, *course, teacher, config.cycle.start_from)
+        done += epochs
+
+
+def _decayed(optim: OptimConfig, factor: float) -> OptimConfig:
+    return dataclasses.replace(optim, lr=max(optim.lr * factor, optim.min_lr))
+
+
+def _with_schedule_of(optim: OptimConfig, course: OptimConfig) -> OptimConfig:
+    """`optim` with the learning-rate settings of `course`."""
+    same = {name: getattr(course, name) for name in ("lr", "min_lr", "schedule", "warmup_epochs")}
+    return dataclasses.replace(optim, **same)

@@ -1,0 +1,88 @@
+"""Everything that the training loop works on, in one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repan_cli.blocks import attach_rates
+from repan_cli.data.batches import Loader
+from repan_cli.system.device import Runtime
+from repan_cli.training import optim
+from repan_cli.training.cuda_graphs import Graphs
+from repan_cli.training.plan import Phase
+from repan_cli.training.progress import Progress
+from repan_cli.training.tasks import Task
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Training:
+    """Everything the loop works on.
+
+    `task_of` gives the task of a phase, asked once as the phase begins, before its restart: baseline and cycles may
+    differ in it, and a teacher may be the network as it is then. `val` None means that nothing was held
+    out to choose by. `restarted` names the blocks that restart; None is all. `wrapped` is the network as training
+    calls it, compiled for one; None is the network itself. `ema`: a weight average that is scored in its stead.
+    `accumulate`: how many batches an update takes. `graphs`: where updates are recorded and replayed; None does them as
+    they are. `stop` is asked wherever the run may take long without an event.
+    """
+
+    model: nn.Module
+    task_of: Callable[[Phase], Task]
+    optimizer: torch.optim.Optimizer
+    plan: tuple[Phase, ...]
+    train: Loader
+    val: Loader | None
+    test: Loader
+    runtime: Runtime
+    batch_size: int
+    restarted: frozenset[str] | None = None
+    seed: int = 0
+    log_every: int = 20
+    accumulate: int = 1
+    wrapped: nn.Module | None = None
+    ema: ModelEmaV3 | None = None
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
+    progress: Progress = field(default_factory=Progress)
+    graphs: Graphs | None = None
+    stop: Callable[[], bool] = bool
+
+    def __post_init__(self) -> None:
+        if self.graphs is not None:
+            optim.rates_to_device(self.optimizer, self.runtime.device)
+
+    @cached_property
+    def attach_rates(self) -> list[Tensor]:
+        """Of the blocks that restart."""
+        return attach_rates(self.model, only=self.restarted)
+
+    @cached_property
+    def trunk_live(self) -> Tensor | None:
+        """On the device 0 while trunks are frozen, 1 else, for recorded updates of a run that freezes them."""
+        if self.graphs is None or not any(phase.trunk_is_frozen(0) for phase in self.plan):
+            return None
+        return torch.ones((), device=self.runtime.device)
+
+    @cached_property
+    def norms(self) -> list[_BatchNorm]:
+        """The layers that count their batches and do not need that number."""
+        norms = (module for module in self.model.modules() if isinstance(module, _BatchNorm))
+        return [norm for norm in norms if norm.num_batches_tracked is not None and norm.momentum is not None]
+
+    @property
+    def called(self) -> nn.Module:
+        """The network as training calls it."""
+        return self.model if self.wrapped is None else self.wrapped
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network whose accuracy counts and that is saved."""
+        return self.ema.module if self.ema else self.model

@@ -1,0 +1,98 @@
+"""The state of a run beyond its weights: tensors by name and plain values that `last.pt` carries, and the way back.
+
+Everything random is keyed by position, so that position, weights, the optimizer's memory and the sums of the epoch that
+is under way are all a run needs to go on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repan_cli.errors import InputError
+from repan_cli.training.progress import POSITION, Totals
+from repan_cli.training.run import Training
+
+PLAIN = (int, float, bool, str, type(None))
+
+
+def snapshot(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of a run beside the weights that are scored: tensors on the CPU, and plain values."""
+    progress, scaler = run.progress, run.scaler
+    tensors, memory = _optimizer_state(run)
+    plain = {name: getattr(progress, name) for name in POSITION}
+    plain |= {"optimizer": memory, "scaler": scaler.state_dict() if scaler.is_enabled() else {}}
+    if progress.totals is not None:
+        plain |= {"images": progress.totals.images, "first_loss": progress.totals.first_loss}
+        tensors |= {f"totals.{name}": getattr(progress.totals, name) for name in ("loss", "correct", "broken")}
+    tensors |= {f"best.{name}": value for name, value in (progress.best_weights or {}).items()}
+    if run.ema:
+        tensors |= {f"model.{name}": value for name, value in run.model.state_dict().items()}
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, plain
+
+
+def _optimizer_state(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the optimizer remembers of each parameter, and what it keeps in its groups."""
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    tensors, plain = {}, {}
+    for parameter, memory in run.optimizer.state.items():
+        name = names[id(parameter)]
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in memory.items() if isinstance(value, Tensor)}
+        rest = {key: value for key, value in memory.items() if isinstance(value, PLAIN)}
+        plain |= {name: rest} if rest else {}
+    groups = [
+        {key: value for key, value in group.items() if isinstance(value, PLAIN)} for group in run.optimizer.param_groups
+    ]
+    return tensors, {"parameters": plain, "groups": groups}
+
+
+def restore(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Put a run, whose scored network has its weights already, into a state that `snapshot` gave.
+
+    Raises InputError when the state is not of this network and optimizer.
+    """
+    try:
+        for name in POSITION:
+            setattr(run.progress, name, plain[name])
+        _restore_optimizer(run, tensors, plain["optimizer"])
+        if run.scaler.is_enabled():
+            run.scaler.load_state_dict(plain["scaler"])
+        if "images" in plain:
+            sums = torch.stack([tensors[f"totals.{name}"] for name in ("loss", "correct", "broken")])
+            run.progress.totals = Totals(sums.to(run.runtime.device), plain["images"], plain["first_loss"])
+            if run.runtime.rank:  # rank 0 holds the sums of all
+                run.progress.totals = Totals.zeros(run.runtime.device)
+        run.progress.best_weights = _under("best.", tensors, run.runtime.device) or None
+        if run.ema:
+            run.model.load_state_dict(_under("model.", tensors, run.runtime.device))
+    except (KeyError, RuntimeError, ValueError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"the saved state is not that of this network and optimizer ({line})") from None
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): v.to(device) for name, v in tensors.items() if name.startswith(prefix)}
+
+
+def _restore_optimizer(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    parameters = dict(run.model.named_parameters())
+    run.optimizer.state.clear()
+    for full, value in tensors.items():
+        kind, _, rest = full.partition(".")
+        if kind == "optimizer":
+            key, _, name = rest.partition(".")
+            run.optimizer.state[parameters[name]][key] = _like(parameters[name], value)
+    for name, rest in plain["parameters"].items():
+        run.optimizer.state[parameters[name]].update(rest)
+    for group, saved in zip(run.optimizer.param_groups, plain["groups"], strict=True):
+        group.update({name: value for name, value in saved.items() if name != "lr"})  # which the position sets
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """In the memory format of its parameter, where it has its shape."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device) if value.ndim else value.clone()
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,0 +1,193 @@
+"""A teacher: a merged network in eval mode that sees the student's images its own way, and a cache of its logits.
+
+It is no part of the model, so it enters neither the optimizer nor a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repan_cli.data.batches import Batch
+from repan_cli.errors import InputError
+from repan_cli.system.device import Runtime
+
+CACHE_TOLERANCE = 0.05
+"""Largest difference, of the largest logit, between what a cache holds and what the teacher says now. Rounding, to
+bfloat16 in batches put together otherwise, stays below a hundredth.
+"""
+
+SHARE_OF_DEVICE, SHARE_OF_HOST = 0.25, 0.5
+"""How much of the free memory the cache may take before it moves to the next slower place."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How a network wants its images: the side in pixels, mean and std of each channel."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Teacher:
+    """Logits of a network for batches that are normalised and sized for the student.
+
+    Args:
+        model: on the runtime's device; it is put in eval mode.
+        own: how it wants its images.
+        student: how the batches come.
+    """
+
+    def __init__(self, model: nn.Module, *, own: View, student: View, runtime: Runtime) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.size = None if own.size == student.size else own.size
+        self.runtime = runtime
+        own_std, own_mean, std, mean = (
+            torch.tensor(values, device=runtime.device).view(1, -1, 1, 1)
+            for values in (own.std, own.mean, student.std, student.mean)
+        )
+        self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) as the student sees them to float32 (B, num_classes)."""
+        images = torch.addcmul(self.shift, images, self.scale)
+        if self.size is not None:
+            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
+        images = images.contiguous(memory_format=self.runtime.memory_format)
+        with self.runtime.autocast():
+            return self.model(images).float()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.logits(batch.images)
+
+    @property
+    def recorded_as(self) -> Hashable:
+        """Itself: its network is part of a recorded step, and lives as long."""
+        return self
+
+    def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches as they are: it looks at their images in the step."""
+        return batches
+
+
+class LogitCache:
+    """A teacher's logits in float16 by (image, view), computed when a view is first seen.
+
+    Exact for views that can be told by a number: crops and flips. A run that repeats the views of its first cycle
+    (`cycle.reseed=same`) or that does not augment computes each of them once. The first batch that needs nothing new is
+    computed all the same, and compared: a teacher that is not a function of the view alone raises InputError.
+
+    What it knows is noted on the CPU, as views are numbered there: looking up is no host-device sync.
+
+    Args:
+        teacher: what is asked for views that are not there yet.
+        make_table: called at the first use, for a float16 table (images, views, classes) in whatever memory.
+        together: of how many images, of the coming batches, the teacher is asked at once where one is not there yet.
+    """
+
+    def __init__(
+        self, teacher: Callable[[Batch], Tensor], make_table: Callable[[], Tensor], *, together: int = 1
+    ) -> None:
+        self.teacher, self.make_table, self.together = teacher, make_table, together
+        self.asked = self.computed = 0
+        self.compared = False
+
+    @cached_property
+    def table(self) -> Tensor:
+        return self.make_table()
+
+    @cached_property
+    def filled(self) -> np.ndarray:
+        """Which (image, view) the table knows."""
+        return np.zeros(self.table.shape[:2], dtype=bool)
+
+    @property
+    def recorded_as(self) -> Hashable:
+        """Its logits are an input of a recorded step."""
+        return "cached"
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return next(self.prepared(iter([batch]))).teacher
+
+    def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches with their logits."""
+        for batch in batches:
+            coming = [batch]
+            if missing := not self._known(batch).all():
+                while sum(len(each.index) for each in coming) < self.together and (more := next(batches, None)):
+                    coming.append(more)
+                self._fill(coming)
+            for each in coming:
+                found = self._look_up(each)
+                if not (missing or self.compared):
+                    self._compare(found, _bounded(self.teacher(each)))
+                yield each._replace(teacher=found)
+
+    def _known(self, batch: Batch) -> np.ndarray:
+        return self.filled[batch.index.numpy(), batch.views.numpy()]
+
+    def _fill(self, batches: list[Batch]) -> None:
+        """Ask the teacher for all of the batches that is not there yet."""
+        rows = [torch.from_numpy(np.flatnonzero(~self._known(batch))) for batch in batches]
+        parts = [Batch(*_rows(batch, row)) for batch, row in zip(batches, rows, strict=True)]
+        whole = Batch(*(torch.cat(part) for part in zip(*(part[:4] for part in parts), strict=True)))
+        logits, place = self.teacher(whole), self.table.device
+        here = (each.to(place, non_blocking=True) for each in (whole.index, whole.views))
+        self.table[tuple(here)] = _bounded(logits).to(place, torch.float16)
+        self.filled[whole.index.numpy(), whole.views.numpy()] = True
+        self.computed += len(whole.index)
+
+    def _look_up(self, batch: Batch) -> Tensor:
+        self.asked += len(batch.index)
+        here = (each.to(self.table.device, non_blocking=True) for each in (batch.index, batch.views))
+        return self.table[tuple(here)].to(batch.images.device, non_blocking=True).float()
+
+    def _compare(self, found: Tensor, live: Tensor) -> None:
+        self.compared = True
+        error = ((found - live).abs().max() / live.abs().max()).item()
+        if not error < CACHE_TOLERANCE:
+            raise InputError(
+                f"the teacher's logits for the same views differ by {error:.0%}: it draws random numbers in eval mode; "
+                "set teacher.cache=none"
+            )
+
+
+def _rows(batch: Batch, rows: Tensor) -> tuple[Tensor, ...]:
+    """Some of a batch: images, labels, index, views."""
+    here = rows.to(batch.images.device, non_blocking=True)
+    return batch.images[here], batch.labels[here], batch.index[rows], batch.views[rows]
+
+
+def _bounded(logits: Tensor) -> Tensor:
+    """Within what float16 holds: infinite logits would make the loss no number."""
+    largest = torch.finfo(torch.float16).max
+    return logits.clamp(-largest, largest)
+
+
+def allocate(shape: tuple[int, int, int], device: torch.device, folder: Path) -> Tensor:
+    """A float16 table for `LogitCache`, by its size: on the device, in host memory, or a nameless file in `folder`."""
+    size = 2 * shape[0] * shape[1] * shape[2]
+    if device.type == "cuda" and size <= SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
+        return torch.empty(shape, dtype=torch.float16, device=device)
+    if size <= SHARE_OF_HOST * _free_host_memory():
+        return torch.empty(shape, dtype=torch.float16)
+    with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives its name
+        return torch.from_numpy(np.memmap(file, dtype=np.float16, mode="w+", shape=shape))
+
+
+def _free_host_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not told on this system
+        return 0
