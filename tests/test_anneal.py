@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from repan_cli import config
 from repan_cli.anneal.calibration import calibrate
-from repan_cli.anneal.restart import restart
+from repan_cli.anneal.restart import CHOICES, restart
 from repan_cli.blocks import FAMILIES, Geometry, make_block, rep_blocks, set_attach_rate
 from repan_cli.errors import InputError
 from repan_cli.training.plan import Phase, cycle_plan, training_plan
@@ -258,3 +258,8 @@ def test_the_trunk_is_frozen_during_the_ramp_only():
 def test_the_data_order_can_repeat():
     assert [phase.data_cycle() for phase in plan(cycle__count="3")] == [0, 1, 2, 3]
     assert [phase.data_cycle() for phase in plan(cycle__count="3", cycle__reseed="same")] == [0, 1, 1, 1]
+
+
+def test_the_settings_offer_what_restart_accepts():
+    for name, choices in CHOICES.items():
+        assert config.SCHEMA[f"cycle.{name}"].choices == choices

@@ -116,7 +116,7 @@ def _pickle_named(path):
     path.write_bytes(pickle.dumps(Calls(os.system, MARK)))
 
 
-@hostile("own_network.pt")
+@hostile("user_model.pt")
 def _own_network(path):
     """A description that names a file of Python beside it."""
     (path.parent / "evil.py").write_text(f"import os\nos.system('{MARK}')\ndef build(**_): return None\n")
@@ -392,7 +392,7 @@ def outcomes(tmp_path_factory) -> dict[str, dict]:
 def test_it_is_refused_in_one_line(outcomes, name):
     for command in SLOW.get(name, COMMANDS):
         found = outcomes[f"{name} {command}"]
-        if (name, command) == ("own_network.pt", "info"):  # it says what is in it, and imports nothing
+        if (name, command) == ("user_model.pt", "info"):  # it says what is in it, and imports nothing
             assert found["code"] == 0
             continue
         assert found["code"] == 2, (command, found)

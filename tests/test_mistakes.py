@@ -40,7 +40,7 @@ MISTAKES = [
     (f"train {D} --lr 0,1", r"optim.lr: '0,1' is not a finite number"),
     (f"train {D} --epochs 2.5", r"epochs: '2.5' is not a whole number"),
     (f"train {D} --batch-size 1", r"data.batch_size: 1 must be at least 2"),
-    (f"cycle {D} --lr 0.05 --baseline-lr 0.1", "optim.lr=0.05 has no effect with cycle.lr=continuous, one course"),
+    (f"cycle {D} --lr 0.05 --baseline-lr 0.1", "optim.lr=0.05 has no effect with cycle.lr=continuous, one schedule"),
     (f"train {D} run.compile=maybe", r"run.compile: 'maybe' is not a choice; choose auto or on or off"),
     (f"train {D} data.augment=autoaugmnt", r"data.augment: 'autoaugmnt' is not a choice; did you mean autoaugment"),
     (f"train {D} optim.schedule=cosin", r"unknown schedule 'cosin'; did you mean cosine\?"),

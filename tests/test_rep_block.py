@@ -77,7 +77,7 @@ def test_silenced_branches_are_zero_in_both_modes(family):
     block = randomize_norms(make_block(family, Geometry(4, 4, (3, 3), padding=(1, 1))))
     x = torch.randn(8, 4, 6, 6)
     for branch in block.branches:
-        branch.silence()
+        branch.zero_init()
         for mode in (True, False):
             assert branch.train(mode)(x).abs().max() == 0
 

@@ -59,7 +59,7 @@ class MergedProbe:
         self.convs = {name: block.trunk.conv for name, block in blocks.items()}
 
     @torch.no_grad()
-    def look(self, images: Iterable[Tensor | Sequence[Tensor]], seen: Mapping[str, Seen]) -> None:
+    def run(self, images: Iterable[Tensor | Sequence[Tensor]], seen: Mapping[str, Seen]) -> None:
         """Send batches (N, C, H, W) through, and give what each block reads and writes to what `seen` has for its name.
 
         Raises InputError when a block is not reached.
@@ -87,10 +87,10 @@ class MergedProbe:
 
 def calibrate(model: nn.Module, images: Iterable[Tensor | Sequence[Tensor]]) -> dict[str, Moments]:
     """The moments of `conv(x; K)` at every block whose trunk has a BN, by the block's name."""
-    merged = MergedProbe(model)
-    sums = {name: ChannelSums() for name in merged.with_norm}
-    merged.look(images, {name: _output_to(collect) for name, collect in sums.items()})
-    return {name: collect.moments(exact(merged.convs[name].bias)) for name, collect in sums.items()}
+    probe = MergedProbe(model)
+    sums = {name: ChannelSums() for name in probe.with_norm}
+    probe.run(images, {name: _output_to(collect) for name, collect in sums.items()})
+    return {name: collect.moments(exact(probe.convs[name].bias)) for name, collect in sums.items()}
 
 
 def _output_to(collect: ChannelSums) -> Seen:
@@ -109,7 +109,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def calibrate_branch_norms(
-    merged: MergedProbe, blocks: Mapping[str, RepBlock], images: list[Tensor | Sequence[Tensor]]
+    probe: MergedProbe, blocks: Mapping[str, RepBlock], images: list[Tensor | Sequence[Tensor]]
 ) -> dict[str, Tensor]:
     """Give the BN layers of all side branches the statistics of their inputs, those that come first in a branch before
     those behind them; gives the standard deviation of each block's output, (C_out,).
@@ -123,7 +123,7 @@ def calibrate_branch_norms(
         outputs = {name: ChannelSums() for name in blocks}
         inputs = {own[level]: ChannelSums() for own in norms if level < len(own)}
         handles = [norm.register_forward_pre_hook(_input_to(collect)) for norm, collect in inputs.items()]
-        merged.look(images, {name: _both(block, outputs[name]) for name, block in blocks.items()})
+        probe.run(images, {name: _both(block, outputs[name]) for name, block in blocks.items()})
         for norm, handle in zip(inputs, handles, strict=True):
             handle.remove()
             mean, var = inputs[norm].moments(torch.zeros(()))

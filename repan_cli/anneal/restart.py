@@ -1,4 +1,4 @@
-"""The method: the restart between two annealing cycles, and the plan of a run as pure functions of position.
+"""The method: the restart between two annealing cycles.
 
 RepAn, "Enhanced Annealing through Re-parameterization" (CVPR 2024): merge every block (Rep), re-initialise its side
 branches (expansion), write the merged kernel back into the trunk so that the function is kept (restoration), train
@@ -17,11 +17,16 @@ from repan_cli.anneal.calibration import ChannelSums, MergedProbe, calibrate, ca
 from repan_cli.anneal.restoration import TINY_GAMMA, Moments, restored_trunk, unit_gamma, write_trunk
 from repan_cli.blocks import RepBlock, reinit_branches, rep_blocks
 from repan_cli.blocks.kernel import Kernel
-from repan_cli.config.settings import SCHEMA
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
 
-# ---------------------------------------------------------------------------------------------- restart
+CHOICES = {
+    "rule": ("calibrate", "running", "reset"),
+    "attach": ("zero-gamma", "compensated", "ramp", "one"),
+    "branch_init": ("kaiming", "small"),
+    "trunk_scale": ("merged", "keep"),
+}
+"""What `restart` accepts for each of these arguments; the settings `cycle.*` of the same names offer the same."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ def restart(
         rule: restoration rule: `calibrate`, `running` (as released) or `reset`.
         images: batches (N, C, H, W) that `calibrate` measures on, 1,000 images or more, as train mode will see them;
             of a loader's (images, labels) the images are taken.
-        attach: `ramp` sets the attach rate to 0, `zero-gamma` to 1 with the branches silenced, `compensated` to 1 with
-            branches as strong as the block, which the trunk makes up for, `one` to 1.
+        attach: `ramp` sets the attach rate to 0, `zero-gamma` to 1 with branches that are zero at first, `compensated`
+            to 1 with branches as strong as the block, which the trunk makes up for, `one` to 1.
         branch_init: weights of the fresh branches, `kaiming` or `small`.
         trunk_scale: under `calibrate`, `merged` writes K, `keep` scales every channel to the trunk's old norm.
         only: names of the blocks to restart, as `blocks.rep_blocks` gives them; None is all.
@@ -64,7 +69,7 @@ def restart(
     Raises InputError for a choice that does not exist, when the model has no such block, or `calibrate` got no images.
     """
     for key, value in (("rule", rule), ("attach", attach), ("branch_init", branch_init), ("trunk_scale", trunk_scale)):
-        choices = SCHEMA[f"cycle.{key}"].choices
+        choices = CHOICES[key]
         if value not in choices:
             raise InputError(
                 f"{key}='{value}' is not a choice{did_you_mean(str(value), choices)}: {', '.join(choices)}"
@@ -104,16 +109,16 @@ def _compensated(
     Every BN in a branch has the statistics of its input then, and the branch's output the standard deviation of the
     block's; a last pass over the images measures `conv(x; K - sum K_i)`, what is left to the trunk.
     """
-    merged = MergedProbe(model)
+    probe = MergedProbe(model)
     left = {name: block.sum_kernel() for name, block in blocks.items()}
     for block in blocks.values():
         reinit_branches(block, "one", branch_init=branch_init, generator=generator)
-    spreads = calibrate_branch_norms(merged, blocks, images)
+    spreads = calibrate_branch_norms(probe, blocks, images)
     for name, block in blocks.items():
         for branch in block.branches:
-            branch.admit(left[name][0], spreads[name])
+            branch.match_scale(left[name][0], spreads[name])
         left[name] = block.without_branches(left[name])
     sums = {name: ChannelSums() for name, block in blocks.items() if block.trunk.has_norm}
     trunks = {name: blocks[name].merged((left[name][0], torch.zeros_like(left[name][1]))) for name in sums}
-    merged.look(images, {name: through(trunks[name], collect) for name, collect in sums.items()})
+    probe.run(images, {name: through(trunks[name], collect) for name, collect in sums.items()})
     return left, {name: collect.moments(torch.zeros(())) for name, collect in sums.items()}

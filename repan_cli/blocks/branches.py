@@ -40,10 +40,10 @@ class Branch(Protocol):
     def reset(self, init: str, generator: torch.Generator | None) -> None:
         """Make it fresh in place: new weights, gamma 1, beta 0, mean 0, variance 1."""
 
-    def silence(self) -> None:
+    def zero_init(self) -> None:
         """Make its output zero in train and eval mode, by its last gamma and beta or its weights, in place."""
 
-    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+    def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
         """Of a fresh branch whose BN statistics are those of its input: choose gamma for its start, in place.
 
         `kernel` (C_out, C_in/groups, kh, kw), the block's own, and the standard deviation `spread` (C_out,) of the
@@ -62,7 +62,7 @@ def init_weight(weight: Tensor, init: str, generator: torch.Generator | None = N
         weight.copy_(drawn)
 
 
-def silence_norm(norm: nn.BatchNorm2d) -> None:
+def zero_init_norm(norm: nn.BatchNorm2d) -> None:
     nn.init.zeros_(norm.weight)
     nn.init.zeros_(norm.bias)
 
@@ -120,15 +120,15 @@ class ConvBN(nn.Module):
         if self.has_norm:
             reset_norm(self.norm)
 
-    def silence(self) -> None:
+    def zero_init(self) -> None:
         if self.has_norm:
-            silence_norm(self.norm)
+            zero_init_norm(self.norm)
             return
         nn.init.zeros_(self.conv.weight)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
-    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+    def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
         if self.has_norm:
             self.norm.weight.copy_(spread)
 
@@ -193,10 +193,10 @@ class IdentityBN(nn.Module):
     def reset(self, init: str, generator: torch.Generator | None = None) -> None:
         reset_norm(self.norm)
 
-    def silence(self) -> None:
-        silence_norm(self.norm)
+    def zero_init(self) -> None:
+        zero_init_norm(self.norm)
 
-    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+    def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
         """It takes over what the block has of an identity."""
         row, column = self.geometry.center((1, 1))
         channels = torch.arange(self.geometry.in_channels)
@@ -226,10 +226,10 @@ class ScaledIdentity(nn.Module):
     def reset(self, init: str, generator: torch.Generator | None = None) -> None:
         nn.init.ones_(self.weight)
 
-    def silence(self) -> None:
+    def zero_init(self) -> None:
         nn.init.zeros_(self.weight)
 
-    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+    def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
         """It begins as the identity."""
 
 
@@ -297,10 +297,10 @@ class PointwiseConvBN(nn.Module):
         reset_norm(self.inner_norm)
         reset_norm(self.norm)
 
-    def silence(self) -> None:
-        silence_norm(self.norm)
+    def zero_init(self) -> None:
+        zero_init_norm(self.norm)
 
-    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+    def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
         self.norm.weight.copy_(spread)
 
 
@@ -357,8 +357,8 @@ class PointwiseAverageBN(nn.Module):
             reset_norm(self.inner_norm)
         reset_norm(self.norm)
 
-    def silence(self) -> None:
-        silence_norm(self.norm)
+    def zero_init(self) -> None:
+        zero_init_norm(self.norm)
 
-    def admit(self, kernel: Tensor, spread: Tensor) -> None:
+    def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
         self.norm.weight.copy_(spread)

@@ -130,7 +130,7 @@ def reinit_branches(
     for branch in block.branches:
         branch.reset(branch_init, generator)
         if attach == "zero-gamma":
-            branch.silence()
+            branch.zero_init()
     block.attach_rate.fill_(0.0 if attach == "ramp" else 1.0)
 
 

@@ -219,7 +219,7 @@ TRAINING = {
 
     [bold]repan cycle --init runs/train/NAME/best.pt --dataset cifar100 cycle.rule=running[/bold]
     """,
-    "train": """Train a network plainly: one course, no restart.
+    "train": """Train a network plainly: one learning-rate schedule, no restart.
 
     Examples:
 
@@ -227,7 +227,7 @@ TRAINING = {
 
     [bold]repan train --model repvgg_a0_cifar --block acb --dataset folder --data-root photos data.image_size=64[/bold]
     """,
-    "distill": """Train a network with a teacher: one course, no restart.
+    "distill": """Train a network with a teacher: one learning-rate schedule, no restart.
 
     Examples:
 

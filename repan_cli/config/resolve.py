@@ -116,11 +116,11 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
 
 
 def _refuse_two_rates(config: Config, given: Layer) -> None:
-    """One course runs from the baseline's rate: another one for the cycles would be silently without effect."""
+    """Refuse a rate for the cycles where one schedule runs from the baseline's rate: it would have no effect."""
     rate = baseline_phase(config).optim.lr
     if "optim.lr" in given and config.optim.lr != rate:
         raise InputError(
-            f"optim.lr={config.optim.lr:g} has no effect with cycle.lr=continuous, one course from the baseline's "
+            f"optim.lr={config.optim.lr:g} has no effect with cycle.lr=continuous, one schedule from the baseline's "
             f"{rate:g}: set cycle.lr=restart, or the baseline's alone"
         )
 

@@ -127,7 +127,7 @@ class OptimConfig:
         "all", "Whose gradient is clipped: all parameters, or the convs' weights.", choices=("all", "convs")
     )
     schedule: str = setting("cosine", "Course of the learning rate, see 'repan list schedules'.")
-    warmup_epochs: float = setting(0.0, "Epochs of linear warm-up at the start of each course.", low=0)
+    warmup_epochs: float = setting(0.0, "Epochs of linear warm-up at the start of each schedule.", low=0)
     loss: str = setting(
         "ce", "ce: cross-entropy over classes; bce: a binary one for each class, summed.", choices=("ce", "bce")
     )
@@ -149,7 +149,7 @@ class CycleConfig:
     )
     lr: str = setting(
         "continuous",
-        "continuous: one course over baseline and cycles, from the baseline's rate; restart: a new one in every cycle.",
+        "continuous: one schedule over baseline and cycles, from the baseline's rate; restart: one in each cycle.",
         choices=("continuous", "restart"),
     )
     lr_decay: float = setting(1.0, "Factor on the learning rate from one cycle to the next.", above=0)

@@ -63,7 +63,7 @@ class Session:
     start: dict[str, Any] | None
 
     @property
-    def own_network(self) -> str | None:
+    def user_model(self) -> str | None:
         """Its name `file.py:function`, where it is a person's own: a checkpoint is read with it."""
         return self.network.name if user_file.names_a_file(self.network.name) else None
 

@@ -119,8 +119,8 @@ def _check_cycles(whole: Config, cycles: int, phase: int) -> None:
         return
     if whole.cycle.lr == "continuous":
         raise InputError(
-            f"cycle.count cannot change with cycle.lr=continuous, one course over {count(whole.cycle.count, 'cycle')}: "
-            "begin another run from its weights with --init"
+            f"cycle.count cannot change with cycle.lr=continuous, one schedule over "
+            f"{count(whole.cycle.count, 'cycle')}: begin another run from its weights with --init"
         )
     if cycles < phase:
         raise InputError(f"cycle.count={cycles} is less than the {phase} that were begun")

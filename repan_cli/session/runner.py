@@ -159,7 +159,7 @@ def _stopped(
     asked = signals.received not in (None, signal.SIGINT)
     folder.status("preempted" if asked else "interrupted")
     draw(session, folder, display)
-    own = f" --model {session.own_network}" if session.own_network else ""
+    own = f" --model {session.user_model}" if session.user_model else ""
     ranks = session.training.runtime.ranks
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
     how = f"go on with: {command} {session.command} --resume {folder.path}{own}"

@@ -78,7 +78,7 @@ def _describe_plan(plan: tuple[Phase, ...]) -> str:
             f"{count(len(cycles), 'cycle')} of {count(cycles[0].epochs, 'epoch')} at lr {cycles[0].optim.lr:g}, {what}"
         )
         if settings.lr == "continuous":
-            parts.append("one course of the learning rate over all")
+            parts.append("one learning-rate schedule over all")
         if settings.start_from != "last":
             judge = "the test set" if settings.start_from == "best-test" else "validation"
             parts.append(f"each cycle ends with the epoch that is best on {judge}")
@@ -92,7 +92,7 @@ def finish(session: Session, folder: runs.RunDirectory, display: Display, record
     """Measure the network that validation chose, merge it, write summary and picture, say where everything is."""
     source, summary = chosen_file(folder.path), record.summary
     chosen = checkpoint.load(source)
-    model = models.rebuild(chosen, str(source), session.own_network)
+    model = models.rebuild(chosen, str(source), session.user_model)
     summary["chosen"] = {"file": source.name, "cycle": chosen.meta["cycle"], "epoch": chosen.meta["epoch"]}
     summary["test"] = _score(session, model)
     try:
@@ -104,7 +104,7 @@ def finish(session: Session, folder: runs.RunDirectory, display: Display, record
     folder.write_json("summary.json", summary)
     folder.status("done")
     draw(session, folder, display)
-    _report(folder, display, summary, session.own_network)
+    _report(folder, display, summary, session.user_model)
 
 
 def _score(session: Session, model: nn.Module) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def draw(session: Session, folder: runs.RunDirectory, display: Display) -> None:
         plots.draw_curves(records, folder / "curves.png", title=", ".join(title))
 
 
-def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], own_network: str | None) -> None:
+def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], user_model: str | None) -> None:
     """The end of a run on screen: a row a phase, what was chosen, what merging brought, where it lies."""
     test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
     records = read_metrics(folder / "metrics.jsonl")
@@ -167,5 +167,5 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     rows["files"] = str(folder.path)
     display.say()
     display.facts(rows)
-    own = f" --model {own_network}" if own_network else ""
+    own = f" --model {user_model}" if user_model else ""
     display.command("next", f"repan evaluate {folder / (fused['out'] if fused else chosen['file'])}{own}")

@@ -57,7 +57,7 @@ def evaluate(model: nn.Module, images: Loader, stop: Callable[[], bool] = bool, 
 
 
 def score_batch(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums over a batch, (3,): top-1 hits, top-5 hits, cross-entropy."""
+    """Sums over a batch, (3,): top-1 correct, top-5 correct, cross-entropy."""
     if not isinstance(logits, Tensor):
         raise InputError(f"the network returns a {type(logits).__name__}, not one tensor of logits")
     ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]

@@ -144,14 +144,14 @@ def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
 
     Fused SGD decides on the device; for others CPUs decide, and on GPUs their gradients become zeros.
     """
-    broken = (~norm.isfinite()).float()
+    skipped = (~norm.isfinite()).float()
     if optimizer.defaults.get("fused"):
-        optimizer.grad_scale, optimizer.found_inf = None, broken
+        optimizer.grad_scale, optimizer.found_inf = None, skipped
     elif norm.device.type == "cpu":
-        if broken.item():
-            return broken
+        if skipped.item():
+            return skipped
     else:
         for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-            parameter.grad.masked_fill_(broken.bool(), 0)
+            parameter.grad.masked_fill_(skipped.bool(), 0)
     optimizer.step()
-    return broken
+    return skipped

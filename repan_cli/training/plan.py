@@ -16,7 +16,7 @@ from repan_cli.training.schedules import learning_rate
 class Phase:
     """A stretch of a run: the baseline (cycle 0, no restart) or one annealing cycle.
 
-    `course_start` and `course_length` place the phase, in epochs, within its course of the learning rate. `start_from`:
+    `schedule_start` and `schedule_length` place the phase, in epochs, within its learning-rate schedule. `start_from`:
     which of its weights it leaves to the next one, see `cycle.start_from`.
     """
 
@@ -24,14 +24,14 @@ class Phase:
     epochs: int
     optim: OptimConfig
     settings: CycleConfig | None
-    course_start: float
-    course_length: float
+    schedule_start: float
+    schedule_length: float
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     start_from: str = "last"
 
     def learning_rate(self, elapsed: float) -> float:
         """The rate `elapsed` epochs into this phase."""
-        return learning_rate(self.optim, self.course_start + elapsed, self.course_length)
+        return learning_rate(self.optim, self.schedule_start + elapsed, self.schedule_length)
 
     @property
     def restarts(self) -> bool:
@@ -69,13 +69,13 @@ def _phases(config: Config, baseline: Config, lengths: list[int], *, first: int)
     done = 0
     for cycle, epochs in enumerate(lengths, start=first):
         optim = _decayed(config.optim, config.cycle.lr_decay ** (cycle - 1)) if cycle else baseline.optim
-        course = (0, epochs)
+        schedule = (0, epochs)
         if config.cycle.lr == "continuous":
-            course = (done, sum(lengths))
+            schedule = (done, sum(lengths))
             optim = _with_schedule_of(optim, baseline.optim if first == 0 else config.optim)
         teacher = config.teacher if cycle else baseline.teacher
         settings = config.cycle if cycle else None
-        yield Phase(cycle, epochs, optim, settings, *course, teacher, config.cycle.start_from)
+        yield Phase(cycle, epochs, optim, settings, *schedule, teacher, config.cycle.start_from)
         done += epochs
 
 
@@ -83,7 +83,7 @@ def _decayed(optim: OptimConfig, factor: float) -> OptimConfig:
     return dataclasses.replace(optim, lr=max(optim.lr * factor, optim.min_lr))
 
 
-def _with_schedule_of(optim: OptimConfig, course: OptimConfig) -> OptimConfig:
-    """`optim` with the learning-rate settings of `course`."""
-    same = {name: getattr(course, name) for name in ("lr", "min_lr", "schedule", "warmup_epochs")}
+def _with_schedule_of(optim: OptimConfig, source: OptimConfig) -> OptimConfig:
+    """`optim` with the learning-rate settings of `source`."""
+    same = {name: getattr(source, name) for name in ("lr", "min_lr", "schedule", "warmup_epochs")}
     return dataclasses.replace(optim, **same)

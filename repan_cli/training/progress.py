@@ -35,7 +35,7 @@ class Totals:
         return self.sums[1]
 
     @property
-    def broken(self) -> Tensor:
+    def skipped(self) -> Tensor:
         return self.sums[2]
 
     def add(self, sums: Tensor, images: int) -> None:
@@ -51,7 +51,7 @@ class Totals:
 
     def check(self) -> None:
         """Raises DivergedError when the loss is not finite, or an update was left out; asks no other rank."""
-        if self.broken.item() or not math.isfinite(self.loss.item()):
+        if self.skipped.item() or not math.isfinite(self.loss.item()):
             raise DivergedError("the loss or a gradient is no longer finite; lower optim.lr, or set optim.clip")
 
     def top1(self) -> float:
@@ -66,7 +66,7 @@ class Totals:
         loss, correct, images = summed(torch.stack([*self.sums[:2], torch.full_like(self.loss, self.images)])) * (
             rank == 0
         )
-        self.sums = torch.stack([loss, correct, self.broken])
+        self.sums = torch.stack([loss, correct, self.skipped])
         self.images = int(images.item())
 
 

@@ -27,7 +27,7 @@ def linear(progress: float) -> float:
 
 @SCHEDULES.register("step")
 def step(progress: float) -> float:
-    """A tenth after half of the course, a hundredth after three quarters."""
+    """A tenth after half of the schedule, a hundredth after three quarters."""
     return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
 
 
@@ -38,7 +38,7 @@ def constant(progress: float) -> float:
 
 
 def learning_rate(optim: OptimConfig, elapsed: float, length: float) -> float:
-    """The rate `elapsed` epochs into a course of `length` epochs: a linear warm-up, then the schedule."""
+    """The rate `elapsed` epochs into a schedule of `length` epochs, which begins with a linear warm-up."""
     warmup = min(optim.warmup_epochs, length)
     if elapsed < warmup:
         return optim.lr * elapsed / warmup

@@ -33,8 +33,11 @@ class Details:
     def class_accuracy(self) -> list[float | None]:
         """Of each class the percentage recognised; None where it has no image."""
         totals = self.confusion.sum(dim=1)
-        hits = self.confusion.diagonal()
-        return [100 * hit / total if total else None for hit, total in zip(hits.tolist(), totals.tolist(), strict=True)]
+        correct = self.confusion.diagonal()
+        return [
+            100 * right / total if total else None
+            for right, total in zip(correct.tolist(), totals.tolist(), strict=True)
+        ]
 
 
 @torch.no_grad()
@@ -71,7 +74,7 @@ def _examined(model: nn.Module, images: Loader, classes: int, size: int) -> Deta
 
 
 def _binned(confidence: Tensor, right: Tensor) -> Tensor:
-    """Images, confidence and hits, summed by bin of confidence, (3, BINS)."""
+    """Images, confidence and correct predictions, summed by bin of confidence, (3, BINS)."""
     place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     return torch.stack(
         [torch.bincount(place, weights, BINS) for weights in (torch.ones_like(right), confidence, right)]

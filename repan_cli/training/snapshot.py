@@ -16,6 +16,9 @@ from repan_cli.errors import InputError
 from repan_cli.training.progress import POSITION, Totals
 from repan_cli.training.run import Training
 
+SUMS = ("totals.loss", "totals.correct", "totals.broken")
+"""Names in a file of the sums in `Totals`; the last one is what `Totals.skipped` returns."""
+
 PLAIN = (int, float, bool, str, type(None))
 
 
@@ -27,7 +30,7 @@ def snapshot(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     plain |= {"optimizer": memory, "scaler": scaler.state_dict() if scaler.is_enabled() else {}}
     if progress.totals is not None:
         plain |= {"images": progress.totals.images, "first_loss": progress.totals.first_loss}
-        tensors |= {f"totals.{name}": getattr(progress.totals, name) for name in ("loss", "correct", "broken")}
+        tensors |= dict(zip(SUMS, progress.totals.sums, strict=True))
     tensors |= {f"best.{name}": value for name, value in (progress.best_weights or {}).items()}
     if run.ema:
         tensors |= {f"model.{name}": value for name, value in run.model.state_dict().items()}
@@ -61,7 +64,7 @@ def restore(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, An
         if run.scaler.is_enabled():
             run.scaler.load_state_dict(plain["scaler"])
         if "images" in plain:
-            sums = torch.stack([tensors[f"totals.{name}"] for name in ("loss", "correct", "broken")])
+            sums = torch.stack([tensors[name] for name in SUMS])
             run.progress.totals = Totals(sums.to(run.runtime.device), plain["images"], plain["first_loss"])
             if run.runtime.rank:  # rank 0 holds the sums of all
                 run.progress.totals = Totals.zeros(run.runtime.device)

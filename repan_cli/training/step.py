@@ -63,11 +63,11 @@ def _compute(
 ) -> Tensor:
     """What the device does with the parts of so many batches, which have so many images on all ranks.
 
-    Gives sums over the group, (3,): loss, hits, and 1 if the update was left out. A recorded step does not look at
+    Gives sums over the group, (3,): loss, correct, and 1 if the update was skipped. A recorded step does not look at
     `frozen` but at `run.trunk_live`.
     """
     run.optimizer.zero_grad(set_to_none=True)
-    count, losses, hits = len(inputs) // batches, [], []
+    count, losses, correct = len(inputs) // batches, [], []
     for number in range(batches):
         batch = Batch.of(inputs[number * count : (number + 1) * count])
         alone = run.runtime.ranks > 1 and number + 1 < batches  # gradients are exchanged with the last batch
@@ -77,8 +77,8 @@ def _compute(
             share = len(batch.images) * run.runtime.ranks / images  # gradients are averaged over ranks
             run.scaler.scale(loss * share).backward()
         losses.append(loss.detach() * len(batch.images))
-        hits.append((logits.detach().argmax(1) == batch.classes()).sum())
-    return torch.stack([sum(losses), sum(hits), _step(run, phase, frozen)])
+        correct.append((logits.detach().argmax(1) == batch.classes()).sum())
+    return torch.stack([sum(losses), sum(correct), _step(run, phase, frozen)])
 
 
 def _called(run: Training, batch: Batch) -> nn.Module:
