@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one a core
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import timm
@@ -18,11 +19,13 @@ import torch
 from torch import nn
 
 import repan_cli.models  # noqa: F401 (registers the networks)
+from repan_cli.checkpoint import ModelCard
 from repan_cli.data import datasets
 from repan_cli.data.batches import Augmentation
 from repan_cli.data.in_memory import InMemoryLoader
 from repan_cli.data.types import Dataset
 from repan_cli.display.console import show_notices
+from repan_cli.models import BUILT_OF_BLOCKS, Expansion, form_of
 
 show_notices()  # tests read warnings where a user does
 
@@ -54,6 +57,27 @@ def small_net(block: str = "repvgg", *, seed: int = 0, **kwargs: object) -> nn.M
     torch.manual_seed(seed)
     model = timm.create_model("repvgg_a0_cifar", num_classes=10, block=block, **kwargs)
     return randomize_norms(model, seed).eval()
+
+
+def card_of(
+    model: nn.Module, name: str = "repvgg_a0_cifar", *, expansion: Expansion | None = None, **values: Any
+) -> ModelCard:
+    """What a checkpoint says of a network for images of 32 pixels, as training would write it."""
+    expansion = expansion or getattr(model, "repan_report", None) or Expansion("repvgg", (), {})
+    built_of_blocks = {"block": expansion.family, "branches": None} if name in BUILT_OF_BLOCKS else {}
+    usual = ModelCard(
+        model=name,
+        block=expansion.family,
+        form=form_of(model),
+        structure=expansion.structure(built_of_blocks),
+        classes=tuple(str(number) for number in range(10)),
+        in_chans=3,
+        image_size=32,
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.3, 0.25),
+        epoch=1,
+    )
+    return dataclasses.replace(usual, **values)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

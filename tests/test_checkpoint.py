@@ -12,25 +12,17 @@ import zipfile
 import pytest
 import safetensors.torch
 import torch
-from conftest import small_net
+from conftest import card_of, small_net
 
 import repan_cli
 from repan_cli import checkpoint, models
 from repan_cli.blocks import reparameterize, set_attach_rate
-from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.checkpoint.card import ModelCard, RunState
+from repan_cli.checkpoint.format import CHECKSUM, DIGITS, Checkpoint, digest_of
 from repan_cli.errors import InputError, OutOfSpaceError
 from repan_cli.system.files import write_atomically
 
-META = {
-    "model": "repvgg_a0_cifar",
-    "block": "repvgg",
-    "form": "multi-branch",
-    "classes": [str(n) for n in range(10)],
-    "in_chans": 3,
-    "image_size": 32,
-    "structure": {"changes": [], "left": {}, "native": {"block": "repvgg"}},
-    "note": {"nested": [1, 2.5, None, True, "ä"]},
-}
+METRICS = {"nested": [1, 2.5, None, True, "ä"]}
 ENDINGS = (".pt", ".safetensors")
 
 
@@ -38,7 +30,7 @@ ENDINGS = (".pt", ".safetensors")
 def saved() -> Checkpoint:
     model = small_net()
     set_attach_rate(model, 0.25)
-    return checkpoint.capture(model, META)
+    return checkpoint.capture(model, card_of(model, metrics=METRICS))
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -46,7 +38,7 @@ def test_a_checkpoint_comes_back_the_same(saved, tmp_path, ending):
     path = tmp_path / f"a{ending}"
     checkpoint.save(saved, path)
     back = checkpoint.load(path)
-    assert back.meta == META
+    assert back.card == saved.card
     assert back.digest() == saved.digest()
     assert all(torch.equal(back.weights[name], saved.weights[name]) for name in saved.weights)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -60,7 +52,7 @@ def test_a_file_rebuilds_its_network(tmp_path, form, ending):
     if form == "fused":
         reparameterize(model)
     path = tmp_path / f"a{ending}"
-    checkpoint.save(checkpoint.capture(model, {**META, "form": form}), path)
+    checkpoint.save(checkpoint.capture(model, card_of(model, form=form)), path)
     x = torch.randn(2, 3, 32, 32)
     loaded = repan_cli.load(path)
     assert not loaded.training
@@ -77,7 +69,7 @@ def test_the_digest_covers_names_dtypes_shapes_bytes_and_description(saved):
         {**{k: v for k, v in saved.weights.items() if k != name}, "other": saved.weights[name]},
     ):
         digests.add(dataclasses.replace(saved, weights=weights).digest())
-    digests.add(dataclasses.replace(saved, meta={**META, "image_size": 31}).digest())
+    digests.add(dataclasses.replace(saved, card=dataclasses.replace(saved.card, image_size=31)).digest())
     assert len(digests) == 6
 
 
@@ -130,7 +122,8 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     """The bytes of one checkpoint in both formats."""
     folder = tmp_path_factory.mktemp("whole")
     for ending in ENDINGS:
-        checkpoint.save(checkpoint.capture(small_net(), META), folder / f"a{ending}")
+        model = small_net()
+        checkpoint.save(checkpoint.capture(model, card_of(model)), folder / f"a{ending}")
     return {ending: (folder / f"a{ending}").read_bytes() for ending in ENDINGS}
 
 
@@ -163,7 +156,10 @@ def test_a_weight_changed_by_other_software_is_refused(whole, tmp_path, ending):
 def test_a_flipped_bit_is_refused_wherever_it_is(saved, tmp_path, ending):
     """Every third byte of a small file in turn, also those that carry nothing."""
     path = tmp_path / f"a{ending}"
-    checkpoint.save(Checkpoint({"head.bias": saved.weights["head.bias"]}, {"size": 8, "ä": 1e-5}), path)
+    checkpoint.save(
+        Checkpoint({"head.bias": saved.weights["head.bias"]}, dataclasses.replace(saved.card, metrics={"ä": 1e-5})),
+        path,
+    )
     whole = path.read_bytes()
     for place in range(0, len(whole), 3):
         damaged = whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]
@@ -185,7 +181,8 @@ def test_the_check_sum_is_that_of_all_other_bytes(whole):
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_equal_content_gives_equal_bytes_that_other_software_reads(whole, saved, tmp_path, ending):
     path = tmp_path / f"b{ending}"
-    checkpoint.save(checkpoint.capture(small_net(), META), path)
+    model = small_net()
+    checkpoint.save(checkpoint.capture(model, card_of(model)), path)
     assert path.read_bytes() == whole[ending]
     read = {".pt": lambda: torch.load(path, weights_only=True)["weights"]}
     weights = read.get(ending, lambda: safetensors.torch.load_file(path))()
@@ -260,11 +257,11 @@ def test_files_of_others_are_named(tmp_path):
 
 def test_weights_that_do_not_fit_are_named(saved):
     with pytest.raises(InputError, match=r"a.pt does not fit the network: it lacks .*branches"):
-        checkpoint.load_weights(small_net("acb"), saved, "a.pt")
+        checkpoint.load_weights(small_net("acb"), saved.weights, "a.pt")
     with pytest.raises(InputError, match=r"its 'head.weight' has the shape \(10, 160\), not \(3, 160\)"):
-        wider = {**META, "classes": ["a", "b", "c"]}
-        models.rebuild(Checkpoint(saved.weights, wider), "a.pt")
-    fused = checkpoint.capture(reparameterize(small_net()), META)
+        other = dataclasses.replace(saved.card, classes=("a", "b", "c"))
+        models.rebuild(Checkpoint(saved.weights, other), "a.pt")
+    fused = checkpoint.capture(reparameterize(small_net()), saved.card)
     with pytest.raises(InputError, match="does not fit"):
         models.rebuild(fused, "a.pt")
 
@@ -281,3 +278,63 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------- the card
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("note", 1, "the unknown key 'note'"),
+        ("structure", {"changes": [], "left": {}, "native": {"pretrained": True}}, "a 'structure' of the wrong kind"),
+        ("structure", {"changes": [["run", "a", None, None, None]], "left": {}, "native": {}}, "a 'structure' of"),
+        ("structure", {"changes": [], "left": {}, "native": {}, "more": 1}, "a 'structure' of the wrong kind"),
+        ("classes", "abc", "a 'classes' of the wrong kind"),
+        ("classes", [1, 2], "a 'classes' of the wrong kind"),
+        ("in_chans", 10**9, "a 'in_chans' of the wrong kind"),
+        ("in_chans", True, "a 'in_chans' of the wrong kind"),
+        ("in_chans", 4, "a mean or std for another number of channels"),
+        ("image_size", 0, "a 'image_size' of the wrong kind"),
+        ("mean", [float("nan")] * 3, "a 'mean' of the wrong kind"),
+        ("std", [0.0] * 3, "a 'std' of the wrong kind"),
+        ("form", "half", "a 'form' of the wrong kind"),
+        ("config", [], "a 'config' of the wrong kind"),
+        ("progress", {"phase": 0}, "only a part of what a resume needs"),
+    ],
+)
+def test_a_description_is_a_closed_schema(saved, tmp_path, key, value, says):
+    meta = {**saved.card.as_meta(), key: value}
+    content = {"format": "repan", "version": 1, "digest": digest_of(saved.weights, meta), "meta": meta}
+    torch.save({**content, "weights": saved.weights, "state": {}}, tmp_path / "plain.pt")
+    sealed_as_ours(tmp_path / "plain.pt")
+    with pytest.raises(InputError, match=f"plain.pt describes its network with {says}"):
+        checkpoint.load(tmp_path / "plain.pt")
+
+
+def sealed_as_ours(path):
+    """Give an archive the check sum that repan writes, as somebody may who means harm."""
+    buffer = io.BytesIO(path.read_bytes())
+    buffer.seek(-2, io.SEEK_END)
+    buffer.write((len(CHECKSUM) + DIGITS).to_bytes(2, "little") + CHECKSUM)
+    path.write_bytes(checkpoint.sealed(buffer, buffer.tell()))
+
+
+def test_what_is_needed_of_a_description_is_named(saved):
+    meta = saved.card.as_meta()
+    for key in ("model", "block", "form", "structure", "classes", "in_chans", "image_size", "mean", "std"):
+        with pytest.raises(ValueError, match=f"no '{key}'"):
+            ModelCard.from_meta({name: value for name, value in meta.items() if name != key})
+
+
+def test_a_card_comes_back_the_same_with_everything_in_it(saved):
+    card = dataclasses.replace(
+        saved.card,
+        crop_share=0.9,
+        normalizes=True,
+        precision="int8",
+        fused_from="abc",
+        teachers={"a.pt": "digest"},
+        run=RunState({"phase": 1}, {"summary": {}, "start": {}, "epoch": {}, "seconds": 1.5}, finished=False),
+    )
+    assert ModelCard.from_meta(json.loads(json.dumps(card.as_meta()))) == card

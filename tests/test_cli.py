@@ -17,8 +17,9 @@ from test_datasets import write_folders
 
 import repan_cli
 from repan_cli import checkpoint, config
-from repan_cli.cli import app, options
+from repan_cli.cli import app
 from repan_cli.commands import version
+from repan_cli.commands.options import CycleOptions, shortcuts
 from repan_cli.display import plots
 
 
@@ -273,7 +274,7 @@ def test_printed_settings_are_valid_input(capsys, tmp_path):
 
 def test_every_shortcut_is_an_option_of_cycle(capsys):
     _, out, _ = run(capsys, "cycle", "--help")
-    for name, key in options.SHORTCUTS.items():
+    for name, key in shortcuts(CycleOptions).items():
         assert f"--{name.replace('_', '-')}" in out
         assert key in config.SCHEMA or key in config.OVERLAY
 
@@ -421,9 +422,9 @@ def test_places_that_cannot_be_written(capsys, cycle_run, tmp_path):
     assert other.read_text() == "years of work"
     copy = shutil.copy(last, tmp_path / "trained.pt")
     assert "exists already: give another --out, or --overwrite" in one_line(capsys, "fuse", last, "-o", copy)
-    assert checkpoint.load(copy).meta["form"] == "multi-branch"
+    assert checkpoint.load(copy).card.form == "multi-branch"
     assert run(capsys, "fuse", last, "-o", copy, "--overwrite")[0] == 0
-    assert checkpoint.load(copy).meta["form"] == "fused"
+    assert checkpoint.load(copy).card.form == "fused"
 
 
 def test_bad_words_for_fuse_evaluate_and_list(capsys, cycle_run, tmp_path):

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
-from conftest import randomize_norms, relative
+from conftest import card_of, randomize_norms, relative
 from timm.layers import BatchNormAct2d
 from timm.utils.model import reparameterize_model
 from torch import nn
@@ -546,13 +546,7 @@ def test_a_file_rebuilds_an_expanded_network(tmp_path, name, block, form):
     expand(model, block, images=x, branches=2 if block == "mobileone" else None)
     randomize_norms(model).eval()
     set_attach_rate(model, 0.3)
-    meta = {
-        **models.describe(name, model.repan_report, native={}),
-        "form": "multi-branch",
-        "classes": [str(n) for n in range(10)],
-        "in_chans": 3,
-    }
-    saved = checkpoint.capture(model, meta)
+    saved = checkpoint.capture(model, card_of(model, name))
     if form == "fused":
         model, report = export.fuse(model, x)
         assert report.rel_error_fp64 < 1e-12
@@ -574,13 +568,8 @@ def test_a_plain_network_is_fused_by_folding_its_norms():
 
 def test_the_own_network_of_a_person_is_given_again(tmp_path):
     model = expand(net(conv=conv(), norm=nn.BatchNorm2d(8)).float(), images=X)
-    meta = {
-        **models.describe("net.py:build", model.repan_report, native={}),
-        "form": "multi-branch",
-        "classes": list("abcdefgh"),
-        "in_chans": 3,
-    }
-    checkpoint.save(checkpoint.capture(model, meta), tmp_path / "a.pt")
+    card = card_of(model, "net.py:build", classes=tuple("abcdefgh"))
+    checkpoint.save(checkpoint.capture(model, card), tmp_path / "a.pt")
     with pytest.raises(InputError, match="a network of your own, net.py:build: give --model net.py:build"):
         repan_cli.load(tmp_path / "a.pt")
     loaded = repan_cli.load(tmp_path / "a.pt", net(conv=conv(), norm=nn.BatchNorm2d(8)).float())

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import randomize_norms, relative
+from conftest import card_of, randomize_norms, relative
 from test_cli import one_line, run
 
 import repan_cli
@@ -36,21 +36,9 @@ def saved_net(path, name="repvgg_a0_cifar", family="repvgg", *, seed=0):
     if not native:
         expansion = expand(model, family, images=torch.randn(2, 3, 32, 32), attach="one").repan_report
     randomize_norms(model, seed).eval()
-    meta = {
-        **models.describe(name, expansion, native),
-        "form": models.form_of(model),
-        "classes": [f"class {number}" for number in range(10)],
-        "in_chans": 3,
-        "image_size": 32,
-        "mean": [0.5, 0.4, 0.3],
-        "std": [0.2, 0.3, 0.25],
-        "split_digest": "",
-        "config": {},
-        "cycle": 0,
-        "epoch": 1,
-        "metrics": {},
-    }
-    checkpoint.save(checkpoint.capture(model, meta), path)
+    classes = tuple(f"class {number}" for number in range(10))
+    card = card_of(model, name, expansion=expansion, classes=classes)
+    checkpoint.save(checkpoint.capture(model, card), path)
     return model
 
 
@@ -85,7 +73,7 @@ def test_every_family_agrees_in_every_format(capsys, tmp_path, family):
         assert file["rel_error"] < 1e-4
         opened = artifact.open_artifact(file["path"])
         assert relative(opened.network(X), model(X)) < 1e-4
-        assert opened.meta["classes"][3] == "class 3"
+        assert opened.card.classes[3] == "class 3"
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -118,7 +106,7 @@ def test_the_normalisation_goes_into_the_graph(capsys, net, tmp_path, kind):
     opened = artifact.open_artifact(str(path))
     assert opened.preparation.std == (1.0, 1.0, 1.0)
     raw = torch.rand(3, 3, 32, 32)
-    mean, std = (torch.tensor(opened.meta[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    mean, std = (torch.tensor(getattr(opened.card, name)).view(1, 3, 1, 1) for name in ("mean", "std"))
     assert relative(opened.network(raw), net[1]((raw - mean) / std)) < 1e-4
 
 
@@ -168,15 +156,7 @@ def saved_own(path, name):
     model = models.create(name, num_classes=10, in_chans=3)
     expansion = expand(model, images=torch.randn(2, 3, 32, 32), attach="one").repan_report
     randomize_norms(model).eval()
-    rest = {
-        "classes": [str(n) for n in range(10)],
-        "in_chans": 3,
-        "image_size": 32,
-        "mean": [0.0] * 3,
-        "std": [1.0] * 3,
-    }
-    more = {"form": "multi-branch", "split_digest": "", "config": {}, "cycle": 0, "epoch": 0, "metrics": {}}
-    checkpoint.save(checkpoint.capture(model, {**models.describe(name, expansion, {}), **rest, **more}), path)
+    checkpoint.save(checkpoint.capture(model, card_of(model, name, expansion=expansion)), path)
     return model
 
 
@@ -252,8 +232,8 @@ class Net(torch.nn.Module):
 def test_fresh_statistics_are_warned_of(capsys, tmp_path):
     model = models.create("repvgg_a0_cifar", num_classes=10, in_chans=3, block="repvgg")
     saved_net(tmp_path / "net.pt")
-    meta = checkpoint.load(tmp_path / "net.pt").meta
-    checkpoint.save(checkpoint.capture(model, meta), tmp_path / "fresh.pt")
+    card = checkpoint.load(tmp_path / "net.pt").card
+    checkpoint.save(checkpoint.capture(model, card), tmp_path / "fresh.pt")
     _, _, err = run(capsys, "fuse", tmp_path / "fresh.pt")
     assert "never saw an image" in err
     _, _, err = run(capsys, "fuse", tmp_path / "net.pt")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
+from conftest import ROOT, card_of
 from torch import nn
 
 from repan_cli import checkpoint
@@ -120,12 +120,8 @@ def _pickle_named(path):
 def _own_network(path):
     """A description that names a file of Python beside it."""
     (path.parent / "evil.py").write_text(f"import os\nos.system('{MARK}')\ndef build(**_): return None\n")
-    structure = {"changes": [], "left": {}, "native": {}}
-    meta = {"model": f"{path.parent / 'evil.py'}:build", "block": None, "form": "plain", "structure": structure}
-    meta |= {"classes": [str(n) for n in range(10)], "in_chans": 3, "image_size": 32, "mean": [0] * 3, "std": [1] * 3}
-    config = {"data.name": "digits"}
-    meta |= {"config": config, "split_digest": "", "cycle": 0, "epoch": 1, "metrics": {}}
-    checkpoint.save(Checkpoint({"a": torch.ones(1)}, meta), path)
+    card = card_of(nn.Identity(), f"{path.parent / 'evil.py'}:build", block=None, config={"data.name": "digits"})
+    checkpoint.save(Checkpoint({"a": torch.ones(1)}, card), path)
 
 
 @hostile("climbs_out.pt")

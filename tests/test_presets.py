@@ -8,8 +8,8 @@ import shlex
 import pytest
 
 from repan_cli import checkpoint, config
-from repan_cli.cli.options import SHORTCUTS
 from repan_cli.commands import dry_run
+from repan_cli.commands.options import CycleOptions, shortcuts
 from repan_cli.data import builtin
 from repan_cli.session.build import prepare
 from repan_cli.training.plan import cycle_plan, training_plan
@@ -37,7 +37,9 @@ def test_the_command_in_its_header_uses_it(name):
     options = [word for word in words[1:] if "=" not in word and word != "--pretrained"]
     given = dict(zip(options[::2], options[1::2], strict=True))
     file = given.pop("-c", None)
-    layer = {SHORTCUTS[option.removeprefix("--").replace("-", "_")]: value for option, value in given.items()}
+    layer = {
+        shortcuts(CycleOptions)[option.removeprefix("--").replace("-", "_")]: value for option, value in given.items()
+    }
     resolved = config.resolve(words[0], file, layer)
     assert resolved.source.startswith(f"{name},")
 
@@ -123,7 +125,7 @@ def small_teacher(tmp_path, classes, size):
     layer = {"data.name": "synthetic", "data.classes": str(classes), "data.image_size": str(size), "epochs": "1"}
     given = {**layer, "model.name": "repvgg_a0_cifar", "data.workers": "0", "data.val_fraction": "0"}
     session = prepare("train", config.resolve("train", None, given))
-    checkpoint.save(checkpoint.capture(session.training.model, session.meta(cycle=0, epoch=1, metrics={})), tmp_path)
+    checkpoint.save(checkpoint.capture(session.training.model, session.card(cycle=0, epoch=1, metrics={})), tmp_path)
     return str(tmp_path)
 
 

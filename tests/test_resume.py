@@ -87,7 +87,10 @@ def assert_same(folder, expected):
             mine, others = getattr(ours, kind), getattr(theirs, kind)
             assert mine.keys() == others.keys(), name
             assert all(torch.equal(mine[key], others[key]) for key in mine), name
-        plain = [{k: v for k, v in c.meta.get("progress", {}).items() if k != "seconds"} for c in (ours, theirs)]
+        plain = [
+            {k: v for k, v in (c.card.run.progress if c.card.run else {}).items() if k != "seconds"}
+            for c in (ours, theirs)
+        ]
         assert plain[0] == plain[1], name
     assert metrics(folder) == metrics(expected)
     found, wanted = (json.loads((run / "summary.json").read_text()) for run in (folder, expected))
@@ -153,10 +156,10 @@ def test_a_run_with_short_epochs_saves_few_of_them_and_loses_nothing(capsys, tmp
         patch.setattr(Record, "take", failing)
         with pytest.raises(RuntimeError, match="a crash"):
             run(capsys, "cycle", *words("cycle", folder))
-    saved = checkpoint.load(folder / "last.pt").meta["progress"]
+    saved = checkpoint.load(folder / "last.pt").card.run.progress
     assert (saved["phase"], saved["epoch"]) == (1, 0), "the end of the baseline"
-    best, kept = max(epochs, key=lambda event: event.val_top1), checkpoint.load(folder / "best.pt").meta
-    assert (kept["cycle"], kept["epoch"]) == (best.cycle, best.epoch)
+    best, kept = max(epochs, key=lambda event: event.val_top1), checkpoint.load(folder / "best.pt").card
+    assert (kept.cycle, kept.epoch) == (best.cycle, best.epoch)
     resumed(capsys, "cycle", folder)
     assert_same(folder, expected)
 
@@ -395,7 +398,7 @@ def test_divergence_ends_the_run_and_reaches_no_file(capsys, tmp_path, monkeypat
         saved = checkpoint.load(path)
         for tensor in (*saved.weights.values(), *saved.state.values()):
             assert torch.isfinite(tensor).all(), path.name
-    assert checkpoint.load(folder / "last.pt").meta["progress"]["step"] == (at - 1) % 6
+    assert checkpoint.load(folder / "last.pt").card.run.progress["step"] == (at - 1) % 6
 
 
 # ---------------------------------------------------------------------------------------------- full
@@ -423,7 +426,7 @@ def test_a_full_disk_keeps_the_state_before(capsys, tmp_path, monkeypatch):
 
 def test_plain_state_survives_the_way_through_a_file(capsys, begun):
     saved = checkpoint.load(begun / "last.pt")
-    assert saved.meta["progress"]["step"] == 3
+    assert saved.card.run.progress["step"] == 3
     assert dataclasses.replace(saved).digest() == saved.digest()
 
 
@@ -460,4 +463,4 @@ def test_out_of_memory_names_the_setting(capsys, tmp_path, monkeypatch):
     code, _, err = run(capsys, "train", *SMALL, "--epochs", "1", "--out", tmp_path / "run")
     assert code == 4
     assert "out of memory; set a smaller --batch-size" in err.splitlines()[-1]
-    assert checkpoint.load(tmp_path / "run" / "last.pt").meta["progress"]["step"] == 0
+    assert checkpoint.load(tmp_path / "run" / "last.pt").card.run.progress["step"] == 0

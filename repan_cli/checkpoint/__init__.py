@@ -1,13 +1,11 @@
 """Checkpoints: tensors and plain types only, written atomically, verified by a digest, never unpickled."""
 
+from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard
 from repan_cli.checkpoint.format import (
-    FUSED,
-    PLAIN,
     Checkpoint,
     as_bytes,
     capture,
     capture_fused,
-    check_description,
     header,
     save,
     sealed,
@@ -19,10 +17,10 @@ __all__ = [
     "FUSED",
     "PLAIN",
     "Checkpoint",
+    "ModelCard",
     "as_bytes",
     "capture",
     "capture_fused",
-    "check_description",
     "check_seal",
     "header",
     "load",

@@ -1,9 +1,9 @@
 """Checkpoints: tensors and plain types only, written atomically, verified by a digest, never unpickled.
 
-A checkpoint is weights by name and a description (`meta`) that is enough to rebuild the network. As `.pt` it is a
-dictionary that `torch.load(weights_only=True)` reads, as `.safetensors` the description travels in the header. Both
-carry a SHA-256 over names, dtypes, shapes, bytes and description, and one over the file itself, and are refused when
-either does not match.
+A checkpoint is weights by name and a `ModelCard` that is enough to rebuild the network. As `.pt` it is a dictionary
+that `torch.load(weights_only=True)` reads, as `.safetensors` the description travels in the header. Both carry a
+SHA-256 over names, dtypes, shapes, bytes and description, and one over the file itself, and are refused when either
+does not match.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,56 +22,63 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from repan_cli.checkpoint.card import FUSED, ModelCard
 from repan_cli.system.files import write_atomically
 
 FORMAT = 1
 
 CONTENT = {"version": int, "digest": str, "meta": dict, "weights": dict, "state": dict}
-DESCRIBED = {"model": str, "form": str, "classes": (list, tuple), "in_chans": int, "structure": dict, "config": dict}
-"""The kinds of what a description may hold, for files that were made up."""
 
 CHECKSUM, DIGITS = b"repan sha256 ", 64
 """What stands in front of the SHA-256 of all other bytes of a file, and how many digits that has. It is the comment of
 a `.pt` or `.pt2` archive, at the end, the last metadata of an `.onnx` file, and the first value in the header of a
 `.safetensors` file."""
 
-MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
-
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights by name, on the CPU, and a description in plain types.
+    """Weights by name, on the CPU, and what is known of the network.
 
-    `meta` holds at least: model, block, form ("multi-branch", "fused" or "plain"), classes, in_chans, image_size,
-    mean, std, data, cycle, epoch, metrics. `state`: what else a run needs to go on, by name; only in its last.pt.
+    `state`: what else a run needs to go on, by name; only in its last.pt.
     """
 
     weights: dict[str, Tensor]
-    meta: dict[str, Any]
+    card: ModelCard
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def digest(self) -> str:
         """SHA-256 over the tensors (name, dtype, shape, logical bytes) and the description."""
-        total = hashlib.sha256(json.dumps(self.meta, sort_keys=True).encode())
-        for kind, tensors in (("", self.weights), ("state ", self.state)):
-            for name in sorted(tensors):
-                tensor = tensors[name].detach().cpu().contiguous()
-                total.update(f"{kind}{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return total.hexdigest()
+        return digest_of(self.weights, self.card.as_meta(), self.state)
 
 
-def capture(model: nn.Module, meta: Mapping[str, Any]) -> Checkpoint:
+def digest_of(
+    weights: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, state: Mapping[str, Tensor] | None = None
+) -> str:
+    """Return the SHA-256 over tensors (name, dtype, shape, logical bytes) and a description in plain types."""
+    total = hashlib.sha256(json.dumps(meta or {}, sort_keys=True).encode())
+    for kind, tensors in (("", weights), ("state ", state or {})):
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            total.update(f"{kind}{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def capture(model: nn.Module, card: ModelCard) -> Checkpoint:
     """The checkpoint of a network: its weights copied to the CPU."""
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    return Checkpoint(weights, dict(meta))
+    return Checkpoint(weights_of(model), card)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the weights of a network to the CPU, by name."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
 
 
 def capture_fused(model: nn.Module, origin: Checkpoint) -> Checkpoint:
     """The checkpoint of a network that was merged from `origin`, which its description names by digest."""
-    changes = [list(change) for change in model.repan_report.changes]
-    structure = {**origin.meta["structure"], "changes": changes}
-    return capture(model, {**origin.meta, "structure": structure, "form": FUSED, "fused_from": origin.digest()})
+    structure = replace(origin.card.structure, changes=tuple(map(tuple, model.repan_report.changes)))
+    card = replace(origin.card, structure=structure, form=FUSED, fused_from=origin.digest(), run=None)
+    return capture(model, card)
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -87,7 +94,7 @@ def as_bytes(checkpoint: Checkpoint, suffix: str) -> bytes:
 
 def header(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a file says of itself beside its weights, in plain types."""
-    return {"version": FORMAT, "digest": checkpoint.digest(), "meta": checkpoint.meta}
+    return {"version": FORMAT, "digest": checkpoint.digest(), "meta": checkpoint.card.as_meta()}
 
 
 def _as_pt(checkpoint: Checkpoint) -> bytes:
@@ -110,13 +117,13 @@ def _as_safetensors(checkpoint: Checkpoint) -> bytes:
 
 def sealed(buffer: io.BytesIO, place: int) -> bytes:
     """The file in `buffer` with the digits of its SHA-256 at their `place`, behind `SEAL`."""
-    digits = _sum_around(buffer, place)
+    digits = sum_around(buffer, place)
     buffer.seek(place)
     buffer.write(digits)
     return buffer.getvalue()
 
 
-def _sum_around(file: IO[bytes], place: int) -> bytes:
+def sum_around(file: IO[bytes], place: int) -> bytes:
     """The digits of the SHA-256 of all bytes but those where these digits stand."""
     total = hashlib.sha256()
     file.seek(0)
@@ -126,9 +133,3 @@ def _sum_around(file: IO[bytes], place: int) -> bytes:
     while part := file.read(2**20):
         total.update(part)
     return total.hexdigest().encode()
-
-
-def check_description(meta: Mapping[str, Any]) -> None:
-    """Raises ValueError unless everything that a description may hold is of its kind."""
-    if wrong := [name for name, kind in DESCRIBED.items() if not isinstance(meta.get(name), kind)]:
-        raise ValueError(wrong[0])

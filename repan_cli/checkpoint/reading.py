@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from repan_cli.checkpoint.format import CHECKSUM, CONTENT, DESCRIBED, DIGITS, FORMAT, Checkpoint, _sum_around
+from repan_cli.checkpoint.card import ModelCard
+from repan_cli.checkpoint.format import CHECKSUM, CONTENT, DIGITS, FORMAT, Checkpoint, digest_of, sum_around
 from repan_cli.errors import InputError
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
@@ -85,7 +86,7 @@ def check_seal(path: Path) -> bool:
         if CHECKSUM not in part:
             return False
         place = start + part.index(CHECKSUM) + len(CHECKSUM)
-        expected = _sum_around(file, place)
+        expected = sum_around(file, place)
         file.seek(place)
         if file.read(DIGITS) != expected:
             raise InputError(f"{path} is damaged: its bytes do not match its check sum; use another copy")
@@ -98,12 +99,20 @@ def _verified(content: Mapping[str, Any], path: Path) -> Checkpoint:
         raise InputError(f"{path} was written by a newer repan: upgrade this one")
     if not all(isinstance(content.get(name), kind) for name, kind in CONTENT.items()):
         raise InputError(f"{path} is damaged: parts of it are missing; use another copy")
-    checkpoint = Checkpoint(content["weights"], content["meta"], content["state"])
-    if not (_are_plain({**checkpoint.weights, **checkpoint.state}, path) and _is_description(checkpoint.meta, path)):
+    weights, meta, state = (content[name] for name in ("weights", "meta", "state"))
+    if not (_are_plain({**weights, **state}, path) and _is_short(meta, path)):
         raise InputError(f"{path} is damaged: it holds what repan does not write; use another copy")
-    if checkpoint.digest() != content["digest"]:
+    if digest_of(weights, meta, state) != content["digest"]:
         raise InputError(f"{path} is damaged: its content does not match its digest; use another copy")
-    return checkpoint
+    return Checkpoint(weights, card_of(meta, path), state)
+
+
+def card_of(meta: Mapping[str, Any], path: Path) -> ModelCard:
+    """Read the description in a file. Raises InputError, naming the file, for anything that repan does not write."""
+    try:
+        return ModelCard.from_meta(meta)
+    except ValueError as error:
+        raise InputError(f"{path} describes its network with {error}: it is damaged, or of another version") from None
 
 
 def _are_plain(tensors: Mapping[Any, Any], path: Path) -> bool:
@@ -121,8 +130,8 @@ def _longest_text(path: Path) -> int:
     return max(MOST_TEXT, path.stat().st_size // 8)
 
 
-def _is_description(meta: Mapping[str, Any], path: Path) -> bool:
-    """Whether it is plain, of the right kinds, and short: lists that share parts may be of any length as text."""
+def _is_short(meta: Mapping[str, Any], path: Path) -> bool:
+    """Whether a description is plain and short: lists that share parts may be of any length as text."""
     length, longest = 0, _longest_text(path)
     try:
         for part in json.JSONEncoder(sort_keys=True).iterencode(meta):
@@ -131,7 +140,7 @@ def _is_description(meta: Mapping[str, Any], path: Path) -> bool:
                 return False
     except (TypeError, ValueError, RecursionError):
         return False
-    return all(isinstance(meta[name], kind) for name, kind in DESCRIBED.items() if name in meta)
+    return True
 
 
 class _NothingIsCopied(TorchFunctionMode):

@@ -7,27 +7,26 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
-from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.errors import InputError
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, source: str) -> None:
-    """Copy a checkpoint's weights into a network, in place and strictly.
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into a network, in place and strictly.
 
     Raises InputError naming the first keys or shapes that differ.
     """
     own = model.state_dict()
-    missing, extra = own.keys() - checkpoint.weights.keys(), checkpoint.weights.keys() - own.keys()
+    missing, extra = own.keys() - weights.keys(), weights.keys() - own.keys()
     for what, names in (("lacks", missing), ("has, unlike the network,", extra)):
         if names:
             raise InputError(
                 f"{source} does not fit the network: it {what} {len(names)} of the weights, such as '{min(names)}'"
             )
     for name, value in own.items():
-        if value.shape != checkpoint.weights[name].shape:
-            shapes = f"{tuple(checkpoint.weights[name].shape)}, not {tuple(value.shape)}"
+        if value.shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, not {tuple(value.shape)}"
             raise InputError(f"{source} does not fit the network: its '{name}' has the shape {shapes}")
-    model.load_state_dict(checkpoint.weights)
+    model.load_state_dict(weights)
 
 
 def load_foreign(
@@ -48,7 +47,7 @@ def load_foreign(
         for name, value in own.items()
         if name.rpartition(".")[0] in may_be_new and (name not in weights or weights[name].shape != value.shape)
     }
-    load_weights(model, Checkpoint({**weights, **{name: own[name] for name in new}}, {}), source)
+    load_weights(model, {**weights, **{name: own[name] for name in new}}, source)
     return bool(new)
 
 

@@ -72,7 +72,7 @@ def devices() -> list[str]:
 
 
 def splits() -> list[str]:
-    return ["test", "val", "train"]
+    return list(config.SPLITS)
 
 
 def formats() -> list[str]:

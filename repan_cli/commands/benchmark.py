@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from repan_cli import checkpoint, export, models, runs
 from repan_cli.blocks import rep_blocks
-from repan_cli.checkpoint.format import FUSED
+from repan_cli.checkpoint.card import FUSED
+from repan_cli.commands.options import BenchmarkOptions
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
@@ -28,46 +29,37 @@ from repan_cli.system.notices import warn
 from repan_cli.system.packages import missing
 from repan_cli.system.timing import Timing, interleaved
 
+BATCHES = (1, 32, 128)
 COMPILED, ONNX = "compiled", "ONNX Runtime"
 
 
-def run(
-    source: str,
-    *,
-    block: str | None,
-    batches: list[int],
-    image_size: int | None,
-    training_batch: int,
-    seconds: float,
-    device: str,
-    precision: str,
-    compiled: bool,
-    model: str | None,
-    as_json: bool,
-) -> None:
+def run(options: BenchmarkOptions) -> None:
     """Time SOURCE: all forms in turns at every batch size, then a step of training."""
-    if min([*batches, training_batch + 1]) < 1:
+    batches = options.batches or BATCHES
+    if min([*batches, options.training_batch + 1]) < 1:
         raise InputError("--batch and --training-batch are numbers of images: 1 or more (0 leaves training out)")
-    machine = start_runtime(device, precision)
-    subject = _subject(source, model, image_size, block)
-    size = image_size or subject.meta["image_size"]
-    images = torch.randn(2, subject.meta["in_chans"], size, size, generator=torch.Generator().manual_seed(0))
+    machine = start_runtime(options.device, options.precision)
+    subject = _subject(options.checkpoint, options.model, options.image_size, options.block)
+    size = options.image_size or subject.card.image_size
+    images = torch.randn(2, subject.card.in_chans, size, size, generator=torch.Generator().manual_seed(0))
     result = {
-        "source": source,
-        "model": subject.meta["model"],
-        "block": subject.meta["block"],
+        "source": options.checkpoint,
+        "model": subject.card.model,
+        "block": subject.card.block,
         "image_size": size,
         **_machine(machine),
         "inference": [],
         "training": [],
     }
-    forms = _forms(subject, images, machine, compiled=compiled)
+    forms = _forms(subject, images, machine, compiled=options.compiled)
     result["forms"] = [form.describe() for form in forms]
     for batch in batches:
-        result["inference"] += _inference(forms, images, batch, machine, seconds)
-    if training_batch and subject.runtime == "PyTorch":
-        result["training"] = _training(forms, images, training_batch, len(subject.meta["classes"]), machine, seconds)
-    if as_json:
+        result["inference"] += _inference(forms, images, batch, machine, options.seconds)
+    if options.training_batch and subject.runtime == "PyTorch":
+        result["training"] = _training(
+            forms, images, options.training_batch, len(subject.card.classes), machine, options.seconds
+        )
+    if options.as_json:
         print(json.dumps(result))
     else:
         _report(result)
@@ -102,20 +94,20 @@ def _subject(source: str, model: str | None, image_size: int | None, block: str 
     network = subject.network
     if name in models.BUILT_OF_BLOCKS:
         return subject
-    side = image_size or subject.meta["image_size"]
-    images = torch.randn(2, subject.meta["in_chans"], side, side, generator=torch.Generator().manual_seed(0))
+    side = image_size or subject.card.image_size
+    images = torch.randn(2, subject.card.in_chans, side, side, generator=torch.Generator().manual_seed(0))
     try:
         models.expand(network, block, images=images, attach="one")
     except InputError as error:
         warn(str(error))
         return subject
-    return dataclasses.replace(subject, meta={**subject.meta, "block": network.repan_report.family})
+    return dataclasses.replace(subject, card=dataclasses.replace(subject.card, block=network.repan_report.family))
 
 
 def _forms(subject: Artifact, images: Tensor, machine: Runtime, *, compiled: bool) -> list[_Form]:
     """Multi-branch, fused, compiled and ONNX Runtime, as far as there are such."""
     if subject.runtime != "PyTorch":
-        name = f"{subject.runtime} {subject.meta.get('precision', '')}".rstrip()
+        name = f"{subject.runtime} {subject.card.precision or ''}".rstrip()
         return [_Form(name, subject.network.to(machine.device))]
     multi = subject.network.eval()
     forms, fused = [], multi
@@ -131,7 +123,7 @@ def _forms(subject: Artifact, images: Tensor, machine: Runtime, *, compiled: boo
     if compiled:
         forms.append(_Form(COMPILED, torch.compile(copy.deepcopy(forms[-1].network))))
     if machine.device.type == "cpu" and not missing(*onnx_file.PACKAGES):
-        saved = checkpoint.Checkpoint({}, dict(subject.meta))
+        saved = checkpoint.Checkpoint({}, subject.card)
         with quiet():
             content = onnx_file.write(trace(fused, images, subject.source), checkpoint.header(saved))
         forms.append(_Form(ONNX, onnx_file.OnnxNetwork(content)))

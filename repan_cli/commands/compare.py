@@ -6,9 +6,9 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from repan_cli.commands.options import CompareOptions
 from repan_cli.compare import page
 from repan_cli.compare.groups import as_data, compare
 from repan_cli.compare.results import find_runs, read_all
@@ -19,33 +19,24 @@ from repan_cli.system.files import write_atomically
 from repan_cli.system.notices import warn
 
 
-def run(
-    words: list[str],
-    *,
-    control: list[str],
-    by_folder: bool,
-    as_json: bool,
-    as_csv: bool,
-    html: Path | None,
-    markdown: Path | None,
-) -> None:
+def run(options: CompareOptions) -> None:
     """Print the comparison of the runs that `words` mean, and write it as a page or a table where one is asked for."""
-    if as_json and as_csv:
+    if options.as_json and options.as_csv:
         raise InputError("--json and --csv both write to stdout: give one")
-    controls = {word: find_runs([word]) for word in control}
-    results, left_out = read_all(find_runs([*words, *control]))
+    controls = {word: find_runs([word]) for word in options.control}
+    results, left_out = read_all(find_runs([*options.runs, *options.control]))
     for path, why in left_out:
         warn(f"left out: {path}: {why}")
-    comparison = compare(results, controls, by_folder=by_folder)
-    for path, text_of in ((html, page.render), (markdown, page.markdown)):
+    comparison = compare(results, controls, by_folder=options.by_folder)
+    for path, text_of in ((options.html, page.render), (options.markdown, page.markdown)):
         if path:
             content = text_of(comparison, left_out).encode()
             write_atomically(path, lambda file, content=content: file.write(content))
             tell(f"written: {path}")
-    if as_json:
+    if options.as_json:
         unfinished = [{"run": path, "why": why} for path, why in left_out]
         print(json.dumps({**as_data(comparison), "left_out": unfinished}))
-    elif as_csv:
+    elif options.as_csv:
         for warning in comparison.warnings:
             warn(warning)
         print(_as_csv(as_data(comparison)), end="")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from repan_cli import export
-from repan_cli.checkpoint.format import FUSED
+from repan_cli.checkpoint.card import FUSED
+from repan_cli.commands.options import EvaluateOptions
 from repan_cli.data.build import eval_loader
 from repan_cli.display import plots
 from repan_cli.display.console import print_table, tell
@@ -27,27 +28,16 @@ from repan_cli.training.scoring import Details, agreement, examine, worst_confus
 WORST = 5
 
 
-def run(
-    source: str,
-    *,
-    dataset: str | None,
-    data_root: str | None,
-    split: str,
-    fused: bool,
-    model: str | None,
-    out: Path | None,
-    device: str,
-    as_json: bool,
-) -> None:
+def run(options: EvaluateOptions) -> None:
     """Score SOURCE in float32; `fused` merges it, with proof, and scores both forms side by side."""
-    if out:
-        _make_folder(out)
-    subject = open_artifact(source, model)
-    machine = start_runtime(device, "fp32")
-    data = artifact_images.load(subject, dataset, data_root)
-    images = eval_loader(data, split, machine, share=subject.preparation.share)
+    if options.out:
+        _make_folder(options.out)
+    subject = open_artifact(options.checkpoint, options.model)
+    machine = start_runtime(options.device, "fp32")
+    data = artifact_images.load(subject, options.dataset, options.data_root)
+    images = eval_loader(data, options.split, machine, share=subject.preparation.share)
     networks = {subject.form: subject.network}
-    if fused and subject.form != FUSED:
+    if options.fused and subject.form != FUSED:
         batch = next(images.batches(export.PROOF_IMAGES)).images
         networks[FUSED] = export.fuse(subject.network, batch.cpu())[0]
     found = {}
@@ -56,14 +46,14 @@ def run(
         found[form], size = examine(network, images, len(data.classes))
         if size < eval_batch(images):
             warn(f"memory sufficed for batches of {size} images only, which took longer")
-    how = {"runtime": subject.runtime, "precision": subject.meta.get("precision", "float32")}
-    result = _result(found, data.classes) | {"dataset": data.name, "split": split, **how}
-    if out:
-        result["out"] = _write(out, found[result["form"]], data.classes)
-    if as_json:
+    how = {"runtime": subject.runtime, "precision": subject.card.precision or "float32"}
+    result = _result(found, data.classes) | {"dataset": data.name, "split": options.split, **how}
+    if options.out:
+        result["out"] = _write(options.out, found[result["form"]], data.classes)
+    if options.as_json:
         print(json.dumps(result))
     else:
-        _report(source, result, found, data.classes)
+        _report(options.checkpoint, result, found, data.classes)
 
 
 def _make_folder(out: Path) -> None:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli import checkpoint, export, models
-from repan_cli.checkpoint.format import FUSED, PLAIN, Checkpoint
+from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard, Structure
+from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.commands.options import FuseOptions
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError, MergeError
 from repan_cli.export import onnx_file, pt2_file
@@ -54,38 +56,27 @@ class Written:
     use: str
 
 
-def run(
-    source: str,
-    *,
-    out: Path | None,
-    formats: list[str],
-    form: str,
-    model: str | None,
-    with_normalize: bool,
-    data_root: str | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def run(options: FuseOptions) -> None:
     """Write the merged network of SOURCE, once for every format. Nothing is written unless everything agrees."""
-    targets = _targets(source, out, formats, overwrite=overwrite)
-    _check_wishes(targets, form, with_normalize=with_normalize)
-    subject = open_artifact(source, model)
-    _check_mergeable(subject, targets, form)
-    images, seen = _images(subject, data_root)
+    targets = _targets(options.checkpoint, options.out, options.formats, overwrite=options.overwrite)
+    _check_wishes(targets, options.form, with_normalize=options.with_normalize)
+    subject = open_artifact(options.checkpoint, options.model)
+    _check_mergeable(subject, targets, options.form)
+    images, seen = _images(subject, options.data_root)
     fused, report = _merged(subject, images)
     result = checkpoint.capture_fused(fused, subject.checkpoint()) if report else subject.checkpoint()
     bound = max(FILE_TOLERANCE, 10 * (report.rel_error_fp32 if report else 0.0))
-    job = _Job(subject, fused, result, images, model, with_normalize, bound)
-    contents = [job.content(target, form) for target in targets]
-    written = [job.verified(*each, form) for each in zip(targets, contents, strict=True)]
+    job = _Job(subject, fused, result, images, options.model, options.with_normalize, bound)
+    contents = [job.content(target, options.form) for target in targets]
+    written = [job.verified(*each, options.form) for each in zip(targets, contents, strict=True)]
     for target, content in zip(targets, contents, strict=True):
         write_atomically(target, lambda file, content=content: file.write(content))
     facts = {"out": [str(target) for target in targets], **(dataclasses.asdict(report) if report else {})}
     facts |= {"images": seen, "files": [dataclasses.asdict(file) for file in written]}
-    if as_json:
+    if options.as_json:
         print(json.dumps(facts))
     else:
-        _report(source, facts, subject, with_normalize=with_normalize)
+        _report(options.checkpoint, facts, subject, with_normalize=options.with_normalize)
 
 
 # ---------------------------------------------------------------------------------------------- before anything is done
@@ -180,10 +171,10 @@ class _Job:
         if target.suffix.removeprefix(".") in WEIGHTS:
             saved = self._plain() if form == "conv-bn" else self.result
             return checkpoint.as_bytes(saved, target.suffix)
-        network, meta = self.fused, self.result.meta
+        network, card = self.fused, self.result.card
         if self.with_normalize:
-            network, meta = Normalized(network, meta["mean"], meta["std"]), {**meta, "normalizes": True}
-        header = checkpoint.header(dataclasses.replace(self.result, meta=meta))
+            network, card = Normalized(network, card.mean, card.std), dataclasses.replace(card, normalizes=True)
+        header = checkpoint.header(dataclasses.replace(self.result, card=card))
         program = trace(network, self.images, self.subject.source)
         write = onnx_file.write if target.suffix == ".onnx" else pt2_file.write
         try:
@@ -193,30 +184,30 @@ class _Job:
 
     def _plain(self) -> Checkpoint:
         """The weights in the places of the plain network."""
-        meta = self.result.meta
-        structure = meta["structure"]
-        native = {"block": "plain", "branches": None} if structure["native"] else {}
-        name = meta["model"] if self.model is None or not user_file.names_a_file(meta["model"]) else self.model
-        blank = models.create(name, num_classes=len(meta["classes"]), in_chans=meta["in_chans"], **native)
+        card = self.result.card
+        structure = card.structure
+        native = {"block": "plain", "branches": None} if structure.native else {}
+        name = card.model if self.model is None or not user_file.names_a_file(card.model) else self.model
+        blank = models.create(name, num_classes=len(card.classes), in_chans=card.in_chans, **native)
         network = as_plain(self.fused, blank)
-        own = [change for change in structure["changes"] if change[0] == "adapt"]
+        own = tuple(change for change in structure.changes if change[0] == "adapt")
+        plain = Structure(own, {}, native)
         form = FUSED if own else PLAIN
-        described = {"changes": own, "left": {}, "native": native}
-        return checkpoint.capture(network, {**meta, "block": "plain", "structure": described, "form": form})
+        return checkpoint.capture(network, dataclasses.replace(card, block="plain", structure=plain, form=form))
 
     def verified(self, target: Path, content: bytes, form: str) -> Written:
         """What a file is like, opened as anybody would. Raises MergeError when its network computes something else."""
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / f"copy{target.suffix}"
             copy.write_bytes(content)
-            opened = open_artifact(str(copy), self.model if user_file.names_a_file(self.result.meta["model"]) else None)
+            opened = open_artifact(str(copy), self.model if user_file.names_a_file(self.result.card.model) else None)
             error = self._error(opened.network)
         if not error <= self.bound:
             raise MergeError(
                 f"{target} would not compute what the network does: relative error {error:.1e}; not written"
             )
         kind = target.suffix.removeprefix(".")
-        use = _use(target, form, self.result.meta)
+        use = _use(target, form, self.result.card)
         return Written(str(target), kind, form, len(content), error, opened.runtime, use)
 
     @torch.no_grad()
@@ -224,7 +215,7 @@ class _Job:
         """In batches of two sizes."""
         given = self.images
         if self.with_normalize:
-            mean, std = (torch.tensor(self.result.meta[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+            mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (self.result.card.mean, self.result.card.std))
             given = given * std + mean
         found = network(given), network(given[:1])
         return max(
@@ -239,36 +230,36 @@ class _Job:
         return self.fused(self.images)
 
 
-def _use(target: Path, form: str, meta: dict[str, Any]) -> str:
+def _use(target: Path, form: str, card: ModelCard) -> str:
     """The line that uses a file."""
     if target.suffix == ".onnx":
         return f'onnxruntime.InferenceSession("{target}").run(None, {{"{onnx_file.INPUT}": images}})'
     if target.suffix == ".pt2":
         return f'torch.export.load("{target}").module()(images)'
-    own = f" --model {meta['model']}" if user_file.names_a_file(meta["model"]) else ""
+    own = f" --model {card.model}" if user_file.names_a_file(card.model) else ""
     if form == "conv":
-        return f"repan {'evaluate' if 'data.name' in meta['config'] else 'info'} {target}{own}"
+        return f"repan {'evaluate' if card.knows_its_data else 'info'} {target}{own}"
     weights = (
         f'safetensors.torch.load_file("{target}")'
         if target.suffix == ".safetensors"
         else f'torch.load("{target}")["weights"]'
     )
-    return f"{_constructor(meta)}.load_state_dict({weights})"
+    return f"{_constructor(card)}.load_state_dict({weights})"
 
 
-def _constructor(meta: dict[str, Any]) -> str:
+def _constructor(card: ModelCard) -> str:
     """The Python that builds the plain network."""
-    name, classes, channels = meta["model"], len(meta["classes"]), meta["in_chans"]
+    name, classes, channels = card.model, len(card.classes), card.in_chans
     if name.startswith(TORCHVISION):
         return f'torchvision.models.get_model("{name.removeprefix(TORCHVISION)}", num_classes={classes})'
     if user_file.names_a_file(name):
         return f"{name.rpartition(':')[2]}(...)"
-    block = ', block="plain"' if meta["structure"]["native"] else ""
+    block = ', block="plain"' if card.structure.native else ""
     shape = f"num_classes={classes}, in_chans={channels}{block}"
     made = f'timm.create_model("{name.removeprefix(TIMM)}", {shape})'
     if name in models.BUILTIN:
         made = f"import repan_cli.models; {made}"
-    own = any(change[0] == "adapt" for change in meta["structure"]["changes"])
+    own = any(change[0] == "adapt" for change in card.structure.changes)
     return f"timm.utils.reparameterize_model({made})" if own else made
 
 
@@ -302,9 +293,9 @@ def _agreement(error: float) -> str:
 
 def _input(subject: Artifact, *, with_normalize: bool) -> str:
     """What a graph takes."""
-    meta = subject.meta
-    shape = f"float32 (N, {meta['in_chans']}, {meta['image_size']}, {meta['image_size']}), any N"
+    card = subject.card
+    shape = f"float32 (N, {card.in_chans}, {card.image_size}, {card.image_size}), any N"
     if with_normalize:
         return f"{shape}, values from 0 to 1"
-    mean, std = ("/".join(f"{value:.4g}" for value in meta[name]) for name in ("mean", "std"))
+    mean, std = ("/".join(f"{value:.4g}" for value in each) for each in (card.mean, card.std))
     return f"{shape}, values from 0 to 1 less mean {mean}, over std {std}"

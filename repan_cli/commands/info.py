@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from repan_cli import checkpoint, models
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.commands.options import InfoOptions
 from repan_cli.config.settings import SCHEMA
 from repan_cli.display.console import print_table
 from repan_cli.errors import InputError
@@ -34,13 +35,13 @@ SIGNS = {
 """What stands in the names of weights by which others' multi-branch networks are known."""
 
 
-def run(source: str, *, model: str | None, as_json: bool) -> None:
+def run(options: InfoOptions) -> None:
     """Describe SOURCE: network, form, blocks, classes, where in its run it was saved, figures, settings, digest."""
-    path = file_of(source)
+    path = file_of(options.checkpoint)
     if path is None:
-        raise InputError(f"no file {source}; repan list models {source} tells of networks")
-    facts = describe(path, model)
-    if as_json:
+        raise InputError(f"no file {options.checkpoint}; repan list models {options.checkpoint} tells of networks")
+    facts = describe(path, options.model)
+    if options.as_json:
         print(json.dumps(facts))
         return
     layers, left, settings = (facts.pop(name, {}) for name in ("layers", "left_alone", "config"))
@@ -71,12 +72,12 @@ def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
     """Of a checkpoint. `layers` maps the name of each block to its family and shape, `left_alone` that of each other
     convolution to the reason why it is no block.
     """
-    hidden = network is None and user_file.names_a_file(saved.meta["model"])  # a person's own is not imported
+    hidden = network is None and user_file.names_a_file(saved.card.model)  # a person's own is not imported
     model = None if hidden else models.rebuild(saved, str(path), network)
     blocks = dict(rep_blocks(model)) if model else {}
     layers = {name: f"{block.family}, {_describe(block.trunk.conv)}" for name, block in blocks.items()}
     inner = ("config", "structure", "progress", "begun")  # the last two are what a resume needs
-    meta = {key: value for key, value in saved.meta.items() if key not in inner}
+    meta = {key: value for key, value in saved.card.as_meta().items() if key not in inner}
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved.weights.values())
     return {
         **meta,
@@ -86,8 +87,8 @@ def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
         "attach_rate": max((float(block.attach_rate) for block in blocks.values()), default=None),
         "digest": saved.digest(),
         "layers": layers,
-        "left_alone": saved.meta["structure"]["left"],
-        "config": saved.meta["config"],
+        "left_alone": dict(saved.card.structure.left),
+        "config": dict(saved.card.config),
     }
 
 
@@ -107,12 +108,13 @@ def _describe(conv: nn.Conv2d) -> str:
 def _exported(path: Path) -> dict[str, Any]:
     """Of an `.onnx` or `.pt2` file, and of others' as far as it is a known format."""
     checkpoint.check_seal(path)
-    header = written_into(path)
+    written = written_into(path)
     facts: dict[str, Any] = {"format": path.suffix.removeprefix("."), "bytes": path.stat().st_size}
-    if header is not None:
-        meta = open_artifact(str(path)).meta
-        more = {key: value for key, value in meta.items() if key not in ("config", "structure")}
-        facts |= {**more, "digest": header.get("digest"), "config": meta["config"]}
+    if written is not None:
+        open_artifact(str(path))
+        card, digest = written
+        more = {key: value for key, value in card.as_meta().items() if key not in ("config", "structure")}
+        facts |= {**more, "digest": digest, "config": dict(card.config)}
     elif path.suffix == ".pt2":
         raise InputError(f"{path} was not written by repan fuse, and is not opened: such files can run code")
     return facts | (_graph(path) if path.suffix == ".onnx" else {})
@@ -155,8 +157,8 @@ def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> d
             "last layer": f"{matrices[-1]} {tuple(last.shape)}",
         }
     if network is not None:
-        meta = open_artifact(str(path), network).meta
-        facts |= {"fits": meta["model"], "classes": len(meta["classes"]), "in_chans": meta["in_chans"]}
+        card = open_artifact(str(path), network).card
+        facts |= {"fits": card.model, "classes": len(card.classes), "in_chans": card.in_chans}
     return facts
 
 

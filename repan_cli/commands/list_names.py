@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from repan_cli.commands.options import ListOptions
 from repan_cli.config.files import presets
 from repan_cli.config.schema import as_text
 from repan_cli.config.settings import OVERLAY, SCHEMA
@@ -100,20 +101,21 @@ def _look(name: str) -> str:
         return "not known before it is built: try --dry-run"
 
 
-def run(kind: str, pattern: str | None, *, as_json: bool) -> None:
+def run(options: ListOptions) -> None:
     """Print the names of one kind that match a glob; without one, others' models are counted instead of listed."""
-    rows = KINDS[kind]()
-    if pattern:
-        shown = {name: text for name, text in rows.items() if fnmatch.fnmatch(name, pattern)}
+    rows = KINDS[options.kind]()
+    if options.pattern:
+        shown = {name: text for name, text in rows.items() if fnmatch.fnmatch(name, options.pattern)}
         if not shown:
-            raise InputError(f"no {kind} match '{pattern}'{did_you_mean(pattern, rows)}; try '*{pattern.strip('*')}*'")
+            hint = did_you_mean(options.pattern, rows)
+            raise InputError(f"no {options.kind} match '{options.pattern}'{hint}; try '*{options.pattern.strip('*')}*'")
         shown = {name: text or _look(name) for name, text in shown.items()}
     else:
         shown = {name: text for name, text in rows.items() if not name.startswith(FOREIGN)}
-    if as_json:
+    if options.as_json:
         print(json.dumps(shown))
         return
-    print_table([kind, ""], ((name, _as_line(facts)) for name, facts in shown.items()))
-    if len(rows) > len(shown) and not pattern:
-        more = f"and {len(rows) - len(shown)} of timm's and torchvision's: repan list {kind} 'timm:*'"
+    print_table([options.kind, ""], ((name, _as_line(facts)) for name, facts in shown.items()))
+    if len(rows) > len(shown) and not options.pattern:
+        more = f"and {len(rows) - len(shown)} of timm's and torchvision's: repan list {options.kind} 'timm:*'"
         print(f"{more}; or your own, as file.py:function")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from repan_cli.commands.options import PredictOptions
 from repan_cli.data.image_files import EXTENSIONS, UnreadableImageError
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
@@ -20,21 +21,21 @@ from repan_cli.system.text import count
 BATCH = 32
 
 
-def run(source: str, paths: list[Path], *, top: int, model: str | None, device: str, as_json: bool) -> None:
+def run(options: PredictOptions) -> None:
     """Name the `top` most probable classes of every image; folders are searched through.
 
     Images that cannot be read are named, the others answered, and the exit code is 2.
     """
-    if top < 1:
-        raise InputError(f"--top {top}: at least one class is named")
-    files = list(_files(paths))
-    subject = open_artifact(source, model)
-    machine = start_runtime(device, "fp32")
+    if options.top < 1:
+        raise InputError(f"--top {options.top}: at least one class is named")
+    files = list(_files(options.images))
+    subject = open_artifact(options.checkpoint, options.model)
+    machine = start_runtime(options.device, "fp32")
     subject.network.to(machine.device, memory_format=machine.memory_format)
     rows, unreadable = [], []
     for start in range(0, len(files), BATCH):
-        rows += _predicted(subject, files[start : start + BATCH], top, machine, unreadable)
-    if as_json:
+        rows += _predicted(subject, files[start : start + BATCH], options.top, machine, unreadable)
+    if options.as_json:
         print(json.dumps(rows))
     elif rows:
         _report(subject, rows)
@@ -74,7 +75,7 @@ def _predicted(
         return []
     batch = torch.stack(images).to(machine.device).contiguous(memory_format=machine.memory_format)
     probabilities = subject.network(batch).float().softmax(dim=1).cpu()
-    classes = subject.meta["classes"]
+    classes = subject.card.classes
     shares, places = probabilities.topk(min(top, len(classes)), dim=1)
     return [
         {
@@ -89,7 +90,7 @@ def _predicted(
 
 
 def _report(subject: Artifact, rows: list[dict[str, Any]]) -> None:
-    tell(f"{subject.source}: {subject.meta['model']}, {subject.form}, {len(subject.meta['classes'])} classes")
+    tell(f"{subject.source}: {subject.card.model}, {subject.form}, {len(subject.card.classes)} classes")
     width = max(len(row["classes"]) for row in rows)
     print_table(
         ["image", *(f"{number}." for number in range(1, width + 1))],

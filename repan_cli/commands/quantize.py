@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from repan_cli import checkpoint, export
-from repan_cli.checkpoint.format import FUSED
+from repan_cli.checkpoint.card import FUSED
+from repan_cli.commands.options import QuantizeOptions
 from repan_cli.data.batches import Loader
 from repan_cli.data.build import eval_loader
 from repan_cli.display.console import print_table, tell
@@ -32,38 +33,27 @@ BATCH = 64
 SHOWN = 8
 
 
-def run(
-    source: str,
-    *,
-    dataset: str | None,
-    data_root: str | None,
-    split: str,
-    images: int,
-    per_tensor: bool,
-    out: Path | None,
-    model: str | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def run(options: QuantizeOptions) -> None:
     """Merge SOURCE, look at its layers, write it in int8, score both. Training images calibrate, never the test set."""
     need("int8", "onnx", *onnx_file.PACKAGES)
-    target = _target(source, out, overwrite=overwrite)
-    if images < 1:
-        raise InputError(f"--images {images}: at least one is needed to calibrate")
-    subject = open_artifact(source, model)
+    target = _target(options.checkpoint, options.out, overwrite=options.overwrite)
+    if options.images < 1:
+        raise InputError(f"--images {options.images}: at least one is needed to calibrate")
+    subject = open_artifact(options.checkpoint, options.model)
     if subject.runtime != "PyTorch":
         raise InputError(f"{subject.source} is exported already: quantise the checkpoint that it came from")
     check_finite(subject.network)
     machine = start_runtime("cpu", "fp32")
-    data = artifact_images.load(subject, dataset, data_root)
+    data = artifact_images.load(subject, options.dataset, options.data_root)
     network, saved = _merged(subject, artifact_images.noise(subject))
     training = eval_loader(data, "train", machine)
-    layers = int8.health(network, _calibration(training, images))
+    layers = int8.health(network, _calibration(training, options.images))
     header = checkpoint.header(saved)
     graph = onnx_file.write(trace(network, artifact_images.noise(subject), subject.source), header)
-    header = {**header, "meta": {**saved.meta, "precision": "int8"}}
-    content = int8.quantize(graph, _calibration(training, images), header, per_channel=not per_tensor)
-    scored = eval_loader(data, split, machine)
+    card = dataclasses.replace(saved.card, precision="int8")
+    header = checkpoint.header(dataclasses.replace(saved, card=card))
+    content = int8.quantize(graph, _calibration(training, options.images), header, per_channel=not options.per_tensor)
+    scored = eval_loader(data, options.split, machine)
     before, _ = examine(network, scored, len(data.classes))
     after, _ = examine(onnx_file.OnnxNetwork(content), scored, len(data.classes))
     write_atomically(target, lambda file: file.write(content))
@@ -72,16 +62,16 @@ def run(
         "float32": {**dataclasses.asdict(before.score), "bytes": len(graph)},
         "int8": {**dataclasses.asdict(after.score), "bytes": len(content)},
         "agreement": agreement(before, after),
-        "per_channel": not per_tensor,
-        "calibration_images": min(images, training.count),
+        "per_channel": not options.per_tensor,
+        "calibration_images": min(options.images, training.count),
         "dataset": data.name,
-        "split": split,
+        "split": options.split,
         "layers": [_finite(dataclasses.asdict(layer)) for layer in layers],
     }
-    if as_json:
+    if options.as_json:
         print(json.dumps(result))
     else:
-        _report(source, result, layers)
+        _report(options.checkpoint, result, layers)
 
 
 def _target(source: str, out: Path | None, *, overwrite: bool) -> Path:

@@ -20,6 +20,9 @@ RECIPES = {
 }
 """The recipe a data set is trained with when no `-c FILE` is given."""
 
+SPLITS = ("test", "val", "train")
+"""The parts of a data set, in the order in which they are looked for to report on."""
+
 POLICIES = ("autoaugment", "randaugment", "trivialaugment")
 """Augmentation policies that work on one picture at a time."""
 

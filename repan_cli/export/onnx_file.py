@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from repan_cli import checkpoint
+from repan_cli.checkpoint.card import ModelCard
 from repan_cli.checkpoint.format import CHECKSUM, DIGITS
 from repan_cli.errors import InputError
 from repan_cli.export.trace import first_line, quiet
@@ -49,9 +50,8 @@ def seal(model: Any, header: dict[str, Any]) -> bytes:
         for side in value.type.tensor_type.shape.dim:
             if re.fullmatch(r"s\d+", side.dim_param):  # the exporter's name of the only size that is free
                 side.dim_param = BATCH
-    meta = header["meta"]
     entries = {
-        "classes": json.dumps(meta["classes"]),
+        "classes": json.dumps(ModelCard.from_meta(header["meta"]).classes),
         "repan": json.dumps(header, sort_keys=True),
         "seal": CHECKSUM.decode() + "0" * DIGITS,  # the last bytes of the file
     }

@@ -4,7 +4,7 @@ from repan_cli.models.changes import Change, Expansion, Selection, apply, summar
 from repan_cli.models.create import BUILT_OF_BLOCKS, BUILTIN, SMALL_IMAGE, create, has_new_classifier, resolve
 from repan_cli.models.expand import expand, plan
 from repan_cli.models.inspect import form_of
-from repan_cli.models.rebuild import build_untrained, check_given, describe, load, rebuild
+from repan_cli.models.rebuild import build_untrained, check_given, load, rebuild
 
 __all__ = [
     "BUILTIN",
@@ -17,7 +17,6 @@ __all__ = [
     "build_untrained",
     "check_given",
     "create",
-    "describe",
     "expand",
     "form_of",
     "has_new_classifier",

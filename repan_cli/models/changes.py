@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from repan_cli.blocks import RepBlock, block_around, reinit_branches
+from repan_cli.blocks import NATIVE, RepBlock, block_around, reinit_branches
+from repan_cli.checkpoint.card import ModelCard, Structure
 from repan_cli.models.timm_blocks import adapt, split_norm
 
 NOT_CHOSEN = "not chosen: "
@@ -87,15 +88,15 @@ class Expansion:
         """This one, made of a network that had an earlier one."""
         return dataclasses.replace(self, changes=(*earlier.changes, *self.changes)) if earlier else self
 
-    def as_meta(self) -> dict[str, Any]:
-        """In plain types, for a checkpoint."""
-        return {"changes": [list(change) for change in self.changes], "left": dict(self.left)}
+    def structure(self, native: Mapping[str, Any]) -> Structure:
+        """Return it as a checkpoint describes it, with the arguments that a network built of blocks was made with."""
+        return Structure(tuple(map(tuple, self.changes)), dict(self.left), dict(native))
 
     @classmethod
-    def from_meta(cls, meta: Mapping[str, Any]) -> Expansion:
-        """From the description in a checkpoint."""
-        structure = meta["structure"]
-        return cls(meta["block"], tuple(Change(*parts) for parts in structure["changes"]), structure["left"])
+    def from_card(cls, card: ModelCard) -> Expansion:
+        """Read it from the description in a checkpoint."""
+        changes = tuple(Change(*parts) for parts in card.structure.changes)
+        return cls(card.block or NATIVE, changes, card.structure.left)
 
 
 def summary(left: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from repan_cli.blocks import rep_blocks
-from repan_cli.checkpoint.format import MULTI_BRANCH, PLAIN
+from repan_cli.checkpoint.card import MULTI_BRANCH, PLAIN
 
 
 def classifier_layers(model: nn.Module) -> list[str]:
@@ -19,7 +19,5 @@ def classifier_layers(model: nn.Module) -> list[str]:
 
 
 def form_of(model: nn.Module) -> str:
-    """What `meta["form"]` says of a network that was not fused: multi-branch, or plain when no block has a side
-    branch.
-    """
+    """Return the form of a network that was not fused: multi-branch, or plain when no block has a side branch."""
     return MULTI_BRANCH if any(len(block.branches) for _, block in rep_blocks(model)) else PLAIN

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +12,36 @@ from torch.overrides import TorchFunctionMode
 
 from repan_cli import checkpoint
 from repan_cli.blocks import reparameterize
-from repan_cli.checkpoint.format import FUSED, Checkpoint
+from repan_cli.checkpoint.card import FUSED, ModelCard
+from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.errors import InputError
 from repan_cli.models import user_file
 from repan_cli.models.changes import Change, Expansion, apply
 from repan_cli.models.create import create
 
-# ---------------------------------------------------------------------------------------------- checkpoints
 
-
-NEEDED = ("model", "block", "form", "classes", "in_chans", "structure")
-"""What `blank` reads of a checkpoint's description."""
-
-
-def describe(name: str, expansion: Expansion, native: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's description says of the network itself: enough for `rebuild`, with the class list.
-
-    `native` holds `block` and `branches` that a network built of blocks was made with; for others it is empty.
-    """
-    structure = {**expansion.as_meta(), "native": dict(native)}
-    return {"model": name, "block": expansion.family, "structure": structure}
-
-
-def build_untrained(meta: Mapping[str, Any], source: str, network: nn.Module | str | None = None) -> nn.Module:
+def build_untrained(card: ModelCard, source: str, network: nn.Module | str | None = None) -> nn.Module:
     """The network that a checkpoint describes, in its form, with fresh weights.
 
     A person's own network is given again as `network`, the plain module or its name: a path in a file is never
     imported by itself. Raises InputError where it is missing.
     """
-    if lacking := [key for key in NEEDED if key not in meta]:
-        raise InputError(f"{source} does not say what its network is ({', '.join(lacking)} missing): another version?")
-    native, expansion = meta["structure"]["native"], Expansion.from_meta(meta)
+    native, expansion = card.structure.native, Expansion.from_card(card)
     changes = expansion.changes
-    if meta["form"] == FUSED:  # branches that would only be merged need not be made
+    if card.form == FUSED:  # branches that would only be merged need not be made
         native = {**native, "block": "plain", "branches": None} if native else native
         changes = [_without_branches(change) for change in changes if change.kind != "grow"]
     if isinstance(network, nn.Module):
         model = network
     else:
-        name = _own_or_stored(meta["model"], network, source)
-        model = create(name, num_classes=len(meta["classes"]), in_chans=meta["in_chans"], **native)
+        name = _own_or_stored(card.model, network, source)
+        model = create(name, num_classes=len(card.classes), in_chans=card.in_chans, **native)
     try:
         apply(model, changes)
     except AttributeError as error:
         raise InputError(f"{source} does not fit the network: it lacks a layer ({error})") from None
     model.repan_report = expansion
-    return reparameterize(model) if meta["form"] == FUSED else model
+    return reparameterize(model) if card.form == FUSED else model
 
 
 def _without_branches(change: Change) -> Change:
@@ -85,15 +68,13 @@ def _own_or_stored(stored: str, given: str | None, source: str) -> str:
 def rebuild(saved: Checkpoint, source: str, network: nn.Module | str | None = None) -> nn.Module:
     """The network in a checkpoint, multi-branch or fused as it was saved, on the CPU in eval mode.
 
-    `source` names the file in errors; `network` as for `blank`. Raises InputError when the weights do not fit the
-    network that the file describes.
+    `source` names the file in errors; `network` as for `build_untrained`. Raises InputError when the weights do
+    not fit the network that the file describes.
     """
-    drawn = user_file.names_a_file(
-        str(saved.meta.get("model"))
-    )  # what a person's own does with its weights is not known
+    drawn = user_file.names_a_file(saved.card.model)  # what a person's own does with its weights is not known
     with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else _NothingIsDrawn():
-        model = build_untrained(saved.meta, source, network)
-    checkpoint.load_weights(model, saved, source)
+        model = build_untrained(saved.card, source, network)
+    checkpoint.load_weights(model, saved.weights, source)
     return model.eval()
 
 

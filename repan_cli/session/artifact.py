@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from repan_cli import checkpoint, models, runs
 from repan_cli.blocks import NATIVE, rep_blocks
-from repan_cli.checkpoint.format import MULTI_BRANCH, PLAIN, Checkpoint
+from repan_cli.checkpoint.card import MULTI_BRANCH, PLAIN, ModelCard
+from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.data.preprocess import CROP_SHARE, Preparation
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file, pt2_file
@@ -36,36 +36,35 @@ OUR_IMAGE, OUR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
 class Artifact:
     """A network in eval mode on the CPU, and what is known of it.
 
-    `meta` is the description of a checkpoint. `runtime` is what computes: PyTorch, or what the file is made for.
+    `runtime` is what computes: PyTorch, or what the file is made for.
     """
 
     source: str
     network: nn.Module
-    meta: Mapping[str, Any]
+    card: ModelCard
     runtime: str = "PyTorch"
     saved: Checkpoint | None = field(default=None, repr=False)
 
     @property
     def form(self) -> str:
-        return self.meta["form"]
+        return self.card.form
 
     @property
     def preparation(self) -> Preparation:
         """How it wants its images."""
-        meta = self.meta
-        normalizes = meta.get("normalizes", False)
+        card = self.card
         return Preparation(
-            size=meta["image_size"],
-            channels=meta["in_chans"],
-            mean=(0.0,) * meta["in_chans"] if normalizes else tuple(meta["mean"]),
-            std=(1.0,) * meta["in_chans"] if normalizes else tuple(meta["std"]),
-            resized=Preparation.crops(meta["config"].get("data.crop", "auto"), meta["image_size"]),
-            share=meta.get("crop_share", CROP_SHARE),
+            size=card.image_size,
+            channels=card.in_chans,
+            mean=(0.0,) * card.in_chans if card.normalizes else card.mean,
+            std=(1.0,) * card.in_chans if card.normalizes else card.std,
+            resized=Preparation.crops(card.config.get("data.crop", "auto"), card.image_size),
+            share=CROP_SHARE if card.crop_share is None else card.crop_share,
         )
 
     def checkpoint(self) -> Checkpoint:
         """The network as a checkpoint of its form."""
-        return self.saved or checkpoint.capture(self.network, self.meta)
+        return self.saved or checkpoint.capture(self.network, self.card)
 
 
 def open_artifact(
@@ -92,7 +91,7 @@ def open_artifact(
         return Artifact(str(path), network, _described(path), "torch.export")
     content = checkpoint.load_any(path)
     if isinstance(content, Checkpoint):
-        return Artifact(str(path), models.rebuild(content, str(path), model), content.meta, saved=content)
+        return Artifact(str(path), models.rebuild(content, str(path), model), content.card, saved=content)
     return _foreign(path, content, model)
 
 
@@ -117,23 +116,21 @@ def _checked(path: Path) -> Path:
     return path
 
 
-def written_into(path: Path) -> dict[str, Any] | None:
-    """What repan wrote into an exported file beside the graph; None where it did not write the file."""
+def written_into(path: Path) -> tuple[ModelCard, str] | None:
+    """Return the card and the digest that repan wrote into an exported file; None where it did not write the file."""
     text = onnx_file.header(path) if path.suffix == ".onnx" else pt2_file.header(path)
     try:
         header = json.loads(text) if text else None
-        if header is not None:
-            checkpoint.check_description(header["meta"])
-    except (ValueError, KeyError, TypeError):
+        return (ModelCard.from_meta(header["meta"]), str(header["digest"])) if header else None
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return header
 
 
-def _described(path: Path) -> dict[str, Any]:
-    header = written_into(path)
-    if header is None:
+def _described(path: Path) -> ModelCard:
+    written = written_into(path)
+    if written is None:
         raise InputError(f"{path} was not written by repan fuse, so its classes and images are not known")
-    return header["meta"]
+    return written[0]
 
 
 # ---------------------------------------------------------------------------------------------- networks by name
@@ -146,7 +143,7 @@ def _named(name: str, *, pretrained: bool, block: str | None) -> Artifact:
     if full in models.BUILTIN and pretrained:
         raise InputError(f"{full} is a network without weights: train it, then give its checkpoint")
     model = models.create(full, num_classes=_classes_of(full), in_chans=3, block=block, pretrained=pretrained)
-    return _as_subject(name, full, model.eval())
+    return _as_artifact(name, full, model.eval())
 
 
 def _classes_of(full: str) -> int:
@@ -171,10 +168,10 @@ def _foreign(path: Path, weights: Mapping[str, Tensor], name: str | None) -> Art
         channels = weights[first].shape[1] if first in weights and weights[first].ndim == 4 else 3
         model = models.create(full, num_classes=classes, in_chans=channels)
     checkpoint.load_foreign(model, weights, str(path))
-    return _as_subject(str(path), full, model.eval())
+    return _as_artifact(str(path), full, model.eval())
 
 
-def _as_subject(source: str, full: str, model: nn.Module) -> Artifact:
+def _as_artifact(source: str, full: str, model: nn.Module) -> Artifact:
     cfg = timm.data.resolve_model_data_config(model) if hasattr(model, "pretrained_cfg") else {}
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     channels = convs[0].in_channels * convs[0].groups if convs and convs[0].groups == 1 else 3
@@ -182,22 +179,19 @@ def _as_subject(source: str, full: str, model: nn.Module) -> Artifact:
     branches = any(is_own_block(module) for module in model.modules())
     own = Expansion(next((block.family for _, block in rep_blocks(model)), NATIVE), (), {})
     native = {"block": own.family, "branches": None} if full in models.BUILT_OF_BLOCKS else {}
-    meta = {
-        **models.describe(full, own, native),
-        "form": MULTI_BRANCH if branches or models.form_of(model) == MULTI_BRANCH else PLAIN,
-        "classes": class_names(classes),
-        "in_chans": channels,
-        "image_size": OUR_IMAGE if full in models.BUILTIN else cfg.get("input_size", (LARGE_IMAGE,))[-1],
-        "mean": list(cfg.get("mean", timm.data.IMAGENET_DEFAULT_MEAN))[:channels],
-        "std": list(cfg.get("std", timm.data.IMAGENET_DEFAULT_STD))[:channels],
-        "crop_share": cfg.get("crop_pct", CROP_SHARE),
-        "split_digest": "",
-        "config": {},
-        "cycle": 0,
-        "epoch": None,
-        "metrics": {},
-    }
-    return Artifact(source, model, meta)
+    card = ModelCard(
+        model=full,
+        block=own.family,
+        form=MULTI_BRANCH if branches or models.form_of(model) == MULTI_BRANCH else PLAIN,
+        structure=own.structure(native),
+        classes=tuple(class_names(classes)),
+        in_chans=channels,
+        image_size=OUR_IMAGE if full in models.BUILTIN else cfg.get("input_size", (LARGE_IMAGE,))[-1],
+        mean=tuple(cfg.get("mean", timm.data.IMAGENET_DEFAULT_MEAN))[:channels],
+        std=tuple(cfg.get("std", timm.data.IMAGENET_DEFAULT_STD))[:channels],
+        crop_share=cfg.get("crop_pct", CROP_SHARE),
+    )
+    return Artifact(source, model, card)
 
 
 def _outputs(model: nn.Module) -> int:
@@ -211,8 +205,3 @@ def class_names(count: int) -> list[str]:
         info = timm.data.ImageNetInfo()
         return [info.index_to_description(index) for index in range(count)]
     return [str(index) for index in range(count)]
-
-
-def knows_its_data(subject: Artifact) -> bool:
-    """Whether it says which data set it was trained on."""
-    return "data.name" in subject.meta["config"]

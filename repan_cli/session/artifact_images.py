@@ -13,7 +13,7 @@ from repan_cli import config, export
 from repan_cli.data import datasets, image_files
 from repan_cli.data.types import ArrayImages, Dataset
 from repan_cli.errors import InputError
-from repan_cli.session.artifact import Artifact, knows_its_data
+from repan_cli.session.artifact import Artifact
 from repan_cli.session.network import check_classes
 from repan_cli.system.notices import warn
 
@@ -26,29 +26,29 @@ def load(subject: Artifact, dataset: str | None = None, root: str | None = None)
 
     Raises InputError when it names none, or the classes are not the network's.
     """
-    meta = subject.meta
-    if dataset is None and not knows_its_data(subject):
+    card = subject.card
+    if dataset is None and not subject.card.knows_its_data:
         raise InputError(f"{subject.source} does not say which data it is for: give --dataset and --data-root")
     arguments = settings(subject, dataset, root)
     data = datasets.load(**arguments)
     prepared = subject.preparation
     data = dataclasses.replace(data, mean=prepared.mean, std=prepared.std)
-    if knows_its_data(subject):
-        check_classes(subject.source, meta["classes"], data)
-    elif len(meta["classes"]) != len(data.classes):
-        counts = f"{subject.source} knows {len(meta['classes'])} classes, {data.name} has {len(data.classes)}"
+    if subject.card.knows_its_data:
+        check_classes(subject.source, card.classes, data)
+    elif len(card.classes) != len(data.classes):
+        counts = f"{subject.source} knows {len(card.classes)} classes, {data.name} has {len(data.classes)}"
         raise InputError(f"{counts}: give data of its classes")
-    if knows_its_data(subject) and data.split_digest != meta["split_digest"]:
+    if subject.card.knows_its_data and data.split_digest != card.split_digest:
         warn(f"the validation part of this data is not the one {subject.source} was trained with")
     return data
 
 
 def settings(subject: Artifact, dataset: str | None = None, root: str | None = None) -> dict[str, Any]:
     """The arguments of `datasets.load` for a network's data, with another name or place where they are given."""
-    meta = subject.meta
-    stored = {key: value for key, value in meta["config"].items() if key.startswith("data.")}
+    card = subject.card
+    stored = {key: value for key, value in card.config.items() if key.startswith("data.")}
     arguments = datasets.settings_of(config.replace(config.Config(), stored).data)
-    asked = {"name": dataset, "root": root, "image_size": meta["image_size"], "channels": meta["in_chans"]}
+    asked = {"name": dataset, "root": root, "image_size": card.image_size, "channels": card.in_chans}
     if dataset not in (None, arguments["name"]):  # the part that it was trained on is one of its own data
         arguments |= {"classes": None, "per_class": None}
     return {**arguments, **{name: value for name, value in asked.items() if value is not None}}
@@ -66,7 +66,7 @@ def real_images(subject: Artifact, root: str | None, count: int) -> tuple[Tensor
 
     Of image folders one a class is read, from the test part where there is one; nothing is downloaded.
     """
-    if not knows_its_data(subject):
+    if not subject.card.knows_its_data:
         return None, "its data are not known"
     arguments = settings(subject, None, root)
     try:

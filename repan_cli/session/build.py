@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import nn
 
 import repan_cli
 from repan_cli import models, runs
+from repan_cli.checkpoint.card import ModelCard
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.resolve import Resolved, refuse
 from repan_cli.config.settings import Config, EmaConfig, flatten
@@ -67,25 +69,30 @@ class Session:
         """Its name `file.py:function`, where it is a person's own: a checkpoint is read with it."""
         return self.network.name if user_file.names_a_file(self.network.name) else None
 
-    def meta(self, **position: Any) -> dict[str, Any]:
-        """The description that its checkpoints carry."""
-        return {
-            "repan": repan_cli.__version__,
-            "command": self.command,
-            **self.network.meta(),
-            "form": models.form_of(self.training.model),
-            "classes": list(self.dataset.classes),
-            "in_chans": self.dataset.channels,
-            "image_size": self.dataset.image_size,
-            "mean": list(self.dataset.mean),
-            "std": list(self.dataset.std),
-            "split_digest": self.dataset.split_digest,
-            "labels_digest": self.dataset.labels_digest,
-            "surroundings": surroundings(self.training.runtime),
-            "teachers": dict(self.training.task_of.digests),
-            "config": flatten(self.config, cycles=self.command == "cycle"),
-            **position,
-        }
+    def card(self, *, cycle: int, epoch: int | None, metrics: Mapping[str, Any]) -> ModelCard:
+        """Describe its network for a checkpoint, at this point of the run."""
+        network, data = self.network, self.dataset
+        return ModelCard(
+            model=network.name,
+            block=network.expansion.family,
+            form=models.form_of(self.training.model),
+            structure=network.expansion.structure(network.native),
+            classes=tuple(data.classes),
+            in_chans=data.channels,
+            image_size=data.image_size,
+            mean=tuple(data.mean),
+            std=tuple(data.std),
+            config=flatten(self.config, cycles=self.command == "cycle"),
+            split_digest=data.split_digest,
+            cycle=cycle,
+            epoch=epoch,
+            metrics=metrics,
+            repan=repan_cli.__version__,
+            command=self.command,
+            labels_digest=data.labels_digest,
+            surroundings=surroundings(self.training.runtime),
+            teachers=dict(self.training.task_of.digests),
+        )
 
 
 def prepare(
@@ -111,11 +118,11 @@ def prepare(
     config = resolve_names(config, network)
     training = _training(command, config, dataset, network, machine)
     if saved is not None:
-        restore(training, saved.state, saved.meta["progress"])
+        restore(training, saved.state, saved.card.run.progress)
         training.task_of.folder = folder
         if training.progress.begun:
             training.task_of.resumed_in = training.plan[training.progress.phase].cycle
-        start = saved.meta["begun"]["summary"]["baseline"] if network.finished else None
+        start = saved.card.run.begun["summary"]["baseline"] if network.finished else None
     else:
         start = _score_start(training) if network.finished else None
     return Session(command, config, dataset, network, training, start)

@@ -52,8 +52,9 @@ def begin(run: Path) -> None:
     for name in WEIGHTS:
         if (run / name).exists():  # without a validation part there is no best
             saved = checkpoint.load(run / name)
-            settings = saved.meta["config"] | _changes(target)
-            checkpoint.save(dataclasses.replace(saved, meta=saved.meta | {"config": settings}), draft / name)
+            settings = {**saved.card.config, **_changes(target)}
+            card = dataclasses.replace(saved.card, config=settings)
+            checkpoint.save(dataclasses.replace(saved, card=card), draft / name)
     with runs.RunDirectory(draft, reopen=True) as folder:
         folder.write_text("config.yaml", dump(from_flat(settings)))
         folder.status(WAITING, cycle=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +44,6 @@ class Network:
     native: Mapping[str, Any]
     trained: bool
     new_classifier: bool
-
-    def meta(self) -> dict[str, Any]:
-        return models.describe(self.name, self.expansion, self.native)
 
     @property
     def finished(self) -> bool:
@@ -91,8 +88,8 @@ def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
     if config.model.name is not None:
         return models.resolve(config.model.name, dataset.image_size)
     if isinstance(weights, Checkpoint):
-        models.check_given(weights.meta["model"], None, config.model.init)
-        return weights.meta["model"]
+        models.check_given(weights.card.model, None, config.model.init)
+        return weights.card.model
     raise InputError(f"{config.model.init} does not say which network it is of: give --model NAME")
 
 
@@ -148,54 +145,54 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
     """The network of one of repan's checkpoints; one without side branches may grow those of another family."""
     source = config.model.init
     _check_origin(config, dataset, name, saved)
-    model = models.build_untrained(saved.meta, source, name)
-    checkpoint.load_weights(model, saved, source)
+    model = models.build_untrained(saved.card, source, name)
+    checkpoint.load_weights(model, saved.weights, source)
     _check_output(model, name, dataset)
-    expansion = Expansion.from_meta(saved.meta)
+    expansion = Expansion.from_card(saved.card)
     family = config.block.name or expansion.family
     if family != expansion.family:
         grown = _plan(model, config, dataset, family)
         models.apply(model, grown.changes, attach="zero-gamma")
         expansion = grown.after(expansion)
-    return Network(model, name, expansion, saved.meta["structure"]["native"], True, False)
+    return Network(model, name, expansion, saved.card.structure.native, True, False)
 
 
 def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Network:
     """The network of a run that goes on. Raises InputError when the data are no longer those of the run."""
-    check_classes("the run", saved.meta["classes"], dataset)
-    if saved.meta["labels_digest"] != dataset.labels_digest:
+    check_classes("the run", saved.card.classes, dataset)
+    if saved.card.labels_digest != dataset.labels_digest:
         raise InputError(
             f"the images of {dataset.name} are not those that the run began with: some came, went or moved"
         )
-    model = models.build_untrained(saved.meta, "the run", config.model.name)
-    checkpoint.load_weights(model, saved, "the run")
-    native = saved.meta["structure"]["native"]
-    expansion = Expansion.from_meta(saved.meta)
-    return Network(model, config.model.name, expansion, native, saved.meta["finished"], False)
+    model = models.build_untrained(saved.card, "the run", config.model.name)
+    checkpoint.load_weights(model, saved.weights, "the run")
+    native = saved.card.structure.native
+    expansion = Expansion.from_card(saved.card)
+    return Network(model, config.model.name, expansion, native, saved.card.run.finished, False)
 
 
 def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -> None:
     """The weights to start from must be of this network and these classes, in a form that trains."""
-    meta, source = saved.meta, config.model.init
-    if meta["form"] == checkpoint.FUSED:
+    card, source = saved.card, config.model.init
+    if card.form == checkpoint.FUSED:
         raise InputError(
             f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run"
         )
-    if meta["model"] != name and not (user_file.names_a_file(name) and user_file.names_a_file(meta["model"])):
-        raise InputError(f"{source} holds the network {meta['model']}, not {name}: give --model as it was trained")
-    if config.block.name not in (None, meta["block"]) and meta["form"] != checkpoint.PLAIN:
+    if card.model != name and not (user_file.names_a_file(name) and user_file.names_a_file(card.model)):
+        raise InputError(f"{source} holds the network {card.model}, not {name}: give --model as it was trained")
+    if config.block.name not in (None, card.block) and card.form != checkpoint.PLAIN:
         raise InputError(
-            f"{source} holds blocks of the family {meta['block']}, not {config.block.name}: give --block as it was "
+            f"{source} holds blocks of the family {card.block}, not {config.block.name}: give --block as it was "
             "trained (only one trained with --block plain may grow others)"
         )
-    check_classes(source, meta["classes"], dataset)
-    if meta["split_digest"] != dataset.split_digest:
+    check_classes(source, card.classes, dataset)
+    if card.split_digest != dataset.split_digest:
         warn(f"{source} was trained with another validation part: images it has seen are now used to choose by")
 
 
-def check_classes(source: object, classes: list[str], dataset: Dataset) -> None:
+def check_classes(source: object, classes: Sequence[str], dataset: Dataset) -> None:
     """Raises InputError when a checkpoint's classes are not the data set's."""
-    if classes == list(dataset.classes):
+    if tuple(classes) == tuple(dataset.classes):
         return
     if len(classes) != len(dataset.classes):
         counts = f"{source} knows {len(classes)} classes, {dataset.name} has {len(dataset.classes)}"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from repan_cli import checkpoint, runs
-from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.checkpoint.card import RunState
+from repan_cli.checkpoint.format import Checkpoint, weights_of
 from repan_cli.config.settings import flatten
 from repan_cli.runs.trackers import Csv, JsonLines, TrackedRun, Tracker, open_requested, rewind
 from repan_cli.session import control
@@ -126,10 +127,9 @@ class Record:
         tensors, plain = snapshot(training)
         cycle, epoch = self.position()
         begun = {"summary": self.summary, "start": self.start, "epoch": self.epoch, "seconds": self.seconds}
-        meta = self.session.meta(cycle=cycle, epoch=min(epoch, training.plan[-1].epochs), metrics=self.epoch)
-        meta |= {"progress": plain, "begun": begun, "finished": self.session.start is not None}
-        content = checkpoint.capture(training.scored, meta)
-        content = checkpoint.as_bytes(dataclasses.replace(content, state=tensors), ".pt")
+        card = self.session.card(cycle=cycle, epoch=min(epoch, training.plan[-1].epochs), metrics=self.epoch)
+        card = dataclasses.replace(card, run=RunState(plain, begun, finished=self.session.start is not None))
+        content = checkpoint.as_bytes(Checkpoint(weights_of(training.scored), card, tensors), ".pt")
         self.folder.replace_last(lambda file: file.write(content))
         self.saved_at = time.perf_counter()
         self.saving = self.saved_at - began
@@ -143,8 +143,8 @@ class Record:
         checkpoint.save(self._capture(cycle, epoch, metrics), self.folder / name)
 
     def _capture(self, cycle: int, epoch: int | None, metrics: Mapping[str, Any]) -> Checkpoint:
-        meta = self.session.meta(cycle=cycle, epoch=epoch, metrics=dict(metrics))
-        return checkpoint.capture(self.session.training.scored, meta)
+        card = self.session.card(cycle=cycle, epoch=epoch, metrics=dict(metrics))
+        return checkpoint.capture(self.session.training.scored, card)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of a run that failed: nothing else is to get in the way

@@ -37,14 +37,14 @@ def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
         _warn_of_changes(saved, surroundings(session.training.runtime))
         if resolved.source.startswith(str(path / runs.PREVIOUS)):
             _set_aside(path / runs.LAST)
-        runner.carry_out(session, folder, resolved, begun=saved.meta["begun"], as_json=as_json)
+        runner.carry_out(session, folder, resolved, begun=saved.card.run.begun, as_json=as_json)
 
 
 def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, Checkpoint]:
     """The run in the folder `path`, in its newest whole state."""
     source, saved = newest_state(path)
-    if saved.meta["command"] != command:
-        raise InputError(f"{path} is a run of 'repan {saved.meta['command']}': resume it with that command")
+    if saved.card.command != command:
+        raise InputError(f"{path} is a run of 'repan {saved.card.command}': resume it with that command")
     resolved = Resolved(_changed(saved, given, path), f"{source}, from where it stopped")
     session = prepare(command, resolved, saved=saved, folder=path)
     trained = session.training.progress.phase >= len(session.training.plan)
@@ -55,7 +55,7 @@ def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, C
         begin = f"; begin another run from its weights with --init {path / runs.LAST}"
         raise InputError(f"{path} is finished{more or begin}")
     for name, digest in session.training.task_of.digests.items():
-        if digest not in saved.meta["teachers"].values():
+        if digest not in saved.card.teachers.values():
             raise InputError(f"{name} is not the teacher that the run began with")
     return session, resolved, saved
 
@@ -69,7 +69,7 @@ def newest_state(path: Path) -> tuple[Path, Checkpoint]:
             continue
         try:
             saved = checkpoint.load(file)
-            if "progress" not in saved.meta:
+            if saved.card.run is None:
                 raise InputError(f"{file} holds weights, but no state to resume from")
         except InputError as error:
             problems.append(str(error))
@@ -89,7 +89,7 @@ def _set_aside(damaged: Path) -> None:
 
 def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
     """The configuration of the run with what may change. Raises InputError for what may not."""
-    stored, asked = saved.meta["config"], config.typed(given)
+    stored, asked = saved.card.config, config.typed(given)
     whole = config.from_flat(stored)
     for key, value in asked.items():
         same = _same_network(saved, value) if key == "model.name" else value == stored.get(key)
@@ -99,19 +99,19 @@ def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
             f"{key} cannot change in a resume (it was {stored.get(key)}): begin another run from its weights with "
             f"model.init={path / runs.LAST}"
         )
-    _check_cycles(whole, asked.get("cycle.count", whole.cycle.count), saved.meta["progress"]["phase"])
+    _check_cycles(whole, asked.get("cycle.count", whole.cycle.count), saved.card.run.progress["phase"])
     changed = {key: asked[key] for key in MAY_CHANGE if key in asked}
-    own = asked.get("model.name") if user_file.names_a_file(saved.meta["model"]) else None
-    models.check_given(saved.meta["model"], own, str(path))
-    return config.replace(whole, {**changed, "model.name": own or saved.meta["model"], "run.out": str(path)})
+    own = asked.get("model.name") if user_file.names_a_file(saved.card.model) else None
+    models.check_given(saved.card.model, own, str(path))
+    return config.replace(whole, {**changed, "model.name": own or saved.card.model, "run.out": str(path)})
 
 
 def _same_network(saved: Checkpoint, given: str) -> bool:
     """Whether a name means the network of the run; one's own is told by its weights, wherever its file is now."""
-    stored = saved.meta["model"]
+    stored = saved.card.model
     if user_file.names_a_file(stored):
         return user_file.names_a_file(given)
-    return models.resolve(given, saved.meta["image_size"]) == stored
+    return models.resolve(given, saved.card.image_size) == stored
 
 
 def _check_cycles(whole: Config, cycles: int, phase: int) -> None:
@@ -128,7 +128,7 @@ def _check_cycles(whole: Config, cycles: int, phase: int) -> None:
 
 def _warn_of_changes(saved: Checkpoint, now: Mapping[str, Any]) -> None:
     """Say what is not as it was where that may change the last bits of what follows."""
-    before = saved.meta["surroundings"]
+    before = saved.card.surroundings
     changes = [f"{name} {before[name]} is now {now[name]}" for name in now if before.get(name) != now[name]]
     if changes:
         warn(f"resumed elsewhere: {', '.join(changes)}; what follows may differ in its last bits")

@@ -93,7 +93,7 @@ def finish(session: Session, folder: runs.RunDirectory, display: Display, record
     source, summary = chosen_file(folder.path), record.summary
     chosen = checkpoint.load(source)
     model = models.rebuild(chosen, str(source), session.user_model)
-    summary["chosen"] = {"file": source.name, "cycle": chosen.meta["cycle"], "epoch": chosen.meta["epoch"]}
+    summary["chosen"] = {"file": source.name, "cycle": chosen.card.cycle, "epoch": chosen.card.epoch}
     summary["test"] = _score(session, model)
     try:
         summary["fused"] = _fuse(session, folder, chosen, model)

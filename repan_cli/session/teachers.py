@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from repan_cli import checkpoint, config, export, models
-from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.checkpoint.format import Checkpoint, digest_of, weights_of
 from repan_cli.data.batches import Loader
 from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
@@ -90,8 +90,8 @@ class PhaseTasks:
         model = copy.deepcopy(self.model).cpu().float()
         if cycle == self.resumed_in:
             file = self.folder / f"cycle_{cycle - 1:02d}.pt"
-            checkpoint.load_weights(model, checkpoint.load(file), str(file))
-        return TeacherModel(model, self._student, checkpoint.capture(model, {}).digest())
+            checkpoint.load_weights(model, checkpoint.load(file).weights, str(file))
+        return TeacherModel(model, self._student, digest_of(weights_of(model)))
 
     @property
     def _student(self) -> View:
@@ -141,16 +141,14 @@ def find_teacher(settings: config.TeacherConfig, dataset: Dataset) -> TeacherMod
 
 
 def _ours(settings: config.TeacherConfig, dataset: Dataset, saved: Checkpoint) -> TeacherModel:
-    name, meta = settings.name, saved.meta
-    check_classes(f"the teacher {name}", meta["classes"], dataset)
-    if meta["in_chans"] != dataset.channels:
-        raise InputError(f"the teacher {name} reads {meta['in_chans']} channels, {dataset.name} has {dataset.channels}")
-    if meta["split_digest"] != dataset.split_digest:
+    name, card = settings.name, saved.card
+    check_classes(f"the teacher {name}", card.classes, dataset)
+    if card.in_chans != dataset.channels:
+        raise InputError(f"the teacher {name} reads {card.in_chans} channels, {dataset.name} has {dataset.channels}")
+    if card.split_digest != dataset.split_digest:
         warn(f"the teacher {name} was trained with another validation part: it has seen images that now choose")
     model = models.rebuild(saved, name, settings.model)
-    return TeacherModel(
-        model, View(meta["image_size"], tuple(meta["mean"]), tuple(meta["std"])), saved.digest(), meta["model"]
-    )
+    return TeacherModel(model, View(card.image_size, card.mean, card.std), saved.digest(), card.model)
 
 
 def _theirs(settings: config.TeacherConfig, dataset: Dataset) -> TeacherModel:
@@ -160,7 +158,7 @@ def _theirs(settings: config.TeacherConfig, dataset: Dataset) -> TeacherModel:
     full = models.resolve(settings.model, size)
     model = models.create(full, num_classes=len(dataset.classes), in_chans=dataset.channels)
     checkpoint.load_foreign(model, checkpoint.load_any(settings.name), f"the teacher {settings.name}")
-    return TeacherModel(model, View(size, dataset.mean, dataset.std), checkpoint.capture(model, {}).digest(), full)
+    return TeacherModel(model, View(size, dataset.mean, dataset.std), digest_of(weights_of(model)), full)
 
 
 def _pretrained(name: str, dataset: Dataset) -> TeacherModel:
@@ -175,4 +173,4 @@ def _pretrained(name: str, dataset: Dataset) -> TeacherModel:
     model = models.create(full, num_classes=len(dataset.classes), in_chans=dataset.channels, pretrained=True)
     cfg = timm.data.resolve_model_data_config(model)
     view = View(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
-    return TeacherModel(model, view, checkpoint.capture(model, {}).digest(), full)
+    return TeacherModel(model, view, digest_of(weights_of(model)), full)

@@ -1,0 +1,218 @@
+"""What a file says of its network: the one reader and writer of the description (`meta`) in every format.
+
+The description is a closed schema: known keys of known types. A file is a stranger's, so nothing else is accepted, and
+what is accepted only ever names things that this package knows how to build.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
+FORMS = (MULTI_BRANCH, FUSED, PLAIN)
+"""Forms of a network: with side branches, merged, or built without any."""
+
+MOST_CHANNELS, LARGEST_IMAGE = 4096, 2**16
+CHANGE_KINDS = ("adapt", "expand", "grow")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a network became what it is: see `models.changes`.
+
+    `changes` holds (kind, name, norm, family, copies) of each place that became a block, `left` why other convolutions
+    did not, and `native` the `block` family and `branches` that a network built of blocks was created with.
+    """
+
+    changes: tuple[tuple[str, str, str | None, str | None, int | None], ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    native: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_meta(self) -> dict[str, Any]:
+        """Return it in plain types."""
+        changes = [list(change) for change in self.changes]
+        return {"changes": changes, "left": dict(self.left), "native": dict(self.native)}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Structure:
+        """Read what `as_meta` gave."""
+        return cls(tuple(tuple(change) for change in meta["changes"]), meta["left"], meta["native"])
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run needs to go on, beside tensors; only in its last.pt.
+
+    `progress` is the position with the plain memory of optimizer and scaler, `begun` what the recorder had noted.
+    `finished` tells that the run began with trained weights, so that it has no baseline.
+    """
+
+    progress: Mapping[str, Any]
+    begun: Mapping[str, Any]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Everything that a file says of its network.
+
+    `model` is the full name, as `models.resolve` gives it, `block` the family of its blocks, `form` one of `FORMS`.
+    `mean` and `std` are those of each channel, of images in [0, 1]; with `normalizes` the network itself applies them.
+    `crop_share` is the part of the side of a resized image that is kept. `config` holds the settings of the run by
+    dotted key, `metrics` its figures at this point, `teachers` the digests of its teachers, `surroundings` what the
+    last bits may depend on. The digests tell which images were held out, and how all images are labelled. What a file
+    does not say is None.
+    """
+
+    model: str
+    block: str | None
+    form: str
+    structure: Structure
+    classes: tuple[str, ...]
+    in_chans: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    split_digest: str = ""
+    cycle: int = 0
+    epoch: int | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    crop_share: float | None = None
+    normalizes: bool | None = None
+    precision: str | None = None
+    fused_from: str | None = None
+    repan: str | None = None
+    command: str | None = None
+    labels_digest: str | None = None
+    surroundings: Mapping[str, Any] | None = None
+    teachers: Mapping[str, str] | None = None
+    run: RunState | None = None
+
+    @property
+    def knows_its_data(self) -> bool:
+        """Return whether it names the data set that the network was trained on."""
+        return "data.name" in self.config
+
+    def as_meta(self) -> dict[str, Any]:
+        """Return the description in plain types, as files hold it."""
+        meta = {name: getattr(self, name) for name in WRITTEN}
+        meta |= {name: getattr(self, name) for name in IF_KNOWN if getattr(self, name) is not None}
+        meta |= {name: list(meta[name]) for name in ("classes", "mean", "std")}
+        meta["structure"] = self.structure.as_meta()
+        if self.run is not None:
+            meta |= {name: getattr(self.run, name) for name in OF_RUNS}
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in meta.items()}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> ModelCard:
+        """Read a description. Raises ValueError, with what is wrong, for anything that repan does not write."""
+        if unknown := sorted(map(str, meta.keys() - FITS.keys())):
+            raise ValueError(f"the unknown key '{unknown[0]}'")
+        if missing := [name for name in NEEDED if name not in meta]:
+            raise ValueError(f"no '{missing[0]}'")
+        for name, fits in FITS.items():
+            if name in meta and not fits(meta[name]):
+                raise ValueError(f"a '{name}' of the wrong kind")
+        if 0 < len(meta.keys() & set(OF_RUNS)) < len(OF_RUNS):
+            raise ValueError("only a part of what a resume needs")
+        if not len(meta["mean"]) == len(meta["std"]) == meta["in_chans"]:
+            raise ValueError("a mean or std for another number of channels")
+        values = {name: value for name, value in meta.items() if name not in OF_RUNS}
+        values |= {name: tuple(meta[name]) for name in ("classes", "mean", "std")}
+        values["structure"] = Structure.from_meta(meta["structure"])
+        if meta.keys() >= set(OF_RUNS):
+            values["run"] = RunState(**{name: meta[name] for name in OF_RUNS})
+        return cls(**values)
+
+
+# ---------------------------------------------------------------------------------------------- the schema
+
+NEEDED = ("model", "block", "form", "structure", "classes", "in_chans", "image_size", "mean", "std")
+WRITTEN = (*NEEDED, "config", "split_digest", "cycle", "epoch", "metrics")
+IF_KNOWN = (
+    *("crop_share", "normalizes", "precision", "fused_from", "repan", "command", "labels_digest", "surroundings"),
+    "teachers",
+)
+OF_RUNS = ("progress", "begun", "finished")
+
+Fits = Callable[[Any], bool]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _mapping(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_text, value))
+
+
+def _optional(fits: Fits) -> Fits:
+    return lambda value: value is None or fits(value)
+
+
+def _integer(low: int, high: int) -> Fits:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _sequence(fits: Fits) -> Fits:
+    return lambda value: isinstance(value, Sequence) and not isinstance(value, str) and all(map(fits, value))
+
+
+def _change(value: Any) -> bool:
+    fields = (CHANGE_KINDS.__contains__, _text, _optional(_text), _optional(_text), _optional(_integer(1, 1024)))
+    is_list = isinstance(value, (list, tuple)) and len(value) == len(fields) and isinstance(value[0], str)
+    return is_list and all(fits(part) for fits, part in zip(fields, value, strict=True))
+
+
+def _native(value: Any) -> bool:
+    parts = {"block": _optional(_text), "branches": _optional(_integer(1, 1024))}
+    known = isinstance(value, dict) and (not value or value.keys() == parts.keys())
+    return known and all(parts[name](part) for name, part in value.items())
+
+
+def _structure(value: Any) -> bool:
+    parts = {"changes": _sequence(_change), "left": _texts, "native": _native}
+    return isinstance(value, dict) and value.keys() == parts.keys() and all(fits(value[k]) for k, fits in parts.items())
+
+
+def _texts(value: Any) -> bool:
+    return _mapping(value) and all(map(_text, value.values()))
+
+
+FITS: dict[str, Fits] = {
+    "model": _text,
+    "block": _optional(_text),
+    "form": lambda value: isinstance(value, str) and value in FORMS,
+    "structure": _structure,
+    "classes": _sequence(_text),
+    "in_chans": _integer(1, MOST_CHANNELS),
+    "image_size": _integer(1, LARGEST_IMAGE),
+    "mean": _sequence(_number),
+    "std": _sequence(lambda value: _number(value) and value > 0),
+    "config": _mapping,
+    "split_digest": _text,
+    "cycle": _integer(0, 2**31),
+    "epoch": _optional(_integer(0, 2**31)),
+    "metrics": _mapping,
+    "crop_share": lambda value: _number(value) and 0 < value <= 1,
+    "normalizes": lambda value: isinstance(value, bool),
+    "precision": _text,
+    "fused_from": _text,
+    "repan": _text,
+    "command": _text,
+    "labels_digest": _text,
+    "surroundings": _mapping,
+    "teachers": _texts,
+    "progress": _mapping,
+    "begun": lambda value: _mapping(value) and {"summary", "start", "epoch", "seconds"} <= value.keys(),
+    "finished": lambda value: isinstance(value, bool),
+}
+"""Every key that a description may have, and whether a value is of its kind."""

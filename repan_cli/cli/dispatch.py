@@ -1,0 +1,72 @@
+"""Run a command: import it, show that this takes a moment, and turn errors into lines and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import typer
+
+from repan_cli.errors import FULL, OutOfSpaceError, RepanError, is_out_of_memory
+from repan_cli.system.launcher import own_rank
+
+WITHOUT_TORCH = ("list_names", "version", "compare")
+"""Modules of commands that start at once."""
+
+
+def dispatch(module: str, *arguments: Any, entry: str = "run", **options: Any) -> None:
+    """Import a command's module and run it; an error becomes its lines on stderr and its exit code."""
+    try:
+        importlib.import_module("repan_cli.display.console").show_notices()
+        with _loading(module):
+            command = importlib.import_module(f"repan_cli.commands.{module}")
+        getattr(command, entry)(*arguments, **options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except Exception as error:
+        fail(error)
+
+
+@contextlib.contextmanager
+def _loading(module: str) -> Iterator[None]:
+    """Say on a terminal what takes the first seconds, and take it back."""
+    waits = module not in WITHOUT_TORCH and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    if waits:
+        print("loading PyTorch ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if waits:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Say what went wrong in a line and leave with its exit code; what nobody foresaw keeps its traceback."""
+    known = _as_known(error)
+    if known is None or os.environ.get("REPAN_DEBUG") == "1":
+        raise error
+    rank = own_rank()
+    for line in str(known).splitlines():
+        print(f"Error{f' of rank {rank}' if rank else ''}: {line}", file=sys.stderr)
+    raise typer.Exit(known.exit_code) from None
+
+
+def _as_known(error: Exception) -> RepanError | None:
+    if isinstance(error, RepanError):
+        return error
+    if isinstance(error, OSError) and error.errno in FULL:
+        return OutOfSpaceError(
+            f"no space left to write {error.filename or 'a file of the run'}; free some, or give another --out"
+        )
+    if is_out_of_memory(error):
+        return OutOfSpaceError(
+            "out of memory; set a smaller --batch-size (with as much more of optim.accumulate), or data.image_size"
+        )
+    return None

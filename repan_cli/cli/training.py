@@ -1,0 +1,87 @@
+"""What `train`, `distill` and `cycle` do with their options before PyTorch is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from repan_cli import config
+from repan_cli.cli.dispatch import dispatch, fail
+from repan_cli.commands.options import CycleOptions, TrainOptions, shortcuts
+from repan_cli.errors import InputError, RepanError
+
+
+def train(command: str, options: TrainOptions | CycleOptions) -> None:
+    """Resolve the settings, then begin a run, several, or a dry run, or go on with one."""
+    control = isinstance(options, CycleOptions) and options.control
+    resume, numbers = options.resume, ()
+    try:
+        given = _given(options)
+        if resume is not None:
+            others = {"--print-config": options.print_config, "--dry-run": options.dry_run, "--seeds": options.seeds}
+            _check_resume(given, {"-c": options.config_file, **others, "--control": control})
+        else:
+            numbers = _seeds(options.seeds, given)
+            resolved = config.resolve(command, options.config_file, given)
+            if _begun_anew(resolved.config.run.out):
+                resume, given = resolved.config.run.out, {}
+    except RepanError as error:
+        fail(error)
+    as_json = options.as_json
+    if resume is not None:
+        dispatch("study", command, resume, given, entry="go_on", as_json=as_json)
+    elif options.print_config:
+        print(config.dump(resolved.config, cycles=command == "cycle"), end="")
+    elif options.dry_run:
+        dispatch("dry_run", command, resolved, runs=max(len(numbers), 1) * (1 + control), as_json=as_json)
+    elif numbers or control:
+        numbers = numbers or (resolved.config.run.seed,)
+        dispatch("study", command, resolved, seeds=numbers, with_control=control, as_json=as_json)
+    else:
+        dispatch("train", command, resolved, as_json=as_json)
+
+
+def _given(options: TrainOptions | CycleOptions) -> dict[str, Any]:
+    """Return the settings that the command line gives, as KEY=VALUE or by shortcuts."""
+    given = config.parse_assignments(list(options.settings))
+    for name, key in shortcuts(type(options)).items():
+        value = getattr(options, name)
+        if value in (None, False):
+            continue
+        if key in given:
+            raise InputError(f"--{name.replace('_', '-')} and {key}= are the same setting: give one")
+        given[key] = str(value)
+    return given
+
+
+def _seeds(text: str | None, given: dict[str, Any]) -> tuple[int, ...]:
+    """The numbers in '0,1,2', of which the first is `given` as the seed. Raises InputError for what they are not."""
+    if text is None:
+        return ()
+    if "run.seed" in given:
+        raise InputError("--seed and --seeds both say which seeds: give one")
+    try:
+        numbers = tuple(config.SCHEMA["run.seed"].parse(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--seeds {text}: {error}; give numbers such as 0,1,2") from None
+    if len(set(numbers)) < len(numbers):
+        raise InputError(f"--seeds {text}: a seed stands there twice")
+    given["run.seed"] = str(numbers[0])
+    return numbers
+
+
+def _begun_anew(out: str | None) -> bool:
+    """Whether torchrun begins this run again after it has lost a process: it then goes on."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if again and out is None:
+        raise InputError("torchrun began anew, but the run is not known: give --out with --max-restarts")
+    return again and Path(out).exists()
+
+
+def _check_resume(given: dict[str, Any], others: dict[str, Any]) -> None:
+    for option, there in others.items():
+        if there:
+            raise InputError(f"{option} does not go with --resume: the run has its settings")
+    if "run.out" in given:
+        raise InputError("--out does not go with --resume: the run goes on in its own directory")

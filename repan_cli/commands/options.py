@@ -1,0 +1,364 @@
+"""The options of every command, each declared once: name, help, completion, default. Imports neither torch nor Typer.
+
+A command takes one frozen dataclass of its options. `cli` makes a Typer command of each; whoever calls a command from
+Python fills the same dataclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+WHAT, HOW_LONG, RUN = "What is trained", "How long, how fast", "The run"
+"""Headings under which the help of the training commands lists their options."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """How an option is typed.
+
+    `offers` names the function of `cli.completion` that completes its value. `setting` is the key of the setting that
+    it is a shortcut for, which then gives help and completion where they are not given here.
+    """
+
+    flags: tuple[str, ...] = ()
+    help: str = ""
+    metavar: str | None = None
+    offers: str | None = None
+    setting: str | None = None
+    panel: str | None = None
+
+
+@dataclass(frozen=True)
+class Argument:
+    """How an argument is typed."""
+
+    metavar: str
+    help: str
+    offers: str | None = None
+
+
+def declared(options: type) -> Iterator[tuple[str, Any, Option | Argument, Any]]:
+    """Yield name, type, declaration and default of each field of a dataclass of options, in the order of its help."""
+    hints = get_type_hints(options, include_extras=True)
+    for entry in fields(options):
+        kind, how = get_args(hints[entry.name])
+        yield entry.name, kind, how, entry.default
+
+
+def shortcuts(options: type) -> dict[str, str]:
+    """Return the settings that options are shortcuts for, by the name of the option."""
+    named = ((name, how) for name, _, how, _ in declared(options) if isinstance(how, Option))
+    return {name: how.setting for name, how in named if how.setting is not None}
+
+
+# ---------------------------------------------------------------------------------------------- shared
+
+Checkpoint = Annotated[
+    str,
+    Argument(
+        "CHECKPOINT",
+        "A file that repan wrote, a run's folder, others' weights (with --model), or timm:NAME.",
+        "checkpoints",
+    ),
+]
+Network = Annotated[
+    str | None,
+    Option(("--model", "-m"), "The network of others' weights, or your own, file.py:function.", "NAME"),
+]
+Device = Annotated[str, Option(("--device",), "auto, cpu, cuda or cuda:N.", "NAME")]
+DatasetName = Annotated[
+    str | None, Option(("--dataset", "-d"), "Another data set than it was trained on.", "NAME", setting="data.name")
+]
+DataRoot = Annotated[str | None, Option(("--data-root",), "Folder of the data sets, where it has moved.", "FOLDER")]
+Split = Annotated[str, Option(("--split",), "test, val or train.", "PART", "splits")]
+Overwrite = Annotated[bool, Option(("--overwrite",), "Replace files that exist.")]
+AsJson = Annotated[bool, Option(("--json",), "Print the result as JSON on stdout.")]
+Block = Annotated[str | None, Option(("--block",), metavar="NAME", setting="block.name", panel=WHAT)]
+
+
+# ---------------------------------------------------------------------------------------------- deployment
+
+
+@dataclass(frozen=True)
+class FuseOptions:
+    """Options of `repan fuse`."""
+
+    checkpoint: Checkpoint
+    out: Annotated[
+        Path | None, Option(("--out", "-o"), "Where to write; default CHECKPOINT_fused.pt beside it.", "FILE")
+    ] = None
+    formats: Annotated[
+        tuple[str, ...],
+        Option(("--format", "-f"), "pt, safetensors, onnx or pt2; several: -f pt -f onnx.", "FORMAT", "formats"),
+    ] = ()
+    form: Annotated[
+        str, Option(("--form",), "conv; or conv-bn, which loads into the plain timm network.", "FORM", "forms")
+    ] = "conv"
+    with_normalize: Annotated[
+        bool, Option(("--with-normalize",), "Put the normalisation of images into the graph.")
+    ] = False
+    model: Network = None
+    data_root: Annotated[
+        str | None, Option(("--data-root",), "Where its data lie, to compare on real images.", "FOLDER")
+    ] = None
+    overwrite: Overwrite = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Options of `repan quantize`."""
+
+    checkpoint: Checkpoint
+    out: Annotated[
+        Path | None, Option(("--out", "-o"), "Where to write; default CHECKPOINT_int8.onnx beside it.", "FILE")
+    ] = None
+    images: Annotated[int, Option(("--images",), "Training images to calibrate on.", "N")] = 512
+    per_tensor: Annotated[
+        bool, Option(("--per-tensor",), "One scale for all weights of a layer, not one a channel.")
+    ] = False
+    dataset: DatasetName = None
+    data_root: DataRoot = None
+    split: Split = "test"
+    model: Network = None
+    overwrite: Overwrite = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Options of `repan predict`."""
+
+    checkpoint: Checkpoint
+    images: Annotated[tuple[Path, ...], Argument("IMAGES...", "Image files, or folders of them.")]
+    top: Annotated[int, Option(("--top",), "How many classes to name.", "K")] = 5
+    model: Network = None
+    device: Device = "auto"
+    as_json: AsJson = False
+
+
+# ---------------------------------------------------------------------------------------------- inspection
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Options of `repan benchmark`."""
+
+    checkpoint: Annotated[str, Argument("MODEL|FILE", "A network's name, or any file of one.")]
+    block: Block = None
+    batches: Annotated[tuple[int, ...], Option(("--batch", "-b"), "Images at once; default 1, 32 and 128.", "N")] = ()
+    training_batch: Annotated[
+        int, Option(("--training-batch",), "Images of a training step; 0 leaves it out.", "N")
+    ] = 128
+    image_size: Annotated[
+        int | None, Option(("--image-size",), "Side of the images; default the network's own.", "N")
+    ] = None
+    seconds: Annotated[float, Option(("--seconds",), "For each figure.", "S")] = 2.0
+    precision: Annotated[str, Option(("--precision",), "fp32, bf16, fp16 or auto.", "P")] = "fp32"
+    compiled: Annotated[bool, Option(("--compile",), "Time torch.compile, too.")] = False
+    model: Network = None
+    device: Device = "auto"
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of `repan evaluate`."""
+
+    checkpoint: Checkpoint
+    dataset: DatasetName = None
+    data_root: DataRoot = None
+    split: Split = "test"
+    fused: Annotated[bool, Option(("--fused",), "Merge it, and show both forms side by side.")] = False
+    model: Network = None
+    out: Annotated[Path | None, Option(("--out", "-o"), "Write confusion.csv, .png and classes.csv.", "FOLDER")] = None
+    device: Device = "auto"
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Options of `repan info`."""
+
+    checkpoint: Checkpoint
+    model: Network = None
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Options of `repan compare`."""
+
+    runs: Annotated[tuple[str, ...], Argument("RUN", "Run directories, folders with runs in them, globs.")]
+    control: Annotated[
+        tuple[str, ...],
+        Option(
+            ("--control",),
+            "Compare with the group of this run, or of these; default: that without restarts, else the first. May be "
+            "given several times.",
+            "RUN",
+        ),
+    ] = ()
+    by_folder: Annotated[
+        bool, Option(("--by-folder",), "Runs in one folder are a group of its name, not those set alike.")
+    ] = False
+    html: Annotated[Path | None, Option(("--html",), "Also write a page with curves.", "FILE")] = None
+    markdown: Annotated[Path | None, Option(("--markdown",), "Also write the table as Markdown.", "FILE")] = None
+    as_json: AsJson = False
+    as_csv: Annotated[bool, Option(("--csv",), "Print the table as CSV on stdout.")] = False
+
+
+@dataclass(frozen=True)
+class ListOptions:
+    """Options of `repan list`."""
+
+    kind: Annotated[
+        str,
+        Argument("KIND", "models, blocks, datasets, optimizers, presets, schedules, settings or trackers.", "kinds"),
+    ]
+    pattern: Annotated[str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'.")] = None
+    as_json: AsJson = False
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+Settings = Annotated[
+    tuple[str, ...],
+    Argument(
+        "[KEY=VALUE]...", "Any other setting, such as optim.weight_decay=2e-4; see 'repan list settings'.", "words"
+    ),
+]
+Model = Annotated[str | None, Option(("--model", "-m"), metavar="NAME", setting="model.name", panel=WHAT)]
+Dataset = Annotated[str | None, Option(("--dataset", "-d"), metavar="NAME", setting="data.name", panel=WHAT)]
+Root = Annotated[str | None, Option(("--data-root",), metavar="FOLDER", setting="data.root", panel=WHAT)]
+Rate = Annotated[str | None, Option(("--lr",), metavar="RATE", setting="optim.lr", panel=HOW_LONG)]
+Epochs = Annotated[str | None, Option(("--epochs",), "Length of the run.", "N", setting="epochs", panel=HOW_LONG)]
+Init = Annotated[str | None, Option(("--init",), "Start from these weights.", "FILE", setting="model.init", panel=WHAT)]
+Pretrained = Annotated[
+    bool,
+    Option(
+        ("--pretrained",),
+        "Start from the weights that timm or torchvision offers.",
+        setting="model.pretrained",
+        panel=WHAT,
+    ),
+]
+Teacher = Annotated[
+    str | None,
+    Option(
+        ("--teacher",),
+        "A file of weights, timm:NAME, or in cycle 'previous'.",
+        "NAME",
+        setting="teacher.name",
+        panel=WHAT,
+    ),
+]
+BatchSize = Annotated[str | None, Option(("--batch-size",), metavar="N", setting="data.batch_size", panel=HOW_LONG)]
+Seed = Annotated[str | None, Option(("--seed",), metavar="N", setting="run.seed", panel=RUN)]
+RunDevice = Annotated[str | None, Option(("--device",), metavar="NAME", setting="run.device", panel=RUN)]
+Out = Annotated[str | None, Option(("--out", "-o"), metavar="FOLDER", setting="run.out", panel=RUN)]
+ConfigFile = Annotated[
+    str | None,
+    Option(
+        ("-c", "--config"),
+        "Settings from a YAML file or a preset (recipes/cifar); without it, the recipe of the data set.",
+        "FILE",
+        "presets",
+        panel=RUN,
+    ),
+]
+Resume = Annotated[
+    str | None, Option(("--resume",), "Go on with a run: its directory, or 'latest'.", "RUN", "runs", panel=RUN)
+]
+Seeds = Annotated[
+    str | None, Option(("--seeds",), "Run once with each of these seeds, and compare.", "N,N,...", panel=RUN)
+]
+Control = Annotated[bool, Option(("--control",), "Also run the same without restarts, and compare.", panel=RUN)]
+PrintConfig = Annotated[bool, Option(("--print-config",), "Print the settings as YAML and stop.", panel=RUN)]
+DryRun = Annotated[
+    bool, Option(("--dry-run",), "Try every part of the run once, say what it will be, write nothing.", panel=RUN)
+]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `repan train` and `repan distill`. Shortcuts hold the text that was typed, as settings do."""
+
+    settings: Settings = ()
+    model: Model = None
+    dataset: Dataset = None
+    block: Block = None
+    data_root: Root = None
+    epochs: Epochs = None
+    lr: Rate = None
+    init: Init = None
+    pretrained: Pretrained = False
+    teacher: Teacher = None
+    batch_size: BatchSize = None
+    seed: Seed = None
+    device: RunDevice = None
+    out: Out = None
+    config_file: ConfigFile = None
+    resume: Resume = None
+    seeds: Seeds = None
+    print_config: PrintConfig = False
+    dry_run: DryRun = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True)
+class CycleOptions:
+    """Options of `repan cycle`. Shortcuts hold the text that was typed, as settings do."""
+
+    settings: Settings = ()
+    model: Model = None
+    dataset: Dataset = None
+    block: Block = None
+    data_root: Root = None
+    baseline_epochs: Annotated[
+        str | None,
+        Option(("--baseline-epochs",), "Length of the baseline.", "N", setting="baseline.epochs", panel=HOW_LONG),
+    ] = None
+    baseline_lr: Annotated[
+        str | None,
+        Option(
+            ("--baseline-lr",),
+            "Peak learning rate of the baseline.",
+            "RATE",
+            setting="baseline.optim.lr",
+            panel=HOW_LONG,
+        ),
+    ] = None
+    cycles: Annotated[str | None, Option(("--cycles",), metavar="N", setting="cycle.count", panel=HOW_LONG)] = None
+    epochs: Annotated[
+        str | None, Option(("--epochs",), "Length of each cycle.", "N", setting="epochs", panel=HOW_LONG)
+    ] = None
+    lr: Annotated[
+        str | None, Option(("--lr",), "Peak learning rate of each cycle.", "RATE", setting="optim.lr", panel=HOW_LONG)
+    ] = None
+    init: Annotated[
+        str | None,
+        Option(
+            ("--init",),
+            "Start the cycles from these weights instead of a baseline.",
+            "FILE",
+            setting="model.init",
+            panel=WHAT,
+        ),
+    ] = None
+    pretrained: Pretrained = False
+    teacher: Teacher = None
+    batch_size: BatchSize = None
+    seed: Seed = None
+    device: RunDevice = None
+    out: Out = None
+    config_file: ConfigFile = None
+    resume: Resume = None
+    seeds: Seeds = None
+    control: Control = False
+    print_config: PrintConfig = False
+    dry_run: DryRun = False
+    as_json: AsJson = False
