@@ -16,6 +16,7 @@ from test_cli import one_line, run
 import repan_cli
 from repan_cli import checkpoint, models
 from repan_cli.commands import fuse
+from repan_cli.commands.options import FuseOptions
 from repan_cli.errors import InputError
 from repan_cli.export import pt2_file
 from repan_cli.models import expand
@@ -303,11 +304,8 @@ def rewritten(content, change):
 
 @pytest.fixture(scope="module")
 def good_pt2(net, tmp_path_factory):
-    pass
-
     out = tmp_path_factory.mktemp("pt2") / "net.pt2"
-    wishes = {"model": None, "with_normalize": False, "data_root": None, "overwrite": False, "as_json": False}
-    fuse.run(str(net[0]), out=out, formats=[], form="conv", **wishes)
+    fuse.run(FuseOptions(str(net[0]), out=out))
     return out.read_bytes()
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import pickle
 import pickletools
+import re
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from repan_cli.checkpoint.archive import Archive
 from repan_cli.checkpoint.card import ModelCard
 from repan_cli.checkpoint.format import CHECKSUM, CONTENT, DIGITS, FORMAT, Checkpoint, digest_of, sum_around
 from repan_cli.errors import InputError
@@ -37,6 +37,14 @@ PLAIN_TYPES = [
 MOST_TEXT = 2**21
 """Bytes of a description, a pickle or a header, enough for 20,000 tensors. One that is longer, and more than an eighth
 of its file, is made to fill the memory: as objects it takes seventy times its bytes."""
+
+STORAGE = re.compile(r"data/\d+")
+RECORDS = re.compile(
+    rf"{STORAGE.pattern}|data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id"
+)
+"""The entries of an archive of torch.save's, and which of them hold tensors."""
+
+SAVE_AGAIN = "save its state_dict() with torch.save"
 
 EXPORTS = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load"}
 """Files of networks that are no checkpoints, and what opens them."""
@@ -154,10 +162,11 @@ class _NothingIsCopied(TorchFunctionMode):
 
 def _read_pt(path: Path) -> Any:
     try:
-        _refuse_bombs(path)
-        with torch.serialization.safe_globals(PLAIN_TYPES), _NothingIsCopied(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of others' pickle protocols
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            source = _checked(file, path)
+            with torch.serialization.safe_globals(PLAIN_TYPES), _NothingIsCopied(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of others' pickle protocols
+                return torch.load(source, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except pickle.UnpicklingError:
@@ -171,38 +180,36 @@ def _read_pt(path: Path) -> Any:
         raise InputError(f"{path} is damaged, or no checkpoint at all; use another copy") from None
 
 
-def _refuse_bombs(path: Path) -> None:
-    """Raises InputError for a file that would take far more memory than it has bytes, before torch reads it."""
-    bomb = InputError(f"{path} would fill the memory: refused; save its state_dict() with torch.save, uncompressed")
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\3\4":
-            file.seek(0)
-            pickles = [file] * 5  # torch's old format: number, protocol, system, content, names of storages
-        else:
-            pickles = _pickles_of_archive(file, bomb)
-        for part in pickles:
-            _refuse_makers(part, _longest_text(path), bomb)
+def _checked(file: IO[bytes], path: Path) -> IO[bytes]:
+    """Return what torch may read of a file: what was checked, not the file, which another reader may see differently.
+
+    Raises InputError for a file that would take far more memory than it has bytes.
+    """
+    if file.read(4) != b"PK\3\4":
+        file.seek(0)
+        whole = io.BytesIO(file.read())
+        for _ in range(5):  # torch's old format: number, protocol, system, content, names of storages
+            _refuse_makers(whole, path)
+        whole.seek(0)
+        return whole
+    archive = Archive(file, path, SAVE_AGAIN)
+    archive.refuse_unless(RECORDS, "a checkpoint")
+    if small := [
+        name
+        for name, entry in archive.entries.items()
+        if not STORAGE.fullmatch(name) and entry.size > _longest_text(path)
+    ]:
+        raise InputError(f"{path} would fill the memory by its '{small[0]}': refused; {SAVE_AGAIN}")
+    _refuse_makers(io.BytesIO(archive.read("data.pkl")), path)
+    return archive.rewritten(STORAGE)
 
 
-def _pickles_of_archive(file: IO[bytes], bomb: InputError) -> Iterator[IO[bytes]]:
-    size = os.fstat(file.fileno()).st_size
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        # with something in front of it, torch would not find the same directory
-        if packed or sum(entry.file_size for entry in entries) > size or min(entry.header_offset for entry in entries):
-            raise bomb
-        for entry in entries:
-            if entry.filename.lower().endswith(".pkl"):
-                yield io.BytesIO(archive.read(entry))
-
-
-def _refuse_makers(file: IO[bytes], longest: int, bomb: InputError) -> None:
-    """Raises for a pickle that is long, or makes an array out of its length alone."""
-    start = file.tell()
+def _refuse_makers(file: IO[bytes], path: Path) -> None:
+    """Raises InputError for a pickle that is long, or makes an array out of its length alone."""
+    start, longest = file.tell(), _longest_text(path)
     for _, argument, place in pickletools.genops(file):
-        if place - start > longest or argument in ("builtins bytearray", "__builtin__ bytearray"):
-            raise bomb
+        if (place or 0) - start > longest or argument in ("builtins bytearray", "__builtin__ bytearray"):
+            raise InputError(f"{path} would fill the memory: refused; {SAVE_AGAIN}")
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

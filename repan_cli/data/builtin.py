@@ -6,7 +6,7 @@ Image folders `ROOT/NAME/{train,test}/<class>/*` are accepted in place of the fi
 from __future__ import annotations
 
 import contextlib
-import pickle
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from repan_cli.data import pickled_arrays
 from repan_cli.data.folders import load_folders
 from repan_cli.data.image_files import UnreadableImageError, as_mode
 from repan_cli.data.subset import stratified
@@ -69,7 +70,7 @@ def _from_torchvision(
         new_folders = [path for path in (root / folder, root) if not path.exists()]
         try:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for data
-                make = getattr(datasets, class_name)
+                make = _without_unpickling(getattr(datasets, class_name))
                 found = {name: make(root / folder, download=True, **which) for name, which in parts.items()}
         except ImportError as error:
             raise InputError(f"{folder} needs the package {error.name}: pip install {error.name}") from None
@@ -83,6 +84,51 @@ def _from_torchvision(
         return RawDataset(classes, {name: read(part).parts["all"] for name, part in found.items()})
 
     return load
+
+
+def _without_unpickling(kind: type) -> type:
+    """The same data set of torchvision's, whose files are read by repan where torchvision would unpickle them."""
+    from torchvision import datasets
+
+    if issubclass(kind, datasets.CIFAR10):
+        return type(kind.__name__, (_CifarFiles, kind), {})
+    if not issubclass(kind, datasets.MNIST):
+        return kind
+    # an old form of MNIST is what torch.save wrote: its files are downloaded in the new one
+    return type(kind.__name__, (kind,), {"_check_legacy_exist": lambda self: False})
+
+
+class _CifarFiles:
+    """Reads the batches of CIFAR-10 and CIFAR-100; torchvision, from whose class it borrows the names, downloads them.
+
+    torchvision compares a file's MD5, opens it again and unpickles it. Here the bytes that were compared are the bytes
+    that are read, without running anything.
+    """
+
+    base_folder: str
+    train_list: list[list[str]]
+    test_list: list[list[str]]
+    meta: dict[str, str]
+    download: Callable[[], None]
+
+    def __init__(self, root: Path, *, train: bool, download: bool) -> None:
+        self.root, self.train = str(root), train
+        if download:
+            self.download()
+        batches = [self._read(*listed) for listed in (self.train_list if train else self.test_list)]
+        key = "labels" if "labels" in batches[0] else "fine_labels"
+        where = Path(root) / self.base_folder
+        self.data = np.concatenate([pickled_arrays.images_in(batch, where, 32) for batch in batches])
+        self.targets = np.concatenate([pickled_arrays.labels_in(batch, key, where) for batch in batches])
+        named = self._read(self.meta["filename"], self.meta["md5"])
+        self.classes = pickled_arrays.texts_in(named, self.meta["key"], where)
+
+    def _read(self, name: str, md5: str) -> dict[Any, Any]:
+        path = Path(self.root) / self.base_folder / name
+        content = path.read_bytes()
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+            raise RuntimeError(f"{path} is damaged or not the original")
+        return pickled_arrays.parse(content, path)
 
 
 def _read_cifar(part: Any) -> RawDataset:
@@ -106,16 +152,6 @@ SPLITS = {"train": {"split": "train"}, "test": {"split": "test"}}
 # ---------------------------------------------------------------------------------------------- ImageNet at 16 pixels
 
 PIXELS = 16
-ARRAY_PARTS = ("_reconstruct", "ndarray", "dtype", "scalar")
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Reads what the batches hold, numpy arrays in plain containers, and runs nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module.split(".")[0] == "numpy" and name in ARRAY_PARTS) or (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is no array")
 
 
 def _load_imagenet16(classes: int) -> Callable[[Path, ReadOptions], RawDataset]:
@@ -135,18 +171,14 @@ def _load_imagenet16(classes: int) -> Callable[[Path, ReadOptions], RawDataset]:
 
 def _read_batch(path: Path, classes: int) -> ArrayImages:
     try:
-        with path.open("rb") as file:
-            batch = _ArraysOnly(file, encoding="latin1").load()
-        images, labels = np.asarray(batch["data"]), np.asarray(batch["labels"], dtype=np.int64)
-        images = images.reshape(-1, 3, PIXELS, PIXELS).transpose(0, 2, 3, 1).astype(np.uint8, casting="same_kind")
+        batch = pickled_arrays.read(path)
     except OSError as error:
         what = f"cannot read {path}: {error.strerror or error}"
         raise InputError(
             f"{what}; imagenet16 is not downloaded: put its train_data_batch_1..10 and val_data there"
         ) from None
-    except Exception as error:
-        raise InputError(f"{path} is damaged, or no batch of 16x16 images ({error})") from None
-    if len(images) != len(labels) or labels.min() < 1 or labels.max() > 1000:
+    images, labels = pickled_arrays.images_in(batch, path, PIXELS), pickled_arrays.labels_in(batch, "labels", path)
+    if not len(labels) or len(images) != len(labels) or labels.min() < 1 or labels.max() > 1000:
         raise InputError(f"{path} holds {len(images)} images and {len(labels)} labels, which must be 1 to 1000")
     kept = labels <= classes
     return ArrayImages(np.ascontiguousarray(images[kept]), labels[kept] - 1)

@@ -6,29 +6,38 @@ pickles, and one that holds more than tensors and calls of torch's operators is 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import math
 import os
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from repan_cli import checkpoint
+from repan_cli.checkpoint.archive import Archive, printable
 from repan_cli.checkpoint.format import CHECKSUM, DIGITS
 from repan_cli.errors import InputError
 from repan_cli.export.trace import quiet
 
 HEADER = "repan.json"
+TENSOR = re.compile(r"data/weights/weight_\d+|data/constants/tensor_\d+")
+PAYLOADS = {
+    "data/weights/model_weights_config.json": "data/weights",
+    "data/constants/model_constants_config.json": "data/constants",
+}
+"""What lists the tensors of a file, and where these are."""
+
+INPUTS = "data/sample_inputs/model.pt"
 RECORDS = re.compile(
-    r"[^/]+/(models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|"
-    r"model_constants_config\.json)|data/sample_inputs/model\.pt|extra/repan\.json|archive_format|archive_version|"
-    r"\.data/version|\.data/serialization_id|byteorder|\.format_version|version)"
+    rf"{TENSOR.pattern}|{'|'.join(map(re.escape, (*PAYLOADS, INPUTS)))}|models/model\.json|extra/repan\.json|"
+    r"archive_format|archive_version|\.data/(version|serialization_id)|byteorder|\.format_version|\.storage_alignment|version"
 )
 """All that an archive may hold."""
 
@@ -59,10 +68,10 @@ class Pt2Network(nn.Module):
 
     def __init__(self, content: bytes | Path) -> None:
         super().__init__()
-        check(content)
-        source = io.BytesIO(content) if isinstance(content, bytes) else content
-        with quiet():
-            program = torch.export.load(source)
+        with _opened(content) as file:
+            archive = checked(file, "the file" if isinstance(content, bytes) else content)
+            with quiet():
+                program = torch.export.load(archive.rewritten(TENSOR))
         self._run = [program.module()]  # in a list: an exported module refuses eval() and train()
 
     def to(self, device: torch.device | str, **_: Any) -> Pt2Network:
@@ -88,47 +97,58 @@ def open_file(path: Path) -> Pt2Network:
 def header(path: Path) -> str | None:
     """The description that repan wrote into the file."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(f"/extra/{HEADER}")]
-            return archive.read(names[0]).decode() if names else None
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError):
+        with path.open("rb") as file:
+            return Archive(file, path, WITHOUT_CODE).read(f"extra/{HEADER}").decode()
+    except (InputError, OSError, ValueError, KeyError):
         return None
+
+
+def _opened(content: bytes | Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
 
 
 # ---------------------------------------------------------------------------------------------- no code
 
+WITHOUT_CODE = "no code is run; repan fuse --format pt2 writes files without"
 
-def check(content: bytes | Path) -> None:
-    """Raises InputError for an archive that holds more than tensors and calls of torch's operators, or is packed."""
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    name = "the file" if isinstance(content, bytes) else content
-    source = io.BytesIO(content) if isinstance(content, bytes) else content
+
+def checked(file: IO[bytes], name: object) -> Archive:
+    """Return an open file's archive, of which torch gets a new one.
+
+    Raises InputError where it holds more than tensors and calls of torch's operators, or is packed.
+    """
+    archive = Archive(file, name, WITHOUT_CODE)
+    archive.refuse_unless(RECORDS, "a graph")
     try:
-        with zipfile.ZipFile(source) as archive:
-            reason = _reason_to_refuse(archive, size)
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, RecursionError, OSError):
+        reason = _reason_to_refuse(archive)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError):
         raise InputError(f"{name} is damaged, or no file of torch.export's; use another copy") from None
     if reason:
-        raise InputError(
-            f"{name} holds {reason}: refused, no code is run; repan fuse --format pt2 writes files without"
-        )
+        raise InputError(f"{name} holds {reason}: refused, {WITHOUT_CODE}")
+    return archive
 
 
-def _reason_to_refuse(archive: zipfile.ZipFile, size: int) -> str | None:
-    entries = archive.infolist()
-    if sum(entry.file_size for entry in entries) > size or any(entry.compress_type for entry in entries):
-        return "packed parts that would fill the memory"
-    if len({entry.filename for entry in entries}) < len(entries):
-        return "two parts of one name"
-    for entry in entries:
-        if not RECORDS.fullmatch(entry.filename):
-            return f"a part that is no graph, {entry.filename}"
-        if entry.filename.endswith("sample_inputs/model.pt") and entry.file_size:
-            return "pickled example inputs"
-        if entry.filename.endswith(".json") and not entry.filename.endswith(HEADER):
-            found = json.loads(archive.read(entry))
+def _reason_to_refuse(archive: Archive) -> str | None:
+    if archive.entries[INPUTS].size:
+        return "pickled example inputs"
+    for name in archive.entries:
+        if name.endswith(".json") and not name.endswith(HEADER):
+            found = json.loads(archive.read(name))
             if reason := next(_suspicious(found), None):
                 return reason
+            if name in PAYLOADS and (lacking := _without_bytes(archive, found, PAYLOADS[name])):
+                return f"the tensor '{printable(lacking)}' without its numbers, which could fill the memory"
+    return None
+
+
+def _without_bytes(archive: Archive, config: dict[str, Any], folder: str) -> str | None:
+    """The name of a tensor with more numbers than its entry has bytes, such as a view of one number."""
+    for name, payload in config["config"].items():
+        sizes = [size["as_int"] for size in payload["tensor_meta"]["sizes"]]
+        if min(sizes, default=0) < 0 or math.prod(sizes) > archive.entries[f"{folder}/{payload['path_name']}"].size:
+            return str(name)
     return None
 
 
