@@ -18,11 +18,14 @@ import repan_cli
 from repan_cli.errors import InputError, OutOfSpaceError
 from repan_cli.system.files import flush, temporary_file, write_atomically
 
-PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "typer", "rich")
+PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "scipy", "pillow", "typer", "rich")
+
+LOCKED = 2**30
+"""The byte that is locked on Windows: far behind the text, which others could not read otherwise."""
 
 
 def _lock(path: Path) -> IO[str]:
-    """A lock that one process can hold, and that is free as soon as that process is gone, however it ended."""
+    """Take a lock that one process can hold, and that is free as soon as that process is gone, however it ended."""
     file = path.open("a+", encoding="utf-8")
     try:
         _lock_file(file)
@@ -41,6 +44,7 @@ def _lock_file(file: IO[str]) -> None:
     if sys.platform == "win32":
         import msvcrt
 
+        os.lseek(file.fileno(), LOCKED, os.SEEK_SET)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
@@ -88,11 +92,12 @@ class RunDirectory:
     def __exit__(self, *failure: object) -> None:
         self._lock.close()
 
-    def replace_last(self, write: Callable[[IO[bytes]], None]) -> None:
+    def replace_last(self, write: Callable[[IO[bytes]], object]) -> None:
         """Write a new last.pt and keep the one that was as last_previous.pt: at every moment one of them is whole."""
         with temporary_file(self.path / LAST) as (file, name):
             write(file)
             flush(file)
+            file.close()  # Windows renames no file that is open
             with contextlib.suppress(FileNotFoundError):  # there is none yet
                 (self.path / LAST).replace(self.path / PREVIOUS)
             name.replace(self.path / LAST)
