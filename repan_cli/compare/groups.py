@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from repan_cli.compare.results import Result
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread, difference
@@ -32,6 +32,14 @@ ONLY_AT_RESTARTS = {
 # ---------------------------------------------------------------------------------------------- groups
 
 
+class Cost(NamedTuple):
+    """Epochs, training images seen (None where runs did not note them), and hours."""
+
+    epochs: float
+    images: float | None
+    hours: float
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs that differ in nothing that matters but their seed, one a seed. `settings` are what sets the group apart."""
@@ -48,7 +56,7 @@ class Group:
         return {result.seed: getattr(result, figure) for result in self.results}
 
     def spread(self, figure: str) -> Spread | None:
-        """Of a figure of `Result`; None where not all runs have it."""
+        """Return mean and spread of a figure of `Result`; None where not all runs have it."""
         values = list(self.by_seed(figure).values())
         return None if None in values else Spread.of(values)
 
@@ -56,11 +64,14 @@ class Group:
         """What its runs were computed on, as far as they noted it."""
         return sorted({result.device for result in self.results if result.device})
 
-    def cost(self) -> dict[str, float | None]:
-        """Of a run, on average: epochs, training images seen, hours."""
-        seconds = self.spread("seconds")
-        epochs, seen = self.spread("epochs"), self.spread("images_seen")
-        return {"epochs": epochs.mean, "images": seen.mean if seen else None, "hours": seconds.mean / 3600}
+    def cost(self) -> Cost:
+        """Return what a run costs, on average."""
+        epochs, seconds, seen = (self._mean(figure) for figure in ("epochs", "seconds", "images_seen"))
+        return Cost(epochs or 0.0, seen, (seconds or 0.0) / 3600)
+
+    def _mean(self, figure: str) -> float | None:
+        found = self.spread(figure)
+        return found.mean if found else None
 
 
 @dataclass(frozen=True)
@@ -256,7 +267,7 @@ def _group_as_data(comparison: Comparison, group: Group) -> dict[str, Any]:
         "devices": group.devices(),
         "difference": {figure: gain._asdict() for figure, gain in gains.items() if gain} or None,
         "differences": _differences(comparison, group),
-        **group.cost(),
+        **group.cost()._asdict(),
     }
 
 

@@ -39,9 +39,9 @@ def _row(comparison: Comparison, group: Group) -> tuple[str, ...]:
         str(len(group.seeds)),
         *(_spread(group.spread(figure)) for figure in ("test_top1", "last_test_top1", "val_top1")),
         *("control" if group is over else _gain(comparison.gain(group, over=over)) for over in comparison.controls),
-        f"{cost['epochs']:g}",
-        _short(cost["images"]),
-        duration(3600 * cost["hours"]),
+        f"{cost.epochs:g}",
+        _short(cost.images),
+        duration(3600 * cost.hours),
     )
 
 
@@ -316,7 +316,7 @@ def _drawn(group: Group, found: Curve, x: Scale, y: Scale, number: int, *, band:
 
 def _strip(comparison: Comparison) -> str:
     """A row a group: a point for each seed's test top-1, a bar at their mean."""
-    spreads = [group.spread("test_top1") for group in comparison.groups]
+    spreads = [Spread.of(list(group.by_seed("test_top1").values())) for group in comparison.groups]
     values = [value for spread in spreads for value in spread.values]
     margin = 0.08 * (max(values) - min(values)) or 0.5
     x = Scale(min(values) - margin, max(values) + margin, LEFT, WIDTH - RIGHT)

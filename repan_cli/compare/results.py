@@ -119,10 +119,10 @@ def _result(path: Path, summary: Mapping[str, Any], records: list[dict[str, Any]
         dataset=str(summary["dataset"]),
         classes=int(summary["classes"]) if "classes" in summary else None,
         images=None if images is None else int(images),
-        test_top1=_number(float(summary["test"]["top1"])),
-        last_test_top1=_number(float(phases[-1]["test_top1"])),
+        test_top1=_finite(float(summary["test"]["top1"])),
+        last_test_top1=_finite(float(phases[-1]["test_top1"])),
         val_top1=max((value for value in validation if value is not None), default=None),
-        seconds=_number(float(summary["seconds"])),
+        seconds=_finite(float(summary["seconds"])),
         device=_device(path / "env.json"),
         records=course,
     )
@@ -136,9 +136,11 @@ def _device(path: Path) -> str | None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None. Raises ValueError or TypeError for anything else."""
-    if value is None:
-        return None
+    """Return a finite number, or None. Raises ValueError or TypeError for anything else."""
+    return None if value is None else _finite(value)
+
+
+def _finite(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{value} is no figure")
     return float(value)

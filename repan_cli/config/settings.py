@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from repan_cli.config.conventions import SMALL_IMAGE, WEIGHT_ENDINGS
 from repan_cli.config.schema import Setting, setting
 
 RECIPES = {
@@ -38,7 +39,7 @@ class ModelConfig:
         if self.pretrained and self.init:
             yield "model.pretrained and model.init both say which weights to start from: give one"
         name = self.name or ""
-        if name.endswith((".pt", ".pth", ".safetensors")):
+        if name.endswith(WEIGHT_ENDINGS):
             yield f"model.name={name} is a file of weights: give it as --init, and --model where it is not repan's"
         if name.endswith(".py"):
             yield f"model.name={name} needs the function in it that builds the network: {name}:FUNCTION"
@@ -86,7 +87,7 @@ class DataConfig:
     crop: str = setting(
         "auto",
         "pad: images in memory are padded and cropped; resized: a part of each is cropped and resized, read one by "
-        "one; auto: pad up to 64 pixels, else resized.",
+        f"one; auto: pad up to {SMALL_IMAGE} pixels, else resized.",
         choices=("auto", "pad", "resized"),
     )
     crop_padding: int | None = setting(

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # in place of tuple's method, which nobody calls
     views: Tensor | None = None
     teacher: Tensor | None = None
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from repan_cli.errors import InputError
@@ -101,7 +102,7 @@ class FileReader:
 class ArrayReader:
     """Makes pictures of the images (N, H, W, C) in memory, by number."""
 
-    def __init__(self, images: np.ndarray) -> None:
+    def __init__(self, images: npt.NDArray[np.uint8]) -> None:
         self.images = images
 
     def __call__(self, index: int) -> Image.Image:
@@ -111,7 +112,7 @@ class ArrayReader:
         return f"image {index}"
 
 
-def as_picture(image: np.ndarray) -> Image.Image:
+def as_picture(image: npt.NDArray[np.uint8]) -> Image.Image:
     """(H, W, C) with 1 or 3 channels, uint8."""
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
 
@@ -158,7 +159,7 @@ def first_image(folder: Path) -> Path:
     return found
 
 
-def list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.ndarray]:
+def list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], npt.NDArray[np.int64]]:
     """The image files of a part and their class numbers. Raises InputError unless it has exactly these classes."""
     there = set(class_folders(folder))
     for name, wrong in (("lacks", set(classes) - there), ("has, unlike the training set,", there - set(classes))):

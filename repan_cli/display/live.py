@@ -93,7 +93,7 @@ class Pace:
 
     def left(self, steps: int, now: float) -> float | None:
         pace = self._of_a_step()
-        return None if pace is None else max(0.0, steps * pace - (now - self.last[1]))
+        return None if pace is None or self.last is None else max(0.0, steps * pace - (now - self.last[1]))
 
 
 class View:

@@ -65,9 +65,11 @@ class Pt2Network(nn.Module):
             program = torch.export.load(source)
         self._run = [program.module()]  # in a list: an exported module refuses eval() and train()
 
-    def to(self, device: torch.device | str, **_: Any) -> Pt2Network:
-        """On another device; a graph keeps its memory format."""
-        self._run[0].to(device)
+    def to(self, *args: Any, **kwargs: Any) -> Pt2Network:
+        """Move to another device; a graph keeps its memory format."""
+        device = kwargs.get("device", *args[:1])
+        if device is not None:
+            self._run[0].to(device)
         return self
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ import torchvision
 from torch import nn
 
 from repan_cli.blocks import RepBlock
+from repan_cli.config.conventions import LARGE_IMAGE
 from repan_cli.models.changes import Selection
 from repan_cli.models.create import BUILTIN, TIMM, TORCHVISION
 from repan_cli.models.expand import to_expand
@@ -86,10 +87,11 @@ def _on_meta(name: str) -> tuple[nn.Module, int, int]:
         warnings.simplefilter("ignore")
         if name.startswith(TORCHVISION):
             model = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None)
-            return model, 299 if "inception" in name else 224, 3
+            return model, 299 if "inception" in name else LARGE_IMAGE, 3
         if name in BUILTIN:
             return timm.create_model(name), 32, 3
-        channels, size, _ = timm.get_pretrained_cfg(name.removeprefix(TIMM)).input_size
+        known = timm.get_pretrained_cfg(name.removeprefix(TIMM))
+        channels, size, _ = known.input_size if known else (3, LARGE_IMAGE, LARGE_IMAGE)
         return timm.create_model(name.removeprefix(TIMM)), size, channels
 
 

@@ -7,11 +7,13 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
 from repan_cli.blocks import RepBlock, block_around, reinit_branches
+from repan_cli.blocks.kernel import BatchNorm
+from repan_cli.errors import InputError
 from repan_cli.models.timm_blocks import adapt, split_norm
 
 NOT_CHOSEN = "not chosen: "
@@ -22,7 +24,8 @@ class Change(NamedTuple):
 
     `adapt` makes blocks of timm's own multi-branch module `name`; `expand` one of the convolution `name` and the BN
     `norm`, if it has one (else it gets a bias, if it has none); `grow` gives the block `name`, which has no side
-    branch, those of a family; `copies` is the number of branches, for the families that let choose.
+    branch, those of a family; `copies` is the number of branches, for the families that let choose. `family` is None
+    for `adapt` alone.
     """
 
     kind: str
@@ -102,9 +105,20 @@ def summary(left: Mapping[str, str]) -> str:
     """The reasons for which convolutions are left alone, the most frequent first, each with a name."""
     if not left:
         return "it has none"
-    first = {reason: name for name, reason in reversed(left.items())}
+    first = {reason: name for name, reason in reversed(list(left.items()))}
     counted = Counter(left.values()).most_common(3)
     return "; ".join(f"{first[reason]}{f' and {n - 1} more' if n > 1 else ''}: {reason}" for reason, n in counted)
+
+
+def report_of(model: nn.Module) -> Expansion | None:
+    """Return what was done to a network, its `repan_report`; None for one that was left as it was built."""
+    found = getattr(model, "repan_report", None)
+    return found if isinstance(found, Expansion) else None
+
+
+def set_report(model: nn.Module, report: Expansion) -> None:
+    """Note on a network what was done to it, as its `repan_report`."""
+    vars(model)["repan_report"] = report  # neither parameter, buffer nor module
 
 
 # ---------------------------------------------------------------------------------------------- carrying out
@@ -117,24 +131,28 @@ def apply(model: nn.Module, changes: Iterable[Change], *, attach: str = "ramp") 
         if change.kind == "adapt":
             _put(model, change.name, adapt(module))
             continue
-        block = _grown(module, change) if change.kind == "grow" else _expanded(model, module, change)
+        block = _block_of(model, module, change)
         _put(model, change.name, block)
-        zero_start = block.trunk.has_norm and not block.trunk.norm.weight.any()
+        norm = block.trunk.batch_norm
+        zero_start = norm is not None and not norm.weight.any()
         reinit_branches(block, "zero-gamma" if attach == "one" and zero_start else attach)
 
 
-def _grown(block: RepBlock, change: Change) -> RepBlock:
-    norm = block.trunk.norm if block.trunk.has_norm else None
-    return block_around(block.trunk.conv, norm, change.family, copies=change.copies)
-
-
-def _expanded(model: nn.Module, conv: nn.Module, change: Change) -> RepBlock:
-    norm = None
-    if change.norm is not None:
-        norm, rest = split_norm(model.get_submodule(change.norm))
-        _put(model, change.norm, rest.train(norm.training))
-    elif conv.bias is None:  # the branches' BN will want one when they are merged
-        conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
+def _block_of(model: nn.Module, module: nn.Module, change: Change) -> RepBlock:
+    """Build the block around the trunk of one without side branches, or around a convolution and its BN."""
+    if change.family is None:
+        raise InputError(f"the change of {change.name} names no block family")
+    norm: BatchNorm | None = None
+    if change.kind == "grow":
+        trunk = cast("RepBlock", module).trunk
+        conv, norm = trunk.conv, trunk.batch_norm
+    else:
+        conv = cast("nn.Conv2d", module)
+        if change.norm is not None:
+            norm, rest = split_norm(model.get_submodule(change.norm))
+            _put(model, change.norm, rest.train(norm.training))
+        elif conv.bias is None:  # the branches' BN will want one when they are merged
+            conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
     return block_around(conv, norm, change.family, copies=change.copies)
 
 

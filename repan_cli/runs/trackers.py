@@ -16,13 +16,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
 from repan_cli.system.files import write_atomically
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import missing
+from repan_cli.system.text import first_line
 
 KINDS = ("epoch", "cycle_end", "final", "restart")
 """What there are figures of, in the order in which they come once a number of epochs is done."""
@@ -203,7 +204,7 @@ class WeightsAndBiases:
             name=os.environ.get("WANDB_NAME", run.folder.name),
             id=kept.read_text(),
             resume="allow",
-            mode=os.environ.get("WANDB_MODE"),
+            mode=cast("Any", os.environ.get("WANDB_MODE")),  # wandb says itself which words it knows
             job_type=run.command,
             dir=run.folder,
             settings=wandb.Settings(silent=True, console="off"),  # the screen is repan's
@@ -230,8 +231,7 @@ class WeightsAndBiases:
         try:
             wandb.login()
         except wandb.errors.Error as error:
-            line = str(error).splitlines()[0]
-            return f"run.trackers=wandb: {line} Or set WANDB_MODE=offline"
+            return f"run.trackers=wandb: {first_line(error)} Or set WANDB_MODE=offline"
         return None
 
 
@@ -278,8 +278,8 @@ class Once:
 
     def _leave(self, error: Exception) -> None:
         self.tracker = None
-        line = next(iter(str(error).splitlines()), "")
-        warn(f"{self.name} failed and gets no more of this run, which goes on ({type(error).__name__}: {line})")
+        why = f"{type(error).__name__}: {first_line(error)}"
+        warn(f"{self.name} failed and gets no more of this run, which goes on ({why})")
 
 
 def _read_marks(path: Path) -> dict[str, list[int]]:
@@ -300,6 +300,5 @@ def open_requested(names: tuple[str, ...], run: TrackedRun) -> list[Once]:
         try:
             opened.append(Once(name, run))
         except Exception as error:  # whatever its library or the network comes up with
-            line = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"run.trackers={name} cannot begin: {line}") from None
+            raise InputError(f"run.trackers={name} cannot begin: {first_line(error)}") from None
     return opened
