@@ -29,6 +29,7 @@ from repan_cli.cli.options import (
     SubjectArgument,
     of_training,
 )
+from repan_cli.config.conventions import SPLITS
 from repan_cli.errors import FULL, InputError, OutOfSpaceError, RepanError, is_out_of_memory
 from repan_cli.registry import did_you_mean
 
@@ -264,9 +265,8 @@ for _command, _text in TRAINING.items():
 
 
 def _check_split(split: str) -> None:
-    parts = ("test", "val", "train")
-    if split not in parts:
-        _fail(InputError(f"--split {split} is none of {', '.join(parts)}{did_you_mean(split, parts)}"))
+    if split not in SPLITS:
+        _fail(InputError(f"--split {split} is none of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}"))
 
 
 @app.command(rich_help_panel="Deployment")
