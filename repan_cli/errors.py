@@ -28,7 +28,7 @@ class DivergedError(RepanError):
 
 
 FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
-"""What the system says when there is no more room for a file."""
+"""The numbers by which the system says that there is no more room for a file."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

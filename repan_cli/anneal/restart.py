@@ -26,12 +26,12 @@ CHOICES = {
     "branch_init": ("kaiming", "small"),
     "trunk_scale": ("merged", "keep"),
 }
-"""What `restart` accepts for each of these arguments; the settings `cycle.*` of the same names offer the same."""
+"""The choices that `restart` accepts for these arguments; the settings `cycle.*` of the same names offer the same."""
 
 
 @dataclass(frozen=True)
 class RestartReport:
-    """What a restart did: how many blocks, and in how many channels `running` had to replace a zero gamma by 1."""
+    """The outcome of a restart: its blocks, and the channels in which `running` had to replace a zero gamma by 1."""
 
     blocks: int
     zero_gammas: int = 0

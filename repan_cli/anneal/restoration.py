@@ -57,8 +57,9 @@ def restore_reset(kernel: Kernel, eps: float) -> TrunkParams:
 
 
 def restore_running(kernel: Kernel, norm: BatchNorm, *, unit_gamma: bool) -> TrunkParams:
-    """As the method was released: the trunk's BN statistics and gamma stay, W = K sigma / gamma, beta = b + mean
-    gamma / sigma.
+    """Restore as the method was released: the trunk's BN statistics and gamma stay.
+
+    W = K sigma / gamma, beta = b + mean gamma / sigma.
 
     With `unit_gamma` gamma becomes 1; so it does for channels whose gamma is too small to divide by.
     """

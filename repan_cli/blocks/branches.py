@@ -32,7 +32,7 @@ FEW_CHANNELS = 16
 
 
 class Branch(Protocol):
-    """What a block asks of its trunk and of each side branch, all of which are modules."""
+    """The interface that a block asks of its trunk and of each side branch, all of which are modules."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H_out, W_out)."""
@@ -53,7 +53,7 @@ class Branch(Protocol):
         """Make its output zero in train and eval mode, by its last gamma and beta or its weights, in place."""
 
     def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
-        """Of a fresh branch whose BN statistics are those of its input: choose gamma for its start, in place.
+        """Choose gamma for the start of a fresh branch whose BN statistics are those of its input, in place.
 
         `kernel` (C_out, C_in/groups, kh, kw), the block's own, and the standard deviation `spread` (C_out,) of the
         block's output are in float64, on the CPU.

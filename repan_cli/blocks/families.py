@@ -27,7 +27,7 @@ from repan_cli.registry import Registry
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 NATIVE = "own"
-"""What `RepBlock.family` says of a network's own multi-branch blocks."""
+"""The `RepBlock.family` of a network's own multi-branch blocks."""
 
 
 class Family(NamedTuple):
@@ -59,7 +59,7 @@ def family(name: str, *, post_norm: bool = False, unit_gamma: bool = False) -> C
 
 
 def check_family(name: str, copies: int | None = None) -> None:
-    """Raises InputError for a family that does not exist, or that has no number of branches to choose."""
+    """Raise InputError for a family that does not exist, or that has no number of branches to choose."""
     build = FAMILIES[name].branches
     if copies is not None and "copies" not in inspect.signature(build).parameters:
         raise InputError(f"block.branches={copies}: the block family {name} has no number of branches to choose")

@@ -61,7 +61,7 @@ class Group:
         return None if None in values else Spread.of(values)
 
     def devices(self) -> list[str]:
-        """What its runs were computed on, as far as they noted it."""
+        """Return the devices that its runs were computed on, as far as they noted them."""
         return sorted({result.device for result in self.results if result.device})
 
     def cost(self) -> Cost:
@@ -127,13 +127,13 @@ def compare(
 
 
 def _kind(result: Result) -> tuple[Any, ...]:
-    """What the runs of a group share."""
+    """Return what the runs of a group share."""
     settings = sorted((key, repr(value)) for key, value in result.settings.items() if _reads(result, key))
     return result.command, result.dataset, result.classes, *settings
 
 
 def _is_control(result: Result) -> bool:
-    """Whether it goes without restarts; runs of other commands than cycle do."""
+    """Tell whether a run goes without restarts, as those of other commands than cycle do."""
     return result.command != "cycle" or result.settings.get("cycle.restart") == "none"
 
 
@@ -148,12 +148,12 @@ def _different_problems(results: Sequence[Result]) -> list[str]:
 
 
 def _folder(result: Result) -> Path:
-    """Where it lies, beside the runs with other seeds."""
+    """Return the folder that a run lies in, beside those with other seeds."""
     return result.path.resolve().parent
 
 
 def _named_by_folder(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """With the names of their folders, as seen from where they all lie."""
+    """Label groups with the names of their folders, as seen from where they all lie."""
     folders = [_folder(group.results[0]) for group in groups]
     common = Path(os.path.commonpath(folders))
     names = [folder.relative_to(common).as_posix() if folder != common else folder.name for folder in folders]
@@ -161,7 +161,7 @@ def _named_by_folder(groups: Sequence[Group]) -> tuple[Group, ...]:
 
 
 def _controls(members: list[tuple[Result, ...]], controls: Mapping[str, Sequence[Path]]) -> tuple[list[int], list[str]]:
-    """Which of the groups are the controls, and what is doubtful about that."""
+    """Choose which of the groups are the controls, and say what is doubtful about that."""
     if controls:
         return list(dict.fromkeys(_group_of(word, paths, members) for word, paths in controls.items())), []
     found = [number for number, runs in enumerate(members) if _is_control(runs[0])]
@@ -208,7 +208,7 @@ def _differing(firsts: Sequence[Result]) -> list[str]:
 
 
 def _reads(result: Result, key: str) -> bool:
-    """Whether a setting has an effect on a run's result."""
+    """Tell whether a setting has an effect on a run's result."""
     if key in WITHOUT_EFFECT or (key in ONLY_AT_RESTARTS and _is_control(result)):
         return False
     if key == "data.root":  # known sets are the same wherever they lie
@@ -217,14 +217,14 @@ def _reads(result: Result, key: str) -> bool:
 
 
 def _setting(result: Result, key: str) -> Any:
-    """Its value; the baseline's are the main ones where nothing is laid over them, and it has no teacher."""
+    """Return a setting's value; the baseline's are the main ones where nothing lies over them, without a teacher."""
     if key in result.settings or key not in OVERLAY:
         return result.settings[key]
     return None if key == "baseline.teacher.name" else result.settings[key.removeprefix("baseline.")]
 
 
 def _shown(value: Any) -> str:
-    """As it would be typed."""
+    """Write a value as it would be typed."""
     if isinstance(value, tuple):
         return f"[{','.join(map(_shown, value))}]"
     if isinstance(value, bool):
@@ -272,6 +272,6 @@ def _group_as_data(comparison: Comparison, group: Group) -> dict[str, Any]:
 
 
 def _differences(comparison: Comparison, group: Group) -> dict[str, Any]:
-    """Of test top-1 over each of the controls, by their labels."""
+    """Return the differences of test top-1 over each of the controls, by their labels."""
     gains = {control.label: comparison.gain(group, over=control) for control in comparison.controls}
     return {label: gain._asdict() if gain else None for label, gain in gains.items()}

@@ -1,4 +1,4 @@
-"""What runs have left in their directories, read back: settings, figures and the course of validation."""
+"""Read back what runs have left in their directories: settings, figures and the course of validation."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _result(path: Path, summary: Mapping[str, Any], records: list[dict[str, Any]
 
 
 def _device(path: Path) -> str | None:
-    """What a run began on: a GPU's name, or cpu."""
+    """Return the device that a run began on: a GPU's name, or cpu."""
     machine = read_json(path) if path.exists() else {}
     name = machine.get("gpu") or machine.get("device")
     return str(name) if name else None
@@ -166,7 +166,7 @@ def _frozen(text: Any) -> Any:
 
 
 def read_all(paths: Sequence[Path]) -> tuple[list[Result], list[tuple[str, str]]]:
-    """Those runs that are finished, and each that is not with the reason."""
+    """Read the runs that are finished, and name each that is not with the reason."""
     results, left_out = [], []
     for path in paths:
         try:

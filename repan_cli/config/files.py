@@ -73,7 +73,7 @@ def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def preset_folders() -> list[Path]:
-    """Where presets lie: beside the package in a checkout, inside it once installed."""
+    """Return the folders of presets: beside the package in a checkout, inside it once installed."""
     package = Path(__file__).resolve().parents[1]
     return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
 

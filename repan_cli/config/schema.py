@@ -1,4 +1,4 @@
-"""How a setting is declared, and how the text that people type becomes its value."""
+"""Declare settings, and turn the text that people type into their values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from repan_cli.registry import did_you_mean
 
 SWITCHES = {"true": "on", "yes": "on", "false": "off", "no": "off"}
-"""What people say for the choices on and off."""
+"""Other words for the choices on and off."""
 
 Layer = Mapping[str, Any]
 
@@ -55,7 +55,7 @@ class Setting:
         return self._parse_one(kind, text)
 
     def describe(self) -> dict[str, Any]:
-        """What programs may want to know of it."""
+        """Return what programs may want to know of it."""
         kind, optional = _optional(self.type)
         many = typing.get_args(kind)
         name = f"list of {many[0].__name__}" if many else kind.__name__

@@ -44,7 +44,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def check(path: Path, *, whole: bool) -> None:
-    """Raises UnreadableImageError for a file that does not begin like an image; `whole`: that cannot be decoded."""
+    """Raise UnreadableImageError for a file that does not begin like an image; `whole`: that cannot be decoded."""
     with _opened(path) as image:
         if whole:
             image.draft("RGB", (image.width // 8, image.height // 8))  # JPEGs: as small as they can be
@@ -62,7 +62,7 @@ def open_image(path: Path, channels: int = 3) -> Image.Image:
 
 
 def as_mode(image: Image.Image, channels: int) -> Image.Image:
-    """With 8 bits in each of 1 or 3 channels."""
+    """Bring an image to 8 bits in each of 1 or 3 channels."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert(MODES[channels])

@@ -1,4 +1,4 @@
-"""What a data set is made of: its specification, its parts, images in memory and images that are read lazily."""
+"""The parts of a data set: its specification, its parts, images in memory and images that are read lazily."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class RawDataset(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How images are to be read.
+    """The way in which images are to be read.
 
     `image_size` None is their own, `channels` 1 or 3; `crop` as the setting `data.crop`; `skip` leaves out training
     images that cannot be read; `classes` is the number of those of synthetic data.

@@ -80,7 +80,7 @@ class Display:
         (self.live or self.pulse).stop()
 
     def speak(self) -> None:
-        """Without a live display: say where the run is when nothing was said for a while."""
+        """Say where the run is when nothing was said for a while, as there is no live display."""
         if time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
             here = self.position
             where = here.doing or f"step {here.step}/{here.steps}"
@@ -117,7 +117,7 @@ class Display:
         self.say(Text.assemble((name.ljust(NAME_WIDTH), "bold"), text))
 
     def name(self, cycle: int) -> str:
-        """What a phase is called."""
+        """Return the name of a phase."""
         if len(self.epochs) == 1 and cycle == 0:
             return "train"
         return "baseline" if cycle == 0 else f"cycle {cycle}/{max(self.epochs)}"

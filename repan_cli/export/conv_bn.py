@@ -19,7 +19,7 @@ from repan_cli.errors import InputError
 from repan_cli.models.changes import Change, report_of
 
 Places = Mapping[str, tuple[str, str | None]]
-"""Of each merged convolution the names of the convolution and the BN that take it in, in the plain network."""
+"""The names of the convolution and the BN of the plain network that take in each merged convolution, by its name."""
 
 
 @torch.no_grad()

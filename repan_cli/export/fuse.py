@@ -31,7 +31,7 @@ EXACT_IMAGES = 2
 
 @dataclass(frozen=True)
 class FuseReport:
-    """How well the merged network agrees with the one it came from, and what it saves.
+    """The agreement of the merged network with the one it came from, and what it saves.
 
     `folded` counts the convolutions outside of blocks that took in the BN behind them. `gmacs` are the billions of
     multiplications that convolutions and matrix products make of one image.
@@ -112,7 +112,7 @@ def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raises InputError naming the first weight or statistic that is not finite."""
+    """Raise InputError naming the first weight or statistic that is not finite."""
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise InputError(

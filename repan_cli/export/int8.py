@@ -35,7 +35,7 @@ SAMPLED = 2**18
 
 @dataclass(frozen=True)
 class LayerHealth:
-    """What 8 bits leave of a layer.
+    """The part of a layer that 8 bits leave.
 
     `weight_spread`: the largest range of an output channel's weights over the median one; with one scale for the whole
     kernel the others share the bits that are left. `input_outlier`: the largest value that the layer reads over the
@@ -117,7 +117,7 @@ def _health_of(name: str, weight: Tensor, read: Tensor) -> LayerHealth:
 
 
 def _mean_sqnr(rows: Tensor, approximate: Tensor) -> float:
-    """Of output channels that are not zero: a loud one would hide what is lost in the others."""
+    """Average over output channels that are not zero: a loud one would hide what is lost in the others."""
     found = [sqnr(row, other) for row, other in zip(rows, approximate, strict=True) if row.any()]
     return sum(found) / len(found) if found else math.inf
 

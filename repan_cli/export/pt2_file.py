@@ -35,7 +35,7 @@ RECORDS = re.compile(
 TARGET = re.compile(
     r"torch\.ops\.aten\.(?!from_file|save|load|_?print|warn)\w+\.\w+|_operator\.(add|sub|mul|floordiv|truediv|mod|eq|ge|le|gt|lt)"
 )
-"""What a graph may call: PyTorch's operators on tensors, but those that touch files, and arithmetic of sizes."""
+"""The calls that a graph may make: PyTorch's operators on tensors, save those on files, and arithmetic of sizes."""
 
 EXPRESSION = re.compile(r"(Symbol\('[su]\d+'(, (positive|integer|nonnegative)=True)*\)|[su]?\d+|[-+*/() ])+")
 TREE_TYPES = {"builtins.tuple", "builtins.list", "builtins.dict", None}
@@ -101,7 +101,7 @@ def header(path: Path) -> str | None:
 
 
 def check(content: bytes | Path) -> None:
-    """Raises InputError for an archive that holds more than tensors and calls of torch's operators, or is packed."""
+    """Raise InputError for an archive that holds more than tensors and calls of torch's operators, or is packed."""
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     name = "the file" if isinstance(content, bytes) else content
     source = io.BytesIO(content) if isinstance(content, bytes) else content
@@ -135,7 +135,7 @@ def _reason_to_refuse(archive: zipfile.ZipFile, size: int) -> str | None:
 
 
 def _suspicious(part: Any) -> Iterator[str]:
-    """What in a graph's description could run code: anything but calls of torch's operators on sizes and tensors."""
+    """Name what in a graph's description could run code: all but calls of torch's operators on sizes and tensors."""
     if isinstance(part, list):
         for inner in part:
             yield from _suspicious(inner)

@@ -17,7 +17,7 @@ from repan_cli.errors import InputError
 from repan_cli.system.text import first_line
 
 ABOUT_PYTHON = ("stack_trace", "from_node", "source_fn_stack")
-"""What a graph's nodes say of the Python code they came from, paths included."""
+"""The keys under which a graph's nodes tell of the Python code they came from, paths included."""
 
 
 class Normalized(nn.Module):

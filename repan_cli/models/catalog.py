@@ -1,4 +1,4 @@
-"""What can be done with a network of timm's or torchvision's: train in cycles, fuse, or neither.
+"""The uses of each network of timm's or torchvision's: train in cycles, fuse, or neither.
 
 The table `catalog.csv` beside this file was made by `python -m repan_cli.models.catalog`, and names are completed from
 it; a name that it does not have is looked at when it is asked for. Looking builds the network on the meta
@@ -32,8 +32,8 @@ TABLE = Path(__file__).with_name("catalog.csv")
 
 
 class Support(NamedTuple):
-    """How many multi-branch blocks a network has of its own, how many of its convolutions become blocks by default,
-    and how many convolutions are read by a BN.
+    """The number of multi-branch blocks that a network has of its own, of its convolutions that become blocks by
+    default, and of convolutions that a BN reads.
     """
 
     own: int

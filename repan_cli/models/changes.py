@@ -37,7 +37,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """Which convolutions become blocks, or which blocks restart.
+    """The choice of convolutions that become blocks, or of blocks that restart.
 
     Args:
         kernel: sizes of the larger side of the kernel; empty is all above 1, None all.
@@ -52,7 +52,7 @@ class Selection:
     limit: int | None = None
 
     def left_out(self, convs: Mapping[str, nn.Conv2d]) -> dict[str, str]:
-        """Of convolutions by name those that are not chosen, with the reason."""
+        """Return those of the convolutions, by name, that are not chosen, with the reason."""
         reasons = {name: reason for name, conv in convs.items() if (reason := self._reason(name, conv))}
         chosen = sorted((name for name in convs if name not in reasons), key=lambda name: -convs[name].weight.numel())
         if self.limit is not None:

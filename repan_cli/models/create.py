@@ -1,4 +1,4 @@
-"""From the name that a person typed, or from a file that repan wrote, to a network."""
+"""Create a network from the name that a person typed."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _not_fetched(name: str, error: Exception) -> InputError:
 
 
 def has_new_classifier(name: str, num_classes: int) -> bool:
-    """Whether the pretrained weights of a network know another number of classes."""
+    """Tell whether the pretrained weights of a network know another number of classes."""
     if name.startswith(TORCHVISION):
         meta = torchvision.models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.meta
         return len(meta.get("categories", ())) != num_classes

@@ -38,8 +38,10 @@ def noise(*shape: int) -> Tensor:
 
 
 class Sightings(NamedTuple):
-    """What one forward pass showed: how often a module was called, the BNs that read exactly a convolution's output,
-    and how many layers own a parameter.
+    """The findings of one forward pass.
+
+    `calls`: how often each module was called; `norms`: the BNs that read exactly a convolution's output; `owners`: how
+    many layers own a parameter, by its id.
     """
 
     calls: Counter[nn.Module]
@@ -116,7 +118,7 @@ class Probe:
         return model
 
     def keep(self, changes: list[Change], *, after: list[Change], left: dict[str, str]) -> list[Change]:
-        """Those of `changes`, made after others, that keep the function; the reason of the rest goes into `left`."""
+        """Return those of `changes`, made after others, that keep the function; the others' reasons go into `left`."""
         kept = list(after)
         self._halve(changes, kept, left)
         return kept[len(after) :]

@@ -18,7 +18,7 @@ from repan_cli.system.text import first_line
 
 
 def names_a_file(name: str) -> bool:
-    """Whether a network's name means a function in a file: `net.py:build`."""
+    """Tell whether a network's name means a function in a file: `net.py:build`."""
     path, colon, _ = name.rpartition(":")
     return bool(colon) and path.endswith(".py")
 

@@ -56,10 +56,10 @@ HEARTBEAT = 30
 """Seconds between two signs of life in status.json."""
 
 LAST, PREVIOUS = "last.pt", "last_previous.pt"
-"""What a run goes on from: the newest state, and the one before it, for when that is damaged."""
+"""The files that a run goes on from: the newest state, and the one before it, for when that is damaged."""
 
 SERIES = "series.json"
-"""What a folder of several runs, that one command makes, is known by."""
+"""The file by which a folder of several runs, made by one command, is known."""
 
 
 class RunDirectory:
@@ -112,7 +112,7 @@ class RunDirectory:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
     def status(self, state: str, **position: Any) -> None:
-        """What the run is doing, for scripts that watch it: running, done, failed, diverged, interrupted, preempted.
+        """Note what the run is doing, for scripts: running, done, failed, diverged, interrupted, preempted.
 
         A killed run stays 'running': its process is then gone from its host, and its heartbeat grows old.
         """
@@ -152,7 +152,7 @@ class Heartbeat:
 
 
 def read_series(path: Path) -> dict[str, Any] | None:
-    """What a folder of several runs is; None for any other. Raises InputError for one that cannot be read."""
+    """Read what a folder of several runs is; None for any other. Raises InputError for one that cannot be read."""
     if not (path / SERIES).exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Where figures go while a run goes on: JSON lines and CSV, always; TensorBoard and W&B on request.
+"""Trackers, which take figures while a run goes on: JSON lines and CSV, always; TensorBoard and W&B on request.
 
 A tracker is one class: `log` takes flat figures of one kind, `TRACKERS` knows it by name. It imports its own library in
 its constructor only.
@@ -26,7 +26,7 @@ from repan_cli.system.packages import missing
 from repan_cli.system.text import first_line
 
 KINDS = ("epoch", "cycle_end", "final", "restart")
-"""What there are figures of, in the order in which they come once a number of epochs is done."""
+"""The kinds of figures, in the order in which they come once a number of epochs is done."""
 
 
 class Tracker(Protocol):
@@ -116,7 +116,7 @@ class OnRequest(Tracker, Protocol):
 
     @staticmethod
     def problem() -> str | None:
-        """Why it cannot be used, and the mend; asked before anything is written."""
+        """Say why it cannot be used, and the mend; asked before anything is written."""
 
 
 TRACKERS: Registry[type[OnRequest]] = Registry("tracker")
@@ -160,7 +160,7 @@ class TensorBoard:
 
 
 def _hyperparameters(settings: Mapping[str, Any]) -> list[Any]:
-    """What TensorBoard's table of hyperparameters reads."""
+    """Return what TensorBoard's table of hyperparameters reads."""
     from tensorboard.compat.proto import summary_pb2
     from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -236,7 +236,7 @@ class WeightsAndBiases:
 
 
 def _numbers(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Those that can be drawn."""
+    """Return the figures that can be drawn."""
     for name, value in figures.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             yield name, value
@@ -287,7 +287,7 @@ def _read_marks(path: Path) -> dict[str, list[int]]:
 
 
 def check(names: tuple[str, ...]) -> None:
-    """Raises InputError for a tracker that does not exist or cannot be used here."""
+    """Raise InputError for a tracker that does not exist or cannot be used here."""
     for name in names:
         if problem := TRACKERS[name].problem():
             raise InputError(problem)

@@ -17,7 +17,7 @@ from repan_cli.system.ranks import join_ranks
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and in what precision a network runs, and which of how many processes this is."""
+    """The device and precision that a network runs in, and which of how many processes this is."""
 
     device: torch.device
     precision: str
