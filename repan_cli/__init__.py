@@ -6,7 +6,14 @@ Importing this package is light: torch is loaded at the first use of one of the 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from repan_cli.anneal.restart import restart
+    from repan_cli.blocks import reparameterize, set_attach_rate
+    from repan_cli.export.fuse import fuse
+    from repan_cli.models.expand import expand
+    from repan_cli.models.rebuild import load
 
 __version__ = "0.1.0"
 
@@ -19,7 +26,7 @@ _DOORS = {
     "set_attach_rate": "repan_cli.blocks",
 }
 
-__all__ = ["__version__", *_DOORS]
+__all__ = ["__version__", "expand", "fuse", "load", "reparameterize", "restart", "set_attach_rate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,12 +27,12 @@ class DivergedError(RepanError):
     exit_code = 3
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when there is no more room for a file."""
+FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
+"""The numbers by which the system says that there is no more room for a file."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, the machine's or a GPU's."""
+    """Tell whether memory ran out, the machine's or a GPU's."""
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu
 

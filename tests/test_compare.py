@@ -16,7 +16,7 @@ from repan_cli.compare import page as report_page
 from repan_cli.compare.groups import WITHOUT_EFFECT, compare
 from repan_cli.compare.page import render
 from repan_cli.compare.results import find_runs, read_result
-from repan_cli.compare.statistics import Spread, difference, incomplete_beta, t_bound
+from repan_cli.compare.statistics import Spread, difference, t_bound
 
 BASE = {"model.name": "repvgg_a1_cifar", "block.name": "repvgg", "data.name": "cifar100", "epochs": "2"}
 
@@ -86,11 +86,15 @@ def test_t_holds_the_share_of_the_density_that_it_should(freedom):
     assert 2 * scale * total * bound / steps / 3 == pytest.approx(0.95, abs=1e-6)
 
 
-def test_the_incomplete_beta_function_has_its_known_values():
-    assert incomplete_beta(1, 1, 0.3) == pytest.approx(0.3)
-    assert incomplete_beta(2, 3, 0.4) == pytest.approx(0.5248)  # 6x^2 - 8x^3 + 3x^4
-    assert incomplete_beta(5, 0.5, 0.9) == pytest.approx(1 - incomplete_beta(0.5, 5, 0.1))
-    assert (incomplete_beta(2, 2, 0), incomplete_beta(2, 2, 1)) == (0, 1)
+@pytest.mark.parametrize(
+    ("freedom", "confidence", "t"),
+    [
+        *[(1, 0.95, 12.7062047364), (2, 0.95, 4.3026527297), (10, 0.95, 2.2281388520), (30, 0.99, 2.7499956536)],
+        *[(1.8971, 0.95, 4.5342211419), (44.4, 0.95, 2.0148548823)],
+    ],
+)
+def test_t_is_known_to_nine_digits(freedom, confidence, t):
+    assert t_bound(freedom, confidence) == pytest.approx(t, rel=1e-9, abs=1e-10)
 
 
 def test_the_spread_is_that_of_a_sample():

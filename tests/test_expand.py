@@ -551,7 +551,7 @@ def test_a_file_rebuilds_an_expanded_network(tmp_path, name, block, form):
         model, report = export.fuse(model, x)
         assert report.rel_error_fp64 < 1e-12
         assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-        saved = checkpoint.capture_fused(model, saved)
+        saved = checkpoint.capture_fused(model, saved, model.repan_report.changes)
     checkpoint.save(saved, tmp_path / "a.safetensors")
     loaded = repan_cli.load(tmp_path / "a.safetensors")
     assert torch.equal(loaded(x), model(x))

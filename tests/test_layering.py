@@ -33,7 +33,7 @@ LIGHT = {"cli", "config", "registry", "errors", "runs", "display", "compare"}
 """Rooms that never import torch."""
 
 LIGHT_FILES = {
-    *(f"repan_cli.system.{name}" for name in ("files", "launcher", "notices", "packages", "signals", "text")),
+    *(f"repan_cli.system.{name}" for name in ("files", "host", "launcher", "notices", "packages", "signals", "text")),
     "repan_cli.training.events",
 }
 
@@ -115,6 +115,7 @@ def test_start_up_is_light(statement):
 def test_the_python_door_opens():
     import repan_cli
 
+    assert set(repan_cli.__all__) == {"__version__", *repan_cli._DOORS}
     for name in repan_cli.__all__:
         assert getattr(repan_cli, name)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repan_cli.anneal.restoration import Moments
 from repan_cli.blocks import RepBlock, rep_blocks
-from repan_cli.blocks.kernel import exact
+from repan_cli.blocks.kernel import conv_kernel, exact, running_stats
 from repan_cli.errors import InputError
 from repan_cli.system.ranks import summed
 
@@ -22,11 +22,12 @@ class ChannelSums:
     """Sums of a channel's values and squares, in float64."""
 
     def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
+        self.total = torch.zeros((), dtype=torch.float64)
+        self.squares = torch.zeros((), dtype=torch.float64)
         self.count = 0
 
     def __call__(self, values: Tensor) -> None:
+        """Add an output (N, C, H, W)."""
         values = values.detach()
         values = (values.cpu() if values.device.type == "mps" else values).double()  # which has no float64
         self.total = self.total + values.sum((0, 2, 3))
@@ -34,7 +35,7 @@ class ChannelSums:
         self.count += values.numel() // values.shape[1]
 
     def moments(self, bias: Tensor) -> Moments:
-        """Of the convolution's output without its bias, over the images of all ranks."""
+        """Return the moments of the convolution's output without its bias, over the images of all ranks."""
         count = torch.full_like(self.total, self.count)
         total, squares, count = (exact(part) for part in summed(torch.stack([self.total, self.squares, count])))
         mean, squares = total / count, squares / count
@@ -57,6 +58,10 @@ class MergedProbe:
         for block in blocks.values():
             block.collapse()
         self.convs = {name: block.trunk.conv for name, block in blocks.items()}
+
+    def bias(self, name: str) -> Tensor:
+        """Return the merged bias (C_out,) of a block, in float64 on the CPU."""
+        return conv_kernel(self.convs[name])[1]
 
     @torch.no_grad()
     def run(self, images: Iterable[Tensor | Sequence[Tensor]], seen: Mapping[str, Seen]) -> None:
@@ -86,11 +91,11 @@ class MergedProbe:
 
 
 def calibrate(model: nn.Module, images: Iterable[Tensor | Sequence[Tensor]]) -> dict[str, Moments]:
-    """The moments of `conv(x; K)` at every block whose trunk has a BN, by the block's name."""
+    """Measure the moments of `conv(x; K)` at every block whose trunk has a BN, by the block's name."""
     probe = MergedProbe(model)
     sums = {name: ChannelSums() for name in probe.with_norm}
     probe.run(images, {name: _output_to(collect) for name, collect in sums.items()})
-    return {name: collect.moments(exact(probe.convs[name].bias)) for name, collect in sums.items()}
+    return {name: collect.moments(probe.bias(name)) for name, collect in sums.items()}
 
 
 def _output_to(collect: ChannelSums) -> Seen:
@@ -98,7 +103,7 @@ def _output_to(collect: ChannelSums) -> Seen:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside torch.compile and data-parallel wrappers, whose parameters it shares."""
+    """Return the network inside torch.compile and data-parallel wrappers, whose parameters it shares."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -114,7 +119,7 @@ def calibrate_branch_norms(
     """Give the BN layers of all side branches the statistics of their inputs, those that come first in a branch before
     those behind them; gives the standard deviation of each block's output, (C_out,).
     """
-    branches = [branch for block in blocks.values() for branch in block.branches]
+    branches = [branch for block in blocks.values() for branch in block.sides]
     norms = [[module for module in branch.modules() if isinstance(module, _BatchNorm)] for branch in branches]
     training = {norm: norm.training for own in norms for norm in own}
     for norm in training:
@@ -126,16 +131,15 @@ def calibrate_branch_norms(
         probe.run(images, {name: _both(block, outputs[name]) for name, block in blocks.items()})
         for norm, handle in zip(inputs, handles, strict=True):
             handle.remove()
-            mean, var = inputs[norm].moments(torch.zeros(()))
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(var)
+            for buffer, moment in zip(running_stats(norm), inputs[norm].moments(torch.zeros(())), strict=True):
+                buffer.copy_(moment)
     for norm, was in training.items():
         norm.train(was)
     return {name: collect.moments(torch.zeros(())).var.sqrt() for name, collect in outputs.items()}
 
 
 def _both(block: RepBlock, collect: ChannelSums) -> Seen:
-    """Collects the block's output, and shows its input to its branches."""
+    """Collect the block's output, and show its input to its branches."""
 
     def seen(x: Tensor, y: Tensor) -> None:
         collect(y)

@@ -26,12 +26,12 @@ CHOICES = {
     "branch_init": ("kaiming", "small"),
     "trunk_scale": ("merged", "keep"),
 }
-"""What `restart` accepts for each of these arguments; the settings `cycle.*` of the same names offer the same."""
+"""The choices that `restart` accepts for these arguments; the settings `cycle.*` of the same names offer the same."""
 
 
 @dataclass(frozen=True)
 class RestartReport:
-    """What a restart did: how many blocks, and in how many channels `running` had to replace a zero gamma by 1."""
+    """The outcome of a restart: its blocks, and the channels in which `running` had to replace a zero gamma by 1."""
 
     blocks: int
     zero_gammas: int = 0
@@ -85,11 +85,9 @@ def restart(
         moments = calibrate(model, images) if rule == "calibrate" else {}
     zero_gammas = 0
     for name, block in blocks.items():
-        trunk = None
-        if block.trunk.has_norm:
-            trunk = restored_trunk(block, kernels[name], rule, moments.get(name), trunk_scale)
-            if rule == "running" and not unit_gamma(block):
-                zero_gammas += int((block.trunk.norm.weight.abs() < TINY_GAMMA).sum())
+        if rule == "running" and not unit_gamma(block) and (norm := block.trunk.batch_norm) is not None:
+            zero_gammas += int((norm.weight.abs() < TINY_GAMMA).sum())
+        trunk = restored_trunk(block, kernels[name], rule, moments.get(name), trunk_scale)
         write_trunk(block, kernels[name], trunk)
         if attach != "compensated":
             reinit_branches(block, attach, branch_init=branch_init, generator=generator)
@@ -115,7 +113,7 @@ def _compensated(
         reinit_branches(block, "one", branch_init=branch_init, generator=generator)
     spreads = calibrate_branch_norms(probe, blocks, images)
     for name, block in blocks.items():
-        for branch in block.branches:
+        for branch in block.sides:
             branch.match_scale(left[name][0], spreads[name])
         left[name] = block.without_branches(left[name])
     sums = {name: ChannelSums() for name, block in blocks.items() if block.trunk.has_norm}

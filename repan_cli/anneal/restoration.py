@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repan_cli.blocks import FAMILIES, NATIVE, RepBlock
-from repan_cli.blocks.kernel import Kernel, exact
+from repan_cli.blocks.kernel import BatchNorm, Kernel, exact, running_stats
 
 TINY_GAMMA = 1e-6
 """Below this |gamma| the rule `running` cannot divide by it."""
@@ -25,7 +25,7 @@ class Moments(NamedTuple):
 
 
 class TrunkParams(NamedTuple):
-    """What restoration writes into a trunk, in float64 on the CPU.
+    """The parameters and statistics that restoration writes into a trunk, in float64 on the CPU.
 
     The weight is (C_out, C_in / groups, kh, kw), the rest (C_out,).
     """
@@ -56,14 +56,15 @@ def restore_reset(kernel: Kernel, eps: float) -> TrunkParams:
     return TrunkParams(weight, torch.zeros_like(bias), ones, (1 + eps) ** 0.5 * ones, bias)
 
 
-def restore_running(kernel: Kernel, norm: nn.BatchNorm2d, *, unit_gamma: bool) -> TrunkParams:
-    """As the method was released: the trunk's BN statistics and gamma stay, W = K sigma / gamma, beta = b + mean
-    gamma / sigma.
+def restore_running(kernel: Kernel, norm: BatchNorm, *, unit_gamma: bool) -> TrunkParams:
+    """Restore as the method was released: the trunk's BN statistics and gamma stay.
+
+    W = K sigma / gamma, beta = b + mean gamma / sigma.
 
     With `unit_gamma` gamma becomes 1; so it does for channels whose gamma is too small to divide by.
     """
     weight, bias = kernel
-    mean, var, gamma = exact(norm.running_mean), exact(norm.running_var), exact(norm.weight)
+    mean, var, gamma = (exact(part) for part in (*running_stats(norm), norm.weight))
     sigma = torch.sqrt(var + norm.eps)
     gamma = torch.ones_like(gamma) if unit_gamma else torch.where(gamma.abs() < TINY_GAMMA, 1.0, gamma)
     return TrunkParams(weight * (sigma / gamma).view(-1, 1, 1, 1), mean, var, gamma, bias + mean * gamma / sigma)
@@ -75,12 +76,13 @@ def write_trunk(block: RepBlock, kernel: Kernel, trunk: TrunkParams | None) -> N
 
     A trunk without BN (`trunk` None) takes the kernel as it is.
     """
-    conv, norm = block.trunk.conv, block.trunk.norm
+    conv, norm = block.trunk.conv, block.trunk.batch_norm
     weight, bias = kernel
-    if trunk is not None:
+    if trunk is not None and norm is not None:
         weight, bias = trunk.weight, torch.zeros_like(bias)
-        norm.running_mean.copy_(trunk.mean)
-        norm.running_var.copy_(trunk.var)
+        mean, var = running_stats(norm)
+        mean.copy_(trunk.mean)
+        var.copy_(trunk.var)
         norm.weight.copy_(trunk.gamma)
         norm.bias.copy_(trunk.beta)
     conv.weight.copy_(weight)
@@ -92,13 +94,17 @@ def write_trunk(block: RepBlock, kernel: Kernel, trunk: TrunkParams | None) -> N
 
 def restored_trunk(
     block: RepBlock, kernel: Kernel, rule: str, moments: Moments | None, trunk_scale: str
-) -> TrunkParams:
-    norm = block.trunk.norm
-    if rule == "calibrate":
-        return restore_calibrate(kernel, moments, norm.eps, _scale(block, kernel, trunk_scale))
+) -> TrunkParams | None:
+    """Apply a rule to the merged kernel; None for a trunk without BN. `moments` are those of the rule `calibrate`."""
+    norm = block.trunk.batch_norm
+    if norm is None:
+        return None
     if rule == "reset":
         return restore_reset(kernel, norm.eps)
-    return restore_running(kernel, norm, unit_gamma=unit_gamma(block))
+    if rule == "running":
+        return restore_running(kernel, norm, unit_gamma=unit_gamma(block))
+    assert moments is not None, "the rule calibrate has measured every trunk with a BN"
+    return restore_calibrate(kernel, moments, norm.eps, _scale(block, kernel, trunk_scale))
 
 
 def unit_gamma(block: RepBlock) -> bool:
@@ -106,7 +112,7 @@ def unit_gamma(block: RepBlock) -> bool:
 
 
 def _scale(block: RepBlock, kernel: Kernel, trunk_scale: str) -> Tensor:
-    """The factor on each channel of the merged kernel, (C_out,): 1, or |W_old| / |K| (1 where either is 0)."""
+    """Return the factor on each channel of the merged kernel, (C_out,): 1, or |W_old| / |K| (1 where either is 0)."""
     merged = kernel[0].flatten(1).norm(dim=1)
     if trunk_scale == "merged":
         return torch.ones_like(merged)

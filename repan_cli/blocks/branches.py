@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from repan_cli.blocks.geometry import Geometry, Window, middle_window, window_at
 from repan_cli.blocks.kernel import (
+    BatchNorm,
     Kernel,
     Size,
     averaged,
@@ -19,6 +21,7 @@ from repan_cli.blocks.kernel import (
     exact,
     fold_norm,
     identity_kernel,
+    running_stats,
 )
 
 FEW_CHANNELS = 16
@@ -29,13 +32,19 @@ FEW_CHANNELS = 16
 
 
 class Branch(Protocol):
-    """What a block asks of its trunk and of each side branch."""
+    """The interface that a block asks of its trunk and of each side branch, all of which are modules."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H_out, W_out)."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The module itself and all inside it."""
+        ...
 
     def equivalent_kernel(self) -> Kernel:
-        """The one convolution of the trunk's geometry that this equals in eval mode; float64, CPU."""
+        """Return the convolution of the trunk's geometry that this equals in eval mode; float64, CPU."""
+        ...
 
     def reset(self, init: str, generator: torch.Generator | None) -> None:
         """Make it fresh in place: new weights, gamma 1, beta 0, mean 0, variance 1."""
@@ -44,7 +53,7 @@ class Branch(Protocol):
         """Make its output zero in train and eval mode, by its last gamma and beta or its weights, in place."""
 
     def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
-        """Of a fresh branch whose BN statistics are those of its input: choose gamma for its start, in place.
+        """Choose gamma for the start of a fresh branch whose BN statistics are those of its input, in place.
 
         `kernel` (C_out, C_in/groups, kh, kw), the block's own, and the standard deviation `spread` (C_out,) of the
         block's output are in float64, on the CPU.
@@ -62,12 +71,12 @@ def init_weight(weight: Tensor, init: str, generator: torch.Generator | None = N
         weight.copy_(drawn)
 
 
-def zero_init_norm(norm: nn.BatchNorm2d) -> None:
+def zero_init_norm(norm: BatchNorm) -> None:
     nn.init.zeros_(norm.weight)
     nn.init.zeros_(norm.bias)
 
 
-def reset_norm(norm: nn.BatchNorm2d) -> None:
+def reset_norm(norm: BatchNorm) -> None:
     norm.reset_running_stats()
     nn.init.ones_(norm.weight)
     nn.init.zeros_(norm.bias)
@@ -90,7 +99,7 @@ class ConvBN(nn.Module):
     def __init__(
         self,
         conv: nn.Conv2d,
-        norm: nn.BatchNorm2d | None,
+        norm: BatchNorm | None,
         *,
         canvas: Size,
         offset: Size = (0, 0),
@@ -103,38 +112,43 @@ class ConvBN(nn.Module):
         self.norm = norm or nn.Identity()
 
     @property
+    def batch_norm(self) -> BatchNorm | None:
+        """Return the BN where there is one."""
+        return None if isinstance(self.norm, nn.Identity) else self.norm
+
+    @property
     def has_norm(self) -> bool:
-        return not isinstance(self.norm, nn.Identity)
+        return self.batch_norm is not None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(_reached(self.window(x), self.conv)))
 
     def equivalent_kernel(self) -> Kernel:
-        kernel = conv_kernel(self.conv)
-        return embed(fold_norm(kernel, self.norm) if self.has_norm else kernel, self.canvas, self.offset)
+        kernel, norm = conv_kernel(self.conv), self.batch_norm
+        return embed(kernel if norm is None else fold_norm(kernel, norm), self.canvas, self.offset)
 
     def reset(self, init: str, generator: torch.Generator | None = None) -> None:
         init_weight(self.conv.weight, init, generator)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
-        if self.has_norm:
-            reset_norm(self.norm)
+        if (norm := self.batch_norm) is not None:
+            reset_norm(norm)
 
     def zero_init(self) -> None:
-        if self.has_norm:
-            zero_init_norm(self.norm)
+        if (norm := self.batch_norm) is not None:
+            zero_init_norm(norm)
             return
         nn.init.zeros_(self.conv.weight)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
     def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
-        if self.has_norm:
-            self.norm.weight.copy_(spread)
+        if (norm := self.batch_norm) is not None:
+            norm.weight.copy_(spread)
 
 
 def _reached(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """What of its input a strided 1x1 convolution reads, without the rows and columns behind its last step.
+    """Leave out the rows and columns of its input that lie behind the last step of a strided 1x1 convolution.
 
     On CPUs PyTorch's (2.15's, for one) gradient of its weights writes outside of its memory where there are such, for
     few channels in channels-last format.
@@ -176,7 +190,7 @@ def conv_bn(
 class IdentityBN(nn.Module):
     """The block's input through a BN of its own; for blocks that keep the shape."""
 
-    def __init__(self, geometry: Geometry, norm: nn.BatchNorm2d | None = None) -> None:
+    def __init__(self, geometry: Geometry, norm: BatchNorm | None = None) -> None:
         super().__init__()
         assert geometry.keeps_shape
         self.geometry = geometry
@@ -197,11 +211,12 @@ class IdentityBN(nn.Module):
         zero_init_norm(self.norm)
 
     def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
-        """It takes over what the block has of an identity."""
+        """Take over what the block has of an identity."""
         row, column = self.geometry.center((1, 1))
         channels = torch.arange(self.geometry.in_channels)
         share = kernel[channels, channels % kernel.shape[1], row, column]
-        self.norm.weight.copy_(share * torch.sqrt(exact(self.norm.running_var) + self.norm.eps))
+        _, var = running_stats(self.norm)
+        self.norm.weight.copy_(share * torch.sqrt(exact(var) + self.norm.eps))
 
 
 class ScaledIdentity(nn.Module):
@@ -230,11 +245,13 @@ class ScaledIdentity(nn.Module):
         nn.init.zeros_(self.weight)
 
     def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
-        """It begins as the identity."""
+        """Begin as the identity."""
 
 
 class ResidualPointwise(nn.Conv2d):
     """A 1x1 convolution stored as the identity plus a learned difference, zeros at first (DBB, section 3.3)."""
+
+    identity: Tensor
 
     def __init__(self, geometry: Geometry, width: int) -> None:
         super().__init__(
@@ -315,8 +332,9 @@ class PointwiseAverageBN(nn.Module):
         super().__init__()
         self.geometry = geometry
         channels = geometry.out_channels
+        self.inner_conv: nn.Conv2d | None = None
+        self.inner_norm: nn.BatchNorm2d | None = None
         if geometry.depthwise and geometry.in_channels == channels:
-            self.inner_conv = self.inner_norm = None
             self.window = Window(geometry, geometry.kernel_size, (0, 0))
         else:
             self.inner_conv = nn.Conv2d(
@@ -333,8 +351,16 @@ class PointwiseAverageBN(nn.Module):
         self.reset("kaiming")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.window(x) if self.inner_conv is None else self.inner_norm(self.inner_conv(x))
+        inner = self._inner
+        x = self.window(x) if inner is None else inner[1](inner[0](x))
         return self.norm(self._average(x))
+
+    @property
+    def _inner(self) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+        """Return the 1x1 convolution and its BN, where there are such."""
+        if self.inner_conv is None or self.inner_norm is None:
+            return None
+        return self.inner_conv, self.inner_norm
 
     def _average(self, x: Tensor) -> Tensor:
         geometry = self.geometry
@@ -345,16 +371,16 @@ class PointwiseAverageBN(nn.Module):
         return F.conv2d(x, weight, stride=geometry.stride, dilation=geometry.dilation, groups=x.shape[1])
 
     def equivalent_kernel(self) -> Kernel:
-        if self.inner_conv is None:
+        if (inner := self._inner) is None:
             kernel = identity_kernel(self.geometry.in_channels, self.geometry.groups)
         else:
-            kernel = fold_norm(conv_kernel(self.inner_conv), self.inner_norm)
+            kernel = fold_norm(conv_kernel(inner[0]), inner[1])
         return fold_norm(averaged(kernel, self.geometry.kernel_size), self.norm)
 
     def reset(self, init: str, generator: torch.Generator | None = None) -> None:
-        if self.inner_conv is not None:
-            init_weight(self.inner_conv.weight, init, generator)
-            reset_norm(self.inner_norm)
+        if (inner := self._inner) is not None:
+            init_weight(inner[0].weight, init, generator)
+            reset_norm(inner[1])
         reset_norm(self.norm)
 
     def zero_init(self) -> None:

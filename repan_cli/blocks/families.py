@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,15 @@ from repan_cli.blocks.branches import (
     conv_bn,
 )
 from repan_cli.blocks.geometry import Geometry
+from repan_cli.blocks.kernel import BatchNorm
 from repan_cli.blocks.rep_block import RepBlock
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
 NATIVE = "own"
-"""What `RepBlock.family` says of a network's own multi-branch blocks."""
+"""The `RepBlock.family` of a network's own multi-branch blocks."""
 
 
 class Family(NamedTuple):
@@ -56,7 +59,7 @@ def family(name: str, *, post_norm: bool = False, unit_gamma: bool = False) -> C
 
 
 def check_family(name: str, copies: int | None = None) -> None:
-    """Raises InputError for a family that does not exist, or that has no number of branches to choose."""
+    """Raise InputError for a family that does not exist, or that has no number of branches to choose."""
     build = FAMILIES[name].branches
     if copies is not None and "copies" not in inspect.signature(build).parameters:
         raise InputError(f"block.branches={copies}: the block family {name} has no number of branches to choose")
@@ -79,8 +82,8 @@ def make_block(name: str, geometry: Geometry, *, copies: int | None = None) -> R
     )
 
 
-def block_around(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, name: str, *, copies: int | None = None) -> RepBlock:
-    """A block of the family `name` whose trunk is a convolution that is there, with its BN if it has one.
+def block_around(conv: nn.Conv2d, norm: BatchNorm | None, name: str, *, copies: int | None = None) -> RepBlock:
+    """Make a block of the family `name` whose trunk is a convolution that is there, with its BN if it has one.
 
     The side branches are fresh, on the convolution's device, in its dtype and memory format.
     """
@@ -91,10 +94,11 @@ def block_around(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, name: str, *, cop
     return placed_as(conv.weight, block).train(conv.training)
 
 
-def placed_as(weight: Tensor, module: nn.Module) -> nn.Module:
-    """A module moved to the device, dtype and memory format of a convolution's weight (C_out, C_in / g, kh, kw)."""
+def placed_as(weight: Tensor, module: AnyModule) -> AnyModule:
+    """Move a module to the device, dtype and memory format of a convolution's weight (C_out, C_in / g, kh, kw)."""
+    moved = module.to(weight.device, weight.dtype)
     channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    return module.to(weight.device, weight.dtype, memory_format=torch.channels_last if channels_last else None)
+    return moved.to(memory_format=torch.channels_last) if channels_last else moved
 
 
 @family("plain")

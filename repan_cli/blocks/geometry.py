@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repan_cli.blocks.kernel import (
-    Size,
-)
+from repan_cli.blocks.kernel import Size, size_of
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 @dataclass(frozen=True)
@@ -23,65 +24,66 @@ class Geometry:
     padding: Size = (0, 0)
     dilation: Size = (1, 1)
     groups: int = 1
-    padding_mode: str = "zeros"
+    padding_mode: PaddingMode = "zeros"
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Geometry:
-        """That of a convolution. Raises ValueError where its padding has no symmetric numbers."""
+        """Return the geometry of a convolution. Raises ValueError where its padding has no symmetric numbers."""
         return cls(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
+            size_of(conv.kernel_size),
+            size_of(conv.stride),
             _numeric_padding(conv),
-            conv.dilation,
+            size_of(conv.dilation),
             conv.groups,
             conv.padding_mode,
         )
 
     @property
     def keeps_shape(self) -> bool:
-        """Whether the identity is a branch of this block: as many channels out as in, stride 1."""
+        """Tell whether the identity is a branch of this block: as many channels out as in, stride 1."""
         return self.in_channels == self.out_channels and self.stride == (1, 1)
 
     @property
     def depthwise(self) -> bool:
-        """Whether every group reads one channel."""
+        """Tell whether every group reads one channel."""
         return self.groups == self.in_channels > 1
 
     def center(self, kernel_size: Size) -> Size:
-        """The offset at which a small kernel lies in the middle of the trunk's, tap (k - 1) // 2."""
-        return tuple(
+        """Return the offset at which a small kernel lies in the middle of the trunk's, tap (k - 1) // 2."""
+        return size_of(
             (outer - 1) // 2 - (inner - 1) // 2 for outer, inner in zip(self.kernel_size, kernel_size, strict=True)
         )
 
     def offset_of(self, padding: Size) -> Size:
-        """Where the first tap of a small kernel with its own `padding` p' lies in the trunk's: (p - p') / d.
+        """Return where the first tap of a small kernel with its own `padding` p' lies in the trunk's: (p - p') / d.
 
         Raises ValueError where that is no tap of the trunk's.
         """
         rows = [divmod(p - own, d) for p, own, d in zip(self.padding, padding, self.dilation, strict=True)]
         if any(rest or tap < 0 for tap, rest in rows):
             raise ValueError(f"a branch with padding {padding} falls between the taps of its trunk")
-        return tuple(tap for tap, _ in rows)
+        return size_of(tap for tap, _ in rows)
 
     def output_size(self, input_size: Size) -> Size:
-        """Height and width of the block's output for an input of `input_size`."""
-        return tuple(
+        """Return height and width of the block's output for an input of `input_size`."""
+        return size_of(
             _outputs(*row)
             for row in zip(input_size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
         )
 
 
 def _numeric_padding(conv: nn.Conv2d) -> Size:
+    """Return a convolution's padding in pixels. Raises ValueError where it is not the same on both sides."""
+    if not isinstance(conv.padding, str):
+        return size_of(conv.padding)
     if conv.padding == "valid":
         return (0, 0)
-    if conv.padding == "same":
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        if any(reach % 2 for reach in total):
-            raise ValueError("its padding 'same' is larger on one side than on the other")
-        return tuple(reach // 2 for reach in total)
-    return conv.padding
+    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if any(reach % 2 for reach in total):
+        raise ValueError("its padding 'same' is larger on one side than on the other")
+    return size_of(reach // 2 for reach in total)
 
 
 def _outputs(size: int, padding: int, dilation: int, kernel: int, stride: int) -> int:
@@ -89,7 +91,7 @@ def _outputs(size: int, padding: int, dilation: int, kernel: int, stride: int) -
 
 
 class Window(nn.Module):
-    """What a small kernel sees of the trunk's *padded* input when its first tap lies on the trunk's tap `offset`.
+    """Cut out what a small kernel sees of the trunk's *padded* input when its first tap lies on the tap `offset`.
 
     In every dimension the slice `[o * d : o * d + (H_out - 1) * s + d * (k - 1) + 1]`, so that a convolution without
     padding on it gives exactly the block's output size, for any kernel size, stride, dilation and padding.
@@ -100,8 +102,9 @@ class Window(nn.Module):
         self.geometry, self.kernel_size, self.offset = geometry, kernel_size, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        geometry, sides = self.geometry, []
-        for axis, outputs in enumerate(geometry.output_size(x.shape[-2:])):
+        geometry = self.geometry
+        sides: list[int] = []
+        for axis, outputs in enumerate(geometry.output_size(size_of(x.shape[-2:]))):
             start = self.offset[axis] * geometry.dilation[axis] - geometry.padding[axis]
             reach = (outputs - 1) * geometry.stride[axis] + geometry.dilation[axis] * (self.kernel_size[axis] - 1) + 1
             sides = [-start, start + reach - x.shape[-2 + axis], *sides]
@@ -117,12 +120,12 @@ class Window(nn.Module):
 
 
 def window_at(geometry: Geometry, kernel_size: Size, offset: Size) -> tuple[nn.Module, Size]:
-    """How a small kernel at `offset` reads its input: a window module and the padding the convolution adds itself.
+    """Return how a small kernel at `offset` reads its input: a window, and the padding that the convolution adds.
 
     A kernel in the middle of the trunk's needs no window: the convolution's own padding p - o * d says the same,
     cheaper.
     """
-    padding = tuple(p - o * d for p, o, d in zip(geometry.padding, offset, geometry.dilation, strict=True))
+    padding = size_of(p - o * d for p, o, d in zip(geometry.padding, offset, geometry.dilation, strict=True))
     middle = all(2 * o + k == size for o, k, size in zip(offset, kernel_size, geometry.kernel_size, strict=True))
     if middle and min(padding) >= 0:
         return nn.Identity(), padding
@@ -130,6 +133,6 @@ def window_at(geometry: Geometry, kernel_size: Size, offset: Size) -> tuple[nn.M
 
 
 def middle_window(geometry: Geometry) -> nn.Module:
-    """What the middle tap of the trunk's kernel sees: the input of an identity branch."""
+    """Return what the middle tap of the trunk's kernel sees: the input of an identity branch."""
     window, padding = window_at(geometry, (1, 1), geometry.center((1, 1)))
     return window if padding == (0, 0) else Window(geometry, (1, 1), geometry.center((1, 1)))

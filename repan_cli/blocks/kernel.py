@@ -6,52 +6,70 @@ convolution `y = conv(x; K) + b` with the geometry (stride, padding, dilation, g
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 Kernel = tuple[Tensor, Tensor]
 Size = tuple[int, int]
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""The base of all of PyTorch's, SyncBatchNorm included."""
+
+
+def size_of(numbers: Iterable[int]) -> Size:
+    """Return two numbers as (height, width)."""
+    height, width = numbers
+    return height, width
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """A detached float64 copy on the CPU: merging happens there, because rounding is visible and MPS has no float64."""
+    """Return a detached float64 copy on the CPU, where merging happens: rounding is visible, MPS has no float64."""
     return tensor.detach().to("cpu", torch.float64, copy=True)
 
 
-def norm_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
-    """What a BN does in eval mode, as `y = scale * x + shift`; both of shape (C,).
+def running_stats(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return a BN's buffers of running mean and variance, (C,).
 
-    scale = gamma / sigma, shift = beta - mean * gamma / sigma, sigma = sqrt(var + eps); a BN without affine
-    parameters has gamma 1 and beta 0. Raises ValueError for a BN that keeps no running statistics: in eval mode it is
-    no fixed function.
+    Raises ValueError for a BN that keeps none: in eval mode it is no fixed function.
     """
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a BN without running statistics (track_running_stats=False) cannot be merged")
-    scale = 1 / torch.sqrt(exact(norm.running_var) + norm.eps)
+    return norm.running_mean, norm.running_var
+
+
+def norm_affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Write a BN in eval mode as `y = scale * x + shift`; both of shape (C,).
+
+    scale = gamma / sigma, shift = beta - mean * gamma / sigma, sigma = sqrt(var + eps); a BN without affine
+    parameters has gamma 1 and beta 0. Raises ValueError for a BN that keeps no running statistics.
+    """
+    mean, var = running_stats(norm)
+    scale = 1 / torch.sqrt(exact(var) + norm.eps)
     if norm.weight is not None:
         scale = scale * exact(norm.weight)
-    shift = -exact(norm.running_mean) * scale
+    shift = -exact(mean) * scale
     if norm.bias is not None:
         shift = shift + exact(norm.bias)
     return scale, shift
 
 
-def fold_norm(kernel: Kernel, norm: nn.modules.batchnorm._BatchNorm) -> Kernel:
-    """The kernel of a convolution followed by a BN (RepVGG, Ding et al. 2021, equation 3)."""
+def fold_norm(kernel: Kernel, norm: BatchNorm) -> Kernel:
+    """Return the kernel of a convolution followed by a BN (RepVGG, Ding et al. 2021, equation 3)."""
     weight, bias = kernel
     scale, shift = norm_affine(norm)
     return weight * scale.view(-1, 1, 1, 1), bias * scale + shift
 
 
 def conv_kernel(conv: nn.Conv2d) -> Kernel:
-    """The kernel of a convolution by itself; without a bias, b is 0."""
+    """Return the kernel of a convolution by itself; without a bias, b is 0."""
     weight = exact(conv.weight)
     bias = exact(conv.bias) if conv.bias is not None else weight.new_zeros(weight.shape[0])
     return weight, bias
 
 
 def embed(kernel: Kernel, size: Size, offset: Size) -> Kernel:
-    """A smaller kernel written into zeros of `size` (kh, kw), its first tap at `offset` (row, column)."""
+    """Write a smaller kernel into zeros of `size` (kh, kw), its first tap at `offset` (row, column)."""
     weight, bias = kernel
     canvas = weight.new_zeros(*weight.shape[:2], *size)
     (top, left), (height, width) = offset, weight.shape[2:]
@@ -60,7 +78,7 @@ def embed(kernel: Kernel, size: Size, offset: Size) -> Kernel:
 
 
 def compose(first: Kernel, second: Kernel, groups: int) -> Kernel:
-    """The kernel of a 1x1 convolution `first` followed by a convolution `second`, both of `groups` groups.
+    """Return the kernel of a 1x1 convolution `first` followed by a convolution `second`, both of `groups` groups.
 
     K[o, i] = sum_m K2[o, m] K1[m, i] within a group, b = b2 + sum K2 b1 (DBB, Ding et al. 2021, transform III). Exact
     where the second reads its borders from a map that holds b1 there, which is what the first makes of zeros.
@@ -74,13 +92,13 @@ def compose(first: Kernel, second: Kernel, groups: int) -> Kernel:
 
 
 def averaged(kernel: Kernel, size: Size) -> Kernel:
-    """The kernel of a 1x1 convolution followed by the average over windows of `size` (DBB, transform V)."""
+    """Return the kernel of a 1x1 convolution followed by the average over windows of `size` (DBB, transform V)."""
     weight, bias = kernel
     return weight.expand(-1, -1, *size) / (size[0] * size[1]), bias
 
 
 def identity_kernel(channels: int, groups: int) -> Kernel:
-    """The 1x1 kernel that copies its input: E[i, i mod (C / g)] = 1."""
+    """Return the 1x1 kernel that copies its input: E[i, i mod (C / g)] = 1."""
     index = torch.arange(channels)
     weight = torch.zeros(channels, channels // groups, 1, 1, dtype=torch.float64)
     weight[index, index % (channels // groups)] = 1

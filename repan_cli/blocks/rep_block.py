@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from repan_cli.blocks.branches import Branch, ConvBN
-from repan_cli.blocks.kernel import Kernel, fold_norm
+from repan_cli.blocks.kernel import BatchNorm, Kernel, fold_norm, size_of
 
 
 class RepBlock(nn.Module):
@@ -22,14 +23,19 @@ class RepBlock(nn.Module):
     attach_rate: Tensor
 
     def __init__(
-        self, trunk: ConvBN, branches: Sequence[Branch], *, family: str, post_norm: nn.BatchNorm2d | None = None
+        self, trunk: ConvBN, branches: Sequence[Branch], *, family: str, post_norm: BatchNorm | None = None
     ) -> None:
         super().__init__()
         self.family = family
         self.trunk = trunk
-        self.branches = nn.ModuleList(branches)
+        self.branches = nn.ModuleList(cast("Sequence[nn.Module]", branches))  # no type says both at once
         self.post_norm = post_norm or nn.Identity()
         self.register_buffer("attach_rate", torch.ones(()))
+
+    @property
+    def sides(self) -> list[Branch]:
+        """Return the side branches as what they are; `branches` holds them as modules."""
+        return [cast("Branch", branch) for branch in self.branches]
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H_out, W_out)."""
@@ -41,21 +47,21 @@ class RepBlock(nn.Module):
         return self.post_norm(y)
 
     def sum_kernel(self) -> Kernel:
-        """The one convolution that the sum of the branches equals in eval mode, before `post_norm`."""
+        """Return the one convolution that the sum of the branches equals in eval mode, before `post_norm`."""
         weight, bias = self.trunk.equivalent_kernel()
         rate = self.attach_rate.item()
-        for branch in self.branches:
+        for branch in self.sides:
             side_weight, side_bias = branch.equivalent_kernel()
             weight, bias = weight + rate * side_weight, bias + rate * side_bias
         return weight, bias
 
     def equivalent_kernel(self) -> Kernel:
-        """The one convolution that the block equals in eval mode: float64, on the CPU, attach rate folded in."""
+        """Return the one convolution that the block equals in eval mode: float64, CPU, attach rate folded in."""
         kernel = self.sum_kernel()
         return kernel if isinstance(self.post_norm, nn.Identity) else fold_norm(kernel, self.post_norm)
 
     def reparameterize(self) -> nn.Conv2d:
-        """A new convolution equal to this block in eval mode, with the trunk's device, dtype and memory format."""
+        """Return a convolution equal to this block in eval mode, with the trunk's device, dtype and memory format."""
         return self.merged(self.equivalent_kernel())
 
     def collapse(self) -> None:
@@ -64,23 +70,23 @@ class RepBlock(nn.Module):
         self.branches = nn.ModuleList()
 
     def without_branches(self, kernel: Kernel) -> Kernel:
-        """What of a kernel for the whole sum is left to the trunk."""
+        """Return a kernel for the whole sum minus what the branches contribute: what is left to the trunk."""
         weight, bias = kernel
         rate = self.attach_rate.item()
-        for side_weight, side_bias in (branch.equivalent_kernel() for branch in self.branches):
+        for side_weight, side_bias in (branch.equivalent_kernel() for branch in self.sides):
             weight, bias = weight - rate * side_weight, bias - rate * side_bias
         return weight, bias
 
     def merged(self, kernel: Kernel) -> nn.Conv2d:
-        """A convolution with this kernel and the trunk's geometry, device, dtype and memory format."""
+        """Return a convolution with this kernel and the trunk's geometry, device, dtype and memory format."""
         conv, (weight, bias) = self.trunk.conv, kernel
         merged = nn.Conv2d(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
+            size_of(conv.kernel_size),
+            stride=size_of(conv.stride),
+            padding=conv.padding if isinstance(conv.padding, str) else size_of(conv.padding),
+            dilation=size_of(conv.dilation),
             groups=conv.groups,
             padding_mode=conv.padding_mode,
             device=conv.weight.device,
@@ -90,6 +96,7 @@ class RepBlock(nn.Module):
             merged = merged.to(memory_format=torch.channels_last)
         with torch.no_grad():
             merged.weight.copy_(weight)
+            assert merged.bias is not None, "it was made with one"
             merged.bias.copy_(bias)
         merged.requires_grad_(conv.weight.requires_grad)
         return merged.train(self.training)
@@ -99,12 +106,12 @@ class RepBlock(nn.Module):
 
 
 def rep_blocks(model: nn.Module) -> Iterator[tuple[str, RepBlock]]:
-    """The blocks of a network with their names, in the order of its modules."""
+    """Return the blocks of a network with their names, in the order of its modules."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, RepBlock))
 
 
 def attach_rates(model: nn.Module, *, only: Collection[str] | None = None) -> list[Tensor]:
-    """The attach rates of every block, or of the blocks named in `only`."""
+    """Return the attach rates of every block, or of the blocks named in `only`."""
     return [block.attach_rate for name, block in rep_blocks(model) if only is None or name in only]
 
 
@@ -123,11 +130,11 @@ def fill_all(tensors: list[Tensor], value: float) -> None:
 def reinit_branches(
     block: RepBlock, attach: str, *, branch_init: str = "kaiming", generator: torch.Generator | None = None
 ) -> None:
-    """Fresh side branches, in place.
+    """Make the side branches fresh, in place.
 
     They begin at attach rate 0 (`attach="ramp"`), at rate 1 but silent (`zero-gamma`), or at rate 1 (`one`).
     """
-    for branch in block.branches:
+    for branch in block.sides:
         branch.reset(branch_init, generator)
         if attach == "zero-gamma":
             branch.zero_init()

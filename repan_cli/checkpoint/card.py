@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
 FORMS = (MULTI_BRANCH, FUSED, PLAIN)
@@ -19,15 +19,31 @@ MOST_CHANNELS, LARGEST_IMAGE = 4096, 2**16
 CHANGE_KINDS = ("adapt", "expand", "grow")
 
 
+class Change(NamedTuple):
+    """One place of a network that becomes a block; in a checkpoint a list of texts.
+
+    `adapt` makes blocks of timm's own multi-branch module `name`; `expand` one of the convolution `name` and the BN
+    `norm`, if it has one (else it gets a bias, if it has none); `grow` gives the block `name`, which has no side
+    branch, those of a family; `copies` is the number of branches, for the families that let choose. `family` is None
+    for `adapt` alone.
+    """
+
+    kind: str
+    name: str
+    norm: str | None = None
+    family: str | None = None
+    copies: int | None = None
+
+
 @dataclass(frozen=True)
 class Structure:
     """How a network became what it is: see `models.changes`.
 
-    `changes` holds (kind, name, norm, family, copies) of each place that became a block, `left` why other convolutions
-    did not, and `native` the `block` family and `branches` that a network built of blocks was created with.
+    `changes` made its blocks, `left` tells why other convolutions are none, and `native` holds the `block` family and
+    `branches` that a network built of blocks was created with.
     """
 
-    changes: tuple[tuple[str, str, str | None, str | None, int | None], ...] = ()
+    changes: tuple[Change, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
     native: Mapping[str, Any] = field(default_factory=dict)
 
@@ -39,7 +55,7 @@ class Structure:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Structure:
         """Read what `as_meta` gave."""
-        return cls(tuple(tuple(change) for change in meta["changes"]), meta["left"], meta["native"])
+        return cls(tuple(Change(*change) for change in meta["changes"]), meta["left"], meta["native"])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from repan_cli.checkpoint.card import FUSED, ModelCard
+from repan_cli.checkpoint.card import FUSED, Change, ModelCard
 from repan_cli.system.files import write_atomically
 
 FORMAT = 1
@@ -74,9 +74,12 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
 
 
-def capture_fused(model: nn.Module, origin: Checkpoint) -> Checkpoint:
-    """The checkpoint of a network that was merged from `origin`, which its description names by digest."""
-    structure = replace(origin.card.structure, changes=tuple(map(tuple, model.repan_report.changes)))
+def capture_fused(model: nn.Module, origin: Checkpoint, changes: Iterable[Change]) -> Checkpoint:
+    """Return the checkpoint of a network that was merged from `origin`, which its description names by digest.
+
+    `changes` are those that make the merged network's blocks of the plain one.
+    """
+    structure = replace(origin.card.structure, changes=tuple(Change(*change) for change in changes))
     card = replace(origin.card, structure=structure, form=FUSED, fused_from=origin.digest(), run=None)
     return capture(model, card)
 

@@ -13,7 +13,7 @@ from repan_cli.cli.dispatch import dispatch, fail
 from repan_cli.cli.options import filled, signature_of
 from repan_cli.cli.training import train
 from repan_cli.commands import options
-from repan_cli.config import SPLITS
+from repan_cli.config.conventions import SPLITS
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from repan_cli import config
+from repan_cli.config.conventions import ARTIFACT_ENDINGS, FORMATS, SPLITS
 
 PACKAGE = Path(__file__).parents[1]
-WEIGHTS = (".pt", ".pth", ".safetensors", ".onnx", ".pt2")
+
 DEEPEST, MOST = 4, 200
 """How far below the folder that was typed files are looked for, and how many are offered."""
 
@@ -72,11 +73,11 @@ def devices() -> list[str]:
 
 
 def splits() -> list[str]:
-    return list(config.SPLITS)
+    return list(SPLITS)
 
 
 def formats() -> list[str]:
-    return ["pt", "safetensors", "onnx", "pt2"]
+    return list(FORMATS)
 
 
 def forms() -> list[str]:
@@ -88,7 +89,7 @@ def presets(start: str = "") -> list[str]:
 
 
 def checkpoints(start: str = "") -> list[str]:
-    return _files(start, WEIGHTS)
+    return _files(start, ARTIFACT_ENDINGS)
 
 
 def teachers(start: str = "") -> list[str]:

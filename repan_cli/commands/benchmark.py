@@ -18,15 +18,20 @@ from repan_cli import checkpoint, export, models, runs
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint.card import FUSED
 from repan_cli.commands.options import BenchmarkOptions
+from repan_cli.config.conventions import ARTIFACT_ENDINGS
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
-from repan_cli.export.trace import first_line, quiet, trace
+from repan_cli.export.trace import quiet, trace
+from repan_cli.models.changes import report_of
+from repan_cli.models.probe import noise
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.session.artifact import Artifact, open_artifact
-from repan_cli.system.device import Runtime, describe_machine, processor, start_runtime
+from repan_cli.system.device import Runtime, describe_machine, start_runtime
+from repan_cli.system.host import processor
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import missing
+from repan_cli.system.text import first_line
 from repan_cli.system.timing import Timing, interleaved
 
 BATCHES = (1, 32, 128)
@@ -41,7 +46,7 @@ def run(options: BenchmarkOptions) -> None:
     machine = start_runtime(options.device, options.precision)
     subject = _subject(options.checkpoint, options.model, options.image_size, options.block)
     size = options.image_size or subject.card.image_size
-    images = torch.randn(2, subject.card.in_chans, size, size, generator=torch.Generator().manual_seed(0))
+    images = noise(2, subject.card.in_chans, size, size)
     result = {
         "source": options.checkpoint,
         "model": subject.card.model,
@@ -84,7 +89,7 @@ class _Form:
 
 def _subject(source: str, model: str | None, image_size: int | None, block: str | None) -> Artifact:
     """The network of a file, or of a name, with fresh weights, expanded."""
-    if Path(source).exists() or Path(source).suffix in (".pt", ".onnx", ".pt2", ".safetensors"):
+    if Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS:
         if block is not None:
             raise InputError("--block is for a network by its name: a file has its blocks")
         return open_artifact(source, model)
@@ -95,13 +100,15 @@ def _subject(source: str, model: str | None, image_size: int | None, block: str 
     if name in models.BUILT_OF_BLOCKS:
         return subject
     side = image_size or subject.card.image_size
-    images = torch.randn(2, subject.card.in_chans, side, side, generator=torch.Generator().manual_seed(0))
+    images = noise(2, subject.card.in_chans, side, side)
     try:
         models.expand(network, block, images=images, attach="one")
     except InputError as error:
         warn(str(error))
         return subject
-    return dataclasses.replace(subject, card=dataclasses.replace(subject.card, block=network.repan_report.family))
+    report = report_of(network)
+    assert report is not None, "expand has set it"
+    return dataclasses.replace(subject, card=dataclasses.replace(subject.card, block=report.family))
 
 
 def _forms(subject: Artifact, images: Tensor, machine: Runtime, *, compiled: bool) -> list[_Form]:

@@ -18,6 +18,7 @@ from repan_cli import checkpoint, export, models
 from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard, Structure
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.commands.options import FuseOptions
+from repan_cli.config.conventions import FORMATS, GRAPH_FORMATS, WEIGHT_FORMATS
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError, MergeError
 from repan_cli.export import onnx_file, pt2_file
@@ -25,6 +26,7 @@ from repan_cli.export.conv_bn import as_plain
 from repan_cli.export.fuse import check_finite, untrained_norms
 from repan_cli.export.trace import Normalized, trace
 from repan_cli.models import user_file
+from repan_cli.models.changes import changes_of
 from repan_cli.models.create import TIMM, TORCHVISION
 from repan_cli.registry import did_you_mean
 from repan_cli.session.artifact import Artifact, open_artifact
@@ -34,8 +36,6 @@ from repan_cli.system.notices import warn
 from repan_cli.system.packages import need
 from repan_cli.system.text import count
 
-WEIGHTS, GRAPHS = ("pt", "safetensors"), ("onnx", "pt2")
-FORMATS = (*WEIGHTS, *GRAPHS)
 FORMS = ("conv", "conv-bn")
 
 FILE_TOLERANCE = 1e-4
@@ -64,7 +64,9 @@ def run(options: FuseOptions) -> None:
     _check_mergeable(subject, targets, options.form)
     images, seen = _images(subject, options.data_root)
     fused, report = _merged(subject, images)
-    result = checkpoint.capture_fused(fused, subject.checkpoint()) if report else subject.checkpoint()
+    result = (
+        checkpoint.capture_fused(fused, subject.checkpoint(), changes_of(fused)) if report else subject.checkpoint()
+    )
     bound = max(FILE_TOLERANCE, 10 * (report.rel_error_fp32 if report else 0.0))
     job = _Job(subject, fused, result, images, options.model, options.with_normalize, bound)
     contents = [job.content(target, options.form) for target in targets]
@@ -115,9 +117,9 @@ def _check_wishes(targets: Sequence[Path], form: str, *, with_normalize: bool) -
     endings = {target.suffix.removeprefix(".") for target in targets}
     if form not in FORMS:
         raise InputError(f"--form {form} is none of {', '.join(FORMS)}")
-    if form == "conv-bn" and endings & set(GRAPHS):
+    if form == "conv-bn" and endings & set(GRAPH_FORMATS):
         raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
-    if with_normalize and endings - set(GRAPHS):
+    if with_normalize and endings - set(GRAPH_FORMATS):
         raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
     if "onnx" in endings:
         need("writing ONNX", "onnx", *onnx_file.PACKAGES)
@@ -126,7 +128,7 @@ def _check_wishes(targets: Sequence[Path], form: str, *, with_normalize: bool) -
 def _check_mergeable(subject: Artifact, targets: Sequence[Path], form: str) -> None:
     if subject.runtime != "PyTorch":
         raise InputError(f"{subject.source} is exported already: fuse the checkpoint that it came from")
-    written = all(target.suffix.removeprefix(".") in WEIGHTS for target in targets)
+    written = all(target.suffix.removeprefix(".") in WEIGHT_FORMATS for target in targets)
     if subject.form == FUSED and written and form == "conv" and "pt" in {target.suffix[1:] for target in targets}:
         raise InputError(
             f"{subject.source} is fused already; --format onnx, pt2 or safetensors writes it in another way"
@@ -168,7 +170,7 @@ class _Job:
 
     def content(self, target: Path, form: str) -> bytes:
         """The bytes of a file. Raises InputError for what its format cannot hold."""
-        if target.suffix.removeprefix(".") in WEIGHTS:
+        if target.suffix.removeprefix(".") in WEIGHT_FORMATS:
             saved = self._plain() if form == "conv-bn" else self.result
             return checkpoint.as_bytes(saved, target.suffix)
         network, card = self.fused, self.result.card
@@ -283,7 +285,7 @@ def _report(source: str, facts: dict[str, Any], subject: Artifact, *, with_norma
     print_table(["wrote", "size", "agrees", "opened by"], rows, to_stderr=True)
     for file in facts["files"]:
         tell(f"use             {file['use']}")
-    if any(file["format"] in GRAPHS for file in facts["files"]):
+    if any(file["format"] in GRAPH_FORMATS for file in facts["files"]):
         tell(f"images          {_input(subject, with_normalize=with_normalize)}")
 
 

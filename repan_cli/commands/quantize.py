@@ -21,6 +21,7 @@ from repan_cli.errors import InputError
 from repan_cli.export import int8, onnx_file
 from repan_cli.export.fuse import check_finite
 from repan_cli.export.trace import trace
+from repan_cli.models.changes import changes_of
 from repan_cli.session import artifact_images
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.device import start_runtime
@@ -91,7 +92,7 @@ def _merged(subject: Artifact, images: Tensor) -> tuple[nn.Module, checkpoint.Ch
     if subject.form == FUSED:
         return subject.network, subject.checkpoint()
     network, _ = export.fuse(subject.network, images)
-    return network, checkpoint.capture_fused(network, subject.checkpoint())
+    return network, checkpoint.capture_fused(network, subject.checkpoint(), changes_of(network))
 
 
 def _calibration(source: Loader, images: int) -> Iterator[Tensor]:

@@ -18,9 +18,10 @@ from pathlib import Path
 import repan_cli
 from repan_cli.display.console import NAME_WIDTH
 from repan_cli.runs.directory import PACKAGES
+from repan_cli.system.host import memory_bytes, processor, usable_cores
 from repan_cli.system.text import count
 
-OPTIONAL = ("matplotlib", "scikit-learn", "scipy", "tensorboard", "wandb", "onnx", "onnxruntime", "datasets")
+OPTIONAL = ("matplotlib", "scikit-learn", "tensorboard", "wandb", "onnx", "onnxruntime", "datasets")
 GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
 
 
@@ -38,8 +39,9 @@ def rows() -> Iterator[tuple[str, str]]:
     yield "optional", ", ".join(f"{name} {_version(name) or 'missing'}" for name in OPTIONAL)
     yield "extras", _extras()
     yield "system", platform.platform()
-    yield "cpu", f"{_cpu()}, {count(os.cpu_count() or 1, 'core')}, {_usable()} for this process"
-    yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    yield "cpu", f"{processor()}, {count(os.cpu_count() or 1, 'core')}, {usable_cores()} for this process"
+    if memory := memory_bytes():
+        yield "memory", f"{memory / 2**30:.1f} GiB"
     yield from _gpus()
 
 
@@ -62,17 +64,6 @@ def _extras() -> str:
             needs[extra[1]].append(package[0])
     whole = {extra: all(map(_version, packages)) for extra, packages in needs.items()}
     return ", ".join(f"{extra}{'' if there else ' (missing)'}" for extra, there in whole.items())
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")):
-            return found[1]
-    return platform.processor() or platform.machine()
-
-
-def _usable() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from repan_cli.compare.results import Result
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread, difference
@@ -32,6 +32,14 @@ ONLY_AT_RESTARTS = {
 # ---------------------------------------------------------------------------------------------- groups
 
 
+class Cost(NamedTuple):
+    """Epochs, training images seen (None where runs did not note them), and hours."""
+
+    epochs: float
+    images: float | None
+    hours: float
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs that differ in nothing that matters but their seed, one a seed. `settings` are what sets the group apart."""
@@ -48,19 +56,22 @@ class Group:
         return {result.seed: getattr(result, figure) for result in self.results}
 
     def spread(self, figure: str) -> Spread | None:
-        """Of a figure of `Result`; None where not all runs have it."""
+        """Return mean and spread of a figure of `Result`; None where not all runs have it."""
         values = list(self.by_seed(figure).values())
         return None if None in values else Spread.of(values)
 
     def devices(self) -> list[str]:
-        """What its runs were computed on, as far as they noted it."""
+        """Return the devices that its runs were computed on, as far as they noted them."""
         return sorted({result.device for result in self.results if result.device})
 
-    def cost(self) -> dict[str, float | None]:
-        """Of a run, on average: epochs, training images seen, hours."""
-        seconds = self.spread("seconds")
-        epochs, seen = self.spread("epochs"), self.spread("images_seen")
-        return {"epochs": epochs.mean, "images": seen.mean if seen else None, "hours": seconds.mean / 3600}
+    def cost(self) -> Cost:
+        """Return what a run costs, on average."""
+        epochs, seconds, seen = (self._mean(figure) for figure in ("epochs", "seconds", "images_seen"))
+        return Cost(epochs or 0.0, seen, (seconds or 0.0) / 3600)
+
+    def _mean(self, figure: str) -> float | None:
+        found = self.spread(figure)
+        return found.mean if found else None
 
 
 @dataclass(frozen=True)
@@ -116,13 +127,13 @@ def compare(
 
 
 def _kind(result: Result) -> tuple[Any, ...]:
-    """What the runs of a group share."""
+    """Return what the runs of a group share."""
     settings = sorted((key, repr(value)) for key, value in result.settings.items() if _reads(result, key))
     return result.command, result.dataset, result.classes, *settings
 
 
 def _is_control(result: Result) -> bool:
-    """Whether it goes without restarts; runs of other commands than cycle do."""
+    """Tell whether a run goes without restarts, as those of other commands than cycle do."""
     return result.command != "cycle" or result.settings.get("cycle.restart") == "none"
 
 
@@ -137,12 +148,12 @@ def _different_problems(results: Sequence[Result]) -> list[str]:
 
 
 def _folder(result: Result) -> Path:
-    """Where it lies, beside the runs with other seeds."""
+    """Return the folder that a run lies in, beside those with other seeds."""
     return result.path.resolve().parent
 
 
 def _named_by_folder(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """With the names of their folders, as seen from where they all lie."""
+    """Label groups with the names of their folders, as seen from where they all lie."""
     folders = [_folder(group.results[0]) for group in groups]
     common = Path(os.path.commonpath(folders))
     names = [folder.relative_to(common).as_posix() if folder != common else folder.name for folder in folders]
@@ -150,7 +161,7 @@ def _named_by_folder(groups: Sequence[Group]) -> tuple[Group, ...]:
 
 
 def _controls(members: list[tuple[Result, ...]], controls: Mapping[str, Sequence[Path]]) -> tuple[list[int], list[str]]:
-    """Which of the groups are the controls, and what is doubtful about that."""
+    """Choose which of the groups are the controls, and say what is doubtful about that."""
     if controls:
         return list(dict.fromkeys(_group_of(word, paths, members) for word, paths in controls.items())), []
     found = [number for number, runs in enumerate(members) if _is_control(runs[0])]
@@ -197,7 +208,7 @@ def _differing(firsts: Sequence[Result]) -> list[str]:
 
 
 def _reads(result: Result, key: str) -> bool:
-    """Whether a setting has an effect on a run's result."""
+    """Tell whether a setting has an effect on a run's result."""
     if key in WITHOUT_EFFECT or (key in ONLY_AT_RESTARTS and _is_control(result)):
         return False
     if key == "data.root":  # known sets are the same wherever they lie
@@ -206,14 +217,14 @@ def _reads(result: Result, key: str) -> bool:
 
 
 def _setting(result: Result, key: str) -> Any:
-    """Its value; the baseline's are the main ones where nothing is laid over them, and it has no teacher."""
+    """Return a setting's value; the baseline's are the main ones where nothing lies over them, without a teacher."""
     if key in result.settings or key not in OVERLAY:
         return result.settings[key]
     return None if key == "baseline.teacher.name" else result.settings[key.removeprefix("baseline.")]
 
 
 def _shown(value: Any) -> str:
-    """As it would be typed."""
+    """Write a value as it would be typed."""
     if isinstance(value, tuple):
         return f"[{','.join(map(_shown, value))}]"
     if isinstance(value, bool):
@@ -256,11 +267,11 @@ def _group_as_data(comparison: Comparison, group: Group) -> dict[str, Any]:
         "devices": group.devices(),
         "difference": {figure: gain._asdict() for figure, gain in gains.items() if gain} or None,
         "differences": _differences(comparison, group),
-        **group.cost(),
+        **group.cost()._asdict(),
     }
 
 
 def _differences(comparison: Comparison, group: Group) -> dict[str, Any]:
-    """Of test top-1 over each of the controls, by their labels."""
+    """Return the differences of test top-1 over each of the controls, by their labels."""
     gains = {control.label: comparison.gain(group, over=control) for control in comparison.controls}
     return {label: gain._asdict() if gain else None for label, gain in gains.items()}

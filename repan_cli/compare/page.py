@@ -21,7 +21,7 @@ METHODS = {"paired": "paired by seed", "welch": "by Welch's t-test, as the seeds
 
 
 def titles(comparison: Comparison) -> tuple[str, ...]:
-    """Of the columns of `rows`."""
+    """Return the titles of the columns of `rows`."""
     several = comparison.control_count > 1
     over = [f"over {control.label}" for control in comparison.controls] if several else ["over the control"]
     return ("runs", "seeds", "test top-1", "last cycle", "val best", *over, "epochs", "images", "time")
@@ -39,9 +39,9 @@ def _row(comparison: Comparison, group: Group) -> tuple[str, ...]:
         str(len(group.seeds)),
         *(_spread(group.spread(figure)) for figure in ("test_top1", "last_test_top1", "val_top1")),
         *("control" if group is over else _gain(comparison.gain(group, over=over)) for over in comparison.controls),
-        f"{cost['epochs']:g}",
-        _short(cost["images"]),
-        duration(3600 * cost["hours"]),
+        f"{cost.epochs:g}",
+        _short(cost.images),
+        duration(3600 * cost.hours),
     )
 
 
@@ -67,7 +67,7 @@ def _gain(gain: Difference | None) -> str:
 
 
 def legend(comparison: Comparison) -> str:
-    """What the figures of the table are, in a sentence or two."""
+    """Explain the figures of the table in a sentence or two."""
     spread = [group for group in comparison.groups if len(group.seeds) > 1]
     words = "top-1 in percent, of the network that validation chose and of the end of the last cycle"
     if spread:
@@ -162,7 +162,7 @@ def _run_rows(comparison: Comparison) -> list[tuple[str, ...]]:
 
 
 def _key(comparison: Comparison) -> str:
-    """Which line or point is which group's."""
+    """Draw which line or point is which group's."""
     entries = (
         f'<li><svg width=30 height=12 aria-hidden=true><path d="M1 6H29" class="{_style(n)}"/></svg>'
         f"{escape(group.label)}{' (control)' if n == 0 and len(comparison.groups) > 1 else ''}"
@@ -228,7 +228,7 @@ def curve(group: Group) -> Curve | None:
 
 
 def cycle_starts(group: Group) -> dict[int, int]:
-    """How many epochs came before each cycle of a group's runs."""
+    """Count the epochs that came before each cycle of a group's runs."""
     cycles = [0, *(record["cycle"] for record in group.results[0].records)]
     return {cycle: done for done, (before, cycle) in enumerate(itertools.pairwise(cycles)) if cycle != before}
 
@@ -246,7 +246,7 @@ def _curves_section(comparison: Comparison) -> Iterator[str]:
 
 
 def _cut(curves: Sequence[Curve | None]) -> float | None:
-    """Where the axis begins, so that the first epochs do not flatten the rest; None where all are to be seen."""
+    """Choose where the axis begins, so that the first epochs do not flatten the rest; None where all are to be seen."""
     values = sorted(value for found in curves if found for value in found.low)
     high = max(value for found in curves if found for value in found.high)
     lower = values[len(values) // 5]
@@ -316,7 +316,7 @@ def _drawn(group: Group, found: Curve, x: Scale, y: Scale, number: int, *, band:
 
 def _strip(comparison: Comparison) -> str:
     """A row a group: a point for each seed's test top-1, a bar at their mean."""
-    spreads = [group.spread("test_top1") for group in comparison.groups]
+    spreads = [Spread.of(list(group.by_seed("test_top1").values())) for group in comparison.groups]
     values = [value for spread in spreads for value in spread.values]
     margin = 0.08 * (max(values) - min(values)) or 0.5
     x = Scale(min(values) - margin, max(values) + margin, LEFT, WIDTH - RIGHT)

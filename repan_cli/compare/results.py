@@ -1,4 +1,4 @@
-"""What runs have left in their directories, read back: settings, figures and the course of validation."""
+"""Read back what runs have left in their directories: settings, figures and the course of validation."""
 
 from __future__ import annotations
 
@@ -119,26 +119,28 @@ def _result(path: Path, summary: Mapping[str, Any], records: list[dict[str, Any]
         dataset=str(summary["dataset"]),
         classes=int(summary["classes"]) if "classes" in summary else None,
         images=None if images is None else int(images),
-        test_top1=_number(float(summary["test"]["top1"])),
-        last_test_top1=_number(float(phases[-1]["test_top1"])),
+        test_top1=_finite(float(summary["test"]["top1"])),
+        last_test_top1=_finite(float(phases[-1]["test_top1"])),
         val_top1=max((value for value in validation if value is not None), default=None),
-        seconds=_number(float(summary["seconds"])),
+        seconds=_finite(float(summary["seconds"])),
         device=_device(path / "env.json"),
         records=course,
     )
 
 
 def _device(path: Path) -> str | None:
-    """What a run began on: a GPU's name, or cpu."""
+    """Return the device that a run began on: a GPU's name, or cpu."""
     machine = read_json(path) if path.exists() else {}
     name = machine.get("gpu") or machine.get("device")
     return str(name) if name else None
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None. Raises ValueError or TypeError for anything else."""
-    if value is None:
-        return None
+    """Return a finite number, or None. Raises ValueError or TypeError for anything else."""
+    return None if value is None else _finite(value)
+
+
+def _finite(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{value} is no figure")
     return float(value)
@@ -164,7 +166,7 @@ def _frozen(text: Any) -> Any:
 
 
 def read_all(paths: Sequence[Path]) -> tuple[list[Result], list[tuple[str, str]]]:
-    """Those runs that are finished, and each that is not with the reason."""
+    """Read the runs that are finished, and name each that is not with the reason."""
     results, left_out = [], []
     for path in paths:
         try:

@@ -10,53 +10,11 @@ from typing import NamedTuple
 CONFIDENCE = 0.95
 
 
-# ---------------------------------------------------------------------------------------------- Student's t
-
-
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), by its continued fraction (Lentz's method)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly its mirror image does not
-        return 1 - incomplete_beta(b, a, 1 - x)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(log_front) * _continued_fraction(a, b, x) / a
-
-
-def _continued_fraction(a: float, b: float, x: float) -> float:
-    c, d = 1.0, 1 / _not_zero(1 - (a + b) * x / (a + 1))
-    fraction = d
-    for m in range(1, 1000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d, c = 1 / _not_zero(1 + term * d), _not_zero(1 + term / c)
-            fraction *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return fraction
-
-
-def _not_zero(value: float) -> float:
-    return value if abs(value) > 1e-300 else 1e-300
-
-
 def t_bound(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """t such that Student's T with `freedom` > 0 degrees of freedom lies within -t and t with this probability.
+    """Return the t for which Student's T with `freedom` > 0 degrees of freedom lies within -t and t so probably."""
+    from scipy.special import stdtrit  # here, as importing it takes longer than most of what needs no interval
 
-    P(|T| > t) = I_x(freedom / 2, 1 / 2) with x = freedom / (freedom + t^2), which grows with x: halving finds x.
-    """
-    low, high = 0.0, 1.0
-    for _ in range(200):
-        middle = (low + high) / 2
-        if incomplete_beta(freedom / 2, 0.5, middle) < 1 - confidence:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(freedom * (1 - high) / high)
-
-
-# ---------------------------------------------------------------------------------------------- spread, difference
+    return float(stdtrit(freedom, (1 + confidence) / 2))
 
 
 class Spread(NamedTuple):
@@ -82,7 +40,7 @@ class Difference(NamedTuple):
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
-    """How far `ours` lie above `theirs`, figures by seed: paired where both have the same seeds, else by Welch."""
+    """Return how far `ours` lie above `theirs`, figures by seed: paired where the seeds are the same, else by Welch."""
     if ours.keys() == theirs.keys():
         gains = Spread.of([ours[seed] - theirs[seed] for seed in sorted(ours)])
         error, freedom, method = (gains.sd or 0) / math.sqrt(len(ours)), len(ours) - 1.0, "paired"
@@ -98,8 +56,8 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
 
 
 def _welch(a: Spread, b: Spread) -> tuple[float, float]:
-    """Standard error of the difference of two means, and its degrees of freedom (Welch-Satterthwaite)."""
-    parts = [(part.sd**2 / len(part.values), len(part.values) - 1) for part in (a, b)]
+    """Return the standard error of the difference of two means, and its degrees of freedom (Welch-Satterthwaite)."""
+    parts = [((part.sd or 0.0) ** 2 / len(part.values), len(part.values) - 1) for part in (a, b)]
     variance = sum(part for part, _ in parts)
     if not variance:
         return 0.0, float(sum(freedom for _, freedom in parts))

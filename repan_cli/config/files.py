@@ -24,8 +24,9 @@ class _TextLoader(yaml.BaseLoader):
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        alias = self.peek_event().start_mark if self.check_event(yaml.AliasEvent) else None
+        alias = self.peek_event().start_mark if self.check_event(yaml.AliasEvent) else None  # type: ignore[no-untyped-call]
         node = super().compose_node(parent, index)
+        assert node is not None, "PyYAML raises where there is none"
         if alias and not isinstance(node, yaml.ScalarNode):
             raise yaml.MarkedYAMLError(problem="an alias can stand for one value only", problem_mark=alias)
         return node
@@ -72,14 +73,14 @@ def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def preset_folders() -> list[Path]:
-    """Where presets lie: beside the package in a checkout, inside it once installed."""
+    """Return the folders of presets: beside the package in a checkout, inside it once installed."""
     package = Path(__file__).resolve().parents[1]
     return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
 
 
 def presets() -> dict[str, Path]:
-    """The shipped presets by name, such as recipes/cifar."""
-    found = {}
+    """Return the shipped presets by name, such as recipes/cifar."""
+    found: dict[str, Path] = {}
     for folder in preset_folders():
         for path in sorted(folder.rglob("*.yaml")):
             found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)

@@ -1,18 +1,19 @@
-"""How a setting is declared, and how the text that people type becomes its value."""
+"""Declare settings, and turn the text that people type into their values."""
 
 from __future__ import annotations
 
 import math
+import operator
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from repan_cli.registry import did_you_mean
 
 SWITCHES = {"true": "on", "yes": "on", "false": "off", "no": "off"}
-"""What people say for the choices on and off."""
+"""Other words for the choices on and off."""
 
 Layer = Mapping[str, Any]
 
@@ -54,7 +55,7 @@ class Setting:
         return self._parse_one(kind, text)
 
     def describe(self) -> dict[str, Any]:
-        """What programs may want to know of it."""
+        """Return what programs may want to know of it."""
         kind, optional = _optional(self.type)
         many = typing.get_args(kind)
         name = f"list of {many[0].__name__}" if many else kind.__name__
@@ -76,11 +77,11 @@ class Setting:
             hint = did_you_mean(value, self.choices) or f"; choose {' or '.join(self.choices)}"
             raise ValueError(f"'{value}' is not a choice{hint}")
         for bound, broken, words in (
-            (self.low, lambda: value < self.low, "at least"),
-            (self.above, lambda: value <= self.above, "above"),
-            (self.high, lambda: value > self.high, "at most"),
+            (self.low, operator.lt, "at least"),
+            (self.above, operator.le, "above"),
+            (self.high, operator.gt, "at most"),
         ):
-            if bound is not None and broken():
+            if bound is not None and broken(value, bound):
                 raise ValueError(f"{value:g} must be {words} {bound:g}")
 
 
@@ -125,7 +126,7 @@ def _parse_float(text: str) -> float:
     return number
 
 
-_PARSERS = {bool: _parse_bool, int: _parse_int, float: _parse_float, str: str}
+_PARSERS: dict[type, Callable[[str], Any]] = {bool: _parse_bool, int: _parse_int, float: _parse_float, str: str}
 
 
 def as_text(value: Any) -> str:

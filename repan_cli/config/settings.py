@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from repan_cli.config.conventions import SMALL_IMAGE, WEIGHT_ENDINGS
 from repan_cli.config.schema import Setting, setting
 
 RECIPES = {
@@ -19,9 +20,6 @@ RECIPES = {
     **dict.fromkeys(("imagenet16", "imagenet16_120", "imagenet16_150", "imagenet16_200"), "recipes/cifar"),
 }
 """The recipe a data set is trained with when no `-c FILE` is given."""
-
-SPLITS = ("test", "val", "train")
-"""The parts of a data set, in the order in which they are looked for to report on."""
 
 POLICIES = ("autoaugment", "randaugment", "trivialaugment")
 """Augmentation policies that work on one picture at a time."""
@@ -41,7 +39,7 @@ class ModelConfig:
         if self.pretrained and self.init:
             yield "model.pretrained and model.init both say which weights to start from: give one"
         name = self.name or ""
-        if name.endswith((".pt", ".pth", ".safetensors")):
+        if name.endswith(WEIGHT_ENDINGS):
             yield f"model.name={name} is a file of weights: give it as --init, and --model where it is not repan's"
         if name.endswith(".py"):
             yield f"model.name={name} needs the function in it that builds the network: {name}:FUNCTION"
@@ -89,7 +87,7 @@ class DataConfig:
     crop: str = setting(
         "auto",
         "pad: images in memory are padded and cropped; resized: a part of each is cropped and resized, read one by "
-        "one; auto: pad up to 64 pixels, else resized.",
+        f"one; auto: pad up to {SMALL_IMAGE} pixels, else resized.",
         choices=("auto", "pad", "resized"),
     )
     crop_padding: int | None = setting(

@@ -1,4 +1,4 @@
-"""Where batches come from: what images in memory and images that are read one by one have in common.
+"""The source of batches: what images in memory and images that are read one by one have in common.
 
 An epoch is a plan: an order of the images, and for each a view (a crop and a flip) and the middle of a blank square,
 all drawn from its position, (seed, cycle, epoch). Nothing depends on what ran before, so that a run can go on from any
@@ -28,12 +28,12 @@ class Batch(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # in place of tuple's method, which nobody calls
     views: Tensor | None = None
     teacher: Tensor | None = None
 
     def computed_on(self) -> tuple[Tensor, ...]:
-        """What the device needs of it, from which `Batch.of` makes it again."""
+        """Return what the device needs of it, from which `Batch.of` makes it again."""
         return (self.images, self.labels) if self.teacher is None else (self.images, self.labels, self.teacher)
 
     @classmethod
@@ -59,7 +59,7 @@ class EpochPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images.
+    """The augmentation of training images.
 
     `padding`: zero pixels around each image that a crop may reach into; `flip`: whether views may be mirrored;
     `policy`: name of a policy, see `policies.py`. `cutout`: side of a square that is blanked (DeVries & Taylor 2017);
@@ -129,12 +129,12 @@ class Loader(ABC):
 
     @property
     def unnumbered(self) -> str | None:
-        """Why the views of an image cannot be told by a number; None when they can."""
+        """Say why the views of an image cannot be told by a number; None when they can."""
         return self.augmentation.unnumbered
 
     @property
     def view_count(self) -> int:
-        """How many crops and flips an image has."""
+        """Count the crops and flips of an image."""
         return 2 * self.side**2
 
     def training_batches(self, batch_size: int, *position: int, first: int = 0) -> Iterator[Batch]:
@@ -175,7 +175,7 @@ class Loader(ABC):
         return EpochPlan(order, crops * 2 + flips, holes, erased)
 
     def _finished(self, batch: Batch, plan: EpochPlan, position: tuple[int, ...]) -> Batch:
-        """With what is done to whole batches: blank squares and rectangles, and mixing."""
+        """Do what is done to whole batches: blank squares and rectangles, and mixing."""
         images, labels = batch.images, batch.labels
         if self.augmentation.cutout:
             holes = plan.holes[batch.index].to(self.device, non_blocking=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from repan_cli.config.conventions import LARGE_IMAGE
 from repan_cli.data import pickled_arrays
 from repan_cli.data.folders import load_folders
 from repan_cli.data.image_files import UnreadableImageError, as_mode
@@ -26,12 +27,15 @@ from repan_cli.data.types import (
     PREFIXES,
     ArrayImages,
     DatasetSpec,
+    Labels,
     LazyImages,
+    Part,
     RawDataset,
     ReadOptions,
 )
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
+from repan_cli.system.text import first_line
 
 DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -47,8 +51,9 @@ def _load_digits(root: Path, reading: ReadOptions) -> RawDataset:
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int64)
     test = stratified(labels, 0.2, seed=0)
-    parts = {"train": ArrayImages(images[~test], labels[~test]), "test": ArrayImages(images[test], labels[test])}
-    return RawDataset(tuple(str(name) for name in bunch.target_names), parts)
+    whole = ArrayImages(images, labels)
+    names = tuple(str(name) for name in bunch.target_names)
+    return RawDataset(names, {"train": whole.take(~test), "test": whole.take(test)})
 
 
 # ---------------------------------------------------------------------------------------------- torchvision's
@@ -209,7 +214,7 @@ def _load_noise(root: Path, reading: ReadOptions) -> RawDataset:
     """Random pixels and labels: what is learned from them means nothing."""
     warn("synthetic data are noise, for speed tests: no accuracy on them means anything")
     size, draw = reading.image_size or 32, np.random.default_rng(0)
-    parts = {}
+    parts: dict[str, Part] = {}
     for part, most in (("train", MOST_NOISE), ("test", MOST_NOISE // 10)):
         count = max(2 * reading.classes, min(most, NOISE_BYTES // (size**2 * reading.channels)))
         images = draw.integers(0, 256, (count, size, size, reading.channels), dtype=np.uint8)
@@ -249,7 +254,7 @@ def _load_timm(name: str) -> Callable[[Path, ReadOptions], RawDataset]:
         if len(found) < 2 or train is None:
             raise InputError(f"timm finds no training and validation part of {name} in {root}")
         classes, _ = _classes_and_labels(name, train)
-        parts = {}
+        parts: dict[str, Part] = {}
         for part, dataset in found.items():
             _, labels = _classes_and_labels(name, dataset)
             parts[part] = LazyImages(_TimmReader(dataset, reading.channels), labels, np.arange(len(labels)))
@@ -270,12 +275,11 @@ def _timm_part(name: str, root: Path, split: str) -> Any:
     except Exception as error:  # of timm, torchvision, datasets, or the network
         if split != "train":
             return None
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"timm cannot open {name} in {root}: {line}") from None
+        raise InputError(f"timm cannot open {name} in {root}: {first_line(error)}") from None
 
 
-def _classes_and_labels(name: str, dataset: Any) -> tuple[tuple[str, ...], np.ndarray]:
-    """The names of its classes, and the class numbers of its images without reading these."""
+def _classes_and_labels(name: str, dataset: Any) -> tuple[tuple[str, ...], Labels]:
+    """Return the names of its classes, and the class numbers of its images without reading these."""
     table = getattr(getattr(dataset, "reader", None), "dataset", None)  # Hugging Face's
     if table is not None:
         key = dataset.reader.label_key
@@ -296,7 +300,7 @@ def _timm_spec(name: str) -> DatasetSpec:
             f"{name} can only be read in order, so that nothing could be held out or resumed: unpack it into class "
             "folders (--dataset folder), or use hfds/ for sets of the Hugging Face hub"
         )
-    return DatasetSpec(f"timm's {name}", _load_timm(name), IMAGENET_MEAN, IMAGENET_STD, image_size=224)
+    return DatasetSpec(f"timm's {name}", _load_timm(name), IMAGENET_MEAN, IMAGENET_STD, image_size=LARGE_IMAGE)
 
 
 PREFIXES.update(dict.fromkeys(("hfds", "torch", *IN_ORDER), _timm_spec))
@@ -335,7 +339,7 @@ DATASETS.register("cifar100")(
 )
 DATASETS.register("svhn")(
     DatasetSpec(
-        "32x32 house numbers, 10 classes, 99,289 images; needs scipy",
+        "32x32 house numbers, 10 classes, 99,289 images",
         _from_torchvision("SVHN", "svhn", _read_svhn, parts=SPLITS),
         (0.4377, 0.4438, 0.4728),
         (0.1980, 0.2010, 0.1970),
@@ -366,7 +370,7 @@ DATASETS.register("imagenet")(
         _load_imagenet,
         IMAGENET_MEAN,
         IMAGENET_STD,
-        image_size=224,
+        image_size=LARGE_IMAGE,
     )
 )
 DATASETS.register("synthetic")(

@@ -1,8 +1,8 @@
-"""Data sets: one specification each. Adding one takes one `DatasetSpec`; those that ship with repan are in `known.py`.
+"""Data sets: one specification each. Adding one takes one `DatasetSpec`; those of the package are in `builtin.py`.
 
-What every loader returns is `Raw`: parts named train, val and test, of which a set has train and at least one other.
-`load` turns that into a `Dataset` with the validation part split off. A part is whole in memory (`Images`, small
-images) or read from where it lies when it is asked for (`Pictures`).
+Every loader returns a `RawDataset`: parts named train, val and test, of which a set has train and at least one other.
+`load` turns that into a `Dataset` with the validation part split off. A part is whole in memory (`ArrayImages`, small
+images) or read from where it lies when it is asked for (`LazyImages`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from repan_cli.data.types import (
     DatasetSpec,
     LazyImages,
     Part,
+    Pixels,
     RawDataset,
     ReadOptions,
 )
@@ -56,7 +57,7 @@ def load(
     reading = ReadOptions(image_size or spec.image_size, len(mean), crop, on_error == "skip", classes or 10)
     raw = spec.load(Path(root), reading)
     _check_labels(name, raw)
-    if classes not in (None, len(raw.classes)):
+    if classes is not None and classes != len(raw.classes):
         raw = first_classes(name, raw, classes)
     _warn_of_empty_classes(name, raw)
     if per_class is not None:
@@ -65,7 +66,7 @@ def load(
     train, val, test = parts["train"], parts.get("val"), parts.get("test")
     digest = ""
     if test is None:
-        val, test = None, val
+        val, test = None, parts["val"]
     if val is None and val_fraction > 0:
         held_out = stratified(train.labels, val_fraction, split_seed)
         if not held_out.any():
@@ -80,7 +81,7 @@ def load(
 
 
 def settings_of(data: config.DataConfig) -> dict[str, Any]:
-    """The arguments of `load` that these settings mean."""
+    """Return the arguments of `load` that these settings mean."""
     return {
         "name": data.name,
         "root": data.root,
@@ -101,10 +102,11 @@ def _specification(name: str) -> DatasetSpec:
 
 
 def _statistics(spec: DatasetSpec, channels: int | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of each channel, also of a colour set read in grey or the other way round."""
-    if channels in (None, len(spec.mean)):
+    """Return mean and std of each channel, also of a colour set read in grey or the other way round."""
+    if channels is None or channels == len(spec.mean):
         return spec.mean, spec.std
-    return tuple((sum(values) / len(values),) * channels for values in (spec.mean, spec.std))
+    mean, std = ((sum(values) / len(values),) * channels for values in (spec.mean, spec.std))
+    return mean, std
 
 
 def _check_labels(name: str, raw: RawDataset) -> None:
@@ -125,7 +127,7 @@ def _warn_of_empty_classes(name: str, raw: RawDataset) -> None:
 
 
 def _fitted(part: Part, reading: ReadOptions) -> Part:
-    """In the size and with the channels asked for; images in memory that are to be cropped and resized, as pictures."""
+    """Bring a part to the size and channels asked for; images in memory that are to be resized become pictures."""
     if isinstance(part, LazyImages):
         return part
     images = _with_channels(part.images, reading.channels)
@@ -138,7 +140,7 @@ def _fitted(part: Part, reading: ReadOptions) -> Part:
     return ArrayImages(images, part.labels)
 
 
-def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:
+def _with_channels(images: Pixels, channels: int) -> Pixels:
     if images.shape[3] == channels:
         return images
     if channels == 3:

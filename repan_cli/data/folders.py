@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from repan_cli.data import image_files
 from repan_cli.data.image_files import UnreadableImageError
-from repan_cli.data.types import ArrayImages, LazyImages, RawDataset, ReadOptions
+from repan_cli.data.types import ArrayImages, Labels, LazyImages, Part, Pixels, RawDataset, ReadOptions
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
 from repan_cli.system.text import count as count_of
+
+T = TypeVar("T")
 
 LARGEST_RESIDENT = 16 * 2**30
 LOOKED_AT = 200_000
@@ -30,7 +32,7 @@ def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
     classes = image_files.class_folders(folders["train"])
     listed = {part: image_files.list_images(folder, classes) for part, folder in folders.items()}
     size = reading.image_size or image_files.own_size(listed["train"][0][0], reading.channels)
-    parts = {}
+    parts: dict[str, Part] = {}
     for part, (paths, labels) in listed.items():
         skip = reading.skip and part == "train"
         if reading.streams(size):
@@ -40,7 +42,7 @@ def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
     return RawDataset(classes, parts)
 
 
-def _read_images(paths: list[Path], labels: np.ndarray, size: int, reading: ReadOptions, *, skip: bool) -> ArrayImages:
+def _read_images(paths: list[Path], labels: Labels, size: int, reading: ReadOptions, *, skip: bool) -> ArrayImages:
     if len(paths) * size * size * reading.channels > LARGEST_RESIDENT:
         raise InputError(
             f"{len(paths):,} images of {size} pixels do not fit in memory: set a smaller data.image_size, or "
@@ -48,7 +50,7 @@ def _read_images(paths: list[Path], labels: np.ndarray, size: int, reading: Read
         )
     crop = reading.image_size is not None
 
-    def read(index: int) -> np.ndarray:
+    def read(index: int) -> Pixels:
         return np.asarray(_at_size(paths[index], size, reading.channels, crop=crop))
 
     images = _outcomes(read, len(paths), skip=skip)
@@ -66,7 +68,7 @@ def _at_size(path: Path, size: int, channels: int, *, crop: bool) -> Image.Image
     return image_files.square(image, size)
 
 
-def _pictures(paths: list[Path], labels: np.ndarray, reading: ReadOptions, *, skip: bool, whole: bool) -> LazyImages:
+def _pictures(paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: bool, whole: bool) -> LazyImages:
     """Files to be read when they are asked for; looked at now, unless there are very many: their headers, or, as a run
     must not fail at its end, `whole` images.
     """
@@ -81,15 +83,16 @@ def _pictures(paths: list[Path], labels: np.ndarray, reading: ReadOptions, *, sk
     return LazyImages(image_files.FileReader(paths, reading.channels), labels[kept], np.flatnonzero(kept))
 
 
-def _outcomes(read: Callable[[int], Any], count: int, *, skip: bool) -> list[Any]:
-    """What `read` gives for each number; with `skip` None for images that cannot be read, and a warning."""
+def _outcomes(read: Callable[[int], T], count: int, *, skip: bool) -> list[T | None]:
+    """Return what `read` gives for each number; with `skip` None for images that cannot be read, and a warning."""
     failed = []
 
-    def outcome(index: int) -> Any:
+    def outcome(index: int) -> T | None:
         try:
             return read(index)
         except UnreadableImageError as error:
             failed.append(error)
+            return None
 
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
         found = list(pool.map(outcome, range(count)))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from repan_cli.errors import InputError
@@ -43,7 +44,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def check(path: Path, *, whole: bool) -> None:
-    """Raises UnreadableImageError for a file that does not begin like an image; `whole`: that cannot be decoded."""
+    """Raise UnreadableImageError for a file that does not begin like an image; `whole`: that cannot be decoded."""
     with _opened(path) as image:
         if whole:
             image.draft("RGB", (image.width // 8, image.height // 8))  # JPEGs: as small as they can be
@@ -61,7 +62,7 @@ def open_image(path: Path, channels: int = 3) -> Image.Image:
 
 
 def as_mode(image: Image.Image, channels: int) -> Image.Image:
-    """With 8 bits in each of 1 or 3 channels."""
+    """Bring an image to 8 bits in each of 1 or 3 channels."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert(MODES[channels])
@@ -101,7 +102,7 @@ class FileReader:
 class ArrayReader:
     """Makes pictures of the images (N, H, W, C) in memory, by number."""
 
-    def __init__(self, images: np.ndarray) -> None:
+    def __init__(self, images: npt.NDArray[np.uint8]) -> None:
         self.images = images
 
     def __call__(self, index: int) -> Image.Image:
@@ -111,7 +112,7 @@ class ArrayReader:
         return f"image {index}"
 
 
-def as_picture(image: np.ndarray) -> Image.Image:
+def as_picture(image: npt.NDArray[np.uint8]) -> Image.Image:
     """(H, W, C) with 1 or 3 channels, uint8."""
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
 
@@ -158,7 +159,7 @@ def first_image(folder: Path) -> Path:
     return found
 
 
-def list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.ndarray]:
+def list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], npt.NDArray[np.int64]]:
     """The image files of a part and their class numbers. Raises InputError unless it has exactly these classes."""
     there = set(class_folders(folder))
     for name, wrong in (("lacks", set(classes) - there), ("has, unlike the training set,", there - set(classes))):

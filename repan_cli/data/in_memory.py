@@ -23,7 +23,7 @@ class InMemoryLoader(Loader):
 
     Args:
         part: uint8 images (N, H, W, C) and labels (N,).
-        **options: as for `Source`; there is no policy.
+        **options: as for `Loader`; there is no policy.
     """
 
     def __init__(self, part: ArrayImages, **options: Any) -> None:

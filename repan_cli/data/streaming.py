@@ -7,7 +7,6 @@ processes load nor on where a run began.
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from repan_cli.data.policies import policy
 from repan_cli.data.preprocess import CROP_SHARE, middle
 from repan_cli.data.types import ArrayImages, LazyImages, Part
 from repan_cli.errors import InputError
+from repan_cli.system.host import usable_cores
 from repan_cli.system.notices import warn
 from repan_cli.system.seeding import seed_for
 from repan_cli.system.signals import STOP_SIGNALS
@@ -39,11 +39,11 @@ class _Sample(NamedTuple):
 
     image: Tensor | None
     label: int
-    index: int
+    place: int
     problem: str = ""
 
 
-class _Loaded(Dataset):
+class _Loaded(Dataset[_Sample]):
     """The samples of a part for the processes that load. With a position, training samples; unreadable ones are
     replaced by the next that can be read where `skip` says so.
     """
@@ -94,7 +94,7 @@ class StreamingLoader(Loader):
         workers: processes that load; 0 is this one.
         skip: leave out training images that cannot be read.
         share: how much of a resized image is looked at where it is only scored, as a part of its side.
-        **options: as for `Source`.
+        **options: as for `Loader`.
     """
 
     def __init__(
@@ -112,7 +112,8 @@ class StreamingLoader(Loader):
         if isinstance(part, ArrayImages):
             part = LazyImages(ArrayReader(part.images), part.labels, np.arange(len(part.labels)))
         self.part, self.resized, self.policy_of = part, resized, policy_of
-        self.workers, self.skip, self.skipped, self.share = workers, skip, set(), share
+        self.workers, self.skip, self.share = workers, skip, share
+        self.skipped: set[str] = set()
 
     @property
     def unnumbered(self) -> str | None:
@@ -163,7 +164,7 @@ class StreamingLoader(Loader):
                 use_prefetcher=True,
                 scale=(chosen.least_area, 1.0),
                 hflip=0.5 if chosen.flip else 0.0,
-                color_jitter=None,
+                color_jitter=None,  # type: ignore[arg-type]  # off, which timm's types forget
                 interpolation="bicubic",
             )
             steps += [*whole.transforms[:-1]]
@@ -180,15 +181,14 @@ class StreamingLoader(Loader):
 
 
 def _collate(samples: list[_Sample]) -> tuple[Tensor, Tensor, Tensor, dict[str, bool]]:
-    """Images (B, C, H, W), labels (B,), indices (B,), and what could not be read, with whether that is fatal."""
+    """Return images (B, C, H, W), labels (B,), indices (B,), and what could not be read, with whether it is fatal."""
     problems = {sample.problem: sample.image is None for sample in samples if sample.problem}
-    read = [sample for sample in samples if sample.image is not None]
-    images = torch.stack([sample.image for sample in read]) if read else torch.empty(0)
-    labels, index = (torch.tensor([getattr(sample, name) for sample in read]) for name in ("label", "index"))
-    return images, labels, index, problems
+    read = [(sample.image, sample.label, sample.place) for sample in samples if sample.image is not None]
+    images = torch.stack([image for image, _, _ in read]) if read else torch.empty(0)
+    labels = torch.tensor([label for _, label, _ in read])
+    return images, labels, torch.tensor([place for _, _, place in read]), problems
 
 
 def default_workers(device: torch.device) -> int:
     """One process a core beside a GPU; on a CPU, which trains itself, one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, cores) if device.type == "cuda" else 1
+    return min(MOST_WORKERS, usable_cores()) if device.type == "cuda" else 1

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from repan_cli.data.types import ArrayImages, LazyImages, Part, RawDataset
+from repan_cli.data.types import ArrayImages, Labels, LazyImages, Mask, Part, RawDataset
 from repan_cli.errors import InputError
 
 
 def first_classes(name: str, raw: RawDataset, count: int) -> RawDataset:
-    """With the first `count` classes by name alone, numbered anew in the order that they had."""
+    """Keep the first `count` classes by name alone, numbered anew in the order that they had."""
     if count > len(raw.classes):
         raise InputError(f"data.classes={count}, but {name} has {len(raw.classes)} classes: give at most as many")
     by_name = sorted(range(len(raw.classes)), key=lambda number: raw.classes[number])
@@ -23,8 +23,8 @@ def first_classes(name: str, raw: RawDataset, count: int) -> RawDataset:
     return RawDataset(tuple(raw.classes[number] for number in chosen), parts)
 
 
-def _renumbered(part: Part, numbers: np.ndarray) -> Part:
-    """The images whose class has a new number in `numbers` (classes,), where -1 is none."""
+def _renumbered(part: Part, numbers: Labels) -> Part:
+    """Keep the images whose class has a new number in `numbers` (classes,), where -1 is none."""
     kept = part.take(numbers[part.labels] >= 0)
     labels = numbers[kept.labels]
     return (
@@ -33,13 +33,13 @@ def _renumbered(part: Part, numbers: np.ndarray) -> Part:
 
 
 def first_images(raw: RawDataset, count: int) -> RawDataset:
-    """With at most `count` training images of each class, the first ones; all that do not train are kept."""
+    """Keep at most `count` training images of each class, the first ones, and all that do not train."""
     train = raw.parts["train"]
     return raw._replace(parts={**raw.parts, "train": train.take(first_of_each(train.labels, count))})
 
 
-def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """A mask (N,) that holds out `fraction` of every class, drawn by `seed`: at least one image, and never all."""
+def stratified(labels: Labels, fraction: float, seed: int) -> Mask:
+    """Draw by `seed` a mask (N,) that holds out `fraction` of every class: at least one image, and never all."""
     mask = np.zeros(len(labels), dtype=bool)
     order = np.random.default_rng(seed).permutation(len(labels))
     for label in np.unique(labels):
@@ -49,8 +49,8 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return mask
 
 
-def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
-    """A mask (N,) of the first `count` images of every class."""
+def first_of_each(labels: Labels, count: int) -> Mask:
+    """Return a mask (N,) of the first `count` images of every class."""
     mask = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         mask[np.flatnonzero(labels == label)[:count]] = True

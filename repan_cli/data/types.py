@@ -1,4 +1,4 @@
-"""What a data set is made of: its specification, its parts, images in memory and images that are read lazily."""
+"""The parts of a data set: its specification, its parts, images in memory and images that are read lazily."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
+from repan_cli.config.conventions import SMALL_IMAGE
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LARGEST_SMALL = 64
-"""Images of at most this side live in memory and are cropped with padding; larger ones are read one by one, and a part
-of each is resized.
-"""
+
+Pixels = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 class ArrayImages(NamedTuple):
     """Images as uint8 (N, H, W, C) and their class numbers as int64 (N,)."""
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: Pixels
+    labels: Labels
 
-    def take(self, chosen: np.ndarray) -> ArrayImages:
+    def take(self, chosen: Mask) -> ArrayImages:
+        """Return the images that a mask (N,) chooses."""
         return ArrayImages(self.images[chosen], self.labels[chosen])
 
 
@@ -44,10 +47,11 @@ class LazyImages:
     """Pictures that are read when they are asked for: number `index[i]` of the reader's, of class `labels[i]`."""
 
     read: Reader
-    labels: np.ndarray
-    index: np.ndarray
+    labels: Labels
+    index: npt.NDArray[np.int64]
 
-    def take(self, chosen: np.ndarray) -> LazyImages:
+    def take(self, chosen: Mask) -> LazyImages:
+        """Return the pictures that a mask (N,) chooses."""
         return LazyImages(self.read, self.labels[chosen], self.index[chosen])
 
 
@@ -61,7 +65,7 @@ class RawDataset(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How images are to be read.
+    """The way in which images are to be read.
 
     `image_size` None is their own, `channels` 1 or 3; `crop` as the setting `data.crop`; `skip` leaves out training
     images that cannot be read; `classes` is the number of those of synthetic data.
@@ -74,13 +78,13 @@ class ReadOptions:
     classes: int = 10
 
     def streams(self, size: int) -> bool:
-        """Whether images of this side are read one by one."""
-        return self.crop == "resized" or (self.crop == "auto" and size > LARGEST_SMALL)
+        """Tell whether images of this side are read one by one, a part of each resized; others live in memory."""
+        return self.crop == "resized" or (self.crop == "auto" and size > SMALL_IMAGE)
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What is known of a data set before it is read.
+    """All that is known of a data set before it is read.
 
     `load(root, reading)` reads it. Mean and std are those of the training images in [0, 1]. `flip` is False where a
     mirrored image is another thing, such as a digit. `policy` names the AutoAugment policy that was found for it;
@@ -123,8 +127,8 @@ class Dataset:
         return len(self.mean)
 
     def part(self, name: str) -> Part:
-        """The part called train, val or test. Raises InputError when there is no validation part."""
-        images = getattr(self, name)
+        """Return the part called train, val or test. Raises InputError when there is no validation part."""
+        images: Part | None = getattr(self, name)
         if images is None:
             raise InputError(
                 f"{self.name} has no validation part: it was trained with data.val_fraction=0; use --split test"

@@ -62,7 +62,7 @@ class Display:
         self.console = on_stderr()
         self.log = log.open("a", encoding="utf-8") if log else None
         self.live = self._live()
-        self.pulse = None if self.live else Heartbeat(self.speak, seconds=5)
+        self.pulse = Heartbeat(self.speak, seconds=5)
         self.spoke = self.began = time.monotonic()
 
     def _live(self) -> Live | None:
@@ -80,7 +80,7 @@ class Display:
         (self.live or self.pulse).stop()
 
     def speak(self) -> None:
-        """Without a live display: say where the run is when nothing was said for a while."""
+        """Say where the run is when nothing was said for a while, as there is no live display."""
         if time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
             here = self.position
             where = here.doing or f"step {here.step}/{here.steps}"
@@ -117,7 +117,7 @@ class Display:
         self.say(Text.assemble((name.ljust(NAME_WIDTH), "bold"), text))
 
     def name(self, cycle: int) -> str:
-        """What a phase is called."""
+        """Return the name of a phase."""
         if len(self.epochs) == 1 and cycle == 0:
             return "train"
         return "baseline" if cycle == 0 else f"cycle {cycle}/{max(self.epochs)}"
@@ -142,10 +142,11 @@ class Display:
         self.position.doing = "training"
         if event.restarted:
             self.say(f"{name}: merged and regrew {event.blocks} blocks, logits moved {event.logit_error:.0e}")
-            loss = f"training loss {event.loss_before:.3f} -> {event.loss_after_restart:.3f}"
+            before, after = event.loss_before or 0.0, event.loss_after_restart or 0.0
+            loss = f"training loss {before:.3f} -> {after:.3f}"
             val = f", val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}"
             self.say(loss + (val if event.top1_before is not None else ""))
-            if event.loss_after_restart > event.loss_before + LOSS_JUMP:
+            if after > before + LOSS_JUMP:
                 self.say(Text.assemble(("Warning: ", WARNING), JUMPED))
         elif event.cycle:
             self.say(f"{name}: no merging (control), momentum zeroed")

@@ -31,7 +31,7 @@ def clock(seconds: float | None) -> str:
 
 @dataclass
 class Position:
-    """Where a run is, as its events told. `doing` is said in place of the count of steps when it is not training.
+    """The position of a run, as its events told. `doing` stands in place of the count of steps when it is not training.
 
     `figures` are those of the last look at the loss, `val` and `best` validation top-1 in percent.
     """
@@ -70,7 +70,7 @@ class Position:
 
 @dataclass
 class Pace:
-    """How fast it goes: seconds a step in this epoch, and of the last whole epoch of this phase."""
+    """The pace of a run: seconds a step in this epoch, and of the last whole epoch of this phase."""
 
     first: tuple[int, float] | None = None
     last: tuple[int, float] | None = None
@@ -93,7 +93,7 @@ class Pace:
 
     def left(self, steps: int, now: float) -> float | None:
         pace = self._of_a_step()
-        return None if pace is None else max(0.0, steps * pace - (now - self.last[1]))
+        return None if pace is None or self.last is None else max(0.0, steps * pace - (now - self.last[1]))
 
 
 class View:

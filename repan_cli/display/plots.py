@@ -124,6 +124,6 @@ def draw_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], targ
             for column, share in enumerate(values):
                 if counts[row][column]:
                     color = "white" if share > 55 else "black"
-                    axes.text(column, row, counts[row][column], ha="center", va="center", color=color, fontsize=8)
+                    axes.text(column, row, str(counts[row][column]), ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(picture, label="% of the class", shrink=0.8)
     figure.savefig(target, dpi=110)

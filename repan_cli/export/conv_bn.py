@@ -6,6 +6,7 @@ The file then loads strictly into the network as its makers build it: `timm.crea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import timm.utils
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from repan_cli.blocks import rep_blocks
 from repan_cli.blocks.branches import ConvBN
+from repan_cli.blocks.kernel import BatchNorm
 from repan_cli.errors import InputError
-from repan_cli.models.changes import Change
+from repan_cli.models.changes import Change, report_of
 
 Places = Mapping[str, tuple[str, str | None]]
-"""Of each merged convolution the names of the convolution and the BN that take it in, in the plain network."""
+"""The names of the convolution and the BN of the plain network that take in each merged convolution, by its name."""
 
 
 @torch.no_grad()
@@ -33,7 +35,8 @@ def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
 
     Raises InputError where the plain network has no place for a merged bias.
     """
-    changes = fused.repan_report.changes
+    report = report_of(fused)
+    changes = report.changes if report else ()
     if any(change.kind == "adapt" for change in changes):
         plain = timm.utils.reparameterize_model(plain)
     plain.eval()
@@ -46,7 +49,7 @@ def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
         if f"{conv}.bias" in own:
             state[f"{conv}.bias"], bias = bias, torch.zeros_like(bias)
         if norm is not None:
-            state |= _identity(plain.get_submodule(norm), norm, bias)
+            state |= _identity(cast("BatchNorm", plain.get_submodule(norm)), norm, bias)
         elif bias.any():
             raise InputError(
                 f"--form conv-bn: {conv} of the plain network has no BN and no bias to take the merged one"
@@ -65,7 +68,7 @@ def _no_place(name: str) -> InputError:
 
 
 def _places(changes: tuple[Change, ...], plain: nn.Module) -> Places:
-    """Where the convolutions of the fused network lie in the plain one; all others lie where they were."""
+    """Find where the convolutions of the fused network lie in the plain one; all others lie where they were."""
     names = {name for name, _ in plain.named_modules()}
     expanded = {change.name: (change.name, change.norm) for change in changes if change.kind == "expand"}
     blocks = {name: _place_in_block(name, block.trunk) for name, block in rep_blocks(plain)}
@@ -78,8 +81,8 @@ def _place_in_block(name: str, trunk: ConvBN) -> tuple[str, str | None]:
     return f"{name}.trunk.conv", f"{name}.trunk.norm" if trunk.has_norm else None
 
 
-def _identity(norm: nn.Module, name: str, bias: Tensor) -> dict[str, Tensor]:
-    """The state of a BN that adds `bias` and does nothing else; its counter says that it is not fresh."""
+def _identity(norm: BatchNorm, name: str, bias: Tensor) -> dict[str, Tensor]:
+    """Return the state of a BN that adds `bias` and does nothing else; its counter says that it is not fresh."""
     if norm.weight is None:
         raise InputError(f"--form conv-bn: {name} of the plain network has no affine parameters to take the bias")
     ones = torch.ones_like(bias)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from repan_cli.blocks import NATIVE, rep_blocks, reparameterize
+from repan_cli.blocks.kernel import BatchNorm, running_stats
 from repan_cli.errors import InputError, MergeError
-from repan_cli.models.changes import EVERYTHING, Change, Expansion, apply
+from repan_cli.models.changes import EVERYTHING, Change, Expansion, apply, report_of, set_report
 from repan_cli.models.expand import plan
 from repan_cli.models.probe import CEILING, NUDGE
 
@@ -31,7 +31,7 @@ EXACT_IMAGES = 2
 
 @dataclass(frozen=True)
 class FuseReport:
-    """How well the merged network agrees with the one it came from, and what it saves.
+    """The agreement of the merged network with the one it came from, and what it saves.
 
     `folded` counts the convolutions outside of blocks that took in the BN behind them. `gmacs` are the billions of
     multiplications that convolutions and matrix products make of one image.
@@ -96,8 +96,8 @@ def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
     error = _error_in_float64(exact, merged, _few(images).double())
     merged, model = merged.float(), exact.float()
     single = relative_error(merged(images), model(images))
-    before = getattr(model, "repan_report", Expansion(NATIVE, (), {}))
-    merged.repan_report = dataclasses.replace(before, changes=(*before.changes, *folds))
+    before = report_of(model) or Expansion(NATIVE, (), {})
+    set_report(merged, dataclasses.replace(before, changes=(*before.changes, *folds)))
     return merged, FuseReport(
         rel_error_fp64=error,
         rel_error_fp32=single,
@@ -112,7 +112,7 @@ def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raises InputError naming the first weight or statistic that is not finite."""
+    """Raise InputError naming the first weight or statistic that is not finite."""
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise InputError(
@@ -121,13 +121,16 @@ def check_finite(model: nn.Module) -> None:
 
 
 def untrained_norms(model: nn.Module) -> list[str]:
-    """The BN, by name, that have never seen a batch: their statistics are those they were made with."""
-    return [
-        name
-        for name, norm in model.named_modules()
-        if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None and not norm.num_batches_tracked
-        if not norm.running_mean.any() and (norm.running_var == 1).all() and (norm.weight is None or norm.weight.any())
-    ]
+    """Return the BN, by name, that have never seen a batch: their statistics are those they were made with."""
+    norms = [(name, norm) for name, norm in model.named_modules() if isinstance(norm, BatchNorm)]
+    return [name for name, norm in norms if _is_untrained(norm)]
+
+
+def _is_untrained(norm: BatchNorm) -> bool:
+    if norm.num_batches_tracked is None or norm.num_batches_tracked:
+        return False
+    mean, var = running_stats(norm)
+    return bool(not mean.any() and (var == 1).all() and (norm.weight is None or norm.weight.any()))
 
 
 def _few(images: Tensor) -> Tensor:
@@ -137,7 +140,7 @@ def _few(images: Tensor) -> Tensor:
 
 def _foldable(merged: nn.Module, images: Tensor) -> list[Change]:
     """The convolutions that a BN reads: as blocks without side branches they merge as all do."""
-    if not any(isinstance(module, _BatchNorm) for module in merged.modules()):
+    if not any(isinstance(module, BatchNorm) for module in merged.modules()):
         return []
     found = plan(merged, images[:1], family="plain", selection=EVERYTHING)
     return [change for change in found.changes if change.kind == "adapt" or change.norm]

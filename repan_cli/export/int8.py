@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
-from repan_cli.export.trace import first_line, quiet
+from repan_cli.export.trace import quiet
 from repan_cli.system.packages import need
+from repan_cli.system.text import first_line
 
 LEVELS = 255
 USUAL = 0.999
@@ -33,7 +35,7 @@ SAMPLED = 2**18
 
 @dataclass(frozen=True)
 class LayerHealth:
-    """What 8 bits leave of a layer.
+    """The part of a layer that 8 bits leave.
 
     `weight_spread`: the largest range of an output channel's weights over the median one; with one scale for the whole
     kernel the others share the bits that are left. `input_outlier`: the largest value that the layer reads over the
@@ -78,7 +80,7 @@ def health(network: nn.Module, batches: Iterable[Tensor]) -> list[LayerHealth]:
 
 
 @contextmanager
-def _inputs_of(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+def _inputs_of(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
     """A sample of what each layer reads meanwhile, its largest and smallest value in it."""
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
@@ -115,7 +117,7 @@ def _health_of(name: str, weight: Tensor, read: Tensor) -> LayerHealth:
 
 
 def _mean_sqnr(rows: Tensor, approximate: Tensor) -> float:
-    """Of output channels that are not zero: a loud one would hide what is lost in the others."""
+    """Average over output channels that are not zero: a loud one would hide what is lost in the others."""
     found = [sqnr(row, other) for row, other in zip(rows, approximate, strict=True) if row.any()]
     return sum(found) / len(found) if found else math.inf
 
@@ -168,7 +170,7 @@ def _reader(batches: Iterable[Tensor]) -> Any:
         def __init__(self) -> None:
             self.batches = iter(batches)
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
+        def get_next(self) -> dict[str, npt.NDArray[np.float32]] | None:
             batch = next(self.batches, None)
             return None if batch is None else {onnx_file.INPUT: batch.cpu().contiguous().numpy()}
 

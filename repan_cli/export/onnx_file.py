@@ -16,8 +16,9 @@ from repan_cli import checkpoint
 from repan_cli.checkpoint.card import ModelCard
 from repan_cli.checkpoint.format import CHECKSUM, DIGITS
 from repan_cli.errors import InputError
-from repan_cli.export.trace import first_line, quiet
+from repan_cli.export.trace import quiet
 from repan_cli.system.packages import need
+from repan_cli.system.text import first_line
 
 OPSET = 18
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
@@ -37,6 +38,7 @@ def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:
             )
     except Exception as error:
         raise InputError(f"cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
+    assert exported is not None, "the exporter by dynamo returns a program"
     return seal(exported.model_proto, header)
 
 

@@ -44,7 +44,7 @@ RECORDS = re.compile(
 TARGET = re.compile(
     r"torch\.ops\.aten\.(?!from_file|save|load|_?print|warn)\w+\.\w+|_operator\.(add|sub|mul|floordiv|truediv|mod|eq|ge|le|gt|lt)"
 )
-"""What a graph may call: PyTorch's operators on tensors, but those that touch files, and arithmetic of sizes."""
+"""The calls that a graph may make: PyTorch's operators on tensors, save those on files, and arithmetic of sizes."""
 
 EXPRESSION = re.compile(r"(Symbol\('[su]\d+'(, (positive|integer|nonnegative)=True)*\)|[su]?\d+|[-+*/() ])+")
 TREE_TYPES = {"builtins.tuple", "builtins.list", "builtins.dict", None}
@@ -74,9 +74,11 @@ class Pt2Network(nn.Module):
                 program = torch.export.load(archive.rewritten(TENSOR))
         self._run = [program.module()]  # in a list: an exported module refuses eval() and train()
 
-    def to(self, device: torch.device | str, **_: Any) -> Pt2Network:
-        """On another device; a graph keeps its memory format."""
-        self._run[0].to(device)
+    def to(self, *args: Any, **kwargs: Any) -> Pt2Network:
+        """Move to another device; a graph keeps its memory format."""
+        device = kwargs.get("device", *args[:1])
+        if device is not None:
+            self._run[0].to(device)
         return self
 
     @torch.no_grad()
@@ -153,7 +155,7 @@ def _without_bytes(archive: Archive, config: dict[str, Any], folder: str) -> str
 
 
 def _suspicious(part: Any) -> Iterator[str]:
-    """What in a graph's description could run code: anything but calls of torch's operators on sizes and tensors."""
+    """Name what in a graph's description could run code: all but calls of torch's operators on sizes and tensors."""
     if isinstance(part, list):
         for inner in part:
             yield from _suspicious(inner)

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from repan_cli.errors import InputError
+from repan_cli.system.text import first_line
 
 ABOUT_PYTHON = ("stack_trace", "from_node", "source_fn_stack")
-"""What a graph's nodes say of the Python code they came from, paths included."""
+"""The keys under which a graph's nodes tell of the Python code they came from, paths included."""
 
 
 class Normalized(nn.Module):
     """A network that takes images with values from 0 to 1 and normalises them itself."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -34,7 +38,7 @@ class Normalized(nn.Module):
 
 @torch.no_grad()
 def trace(network: nn.Module, images: Tensor, name: str) -> ExportedProgram:
-    """The graph of a network in eval mode for batches of any size of images like these (N, C, H, W), N above 1.
+    """Return the graph of a network in eval mode for batches of any size of images like these (N, C, H, W), N above 1.
 
     It knows nothing of the machine it was made on, so that the same network gives the same graph. Raises InputError
     for a network that cannot be one.
@@ -52,14 +56,9 @@ def trace(network: nn.Module, images: Tensor, name: str) -> ExportedProgram:
     return program
 
 
-def first_line(error: BaseException) -> str:
-    """What an exporter says, without the pages that follow."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters tell their own developers much, on stdout, too."""
+    """Silence exporters, which tell their own developers much, on stdout, too."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     aside = io.StringIO()

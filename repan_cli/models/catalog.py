@@ -1,4 +1,4 @@
-"""What can be done with a network of timm's or torchvision's: train in cycles, fuse, or neither.
+"""The uses of each network of timm's or torchvision's: train in cycles, fuse, or neither.
 
 The table `catalog.csv` beside this file was made by `python -m repan_cli.models.catalog`, and names are completed from
 it; a name that it does not have is looked at when it is asked for. Looking builds the network on the meta
@@ -20,6 +20,7 @@ import torchvision
 from torch import nn
 
 from repan_cli.blocks import RepBlock
+from repan_cli.config.conventions import LARGE_IMAGE
 from repan_cli.models.changes import Selection
 from repan_cli.models.create import BUILTIN, TIMM, TORCHVISION
 from repan_cli.models.expand import to_expand
@@ -31,8 +32,8 @@ TABLE = Path(__file__).with_name("catalog.csv")
 
 
 class Support(NamedTuple):
-    """How many multi-branch blocks a network has of its own, how many of its convolutions become blocks by default,
-    and how many convolutions are read by a BN.
+    """The number of multi-branch blocks that a network has of its own, of its convolutions that become blocks by
+    default, and of convolutions that a BN reads.
     """
 
     own: int
@@ -86,10 +87,11 @@ def _on_meta(name: str) -> tuple[nn.Module, int, int]:
         warnings.simplefilter("ignore")
         if name.startswith(TORCHVISION):
             model = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None)
-            return model, 299 if "inception" in name else 224, 3
+            return model, 299 if "inception" in name else LARGE_IMAGE, 3
         if name in BUILTIN:
             return timm.create_model(name), 32, 3
-        channels, size, _ = timm.get_pretrained_cfg(name.removeprefix(TIMM)).input_size
+        known = timm.get_pretrained_cfg(name.removeprefix(TIMM))
+        channels, size, _ = known.input_size if known else (3, LARGE_IMAGE, LARGE_IMAGE)
         return timm.create_model(name.removeprefix(TIMM)), size, channels
 
 

@@ -7,35 +7,22 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 from torch import nn
 
 from repan_cli.blocks import NATIVE, RepBlock, block_around, reinit_branches
-from repan_cli.checkpoint.card import ModelCard, Structure
+from repan_cli.blocks.kernel import BatchNorm
+from repan_cli.checkpoint.card import Change, ModelCard, Structure
+from repan_cli.errors import InputError
 from repan_cli.models.timm_blocks import adapt, split_norm
 
 NOT_CHOSEN = "not chosen: "
 
 
-class Change(NamedTuple):
-    """One place of a network that becomes a block; in a checkpoint a list of texts.
-
-    `adapt` makes blocks of timm's own multi-branch module `name`; `expand` one of the convolution `name` and the BN
-    `norm`, if it has one (else it gets a bias, if it has none); `grow` gives the block `name`, which has no side
-    branch, those of a family; `copies` is the number of branches, for the families that let choose.
-    """
-
-    kind: str
-    name: str
-    norm: str | None = None
-    family: str | None = None
-    copies: int | None = None
-
-
 @dataclass(frozen=True)
 class Selection:
-    """Which convolutions become blocks, or which blocks restart.
+    """The choice of convolutions that become blocks, or of blocks that restart.
 
     Args:
         kernel: sizes of the larger side of the kernel; empty is all above 1, None all.
@@ -50,7 +37,7 @@ class Selection:
     limit: int | None = None
 
     def left_out(self, convs: Mapping[str, nn.Conv2d]) -> dict[str, str]:
-        """Of convolutions by name those that are not chosen, with the reason."""
+        """Return those of the convolutions, by name, that are not chosen, with the reason."""
         reasons = {name: reason for name, conv in convs.items() if (reason := self._reason(name, conv))}
         chosen = sorted((name for name in convs if name not in reasons), key=lambda name: -convs[name].weight.numel())
         if self.limit is not None:
@@ -90,22 +77,38 @@ class Expansion:
 
     def structure(self, native: Mapping[str, Any]) -> Structure:
         """Return it as a checkpoint describes it, with the arguments that a network built of blocks was made with."""
-        return Structure(tuple(map(tuple, self.changes)), dict(self.left), dict(native))
+        return Structure(self.changes, dict(self.left), dict(native))
 
     @classmethod
     def from_card(cls, card: ModelCard) -> Expansion:
         """Read it from the description in a checkpoint."""
-        changes = tuple(Change(*parts) for parts in card.structure.changes)
-        return cls(card.block or NATIVE, changes, card.structure.left)
+        return cls(card.block or NATIVE, card.structure.changes, card.structure.left)
 
 
 def summary(left: Mapping[str, str]) -> str:
     """The reasons for which convolutions are left alone, the most frequent first, each with a name."""
     if not left:
         return "it has none"
-    first = {reason: name for name, reason in reversed(left.items())}
+    first = {reason: name for name, reason in reversed(list(left.items()))}
     counted = Counter(left.values()).most_common(3)
     return "; ".join(f"{first[reason]}{f' and {n - 1} more' if n > 1 else ''}: {reason}" for reason, n in counted)
+
+
+def report_of(model: nn.Module) -> Expansion | None:
+    """Return what was done to a network, its `repan_report`; None for one that was left as it was built."""
+    found = getattr(model, "repan_report", None)
+    return found if isinstance(found, Expansion) else None
+
+
+def changes_of(model: nn.Module) -> tuple[Change, ...]:
+    """Return the changes that made a network's blocks; none for one that was left as it was built."""
+    report = report_of(model)
+    return report.changes if report else ()
+
+
+def set_report(model: nn.Module, report: Expansion) -> None:
+    """Note on a network what was done to it, as its `repan_report`."""
+    vars(model)["repan_report"] = report  # neither parameter, buffer nor module
 
 
 # ---------------------------------------------------------------------------------------------- carrying out
@@ -118,24 +121,28 @@ def apply(model: nn.Module, changes: Iterable[Change], *, attach: str = "ramp") 
         if change.kind == "adapt":
             _put(model, change.name, adapt(module))
             continue
-        block = _grown(module, change) if change.kind == "grow" else _expanded(model, module, change)
+        block = _block_of(model, module, change)
         _put(model, change.name, block)
-        zero_start = block.trunk.has_norm and not block.trunk.norm.weight.any()
+        norm = block.trunk.batch_norm
+        zero_start = norm is not None and not norm.weight.any()
         reinit_branches(block, "zero-gamma" if attach == "one" and zero_start else attach)
 
 
-def _grown(block: RepBlock, change: Change) -> RepBlock:
-    norm = block.trunk.norm if block.trunk.has_norm else None
-    return block_around(block.trunk.conv, norm, change.family, copies=change.copies)
-
-
-def _expanded(model: nn.Module, conv: nn.Module, change: Change) -> RepBlock:
-    norm = None
-    if change.norm is not None:
-        norm, rest = split_norm(model.get_submodule(change.norm))
-        _put(model, change.norm, rest.train(norm.training))
-    elif conv.bias is None:  # the branches' BN will want one when they are merged
-        conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
+def _block_of(model: nn.Module, module: nn.Module, change: Change) -> RepBlock:
+    """Build the block around the trunk of one without side branches, or around a convolution and its BN."""
+    if change.family is None:
+        raise InputError(f"the change of {change.name} names no block family")
+    norm: BatchNorm | None = None
+    if change.kind == "grow":
+        trunk = cast("RepBlock", module).trunk
+        conv, norm = trunk.conv, trunk.batch_norm
+    else:
+        conv = cast("nn.Conv2d", module)
+        if change.norm is not None:
+            norm, rest = split_norm(model.get_submodule(change.norm))
+            _put(model, change.norm, rest.train(norm.training))
+        elif conv.bias is None:  # the branches' BN will want one when they are merged
+            conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
     return block_around(conv, norm, change.family, copies=change.copies)
 
 

@@ -1,4 +1,4 @@
-"""From the name that a person typed, or from a file that repan wrote, to a network."""
+"""Create a network from the name that a person typed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import nn
 
 from repan_cli import checkpoint
 from repan_cli.blocks import NATIVE, check_family
+from repan_cli.config.conventions import SMALL_IMAGE
 from repan_cli.errors import InputError
 from repan_cli.models import mobilenet_cifar, repvgg_cifar, resnet_cifar, user_file
 from repan_cli.models.expand import DEFAULT_FAMILY
 from repan_cli.models.inspect import classifier_layers
 from repan_cli.registry import did_you_mean
+from repan_cli.system.text import first_line
 
 BUILT_OF_BLOCKS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
 """Those of our networks that are built of blocks; all others are plain at first."""
@@ -23,8 +25,6 @@ BUILT_OF_BLOCKS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
 BUILTIN: tuple[str, ...] = (*BUILT_OF_BLOCKS, *resnet_cifar.default_cfgs, *mobilenet_cifar.default_cfgs)
 """The networks of this package."""
 
-SMALL_IMAGE = 64
-"""Up to this side in pixels a short name means our network for small images, above it timm's."""
 
 TIMM, TORCHVISION = "timm:", "torchvision:"
 ALIASES = {"repvgg": "repvgg_a1", "mobilenetv1": "mobilenetv1_100"}
@@ -129,16 +129,16 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
 
 
 def _not_fetched(name: str, error: Exception) -> InputError:
-    line = next(iter(str(error).splitlines()), type(error).__name__)
     return InputError(
-        f"cannot fetch the pretrained weights of {name} ({line}); give their file: --init FILE to train, "
+        f"cannot fetch the pretrained weights of {name} ({first_line(error)}); give their file: --init FILE to train, "
         f"elsewhere FILE --model {name}"
     )
 
 
 def has_new_classifier(name: str, num_classes: int) -> bool:
-    """Whether the pretrained weights of a network know another number of classes."""
+    """Tell whether the pretrained weights of a network know another number of classes."""
     if name.startswith(TORCHVISION):
         meta = torchvision.models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.meta
         return len(meta.get("categories", ())) != num_classes
-    return timm.get_pretrained_cfg(name.removeprefix(TIMM)).num_classes != num_classes
+    known = timm.get_pretrained_cfg(name.removeprefix(TIMM))
+    return known is None or known.num_classes != num_classes

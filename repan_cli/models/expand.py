@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from repan_cli.blocks import NATIVE, Geometry, check_family, rep_blocks
 from repan_cli.errors import InputError
-from repan_cli.models.changes import NOT_CHOSEN, Change, Expansion, Selection, apply, summary
+from repan_cli.models.changes import NOT_CHOSEN, Change, Expansion, Selection, apply, report_of, set_report, summary
 from repan_cli.models.probe import Probe, Sightings, watch
 from repan_cli.models.timm_blocks import check_norm, is_own_block
 from repan_cli.registry import did_you_mean
@@ -56,7 +56,7 @@ def expand(
     if not expansion.changes and not any(rep_blocks(model)):
         raise InputError(f"no convolution of the network can become a block: {summary(expansion.left)}")
     apply(model, expansion.changes, attach=attach)
-    model.repan_report = expansion.after(getattr(model, "repan_report", None))
+    set_report(model, expansion.after(report_of(model)))
     return model
 
 
@@ -67,7 +67,7 @@ def expand(
 def plan(
     model: nn.Module, images: Tensor, *, family: str | None, selection: Selection, copies: int | None = None
 ) -> Expansion:
-    """What is to become a block; the model is left as it is. `copies` is the number of branches to choose.
+    """Choose what is to become a block; the model is left as it is. `copies` is the number of branches to choose.
 
     Raises InputError for a family that does not exist, a network that does not run on the images, a name in `include`
     that cannot become a block.
@@ -102,8 +102,8 @@ def _others(model: nn.Module) -> dict[str, str]:
     return dict.fromkeys(_free_convs(model), reason)
 
 
-def _free_convs(model: nn.Module) -> dict[str, nn.Module]:
-    """The convolutions outside of blocks, by name."""
+def _free_convs(model: nn.Module) -> dict[str, _ConvNd]:
+    """Return the convolutions outside of blocks, by name."""
     inside = {id(part) for _, block in rep_blocks(model) for part in block.modules()}
     return {
         name: module
@@ -122,13 +122,14 @@ def _to_grow(model: nn.Module, family: str, selection: Selection) -> Iterator[Ch
 def to_expand(
     model: nn.Module, images: Tensor, family: str, selection: Selection
 ) -> tuple[list[Change], dict[str, str]]:
-    """The convolutions outside of blocks that suit a family, and why the others do not."""
+    """Return the convolutions outside of blocks that suit a family, and why the others do not."""
     seen = watch(model, images)
     convs = _free_convs(model)
     left = {name: reason for name, conv in convs.items() if (reason := _unsuited(conv, seen))}
     kept_plain = dict.fromkeys(getattr(model, "plain_convs", ()), f"{NOT_CHOSEN}plain by the network's definition")
     left |= {name: reason for name, reason in kept_plain.items() if name in convs and not selection.include}
-    left |= selection.left_out({name: conv for name, conv in convs.items() if name not in left})
+    suited = {name: conv for name, conv in convs.items() if isinstance(conv, nn.Conv2d) and name not in left}
+    left |= selection.left_out(suited)
     norms = {id(module): name for name, module in model.named_modules()}
     changes = [
         Change("expand", name, next((norms[id(norm)] for norm in seen.norms[conv]), None), family)
@@ -138,8 +139,8 @@ def to_expand(
     return changes, left
 
 
-def _unsuited(conv: nn.Module, seen: Sightings) -> str | None:
-    """Why a convolution cannot become a block, whatever is selected."""
+def _unsuited(conv: _ConvNd, seen: Sightings) -> str | None:
+    """Return why a convolution cannot become a block, whatever is selected."""
     norms = seen.norms[conv]
     if type(conv) is not nn.Conv2d:
         return f"it is a {type(conv).__name__}, not a plain Conv2d"
@@ -161,7 +162,7 @@ def _unsuited(conv: nn.Module, seen: Sightings) -> str | None:
 
 
 def _check_included(model: nn.Module, selection: Selection, changes: list[Change], left: Mapping[str, str]) -> None:
-    """A name that was asked for and cannot be had is an error, not a line in a report."""
+    """Raise InputError for a name that was asked for and cannot be had: a line in a report would not do."""
     blocks = {name for name, _ in rep_blocks(model)} | {change.name for change in changes}
     known = [*blocks, *left]
     for key, globs in (("include", selection.include), ("exclude", selection.exclude)):

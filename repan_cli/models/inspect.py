@@ -9,9 +9,10 @@ from repan_cli.checkpoint.card import MULTI_BRANCH, PLAIN
 
 
 def classifier_layers(model: nn.Module) -> list[str]:
-    """The names of the layers that give the logits: what the network itself says, else its last linear layer."""
+    """Return the names of the layers that give the logits: what the network itself says, else its last linear one."""
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    ask = getattr(model, "get_classifier", None)  # as timm's networks have
+    found = ask() if callable(ask) else None
     if isinstance(found, nn.Module):
         inside = {id(module) for module in found.modules()}
         return [name for name in linear if id(model.get_submodule(name)) in inside]

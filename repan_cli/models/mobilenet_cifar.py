@@ -28,7 +28,8 @@ class MobileNetV1Cifar(SmallNet):
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
-        layers, channels = [ConvNormAct(in_chans, 32, 3)], 32
+        layers: list[nn.Module] = [ConvNormAct(in_chans, 32, 3)]
+        channels = 32
         for width, stride in LAYERS:
             depthwise = ConvNormAct(channels, channels, 3, stride=stride, groups=channels)
             layers.append(nn.Sequential(depthwise, ConvNormAct(channels, width, 1)))

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from repan_cli.blocks import rep_blocks
+from repan_cli.blocks.kernel import BatchNorm, running_stats
 from repan_cli.errors import InputError
 from repan_cli.models.changes import Change, apply
+from repan_cli.system.text import first_line
 
 TOLERANCE = 1e-10
 """Bound on the relative change of the network's output in float64."""
@@ -24,13 +25,23 @@ NUDGE, CEILING = 1e-13, 1e-4
 
 PROBE_IMAGES = 2
 
+SOURCE = "_repan_source"
+"""Name under which a tensor carries the convolution that returned it, and its version then."""
+
+
+def noise(*shape: int) -> Tensor:
+    """Return random images (N, C, H, W), the same ones every time, to look at a network with."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
 
 # ---------------------------------------------------------------------------------------------- watching
 
 
 class Sightings(NamedTuple):
-    """What one forward pass showed: how often a module was called, the BNs that read exactly a convolution's output,
-    and how many layers own a parameter.
+    """The findings of one forward pass.
+
+    `calls`: how often each module was called; `norms`: the BNs that read exactly a convolution's output; `owners`: how
+    many layers own a parameter, by its id.
     """
 
     calls: Counter[nn.Module]
@@ -48,16 +59,16 @@ def watch(model: nn.Module, images: Tensor) -> Sightings:
     def after_conv(conv: nn.Module, inputs: Any, output: Tensor) -> None:
         calls[conv] += 1
         if isinstance(output, Tensor):
-            output._repan_source = conv, output._version  # an in-place change raises the version
+            setattr(output, SOURCE, (conv, output._version))  # an in-place change raises the version
 
     def before_norm(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
         calls[norm] += 1
-        conv, version = getattr(inputs[0], "_repan_source", (None, None)) if inputs else (None, None)
+        conv, version = getattr(inputs[0], SOURCE, (None, None)) if inputs else (None, None)
         if conv is not None and inputs[0]._version == version and norm not in norms[conv]:
             norms[conv].append(norm)
 
     inside = {id(part) for _, block in rep_blocks(model) for part in block.modules()}
-    free_norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in inside]
+    free_norms = [m for m in model.modules() if isinstance(m, BatchNorm) and id(m) not in inside]
     hooks = [conv.register_forward_hook(after_conv) for conv in convs]
     hooks += [norm.register_forward_pre_hook(before_norm) for norm in free_norms]
     try:
@@ -87,7 +98,7 @@ class Probe:
         except Exception as error:
             shape = "x".join(map(str, self.images.shape))
             raise InputError(
-                f"the network does not run on images of shape {shape} in float64: {_line(error)}"
+                f"the network does not run on images of shape {shape} in float64: {first_line(error)}"
             ) from error
         self.bound = min(max(TOLERANCE, _difference(nudged, self.expected)), CEILING)
         if not all(tensor.isfinite().all() for tensor in self.expected):
@@ -107,7 +118,7 @@ class Probe:
         return model
 
     def keep(self, changes: list[Change], *, after: list[Change], left: dict[str, str]) -> list[Change]:
-        """Those of `changes`, made after others, that keep the function; the reason of the rest goes into `left`."""
+        """Return those of `changes`, made after others, that keep the function; the others' reasons go into `left`."""
         kept = list(after)
         self._halve(changes, kept, left)
         return kept[len(after) :]
@@ -134,7 +145,7 @@ class Probe:
         try:
             found = _tensors(model(self.images))
         except Exception as error:  # whatever a network does with what was its convolution
-            return f"as a block it fails: {_line(error)}"
+            return f"as a block it fails: {first_line(error)}"
         if not _difference(found, self.expected) <= self.bound:
             return "as a block it changes the network's function"
         return None
@@ -152,10 +163,6 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 @torch.no_grad()
 def _disturb(model: nn.Module, images: Tensor) -> None:
     """Give every BN random affine parameters and statistics near those of the images, and what is all zeros a value:
@@ -167,16 +174,18 @@ def _disturb(model: nn.Module, images: Tensor) -> None:
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
 
     def disturb(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        shape = norm.running_mean.shape
+        assert isinstance(norm, BatchNorm)
+        running_mean, running_var = running_stats(norm)
+        shape = running_mean.shape
         values = inputs[0].transpose(0, 1).flatten(1)
         var, mean = torch.var_mean(values, dim=1, correction=0)
-        norm.running_mean.copy_(mean + 0.1 * var.sqrt() * torch.randn(shape, generator=draw))
-        norm.running_var.copy_(torch.where(var > 0, var, 1.0) * (0.5 + torch.rand(shape, generator=draw)))
+        running_mean.copy_(mean + 0.1 * var.sqrt() * torch.randn(shape, generator=draw))
+        running_var.copy_(torch.where(var > 0, var, 1.0) * (0.5 + torch.rand(shape, generator=draw)))
         if norm.weight is not None:
             norm.weight.copy_(0.5 + torch.rand(shape, generator=draw))
             norm.bias.copy_(0.1 * torch.randn(shape, generator=draw))
 
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
     hooks = [norm.register_forward_pre_hook(disturb) for norm in norms]
     try:
         model(images)

@@ -16,7 +16,7 @@ from repan_cli.checkpoint.card import FUSED, ModelCard
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.errors import InputError
 from repan_cli.models import user_file
-from repan_cli.models.changes import Change, Expansion, apply
+from repan_cli.models.changes import Change, Expansion, apply, set_report
 from repan_cli.models.create import create
 
 
@@ -27,7 +27,7 @@ def build_untrained(card: ModelCard, source: str, network: nn.Module | str | Non
     imported by itself. Raises InputError where it is missing.
     """
     native, expansion = card.structure.native, Expansion.from_card(card)
-    changes = expansion.changes
+    changes = list(expansion.changes)
     if card.form == FUSED:  # branches that would only be merged need not be made
         native = {**native, "block": "plain", "branches": None} if native else native
         changes = [_without_branches(change) for change in changes if change.kind != "grow"]
@@ -40,7 +40,7 @@ def build_untrained(card: ModelCard, source: str, network: nn.Module | str | Non
         apply(model, changes)
     except AttributeError as error:
         raise InputError(f"{source} does not fit the network: it lacks a layer ({error})") from None
-    model.repan_report = expansion
+    set_report(model, expansion)
     return reparameterize(model) if card.form == FUSED else model
 
 
@@ -58,7 +58,7 @@ def check_given(stored: str, given: str | None, source: str) -> None:
 
 def _own_or_stored(stored: str, given: str | None, source: str) -> str:
     check_given(stored, given, source)
-    if user_file.names_a_file(stored):
+    if given is not None and user_file.names_a_file(stored):
         return given
     if given not in (None, stored):
         raise InputError(f"{source} holds {stored}; --model is for a network of your own")

@@ -63,7 +63,7 @@ class RepVggCifar(SmallNet):
 def _stage(
     block: str, branches: int | None, depth: int, in_channels: int, out_channels: int, stride: int
 ) -> nn.Sequential:
-    layers = []
+    layers: list[nn.Module] = []
     for index in range(depth):
         strides = (stride, stride) if index == 0 else (1, 1)
         inputs = in_channels if index == 0 else out_channels

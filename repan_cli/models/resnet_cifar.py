@@ -21,11 +21,12 @@ class ResNetCifar(ResNet):
 
     plain_convs = ("conv1",)
 
-    def __init__(self, *args: Any, in_chans: int = 3, zero_init_last: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, in_chans=in_chans, zero_init_last=zero_init_last, **kwargs)
-        self.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()
+    def __init__(self, *, in_chans: int = 3, zero_init_last: bool = False, **kwargs: Any) -> None:
+        super().__init__(in_chans=in_chans, zero_init_last=zero_init_last, **kwargs)
+        stem = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        self.register_module("conv1", stem)  # in timm's types both are sequences
+        self.register_module("maxpool", nn.Identity())
         for stage, info in enumerate(self.feature_info):
             info["reduction"] = 2 ** max(0, stage - 1)
 
@@ -75,7 +76,7 @@ def _stage(n: int, before: int, width: int) -> nn.Sequential:
     return nn.Sequential(first, *(BasicBlock(width, width) for _ in range(n - 1)))
 
 
-DEPTHS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
     "resnet18_cifar": (BasicBlock, (2, 2, 2, 2)),
     "resnet34_cifar": (BasicBlock, (3, 4, 6, 3)),
     "resnet50_cifar": (Bottleneck, (3, 4, 6, 3)),

@@ -13,6 +13,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from repan_cli.blocks import NATIVE, Branch, ConvBN, Geometry, IdentityBN, RepBlock, ScaledIdentity
+from repan_cli.blocks.kernel import BatchNorm, running_stats
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 """The BN types that are understood; a subclass may compute something else."""
@@ -30,7 +31,7 @@ def _adapts(*classes: tuple[str, str]) -> Callable[[Adapter], Adapter]:
 
 
 def is_own_block(module: nn.Module) -> bool:
-    """Whether a module is one of timm's multi-branch blocks, not yet merged, with branches to merge."""
+    """Tell whether a module is one of timm's multi-branch blocks, not yet merged, with branches to merge."""
     if _class_of(module) not in _ADAPTERS or getattr(module, "reparam_conv", None) is not None:
         return False
     holders = [getattr(module, name) for name in ("conv_kxk", "dw_conv_list", "fusion_bn") if hasattr(module, name)]
@@ -38,7 +39,7 @@ def is_own_block(module: nn.Module) -> bool:
 
 
 def adapt(module: nn.Module) -> nn.Module:
-    """What takes the place of one of timm's blocks: the module itself with a `RepBlock` inside, or a `RepBlock`.
+    """Return what takes the place of one of timm's blocks: the module with a `RepBlock` inside, or a `RepBlock`.
 
     Raises ValueError, saying why, where it is no sum of linear branches.
     """
@@ -49,23 +50,25 @@ def _class_of(module: nn.Module) -> tuple[str, str]:
     return type(module).__module__, type(module).__name__
 
 
-def check_norm(norm: nn.Module) -> None:
-    """Raises ValueError for a BN that cannot be folded."""
-    if type(norm) not in NORMS or "forward" in vars(norm):
+def check_norm(norm: nn.Module) -> BatchNorm:
+    """Return the BN that a module is. Raises ValueError for one that cannot be folded."""
+    if not isinstance(norm, BatchNorm) or type(norm) not in NORMS or "forward" in vars(norm):
         raise ValueError(f"its norm is a {type(norm).__name__}, whose forward is its own")
     if norm.running_mean is None:
         raise ValueError("its BN keeps no running statistics (track_running_stats=False)")
+    return norm
 
 
-def split_norm(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A BN by itself, on the same parameters and statistics, always affine; and the activation that it carried.
+def split_norm(module: nn.Module) -> tuple[BatchNorm, nn.Module]:
+    """Return a BN by itself, on the same parameters and statistics, always affine; and the activation it carried.
 
     Raises ValueError for a BN that cannot be folded.
     """
-    check_norm(norm)
+    norm = check_norm(module)
     if norm.weight is None:
-        norm.weight = nn.Parameter(norm.running_var.new_ones(norm.num_features))
-        norm.bias = nn.Parameter(norm.running_var.new_zeros(norm.num_features))
+        _, var = running_stats(norm)
+        norm.weight = nn.Parameter(var.new_ones(norm.num_features))
+        norm.bias = nn.Parameter(var.new_zeros(norm.num_features))
         norm.affine = True
     if not isinstance(norm, BatchNormAct2d):
         return norm, nn.Identity()
@@ -80,32 +83,37 @@ def split_norm(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
 # ---------------------------------------------------------------------------------------------- branches
 
 
-def _conv_and_norm(layer: nn.Module) -> tuple[nn.Conv2d, nn.Module | None]:
-    """The parts of one of timm's conv + BN layers (`conv` and `bn`, or `c` and `bn`), or of a lone convolution."""
-    if isinstance(layer, nn.Conv2d):
-        conv, norm = layer, None
-    else:
-        conv = layer.conv if hasattr(layer, "conv") else layer.c
-        norm, rest = split_norm(layer.bn)
-        if not isinstance(rest, nn.Identity) or not isinstance(getattr(layer, "aa", None) or rest, nn.Identity):
+def _conv_and_norm(layer: nn.Module) -> tuple[nn.Conv2d, BatchNorm | None]:
+    """Return the parts of one of timm's conv + BN layers (`conv` or `c`, and `bn`), or of a lone convolution."""
+    conv, norm = layer, None
+    if not isinstance(layer, nn.Conv2d):
+        conv = layer.get_submodule("conv" if hasattr(layer, "conv") else "c")
+        norm, rest = split_norm(layer.get_submodule("bn"))
+        if not isinstance(rest, nn.Identity) or not isinstance(_child(layer, "aa") or rest, nn.Identity):
             raise ValueError("one of its branches holds more than a convolution and a BN")
-    if type(conv) is not nn.Conv2d:
+    if not isinstance(conv, nn.Conv2d) or type(conv) is not nn.Conv2d:
         raise ValueError(f"one of its branches is a {type(conv).__name__}")
     return conv, norm
 
 
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    """Return what a module holds under a name, if it holds something."""
+    found = getattr(module, name, None)
+    return found if isinstance(found, nn.Module) else None
+
+
 def _block(
     convs: list[nn.Module],
-    identity: nn.BatchNorm2d | None = None,
+    identity: nn.Module | None = None,
     *,
     extra: Callable[[Geometry], Branch] | None = None,
-    post_norm: nn.BatchNorm2d | None = None,
+    post_norm: BatchNorm | None = None,
 ) -> RepBlock:
-    """A block of the layers `convs`, the first of which is the trunk, and an identity BN."""
+    """Make a block of the layers `convs`, the first of which is the trunk, and an identity BN."""
     (conv, norm), *others = (_conv_and_norm(layer) for layer in convs)
     geometry = Geometry.of(conv)
     branches: list[Branch] = [
-        ConvBN(side, side_norm, canvas=geometry.kernel_size, offset=geometry.offset_of(side.padding))
+        ConvBN(side, side_norm, canvas=geometry.kernel_size, offset=geometry.offset_of(Geometry.of(side).padding))
         for side, side_norm in others
     ]
     if identity is not None:
@@ -123,46 +131,46 @@ def _block(
 )
 def _adapt_vgg_like(module: nn.Module) -> nn.Module:
     """k x k convolutions, one or several, a 1x1 and an identity BN: RepVGG, MobileOne, FastViT."""
-    if not isinstance(getattr(module, "drop_path", None) or nn.Identity(), nn.Identity):
+    if not isinstance(_child(module, "drop_path") or nn.Identity(), nn.Identity):
         raise ValueError("it drops paths between its branches (drop_path)")
-    main = module.conv_kxk
-    small = module.conv_1x1 if hasattr(module, "conv_1x1") else module.conv_scale
-    convs = [*(main if isinstance(main, nn.ModuleList) else [main]), small]
-    convs = [layer for layer in convs if layer is not None]
-    module.reparam_conv = _block(convs, module.identity)
+    main = module.get_submodule("conv_kxk")
+    small = _child(module, "conv_1x1" if hasattr(module, "conv_1x1") else "conv_scale")
+    convs = [*(main if isinstance(main, nn.ModuleList) else [main]), *([] if small is None else [small])]
+    module.reparam_conv = _block(convs, _child(module, "identity"))
     return _without(module, "conv_kxk", "conv_1x1", "conv_scale", "identity", "drop_path")
 
 
 @_adapts(("timm.models.fastvit", "ReparamLargeKernelConv"))
 def _adapt_large_kernel(module: nn.Module) -> nn.Module:
     """A large and a small kernel."""
-    small = [module.small_conv] if getattr(module, "small_conv", None) is not None else []
-    module.reparam_conv = _block([module.large_conv, *small])
+    small = _child(module, "small_conv")
+    module.reparam_conv = _block([module.get_submodule("large_conv"), *([] if small is None else [small])])
     return _without(module, "large_conv", "small_conv")
 
 
 @_adapts(("timm.models.lcnetv2", "RepDepthwiseSeparable"))
 def _adapt_lcnet(module: nn.Module) -> nn.Module:
     """Depthwise kernels of falling size, before a pointwise convolution."""
-    module.dw_conv = _block(list(module.dw_conv_list))
-    module.dw_conv_list = None
+    module.dw_conv = _block(list(module.get_submodule("dw_conv_list").children()))
+    module.register_module("dw_conv_list", None)
     return module
 
 
 @_adapts(("timm.models.repvit", "RepVggDw"))
 def _adapt_repvit(module: nn.Module) -> nn.Module:
     """k x k + BN, 1x1 and the input itself, and in the newer form one BN after the sum."""
-    post_norm = None if isinstance(module.bn, nn.Identity) else split_norm(module.bn)[0]
-    return _block([module.conv, module.conv1], extra=ScaledIdentity, post_norm=post_norm)
+    norm = module.get_submodule("bn")
+    post_norm = None if isinstance(norm, nn.Identity) else split_norm(norm)[0]
+    convs = [module.get_submodule(name) for name in ("conv", "conv1")]
+    return _block(convs, extra=ScaledIdentity, post_norm=post_norm)
 
 
 @_adapts(("timm.models.repghost", "RepGhostModule"))
 def _adapt_repghost(module: nn.Module) -> nn.Module:
     """The cheap operation: a depthwise k x k + BN and an identity BN."""
-    conv, norm = module.cheap_operation
     layer = nn.Module()
-    layer.conv, layer.bn = conv, norm
-    module.cheap_operation = _block([layer], module.fusion_bn[0])
+    layer.conv, layer.bn = module.get_submodule("cheap_operation").children()
+    module.cheap_operation = _block([layer], module.get_submodule("fusion_bn.0"))
     module.fusion_conv, module.fusion_bn = nn.Sequential(), nn.Sequential()
     return module
 

@@ -14,10 +14,11 @@ from torch import nn
 
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
+from repan_cli.system.text import first_line
 
 
 def names_a_file(name: str) -> bool:
-    """Whether a network's name means a function in a file: `net.py:build`."""
+    """Tell whether a network's name means a function in a file: `net.py:build`."""
     path, colon, _ = name.rpartition(":")
     return bool(colon) and path.endswith(".py")
 
@@ -47,6 +48,7 @@ def _imported(path: Path) -> ModuleType:
     if not path.is_file():
         raise InputError(f"no file {path} to take a network from")
     spec = importlib.util.spec_from_file_location(f"repan_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, "every name that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look it up
     if str(path.resolve().parent) not in sys.path:
@@ -66,11 +68,11 @@ def _accepted(make: Callable[..., Any], **offered: int) -> dict[str, int]:
 
 
 def _describe(error: BaseException, path: str) -> str:
-    """The error in a line, with the last line of the file that it passed through."""
+    """Tell an error in a line, with the last line of the file that it passed through."""
     line, trace = None, error.__traceback__
     while trace:
         if Path(trace.tb_frame.f_code.co_filename).resolve() == Path(path).resolve():
             line = trace.tb_lineno
         trace = trace.tb_next
-    what = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {what}" + (f" (line {line})" if line else "")
+    what = f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
+    return what + (f" (line {line})" if line else "")

@@ -18,11 +18,14 @@ import repan_cli
 from repan_cli.errors import InputError, OutOfSpaceError
 from repan_cli.system.files import flush, temporary_file, write_atomically
 
-PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "typer", "rich")
+PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "scipy", "pillow", "typer", "rich")
+
+LOCKED = 2**30
+"""The byte that is locked on Windows: far behind the text, which others could not read otherwise."""
 
 
 def _lock(path: Path) -> IO[str]:
-    """A lock that one process can hold, and that is free as soon as that process is gone, however it ended."""
+    """Take a lock that one process can hold, and that is free as soon as that process is gone, however it ended."""
     file = path.open("a+", encoding="utf-8")
     try:
         _lock_file(file)
@@ -41,6 +44,7 @@ def _lock_file(file: IO[str]) -> None:
     if sys.platform == "win32":
         import msvcrt
 
+        os.lseek(file.fileno(), LOCKED, os.SEEK_SET)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
@@ -52,10 +56,10 @@ HEARTBEAT = 30
 """Seconds between two signs of life in status.json."""
 
 LAST, PREVIOUS = "last.pt", "last_previous.pt"
-"""What a run goes on from: the newest state, and the one before it, for when that is damaged."""
+"""The files that a run goes on from: the newest state, and the one before it, for when that is damaged."""
 
 SERIES = "series.json"
-"""What a folder of several runs, that one command makes, is known by."""
+"""The file by which a folder of several runs, made by one command, is known."""
 
 
 class RunDirectory:
@@ -88,11 +92,12 @@ class RunDirectory:
     def __exit__(self, *failure: object) -> None:
         self._lock.close()
 
-    def replace_last(self, write: Callable[[IO[bytes]], None]) -> None:
+    def replace_last(self, write: Callable[[IO[bytes]], object]) -> None:
         """Write a new last.pt and keep the one that was as last_previous.pt: at every moment one of them is whole."""
         with temporary_file(self.path / LAST) as (file, name):
             write(file)
             flush(file)
+            file.close()  # Windows renames no file that is open
             with contextlib.suppress(FileNotFoundError):  # there is none yet
                 (self.path / LAST).replace(self.path / PREVIOUS)
             name.replace(self.path / LAST)
@@ -107,7 +112,7 @@ class RunDirectory:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
     def status(self, state: str, **position: Any) -> None:
-        """What the run is doing, for scripts that watch it: running, done, failed, diverged, interrupted, preempted.
+        """Note what the run is doing, for scripts: running, done, failed, diverged, interrupted, preempted.
 
         A killed run stays 'running': its process is then gone from its host, and its heartbeat grows old.
         """
@@ -147,7 +152,7 @@ class Heartbeat:
 
 
 def read_series(path: Path) -> dict[str, Any] | None:
-    """What a folder of several runs is; None for any other. Raises InputError for one that cannot be read."""
+    """Read what a folder of several runs is; None for any other. Raises InputError for one that cannot be read."""
     if not (path / SERIES).exists():
         return None
     try:

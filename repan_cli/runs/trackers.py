@@ -1,4 +1,4 @@
-"""Where figures go while a run goes on: JSON lines and CSV, always; TensorBoard and W&B on request.
+"""Trackers, which take figures while a run goes on: JSON lines and CSV, always; TensorBoard and W&B on request.
 
 A tracker is one class: `log` takes flat figures of one kind, `TRACKERS` knows it by name. It imports its own library in
 its constructor only.
@@ -16,16 +16,17 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
 from repan_cli.system.files import write_atomically
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import missing
+from repan_cli.system.text import first_line
 
 KINDS = ("epoch", "cycle_end", "final", "restart")
-"""What there are figures of, in the order in which they come once a number of epochs is done."""
+"""The kinds of figures, in the order in which they come once a number of epochs is done."""
 
 
 class Tracker(Protocol):
@@ -115,7 +116,7 @@ class OnRequest(Tracker, Protocol):
 
     @staticmethod
     def problem() -> str | None:
-        """Why it cannot be used, and the mend; asked before anything is written."""
+        """Say why it cannot be used, and the mend; asked before anything is written."""
 
 
 TRACKERS: Registry[type[OnRequest]] = Registry("tracker")
@@ -159,7 +160,7 @@ class TensorBoard:
 
 
 def _hyperparameters(settings: Mapping[str, Any]) -> list[Any]:
-    """What TensorBoard's table of hyperparameters reads."""
+    """Return what TensorBoard's table of hyperparameters reads."""
     from tensorboard.compat.proto import summary_pb2
     from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -203,7 +204,7 @@ class WeightsAndBiases:
             name=os.environ.get("WANDB_NAME", run.folder.name),
             id=kept.read_text(),
             resume="allow",
-            mode=os.environ.get("WANDB_MODE"),
+            mode=cast("Any", os.environ.get("WANDB_MODE")),  # wandb says itself which words it knows
             job_type=run.command,
             dir=run.folder,
             settings=wandb.Settings(silent=True, console="off"),  # the screen is repan's
@@ -230,13 +231,12 @@ class WeightsAndBiases:
         try:
             wandb.login()
         except wandb.errors.Error as error:
-            line = str(error).splitlines()[0]
-            return f"run.trackers=wandb: {line} Or set WANDB_MODE=offline"
+            return f"run.trackers=wandb: {first_line(error)} Or set WANDB_MODE=offline"
         return None
 
 
 def _numbers(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Those that can be drawn."""
+    """Return the figures that can be drawn."""
     for name, value in figures.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             yield name, value
@@ -278,8 +278,8 @@ class Once:
 
     def _leave(self, error: Exception) -> None:
         self.tracker = None
-        line = next(iter(str(error).splitlines()), "")
-        warn(f"{self.name} failed and gets no more of this run, which goes on ({type(error).__name__}: {line})")
+        why = f"{type(error).__name__}: {first_line(error)}"
+        warn(f"{self.name} failed and gets no more of this run, which goes on ({why})")
 
 
 def _read_marks(path: Path) -> dict[str, list[int]]:
@@ -287,7 +287,7 @@ def _read_marks(path: Path) -> dict[str, list[int]]:
 
 
 def check(names: tuple[str, ...]) -> None:
-    """Raises InputError for a tracker that does not exist or cannot be used here."""
+    """Raise InputError for a tracker that does not exist or cannot be used here."""
     for name in names:
         if problem := TRACKERS[name].problem():
             raise InputError(problem)
@@ -300,6 +300,5 @@ def open_requested(names: tuple[str, ...], run: TrackedRun) -> list[Once]:
         try:
             opened.append(Once(name, run))
         except Exception as error:  # whatever its library or the network comes up with
-            line = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"run.trackers={name} cannot begin: {line}") from None
+            raise InputError(f"run.trackers={name} cannot begin: {first_line(error)}") from None
     return opened

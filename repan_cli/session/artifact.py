@@ -15,6 +15,7 @@ from repan_cli import checkpoint, models, runs
 from repan_cli.blocks import NATIVE, rep_blocks
 from repan_cli.checkpoint.card import MULTI_BRANCH, PLAIN, ModelCard
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.config.conventions import ARTIFACT_ENDINGS, LARGE_IMAGE
 from repan_cli.data.preprocess import CROP_SHARE, Preparation
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file, pt2_file
@@ -25,10 +26,6 @@ from repan_cli.models.inspect import classifier_layers
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.registry import did_you_mean
 
-LARGE_IMAGE = 224
-"""Short names without a data set are timm's own, made for large images."""
-
-FILES = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".onnx", ".pt2")
 OUR_IMAGE, OUR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
 
 
@@ -105,7 +102,7 @@ def file_of(source: str) -> Path | None:
         raise InputError(f"{source} is a folder without best.pt or last.pt: name a file in it")
     if path.is_file():
         return path
-    if path.suffix in FILES or len(path.parts) > 1:
+    if path.suffix in ARTIFACT_ENDINGS or len(path.parts) > 1:
         beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"no file {source}{did_you_mean(str(path), beside)}")
     return None

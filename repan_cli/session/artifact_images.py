@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from repan_cli import config, export
+from repan_cli.config.conventions import SPLITS
 from repan_cli.data import datasets, image_files
 from repan_cli.data.types import ArrayImages, Dataset
 from repan_cli.errors import InputError
+from repan_cli.models import probe
 from repan_cli.session.artifact import Artifact
 from repan_cli.session.network import check_classes
 from repan_cli.system.notices import warn
 
 WITHOUT_FILES = ("digits", "synthetic")
-PARTS = ("test", "val", "train")
 
 
 def load(subject: Artifact, dataset: str | None = None, root: str | None = None) -> Dataset:
@@ -57,8 +58,7 @@ def settings(subject: Artifact, dataset: str | None = None, root: str | None = N
 def noise(subject: Artifact) -> Tensor:
     """Images without content, (N, C, H, W), of the statistics that a network sees."""
     prepared = subject.preparation
-    shape = (export.PROOF_IMAGES, prepared.channels, prepared.size, prepared.size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return probe.noise(export.PROOF_IMAGES, prepared.channels, prepared.size, prepared.size)
 
 
 def real_images(subject: Artifact, root: str | None, count: int) -> tuple[Tensor | None, str]:
@@ -95,6 +95,6 @@ def _of_memory(subject: Artifact, arguments: dict[str, Any], count: int) -> Tens
 
 def _of_folders(subject: Artifact, folder: Path, count: int) -> Tensor:
     parts = image_files.part_folders(folder)
-    part = next(parts[name] for name in PARTS if name in parts)
+    part = next(parts[name] for name in SPLITS if name in parts)
     firsts = [image_files.first_image(part / name) for name in image_files.class_folders(part)[:count]]
     return torch.stack([subject.preparation.file(path) for path in firsts])

@@ -19,7 +19,7 @@ from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.settings import Config, replace
 from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
-from repan_cli.models import Expansion, Selection, user_file
+from repan_cli.models import Expansion, Selection, probe, user_file
 from repan_cli.models.inspect import classifier_layers
 from repan_cli.models.probe import PROBE_IMAGES
 from repan_cli.system.device import Runtime
@@ -80,8 +80,7 @@ def restarted(config: Config, model: nn.Module) -> frozenset[str] | None:
 
 def noise(dataset: Dataset) -> Tensor:
     """Images without content, to see how the network works."""
-    shape = (PROBE_IMAGES, dataset.channels, dataset.image_size, dataset.image_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return probe.noise(PROBE_IMAGES, dataset.channels, dataset.image_size, dataset.image_size)
 
 
 def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:

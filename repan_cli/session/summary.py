@@ -15,6 +15,7 @@ from repan_cli.data.streaming import StreamingLoader
 from repan_cli.display import plots
 from repan_cli.display.console import Display
 from repan_cli.errors import InputError
+from repan_cli.models.changes import changes_of
 from repan_cli.runs.trackers import read_metrics
 from repan_cli.session.build import Session
 from repan_cli.session.network import describe_blocks
@@ -117,7 +118,7 @@ def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model
     """Write fused.pt, proven equal on some test images, and measure its own test accuracy."""
     images = next(session.training.test.batches(export.PROOF_IMAGES)).images
     fused, report = export.fuse(model, images.cpu())
-    checkpoint.save(checkpoint.capture_fused(fused, chosen), folder / "fused.pt")
+    checkpoint.save(checkpoint.capture_fused(fused, chosen, changes_of(fused)), folder / "fused.pt")
     return {"out": "fused.pt", **dataclasses.asdict(report), "test_top1": _score(session, fused)["top1"]}
 
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
-import torch
 from torch import nn
 
 from repan_cli import checkpoint, config, export, models
 from repan_cli.checkpoint.format import Checkpoint, digest_of, weights_of
+from repan_cli.config.conventions import LARGE_IMAGE, WEIGHT_ENDINGS
 from repan_cli.data.batches import Loader
 from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
+from repan_cli.models.probe import noise
 from repan_cli.session.network import check_classes
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
@@ -25,9 +26,6 @@ from repan_cli.training.evaluation import eval_batch
 from repan_cli.training.plan import Phase
 from repan_cli.training.tasks import Classification, Distillation, Task
 from repan_cli.training.teacher import LogitCache, Teacher, View, allocate
-
-LARGE_IMAGE = 224
-"""Short names of teachers are timm's own, made for large images."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class PhaseTasks:
 
 def merged(found: TeacherModel, channels: int) -> nn.Module:
     """The teacher with its blocks merged and its BN folded, where it has any."""
-    images = torch.randn(2, channels, found.view.size, found.view.size, generator=torch.Generator().manual_seed(0))
+    images = noise(2, channels, found.view.size, found.view.size)
     try:
         return export.fuse(found.model, images)[0]
     except InputError:  # nothing to merge
@@ -162,9 +160,9 @@ def _theirs(settings: config.TeacherConfig, dataset: Dataset) -> TeacherModel:
 
 
 def _pretrained(name: str, dataset: Dataset) -> TeacherModel:
-    if Path(name).suffix in (".pt", ".pth", ".safetensors", ".bin", ".ckpt"):
+    if Path(name).suffix in WEIGHT_ENDINGS:
         raise InputError(f"no teacher's file {name}")
-    full = models.resolve(name, LARGE_IMAGE)
+    full = models.resolve(name, LARGE_IMAGE)  # short names are timm's own, made for large images
     if models.has_new_classifier(full, len(dataset.classes)):
         raise InputError(
             f"the pretrained {full} does not know the {len(dataset.classes)} classes of {dataset.name}: train it on "

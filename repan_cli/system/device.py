@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
-import resource
-import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from repan_cli.errors import InputError
+from repan_cli.system import host
 from repan_cli.system.ranks import join_ranks
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and in what precision a network runs, and which of how many processes this is."""
+    """The device and precision that a network runs in, and which of how many processes this is."""
 
     device: torch.device
     precision: str
@@ -53,7 +50,7 @@ class Runtime:
 
 
 def start_runtime(device: str = "auto", precision: str = "auto", *, channels_last: bool = True) -> Runtime:
-    """The runtime that the settings mean on this machine. Raises InputError for a device that is not there."""
+    """Return the runtime that the settings mean on this machine. Raises InputError for a device that is not there."""
     rank, ranks = join_ranks(device)
     if ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -91,17 +88,8 @@ def find_precision(name: str, device: torch.device) -> str:
     return "bf16" if any(getattr(torch.cpu, probe, bool)() for probe in native) else "fp32"
 
 
-def processor() -> str:
-    """What the machine's processor calls itself."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
-    """What a run's env.json says of the machine."""
+    """Return what a run's env.json says of the machine."""
     gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
     return {
         "platform": platform.platform(),
@@ -115,9 +103,6 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: on the GPU, or of the machine's memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that this process has held: on the GPU, or of the machine's memory where it tells."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host.peak_memory()

@@ -16,7 +16,7 @@ from repan_cli.errors import FULL, InputError, OutOfSpaceError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises InputError, naming the file, for what is no JSON object."""
+    """Read a JSON object. Raises InputError, naming the file, for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -29,17 +29,18 @@ def read_json(path: Path) -> dict[str, Any]:
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it, rename it into place, and flush the folder."""
     with temporary_file(path) as (file, name):
         write(file)
         flush(file)
+        file.close()  # Windows renames no file that is open
         name.replace(path)
 
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """A file beside `path`, open for writing, and its name; it is gone where something fails.
+    """Open a file beside `path` for writing, with its name; it is gone where something fails.
 
     Raises OutOfSpaceError, with the bytes that are free, when the disk is full.
     """
@@ -66,7 +67,7 @@ def temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
 
 
 def flush(file: IO[bytes]) -> None:
-    """Onto the disk itself."""
+    """Write what is buffered onto the disk itself."""
     file.flush()
     os.fsync(file.fileno())
 

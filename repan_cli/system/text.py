@@ -8,10 +8,15 @@ from collections.abc import Iterable, Mapping
 
 
 def on_one_line(text: str) -> str:
-    """What a file says may be long, or hold line ends and what no terminal shows."""
+    """Shorten what a file says, and spell out line ends and what no terminal shows."""
     if len(text) > 400:
         text = f"{text[:300]} ... {text[-90:]}"
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line that an error says something in, or its kind, without the pages that may follow."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 SPARKLINE_WIDTH = 60

@@ -1,0 +1,23 @@
+"""Words and numbers that several rooms share: parts of a data set, formats of files, sizes of images."""
+
+from __future__ import annotations
+
+SPLITS = ("test", "val", "train")
+"""The parts of a data set, in the order in which they are offered and looked for."""
+
+WEIGHT_FORMATS, GRAPH_FORMATS = ("pt", "safetensors"), ("onnx", "pt2")
+FORMATS = (*WEIGHT_FORMATS, *GRAPH_FORMATS)
+"""The formats that repan writes: weights, and graphs that run without it."""
+
+GRAPH_ENDINGS = (".onnx", ".pt2")
+WEIGHT_ENDINGS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
+"""Endings of files of weights, repan's and others'."""
+
+ARTIFACT_ENDINGS = (*WEIGHT_ENDINGS, *GRAPH_ENDINGS)
+"""Endings of all files that hold a network."""
+
+SMALL_IMAGE = 64
+"""Up to this side in pixels images live in memory, and short names of networks mean ours."""
+
+LARGE_IMAGE = 224
+"""Side in pixels that networks and data sets for ImageNet are made for."""

@@ -1,0 +1,178 @@
+"""What other systems lack or do otherwise: Windows and macOS, by stand-ins."""
+
+import errno
+import importlib.util
+import io
+import os
+import pickle
+import signal
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from repan_cli import errors
+from repan_cli.data import image_files, streaming
+from repan_cli.data.types import LazyImages
+from repan_cli.errors import InputError
+from repan_cli.runs import directory
+from repan_cli.system import device, files, host, signals
+
+UNIX_ONLY = ("resource", "fcntl", "pwd", "grp", "termios")
+
+
+def imported_anew(monkeypatch, module):
+    """A second copy of a module, imported under the circumstances of the test."""
+    name = f"{module.__name__}_anew"
+    spec = importlib.util.spec_from_file_location(name, module.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, again)
+    spec.loader.exec_module(again)
+    return again
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """A Python without what only Unix has; nothing there locks, and no core can be bound."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    for name in UNIX_ONLY:
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("sysconf", "sched_getaffinity"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setitem(sys.modules, "msvcrt", msvcrt := Msvcrt())
+    return msvcrt
+
+
+class Msvcrt(ModuleType):
+    """Locks of bytes, which belong to an open file."""
+
+    LK_NBLCK = 2
+
+    def __init__(self):
+        super().__init__("msvcrt")
+        self.held = {}
+
+    def locking(self, handle, mode, count):
+        assert (mode, count) == (self.LK_NBLCK, 1)
+        key = (os.fstat(handle).st_ino, os.lseek(handle, 0, os.SEEK_CUR))
+        if self.held.setdefault(key, handle) != handle:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("module", [host, device, files, directory, streaming, signals])
+def test_modules_import_without_what_only_unix_has(windows, monkeypatch, module):
+    assert imported_anew(monkeypatch, module)
+
+
+def test_windows_does_not_tell_its_memory(windows):
+    assert host.peak_memory() is None
+    assert device.peak_memory(torch.device("cpu")) is None
+    assert host.memory_bytes() is host.memory_bytes(free=True) is None
+
+
+def test_without_bound_cores_all_of_them_count(windows, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert host.usable_cores() == 6
+    assert streaming.default_workers(torch.device("cuda")) == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert host.usable_cores() == 1
+
+
+def test_macos_tells_memory_in_bytes(monkeypatch):
+    there = host.peak_memory()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert 1024 * host.peak_memory() == pytest.approx(there, rel=0.5)
+
+
+def test_memory_is_told_where_it_can_be():
+    assert 0 < host.memory_bytes(free=True) <= host.memory_bytes()
+    assert host.peak_memory() > 2**20
+
+
+def test_a_processor_without_a_table_has_a_name(monkeypatch):
+    def none(*args, **kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(host.Path, "read_text", none)
+    monkeypatch.setattr(host.platform, "processor", lambda: "")
+    monkeypatch.setattr(host.platform, "machine", lambda: "arm64")
+    assert host.processor() == "arm64"
+
+
+def test_one_process_writes_a_run_on_windows(windows, tmp_path):
+    with (
+        directory.RunDirectory(tmp_path / "run"),
+        pytest.raises(InputError, match=f"is being written by process {os.getpid()} on"),
+    ):
+        directory.RunDirectory(tmp_path / "run", reopen=True)
+    windows.held.clear()  # as closing the file does there
+    with directory.RunDirectory(tmp_path / "run", reopen=True):
+        assert len(windows.held) == 1
+
+
+def test_files_are_closed_before_they_are_renamed(tmp_path, monkeypatch):
+    """Windows renames no file that is open."""
+    opened, rename = [], files.Path.replace
+
+    def fdopen(handle, mode):
+        opened.append(io.open(handle, mode))  # noqa: SIM115, UP020
+        return opened[-1]
+
+    def replace(path, target):
+        assert all(file.closed for file in opened)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fdopen", fdopen)
+    monkeypatch.setattr(files.Path, "replace", replace)
+    files.write_atomically(tmp_path / "a.txt", lambda file: file.write(b"whole"))
+    with directory.RunDirectory(tmp_path / "run") as run:
+        for content in (b"first", b"second"):
+            run.replace_last(lambda file, content=content: file.write(content))
+    assert len(opened) >= 3
+    assert (tmp_path / "a.txt").read_bytes() == b"whole"
+    assert (tmp_path / "run" / directory.LAST).read_bytes() == b"second"
+    assert (tmp_path / "run" / directory.PREVIOUS).read_bytes() == b"first"
+
+
+def test_folders_that_cannot_be_opened_are_not_flushed(tmp_path, monkeypatch):
+    opening = os.open
+
+    def denied(path, *rest, **more):
+        if os.path.isdir(path):  # noqa: PTH112
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opening(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", denied)
+    files.write_atomically(tmp_path / "a.txt", lambda file: file.write(b"whole"))
+    assert (tmp_path / "a.txt").read_bytes() == b"whole"
+
+
+def test_a_run_is_stopped_by_the_signals_that_there_are(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")
+    there = imported_anew(monkeypatch, signals)
+    assert there.STOP_SIGNALS == (signal.SIGINT, signal.SIGTERM)
+    with there.StopSignals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+    assert stop()
+
+
+def test_a_full_disk_is_known_without_every_number(monkeypatch):
+    monkeypatch.delattr(errno, "EDQUOT")
+    assert imported_anew(monkeypatch, errors).FULL == (errno.ENOSPC, errno.EFBIG)
+
+
+def test_what_loads_images_can_be_sent_to_another_process(tmp_path):
+    """Windows and macOS start the processes that load afresh, and send them all they need."""
+    reader = image_files.ArrayReader(np.zeros((3, 8, 8, 3), dtype=np.uint8))
+    part = LazyImages(reader, np.arange(3), np.arange(3))
+    loader = streaming.StreamingLoader(
+        part, resized=True, size=8, mean=(0.5,) * 3, std=(0.2,) * 3, device=torch.device("cpu")
+    )
+    for transform, position in ((loader._training_transform(), (0, 0, 0)), (loader._plain_transform(), None)):
+        samples = streaming._Loaded(part, transform, position, skip=False)
+        again = pickle.loads(pickle.dumps(samples))
+        assert torch.equal(again[1].image, samples[1].image)
+    for sent in (streaming._collate, streaming._ignore_signals):
+        assert pickle.loads(pickle.dumps(sent)) is sent
