@@ -1,75 +1,73 @@
-"""What tests share: networks with randomised BN, the digits, and one real run of `repan cycle`."""
+"""Fixtures that test files share: the digits, and one real run of `repan cycle`, made once for all workers."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one a core
-
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-import timm
-import torch
-from torch import nn
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one a core
 
-import repan_cli.models  # noqa: F401 (registers the networks)
+import pytest
+from filelock import FileLock
+
+pytest.register_assert_rewrite("support")
+
+from support import CPU, repan
+
 from repan_cli.data import datasets
 from repan_cli.data.batches import Augmentation
 from repan_cli.data.in_memory import InMemoryLoader
 from repan_cli.data.types import Dataset
+from repan_cli.display import plots
 from repan_cli.display.console import show_notices
+from repan_cli.models import repvgg_cifar
 
 show_notices()  # tests read warnings where a user does
 
-ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Fill a folder by a function, once for all workers of pytest-xdist; who comes later finds it filled.
 
-def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every BN random statistics and affine parameters, a zero and negative gammas among them.
-
-    With the statistics of a fresh BN a wrong merge passes.
+    Tests that change anything in such a folder take a copy of it.
     """
-    draw = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            shape = module.running_mean.shape
-            module.running_mean.copy_(torch.randn(shape, generator=draw))
-            module.running_var.copy_(torch.rand(shape, generator=draw) * 2 + 0.2)
-            if module.affine:
-                with torch.no_grad():
-                    module.weight.copy_(torch.randn(shape, generator=draw))
-                    module.bias.copy_(torch.randn(shape, generator=draw))
-                    module.weight[0] = 0
-    return model
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder_of(name: str, make: Callable[[Path], None]) -> Path:
+        folder, complete = shared / f"shared_{name}", shared / f"shared_{name}.complete"
+        with FileLock(shared / f"shared_{name}.lock"):
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                make(folder)
+                complete.touch()
+        return folder
+
+    return folder_of
 
 
-def small_net(block: str = "repvgg", *, seed: int = 0, **kwargs: object) -> nn.Module:
-    """repvgg_a0_cifar for 10 classes with randomised BN, in eval mode."""
-    torch.manual_seed(seed)
-    model = timm.create_model("repvgg_a0_cifar", num_classes=10, block=block, **kwargs)
-    return randomize_norms(model, seed).eval()
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves() -> Iterator[None]:
+    """Leave curves.png undrawn by commands in this process: Matplotlib takes as long as a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw_curves", lambda records, target, *, title: None)
+        yield
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+@pytest.fixture
+def few_blocks() -> Iterator[None]:
+    """Build `repvgg_a0_cifar` and its like with 5 blocks in place of 22, where a test is not about the network.
 
-
-def repan(*words: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user would, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "repan_cli", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **env},
-        timeout=300,
-    )
+    Runs of these cannot be read without it, nor with it those of `cycle_run`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repvgg_cifar, "DEPTHS_A", (1, 1, 1, 1, 1))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -91,11 +89,17 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def cycle_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A short real run of `repan cycle` on the digits."""
-    folder = tmp_path_factory.mktemp("cycle") / "run"
+def cycle_run(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Run:
+    """A short real run of `repan cycle` on the digits, in a process of its own."""
     words = "cycle --model repvgg_a0_cifar --dataset digits --baseline-epochs 8 --cycles 2 --epochs 2 --json --out"
     settings = "cycle.lr=restart --baseline-lr 0.1 --lr 0.05 cycle.attach=ramp cycle.attach_epochs=1 run.precision=fp32"
-    result = repan(*words.split(), folder, *settings.split())
-    assert result.returncode == 0, result.stderr
-    return Run(folder, json.loads(result.stdout), result.stderr)
+
+    def make(folder: Path) -> None:
+        result = repan(*words.split(), folder / "run", *settings.split())
+        assert result.returncode == 0, result.stderr
+        (folder / "stdout").write_text(result.stdout)
+        (folder / "stderr").write_text(result.stderr)
+
+    folder = made_once("cycle", make)
+    summary = json.loads((folder / "stdout").read_text())
+    return Run(folder / "run", summary, (folder / "stderr").read_text())

@@ -6,8 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from test_cli import one_line, run
+from support import ROOT, one_line, run
 
 from repan_cli.system import timing
 from repan_cli.system.packages import missing

@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import safetensors.torch
 import torch
-from conftest import small_net
+from support import small_net
 
 import repan_cli
 from repan_cli import checkpoint, models

@@ -11,35 +11,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, repan
 from PIL import Image
-from test_datasets import write_folders
+from support import DIGITS, ROOT, one_line, repan, run, write_folders
 
 import repan_cli
 from repan_cli import checkpoint, config
-from repan_cli.cli import app, options
+from repan_cli.cli import options
 from repan_cli.commands import version
-from repan_cli.display import plots
-
-
-def run(capsys, *words):
-    """Run a command in this process: exit code, stdout, stderr."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["repan", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            app.main()
-    out, err = capsys.readouterr()
-    return left.value.code or 0, out, err
-
-
-def one_line(capsys, *words):
-    """The single line of an error that exits with 2."""
-    code, out, err = run(capsys, *words)
-    assert code == 2, err
-    assert out == ""
-    assert len(err.splitlines()) == 1, err
-    return err
-
+from repan_cli.display.plots import draw_curves
 
 # ---------------------------------------------------------------------------------------------- a whole run
 
@@ -119,7 +98,7 @@ def test_curves_are_drawn(cycle_run):
 def test_curves_of_the_shortest_runs(tmp_path, epochs, val):
     record = {"loss": 1.0, "val_loss": val, "train_top1": 40.0, "val_top1": val, "lr": 0.1, "attach_rate": 1.0}
     records = [{**record, "cycle": number % 2, "epoch": 1} for number in range(epochs)]
-    plots.draw_curves(records, tmp_path / "curves.png", title="short")
+    draw_curves(records, tmp_path / "curves.png", title="short")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
@@ -318,8 +297,6 @@ def test_gpus_are_those_of_the_driver(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- bad input
-
-DIGITS = ("--model", "repvgg_a0_cifar", "--dataset", "digits")
 
 
 @pytest.mark.parametrize(

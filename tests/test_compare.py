@@ -9,7 +9,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from test_cli import one_line, run
+from support import one_line, page_of, run
 
 from repan_cli import config
 from repan_cli.compare import page as report_page
@@ -447,13 +447,6 @@ class Page(HTMLParser):
 
     def paths(self, name):
         return [value for _, attribute, value in self.attributes if attribute == "class" and name in value.split()]
-
-
-def page_of(capsys, runs):
-    code, _, err = run(capsys, "compare", runs, "--html", runs / "page.html")
-    assert code == 0, err
-    assert f"written: {runs / 'page.html'}" in err
-    return (runs / "page.html").read_text()
 
 
 def test_the_page_needs_nothing_beside_itself(capsys, runs):

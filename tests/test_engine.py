@@ -8,13 +8,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import CPU, small_net
+from support import CPU, plan, small_net, training
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from repan_cli import config
 from repan_cli.blocks import Geometry, make_block, rep_blocks
-from repan_cli.data.batches import Augmentation
 from repan_cli.data.in_memory import InMemoryLoader
 from repan_cli.data.types import ArrayImages
 from repan_cli.errors import DivergedError
@@ -23,38 +22,8 @@ from repan_cli.training import optim
 from repan_cli.training.evaluation import evaluate
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, LossLog, StepEnd
 from repan_cli.training.loop import fit
-from repan_cli.training.plan import Phase, cycle_plan
-from repan_cli.training.run import Training
+from repan_cli.training.plan import Phase
 from repan_cli.training.tasks import Classification
-
-FP32 = Runtime(CPU, "fp32")
-
-
-def part(images: ArrayImages, count: int) -> ArrayImages:
-    return ArrayImages(*(array[:count] for array in images))
-
-
-def training(digits, plan, *, model=None, val=True, runtime=FP32, settings=None, batch_size=64, lr=0.05, **options):
-    model = model or small_net(in_chans=1)
-    look = {"mean": digits.mean, "std": digits.std, "device": CPU}
-    return Training(
-        model=model.to(memory_format=torch.channels_last),
-        task_of=lambda phase: Classification(phase.optim.label_smoothing),
-        optimizer=optim.build_optimizer(model, settings or config.OptimConfig(lr=lr)),
-        plan=plan,
-        train=InMemoryLoader(part(digits.train, 192), augmentation=Augmentation(padding=1), **look),
-        val=InMemoryLoader(digits.val, **look) if val else None,
-        test=InMemoryLoader(part(digits.test, 100), **look),
-        runtime=runtime,
-        batch_size=batch_size,
-        **options,
-    )
-
-
-def plan(*, baseline=True, **settings):
-    given = {"epochs": "2", "baseline.epochs": "2", "cycle.count": "1", "cycle.attach_epochs": "1", "optim.lr": "0.05"}
-    given |= {"cycle.lr": "restart", "cycle.attach": "ramp"}
-    return cycle_plan(config.build(given, {k.replace("__", "."): v for k, v in settings.items()}), baseline=baseline)
 
 
 def weights(run):

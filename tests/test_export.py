@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, repan, small_net
+from support import ROOT, repan, small_net
 
 from repan_cli import export
 from repan_cli.blocks import FAMILIES, RepBlock, branches, kernel, rep_block, rep_blocks, set_attach_rate

@@ -10,8 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import randomize_norms, relative
-from test_cli import one_line, run
+from support import one_line, randomize_norms, relative, run
 
 import repan_cli
 from repan_cli import checkpoint, models

@@ -10,10 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import CPU, small_net
-from test_counts import Counted
-from test_engine import FP32, plan, training
-from test_teacher import resident
+from support import CPU, FP32, Counted, plan, resident, small_net, training
 from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import small_net
-from test_cli import one_line, run
+from support import one_line, run, small_net
 from torch import nn
 
 from repan_cli.blocks import reparameterize

@@ -12,8 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from conftest import CPU, randomize_norms, relative
-from test_cli import one_line, run
+from support import CPU, one_line, randomize_norms, relative, run
 from torch import nn
 
 import repan_cli

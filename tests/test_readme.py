@@ -8,9 +8,8 @@ import shutil
 import pytest
 import timm
 import torch
-from conftest import ROOT
 from PIL import Image
-from test_cli import run
+from support import ROOT, run
 
 from repan_cli import config
 

@@ -7,14 +7,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import CPU, relative, small_net
-from test_cli import one_line, run
+from support import CPU, one_line, relative, resident, run, small_net, write_folders
 from torch import nn
 
 from repan_cli import config
 from repan_cli.blocks import rep_blocks
-from repan_cli.data.batches import Augmentation, Batch
-from repan_cli.data.in_memory import InMemoryLoader
+from repan_cli.data.batches import Batch
 from repan_cli.errors import InputError
 from repan_cli.session.teachers import PhaseTasks, TeacherModel
 from repan_cli.system.device import Runtime
@@ -77,12 +75,6 @@ def test_a_teacher_may_want_another_size():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
     teacher = Teacher(model, own=View(8, (0, 0, 0), (1, 1, 1)), student=View(4, (0, 0, 0), (1, 1, 1)), runtime=FP32)
     assert teacher.logits(torch.randn(2, 3, 4, 4)).shape == (2, 5)
-
-
-def resident(digits, padding=1):
-    return InMemoryLoader(
-        digits.train, mean=digits.mean, std=digits.std, device=CPU, augmentation=Augmentation(padding=padding)
-    )
 
 
 @pytest.mark.parametrize("storage", ["memory", "file"])
@@ -280,8 +272,6 @@ def test_teachers_that_cannot_be_used(capsys, tmp_path, monkeypatch, words, says
 
 
 def test_a_teacher_of_other_classes_is_refused(capsys, cycle_run, tmp_path):
-    from test_datasets import write_folders
-
     photos = write_folders(tmp_path / "photos")
     words = ["--model", "repvgg_a0_cifar", "--dataset", "folder", "--data-root", photos]
     line = one_line(capsys, "distill", *words, "--teacher", cycle_run.folder / "best.pt")

@@ -5,8 +5,7 @@ import json
 import struct
 
 import pytest
-from conftest import ROOT, repan
-from test_cli import DIGITS, one_line, run
+from support import DIGITS, ROOT, one_line, repan, run
 
 from repan_cli.errors import InputError
 from repan_cli.runs import trackers
