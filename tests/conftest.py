@@ -91,7 +91,7 @@ class Run(NamedTuple):
 @pytest.fixture(scope="session")
 def cycle_run(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Run:
     """A short real run of `repan cycle` on the digits, in a process of its own."""
-    words = "cycle --model repvgg_a0_cifar --dataset digits --baseline-epochs 8 --cycles 2 --epochs 2 --json --out"
+    words = "cycle --model repvgg_a0_cifar --dataset digits --baseline-epochs 4 --cycles 2 --epochs 2 --json --out"
     settings = "cycle.lr=restart --baseline-lr 0.1 --lr 0.05 cycle.attach=ramp cycle.attach_epochs=1 run.precision=fp32"
 
     def make(folder: Path) -> None:

@@ -526,7 +526,7 @@ def test_a_real_run_is_compared_with_itself(capsys, cycle_run, tmp_path):
         "sd": None,
         "values": [group["test_top1"]["mean"]],
     }
-    assert (group["epochs"], group["images"]) == (12, 12 * cycle_run.summary["images"]["train"])
+    assert (group["epochs"], group["images"]) == (8, 8 * cycle_run.summary["images"]["train"])
     assert group["dataset"] == "digits"
     assert cycle_run.summary["classes"] == 10
     assert "svg" in page_of(capsys, tmp_path)
