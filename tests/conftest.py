@@ -16,7 +16,7 @@ from filelock import FileLock
 
 pytest.register_assert_rewrite("support")
 
-from support import CPU, repan
+from support import CPU, DIGITS, repan, run
 
 from repan_cli.data import datasets
 from repan_cli.data.batches import Augmentation
@@ -26,11 +26,13 @@ from repan_cli.display import plots
 from repan_cli.display.console import show_notices
 from repan_cli.models import repvgg_cifar
 
+MadeOnce = Callable[[str, Callable[[Path], None]], Path]
+
 show_notices()  # tests read warnings where a user does
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
     """Fill a folder by a function, once for all workers of pytest-xdist; who comes later finds it filled.
 
     Tests that change anything in such a folder take a copy of it.
@@ -89,7 +91,7 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def cycle_run(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Run:
+def cycle_run(made_once: MadeOnce) -> Run:
     """A short real run of `repan cycle` on the digits, in a process of its own."""
     words = "cycle --model repvgg_a0_cifar --dataset digits --baseline-epochs 4 --cycles 2 --epochs 2 --json --out"
     settings = "cycle.lr=restart --baseline-lr 0.1 --lr 0.05 cycle.attach=ramp cycle.attach_epochs=1 run.precision=fp32"
@@ -103,3 +105,15 @@ def cycle_run(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Run:
     folder = made_once("cycle", make)
     summary = json.loads((folder / "stdout").read_text())
     return Run(folder / "run", summary, (folder / "stderr").read_text())
+
+
+@pytest.fixture
+def small_run(few_blocks: None, made_once: MadeOnce, capsys: pytest.CaptureFixture[str]) -> Path:
+    """The directory of a run of one epoch, of the network of `few_blocks`."""
+
+    def make(folder: Path) -> None:
+        words = ["train", *DIGITS, "--epochs", 1, "data.batch_size=256", "run.precision=fp32", "--out", folder / "run"]
+        code, _, err = run(capsys, *words)
+        assert code == 0, err
+
+    return made_once("small", make) / "run"

@@ -60,10 +60,10 @@ def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def small_net(block: str = "repvgg", *, seed: int = 0, **kwargs: object) -> nn.Module:
-    """repvgg_a0_cifar for 10 classes with randomised BN, in eval mode."""
+def small_net(block: str = "repvgg", *, name: str = "repvgg_a0_cifar", seed: int = 0, **kwargs: object) -> nn.Module:
+    """A network for 10 classes with randomised BN, in eval mode."""
     torch.manual_seed(seed)
-    model = timm.create_model("repvgg_a0_cifar", num_classes=10, block=block, **kwargs)
+    model = timm.create_model(name, num_classes=10, block=block, **kwargs)
     return randomize_norms(model, seed).eval()
 
 

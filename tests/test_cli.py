@@ -106,8 +106,8 @@ def test_curves_of_the_shortest_runs(tmp_path, epochs, val):
 
 
 def test_train(capsys, few_blocks, tmp_path):
-    words = "train --model repvgg_a0_cifar --dataset digits --block acb --epochs 1 data.val_fraction=0 data.batch_size=256 --json --out"
-    code, out, err = run(capsys, *words.split(), tmp_path / "run")
+    words = "--block acb --epochs 1 data.val_fraction=0 data.batch_size=256 --json --out"
+    code, out, err = run(capsys, "train", *DIGITS, *words.split(), tmp_path / "run")
     assert code == 0, err
     summary = json.loads(out)
     assert summary["cycles"] == []

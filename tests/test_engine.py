@@ -25,6 +25,8 @@ from repan_cli.training.loop import fit
 from repan_cli.training.plan import Phase
 from repan_cli.training.tasks import Classification
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 
 def weights(run):
     return {name: value.clone() for name, value in run.model.state_dict().items()}
@@ -87,15 +89,16 @@ def test_the_control_is_training_on_with_zeroed_momentum(digits):
 def test_a_restart_keeps_accuracy_and_logits(digits):
     start = next(event for event in fit(training(digits, plan(baseline=False))))
     assert start.restarted
-    assert start.blocks == 22
+    assert start.blocks == 5
     assert start.top1_before == start.top1_after_restart
     assert start.logit_error < 1e-5
 
 
 @pytest.mark.parametrize(("rule", "jumps"), [("calibrate", False), ("running", True), ("reset", True)])
 def test_the_loss_across_a_restart_tells_the_rules_apart(digits, rule, jumps):
-    """On a network whose statistics have settled: `calibrate` keeps its training loss, the others do not."""
-    run = training(digits, plan(baseline=False, cycle__rule=rule))
+    """On a deep network whose statistics have settled: `calibrate` keeps its training loss, the others do not."""
+    deep = small_net(name="repvgg_b0_cifar", in_chans=1)
+    run = training(digits, plan(baseline=False, cycle__rule=rule), model=deep)
     with torch.no_grad():
         for epoch in range(40):
             for images, *_ in run.train.training_batches(192, 7, 7, epoch):
@@ -198,7 +201,7 @@ def test_the_optimizer_never_loses_its_parameters(digits):
     list(fit(run))
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in run.model.parameters()}
-    assert len(list(rep_blocks(run.model))) == 22
+    assert len(list(rep_blocks(run.model))) == 5
 
 
 # ---------------------------------------------------------------------------------------------- more ways to train

@@ -27,6 +27,8 @@ from repan_cli.training.optim import build_optimizer
 from repan_cli.training.tasks import Classification, Distillation
 from repan_cli.training.teacher import LogitCache, Teacher, View, allocate
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 
 class Tape(TorchDispatchMode):
     """The operations that are done meanwhile, to be done again on the same tensors."""

@@ -11,6 +11,8 @@ from repan_cli.errors import InputError
 from repan_cli.runs import trackers
 from repan_cli.session import recorder
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 SETTINGS = {"optim.lr": 0.1, "data.name": "digits", "ema.enabled": False, "teacher.name": None, "epochs": 3}
 
 
