@@ -16,7 +16,7 @@ from filelock import FileLock
 
 pytest.register_assert_rewrite("support")
 
-from support import CPU, DIGITS, repan, run
+from support import CPU, captured, repan
 
 from repan_cli.data import datasets
 from repan_cli.data.batches import Augmentation
@@ -25,6 +25,9 @@ from repan_cli.data.types import Dataset
 from repan_cli.display import plots
 from repan_cli.display.console import show_notices
 from repan_cli.models import repvgg_cifar
+
+FEW = (1, 1, 1, 1, 1)
+"""Blocks a stage."""
 
 MadeOnce = Callable[[str, Callable[[Path], None]], Path]
 
@@ -63,12 +66,12 @@ def _no_curves() -> Iterator[None]:
 
 @pytest.fixture
 def few_blocks() -> Iterator[None]:
-    """Build `repvgg_a0_cifar` and its like with 5 blocks in place of 22, where a test is not about the network.
+    """Build RepVGG-A networks with 5 blocks in place of 22, where a test is not about the network.
 
-    Runs of these cannot be read without it, nor with it those of `cycle_run`.
+    Files of these cannot be read without it, nor with it those of `cycle_run`.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repvgg_cifar, "DEPTHS_A", (1, 1, 1, 1, 1))
+        patch.setattr(repvgg_cifar, "DEPTHS_A", FEW)
         yield
 
 
@@ -102,18 +105,27 @@ def cycle_run(made_once: MadeOnce) -> Run:
         (folder / "stdout").write_text(result.stdout)
         (folder / "stderr").write_text(result.stderr)
 
-    folder = made_once("cycle", make)
-    summary = json.loads((folder / "stdout").read_text())
-    return Run(folder / "run", summary, (folder / "stderr").read_text())
+    return _finished(made_once("cycle", make))
 
 
-@pytest.fixture
-def small_run(few_blocks: None, made_once: MadeOnce, capsys: pytest.CaptureFixture[str]) -> Path:
-    """The directory of a run of one epoch, of the network of `few_blocks`."""
+@pytest.fixture(scope="session")
+def small_run(made_once: MadeOnce) -> Run:
+    """A run of `repan cycle` of the network of `few_blocks`, which tests that read it ask for, too."""
+    words = "cycle --model repvgg_a0_cifar --dataset digits --baseline-epochs 3 --cycles 2 --epochs 2 --json --out"
+    settings = "cycle.lr=restart data.batch_size=128 run.precision=fp32"
 
     def make(folder: Path) -> None:
-        words = ["train", *DIGITS, "--epochs", 1, "data.batch_size=256", "run.precision=fp32", "--out", folder / "run"]
-        code, _, err = run(capsys, *words)
-        assert code == 0, err
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(repvgg_cifar, "DEPTHS_A", FEW)
+            code, *texts = captured(*words.split(), folder / "run", *settings.split())
+        assert code == 0, texts
+        for name, text in zip(("stdout", "stderr"), texts, strict=True):
+            (folder / name).write_text(text)
 
-    return made_once("small", make) / "run"
+    return _finished(made_once("small", make))
+
+
+def _finished(folder: Path) -> Run:
+    """A run whose directory and whose words lie in a folder."""
+    texts = [(folder / name).read_text() for name in ("stdout", "stderr")]
+    return Run(folder / "run", json.loads(texts[0]), texts[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -122,12 +124,23 @@ DIGITS = ("--model", "repvgg_a0_cifar", "--dataset", "digits")
 
 def run(capsys, *words):
     """Run a command in this process: exit code, stdout, stderr."""
+    code = _exit_code(*words)
+    return code, *capsys.readouterr()
+
+
+def captured(*words):
+    """The same where pytest's `capsys` is not at hand: in fixtures of a whole session."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = _exit_code(*words)
+    return code, out.getvalue(), err.getvalue()
+
+
+def _exit_code(*words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["repan", *map(str, words)])
         with pytest.raises(SystemExit) as left:
             app.main()
-    out, err = capsys.readouterr()
-    return left.value.code or 0, out, err
+    return left.value.code or 0
 
 
 def one_line(capsys, *words):

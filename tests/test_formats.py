@@ -363,12 +363,12 @@ def test_predict_and_evaluate_take_every_format(capsys, small_run, tmp_path):
         picture = (bunch.images[number] * (255 / 16)).round().astype("uint8")
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
     out = tmp_path / "net"
-    code, text, err = run(capsys, "fuse", small_run, *ALL, "-o", out, "--json")
+    code, text, err = run(capsys, "fuse", small_run.folder, *ALL, "-o", out, "--json")
     assert code == 0, err
     facts = json.loads(text)
     assert facts["images"]["real"] == 8
     found = {}
-    for path in (small_run / "best.pt", *facts["out"]):
+    for path in (small_run.folder / "best.pt", *facts["out"]):
         _, text, _ = run(capsys, "predict", path, tmp_path, "--top", "3", "--json")
         rows = json.loads(text)
         assert [row["image"] for row in rows] == [str(tmp_path / f"{number}.png") for number in range(3)]
@@ -376,7 +376,7 @@ def test_predict_and_evaluate_take_every_format(capsys, small_run, tmp_path):
         _, text, _ = run(capsys, "evaluate", path, "--json")
         found[str(path)] = rows, json.loads(text)
     first, score = next(iter(found.values()))
-    assert score["top1"] == json.loads((small_run / "summary.json").read_text())["test"]["top1"]
+    assert score["top1"] == small_run.summary["test"]["top1"]
     for rows, other in found.values():
         assert other["top1"] == score["top1"]
         assert other["class_top1"] == score["class_top1"]
@@ -390,14 +390,14 @@ def test_predict_names_what_it_cannot_read(capsys, small_run, tmp_path):
 
     Image.new("L", (8, 8), 9).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("no image")
-    code, out, err = run(capsys, "predict", small_run / "fused.pt", tmp_path)
+    code, out, err = run(capsys, "predict", small_run.folder / "fused.pt", tmp_path)
     assert code == 2
     assert "good.png" in out
     assert err.splitlines()[-1].startswith(f"Error: cannot read the image {tmp_path / 'bad.png'}")
-    assert "no image" in one_line(capsys, "predict", small_run / "fused.pt", tmp_path / "none.png")
+    assert "no image" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path / "none.png")
     (tmp_path / "empty").mkdir()
-    assert "holds no images" in one_line(capsys, "predict", small_run / "fused.pt", tmp_path / "empty")
-    assert "--top 0" in one_line(capsys, "predict", small_run / "fused.pt", tmp_path, "--top", "0")
+    assert "holds no images" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path / "empty")
+    assert "--top 0" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path, "--top", "0")
 
 
 def test_info_of_every_format(capsys, exported, tmp_path):

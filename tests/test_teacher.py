@@ -115,7 +115,7 @@ def test_a_teacher_that_is_no_function_of_the_view_is_found_out(digits):
     "setting", ["data.cutout=2", "data.erase=0.1", "data.mixup=0.2", "data.cutmix=1", "data.augment=randaugment"]
 )
 def test_a_cache_is_refused_with_the_reason_where_views_cannot_be_numbered(capsys, small_run, setting):
-    words = ["distill", "--model", "repvgg_a0", "--dataset", "digits", "--teacher", small_run / "best.pt"]
+    words = ["distill", "--model", "repvgg_a0", "--dataset", "digits", "--teacher", small_run.folder / "best.pt"]
     refused = one_line(capsys, *words, "--dry-run", setting, "teacher.cache=views")
     assert f"teacher.cache=views: with {setting} no view comes twice" in refused
 
@@ -221,7 +221,7 @@ QUICK = ["--dataset", "digits", "--epochs", 1, "data.batch_size=256", "run.preci
 
 
 def test_distill_and_cycle_with_a_teacher(capsys, small_run, tmp_path):
-    teacher = small_run / "best.pt"
+    teacher = small_run.folder / "best.pt"
     words = ["--model", "repvgg_a0_cifar", "--teacher", teacher, *QUICK]
     code, out, err = run(capsys, "distill", *words, "--out", tmp_path / "a", "teacher.alpha=0.9")
     assert code == 0, err
@@ -273,5 +273,5 @@ def test_teachers_that_cannot_be_used(capsys, tmp_path, monkeypatch, words, says
 def test_a_teacher_of_other_classes_is_refused(capsys, small_run, tmp_path):
     photos = write_folders(tmp_path / "photos")
     words = ["--model", "repvgg_a0_cifar", "--dataset", "folder", "--data-root", photos]
-    line = one_line(capsys, "distill", *words, "--teacher", small_run / "best.pt")
+    line = one_line(capsys, "distill", *words, "--teacher", small_run.folder / "best.pt")
     assert "knows 10 classes, folder has 2" in line
