@@ -1,99 +1,78 @@
-"""What tests share: networks with randomised BN, the digits, and one real run of `repan cycle`."""
+"""Fixtures that test files share: the digits, and one real run of `repan cycle`, made once for all workers."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import subprocess
-import sys
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one a core
 
-from pathlib import Path
-from typing import Any, NamedTuple
-
 import pytest
-import timm
-import torch
-from torch import nn
+from filelock import FileLock
 
-import repan_cli.models  # noqa: F401 (registers the networks)
-from repan_cli.checkpoint import ModelCard
+pytest.register_assert_rewrite("support")
+
+from support import CPU, captured, repan
+
 from repan_cli.data import datasets
 from repan_cli.data.batches import Augmentation
 from repan_cli.data.in_memory import InMemoryLoader
 from repan_cli.data.types import Dataset
+from repan_cli.display import plots
 from repan_cli.display.console import show_notices
-from repan_cli.models import BUILT_OF_BLOCKS, Expansion, form_of
+from repan_cli.models import repvgg_cifar
+
+FEW = (1, 1, 1, 1, 1)
+"""Blocks a stage."""
+
+MadeOnce = Callable[[str, Callable[[Path], None]], Path]
 
 show_notices()  # tests read warnings where a user does
 
-ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Fill a folder by a function, once for all workers of pytest-xdist; who comes later finds it filled.
 
-def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every BN random statistics and affine parameters, a zero and negative gammas among them.
-
-    With the statistics of a fresh BN a wrong merge passes.
+    Tests that change anything in such a folder take a copy of it.
     """
-    draw = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            shape = module.running_mean.shape
-            module.running_mean.copy_(torch.randn(shape, generator=draw))
-            module.running_var.copy_(torch.rand(shape, generator=draw) * 2 + 0.2)
-            if module.affine:
-                with torch.no_grad():
-                    module.weight.copy_(torch.randn(shape, generator=draw))
-                    module.bias.copy_(torch.randn(shape, generator=draw))
-                    module.weight[0] = 0
-    return model
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder_of(name: str, make: Callable[[Path], None]) -> Path:
+        folder, complete = shared / f"shared_{name}", shared / f"shared_{name}.complete"
+        with FileLock(shared / f"shared_{name}.lock"):
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                make(folder)
+                complete.touch()
+        return folder
+
+    return folder_of
 
 
-def small_net(block: str = "repvgg", *, seed: int = 0, **kwargs: object) -> nn.Module:
-    """repvgg_a0_cifar for 10 classes with randomised BN, in eval mode."""
-    torch.manual_seed(seed)
-    model = timm.create_model("repvgg_a0_cifar", num_classes=10, block=block, **kwargs)
-    return randomize_norms(model, seed).eval()
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves() -> Iterator[None]:
+    """Leave curves.png undrawn by commands in this process: Matplotlib takes as long as a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw_curves", lambda records, target, *, title: None)
+        yield
 
 
-def card_of(
-    model: nn.Module, name: str = "repvgg_a0_cifar", *, expansion: Expansion | None = None, **values: Any
-) -> ModelCard:
-    """What a checkpoint says of a network for images of 32 pixels, as training would write it."""
-    expansion = expansion or getattr(model, "repan_report", None) or Expansion("repvgg", (), {})
-    built_of_blocks = {"block": expansion.family, "branches": None} if name in BUILT_OF_BLOCKS else {}
-    usual = ModelCard(
-        model=name,
-        block=expansion.family,
-        form=form_of(model),
-        structure=expansion.structure(built_of_blocks),
-        classes=tuple(str(number) for number in range(10)),
-        in_chans=3,
-        image_size=32,
-        mean=(0.5, 0.4, 0.3),
-        std=(0.2, 0.3, 0.25),
-        epoch=1,
-    )
-    return dataclasses.replace(usual, **values)
+@pytest.fixture
+def few_blocks() -> Iterator[None]:
+    """Build RepVGG-A networks with 5 blocks in place of 22, where a test is not about the network.
 
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-def repan(*words: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user would, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "repan_cli", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **env},
-        timeout=300,
-    )
+    Files of these cannot be read without it, nor with it those of `cycle_run`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repvgg_cifar, "DEPTHS_A", FEW)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -115,11 +94,38 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def cycle_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A short real run of `repan cycle` on the digits."""
-    folder = tmp_path_factory.mktemp("cycle") / "run"
-    words = "cycle --model repvgg_a0_cifar --dataset digits --baseline-epochs 8 --cycles 2 --epochs 2 --json --out"
+def cycle_run(made_once: MadeOnce) -> Run:
+    """A short real run of `repan cycle` on the digits, in a process of its own."""
+    words = "cycle --model repvgg_a0_cifar --dataset digits --baseline-epochs 4 --cycles 2 --epochs 2 --json --out"
     settings = "cycle.lr=restart --baseline-lr 0.1 --lr 0.05 cycle.attach=ramp cycle.attach_epochs=1 run.precision=fp32"
-    result = repan(*words.split(), folder, *settings.split())
-    assert result.returncode == 0, result.stderr
-    return Run(folder, json.loads(result.stdout), result.stderr)
+
+    def make(folder: Path) -> None:
+        result = repan(*words.split(), folder / "run", *settings.split())
+        assert result.returncode == 0, result.stderr
+        (folder / "stdout").write_text(result.stdout)
+        (folder / "stderr").write_text(result.stderr)
+
+    return _finished(made_once("cycle", make))
+
+
+@pytest.fixture(scope="session")
+def small_run(made_once: MadeOnce) -> Run:
+    """A run of `repan cycle` of the network of `few_blocks`, which tests that read it ask for, too."""
+    words = "cycle --model repvgg_a0_cifar --dataset digits --baseline-epochs 3 --cycles 2 --epochs 2 --json --out"
+    settings = "cycle.lr=restart data.batch_size=128 run.precision=fp32"
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(repvgg_cifar, "DEPTHS_A", FEW)
+            code, *texts = captured(*words.split(), folder / "run", *settings.split())
+        assert code == 0, texts
+        for name, text in zip(("stdout", "stderr"), texts, strict=True):
+            (folder / name).write_text(text)
+
+    return _finished(made_once("small", make))
+
+
+def _finished(folder: Path) -> Run:
+    """A run whose directory and whose words lie in a folder."""
+    texts = [(folder / name).read_text() for name in ("stdout", "stderr")]
+    return Run(folder / "run", json.loads(texts[0]), texts[1])

@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import randomize_norms, relative, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import randomize_norms, relative, small_net
 
 from repan_cli import config
 from repan_cli.anneal.calibration import calibrate

@@ -16,9 +16,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import card_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import card_of
 
 from repan_cli import checkpoint
 from repan_cli.checkpoint import archive, reading

@@ -6,8 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from test_cli import one_line, run
+from support import ROOT, one_line, run
 
 from repan_cli.system import timing
 from repan_cli.system.packages import missing
@@ -26,6 +25,7 @@ def test_the_median_is_of_windows():
     assert timing._summary([3.0, 1.0, 2.0, 100.0, 2.5]).median == 2.5
 
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
 QUICK = ("--seconds", "0", "-b", "1", "-b", "3", "--training-batch", "4", "--json")
 
 
@@ -48,19 +48,19 @@ def test_a_network_by_its_name(capsys):
 
 
 @pytest.mark.soak
-def test_files(capsys, cycle_run):
-    _, out, _ = run(capsys, "benchmark", cycle_run.folder / "fused.pt", *QUICK)
+def test_files(capsys, small_run):
+    _, out, _ = run(capsys, "benchmark", small_run.folder / "fused.pt", *QUICK)
     assert json.loads(out)["inference"][0]["form"] == "fused"
-    code, out, _ = run(capsys, "benchmark", cycle_run.folder / "best.pt", *QUICK[:-1])
+    code, out, _ = run(capsys, "benchmark", small_run.folder / "best.pt", *QUICK[:-1])
     assert code == 0
     assert "against the first" in out
 
 
-def test_bad_words(capsys, cycle_run):
+def test_bad_words(capsys, small_run):
     assert "unknown model 'repvg'; did you mean" in one_line(capsys, "benchmark", "repvg")
     assert "no file x.pt" in one_line(capsys, "benchmark", "x.pt")
     assert "--block is for a network by its name" in one_line(
-        capsys, "benchmark", cycle_run.folder / "best.pt", "--block", "acb"
+        capsys, "benchmark", small_run.folder / "best.pt", "--block", "acb"
     )
     assert "--batch" in one_line(capsys, "benchmark", "repvgg", "-b", "0")
 

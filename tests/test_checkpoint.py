@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import safetensors.torch
 import torch
-from conftest import card_of, small_net
+from support import card_of, small_net
 
 import repan_cli
 from repan_cli import checkpoint, models

@@ -9,7 +9,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from test_cli import one_line, run
+from support import one_line, page_of, run
 
 from repan_cli import config
 from repan_cli.compare import page as report_page
@@ -453,13 +453,6 @@ class Page(HTMLParser):
         return [value for _, attribute, value in self.attributes if attribute == "class" and name in value.split()]
 
 
-def page_of(capsys, runs):
-    code, _, err = run(capsys, "compare", runs, "--html", runs / "page.html")
-    assert code == 0, err
-    assert f"written: {runs / 'page.html'}" in err
-    return (runs / "page.html").read_text()
-
-
 def test_the_page_needs_nothing_beside_itself(capsys, runs):
     text = page_of(capsys, runs)
     page = Page(text)
@@ -527,17 +520,17 @@ def test_ticks_are_round_and_few(low, high):
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
 
 
-def test_a_real_run_is_compared_with_itself(capsys, cycle_run, tmp_path):
-    shutil.copytree(cycle_run.folder, tmp_path / "run")
+def test_a_real_run_is_compared_with_itself(capsys, small_run, tmp_path):
+    shutil.copytree(small_run.folder, tmp_path / "run")
     found, err = as_json(capsys, tmp_path)
     assert err == ""
     (group,) = found["groups"]
     assert group["test_top1"] == {
-        "mean": cycle_run.summary["test"]["top1"],
+        "mean": small_run.summary["test"]["top1"],
         "sd": None,
         "values": [group["test_top1"]["mean"]],
     }
-    assert (group["epochs"], group["images"]) == (12, 12 * cycle_run.summary["images"]["train"])
+    assert (group["epochs"], group["images"]) == (7, 7 * small_run.summary["images"]["train"])
     assert group["dataset"] == "digits"
-    assert cycle_run.summary["classes"] == 10
+    assert small_run.summary["classes"] == 10
     assert "svg" in page_of(capsys, tmp_path)

@@ -6,9 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from test_cli import run
-from test_layering import loaded_after
+from support import ROOT, loaded_after, run
 
 from repan_cli import config
 from repan_cli.cli import completion

@@ -1,13 +1,11 @@
 """What a step costs, in counts: timings on shared machines are noise, operators and host syncs are not."""
 
 import dataclasses
-from collections import Counter
 
 import pytest
 import timm
 import torch
-from conftest import CPU
-from torch.utils._python_dispatch import TorchDispatchMode
+from support import CPU, Counted
 from torch.utils.flop_counter import FlopCounterMode
 
 from repan_cli import config
@@ -22,18 +20,6 @@ from repan_cli.training.tasks import Classification
 BATCH = 64
 BLOCKS, CONVS, NORMS = 22, 44, 62
 """Of repvgg_a1_cifar: a 3x3 and a 1x1 convolution a block, a BN behind each and behind 18 identities."""
-
-
-class Counted(TorchDispatchMode):
-    """Counts the operators that are dispatched meanwhile."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls[str(function.overloadpacket)] += 1
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture

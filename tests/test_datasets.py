@@ -3,22 +3,12 @@
 import numpy as np
 import pytest
 from PIL import Image
+from support import write_folders
 
 from repan_cli.data import datasets
 from repan_cli.data.subset import stratified
 from repan_cli.data.types import DATASETS, ArrayImages, DatasetSpec, RawDataset
 from repan_cli.errors import InputError
-
-
-def write_folders(root, *, parts=("train", "test"), classes=("ant", "bee"), count=6, size=(8, 8), seed=0):
-    draw = np.random.default_rng(seed)
-    for part in parts:
-        for name in classes:
-            (root / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
-    return root
 
 
 def test_digits_have_a_fixed_stratified_test_part(digits):

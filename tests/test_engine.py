@@ -8,13 +8,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import CPU, small_net
+from support import CPU, plan, small_net, training
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from repan_cli import config
 from repan_cli.blocks import Geometry, make_block, rep_blocks
-from repan_cli.data.batches import Augmentation
 from repan_cli.data.in_memory import InMemoryLoader
 from repan_cli.data.types import ArrayImages
 from repan_cli.errors import DivergedError
@@ -23,38 +22,10 @@ from repan_cli.training import optim
 from repan_cli.training.evaluation import evaluate
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, LossLog, StepEnd
 from repan_cli.training.loop import fit
-from repan_cli.training.plan import Phase, cycle_plan
-from repan_cli.training.run import Training
+from repan_cli.training.plan import Phase
 from repan_cli.training.tasks import Classification
 
-FP32 = Runtime(CPU, "fp32")
-
-
-def part(images: ArrayImages, count: int) -> ArrayImages:
-    return ArrayImages(*(array[:count] for array in images))
-
-
-def training(digits, plan, *, model=None, val=True, runtime=FP32, settings=None, batch_size=64, lr=0.05, **options):
-    model = model or small_net(in_chans=1)
-    look = {"mean": digits.mean, "std": digits.std, "device": CPU}
-    return Training(
-        model=model.to(memory_format=torch.channels_last),
-        task_of=lambda phase: Classification(phase.optim.label_smoothing),
-        optimizer=optim.build_optimizer(model, settings or config.OptimConfig(lr=lr)),
-        plan=plan,
-        train=InMemoryLoader(part(digits.train, 192), augmentation=Augmentation(padding=1), **look),
-        val=InMemoryLoader(digits.val, **look) if val else None,
-        test=InMemoryLoader(part(digits.test, 100), **look),
-        runtime=runtime,
-        batch_size=batch_size,
-        **options,
-    )
-
-
-def plan(*, baseline=True, **settings):
-    given = {"epochs": "2", "baseline.epochs": "2", "cycle.count": "1", "cycle.attach_epochs": "1", "optim.lr": "0.05"}
-    given |= {"cycle.lr": "restart", "cycle.attach": "ramp"}
-    return cycle_plan(config.build(given, {k.replace("__", "."): v for k, v in settings.items()}), baseline=baseline)
+pytestmark = pytest.mark.usefixtures("few_blocks")
 
 
 def weights(run):
@@ -118,15 +89,16 @@ def test_the_control_is_training_on_with_zeroed_momentum(digits):
 def test_a_restart_keeps_accuracy_and_logits(digits):
     start = next(event for event in fit(training(digits, plan(baseline=False))))
     assert start.restarted
-    assert start.blocks == 22
+    assert start.blocks == 5
     assert start.top1_before == start.top1_after_restart
     assert start.logit_error < 1e-5
 
 
 @pytest.mark.parametrize(("rule", "jumps"), [("calibrate", False), ("running", True), ("reset", True)])
 def test_the_loss_across_a_restart_tells_the_rules_apart(digits, rule, jumps):
-    """On a network whose statistics have settled: `calibrate` keeps its training loss, the others do not."""
-    run = training(digits, plan(baseline=False, cycle__rule=rule))
+    """On a deep network whose statistics have settled: `calibrate` keeps its training loss, the others do not."""
+    deep = small_net(name="repvgg_b0_cifar", in_chans=1)
+    run = training(digits, plan(baseline=False, cycle__rule=rule), model=deep)
     with torch.no_grad():
         for epoch in range(40):
             for images, *_ in run.train.training_batches(192, 7, 7, epoch):
@@ -229,7 +201,7 @@ def test_the_optimizer_never_loses_its_parameters(digits):
     list(fit(run))
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in run.model.parameters()}
-    assert len(list(rep_blocks(run.model))) == 22
+    assert len(list(rep_blocks(run.model))) == 5
 
 
 # ---------------------------------------------------------------------------------------------- more ways to train

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
-from conftest import card_of, randomize_norms, relative
+from support import card_of, randomize_norms, relative
 from timm.layers import BatchNormAct2d
 from timm.utils.model import reparameterize_model
 from torch import nn

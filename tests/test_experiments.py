@@ -13,7 +13,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 fcntl = pytest.importorskip("fcntl", reason="the runner is for Linux and macOS")
 

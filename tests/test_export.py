@@ -1,12 +1,8 @@
 """Merging proves itself: right merges pass, wrong ones are refused and nothing is written."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, repan, small_net
+from support import run, small_net
 
 from repan_cli import export
 from repan_cli.blocks import FAMILIES, RepBlock, branches, kernel, rep_block, rep_blocks, set_attach_rate
@@ -88,26 +84,16 @@ def test_a_plain_network_has_nothing_to_merge():
         export.fuse(rep_block.reparameterize(small_net()), X)
 
 
-WRONG_COMMAND = """
-import repan_cli.blocks.branches as branches
-from repan_cli.cli.app import main
-right = branches.embed
-branches.embed = lambda kernel, size, offset: right(kernel, size, (0, 0))
-main()
-"""
-
-
-def test_the_command_writes_nothing_when_the_proof_fails(cycle_run, tmp_path):
-    """A wrong merge, patched into the command's own process: exit 1, a line that names the layer, no file."""
+def test_the_command_writes_nothing_when_the_proof_fails(capsys, few_blocks, small_run, tmp_path, monkeypatch):
+    """A wrong merge: exit 1, a line that names the layer, no file."""
     out = tmp_path / "fused.pt"
-    words = ["fuse", str(cycle_run.folder / "last.pt"), "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    wrong = subprocess.run(
-        [sys.executable, "-c", WRONG_COMMAND, *words], capture_output=True, text=True, env=environment
-    )
-    assert wrong.returncode == 1
-    assert "Error: merging changed the function at stages" in wrong.stderr
+    words = ["fuse", small_run.folder / "last.pt", "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(branches, "embed", wrong_padding)
+        code, _, err = run(capsys, *words)
+    assert code == 1
+    assert "Error: merging changed the function at stages" in err
     assert not out.exists()
-    right = repan(*words)
-    assert right.returncode == 0, right.stderr
+    code, _, err = run(capsys, *words)
+    assert code == 0, err
     assert out.exists()

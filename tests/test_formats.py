@@ -10,19 +10,17 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import card_of, randomize_norms, relative
-from test_cli import one_line, run
+from support import card_of, one_line, randomize_norms, relative, run
 
 import repan_cli
 from repan_cli import checkpoint, models
-from repan_cli.commands import fuse
-from repan_cli.commands.options import FuseOptions
 from repan_cli.errors import InputError
 from repan_cli.export import pt2_file
 from repan_cli.models import expand
 from repan_cli.session import artifact
 from repan_cli.system.packages import missing
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
 needs_onnx = pytest.mark.skipif(bool(missing("onnx", "onnxscript", "onnxruntime")), reason="the onnx extra is missing")
 FORMATS = ["pt", "safetensors", "pt2", pytest.param("onnx", marks=needs_onnx)]
 ALL = ("-f", "pt", "-f", "safetensors", "-f", "pt2") + (() if missing("onnx", "onnxruntime") else ("-f", "onnx"))
@@ -43,11 +41,25 @@ def saved_net(path, name="repvgg_a0_cifar", family="repvgg", *, seed=0):
     return model
 
 
-@pytest.fixture(scope="module")
-def net(tmp_path_factory):
-    """A checkpoint, its network, and everything that fuse writes of it."""
-    folder = tmp_path_factory.mktemp("net")
-    return folder / "net.pt", saved_net(folder / "net.pt")
+@pytest.fixture
+def net(few_blocks, tmp_path):
+    """A checkpoint and its network."""
+    path = tmp_path / "checkpoint" / "net.pt"
+    path.parent.mkdir()
+    return path, saved_net(path)
+
+
+@pytest.fixture
+def exported(few_blocks, made_once, capsys):
+    """What fuse writes of the same checkpoint in every format: the files by their endings."""
+
+    def make(folder):
+        saved_net(folder / "net.pt")
+        code, _, err = run(capsys, "fuse", folder / "net.pt", *ALL, "-o", folder / "fused")
+        assert code == 0, err
+
+    folder = made_once("exports", make)
+    return {path.suffix[1:]: path for path in folder.glob("fused.*")}
 
 
 X = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -78,22 +90,21 @@ def test_every_family_agrees_in_every_format(capsys, tmp_path, family):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_same_network_gives_the_same_bytes(capsys, net, tmp_path, kind):
-    for name in ("one", "two"):
-        assert run(capsys, "fuse", net[0], "-o", tmp_path / f"{name}.{kind}")[0] == 0
-    content = (tmp_path / f"one.{kind}").read_bytes()
-    assert content == (tmp_path / f"two.{kind}").read_bytes()
+def test_the_same_network_gives_the_same_bytes(capsys, net, exported, tmp_path, kind):
+    assert run(capsys, "fuse", net[0], "-o", tmp_path / f"again.{kind}")[0] == 0
+    content = (tmp_path / f"again.{kind}").read_bytes()
+    assert content == exported[kind].read_bytes()
     for part in zipfile.ZipFile(io.BytesIO(content)).infolist() if kind == "pt2" else ():
         assert not part.compress_type  # so that what follows sees all of it
     assert str(tmp_path).encode() not in content
+    assert str(exported[kind].parent).encode() not in content
     assert b".py" not in content.replace(b".pyramid", b"")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_damaged_export_is_refused(capsys, net, tmp_path, kind):
+def test_a_damaged_export_is_refused(exported, tmp_path, kind):
     path = tmp_path / f"net.{kind}"
-    assert run(capsys, "fuse", net[0], "-o", path)[0] == 0
-    content = path.read_bytes()
+    content = exported[kind].read_bytes()
     for place in range(len(content) // 7, len(content), len(content) // 7):
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         with pytest.raises(InputError, match=r"damaged|cannot be opened|not written by repan"):
@@ -119,9 +130,8 @@ ALONE = {
 
 
 @pytest.mark.parametrize("kind", ["pt2", pytest.param("onnx", marks=needs_onnx)])
-def test_a_machine_without_repan_opens_it(capsys, net, tmp_path, kind):
-    path = tmp_path / f"net.{kind}"
-    assert run(capsys, "fuse", net[0], "-o", path)[0] == 0
+def test_a_machine_without_repan_opens_it(exported, net, tmp_path, kind):
+    path = exported[kind]
     code = (
         "import sys, torch\nsys.modules['repan_cli'] = sys.modules['timm'] = None\n"
         f"path = {str(path)!r}\n{ALONE[kind]}\n"
@@ -302,11 +312,9 @@ def rewritten(content, change):
     return buffer.getvalue()
 
 
-@pytest.fixture(scope="module")
-def good_pt2(net, tmp_path_factory):
-    out = tmp_path_factory.mktemp("pt2") / "net.pt2"
-    fuse.run(FuseOptions(str(net[0]), out=out))
-    return out.read_bytes()
+@pytest.fixture
+def good_pt2(exported):
+    return exported["pt2"].read_bytes()
 
 
 def test_a_rewritten_file_without_code_opens(good_pt2):
@@ -326,7 +334,7 @@ def test_no_file_runs_code(good_pt2, tmp_path, monkeypatch, what):
 # ---------------------------------------------------------------------------------------------- using what was written
 
 
-def test_predict_and_evaluate_take_every_format(capsys, cycle_run, tmp_path):
+def test_predict_and_evaluate_take_every_format(capsys, small_run, tmp_path):
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -335,12 +343,12 @@ def test_predict_and_evaluate_take_every_format(capsys, cycle_run, tmp_path):
         picture = (bunch.images[number] * (255 / 16)).round().astype("uint8")
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
     out = tmp_path / "net"
-    code, text, err = run(capsys, "fuse", cycle_run.folder, *ALL, "-o", out, "--json")
+    code, text, err = run(capsys, "fuse", small_run.folder, *ALL, "-o", out, "--json")
     assert code == 0, err
     facts = json.loads(text)
     assert facts["images"]["real"] == 8
     found = {}
-    for path in (cycle_run.folder / "best.pt", *facts["out"]):
+    for path in (small_run.folder / "best.pt", *facts["out"]):
         _, text, _ = run(capsys, "predict", path, tmp_path, "--top", "3", "--json")
         rows = json.loads(text)
         assert [row["image"] for row in rows] == [str(tmp_path / f"{number}.png") for number in range(3)]
@@ -348,7 +356,7 @@ def test_predict_and_evaluate_take_every_format(capsys, cycle_run, tmp_path):
         _, text, _ = run(capsys, "evaluate", path, "--json")
         found[str(path)] = rows, json.loads(text)
     first, score = next(iter(found.values()))
-    assert score["top1"] == cycle_run.summary["test"]["top1"]
+    assert score["top1"] == small_run.summary["test"]["top1"]
     for rows, other in found.values():
         assert other["top1"] == score["top1"]
         assert other["class_top1"] == score["class_top1"]
@@ -357,34 +365,31 @@ def test_predict_and_evaluate_take_every_format(capsys, cycle_run, tmp_path):
             assert row["classes"][0]["probability"] == pytest.approx(wanted["classes"][0]["probability"], abs=1e-4)
 
 
-def test_predict_names_what_it_cannot_read(capsys, cycle_run, tmp_path):
+def test_predict_names_what_it_cannot_read(capsys, small_run, tmp_path):
     from PIL import Image
 
     Image.new("L", (8, 8), 9).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("no image")
-    code, out, err = run(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path)
+    code, out, err = run(capsys, "predict", small_run.folder / "fused.pt", tmp_path)
     assert code == 2
     assert "good.png" in out
     assert err.splitlines()[-1].startswith(f"Error: cannot read the image {tmp_path / 'bad.png'}")
-    assert "no image" in one_line(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path / "none.png")
+    assert "no image" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path / "none.png")
     (tmp_path / "empty").mkdir()
-    assert "holds no images" in one_line(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path / "empty")
-    assert "--top 0" in one_line(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path, "--top", "0")
+    assert "holds no images" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path / "empty")
+    assert "--top 0" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path, "--top", "0")
 
 
-def test_info_of_every_format(capsys, net, tmp_path):
-    import timm
-
-    out = tmp_path / "net"
-    _, text, _ = run(capsys, "fuse", net[0], *ALL, "-o", out, "--json")
-    for path in json.loads(text)["out"]:
+def test_info_of_every_format(capsys, exported, tmp_path):
+    assert len(exported) == len(ALL) / 2
+    for path in map(str, exported.values()):
         code, text, err = run(capsys, "info", path, "--json")
         assert code == 0, err
         facts = json.loads(text)
         assert (facts["model"], facts["form"], facts["classes"][1]) == ("repvgg_a0_cifar", "fused", "class 1")
         if path.endswith(".onnx"):
             assert facts["inputs"] == {"images": ["batch", 3, 32, 32]}
-            assert facts["operators"]["Conv"] == 22
+            assert facts["operators"]["Conv"] == 5
     torch.save({"model": timm.create_model("repvgg_a0", num_classes=7).state_dict()}, tmp_path / "theirs.pth")
     _, text, _ = run(capsys, "info", tmp_path / "theirs.pth", "--json")
     assert json.loads(text)["form"] == "multi-branch, timm's names"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 from repan_cli import config
 from repan_cli.errors import InputError

@@ -10,10 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import CPU, small_net
-from test_counts import Counted
-from test_engine import FP32, plan, training
-from test_teacher import resident
+from support import CPU, FP32, Counted, plan, resident, small_net, training
 from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +26,8 @@ from repan_cli.training.loop import fit
 from repan_cli.training.optim import build_optimizer
 from repan_cli.training.tasks import Classification, Distillation
 from repan_cli.training.teacher import LogitCache, Teacher, View, allocate
+
+pytestmark = pytest.mark.usefixtures("few_blocks")
 
 
 class Tape(TorchDispatchMode):

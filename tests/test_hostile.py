@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, card_of
+from support import ROOT, card_of
 from torch import nn
 
 from repan_cli import checkpoint

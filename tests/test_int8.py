@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import small_net
-from test_cli import one_line, run
+from support import one_line, run, small_net
 from torch import nn
 
 from repan_cli.blocks import reparameterize
@@ -53,22 +52,22 @@ def test_the_report_finds_the_layer_that_was_made_bad():
     assert not others
 
 
-def test_quantize(capsys, cycle_run, tmp_path):
+def test_quantize(capsys, few_blocks, small_run, tmp_path):
     out = tmp_path / "int8.onnx"
-    code, text, err = run(capsys, "quantize", cycle_run.folder / "best.pt", "-o", out, "--images", "100", "--json")
+    code, text, err = run(capsys, "quantize", small_run.folder / "best.pt", "-o", out, "--images", "100", "--json")
     assert code == 0, err
     found = json.loads(text)
-    assert found["float32"]["top1"] == cycle_run.summary["test"]["top1"]
+    assert found["float32"]["top1"] == small_run.summary["test"]["top1"]
     assert found["int8"]["bytes"] == out.stat().st_size < 0.4 * found["float32"]["bytes"]
-    assert len(found["layers"]) == 23
+    assert len(found["layers"]) == 6
     _, text, _ = run(capsys, "evaluate", out, "--json")
     assert json.loads(text)["top1"] == found["int8"]["top1"]
     assert json.loads(text)["precision"] == "int8"
-    assert "exists already" in one_line(capsys, "quantize", cycle_run.folder / "best.pt", "-o", out)
-    assert "name a file that ends in .onnx" in one_line(capsys, "quantize", cycle_run.folder, "-o", tmp_path / "x.pt")
+    assert "exists already" in one_line(capsys, "quantize", small_run.folder / "best.pt", "-o", out)
+    assert "name a file that ends in .onnx" in one_line(capsys, "quantize", small_run.folder, "-o", tmp_path / "x.pt")
     assert "is exported already" in one_line(capsys, "quantize", out)
     again = tmp_path / "again.onnx"
-    assert run(capsys, "quantize", cycle_run.folder / "best.pt", "-o", again, "--images", "100")[0] == 0
+    assert run(capsys, "quantize", small_run.folder / "best.pt", "-o", again, "--images", "100")[0] == 0
     assert again.read_bytes() == out.read_bytes()
 
 
@@ -82,7 +81,7 @@ def test_calibration_takes_training_images_evenly(digit_images, wanted):
     assert len({b - a for a, b in itertools.pairwise(places)} or {0}) <= 2  # evenly, as far as batches allow
 
 
-def test_calibration_is_asked_for_the_training_part_alone(capsys, cycle_run, tmp_path, monkeypatch):
+def test_calibration_is_asked_for_the_training_part_alone(capsys, few_blocks, small_run, tmp_path, monkeypatch):
     asked = []
     original = build.eval_loader
 
@@ -91,5 +90,5 @@ def test_calibration_is_asked_for_the_training_part_alone(capsys, cycle_run, tmp
         return original(data, part, machine)
 
     monkeypatch.setattr(quantize, "eval_loader", watched)
-    assert run(capsys, "quantize", cycle_run.folder, "-o", tmp_path / "a.onnx", "--split", "val")[0] == 0
+    assert run(capsys, "quantize", small_run.folder, "-o", tmp_path / "a.onnx", "--split", "val")[0] == 0
     assert asked == ["train", "val"]

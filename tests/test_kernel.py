@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import randomize_norms
 from torch import nn
 
 from repan_cli.blocks.kernel import conv_kernel, embed, exact, fold_norm, identity_kernel, norm_affine

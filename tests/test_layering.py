@@ -2,11 +2,9 @@
 
 import ast
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from support import ROOT, loaded_after
 
 from repan_cli import config
 
@@ -90,12 +88,6 @@ def test_rooms_below_the_display_print_nothing(silent):
 def test_light_rooms_do_without_torch(module):
     heavy = {name.split(".")[0] for name in imports(module)} & {"torch", "torchvision", "timm", "numpy"}
     assert not heavy
-
-
-def loaded_after(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    return {name.split(".")[0] for name in result.stdout.split()}
 
 
 @pytest.mark.parametrize(

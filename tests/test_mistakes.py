@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import run
+from support import run
 
 from repan_cli.cli import app
 from repan_cli.session import runner

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import relative, small_net
+from support import relative, small_net
 
 from repan_cli.blocks import FAMILIES, reparameterize
 from repan_cli.errors import InputError

@@ -12,8 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from conftest import CPU, card_of, randomize_norms, relative
-from test_cli import one_line, run
+from support import CPU, card_of, one_line, randomize_norms, relative, run
 from torch import nn
 
 import repan_cli
@@ -303,9 +302,9 @@ def test_a_network_trained_plain_is_expanded_and_cycled(capsys, place):
     assert "baseline.epochs has no effect here" in refused
 
 
-def test_a_checkpoint_on_images_it_does_not_fit_is_one_line(capsys, cycle_run):
+def test_a_checkpoint_on_images_it_does_not_fit_is_one_line(capsys, few_blocks, small_run):
     grey_as_colour = datasets.load("digits", "data", channels=3)
-    given = {"data.name": "digits", "model.init": str(cycle_run.folder / "last.pt")}
+    given = {"data.name": "digits", "model.init": str(small_run.folder / "last.pt")}
     with pytest.raises(InputError, match="repvgg_a0_cifar does not run on images of 3x8x8"):
         network.build("cycle", build(given), grey_as_colour)
 

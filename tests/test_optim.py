@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import small_net
+from support import small_net
 
 from repan_cli.config.settings import OptimConfig
 from repan_cli.errors import InputError

@@ -9,9 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
-from test_cli import run
-from test_resume import metrics, wait_for
+from support import ROOT, metrics, run, wait_for
 
 from repan_cli import checkpoint, config
 from repan_cli.session.build import prepare

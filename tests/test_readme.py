@@ -8,11 +8,12 @@ import shutil
 import pytest
 import timm
 import torch
-from conftest import ROOT
 from PIL import Image
-from test_cli import run
+from support import ROOT, run
 
 from repan_cli import config
+
+pytestmark = pytest.mark.usefixtures("few_blocks")
 
 README = (ROOT / "README.md").read_text()
 
@@ -28,22 +29,22 @@ def commands() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(cycle_run, tmp_path_factory):
+def workplace(small_run, tmp_path_factory):
     """A folder where the README's run has been made."""
     folder = tmp_path_factory.mktemp("readme")
-    shutil.copytree(cycle_run.folder, folder / "runs" / "demo")
-    shutil.copy(cycle_run.folder / "best.pt", folder / "checkpoint.pt")
-    shutil.copytree(cycle_run.folder, folder / "runs" / "plain")
+    shutil.copytree(small_run.folder, folder / "runs" / "demo")
+    shutil.copy(small_run.folder / "best.pt", folder / "checkpoint.pt")
+    shutil.copytree(small_run.folder, folder / "runs" / "plain")
     (folder / "images").mkdir()
     Image.new("L", (8, 8), 200).save(folder / "images" / "one.png")
     torch.save(timm.create_model("repvgg_a0", num_classes=3).state_dict(), folder / "theirs.pth")
     for stopped in (folder / "runs" / "stopped", folder / "runs" / "cycle" / "stopped"):
-        shutil.copytree(cycle_run.folder, stopped)
+        shutil.copytree(small_run.folder, stopped)
         shutil.copy(stopped / "last_previous.pt", stopped / "last.pt")
-    shutil.copytree(cycle_run.folder, folder / "runs" / "study" / "seed_0")
-    shutil.copy(cycle_run.folder / "config.yaml", folder / "runs" / "study")
+    shutil.copytree(small_run.folder, folder / "runs" / "study" / "seed_0")
+    shutil.copy(small_run.folder / "config.yaml", folder / "runs" / "study")
     for arm in ("one_cosine", "continuous_zero"):
-        shutil.copytree(cycle_run.folder, folder / "study" / arm / "seed_0")
+        shutil.copytree(small_run.folder, folder / "study" / arm / "seed_0")
     series = {"command": "cycle", "seeds": [0], "control": False, "settings": "recipes/digits"}
     (folder / "runs" / "study" / "series.json").write_text(json.dumps(series))
     return folder

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from conftest import randomize_norms, relative, small_net
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support import randomize_norms, relative, small_net
 from torch import nn
 
 from repan_cli.anneal.restart import restart

@@ -3,15 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import CPU, MEAN, STD, by_hand
 
 from repan_cli.data.batches import Augmentation
 from repan_cli.data.in_memory import InMemoryLoader
 from repan_cli.data.types import ArrayImages
-
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
 def resident(count: int = 40, size: int = 6, **options) -> tuple[np.ndarray, InMemoryLoader]:
@@ -19,16 +17,6 @@ def resident(count: int = 40, size: int = 6, **options) -> tuple[np.ndarray, InM
     part = ArrayImages(images, np.arange(count, dtype=np.int64))
     look = {name: options.pop(name) for name in ("memory_format", "classes") if name in options}
     return images, InMemoryLoader(part, mean=MEAN, std=STD, device=CPU, augmentation=Augmentation(**options), **look)
-
-
-def by_hand(image: np.ndarray, padding: int, view: int) -> torch.Tensor:
-    """Pad, crop, flip and normalise one image the slow way."""
-    crop, mirrored = divmod(view, 2)
-    row, column = divmod(crop, 2 * padding + 1)
-    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-    cut = padded[row : row + len(image), column : column + len(image)]
-    cut = cut[:, ::-1] if mirrored else cut
-    return torch.from_numpy((cut / 255 - np.array(MEAN)) / np.array(STD)).permute(2, 0, 1)
 
 
 @settings(max_examples=40, deadline=None)

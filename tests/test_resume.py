@@ -7,12 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT
-from test_cli import one_line, run
+from support import ROOT, StopAt, assert_same, metrics, one_line, run, start, wait_for
 
 from repan_cli import checkpoint
 from repan_cli.data import builtin
@@ -22,10 +20,9 @@ from repan_cli.session import recorder
 from repan_cli.session.recorder import Record
 from repan_cli.system import files
 from repan_cli.training import loop
-from repan_cli.training.events import CycleEnd, CycleStart, Epoch, StepEnd
+from repan_cli.training.events import CycleEnd, CycleStart, Epoch
 
 SMALL = "--model repvgg_a0 --dataset digits data.batch_size=256 run.precision=fp32 run.log_every=2 --seed 3".split()  # noqa: SIM905
-TIMES = ("images_per_second",)
 
 
 def words(command, folder, teacher=None):
@@ -38,26 +35,9 @@ def words(command, folder, teacher=None):
 
 
 @pytest.fixture(autouse=True)
-def saving_every_epoch(monkeypatch):
+def saving_every_epoch(monkeypatch, few_blocks):
     """However short it is: what is saved must not depend on the clock here."""
     monkeypatch.setattr(recorder, "SAVING_SHARE", float("inf"))
-
-
-class StopAt:
-    """Sends this process a signal when a run has made so many updates, or another event comes for the nth time."""
-
-    def __init__(self, patch, count, *, kind=StepEnd, number=signal.SIGTERM):
-        self.left, self.kind, self.number = count, kind, number
-        take = Record.take
-
-        def watched(record, event):
-            take(record, event)
-            if isinstance(event, self.kind):
-                self.left -= 1
-                if self.left == 0:
-                    os.kill(os.getpid(), self.number)
-
-        patch.setattr(Record, "take", watched)
 
 
 def stopped(capsys, command, *arguments, at, **options):
@@ -74,45 +54,17 @@ def resumed(capsys, command, folder, *more):
     return err
 
 
-def metrics(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
-
-
-def assert_same(folder, expected):
-    """Every weight, the optimizer's memory, the average, every figure: no difference at all."""
-    for name in sorted(path.name for path in expected.glob("*.pt") if path.name != "last_previous.pt"):
-        ours, theirs = checkpoint.load(folder / name), checkpoint.load(expected / name)
-        for kind in ("weights", "state"):
-            mine, others = getattr(ours, kind), getattr(theirs, kind)
-            assert mine.keys() == others.keys(), name
-            assert all(torch.equal(mine[key], others[key]) for key in mine), name
-        plain = [
-            {k: v for k, v in (c.card.run.progress if c.card.run else {}).items() if k != "seconds"}
-            for c in (ours, theirs)
-        ]
-        assert plain[0] == plain[1], name
-    assert metrics(folder) == metrics(expected)
-    found, wanted = (json.loads((run / "summary.json").read_text()) for run in (folder, expected))
-    for summary in (found, wanted):
-        for row in (summary, summary["fused"], *summary["cycles"], summary["baseline"] or {}):
-            for key in ("seconds", "out"):
-                row.pop(key, None)
-    assert found == wanted
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, cycle_run):
+@pytest.fixture
+def whole(made_once, capsys, saving_every_epoch):
     """Runs of each command that were never stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    made = {}
 
-    def of(command, capsys):
-        if command not in made:
-            made[command] = folder / command
-            code, _, err = run(capsys, command, *words(command, made[command], cycle_run.folder / "best.pt"))
+    def of(command):
+        def make(folder):
+            teacher = of("train") / "best.pt" if command == "distill" else None
+            code, _, err = run(capsys, command, *words(command, folder / "run", teacher))
             assert code == 0, err
-        return made[command]
+
+        return made_once(f"whole_{command}", make) / "run"
 
     return of
 
@@ -130,9 +82,9 @@ POINTS = {
     [(command, at) for command in STEPS for at in POINTS[command]],
 )
 @pytest.mark.soak
-def test_a_run_stopped_after_any_update_ends_with_the_same_bits(capsys, tmp_path, whole, cycle_run, command, at):
-    expected, folder = whole(command, capsys), tmp_path / "run"
-    code, err = stopped(capsys, command, *words(command, folder, cycle_run.folder / "best.pt"), at=at)
+def test_a_run_stopped_after_any_update_ends_with_the_same_bits(capsys, tmp_path, whole, command, at):
+    expected, folder = whole(command), tmp_path / "run"
+    code, err = stopped(capsys, command, *words(command, folder, whole("train") / "best.pt"), at=at)
     assert code == 75
     assert f"go on with: repan {command} --resume {folder}" in err
     assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
@@ -142,7 +94,7 @@ def test_a_run_stopped_after_any_update_ends_with_the_same_bits(capsys, tmp_path
 
 def test_a_run_with_short_epochs_saves_few_of_them_and_loses_nothing(capsys, tmp_path, whole, monkeypatch):
     """Saving takes a small share of the time; what a crash leaves out is trained again, to the same bits."""
-    expected, folder = whole("cycle", capsys), tmp_path / "run"
+    expected, folder = whole("cycle"), tmp_path / "run"
     take, epochs = Record.take, []
 
     def failing(taker, event):
@@ -167,7 +119,7 @@ def test_a_run_with_short_epochs_saves_few_of_them_and_loses_nothing(capsys, tmp
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", [CycleStart, Epoch, CycleEnd])
 def test_a_run_stopped_around_a_restart_ends_with_the_same_bits(capsys, tmp_path, whole, kind):
-    expected, folder = whole("cycle", capsys), tmp_path / "run"
+    expected, folder = whole("cycle"), tmp_path / "run"
     code, _ = stopped(capsys, "cycle", *words("cycle", folder), at=2, kind=kind)
     assert code == 75
     resumed(capsys, "cycle", folder)
@@ -196,7 +148,7 @@ def test_five_stops_in_one_epoch_repeat_and_miss_no_sample(capsys, tmp_path, who
     index = torch.cat(seen[:5])
     assert len(index.unique()) == len(index) == 5 * 256
     resumed(capsys, "train", folder)
-    assert_same(folder, whole("train", capsys))
+    assert_same(folder, whole("train"))
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, whole):
@@ -205,7 +157,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, whole):
     assert code == 130
     assert f"interrupted, everything is saved; go on with: repan train --resume {folder}" in err
     resumed(capsys, "train", folder)
-    assert_same(folder, whole("train", capsys))
+    assert_same(folder, whole("train"))
 
 
 # ---------------------------------------------------------------------------------------------- what may change
@@ -281,7 +233,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(capsys, tmp_path, whole):
     assert "last.pt is damaged" in err
     assert "going on from last_previous.pt" in err
     assert (folder / "last_damaged.pt").read_bytes() == content
-    assert_same(folder, whole("train", capsys))
+    assert_same(folder, whole("train"))
 
 
 def test_when_all_are_damaged_nothing_is_deleted(capsys, begun):
@@ -307,12 +259,12 @@ def test_a_run_killed_in_its_last_moments_is_finished_by_a_resume(capsys, begun)
     assert "is finished" in one_line(capsys, "cycle", "--resume", begun)
 
 
-def test_a_teacher_may_move_but_not_change(capsys, tmp_path, cycle_run):
+def test_a_teacher_may_move_but_not_change(capsys, tmp_path, whole):
     teacher, folder = tmp_path / "teacher.pt", tmp_path / "run"
-    shutil.copy(cycle_run.folder / "best.pt", teacher)
+    shutil.copy(whole("train") / "best.pt", teacher)
     stopped(capsys, "distill", *SMALL, "--epochs", "1", "--teacher", teacher, "--out", folder, at=2)
     teacher.rename(tmp_path / "moved.pt")
-    shutil.copy(cycle_run.folder / "cycle_00.pt", teacher)
+    shutil.copy(whole("cycle") / "cycle_00.pt", teacher)
     assert "is not the teacher that the run began with" in one_line(capsys, "distill", "--resume", folder)
     resumed(capsys, "distill", folder, "--teacher", tmp_path / "moved.pt")
 
@@ -322,20 +274,6 @@ def test_the_log_tells_of_the_stop(begun):
 
 
 # ---------------------------------------------------------------------------------------------- one writer
-
-
-def start(*arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-m", "repan_cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, **pipes, **options)
-
-
-def wait_for(path, seconds=60):
-    ends = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < ends, f"no {path}"
-        time.sleep(0.02)
 
 
 @pytest.mark.soak
@@ -446,9 +384,9 @@ def test_a_limit_on_file_sizes_ends_the_run_with_the_path(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")  # noqa: PTH110
-def test_a_full_stdout_is_one_line(cycle_run):
+def test_a_full_stdout_is_one_line():
     with open("/dev/full", "w") as full:  # noqa: PTH123
-        command = [sys.executable, "-m", "repan_cli", "info", str(cycle_run.folder / "last.pt"), "--json"]
+        command = [sys.executable, "-m", "repan_cli", "list", "settings", "--json"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 4
     assert done.stderr.startswith("Error: no space left")

@@ -6,9 +6,7 @@ import json
 import pytest
 import timm
 import torch
-from conftest import CPU
-from test_cli import one_line, run
-from test_datasets import write_folders
+from support import CPU, one_line, run, write_folders
 from torch import nn
 
 from repan_cli.data.in_memory import InMemoryLoader

@@ -8,15 +8,15 @@ import signal
 from pathlib import Path
 
 import pytest
-from test_cli import one_line, run
-from test_compare import page_of
-from test_resume import StopAt, assert_same
+from support import StopAt, assert_same, one_line, page_of, run
 
 from repan_cli import runs
 from repan_cli.commands import study
 from repan_cli.session import build, summary
 from repan_cli.system.signals import StopSignals
 from repan_cli.training import optim
+
+pytestmark = pytest.mark.usefixtures("few_blocks")
 
 SMALL = ["--model", "repvgg_a0", "--dataset", "digits", "--epochs", "1", "data.batch_size=256", "run.precision=fp32"]
 CYCLE = [*SMALL, "--baseline-epochs", "1", "--cycles", "1", "--lr", "0.001", "ema.enabled=true", "optim.name=adamw"]
@@ -136,8 +136,8 @@ def test_a_finished_series_is_only_compared_again(capsys, controlled):
 
 
 @pytest.mark.soak
-def test_with_weights_to_start_from_there_is_no_baseline_to_share(capsys, tmp_path, cycle_run):
-    words = ["--init", cycle_run.folder / "cycle_00.pt", "--dataset", "digits", "data.batch_size=256"]
+def test_with_weights_to_start_from_there_is_no_baseline_to_share(capsys, tmp_path, controlled):
+    words = ["--init", controlled(capsys)[0] / "seed_3" / "cycle_00.pt", "--dataset", "digits", "data.batch_size=256"]
     words += ["--cycles", 1, "--epochs", 1, "run.precision=fp32"]
     out, _ = done(capsys, "cycle", *words, "--control", "--seed", 5, "--json", "--out", tmp_path / "run")
     ours, theirs = json.loads(out)["runs"]

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
 from PIL import Image
-from test_datasets import write_folders
-from test_resident import MEAN, STD, by_hand
+from support import CPU, MEAN, STD, by_hand, write_folders
 from torchvision import transforms
 
 from repan_cli import config

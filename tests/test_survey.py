@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import relative
+from support import relative
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repan_cli.anneal.restart import restart

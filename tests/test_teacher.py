@@ -7,24 +7,21 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import CPU, relative, small_net
-from test_cli import one_line, run
+from support import CPU, FP32, one_line, relative, resident, run, small_net, write_folders
 from torch import nn
 
 from repan_cli import config
 from repan_cli.blocks import rep_blocks
-from repan_cli.data.batches import Augmentation, Batch
-from repan_cli.data.in_memory import InMemoryLoader
+from repan_cli.data.batches import Batch
 from repan_cli.errors import InputError
 from repan_cli.session.teachers import PhaseTasks, TeacherModel
-from repan_cli.system.device import Runtime
 from repan_cli.training.loop import fit
 from repan_cli.training.plan import cycle_plan, training_plan
 from repan_cli.training.run import Training
 from repan_cli.training.tasks import Classification, Distillation
 from repan_cli.training.teacher import LogitCache, Teacher, View, allocate
 
-FP32 = Runtime(CPU, "fp32")
+pytestmark = pytest.mark.usefixtures("few_blocks")
 
 
 def batch_of(images, labels=None):
@@ -79,12 +76,6 @@ def test_a_teacher_may_want_another_size():
     assert teacher.logits(torch.randn(2, 3, 4, 4)).shape == (2, 5)
 
 
-def resident(digits, padding=1):
-    return InMemoryLoader(
-        digits.train, mean=digits.mean, std=digits.std, device=CPU, augmentation=Augmentation(padding=padding)
-    )
-
-
 @pytest.mark.parametrize("storage", ["memory", "file"])
 def test_the_cache_agrees_with_the_live_teacher_on_every_view(digits, tmp_path, monkeypatch, storage):
     if storage == "file":
@@ -123,8 +114,8 @@ def test_a_teacher_that_is_no_function_of_the_view_is_found_out(digits):
 @pytest.mark.parametrize(
     "setting", ["data.cutout=2", "data.erase=0.1", "data.mixup=0.2", "data.cutmix=1", "data.augment=randaugment"]
 )
-def test_a_cache_is_refused_with_the_reason_where_views_cannot_be_numbered(capsys, cycle_run, setting):
-    words = ["distill", "--model", "repvgg_a0", "--dataset", "digits", "--teacher", cycle_run.folder / "best.pt"]
+def test_a_cache_is_refused_with_the_reason_where_views_cannot_be_numbered(capsys, small_run, setting):
+    words = ["distill", "--model", "repvgg_a0", "--dataset", "digits", "--teacher", small_run.folder / "best.pt"]
     refused = one_line(capsys, *words, "--dry-run", setting, "teacher.cache=views")
     assert f"teacher.cache=views: with {setting} no view comes twice" in refused
 
@@ -229,8 +220,8 @@ def test_a_teacher_is_part_of_nothing_that_is_trained_or_saved(digits):
 QUICK = ["--dataset", "digits", "--epochs", 1, "data.batch_size=256", "run.precision=fp32", "--json"]
 
 
-def test_distill_and_cycle_with_a_teacher(capsys, cycle_run, tmp_path):
-    teacher = cycle_run.folder / "best.pt"
+def test_distill_and_cycle_with_a_teacher(capsys, small_run, tmp_path):
+    teacher = small_run.folder / "best.pt"
     words = ["--model", "repvgg_a0_cifar", "--teacher", teacher, *QUICK]
     code, out, err = run(capsys, "distill", *words, "--out", tmp_path / "a", "teacher.alpha=0.9")
     assert code == 0, err
@@ -279,10 +270,8 @@ def test_teachers_that_cannot_be_used(capsys, tmp_path, monkeypatch, words, says
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_teacher_of_other_classes_is_refused(capsys, cycle_run, tmp_path):
-    from test_datasets import write_folders
-
+def test_a_teacher_of_other_classes_is_refused(capsys, small_run, tmp_path):
     photos = write_folders(tmp_path / "photos")
     words = ["--model", "repvgg_a0_cifar", "--dataset", "folder", "--data-root", photos]
-    line = one_line(capsys, "distill", *words, "--teacher", cycle_run.folder / "best.pt")
+    line = one_line(capsys, "distill", *words, "--teacher", small_run.folder / "best.pt")
     assert "knows 10 classes, folder has 2" in line

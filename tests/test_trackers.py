@@ -5,12 +5,13 @@ import json
 import struct
 
 import pytest
-from conftest import ROOT, repan
-from test_cli import DIGITS, one_line, run
+from support import DIGITS, ROOT, one_line, repan, run
 
 from repan_cli.errors import InputError
 from repan_cli.runs import trackers
 from repan_cli.session import recorder
+
+pytestmark = pytest.mark.usefixtures("few_blocks")
 
 SETTINGS = {"optim.lr": 0.1, "data.name": "digits", "ema.enabled": False, "teacher.name": None, "epochs": 3}
 

@@ -49,8 +49,8 @@ from repan_cli.system.device import (
     find_device,
     find_precision,
     peak_memory,
-    processor,
 )
+from repan_cli.system.host import processor
 from repan_cli.system.timing import Timing, interleaved, wait
 from repan_cli.training import optim
 from repan_cli.training.cuda_graphs import CudaRecorder, Graphs

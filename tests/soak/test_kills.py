@@ -10,8 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
-from test_resume import metrics, start, wait_for
+from support import ROOT, metrics, start, wait_for
 
 from repan_cli import checkpoint
 from repan_cli.errors import InputError
@@ -24,7 +23,8 @@ SAVES = ["run.save_every=2"]
 KILLED_INSIDE = """
 import os, signal, sys
 from pathlib import Path
-from repan_cli import cli, runs
+from repan_cli.cli import app
+from repan_cli.system import files
 
 left, moment = int(sys.argv.pop(1)), sys.argv.pop(1)
 
@@ -49,10 +49,10 @@ def counted(function, when):
     return watched
 
 if moment == "write":
-    runs.flush = counted(runs.flush, "write")
+    files.flush = counted(files.flush, "write")
 else:
     Path.replace = counted(Path.replace, moment)
-cli.main()
+app.main()
 """
 MOMENTS = ("before", "after", "write")
 """Of a rename, the older state's or the newer one's; or with half of a file written."""
