@@ -12,8 +12,10 @@ from support import randomize_norms, relative, small_net
 from repan_cli import config
 from repan_cli.anneal.calibration import calibrate
 from repan_cli.anneal.restart import CHOICES, restart
+from repan_cli.anneal.restoration import MOST_GROWTH
 from repan_cli.blocks import FAMILIES, Geometry, make_block, rep_blocks, set_attach_rate
 from repan_cli.errors import InputError
+from repan_cli.training import optim
 from repan_cli.training.plan import Phase, cycle_plan, training_plan
 
 RULES = ("calibrate", "running", "reset")
@@ -47,7 +49,7 @@ def test_every_rule_keeps_the_function_in_eval_mode(family, rule, attach):
 
 
 @pytest.mark.parametrize("attach", ["ramp", "zero-gamma", "compensated"])
-@pytest.mark.parametrize("trunk_scale", ["merged", "keep"])
+@pytest.mark.parametrize("trunk_scale", ["merged", "keep", "pace"])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].post_norm])
 @torch.no_grad()
 def test_calibrate_keeps_the_function_in_train_mode(family, trunk_scale, attach):
@@ -173,6 +175,91 @@ def test_keep_gives_every_channel_its_old_norm():
         alive = norms > 0  # channel 0 has gamma 0 in every branch: its merged kernel is 0 and has no norm to give
         assert alive.sum() >= len(norms) - 1
         torch.testing.assert_close(norms[alive], old[name][alive])
+
+
+@torch.no_grad()
+def test_pace_gives_every_channel_its_old_gamma_over_sigma():
+    """Also where gamma is negative; where it is next to 0 the norm grows by the factor that it may."""
+    model = trained("repvgg")
+    old = {name: _fold_of(block) for name, block in rep_blocks(model)}
+    norms = {name: block.trunk.conv.weight.flatten(1).norm(dim=1) for name, block in rep_blocks(model)}
+    restart(model, images=[images()], trunk_scale="pace")
+    bounded = 0
+    for name, block in rep_blocks(model):
+        grown = block.trunk.conv.weight.flatten(1).norm(dim=1) / norms[name]
+        assert (grown < 1.0001 * MOST_GROWTH).all()
+        free = grown < 0.999 * MOST_GROWTH
+        free[0] = False  # its gamma is 0 in every branch, and its merged kernel 0
+        bounded += int((~free).sum())
+        torch.testing.assert_close(_fold_of(block)[free], old[name][free], rtol=1e-4, atol=1e-6)
+    assert (torch.cat(list(old.values())) < 0).sum() > 100
+    assert 22 < bounded < 400
+
+
+def _fold_of(block):
+    norm = block.trunk.norm
+    return norm.weight / torch.sqrt(norm.running_var + norm.eps)
+
+
+@pytest.mark.parametrize("attach", ["ramp", "zero-gamma", "compensated"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+@torch.no_grad()
+def test_pace_keeps_the_function_in_float64(family, attach):
+    model = trained(family).double()
+    set_attach_rate(model, 0.7)
+    x = images(count=32).double()
+    expected = model(x)
+    restart(model, images=[x], attach=attach, trunk_scale="pace")
+    assert relative(model.eval()(x), expected) < 1e-10
+
+
+def settled(block, x):
+    """With the statistics of `x`, so that eval mode and train mode are the same function."""
+    norms = [module for module in block.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    for _ in range(3):
+        block.train()(x)
+    return block
+
+
+def gradients(block, x):
+    """Of a loss that is not even in the output, in the mode that the block is in."""
+    block.zero_grad()
+    (block(x) + 0.5).square().mul(torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype)).mean().backward()
+    return {name: p.grad.clone() for name, p in block.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("trunk_scale", ["merged", "keep", "pace"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_carried_momentum_is_what_the_new_coordinates_would_have_gathered(family, trunk_scale):
+    """Against autograd on the same images: weights as eval mode sees them, gamma and beta as train mode does."""
+    x = torch.randn(64, 6, 12, 12, dtype=torch.float64)
+    block = randomize_norms(make_block(family, Geometry(6, 6, (3, 3), padding=(1, 1)))).double()
+    block.attach_rate.fill_(0.7)
+    settled(block, x)
+    outside = torch.nn.Linear(2, 2).double()
+    model = torch.nn.ModuleList([block, outside])
+    optimizer = optim.build_optimizer(model, config.OptimConfig(momentum=0.9))
+    found = {}
+    for train in (False, True):
+        found |= {(name, train): grad for name, grad in gradients(block.train(train), x).items()}
+    for name, parameter in block.named_parameters():
+        optimizer.state[parameter]["momentum_buffer"].copy_(found[name, "norm" in name])
+    optimizer.state[outside.weight]["momentum_buffer"].fill_(3.0)
+    report = restart(torch.nn.Sequential(block), images=[x], attach="zero-gamma", trunk_scale=trunk_scale)
+    optim.carry_momentum(optimizer, report.changes)
+    for name, parameter in block.named_parameters():
+        carried = optimizer.state[parameter]["momentum_buffer"]
+        if name.startswith("branches"):
+            assert not carried.any(), name
+            continue
+        expected = gradients(block.train("norm" in name), x)[name]
+        alive = torch.arange(6) > (0 if "norm" in name or block.trunk.has_norm else -1)  # whose gamma is not 0
+        if name == "trunk.conv.weight":
+            alive &= report.changes[0].ratio.abs() < MOST_GROWTH
+        torch.testing.assert_close(carried[alive], expected[alive], rtol=5e-3, atol=1e-5, msg=name)
+    assert (optimizer.state[outside.weight]["momentum_buffer"] == 3).all()
 
 
 @torch.no_grad()

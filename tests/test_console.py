@@ -49,7 +49,8 @@ def epoch(**changes):
         "val_top1": 60.0,
         "val_loss": 1.0,
     }
-    rest = {"lr": 0.1, "attach_rate": 0.5, "images_per_second": 12345.0, "best": True}
+    rest = {"lr": 0.1, "attach_rate": 0.5, "images_per_second": 12345.0, "best": True, "steps": 10}
+    rest |= dict.fromkeys(("loss_head_50", "loss_head_200", "loss_tail_200"))
     return Epoch(**{**values, **rest, **changes})
 
 

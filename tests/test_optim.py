@@ -8,6 +8,8 @@ import pytest
 import torch
 from support import small_net
 
+from repan_cli.anneal import coordinates
+from repan_cli.blocks import rep_blocks
 from repan_cli.config.settings import OptimConfig
 from repan_cli.errors import InputError
 from repan_cli.training import optim
@@ -97,6 +99,32 @@ def test_a_frozen_trunk_does_not_move_while_the_rest_does():
         optimizer.step()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (".trunk." in name)
+
+
+def test_adams_memory_is_carried_over_with_its_squares():
+    """By hand: a weight's gradient times 3 or -2, a gamma's as a sum of others', fresh branches at 0."""
+    model = small_net("rep")
+    optimizer = optim.build_optimizer(model, OptimConfig(name="adamw", lr=0.1))
+    with_gradients(model, 1.0)
+    optimizer.step()
+    block = next(block for _, block in rep_blocks(model))
+    weight, gamma, side = block.trunk.conv.weight, block.trunk.norm.weight, block.branches[0].norm.weight
+    for parameter, mean, square in ((weight, 5.0, 4.0), (gamma, 1.0, 4.0), (side, 2.0, 9.0)):
+        optimizer.state[parameter]["exp_avg"].fill_(mean)
+        optimizer.state[parameter]["exp_avg_sq"].fill_(square)
+    ratio = torch.full((len(weight),), 3.0).index_fill(0, torch.tensor([1]), -2.0)
+    shares = {gamma: torch.full_like(gamma, 0.5), side: torch.full_like(side, -2.0)}
+    head = optimizer.state[model.head.weight]["exp_avg"].clone()
+    optim.carry_momentum(optimizer, [coordinates.CoordinateChange(block, ratio, shares)])
+    of = optimizer.state
+    assert of[weight]["exp_avg"][:2, 0, 0, 0].tolist() == [15, -10]
+    assert of[weight]["exp_avg_sq"][:2, 0, 0, 0].tolist() == [36, 16]
+    assert (of[gamma]["exp_avg"] == 0.5 * 1 - 2 * 2).all()
+    assert (of[gamma]["exp_avg_sq"] == (0.5 * 2 + 2 * 3) ** 2).all()
+    assert of[weight]["step"] == 1
+    for parameter in block.branches.parameters():
+        assert not any(value.any() for value in of[parameter].values())
+    assert torch.equal(of[model.head.weight]["exp_avg"], head)
 
 
 def test_zeroing_momentum_forgets_the_past():

@@ -158,7 +158,8 @@ def test_a_preset_builds_its_network_and_makes_steps(name, tmp_path, monkeypatch
         assert facts["logits_moved"] < 1e-3
 
 
-ARMS = [name for name in PRESETS if name.startswith("experiments/") and not name.endswith(("/small", "/full"))]
+BASES = ("/small", "/whole", "/full")
+ARMS = [name for name in PRESETS if name.startswith("experiments/") and not name.endswith(BASES)]
 
 
 def command_of(name):
@@ -168,7 +169,8 @@ def command_of(name):
 @pytest.mark.parametrize("name", ARMS)
 def test_the_arms_of_an_experiment_differ_in_what_they_are_about_alone(name):
     """All epochs together are those of the base, the data and the optimizer too, but for the rate of each course."""
-    base = "experiments/full" if "/full_" in name else "experiments/small"
+    base = next((base for base in BASES[1:] if f"{base}_" in name), "/small")
+    base = f"experiments{base}"
     shared = config.resolve("train", base, {}).config
     settings = config.resolve(command_of(name), name, {}).config
     plan = cycle_plan(settings, baseline=True) if command_of(name) == "cycle" else training_plan(settings)
@@ -184,9 +186,9 @@ def test_the_arms_of_an_experiment_differ_in_what_they_are_about_alone(name):
 def test_the_arms_are_those_of_the_experiment():
     """A name says of which controls an arm is one, and in one thing it differs from the arm that it builds on."""
     settings = {name: config.resolve(command_of(name), name, {}).config for name in ARMS}
-    assert len(ARMS) == 18 + 7
+    assert len(ARMS) == 19 + 7 + 7
     for name, each in settings.items():
-        family = name.removeprefix("experiments/").removeprefix("full_").partition("_")[0]
+        family = name.removeprefix("experiments/").removeprefix("full_").removeprefix("whole_").partition("_")[0]
         assert command_of(name) == ("train" if family == "one" else "cycle")
         if family != "one":
             assert each.cycle.lr == family

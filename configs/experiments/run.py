@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
-ARMS = sorted({path.stem for path in FOLDER.glob("*.yaml")} - {"small", "full"})
+ARMS = sorted({path.stem for path in FOLDER.glob("*.yaml")} - {"small", "full", "whole"})
 CONTROLS = ("one_cosine", "continuous_none", "restart_none")
 SMALL = ",".join([*CONTROLS, "continuous_*", "restart_*"])
 ONLY_OF_CYCLES = ("cycle.", "baseline.", "teacher.")
@@ -176,7 +176,7 @@ def stop(children: Children) -> None:
 def write_table(out: Path) -> None:
     """OUT/results.md, and the table on screen: the finished runs below OUT, beside the controls among them."""
     finished = {path.parent.name for path in out.glob("*/seed_*") if state_of(path) == "done"}
-    controls = [arm for prefix in ("", "full_") for name in CONTROLS if (arm := prefix + name) in finished]
+    controls = [arm for prefix in ("", "whole_", "full_") for name in CONTROLS if (arm := prefix + name) in finished]
     chosen = [word for arm in controls for word in ("--control", str(out / arm))]
     if finished:
         subprocess.run([*REPAN, "compare", str(out), "--by-folder", *chosen, "--markdown", str(out / "results.md")])

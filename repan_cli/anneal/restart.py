@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli.anneal.calibration import ChannelSums, MergedProbe, calibrate, calibrate_branch_norms, through, unwrapped
+from repan_cli.anneal.coordinates import CoordinateChange, change_since, coordinates_of
 from repan_cli.anneal.restoration import TINY_GAMMA, Moments, restored_trunk, unit_gamma, write_trunk
 from repan_cli.blocks import RepBlock, reinit_branches, rep_blocks
 from repan_cli.blocks.kernel import Kernel
@@ -24,17 +25,20 @@ CHOICES = {
     "rule": ("calibrate", "running", "reset"),
     "attach": ("zero-gamma", "compensated", "ramp", "one"),
     "branch_init": ("kaiming", "small"),
-    "trunk_scale": ("merged", "keep"),
+    "trunk_scale": ("merged", "keep", "pace"),
 }
 """The choices that `restart` accepts for these arguments; the settings `cycle.*` of the same names offer the same."""
 
 
 @dataclass(frozen=True)
 class RestartReport:
-    """The outcome of a restart: its blocks, and the channels in which `running` had to replace a zero gamma by 1."""
+    """The outcome of a restart: the number of its blocks, the channels in which `running` had to replace a zero gamma
+    by 1, and how the coordinates of each block changed.
+    """
 
     blocks: int
     zero_gammas: int = 0
+    changes: tuple[CoordinateChange, ...] = ()
 
 
 def restart(
@@ -62,7 +66,8 @@ def restart(
         attach: `ramp` sets the attach rate to 0, `zero-gamma` to 1 with branches that are zero at first, `compensated`
             to 1 with branches as strong as the block, which the trunk makes up for, `one` to 1.
         branch_init: weights of the fresh branches, `kaiming` or `small`.
-        trunk_scale: under `calibrate`, `merged` writes K, `keep` scales every channel to the trunk's old norm.
+        trunk_scale: under `calibrate`, `merged` writes K, `keep` scales every channel to the trunk's old norm, `pace`
+            to its old gamma / sigma, which is what a step of the trunk's weights is worth in the merged kernel.
         only: names of the blocks to restart, as `blocks.rep_blocks` gives them; None is all.
         generator: draws the fresh weights.
 
@@ -78,12 +83,13 @@ def restart(
     blocks = {name: block for name, block in rep_blocks(model) if only is None or name in only}
     if not blocks:
         raise InputError("the network has no re-parameterizable block, so there is nothing to restart")
+    before = {name: coordinates_of(block, taken_over=attach != "compensated") for name, block in blocks.items()}
     if attach == "compensated":
         kernels, moments = _compensated(model, blocks, list(images), branch_init, generator)
     else:
         kernels = {name: block.sum_kernel() for name, block in blocks.items()}
         moments = calibrate(model, images) if rule == "calibrate" else {}
-    zero_gammas = 0
+    zero_gammas, changes = 0, []
     for name, block in blocks.items():
         if rule == "running" and not unit_gamma(block) and (norm := block.trunk.batch_norm) is not None:
             zero_gammas += int((norm.weight.abs() < TINY_GAMMA).sum())
@@ -91,7 +97,8 @@ def restart(
         write_trunk(block, kernels[name], trunk)
         if attach != "compensated":
             reinit_branches(block, attach, branch_init=branch_init, generator=generator)
-    return RestartReport(len(blocks), zero_gammas)
+        changes.append(change_since(block, before[name]))
+    return RestartReport(len(blocks), zero_gammas, tuple(changes))
 
 
 @torch.no_grad()

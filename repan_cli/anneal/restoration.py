@@ -13,6 +13,9 @@ from repan_cli.blocks.kernel import BatchNorm, Kernel, exact, running_stats
 TINY_GAMMA = 1e-6
 """Below this |gamma| the rule `running` cannot divide by it."""
 
+MOST_GROWTH = 4.0
+"""How many times its old norm a channel of a trunk may get under `trunk_scale=pace`, which divides by gamma."""
+
 
 # ---------------------------------------------------------------------------------------------- restoration
 
@@ -40,8 +43,7 @@ class TrunkParams(NamedTuple):
 def restore_calibrate(kernel: Kernel, moments: Moments, eps: float, scale: Tensor) -> TrunkParams:
     """Measured statistics and the affine parameters that undo them: exact in eval mode, kept in train mode.
 
-    With W = s K: mean = s m, var = s^2 v, gamma = sqrt(s^2 v + eps) / s, beta = b + m. `scale` is s, (C_out,),
-    positive.
+    With W = s K: mean = s m, var = s^2 v, gamma = sqrt(s^2 v + eps) / s, beta = b + m. `scale` is s, (C_out,), not 0.
     """
     weight, bias = kernel
     mean, var = moments
@@ -92,6 +94,14 @@ def write_trunk(block: RepBlock, kernel: Kernel, trunk: TrunkParams | None) -> N
         assert not bias.any(), "a trunk with neither BN nor bias cannot take a bias"
 
 
+def fold_of(block: RepBlock) -> Tensor:
+    """Return gamma / sigma of the trunk, (C_out,), in float64; 1 without a BN."""
+    norm = block.trunk.batch_norm
+    if norm is None:
+        return torch.ones(block.trunk.conv.out_channels, dtype=torch.float64)
+    return exact(norm.weight) / torch.sqrt(exact(norm.running_var) + norm.eps)
+
+
 def restored_trunk(
     block: RepBlock, kernel: Kernel, rule: str, moments: Moments | None, trunk_scale: str
 ) -> TrunkParams | None:
@@ -112,9 +122,16 @@ def unit_gamma(block: RepBlock) -> bool:
 
 
 def _scale(block: RepBlock, kernel: Kernel, trunk_scale: str) -> Tensor:
-    """Return the factor on each channel of the merged kernel, (C_out,): 1, or |W_old| / |K| (1 where either is 0)."""
+    """Return the factor on each channel of the merged kernel, (C_out,): 1, |W_old| / |K| (1 where either is 0), or
+    sigma / gamma up to `MOST_GROWTH` times that.
+    """
     merged = kernel[0].flatten(1).norm(dim=1)
     if trunk_scale == "merged":
         return torch.ones_like(merged)
     old = exact(block.trunk.conv.weight).flatten(1).norm(dim=1)
-    return torch.where((merged > 0) & (old > 0), old / merged, 1.0)
+    keep = torch.where((merged > 0) & (old > 0), old / merged, 1.0)
+    if trunk_scale == "keep":
+        return keep
+    fold = fold_of(block)
+    sign = torch.where(fold < 0, -1.0, 1.0)
+    return sign / torch.maximum(fold.abs(), 1 / (MOST_GROWTH * keep))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from repan_cli.commands.options import CompareOptions
-from repan_cli.compare import page
+from repan_cli.compare import page, table
 from repan_cli.compare.groups import as_data, compare
 from repan_cli.compare.results import find_runs, read_all
 from repan_cli.display.comparison import show
@@ -28,7 +28,7 @@ def run(options: CompareOptions) -> None:
     for path, why in left_out:
         warn(f"left out: {path}: {why}")
     comparison = compare(results, controls, by_folder=options.by_folder)
-    for path, text_of in ((options.html, page.render), (options.markdown, page.markdown)):
+    for path, text_of in ((options.html, page.render), (options.markdown, table.markdown)):
         if path:
             content = text_of(comparison, left_out).encode()
             write_atomically(path, lambda file, content=content: file.write(content))
@@ -64,4 +64,5 @@ def _flat(group: Mapping[str, Any]) -> dict[str, Any]:
     row |= {"difference": gain.get("mean"), "low": gain.get("low"), "high": gain.get("high")}
     for label, found in group["differences"].items():
         row |= {f"over {label}": (found or {}).get("mean")} if len(group["differences"]) > 1 else {}
+    row["felt"] = max(group["felt"].values(), default=None)
     return row | {name: group[name] for name in ("epochs", "images", "hours")} | {"device": " ".join(group["devices"])}

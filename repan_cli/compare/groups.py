@@ -5,7 +5,9 @@ Pure functions of finished runs; a result is a mean over seeds, never one run.
 
 from __future__ import annotations
 
+import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from repan_cli.compare.results import Result
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread, difference
 from repan_cli.config.settings import OVERLAY, SCHEMA
 from repan_cli.errors import InputError
+from repan_cli.runs.felt import HEADS, loss_after
 
 WITHOUT_EFFECT = {
     *("run.seed", "run.out", "run.device", "run.log_every", "run.save_every", "run.trackers", "run.channels_last"),
@@ -52,6 +55,9 @@ class Group:
     def seeds(self) -> list[int]:
         return [result.seed for result in self.results]
 
+    def result(self, seed: int) -> Result:
+        return next(result for result in self.results if result.seed == seed)
+
     def by_seed(self, figure: str) -> dict[int, float]:
         return {result.seed: getattr(result, figure) for result in self.results}
 
@@ -86,6 +92,20 @@ class Comparison:
     def control(self) -> Group:
         return self.groups[0]
 
+    def felt(self, group: Group) -> dict[int, float]:
+        """By cycle, what training felt of its restart: the mean loss of its first 200 steps divided by a control's over
+        the same steps, mean over the seeds of both. The control is the first that had the same learning rate there.
+        """
+        ratios: dict[int, float] = {}
+        for cycle in _restarts(group):
+            for control in self.controls:
+                common = set(group.seeds) & set(control.seeds) if control is not group else set()
+                pairs = [[of.result(seed) for of in (group, control)] for seed in sorted(common)]
+                found = [ratio for pair in pairs if (ratio := _felt(*pair, cycle)) is not None]
+                if found:
+                    ratios.setdefault(cycle, statistics.fmean(found))
+        return ratios
+
     @property
     def controls(self) -> tuple[Group, ...]:
         return self.groups[: self.control_count]
@@ -97,6 +117,25 @@ class Comparison:
         if group is control or ours.dataset != theirs.dataset or ours.classes != theirs.classes:
             return None
         return difference(group.by_seed(figure), control.by_seed(figure))
+
+
+def _restarts(group: Group) -> list[int]:
+    """The cycles that begin with a restart."""
+    first = group.results[0]
+    return [] if _is_control(first) else sorted({record["cycle"] for record in first.records} - {0})
+
+
+def _felt(ours: Result, theirs: Result, cycle: int) -> float | None:
+    """Ratio of the losses in the first steps of a cycle; None where they are not known or were at another rate."""
+    place = [number for number, record in enumerate(ours.records) if record["cycle"] == cycle]
+    stretches = [result.records[place[0] : place[-1] + 1] if place else [] for result in (ours, theirs)]
+    if not all(stretches) or None in (ours.pace, theirs.pace):
+        return None
+    rates = [stretch[0]["lr"] for stretch in stretches]
+    if None in rates or not math.isclose(*rates, rel_tol=1e-6):
+        return None
+    losses = [loss_after(s, HEADS[-1], r.pace) for s, r in zip(stretches, (ours, theirs), strict=True)]
+    return losses[0] / losses[1] if all(losses) else None
 
 
 def compare(
@@ -264,6 +303,7 @@ def _group_as_data(comparison: Comparison, group: Group) -> dict[str, Any]:
         "seeds": group.seeds,
         "runs": [str(result.path) for result in group.results],
         **{figure: spread._asdict() if spread else None for figure, spread in spreads.items()},
+        "felt": comparison.felt(group),
         "devices": group.devices(),
         "difference": {figure: gain._asdict() for figure, gain in gains.items() if gain} or None,
         "differences": _differences(comparison, group),

@@ -1,4 +1,4 @@
-"""A comparison as people read it: the rows of its table, and a page of HTML that needs nothing beside itself."""
+"""A comparison as a page of HTML that needs nothing beside itself."""
 
 from __future__ import annotations
 
@@ -8,95 +8,10 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import NamedTuple
 
-from repan_cli import __version__
 from repan_cli.compare.groups import Comparison, Group
-from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread
-from repan_cli.runs.directory import now
+from repan_cli.compare.statistics import Spread
+from repan_cli.compare.table import about, legend, notes, rows, titles
 from repan_cli.system.text import count, duration, percent
-
-METHODS = {"paired": "paired by seed", "welch": "by Welch's t-test, as the seeds differ"}
-
-
-# ---------------------------------------------------------------------------------------------- the table
-
-
-def titles(comparison: Comparison) -> tuple[str, ...]:
-    """Return the titles of the columns of `rows`."""
-    several = comparison.control_count > 1
-    over = [f"over {control.label}" for control in comparison.controls] if several else ["over the control"]
-    return ("runs", "seeds", "test top-1", "last cycle", "val best", *over, "epochs", "images", "time")
-
-
-def rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """A row a group, under `titles`; epochs, images and time are those of one run."""
-    return [_row(comparison, group) for group in comparison.groups]
-
-
-def _row(comparison: Comparison, group: Group) -> tuple[str, ...]:
-    cost = group.cost()
-    return (
-        group.label,
-        str(len(group.seeds)),
-        *(_spread(group.spread(figure)) for figure in ("test_top1", "last_test_top1", "val_top1")),
-        *("control" if group is over else _gain(comparison.gain(group, over=over)) for over in comparison.controls),
-        f"{cost.epochs:g}",
-        _short(cost.images),
-        duration(3600 * cost.hours),
-    )
-
-
-def _spread(spread: Spread | None) -> str:
-    if spread is None or spread.sd is None:
-        return percent(spread.mean if spread else None)
-    return f"{spread.mean:.2f} ± {spread.sd:.2f}"
-
-
-def _short(number: float | None) -> str:
-    """A large count in three digits: 64.8 k, 2.7 M."""
-    if number is None:
-        return "-"
-    power = min(int(math.log10(max(number, 1))) // 3, 3)
-    return f"{number / 1000**power:.3g} {' kMG'[power]}".strip()
-
-
-def _gain(gain: Difference | None) -> str:
-    if gain is None:
-        return "-"
-    interval = "" if gain.low is None else f" [{gain.low:+.2f}, {gain.high:+.2f}]"
-    return f"{gain.mean:+.2f}{interval}"
-
-
-def legend(comparison: Comparison) -> str:
-    """Explain the figures of the table in a sentence or two."""
-    spread = [group for group in comparison.groups if len(group.seeds) > 1]
-    words = "top-1 in percent, of the network that validation chose and of the end of the last cycle"
-    if spread:
-        words += "; mean ± standard deviation over seeds"
-    if len(spread) < len(comparison.groups):
-        words += "; one seed has no spread, and the difference no interval"
-    gains = [comparison.gain(group, over=over) for group in comparison.groups for over in comparison.controls]
-    methods = {gain.method for gain in gains if gain and gain.method}
-    if methods:
-        how = " or ".join(METHODS[method] for method in sorted(methods))
-        words += f"; in brackets the {CONFIDENCE:.0%} confidence interval, {how}"
-    return f"{words}."
-
-
-def markdown(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> str:
-    """The table, with what its runs were computed on, and what its figures are."""
-    devices = [", ".join(group.devices()) or "-" for group in comparison.groups]
-    body = [(*row, device) for row, device in zip(rows(comparison), devices, strict=True)]
-    head = (*titles(comparison), "device")
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-    notes = [f"- {note}\n" for note in _notes(comparison, left_out)]
-    text = f"{table}\n\n{_about(comparison)}: {legend(comparison)}\n"
-    return f"{text}\n{''.join(notes)}" if notes else text
-
-
-def _notes(comparison: Comparison, left_out: Sequence[tuple[str, str]]) -> list[str]:
-    return [*comparison.warnings, *(f"left out: {path}: {why}" for path, why in left_out)]
-
 
 # ---------------------------------------------------------------------------------------------- the page
 
@@ -105,8 +20,8 @@ def render(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> 
     """The comparison as one HTML file: table, curves, seeds, runs. `left_out`: runs that are not in it, and why."""
     parts = [
         f"<h1>{escape(_title(comparison))}</h1>",
-        f"<p class=quiet>{escape(_about(comparison))}</p>",
-        *(f"<p class=note>{escape(note)}</p>" for note in _notes(comparison, left_out)),
+        f"<p class=quiet>{escape(about(comparison))}</p>",
+        *(f"<p class=note>{escape(note)}</p>" for note in notes(comparison, left_out)),
         _section("Results", _table(titles(comparison), rows(comparison)), legend(comparison)),
         *_curves_section(comparison),
         _section("Test top-1, a point a seed", _strip(comparison), "Bars: the mean."),
@@ -117,12 +32,6 @@ def render(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> 
 
 def _title(comparison: Comparison) -> str:
     return f"{count(len(comparison.groups), 'configuration')} compared"
-
-
-def _about(comparison: Comparison) -> str:
-    results = [result for group in comparison.groups for result in group.results]
-    names = sorted({result.dataset + f" ({result.classes} classes)" * bool(result.classes) for result in results})
-    return f"{count(len(results), 'run')} on {', '.join(names)}. repan {__version__}, {now()}"
 
 
 def _section(title: str, *parts: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from repan_cli import config
 from repan_cli.errors import InputError
 from repan_cli.runs.directory import SERIES
+from repan_cli.runs.felt import KEYS, Pace
 from repan_cli.runs.trackers import read_metrics
 from repan_cli.system.files import read_json
 
@@ -20,7 +21,7 @@ class Result:
     """A finished run. Accuracies are in percent; `test_top1` is that of the network that validation chose.
 
     `classes`, `images`, those of an epoch, and `device` are None for runs that did not note them; `records` holds the
-    cycle and the validation top-1 of each epoch.
+    cycle, the validation top-1, rate and losses of each epoch, the last two as far as they were noted.
     """
 
     path: Path
@@ -40,6 +41,12 @@ class Result:
     @property
     def epochs(self) -> int:
         return len(self.records)
+
+    @property
+    def pace(self) -> Pace | None:
+        """How an epoch went through the images."""
+        sizes = self.settings["data.batch_size"], self.settings["optim.accumulate"]
+        return Pace(self.images, *sizes) if self.images else None
 
     @property
     def images_seen(self) -> int | None:
@@ -107,7 +114,7 @@ def read_result(path: Path) -> Result:
 def _result(path: Path, summary: Mapping[str, Any], records: list[dict[str, Any]]) -> Result:
     phases = [row for row in (summary["baseline"], *summary["cycles"]) if row]
     start = summary["baseline"] if records and records[0]["cycle"] else None
-    course = [{"cycle": int(record["cycle"]), "val_top1": _number(record["val_top1"])} for record in records]
+    course = [_record(record) for record in records]
     validation = [record["val_top1"] for record in course] + ([_number(start["top1"])] if start else [])
     settings = read_settings(path / "config.yaml", summary["command"])
     images = summary.get("images", {}).get("train")
@@ -126,6 +133,18 @@ def _result(path: Path, summary: Mapping[str, Any], records: list[dict[str, Any]
         device=_device(path / "env.json"),
         records=course,
     )
+
+
+def _record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is needed of an epoch's; None for what its run did not note."""
+    figures = {name: _number(record.get(name)) for name in ("lr", "loss", *KEYS)}
+    steps = record.get("steps")
+    return {
+        "cycle": int(record["cycle"]),
+        "val_top1": _number(record["val_top1"]),
+        "steps": None if steps is None else int(steps),
+        **figures,
+    }
 
 
 def _device(path: Path) -> str | None:

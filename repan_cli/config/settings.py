@@ -173,8 +173,14 @@ class CycleConfig:
     )
     trunk_scale: str = setting(
         "merged",
-        "Scale of the trunk's weights under calibrate: merged kernel as it is, or keep each channel's old norm.",
-        choices=("merged", "keep"),
+        "Scale of the trunk's weights under calibrate: merged: the kernel as it is; keep: each channel's old norm; "
+        "pace: each channel's old gamma / sigma, so that the trunk learns as fast as before.",
+        choices=("merged", "keep", "pace"),
+    )
+    momentum: str = setting(
+        "zero",
+        "The optimizer's memory at the start of a cycle: zero, or carry it over into what the trunk has become.",
+        choices=("zero", "carry"),
     )
     start_from: str = setting(
         "last",
@@ -187,8 +193,8 @@ class CycleConfig:
     )
 
     def problems(self) -> Iterator[str]:
-        if self.trunk_scale == "keep" and self.rule != "calibrate":
-            yield f"cycle.trunk_scale=keep belongs to cycle.rule=calibrate, not {self.rule}"
+        if self.trunk_scale != "merged" and self.rule != "calibrate":
+            yield f"cycle.trunk_scale={self.trunk_scale} belongs to cycle.rule=calibrate, not {self.rule}"
         if self.lr == "continuous" and self.lr_decay != 1:
             yield "cycle.lr_decay belongs to cycle.lr=restart; with continuous set it to 1"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from repan_cli.compare import page
+from repan_cli.compare import table
 from repan_cli.compare.groups import Comparison
 from repan_cli.display.console import print_table, tell
 from repan_cli.system.notices import warn
@@ -16,7 +16,7 @@ def show(comparison: Comparison, *, to_stderr: bool = False) -> None:
     """The table, and on stderr what its figures are."""
     for warning in comparison.warnings:
         warn(warning)
-    titles, rows = page.titles(comparison), page.rows(comparison)
+    titles, rows = table.titles(comparison), table.rows(comparison)
     if _width([titles, *rows]) <= Console(stderr=to_stderr).width:
         print_table(list(titles), rows, to_stderr=to_stderr)
     else:  # names on lines of their own
@@ -25,7 +25,7 @@ def show(comparison: Comparison, *, to_stderr: bool = False) -> None:
         print_table(["", titles[0]], names, to_stderr=to_stderr)
         figures = ((number, *row[1:]) for number, row in zip(numbers, rows, strict=True))
         print_table(["", *titles[1:]], figures, to_stderr=to_stderr)
-    tell(page.legend(comparison))
+    tell(table.legend(comparison))
 
 
 def _width(rows: Sequence[Sequence[str]]) -> int:

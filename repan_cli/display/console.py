@@ -149,7 +149,7 @@ class Display:
             if after > before + LOSS_JUMP:
                 self.say(Text.assemble(("Warning: ", WARNING), JUMPED))
         elif event.cycle:
-            self.say(f"{name}: no merging (control), momentum zeroed")
+            self.say(f"{name}: no merging (control), momentum {'kept' if event.carried else 'zeroed'}")
         if event.zero_gammas:
             self.say(f"{event.zero_gammas} channels had gamma 0, which rule=running cannot divide by: set to 1")
         if self.compiles:
@@ -191,16 +191,23 @@ class Display:
         self.say(f"{self.name(event.cycle)}: {val}test {percent(event.test_top1)}, {duration(event.seconds)}")
 
     def table(self, summary: Mapping[str, Any]) -> None:
-        """A row per phase: validation top-1 around the restart and at the end, test top-1, time."""
+        """A row per phase: validation top-1 and training loss around its start, top-1 at its end, time."""
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in ("phase", "val before", "after restart", "val at end", "test", "time"):
+        losses = ("loss before", "50 steps", "200 steps")
+        for title in ("phase", "val before", "after restart", *losses, "val at end", "test", "time"):
             table.add_column(title, justify="left" if title == "phase" else "right")
-        table.add_row(self.name(0) if 0 in self.epochs else "start", "", "", *_figures(summary["baseline"]))
+        table.add_row(self.name(0) if 0 in self.epochs else "start", *[""] * 5, *_figures(summary["baseline"]))
         for row in summary["cycles"]:
             around = percent(row["top1_before"]), percent(row["top1_after_restart"])
-            table.add_row(self.name(row["cycle"]), *around, *_figures(row))
+            felt = ("-" if loss is None else f"{loss:.3f}" for loss in _felt(row))
+            table.add_row(self.name(row["cycle"]), *around, *felt, *_figures(row))
         self.say()
         self.say(table)
+
+
+def _felt(row: Mapping[str, Any]) -> Iterable[float | None]:
+    """Training losses around a restart; none of runs that were begun by a version that did not note them."""
+    return row["felt"].values() if "felt" in row else [None] * 3
 
 
 def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:

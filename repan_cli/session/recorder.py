@@ -13,7 +13,8 @@ from repan_cli import checkpoint, runs
 from repan_cli.checkpoint.card import RunState
 from repan_cli.checkpoint.format import Checkpoint, weights_of
 from repan_cli.config.settings import flatten
-from repan_cli.runs.trackers import Csv, JsonLines, TrackedRun, Tracker, open_requested, rewind
+from repan_cli.runs import felt
+from repan_cli.runs.trackers import Csv, JsonLines, TrackedRun, Tracker, open_requested, read_metrics, rewind
 from repan_cli.session import control
 from repan_cli.session.build import Session
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, StepEnd
@@ -94,13 +95,20 @@ class Record:
             self.summary["baseline"] = row
         else:
             before = {name: self.start[name] for name in WATCHED}
-            self.summary["cycles"].append({"cycle": event.cycle, **before, **row})
+            felt_by = self._felt(event.cycle)
+            self.summary["cycles"].append({"cycle": event.cycle, **before, "felt": felt_by, **row})
         if self.session.command == "cycle":
             self._save(f"cycle_{event.cycle:02d}.pt", event.cycle, None, _metrics(event))
         self._log("cycle_end", dataclasses.asdict(event))
         self.save_last()
         if event.cycle == 0 and control.is_awaited(self.folder.path):
             control.begin(self.folder.path)
+
+    def _felt(self, cycle: int) -> dict[str, float | None]:
+        """The training losses around the start of a cycle."""
+        training = self.session.training
+        pace = felt.Pace(training.train.count, training.batch_size, training.accumulate)
+        return felt.around(read_metrics(self.folder / "metrics.jsonl"), cycle, pace)
 
     def finish(self) -> None:
         """The results, in figures."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CycleStart:
-    """A phase begins. Before a cycle: what its restart did to the function, which should be nothing.
+    """A phase begins. Before a cycle: what its restart did to the function, which should be nothing, and whether the
+    optimizer's memory was `carried` over.
 
     Validation top-1 and the loss in train mode on the same images before and after it, and how far it moved the
     logits in eval mode.
@@ -24,6 +25,7 @@ class CycleStart:
     loss_before: float | None = None
     loss_after_restart: float | None = None
     logit_error: float | None = None
+    carried: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,12 @@ class StepEnd:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The end of an epoch, which counts from 1. `first_loss` is the mean loss of its first steps."""
+    """The end of an epoch, which counts from 1. `first_loss` is the mean loss of its first 10 steps.
+
+    The last three are the epoch's share in windows of 50 or 200 steps that begin or end with an epoch, see `felt`: the
+    mean loss of its first 50, first 200 and last 200 steps; in an epoch of fewer, of as many as whole epochs leave of
+    the window, 50 or 200 modulo `steps`, and None where nothing is left.
+    """
 
     cycle: int
     epoch: int
@@ -63,6 +70,10 @@ class Epoch:
     attach_rate: float
     images_per_second: float
     best: bool
+    steps: int
+    loss_head_50: float | None
+    loss_head_200: float | None
+    loss_tail_200: float | None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from repan_cli.anneal.restart import RestartReport, restart
 from repan_cli.data.batches import Batch
 from repan_cli.errors import DivergedError, StoppedError
+from repan_cli.runs import felt
 from repan_cli.system.seeding import generator_for, seed_for
 from repan_cli.training import optim
 from repan_cli.training.evaluation import Score, eval_batch, evaluate
@@ -76,6 +77,8 @@ def _epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
         attach_rate=result.attach_rate,
         images_per_second=result.images_per_second,
         best=best,
+        steps=run.train.steps(run.batch_size),
+        **result.felt,
     )
 
 
@@ -108,7 +111,11 @@ def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
     run.progress.whole, began = False, time.perf_counter()
     before = _look(run, phase, task)
     report = _restart(run, phase) if phase.restarts else RestartReport(blocks=0)
-    optim.zero_momentum(run.optimizer)
+    carries = phase.settings.momentum == "carry"
+    if carries:
+        optim.carry_momentum(run.optimizer, report.changes)
+    else:
+        optim.zero_momentum(run.optimizer)
     if run.ema:
         run.ema.set(run.model)
     after = _look(run, phase, task)
@@ -124,6 +131,7 @@ def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
         loss_before=before.loss,
         loss_after_restart=after.loss,
         logit_error=((after.logits - before.logits).abs().max() / before.logits.abs().max()).item(),
+        carried=carries,
     )
 
 
@@ -178,6 +186,7 @@ class _EpochResult:
     lr: float
     attach_rate: float
     images_per_second: float
+    felt: dict[str, float | None]
 
 
 def _train_epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
@@ -185,6 +194,7 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
     run.model.train()
     progress, epoch = run.progress, run.progress.epoch + 1
     steps = run.train.steps(run.batch_size)
+    marks = felt.marks(steps)
     progress.totals = totals = progress.totals or Totals.zeros(run.runtime.device)
     seen, began = totals.images, time.perf_counter()
     place = run.seed, phase.data_cycle(), epoch
@@ -199,13 +209,16 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
         before, progress.step = progress.step, progress.step + len(group)
         if before < FIRST_STEPS <= progress.step or progress.step == steps < FIRST_STEPS:
             totals.first_loss = totals.mean_loss()
+        for number, mark in enumerate(marks):
+            if before < mark <= progress.step:
+                totals.note(number)
         if progress.step // run.log_every > before // run.log_every or progress.step == steps:
             speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
             _check_scale(run)
             yield LossLog(phase.cycle, epoch, progress.step, totals.mean_loss(), lr, rate, speed)
         yield StepEnd(phase.cycle, epoch, progress.step)
     speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
-    return _EpochResult(totals.mean_loss(), totals.first_loss, totals.top1(), lr, rate, speed)
+    return _EpochResult(totals.mean_loss(), totals.first_loss, totals.top1(), lr, rate, speed, totals.felt())
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

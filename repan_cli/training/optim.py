@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+
 import timm.optim
 import torch
 from torch import Tensor, nn
 
+from repan_cli.anneal.coordinates import CoordinateChange
 from repan_cli.blocks import rep_blocks
 from repan_cli.config.settings import OptimConfig
 from repan_cli.errors import InputError
@@ -96,6 +99,40 @@ def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
         for value in state.values():
             if isinstance(value, Tensor):
                 value.zero_()
+
+
+MEANS, SQUARES = ("momentum_buffer", "exp_avg"), ("exp_avg_sq",)
+"""What optimizers remember: averages of gradients, and of their squares. Of anything else blocks start anew."""
+
+
+def carry_momentum(optimizer: torch.optim.Optimizer, changes: Iterable[CoordinateChange]) -> None:
+    """Rewrite the optimizer's memory, in place, in the coordinates after a restart: trunks go on as they were moving,
+    fresh branches start at rest, and everything outside of blocks keeps what it has.
+    """
+    for change in changes:
+        trunk, state = change.block.trunk, optimizer.state
+        carried = dict(_carried_gamma(state, change)) if trunk.has_norm else {}
+        for key, value in state.get(trunk.conv.weight, {}).items():
+            if key in (*MEANS, *SQUARES):
+                factor = change.ratio if key in MEANS else change.ratio.square()
+                value.mul_(factor.to(value).view(-1, 1, 1, 1))
+        for key, value in carried.items():
+            state[trunk.norm.weight][key].copy_(value)
+        for parameter in change.block.branches.parameters():
+            for value in state.get(parameter, {}).values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+
+def _carried_gamma(state: Mapping[nn.Parameter, dict], change: CoordinateChange) -> Iterator[tuple[str, Tensor]]:
+    """The memory of the trunk's new gamma: sums of what the gammas remember, and the most that squares can come to."""
+    gamma = change.block.trunk.norm.weight
+    for key in state.get(gamma, {}):
+        terms = [(share.to(gamma), state[each][key]) for each, share in change.shares.items() if key in state[each]]
+        if key in MEANS:
+            yield key, sum((share * value for share, value in terms), torch.zeros_like(gamma))
+        elif key in SQUARES:
+            yield key, sum((share.abs() * value.sqrt() for share, value in terms), torch.zeros_like(gamma)).square()
 
 
 def drop_trunk_gradients(optimizer: torch.optim.Optimizer) -> None:

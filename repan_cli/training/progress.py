@@ -9,22 +9,25 @@ import torch
 from torch import Tensor
 
 from repan_cli.errors import DivergedError
+from repan_cli.runs.felt import KEYS
 from repan_cli.system.ranks import joined, summed
 
 
 @dataclass
 class Totals:
     """Sums over an epoch, on the device: reading them is a host-device sync. They are, (3,), the loss, hits, and
-    updates that were left out because a loss or a gradient was not finite.
+    updates that were left out because a loss or a gradient was not finite. `noted`, (3, 2): the loss and the images
+    up to each of the steps that `felt.marks` names, zeros until then.
     """
 
     sums: Tensor
+    noted: Tensor
     images: int = 0
     first_loss: float = math.nan
 
     @classmethod
     def zeros(cls, device: torch.device) -> Totals:
-        return cls(torch.zeros(3, device=device))
+        return cls(torch.zeros(3, device=device), torch.zeros(len(KEYS), 2, device=device))
 
     @property
     def loss(self) -> Tensor:
@@ -42,6 +45,18 @@ class Totals:
         """An update on so many images."""
         self.sums += sums
         self.images += images
+
+    def note(self, number: int) -> None:
+        """Keep the loss so far as that of the mark of this number, without a host-device sync."""
+        self.noted[number, 0].copy_(self.loss)
+        self.noted[number, 1].fill_(self.images)
+
+    def felt(self) -> dict[str, float | None]:
+        """Mean losses over all ranks by the names of `felt.KEYS`; None for a window that reaches no part."""
+        end = torch.stack([self.loss, torch.full_like(self.loss, self.images)])
+        *heads, tail, whole = summed(torch.stack([*self.noted, end])).tolist()
+        sums = [*heads, [total - before for total, before in zip(whole, tail, strict=True)]]
+        return {key: loss / images if images > 0 else None for key, (loss, images) in zip(KEYS, sums, strict=True)}
 
     def mean_loss(self) -> float:
         """Over all ranks. Raises DivergedError when it is not finite, or an update was left out."""
@@ -67,6 +82,7 @@ class Totals:
             rank == 0
         )
         self.sums = torch.stack([loss, correct, self.skipped])
+        self.noted = summed(self.noted) * (rank == 0)
         self.images = int(images.item())
 
 

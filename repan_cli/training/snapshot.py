@@ -6,6 +6,7 @@ is under way are all a run needs to go on as if it had never stopped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli.errors import InputError
+from repan_cli.runs.felt import KEYS
 from repan_cli.training.progress import POSITION, Totals
 from repan_cli.training.run import Training
 
@@ -31,6 +33,7 @@ def snapshot(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if progress.totals is not None:
         plain |= {"images": progress.totals.images, "first_loss": progress.totals.first_loss}
         tensors |= dict(zip(SUMS, progress.totals.sums, strict=True))
+        tensors |= {"totals.noted": progress.totals.noted}
     tensors |= {f"best.{name}": value for name, value in (progress.best_weights or {}).items()}
     if run.ema:
         tensors |= {f"model.{name}": value for name, value in run.model.state_dict().items()}
@@ -64,8 +67,10 @@ def restore(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, An
         if run.scaler.is_enabled():
             run.scaler.load_state_dict(plain["scaler"])
         if "images" in plain:
-            sums = torch.stack([tensors[name] for name in SUMS])
-            run.progress.totals = Totals(sums.to(run.runtime.device), plain["images"], plain["first_loss"])
+            sums = torch.stack([tensors[name] for name in SUMS]).to(run.runtime.device)
+            unknown = torch.full((len(KEYS), 2), math.nan)  # in files of versions that noted nothing
+            noted = tensors.get("totals.noted", unknown).to(run.runtime.device)
+            run.progress.totals = Totals(sums, noted, plain["images"], plain["first_loss"])
             if run.runtime.rank:  # rank 0 holds the sums of all
                 run.progress.totals = Totals.zeros(run.runtime.device)
         run.progress.best_weights = _under("best.", tensors, run.runtime.device) or None

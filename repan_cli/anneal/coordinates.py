@@ -1,0 +1,58 @@
+"""How a restart changes the coordinates of a block: what the optimizer remembers must be rewritten in the new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repan_cli.anneal.restoration import MOST_GROWTH, TINY_GAMMA, fold_of
+from repan_cli.blocks import RepBlock
+from repan_cli.blocks.kernel import exact
+
+
+class CoordinateChange(NamedTuple):
+    """How a restart changed the coordinates of a block.
+
+    A gradient of the trunk's weights is `ratio` (C_out,) times what it was; that of its gamma is a sum of what those of
+    the last gammas in the block were, times `shares`, (C_out,) each; without any it is not known.
+    """
+
+    block: RepBlock
+    ratio: Tensor
+    shares: Mapping[nn.Parameter, Tensor]
+
+
+class Coordinates(NamedTuple):
+    """gamma / sigma of a trunk, (C_out,), and the last gammas in its block, (C_out,) each, in float64."""
+
+    fold: Tensor
+    gammas: dict[nn.Parameter, Tensor]
+
+
+def coordinates_of(block: RepBlock, *, taken_over: bool) -> Coordinates:
+    """Return what the trunk's weights are multiplied with, and the last gammas of what the trunk takes over: all of
+    its branches, or with `taken_over` false none.
+    """
+    norms = [getattr(branch, "norm", None) for branch in (block.trunk, *block.branches) if taken_over]
+    affine = [norm for norm in norms if isinstance(norm, _BatchNorm) and norm.affine]
+    return Coordinates(fold_of(block), {norm.weight: exact(norm.weight) for norm in affine})
+
+
+def change_since(block: RepBlock, before: Coordinates) -> CoordinateChange:
+    """Return how the coordinates changed since `before`.
+
+    A gradient of the trunk's weights is gamma / sigma times the merged kernel's. The output, less its mean, was the sum
+    over branches of gamma times a normalised map, and is one such product now. So gamma' g' = sum gamma g holds for
+    the gradients g of gamma.
+    """
+    fold, old = fold_of(block), before.fold
+    ratio = torch.where(old.abs() > TINY_GAMMA, fold / torch.where(old == 0, 1.0, old), 0.0)
+    shares: dict[nn.Parameter, Tensor] = {}
+    if (norm := block.trunk.batch_norm) is not None:
+        gamma = exact(norm.weight)
+        shares = {each: value / gamma for each, value in before.gammas.items()}
+    return CoordinateChange(block, ratio.clamp(-MOST_GROWTH, MOST_GROWTH), shares)

@@ -1,0 +1,114 @@
+"""A comparison as a table: titles, rows, and the notes that say what its figures are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from repan_cli.compare.groups import Comparison, Group
+from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread
+from repan_cli.system.text import duration, percent
+
+METHODS = {"paired": "paired by seed", "welch": "by Welch's t-test, as the seeds differ"}
+
+
+def titles(comparison: Comparison) -> tuple[str, ...]:
+    """Return the titles of the columns of `rows`."""
+    several = comparison.control_count > 1
+    over = [f"over {control.label}" for control in comparison.controls] if several else ["over the control"]
+    figures = ("test top-1", "last cycle", "val best", *over, *_if_felt(comparison, "felt"))
+    return ("runs", "seeds", *figures, "epochs", "images", "time")
+
+
+def rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    """A row a group, under `titles`; epochs, images and time are those of one run."""
+    return [_row(comparison, group) for group in comparison.groups]
+
+
+def _row(comparison: Comparison, group: Group) -> tuple[str, ...]:
+    cost = group.cost()
+    return (
+        group.label,
+        str(len(group.seeds)),
+        *(_spread(group.spread(figure)) for figure in ("test_top1", "last_test_top1", "val_top1")),
+        *("control" if group is over else _gain(comparison.gain(group, over=over)) for over in comparison.controls),
+        *_if_felt(comparison, _felt(comparison.felt(group))),
+        f"{cost.epochs:g}",
+        _short(cost.images),
+        duration(3600 * cost.hours),
+    )
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None or spread.sd is None:
+        return percent(spread.mean if spread else None)
+    return f"{spread.mean:.2f} ± {spread.sd:.2f}"
+
+
+def _if_felt(comparison: Comparison, cell: str) -> tuple[str, ...]:
+    """A cell of the column that only comparisons with a restart beside its control have."""
+    return (cell,) if any(comparison.felt(group) for group in comparison.groups) else ()
+
+
+def _felt(ratios: Mapping[int, float]) -> str:
+    """Of the restarts the least and the most."""
+    ends = [f"{of(ratios.values()):.2f}" for of in (min, max)] if ratios else ["-"]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _short(number: float | None) -> str:
+    """A large count in three digits: 64.8 k, 2.7 M."""
+    if number is None:
+        return "-"
+    power = min(int(math.log10(max(number, 1))) // 3, 3)
+    return f"{number / 1000**power:.3g} {' kMG'[power]}".strip()
+
+
+def _gain(gain: Difference | None) -> str:
+    if gain is None:
+        return "-"
+    interval = "" if gain.low is None else f" [{gain.low:+.2f}, {gain.high:+.2f}]"
+    return f"{gain.mean:+.2f}{interval}"
+
+
+def legend(comparison: Comparison) -> str:
+    """Explain the figures of the table in a sentence or two."""
+    spread = [group for group in comparison.groups if len(group.seeds) > 1]
+    words = "top-1 in percent, of the network that validation chose and of the end of the last cycle"
+    if spread:
+        words += "; mean ± standard deviation over seeds"
+    if len(spread) < len(comparison.groups):
+        words += "; one seed has no spread, and the difference no interval"
+    gains = [comparison.gain(group, over=over) for group in comparison.groups for over in comparison.controls]
+    methods = {gain.method for gain in gains if gain and gain.method}
+    if methods:
+        how = " or ".join(METHODS[method] for method in sorted(methods))
+        words += f"; in brackets the {CONFIDENCE:.0%} confidence interval, {how}"
+    if _if_felt(comparison, "felt"):
+        words += (
+            "; felt: training loss of the 200 steps after a restart, divided by a control's over the same steps, "
+            "from the least of the restarts to the most"
+        )
+    return f"{words}."
+
+
+def markdown(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> str:
+    """The table, with what its runs were computed on, and what its figures are."""
+    devices = [", ".join(group.devices()) or "-" for group in comparison.groups]
+    body = [(*row, device) for row, device in zip(rows(comparison), devices, strict=True)]
+    head = (*titles(comparison), "device")
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    lines_below = [f"- {note}\n" for note in notes(comparison, left_out)]
+    text = f"{table}\n\n{about(comparison)}: {legend(comparison)}\n"
+    return f"{text}\n{''.join(lines_below)}" if lines_below else text
+
+
+def notes(comparison: Comparison, left_out: Sequence[tuple[str, str]]) -> list[str]:
+    return [*comparison.warnings, *(f"left out: {path}: {why}" for path, why in left_out)]
+
+
+def about(comparison: Comparison) -> str:
+    results = [result for group in comparison.groups for result in group.results]
+    names = sorted({result.dataset + f" ({result.classes} classes)" * bool(result.classes) for result in results})
+    return f"{count(len(results), 'run')} on {', '.join(names)}. repan {__version__}, {now()}"

@@ -1,0 +1,92 @@
+"""What training feels of a restart: mean losses over the steps around it, from the records of the epochs.
+
+A window of 50 or 200 steps begins with an epoch and runs on over those that follow, or ends with one and reaches back
+over those before. Of every epoch it covers whole it needs the epoch's loss, and of the last one a part, which is the
+same for all epochs of a run as they have equally many steps: the records of any run tell the loss of such a window
+at any epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+HEADS = (50, 200)
+"""Lengths in steps of the windows after a restart."""
+
+TAIL = 200
+"""Length in steps of the window before it."""
+
+KEYS = (*(f"loss_head_{window}" for window in HEADS), f"loss_tail_{TAIL}")
+"""Of what a record holds for them: the mean loss of an epoch's first `part(window)` steps, and of its last."""
+
+Records = Sequence[Mapping[str, Any]]
+"""Of epochs, in their order, as metrics.jsonl holds them."""
+
+
+def part(window: int, steps: int) -> int:
+    """How many steps of an epoch of `steps` a window reaches into: all its own, or what whole epochs leave of it."""
+    return window if window <= steps else window % steps
+
+
+def marks(steps: int) -> tuple[int, ...]:
+    """After which steps of an epoch the sums of its losses are noted: where heads end, and where the tail begins."""
+    return (*(part(window, steps) for window in HEADS), steps - part(TAIL, steps))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How an epoch goes through the images: in batches, of which so many make an update."""
+
+    images: int
+    batch_size: int
+    accumulate: int = 1
+
+    def images_after(self, step: int) -> int:
+        """Images seen with the update in which the step of this number, counted from 1, lies."""
+        updates = math.ceil(step / self.accumulate)
+        return min(updates * self.accumulate * self.batch_size, self.images)
+
+
+def loss_after(records: Records, window: int, pace: Pace) -> float | None:
+    """Mean loss over the first steps of `records`, or all where they are fewer; None where one is not known."""
+    return _mean(records, window, pace, f"loss_head_{window}", lambda steps, rest: pace.images_after(rest))
+
+
+def loss_before(records: Records, window: int, pace: Pace) -> float | None:
+    """The same over the last steps of `records`."""
+
+    def images(steps: int, rest: int) -> int:
+        return pace.images_after(steps) - pace.images_after(steps - rest)
+
+    return _mean(records[::-1], window, pace, f"loss_tail_{window}", images)
+
+
+def _mean(records: Records, window: int, pace: Pace, key: str, images_of: Any) -> float | None:
+    """Over whole records as long as the window covers them, and a part of the next."""
+    total, images = 0.0, 0
+    for record in records:
+        steps = record.get("steps")
+        if not window or steps is None:
+            break
+        whole = window >= steps
+        count = pace.images_after(steps) if whole else images_of(steps, window)
+        loss = record.get("loss" if whole else key)
+        if loss is None:
+            return None
+        total, images, window = total + loss * count, images + count, max(window - steps, 0)
+    return total / images if images else None
+
+
+def around(records: Records, cycle: int, pace: Pace) -> dict[str, float | None]:
+    """Mean training losses around the start of a cycle: over the last 200 steps of the phase before it, and over the
+    cycle's own first 50 and 200, or as many as there are.
+    """
+    before = [record for record in records if record["cycle"] == cycle - 1]
+    after = [record for record in records if record["cycle"] == cycle]
+    return {
+        f"before_{TAIL}": loss_before(before, TAIL, pace),
+        **{f"first_{window}": loss_after(after, window, pace) for window in HEADS},
+    }
