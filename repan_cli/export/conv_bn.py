@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from repan_cli.blocks import rep_blocks
 from repan_cli.blocks.branches import ConvBN
 from repan_cli.blocks.kernel import BatchNorm
+from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError
-from repan_cli.models.changes import Change, report_of
+from repan_cli.models.changes import report_of
 
 Places = Mapping[str, tuple[str, str | None]]
 """The names of the convolution and the BN of the plain network that take in each merged convolution, by its name."""

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repan_cli.blocks import NATIVE, rep_blocks, reparameterize
 from repan_cli.blocks.kernel import BatchNorm, running_stats
+from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError, MergeError
-from repan_cli.models.changes import EVERYTHING, Change, Expansion, apply, report_of, set_report
+from repan_cli.models.changes import EVERYTHING, Expansion, apply, report_of, set_report
 from repan_cli.models.expand import plan
 from repan_cli.models.probe import CEILING, NUDGE
 

@@ -1,7 +1,8 @@
 """Networks: importing this registers ours with timm; `resolve` turns what people type into a full name."""
 
+from repan_cli.checkpoint.card import Change
 from repan_cli.config.conventions import SMALL_IMAGE
-from repan_cli.models.changes import Change, Expansion, Selection, apply, summary
+from repan_cli.models.changes import Expansion, Selection, apply, summary
 from repan_cli.models.create import BUILT_OF_BLOCKS, BUILTIN, create, has_new_classifier, resolve
 from repan_cli.models.expand import expand, plan
 from repan_cli.models.inspect import form_of

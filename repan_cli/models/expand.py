@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from repan_cli.blocks import NATIVE, Geometry, check_family, rep_blocks
+from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError
-from repan_cli.models.changes import NOT_CHOSEN, Change, Expansion, Selection, apply, report_of, set_report, summary
+from repan_cli.models.changes import NOT_CHOSEN, Expansion, Selection, apply, report_of, set_report, summary
 from repan_cli.models.probe import Probe, Sightings, watch
 from repan_cli.models.timm_blocks import check_norm, is_own_block
 from repan_cli.registry import did_you_mean

@@ -13,8 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from repan_cli.blocks import rep_blocks
 from repan_cli.blocks.kernel import BatchNorm, running_stats
+from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError
-from repan_cli.models.changes import Change, apply
+from repan_cli.models.changes import apply
 from repan_cli.system.text import first_line
 
 TOLERANCE = 1e-10

@@ -12,11 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from repan_cli import checkpoint
 from repan_cli.blocks import reparameterize
-from repan_cli.checkpoint.card import FUSED, ModelCard
+from repan_cli.checkpoint.card import FUSED, Change, ModelCard
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.errors import InputError
 from repan_cli.models import user_file
-from repan_cli.models.changes import Change, Expansion, apply, set_report
+from repan_cli.models.changes import Expansion, apply, set_report
 from repan_cli.models.create import create
 
 

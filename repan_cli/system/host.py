@@ -18,18 +18,20 @@ def usable_cores() -> int:
 
 def memory_bytes(*, free: bool = False) -> int | None:
     """Return the machine's memory in bytes, or what of it is free; None on systems that do not tell, as Windows."""
+    if sys.platform == "win32":
+        return None
     try:
         return os.sysconf("SC_AVPHYS_PAGES" if free else "SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
+    except (ValueError, OSError):  # macOS does not tell what is free
         return None
 
 
 def peak_memory() -> int | None:
     """Return the most bytes of memory that this process has held; None on systems that do not tell, as Windows."""
-    try:
-        import resource
-    except ImportError:
+    if sys.platform == "win32":
         return None
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
