@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -70,13 +70,22 @@ def test_bad_words(capsys, small_run):
 SUITE = ROOT / "tests" / "benchmark" / "suite.py"
 
 
-def suite(*words):
-    result = subprocess.run([sys.executable, SUITE, *words], capture_output=True, text=True, cwd=ROOT.parent)
-    return result.returncode, result.stdout, result.stderr
+def suite(capsys, *words):
+    """Run the suite in this process: exit code, stdout, stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(SUITE), *words])
+        patch.setattr(sys, "path", list(sys.path))
+        try:
+            runpy.run_path(str(SUITE), run_name="__main__")
+        except SystemExit as left:
+            return left.code, *capsys.readouterr()
+    return 0, *capsys.readouterr()
 
 
-def test_the_suite_measures_against_the_targets():
-    code, out, err = suite("--quick", "--device", "cpu", "--only", "ceilings,losses,step,loader,inference,start")
+def test_the_suite_measures_against_the_targets(capsys):
+    code, out, err = suite(
+        capsys, "--quick", "--device", "cpu", "--only", "ceilings,losses,step,loader,inference,start"
+    )
     assert code == 0, err
     found = json.loads(out)
     assert (found["quick"], found["device"]) == (True, "cpu")
@@ -87,14 +96,14 @@ def test_the_suite_measures_against_the_targets():
     assert {row["work"].split(",")[0] for row in found["targets"]} > {"loader", "repan --help"}
 
 
-def test_the_suite_names_what_it_does_not_know():
-    code, _, err = suite("--only", "step,stop")
+def test_the_suite_names_what_it_does_not_know(capsys):
+    code, _, err = suite(capsys, "--only", "step,stop")
     assert code == 2
     assert "--only: no stop; there are ceilings, losses, step" in err
 
 
 @pytest.mark.soak
-def test_every_measurement_runs():
-    code, out, err = suite("--quick", "--device", "cpu")
+def test_every_measurement_runs(capsys):
+    code, out, err = suite(capsys, "--quick", "--device", "cpu")
     assert code == 0, err
     assert {"distill", "teacher", "fuse", "epoch", "overhead"} < set(json.loads(out))

@@ -213,27 +213,32 @@ def test_bad_words_are_said(runner, capsys, words, says):
     assert says in capsys.readouterr().err
 
 
+SHORT = "--dataset digits --model repvgg_a0_cifar --epochs 3 data.classes=10 data.per_class=60 data.image_size=null"
+SHORT += " data.batch_size=64 run.precision=fp32"
+
+
+def of_repan(arms, tmp_path, *settings):
+    """The words that start the runner as it is, on a few digits; and where."""
+    words = [sys.executable, str(RUNNER), "out", "--arms", arms, "--seeds", "0", "--", *SHORT.split(), *settings]
+    return words, {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
+
+
+def test_a_real_run_is_made_and_compared(tmp_path):
+    words, place = of_repan("one_cosine", tmp_path)
+    done = subprocess.run(words, capture_output=True, timeout=120, **place)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "out" / "results.md").read_text().splitlines()
+    assert rows[2].startswith("| one_cosine | ")
+    assert rows[2].endswith("| cpu |")
+    summary = json.loads((tmp_path / "out" / "one_cosine" / "seed_0" / "summary.json").read_text())
+    assert summary["images"] == {"train": 540, "val": 60, "test": 359}
+
+
+@pytest.mark.soak
 def test_real_runs_are_stopped_gone_on_with_and_compared(tmp_path):
     """Two arms on a few digits; SIGTERM in the first of them."""
-    words = [sys.executable, str(RUNNER), "out", "--arms", "continuous_zero,one_cosine", "--seeds", "0", "--"]
-    words += [
-        "--dataset",
-        "digits",
-        "--model",
-        "repvgg_a0_cifar",
-        "--epochs",
-        "3",
-        "baseline.epochs=2",
-        "cycle.count=1",
-    ]
-    words += [
-        "data.classes=10",
-        "data.per_class=60",
-        "data.image_size=null",
-        "data.batch_size=64",
-        "run.precision=fp32",
-    ]
-    place = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
+    arms = "continuous_zero,one_cosine"
+    words, place = of_repan(arms, tmp_path, "baseline.epochs=2", "cycle.count=1")
     stopped = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **place)
     metrics = tmp_path / "out" / "continuous_zero" / "seed_0" / "metrics.jsonl"
     until = time.monotonic() + 120

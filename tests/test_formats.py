@@ -143,7 +143,7 @@ def test_a_machine_without_repan_opens_it(exported, net, tmp_path, kind):
 
 
 PLAIN = [
-    *("timm:resnet18", "timm:mobilenetv3_small_050", "timm:repvgg_a0"),
+    *("timm:resnet10t", "timm:mobilenetv3_small_050", "timm:repvgg_a0"),
     *(pytest.param(name, marks=pytest.mark.soak) for name in ("timm:mobileone_s0", "timm:regnety_002")),
 ]
 

@@ -16,8 +16,8 @@ from repan_cli.session.build import prepare
 from repan_cli.training.events import Epoch
 from repan_cli.training.loop import fit
 
-SMALL = "--model repvgg_a0 --dataset digits data.batch_size=64 run.precision=fp32 --seed 3 --lr 0.05".split()  # noqa: SIM905
-EPOCH = 20  # 1,295 images: the 15 behind the last full batch are one more
+SMALL = "--model repvgg_a0 --dataset digits data.batch_size=128 run.precision=fp32 --seed 3 --lr 0.05".split()  # noqa: SIM905
+EPOCH = 10  # 1,295 images: the 15 behind the last full batch are one more
 
 
 def torchrun(*arguments, restarts=0, **options):
@@ -58,14 +58,14 @@ def together(tmp_path_factory):
 
 def test_two_ranks_train_as_one_process_whose_bn_sees_the_same_halves(together):
     folder, _ = together
-    given = {"model.name": "repvgg_a0", "data.name": "digits", "data.batch_size": "64", "run.precision": "fp32"}
+    given = {"model.name": "repvgg_a0", "data.name": "digits", "data.batch_size": "128", "run.precision": "fp32"}
     given |= {"run.seed": "3", "optim.lr": "0.05", "epochs": "2"}
     session = prepare("train", config.resolve("train", None, given))
     task_of = session.training.task_of
     session.training.task_of = lambda phase: Halves(task_of(phase))
     epochs = [event for event in fit(session.training) if isinstance(event, Epoch)]
     found = metrics(folder)
-    assert session.training.train.steps(64) == EPOCH + 1
+    assert session.training.train.steps(128) == EPOCH + 1
     assert [row["first_loss"] for row in found[:1]] == pytest.approx([epochs[0].first_loss], rel=1e-5)
     assert found[0]["loss"] == pytest.approx(epochs[0].loss, rel=1e-5)
     weights = checkpoint.load(folder / "last.pt").weights
