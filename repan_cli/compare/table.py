@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from repan_cli import __version__
 from repan_cli.compare.groups import Comparison, Group
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread
-from repan_cli.system.text import duration, percent
+from repan_cli.runs.directory import now
+from repan_cli.system.text import count, duration, percent
 
 METHODS = {"paired": "paired by seed", "welch": "by Welch's t-test, as the seeds differ"}
 
