@@ -6,8 +6,7 @@ import json
 import pytest
 import torch
 from conftest import CPU
-from test_compare import write_run
-from test_engine import plan, training
+from support import plan, training, write_run
 
 from repan_cli.compare import table
 from repan_cli.compare.groups import compare

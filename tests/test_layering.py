@@ -126,7 +126,7 @@ def test_every_setting_is_read_somewhere():
     code = "\n".join(path.read_text() for name, path in MODULES.items() if room(name) != "config")
     code += "\n".join(re.findall(r"self\.\w+\.\w+", MODULES["repan_cli.config.settings"].read_text()))
     holders = {
-        "cycle": "cycle|settings",
+        "cycle": "cycle|settings|restart",
         "data": "data|settings",
         "teacher": "teacher|settings",
         "optim": r"optim|source",

@@ -99,7 +99,8 @@ def fold_of(block: RepBlock) -> Tensor:
     norm = block.trunk.batch_norm
     if norm is None:
         return torch.ones(block.trunk.conv.out_channels, dtype=torch.float64)
-    return exact(norm.weight) / torch.sqrt(exact(norm.running_var) + norm.eps)
+    _, var = running_stats(norm)
+    return exact(norm.weight) / torch.sqrt(exact(var) + norm.eps)
 
 
 def restored_trunk(

@@ -26,7 +26,7 @@ from repan_cli.checkpoint.format import CHECKSUM, CONTENT, DIGITS, FORMAT, Check
 from repan_cli.errors import InputError
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
-PLAIN_TYPES = [
+PLAIN_TYPES: list[Any] = [
     argparse.Namespace,
     np.dtype,
     *(type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "bool")),

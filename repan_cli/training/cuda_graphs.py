@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from repan_cli.errors import InputError
+from repan_cli.system.text import first_line
 
 WARM_UPS = 3
 """How often work runs as it is before it is recorded: libraries choose and load their kernels meanwhile."""
@@ -107,7 +108,7 @@ class Graphs:
         try:
             replay, result = self.recorder.record(lambda: work(own))
         except RuntimeError as error:
-            self.refused = next(iter(str(error).splitlines()), type(error).__name__)
+            self.refused = first_line(error)
             if self.demanded:
                 raise InputError(
                     f"run.graph=on: this network's step cannot be recorded as a CUDA graph ({self.refused}); "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from repan_cli.anneal.restart import RestartReport, restart
+from repan_cli.config.settings import CycleConfig
 from repan_cli.data.batches import Batch
 from repan_cli.errors import DivergedError, StoppedError
 from repan_cli.runs import felt
@@ -60,7 +61,7 @@ def _epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
     result = yield from _train_epoch(run, phase, task)
     score = evaluate(run.scored, run.val, run.stop, run.graphs) if run.val else None
     best = score is not None and score.top1 > progress.best_top1
-    if best:
+    if score is not None and best:
         progress.best_top1 = score.top1
     _keep_best(run, phase, score)
     progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, None
@@ -87,7 +88,7 @@ def _keep_best(run: Training, phase: Phase, score: Score | None) -> None:
     if phase.start_from == "last":
         return
     judged = evaluate(run.scored, run.test, run.stop, run.graphs) if phase.start_from == "best-test" else score
-    if judged.top1 > run.progress.best_of_phase:
+    if judged is not None and judged.top1 > run.progress.best_of_phase:
         run.progress.best_of_phase = judged.top1
         run.progress.best_weights = {name: value.clone() for name, value in run.scored.state_dict().items()}
 
@@ -110,14 +111,13 @@ def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
         return CycleStart(0)
     run.progress.whole, began = False, time.perf_counter()
     before = _look(run, phase, task)
-    report = _restart(run, phase) if phase.restarts else RestartReport(blocks=0)
-    carries = phase.settings.momentum == "carry"
-    if carries:
+    report = _restart(run, phase.cycle, phase.restart) if phase.restart else RestartReport(blocks=0)
+    if phase.carries_momentum:
         optim.carry_momentum(run.optimizer, report.changes)
     else:
         optim.zero_momentum(run.optimizer)
     if run.ema:
-        run.ema.set(run.model)
+        run.ema.set(run.model)  # type: ignore[no-untyped-call] # timm's
     after = _look(run, phase, task)
     run.progress.begun = run.progress.whole = True
     run.progress.seconds = time.perf_counter() - began
@@ -131,7 +131,7 @@ def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
         loss_before=before.loss,
         loss_after_restart=after.loss,
         logit_error=((after.logits - before.logits).abs().max() / before.logits.abs().max()).item(),
-        carried=carries,
+        carried=phase.carries_momentum,
     )
 
 
@@ -150,17 +150,16 @@ def _look(run: Training, phase: Phase, task: Task) -> _Look:
     return _Look(top1, loss.item(), run.model.eval()(batch.images))
 
 
-def _restart(run: Training, phase: Phase) -> RestartReport:
-    settings = phase.settings
+def _restart(run: Training, cycle: int, settings: CycleConfig) -> RestartReport:
     return restart(
         run.model,
         rule=settings.rule,
-        images=_calibration_images(run, phase.cycle, settings.calibration_images),
+        images=_calibration_images(run, cycle, settings.calibration_images),
         attach=settings.attach,
         branch_init=settings.branch_init,
         trunk_scale=settings.trunk_scale,
         only=run.restarted,
-        generator=generator_for("branches", run.seed, phase.cycle),
+        generator=generator_for("branches", run.seed, cycle),
     )
 
 
@@ -189,8 +188,8 @@ class _EpochResult:
     felt: dict[str, float | None]
 
 
-def _train_epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
-    """The rest of a pass over the training images; returns the epoch's figures."""
+def _train_epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, None, _EpochResult]:
+    """Train on the rest of an epoch's images, and return its figures."""
     run.model.train()
     progress, epoch = run.progress, run.progress.epoch + 1
     steps = run.train.steps(run.batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import timm.optim
 import torch
@@ -18,8 +19,11 @@ from repan_cli.registry import did_you_mean
 SGD = "sgd"
 """The default; others are timm's."""
 
+Group = dict[str, Any]
+"""A group of parameters with what the optimizer does to them."""
 
-def parameter_groups(model: nn.Module) -> list[dict]:
+
+def parameter_groups(model: nn.Module) -> list[Group]:
     """The parameters by what they are: `role` weight, norm (BN and biases) or classifier; `trunk` of a block or not.
 
     The groups never change during a run, only their settings do, so that one optimizer serves all phases.
@@ -37,10 +41,11 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer that `optim.name` means, over `parameter_groups`. Raises InputError for one that is not known."""
     groups = parameter_groups(model)
+    optimizer: torch.optim.Optimizer
     if optim.name == SGD:
         optimizer = torch.optim.SGD(groups, lr=optim.lr, fused=True)
     else:
-        known = timm.optim.list_optimizers()
+        known = [str(name) for name in timm.optim.list_optimizers()]
         if optim.name not in known:
             raise InputError(
                 f"unknown optimizer '{optim.name}'{did_you_mean(optim.name, known)}; see repan list optimizers"
@@ -60,7 +65,7 @@ def apply_settings(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> None
         group["weight_decay"] = optim.weight_decay if optim.decay == "all" or group["role"] == "weight" else 0.0
 
 
-def _add_momentum(optimizer: torch.optim.Optimizer, group: dict) -> None:
+def _add_momentum(optimizer: torch.optim.Optimizer, group: Group) -> None:
     """Give every parameter its buffer now: in a first step that a loss scaler skips, fused SGD would leave it as
     uninitialised memory.
     """
@@ -111,22 +116,23 @@ def carry_momentum(optimizer: torch.optim.Optimizer, changes: Iterable[Coordinat
     """
     for change in changes:
         trunk, state = change.block.trunk, optimizer.state
-        carried = dict(_carried_gamma(state, change)) if trunk.has_norm else {}
+        if (norm := trunk.batch_norm) is not None:
+            for key, value in dict(_carried_gamma(state, norm.weight, change)).items():
+                state[norm.weight][key].copy_(value)
         for key, value in state.get(trunk.conv.weight, {}).items():
             if key in (*MEANS, *SQUARES):
                 factor = change.ratio if key in MEANS else change.ratio.square()
                 value.mul_(factor.to(value).view(-1, 1, 1, 1))
-        for key, value in carried.items():
-            state[trunk.norm.weight][key].copy_(value)
         for parameter in change.block.branches.parameters():
             for value in state.get(parameter, {}).values():
                 if isinstance(value, Tensor):
                     value.zero_()
 
 
-def _carried_gamma(state: Mapping[nn.Parameter, dict], change: CoordinateChange) -> Iterator[tuple[str, Tensor]]:
-    """The memory of the trunk's new gamma: sums of what the gammas remember, and the most that squares can come to."""
-    gamma = change.block.trunk.norm.weight
+def _carried_gamma(
+    state: Mapping[Tensor, Any], gamma: Tensor, change: CoordinateChange
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the memory of the trunk's new gamma: sums of what gammas remember, and the most that squares come to."""
     for key in state.get(gamma, {}):
         terms = [(share.to(gamma), state[each][key]) for each, share in change.shares.items() if key in state[each]]
         if key in MEANS:
@@ -166,11 +172,16 @@ def clip_gradients(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> Tens
 
     Returns a number that is finite if and only if all gradients are: the sum of their norms.
     """
-    clipped, others = [], []
+    clipped: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for group in optimizer.param_groups:
         chosen = clipped if optim.clip_params == "all" or group["role"] == "weight" else others
         chosen += [p for p in group["params"] if p.grad is not None]
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in some], foreach=True) for some in (clipped, others) if some]
+    norms = [
+        torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None], foreach=True)
+        for some in (clipped, others)
+        if some
+    ]
     if optim.clip is not None and clipped:
         torch.nn.utils.clip_grads_with_norm_(clipped, optim.clip, norms[0], foreach=True)
     return torch.stack(norms).sum()
@@ -183,12 +194,14 @@ def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
     """
     skipped = (~norm.isfinite()).float()
     if optimizer.defaults.get("fused"):
-        optimizer.grad_scale, optimizer.found_inf = None, skipped
+        vars(optimizer).update(grad_scale=None, found_inf=skipped)  # which fused optimizers read
     elif norm.device.type == "cpu":
         if skipped.item():
             return skipped
     else:
-        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-            parameter.grad.masked_fill_(skipped.bool(), 0)
+        gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.masked_fill_(skipped.bool(), 0)
     optimizer.step()
     return skipped

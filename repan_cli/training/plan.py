@@ -34,19 +34,30 @@ class Phase:
         return learning_rate(self.optim, self.schedule_start + elapsed, self.schedule_length)
 
     @property
+    def restart(self) -> CycleConfig | None:
+        """Return the settings of the restart before this phase; None for the baseline and the control."""
+        return self.settings if self.settings is not None and self.settings.restart == "repan" else None
+
+    @property
     def restarts(self) -> bool:
-        """Whether blocks are merged and regrown before this phase; the baseline and the control go without."""
-        return self.settings is not None and self.settings.restart == "repan"
+        """Return whether blocks are merged and regrown before this phase."""
+        return self.restart is not None
+
+    @property
+    def carries_momentum(self) -> bool:
+        """Return whether the optimizer's memory goes on into this phase."""
+        return self.settings is not None and self.settings.momentum == "carry"
 
     def attach_rate(self, elapsed: float) -> float | None:
         """The attach rate `elapsed` epochs into this phase; None where it stays as it is."""
-        if not self.restarts or self.settings.attach != "ramp":
+        if self.restart is None or self.restart.attach != "ramp":
             return None
-        return min(1.0, elapsed / self.settings.attach_epochs) if self.settings.attach_epochs else 1.0
+        return min(1.0, elapsed / self.restart.attach_epochs) if self.restart.attach_epochs else 1.0
 
     def trunk_is_frozen(self, elapsed: float) -> bool:
         """Whether the trunk stays fixed `elapsed` epochs into this phase."""
-        return self.restarts and self.settings.freeze_trunk and elapsed < self.settings.attach_epochs
+        restart = self.restart
+        return restart is not None and restart.freeze_trunk and elapsed < restart.attach_epochs
 
     def data_cycle(self) -> int:
         """The cycle whose data order this phase uses."""

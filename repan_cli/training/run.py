@@ -18,9 +18,7 @@ from repan_cli.training import optim
 from repan_cli.training.cuda_graphs import Graphs
 from repan_cli.training.plan import Phase
 from repan_cli.training.progress import Progress
-from repan_cli.training.tasks import Task
-
-# ---------------------------------------------------------------------------------------------- training
+from repan_cli.training.tasks import TaskProvider
 
 
 @dataclass
@@ -36,7 +34,7 @@ class Training:
     """
 
     model: nn.Module
-    task_of: Callable[[Phase], Task]
+    task_of: TaskProvider
     optimizer: torch.optim.Optimizer
     plan: tuple[Phase, ...]
     train: Loader

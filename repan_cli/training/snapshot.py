@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from repan_cli.errors import InputError
 from repan_cli.runs.felt import KEYS
+from repan_cli.system.text import first_line
 from repan_cli.training.progress import POSITION, Totals
 from repan_cli.training.run import Training
 
@@ -43,7 +44,8 @@ def snapshot(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _optimizer_state(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What the optimizer remembers of each parameter, and what it keeps in its groups."""
     names = {id(parameter): name for name, parameter in run.model.named_parameters()}
-    tensors, plain = {}, {}
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
     for parameter, memory in run.optimizer.state.items():
         name = names[id(parameter)]
         tensors |= {f"optimizer.{key}.{name}": value for key, value in memory.items() if isinstance(value, Tensor)}
@@ -77,7 +79,7 @@ def restore(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, An
         if run.ema:
             run.model.load_state_dict(_under("model.", tensors, run.runtime.device))
     except (KeyError, RuntimeError, ValueError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
+        line = first_line(error)
         raise InputError(f"the saved state is not that of this network and optimizer ({line})") from None
 
 

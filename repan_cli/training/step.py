@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from repan_cli.blocks import attach_rates, fill_all
+from repan_cli.blocks.kernel import BatchNorm
 from repan_cli.data.batches import Batch
 from repan_cli.system.ranks import average_buffers
 from repan_cli.training import optim
@@ -36,10 +38,11 @@ def update(run: Training, phase: Phase, task: Task, group: list[Batch], elapsed:
         if run.trunk_live is not None:
             run.trunk_live.fill_(not frozen)
         sums = run.graphs(("update", *(part.shape for part in inputs)), work, inputs)
+    assert run.progress.totals is not None, "an epoch is under way"
     run.progress.totals.add(sums, sum(len(batch.images) for batch in group))
     average_buffers(run.model)
     if run.ema:
-        _average(run, phase, elapsed)
+        _average(run, run.ema, elapsed)
 
 
 def recorded_as(phase: Phase, task: Task) -> Hashable:
@@ -67,18 +70,31 @@ def _compute(
     `frozen` but at `run.trunk_live`.
     """
     run.optimizer.zero_grad(set_to_none=True)
-    count, losses, correct = len(inputs) // batches, [], []
+    count = len(inputs) // batches
+    losses: list[Tensor] = []
+    correct: list[Tensor] = []
     for number in range(batches):
         batch = Batch.of(inputs[number * count : (number + 1) * count])
         alone = run.runtime.ranks > 1 and number + 1 < batches  # gradients are exchanged with the last batch
-        with run.called.no_sync() if alone else contextlib.nullcontext():
+        with _without_exchange(run.called) if alone else contextlib.nullcontext():
             with run.runtime.autocast(), _counted_at_once(run.norms):
                 loss, logits = task(_called(run, batch), batch)
             share = len(batch.images) * run.runtime.ranks / images  # gradients are averaged over ranks
             run.scaler.scale(loss * share).backward()
         losses.append(loss.detach() * len(batch.images))
         correct.append((logits.detach().argmax(1) == batch.classes()).sum())
-    return torch.stack([sum(losses), sum(correct), _step(run, phase, frozen)])
+    return torch.stack([_sum(losses), _sum(correct), _step(run, phase, frozen)])
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    return sum(values[1:], values[0])
+
+
+def _without_exchange(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Leave gradients on their rank meanwhile."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.parallel.DistributedDataParallel), "several ranks train a wrapped network"
+    return inner.no_sync()
 
 
 def _called(run: Training, batch: Batch) -> nn.Module:
@@ -109,19 +125,20 @@ def _step(run: Training, phase: Phase, frozen: bool) -> Tensor:
 
 
 @contextlib.contextmanager
-def _counted_at_once(norms: list[nn.modules.batchnorm._NormBase]) -> Iterator[None]:
-    """Meanwhile no BN counts its batches: they all do it in one operation at the end instead of one each."""
-    norms = [norm for norm in norms if norm.training]
-    counters = [norm.num_batches_tracked for norm in norms]
-    for norm in norms:
+def _counted_at_once(norms: Sequence[BatchNorm]) -> Iterator[None]:
+    """Let no BN count its batches meanwhile: they all do it in one operation at the end instead of one each."""
+    counting = {
+        norm: norm.num_batches_tracked for norm in norms if norm.training and norm.num_batches_tracked is not None
+    }
+    for norm in counting:
         norm.num_batches_tracked = None
     try:
         yield
     finally:
-        for norm, counter in zip(norms, counters, strict=True):
+        for norm, counter in counting.items():
             norm.num_batches_tracked = counter
-    if counters:
-        torch._foreach_add_(counters, 1)
+    if counting:
+        torch._foreach_add_(list(counting.values()), 1)
 
 
 def _images_of_all_ranks(run: Training, group: list[Batch]) -> int:
@@ -133,8 +150,8 @@ def _images_of_all_ranks(run: Training, group: list[Batch]) -> int:
     return min(last * run.batch_size, run.train.count) - first * run.batch_size
 
 
-def _average(run: Training, phase: Phase, elapsed: float) -> None:
+def _average(run: Training, ema: ModelEmaV3, elapsed: float) -> None:
     """Take the step into the weight average, whose blocks are attached as the network's are."""
     batches = round(elapsed * run.train.steps(run.batch_size))
-    run.ema.update(run.model, step=batches // run.accumulate + 1)
-    torch._foreach_copy_(attach_rates(run.ema.module), attach_rates(run.model))
+    ema.update(run.model, step=batches // run.accumulate + 1)
+    torch._foreach_copy_(attach_rates(ema.module), attach_rates(run.model))

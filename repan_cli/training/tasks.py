@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repan_cli.data.batches import Batch
+from repan_cli.training.plan import Phase
 from repan_cli.training.teacher import LogitCache, Teacher
 
 
@@ -23,6 +25,25 @@ class Task(Protocol):
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean loss of a batch, a scalar, and its logits (B, num_classes)."""
+
+
+class TaskProvider(Protocol):
+    """Gives each phase of a run its task.
+
+    `digests` and `described` tell of the teachers that were found, by their names in the settings. `folder` is the
+    run's, once it is known, and `resumed_in` the cycle in which a resumed run stands.
+    """
+
+    digests: dict[str, str]
+    described: dict[str, str]
+    folder: Path | None
+    resumed_in: int | None
+
+    def prepare(self, plan: Sequence[Phase]) -> None:
+        """Find the teachers of all phases, so that an error in one is known before the first step."""
+
+    def __call__(self, phase: Phase) -> Task:
+        """Return the task of a phase that begins."""
 
 
 @dataclass(frozen=True)

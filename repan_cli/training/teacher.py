@@ -5,7 +5,6 @@ It is no part of the model, so it enters neither the optimizer nor a checkpoint.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from repan_cli.data.batches import Batch
 from repan_cli.errors import InputError
 from repan_cli.system.device import Runtime
+from repan_cli.system.host import memory_bytes
 
 CACHE_TOLERANCE = 0.05
 """Largest difference, of the largest logit, between what a cache holds and what the teacher says now. Rounding, to
@@ -108,7 +109,7 @@ class LogitCache:
         return self.make_table()
 
     @cached_property
-    def filled(self) -> np.ndarray:
+    def filled(self) -> npt.NDArray[np.bool_]:
         """Which (image, view) the table knows."""
         return np.zeros(self.table.shape[:2], dtype=bool)
 
@@ -118,14 +119,16 @@ class LogitCache:
         return "cached"
 
     def __call__(self, batch: Batch) -> Tensor:
-        return next(self.prepared(iter([batch]))).teacher
+        found = next(self.prepared(iter([batch]))).teacher
+        assert found is not None, "prepared looks it up"
+        return found
 
     def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches with their logits."""
         for batch in batches:
             coming = [batch]
             if missing := not self._known(batch).all():
-                while sum(len(each.index) for each in coming) < self.together and (more := next(batches, None)):
+                while sum(len(each.images) for each in coming) < self.together and (more := next(batches, None)):
                     coming.append(more)
                 self._fill(coming)
             for each in coming:
@@ -134,8 +137,9 @@ class LogitCache:
                     self._compare(found, _bounded(self.teacher(each)))
                 yield each._replace(teacher=found)
 
-    def _known(self, batch: Batch) -> np.ndarray:
-        return self.filled[batch.index.numpy(), batch.views.numpy()]
+    def _known(self, batch: Batch) -> npt.NDArray[np.bool_]:
+        index, views = _numbers(batch)
+        return self.filled[index.numpy(), views.numpy()]
 
     def _fill(self, batches: list[Batch]) -> None:
         """Ask the teacher for all of the batches that is not there yet."""
@@ -143,14 +147,15 @@ class LogitCache:
         parts = [Batch(*_rows(batch, row)) for batch, row in zip(batches, rows, strict=True)]
         whole = Batch(*(torch.cat(part) for part in zip(*(part[:4] for part in parts), strict=True)))
         logits, place = self.teacher(whole), self.table.device
-        here = (each.to(place, non_blocking=True) for each in (whole.index, whole.views))
+        index, views = _numbers(whole)
+        here = (each.to(place, non_blocking=True) for each in (index, views))
         self.table[tuple(here)] = _bounded(logits).to(place, torch.float16)
-        self.filled[whole.index.numpy(), whole.views.numpy()] = True
-        self.computed += len(whole.index)
+        self.filled[index.numpy(), views.numpy()] = True
+        self.computed += len(index)
 
     def _look_up(self, batch: Batch) -> Tensor:
-        self.asked += len(batch.index)
-        here = (each.to(self.table.device, non_blocking=True) for each in (batch.index, batch.views))
+        self.asked += len(batch.images)
+        here = (each.to(self.table.device, non_blocking=True) for each in _numbers(batch))
         return self.table[tuple(here)].to(batch.images.device, non_blocking=True).float()
 
     def _compare(self, found: Tensor, live: Tensor) -> None:
@@ -165,8 +170,15 @@ class LogitCache:
 
 def _rows(batch: Batch, rows: Tensor) -> tuple[Tensor, ...]:
     """Some of a batch: images, labels, index, views."""
-    here = rows.to(batch.images.device, non_blocking=True)
-    return batch.images[here], batch.labels[here], batch.index[rows], batch.views[rows]
+    here, (index, views) = rows.to(batch.images.device, non_blocking=True), _numbers(batch)
+    return batch.images[here], batch.labels[here], index[rows], views[rows]
+
+
+def _numbers(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return which image and which view of it each one is, (B,), on the CPU."""
+    index, views = batch.index, batch.views
+    assert index is not None and views is not None, "only batches whose views are numbered are cached"
+    return index, views
 
 
 def _bounded(logits: Tensor) -> Tensor:
@@ -180,14 +192,7 @@ def allocate(shape: tuple[int, int, int], device: torch.device, folder: Path) ->
     size = 2 * shape[0] * shape[1] * shape[2]
     if device.type == "cuda" and size <= SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
         return torch.empty(shape, dtype=torch.float16, device=device)
-    if size <= SHARE_OF_HOST * _free_host_memory():
+    if size <= SHARE_OF_HOST * (memory_bytes(free=True) or 0):
         return torch.empty(shape, dtype=torch.float16)
     with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives its name
         return torch.from_numpy(np.memmap(file, dtype=np.float16, mode="w+", shape=shape))
-
-
-def _free_host_memory() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not told on this system
-        return 0
