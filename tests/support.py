@@ -136,7 +136,7 @@ def write_folders(root, *, parts=("train", "test"), classes=("ant", "bee"), coun
     return root
 
 
-def resident(digits, padding=1):
+def digit_loader(digits, padding=1):
     return InMemoryLoader(
         digits.train, mean=digits.mean, std=digits.std, device=CPU, augmentation=Augmentation(padding=padding)
     )

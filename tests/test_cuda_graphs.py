@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from support import CPU, FP32, Counted, plan, resident, small_net, training
+from support import CPU, FP32, Counted, digit_loader, plan, small_net, training
 from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -76,7 +76,7 @@ def taught(digits, how):
     torch.manual_seed(1)
     view = View(8, digits.mean, digits.std)
     teacher = Teacher(small_net(in_chans=1), own=view, student=view, runtime=FP32)
-    data = resident(digits)
+    data = digit_loader(digits)
     cached = LogitCache(teacher, lambda: allocate((data.count, data.view_count, 10), CPU, None), together=100)
     task = Distillation(Classification(), cached if how == "cached" else teacher, alpha=0.5, temperature=4.0)
     return lambda phase: task

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support import CPU, FP32, one_line, relative, resident, run, small_net, write_folders
+from support import CPU, FP32, digit_loader, one_line, relative, run, small_net, write_folders
 from torch import nn
 
 from repan_cli import config
@@ -82,7 +82,7 @@ def test_the_cache_agrees_with_the_live_teacher_on_every_view(digits, tmp_path, 
         monkeypatch.setattr("repan_cli.training.teacher.SHARE_OF_HOST", 0.0)
     mapped = []
     monkeypatch.setattr(np, "memmap", lambda *args, make=np.memmap, **kw: mapped.append(make(*args, **kw)) or mapped[0])
-    data, live = resident(digits), small_net(in_chans=1)
+    data, live = digit_loader(digits), small_net(in_chans=1)
     view = View(8, digits.mean, digits.std)
     teacher = Teacher(live, own=view, student=view, runtime=FP32)
     cache = LogitCache(teacher, lambda: allocate((data.count, data.view_count, 10), CPU, tmp_path))
@@ -99,7 +99,7 @@ def test_the_cache_agrees_with_the_live_teacher_on_every_view(digits, tmp_path, 
 
 
 def test_a_teacher_that_is_no_function_of_the_view_is_found_out(digits):
-    data = resident(digits)
+    data = digit_loader(digits)
 
     def moody(batch):
         return torch.randn(len(batch.index), 10)
@@ -121,7 +121,7 @@ def test_a_cache_is_refused_with_the_reason_where_views_cannot_be_numbered(capsy
 
 
 def test_only_views_that_are_missing_are_computed(digits):
-    data, asked = resident(digits), []
+    data, asked = digit_loader(digits), []
 
     def teacher(batch):
         asked.append(len(batch.index))
@@ -163,7 +163,7 @@ def test_a_teacher_of_two_phases_is_found_once(digits, monkeypatch):
         "repan_cli.session.teachers.find_teacher",
         lambda settings, dataset: found.append(settings.name) or TeacherModel(small_net(in_chans=1), view, "digest"),
     )
-    task_of = PhaseTasks(small_net(in_chans=1), digits, resident(digits), FP32)
+    task_of = PhaseTasks(small_net(in_chans=1), digits, digit_loader(digits), FP32)
     plan = cycle_plan(
         settings_of(teacher__name="a.pt", baseline__teacher__name="a.pt", baseline__teacher__alpha=0.1), baseline=True
     )
@@ -176,7 +176,7 @@ def test_a_teacher_of_two_phases_is_found_once(digits, monkeypatch):
 
 def test_previous_is_the_merged_network_as_the_cycle_finds_it(digits):
     model = small_net(in_chans=1)
-    data = resident(digits)
+    data = digit_loader(digits)
     task_of = PhaseTasks(model, digits, data, FP32)
     first, second = cycle_plan(settings_of(teacher__name="previous"), baseline=False)
     batch = data.batch(torch.arange(16), torch.zeros(16, dtype=torch.long))
@@ -193,7 +193,7 @@ def test_previous_is_the_merged_network_as_the_cycle_finds_it(digits):
 def test_a_teacher_is_part_of_nothing_that_is_trained_or_saved(digits):
     """The teacher's weights neither move nor reach the optimizer; the same seed gives the same student."""
     model = small_net(in_chans=1)
-    data = resident(digits)
+    data = digit_loader(digits)
     teacher = small_net(in_chans=1, seed=3)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     view = View(8, digits.mean, digits.std)
