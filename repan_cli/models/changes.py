@@ -17,7 +17,14 @@ from repan_cli.checkpoint.card import Change, ModelCard, Structure
 from repan_cli.errors import InputError
 from repan_cli.models.timm_blocks import adapt, split_norm
 
-NOT_CHOSEN = "not chosen: "
+
+class NotChosen(str):
+    """Why a convolution that may be able to become a block was not chosen. Any other reason is that it cannot."""
+
+    __slots__ = ()
+
+    def __new__(cls, why: str) -> NotChosen:
+        return super().__new__(cls, f"not chosen: {why}")
 
 
 @dataclass(frozen=True)
@@ -36,24 +43,24 @@ class Selection:
     exclude: tuple[str, ...] = ()
     limit: int | None = None
 
-    def left_out(self, convs: Mapping[str, nn.Conv2d]) -> dict[str, str]:
+    def left_out(self, convs: Mapping[str, nn.Conv2d]) -> dict[str, NotChosen]:
         """Return those of the convolutions, by name, that are not chosen, with the reason."""
         reasons = {name: reason for name, conv in convs.items() if (reason := self._reason(name, conv))}
         chosen = sorted((name for name in convs if name not in reasons), key=lambda name: -convs[name].weight.numel())
         if self.limit is not None:
-            reasons |= dict.fromkeys(chosen[self.limit :], f"{NOT_CHOSEN}beyond block.limit={self.limit}")
+            reasons |= dict.fromkeys(chosen[self.limit :], NotChosen(f"beyond block.limit={self.limit}"))
         return reasons
 
-    def _reason(self, name: str, conv: nn.Conv2d) -> str | None:
+    def _reason(self, name: str, conv: nn.Conv2d) -> NotChosen | None:
         size = max(conv.kernel_size)
         if self.include and not _matches(name, self.include):
-            return f"{NOT_CHOSEN}no name in block.include"
+            return NotChosen("no name in block.include")
         if _matches(name, self.exclude):
-            return f"{NOT_CHOSEN}a name in block.exclude"
+            return NotChosen("a name in block.exclude")
         if self.kernel is None or size in self.kernel or (not self.kernel and size > 1):
             return None
         wanted = "[" + ",".join(map(str, self.kernel)) + "]" + ("" if self.kernel else ", all above 1")
-        return f"{NOT_CHOSEN}kernel {'x'.join(map(str, conv.kernel_size))}, block.kernel is {wanted}"
+        return NotChosen(f"kernel {'x'.join(map(str, conv.kernel_size))}, block.kernel is {wanted}")
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
@@ -77,7 +84,8 @@ class Expansion:
 
     def structure(self, native: Mapping[str, Any]) -> Structure:
         """Return it as a checkpoint describes it, with the arguments that a network built of blocks was made with."""
-        return Structure(self.changes, dict(self.left), dict(native))
+        left = {name: str(reason) for name, reason in self.left.items()}
+        return Structure(self.changes, left, dict(native))
 
     @classmethod
     def from_card(cls, card: ModelCard) -> Expansion:

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from repan_cli.blocks import NATIVE, Geometry, check_family, rep_blocks
 from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError
-from repan_cli.models.changes import NOT_CHOSEN, Expansion, Selection, apply, report_of, set_report, summary
+from repan_cli.models.changes import Expansion, NotChosen, Selection, apply, report_of, set_report, summary
 from repan_cli.models.probe import Probe, Sightings, watch
 from repan_cli.models.timm_blocks import check_norm, is_own_block
 from repan_cli.registry import did_you_mean
@@ -99,7 +99,7 @@ def _own_blocks(probe: Probe) -> tuple[list[Change], dict[str, str]]:
 
 
 def _others(model: nn.Module) -> dict[str, str]:
-    reason = f"{NOT_CHOSEN}the network has blocks of its own; name a block family for the others, too"
+    reason = NotChosen("the network has blocks of its own; name a block family for the others, too")
     return dict.fromkeys(_free_convs(model), reason)
 
 
@@ -127,7 +127,7 @@ def to_expand(
     seen = watch(model, images)
     convs = _free_convs(model)
     left = {name: reason for name, conv in convs.items() if (reason := _unsuited(conv, seen))}
-    kept_plain = dict.fromkeys(getattr(model, "plain_convs", ()), f"{NOT_CHOSEN}plain by the network's definition")
+    kept_plain = dict.fromkeys(getattr(model, "plain_convs", ()), NotChosen("plain by the network's definition"))
     left |= {name: reason for name, reason in kept_plain.items() if name in convs and not selection.include}
     suited = {name: conv for name, conv in convs.items() if isinstance(conv, nn.Conv2d) and name not in left}
     left |= selection.left_out(suited)
@@ -171,5 +171,5 @@ def _check_included(model: nn.Module, selection: Selection, changes: list[Change
             if known and not any(fnmatch.fnmatchcase(name, glob) for name in known):
                 raise InputError(f"block.{key}: no convolution is named '{glob}'{did_you_mean(glob, known)}")
     for glob in selection.include:
-        if glob in left and not left[glob].startswith(NOT_CHOSEN):
+        if glob in left and not isinstance(left[glob], NotChosen):
             raise InputError(f"block.include: {glob} cannot become a block: {left[glob]}")
