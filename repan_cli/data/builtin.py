@@ -70,13 +70,15 @@ def _from_torchvision(
     def load(root: Path, reading: ReadOptions) -> RawDataset:
         if (root / folder / "train").is_dir():
             return load_folders(root / folder, reading)
+        if not reading.download and not (root / folder).is_dir():
+            raise InputError(f"no {root / folder}: name its place by --data-root, or download it by --dataset {folder}")
         from torchvision import datasets
 
         new_folders = [path for path in (root / folder, root) if not path.exists()]
         try:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for data
                 make = _without_unpickling(getattr(datasets, class_name))
-                found = {name: make(root / folder, download=True, **which) for name, which in parts.items()}
+                found = {name: make(root / folder, download=reading.download, **which) for name, which in parts.items()}
         except ImportError as error:
             raise InputError(f"{folder} needs the package {error.name}: pip install {error.name}") from None
         except (OSError, RuntimeError) as error:
@@ -246,6 +248,8 @@ class _TimmReader:
 
 def _load_timm(name: str) -> Callable[[Path, ReadOptions], RawDataset]:
     def load(root: Path, reading: ReadOptions) -> RawDataset:
+        if not reading.download:
+            raise InputError(f"{name} is opened by timm, which may fetch it: allow that by --dataset {name}")
         train = _timm_part(name, root, "train")
         others = {part: _timm_part(name, root, split) for part, split in (("val", "validation"), ("test", "test"))}
         if name.startswith("torch/"):

@@ -45,16 +45,18 @@ def load(
     per_class: int | None = None,
     val_fraction: float = 0.1,
     split_seed: int = 0,
+    download: bool = True,
 ) -> Dataset:
     """Read a data set, or a part of it, and hold out its validation part.
 
     `classes` keeps the first so many by name, in all parts; `per_class` the first so many training images of each.
     A folder set with both val and test uses them as they are. Otherwise the one it has is the test set, and
-    `val_fraction` of the training set, stratified and drawn by `split_seed` alone, is held out.
+    `val_fraction` of the training set, stratified and drawn by `split_seed` alone, is held out. `download` allows to
+    fetch a set that is not there.
     """
     spec = _specification(name)
     mean, std = _statistics(spec, channels)
-    reading = ReadOptions(image_size or spec.image_size, len(mean), crop, on_error == "skip", classes or 10)
+    reading = ReadOptions(image_size or spec.image_size, len(mean), crop, on_error == "skip", classes or 10, download)
     raw = spec.load(Path(root), reading)
     _check_labels(name, raw)
     if classes is not None and classes != len(raw.classes):

@@ -68,7 +68,8 @@ class ReadOptions:
     """The way in which images are to be read.
 
     `image_size` None is their own, `channels` 1 or 3; `crop` as the setting `data.crop`; `skip` leaves out training
-    images that cannot be read; `classes` is the number of those of synthetic data.
+    images that cannot be read; `classes` is the number of those of synthetic data. With `download` false nothing is
+    fetched and no folder is made.
     """
 
     image_size: int | None = None
@@ -76,6 +77,7 @@ class ReadOptions:
     crop: str = "auto"
     skip: bool = False
     classes: int = 10
+    download: bool = True
 
     def streams(self, size: int) -> bool:
         """Tell whether images of this side are read one by one, a part of each resized; others live in memory."""
