@@ -1,4 +1,4 @@
-"""What the shell offers when somebody presses Tab: names, settings and their values, runs and checkpoints.
+"""Complete words in the shell: names, settings and their values, runs and checkpoints.
 
 A keypress must not wait for torch: names are read from tables, and from the sources that register them.
 """
@@ -19,11 +19,11 @@ from repan_cli.config.conventions import ARTIFACT_ENDINGS, FORMATS, SPLITS
 PACKAGE = Path(__file__).parents[1]
 
 DEEPEST, MOST = 4, 200
-"""How far below the folder that was typed files are looked for, and how many are offered."""
+"""Levels below the folder that was typed in which files are looked for, and the number that is offered at most."""
 
 
 def models(start: str = "") -> list[str]:
-    """Short names and ours; others' once a letter is there, with prefix and without, as both can be typed."""
+    """Offer short names and ours; once a letter is typed also others', with prefix and without."""
     with (PACKAGE / "models" / "catalog.csv").open(encoding="utf-8", newline="") as file:
         full = [row[0] for row in csv.reader(file)]
     ours = [name for name in full if ":" not in name]
@@ -46,7 +46,7 @@ def schedules() -> list[str]:
 
 
 def optimizers() -> list[str]:
-    """Those of the timm that is installed."""
+    """Return the optimizers of the timm that is installed."""
     found = importlib.util.find_spec("timm")
     source = Path(found.origin).parent / "optim" / "_optim_factory.py" if found and found.origin else None
     return _registered(source, r"\bname='(\w+)'") if source and source.exists() else ["sgd", "adamw"]
@@ -97,14 +97,14 @@ def teachers(start: str = "") -> list[str]:
 
 
 def runs(start: str = "") -> list[str]:
-    """'latest', and the directories that hold a run, the newest first."""
+    """Return 'latest', and the directories that hold a run, the newest first."""
     found = [Path(path).parent for path in _files(start or "runs/", ("config.yaml",))]
     newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
     return ["latest", *map(str, newest)]
 
 
 def _files(start: str, endings: tuple[str, ...]) -> list[str]:
-    """Files that end so, at the folder that `start` begins with or some levels below it."""
+    """Return the files with these endings, in the folder that `start` begins with or some levels below it."""
     folder, found = start.rpartition("/")[0], []
     top = Path(folder + "/" if start.startswith("/") else folder or ".")
     for place, folders, files in os.walk(top):
@@ -128,11 +128,11 @@ NAMES: dict[str, Callable[..., list[str]]] = {
     "run.device": devices,
     "run.trackers": trackers,
 }
-"""What a setting may be, where its declaration does not say."""
+"""The values of a setting whose declaration does not list them, by its key."""
 
 
 def values(key: str, start: str = "") -> list[str]:
-    """What can stand behind KEY=, where that is known: the choices, names, or the default."""
+    """Return what can stand behind KEY=, where that is known: the choices, names, or the default."""
     entry = config.SCHEMA.get(key) or config.OVERLAY.get(key)
     if entry is None:
         return []
@@ -150,7 +150,7 @@ def values(key: str, start: str = "") -> list[str]:
 
 
 def settings(start: str = "") -> list[str]:
-    """KEY= for every key that begins so; of the only one also its values."""
+    """Return KEY= for every key that begins so; where there is only one, also its values."""
     key, equals, value = start.partition("=")
     if equals:
         return [f"{key}={word}" for word in values(key, value)]
@@ -164,7 +164,7 @@ def _called(source: Callable[..., list[str]], start: str) -> list[str]:
 
 
 def completes(source: Callable[..., list[str]]) -> Callable[[str], list[str]]:
-    """The function that Typer asks with the beginning of a word."""
+    """Return the function that Typer asks with the beginning of a word."""
 
     def complete(incomplete: str) -> list[str]:
         return list(dict.fromkeys(word for word in _called(source, incomplete) if word.startswith(incomplete)))
@@ -173,7 +173,10 @@ def completes(source: Callable[..., list[str]]) -> Callable[[str], list[str]]:
 
 
 def of_setting(key: str) -> Callable[[str], list[str]]:
-    """Completes the value of an option that stands for the setting `key`; without known ones the shell goes on."""
+    """Return what completes the value of an option that stands for a setting.
+
+    Where no values are known it offers nothing, and the shell offers files.
+    """
 
     def complete(incomplete: str) -> list[str]:
         entry = config.SCHEMA.get(key) or config.OVERLAY[key]
@@ -185,7 +188,7 @@ def of_setting(key: str) -> Callable[[str], list[str]]:
 
 
 def words(incomplete: str) -> list[str]:
-    """Completes a word of `[KEY=VALUE]...`. bash cuts words at '=' and ':', so that one of its words may be a piece."""
+    """Complete a word of `[KEY=VALUE]...`. bash cuts words at '=' and ':', so that one of its words may be a piece."""
     if incomplete == ":":  # what is offered must begin so for Typer, and must not for bash
         return []
     place = int(os.environ.get("COMP_CWORD") or 0)
@@ -197,7 +200,7 @@ def words(incomplete: str) -> list[str]:
 
 
 def glue(line: Iterable[str]) -> tuple[str, str]:
-    """The option that stands before the last word, if one does, and that word with the pieces that bash cut off."""
+    """Return the option before the last word, if there is one, and that word with the pieces that bash cut off."""
     *before, whole = line
     while before and (whole[:1] in ("=", ":") or before[-1] in ("=", ":")):
         whole = before.pop() + whole

@@ -1,4 +1,4 @@
-"""What `train`, `distill` and `cycle` do with their options before PyTorch is loaded."""
+"""Resolve the options of `train`, `distill` and `cycle` before PyTorch is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from repan_cli.errors import InputError, RepanError
 def train(command: str, options: TrainOptions | CycleOptions) -> None:
     """Resolve the settings, then begin a run, several, or a dry run, or go on with one."""
     control = isinstance(options, CycleOptions) and options.control
-    resume, numbers = options.resume, ()
+    resume = options.resume
+    numbers: tuple[int, ...] = ()
     try:
         given = _given(options)
         if resume is not None:
@@ -56,7 +57,7 @@ def _given(options: TrainOptions | CycleOptions) -> dict[str, Any]:
 
 
 def _seeds(text: str | None, given: dict[str, Any]) -> tuple[int, ...]:
-    """The numbers in '0,1,2', of which the first is `given` as the seed. Raises InputError for what they are not."""
+    """Return the numbers in '0,1,2', and set the first as the seed in `given`. Raises InputError for other text."""
     if text is None:
         return ()
     if "run.seed" in given:
@@ -72,11 +73,12 @@ def _seeds(text: str | None, given: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _begun_anew(out: str | None) -> bool:
-    """Whether torchrun begins this run again after it has lost a process: it then goes on."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if again and out is None:
+    """Tell whether torchrun begins this run again after it has lost a process: the run then goes on."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) <= 0:
+        return False
+    if out is None:
         raise InputError("torchrun began anew, but the run is not known: give --out with --max-restarts")
-    return again and Path(out).exists()
+    return Path(out).exists()
 
 
 def _check_resume(given: dict[str, Any], others: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`repan benchmark`: how fast a network runs in each of its forms, and how fast it trains."""
+"""`repan benchmark`: time a network in each of its forms, and a step of its training."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def run(options: BenchmarkOptions) -> None:
     if min([*batches, options.training_batch + 1]) < 1:
         raise InputError("--batch and --training-batch are numbers of images: 1 or more (0 leaves training out)")
     machine = start_runtime(options.device, options.precision)
-    subject = _subject(options.checkpoint, options.model, options.image_size, options.block)
-    size = options.image_size or subject.card.image_size
-    images = noise(2, subject.card.in_chans, size, size)
+    artifact = _artifact(options.checkpoint, options.model, options.image_size, options.block)
+    size = options.image_size or artifact.card.image_size
+    images = noise(2, artifact.card.in_chans, size, size)
     result = {
         "source": options.checkpoint,
-        "model": subject.card.model,
-        "block": subject.card.block,
+        "model": artifact.card.model,
+        "block": artifact.card.block,
         "image_size": size,
         **_machine(machine),
         "inference": [],
         "training": [],
     }
-    forms = _forms(subject, images, machine, compiled=options.compiled)
+    forms = _forms(artifact, images, machine, compiled=options.compiled)
     result["forms"] = [form.describe() for form in forms]
     for batch in batches:
         result["inference"] += _inference(forms, images, batch, machine, options.seconds)
-    if options.training_batch and subject.runtime == "PyTorch":
+    if options.training_batch and artifact.runtime == "PyTorch":
         result["training"] = _training(
-            forms, images, options.training_batch, len(subject.card.classes), machine, options.seconds
+            forms, images, options.training_batch, len(artifact.card.classes), machine, options.seconds
         )
     if options.as_json:
         print(json.dumps(result))
@@ -87,40 +87,40 @@ class _Form:
         return {"form": self.name, "parameters": self.parameters, "gmacs": self.gmacs}
 
 
-def _subject(source: str, model: str | None, image_size: int | None, block: str | None) -> Artifact:
-    """The network of a file, or of a name, with fresh weights, expanded."""
+def _artifact(source: str, model: str | None, image_size: int | None, block: str | None) -> Artifact:
+    """Open the network of a file, or build the one of a name, with fresh weights, expanded."""
     if Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS:
         if block is not None:
             raise InputError("--block is for a network by its name: a file has its blocks")
         return open_artifact(source, model)
     name = models.resolve(source, image_size or models.SMALL_IMAGE)
     native = block if name in models.BUILT_OF_BLOCKS else None
-    subject = open_artifact(name, pretrained=False, block=native)
-    network = subject.network
+    artifact = open_artifact(name, pretrained=False, block=native)
+    network = artifact.network
     if name in models.BUILT_OF_BLOCKS:
-        return subject
-    side = image_size or subject.card.image_size
-    images = noise(2, subject.card.in_chans, side, side)
+        return artifact
+    side = image_size or artifact.card.image_size
+    images = noise(2, artifact.card.in_chans, side, side)
     try:
         models.expand(network, block, images=images, attach="one")
     except InputError as error:
         warn(str(error))
-        return subject
+        return artifact
     report = report_of(network)
     assert report is not None, "expand has set it"
-    return dataclasses.replace(subject, card=dataclasses.replace(subject.card, block=report.family))
+    return dataclasses.replace(artifact, card=dataclasses.replace(artifact.card, block=report.family))
 
 
-def _forms(subject: Artifact, images: Tensor, machine: Runtime, *, compiled: bool) -> list[_Form]:
-    """Multi-branch, fused, compiled and ONNX Runtime, as far as there are such."""
-    if subject.runtime != "PyTorch":
-        name = f"{subject.runtime} {subject.card.precision or ''}".rstrip()
-        return [_Form(name, subject.network.to(machine.device))]
-    multi = subject.network.eval()
+def _forms(artifact: Artifact, images: Tensor, machine: Runtime, *, compiled: bool) -> list[_Form]:
+    """Return the forms of the network: multi-branch, fused, compiled, ONNX Runtime, as far as there are such."""
+    if artifact.runtime != "PyTorch":
+        name = f"{artifact.runtime} {artifact.card.precision or ''}".rstrip()
+        return [_Form(name, artifact.network.to(machine.device))]
+    multi = artifact.network.eval()
     forms, fused = [], multi
-    if subject.form != FUSED and (any(rep_blocks(multi)) or any(is_own_block(module) for module in multi.modules())):
+    if artifact.form != FUSED and (any(rep_blocks(multi)) or any(is_own_block(module) for module in multi.modules())):
         forms.append(_measured("multi-branch", multi, images))
-    if subject.form != FUSED:
+    if artifact.form != FUSED:
         try:
             fused, _ = export.fuse(multi, images)
         except InputError as error:
@@ -128,11 +128,13 @@ def _forms(subject: Artifact, images: Tensor, machine: Runtime, *, compiled: boo
     forms.append(_measured("fused", fused, images))
     forms = [_placed(form, machine) for form in forms]
     if compiled:
-        forms.append(_Form(COMPILED, torch.compile(copy.deepcopy(forms[-1].network))))
+        network = torch.compile(copy.deepcopy(forms[-1].network))
+        assert isinstance(network, nn.Module), "PyTorch compiles a module into a module"
+        forms.append(_Form(COMPILED, network))
     if machine.device.type == "cpu" and not missing(*onnx_file.PACKAGES):
-        saved = checkpoint.Checkpoint({}, subject.card)
+        saved = checkpoint.Checkpoint({}, artifact.card)
         with quiet():
-            content = onnx_file.write(trace(fused, images, subject.source), checkpoint.header(saved))
+            content = onnx_file.write(trace(fused, images, artifact.source), checkpoint.header(saved))
         forms.append(_Form(ONNX, onnx_file.OnnxNetwork(content)))
     return forms
 
@@ -143,15 +145,17 @@ def _measured(name: str, network: nn.Module, images: Tensor) -> _Form:
 
 
 def _placed(form: _Form, machine: Runtime) -> _Form:
-    return dataclasses.replace(form, network=form.network.to(machine.device, memory_format=machine.memory_format))
+    return dataclasses.replace(form, network=machine.place(form.network))
 
 
 # ---------------------------------------------------------------------------------------------- inference
 
 
 @torch.no_grad()
-def _inference(forms: list[_Form], images: Tensor, batch: int, machine: Runtime, seconds: float) -> list[dict]:
-    """A row a form: latency of a batch and images a second, and how many times faster than the first form."""
+def _inference(
+    forms: list[_Form], images: Tensor, batch: int, machine: Runtime, seconds: float
+) -> list[dict[str, Any]]:
+    """Return a row a form: latency of a batch, images a second, and how many times faster it is than the first form."""
     given = _batch(images, batch, machine)
     cases, rows = {}, []
     for form in forms:
@@ -200,8 +204,8 @@ def _figures(timing: Timing, images: int) -> dict[str, Any]:
 
 def _training(
     forms: list[_Form], images: Tensor, batch: int, classes: int, machine: Runtime, seconds: float
-) -> list[dict]:
-    """A row for each form that trains: a step forward, back and of SGD, and the memory it holds."""
+) -> list[dict[str, Any]]:
+    """Return a row for each form that trains: a step forward, back and of SGD, and the memory that it holds."""
     given, labels = _batch(images, batch, machine), torch.arange(batch, device=machine.device) % classes
     steps, memory = {}, {}
     for form in forms:
@@ -231,7 +235,11 @@ def _step(
 
 
 def _memory(network: nn.Module, step: Callable[[], object], machine: Runtime) -> int:
-    """Bytes that a step holds: on a GPU measured; on a CPU what the way back needs, weights, gradients, momentum."""
+    """Return the bytes that a step holds.
+
+    On a GPU they are measured. On a CPU they are those of the tensors kept for the backward pass, the weights, the
+    gradients and the momentum.
+    """
     if machine.device.type == "cuda":
         step()
         torch.cuda.reset_peak_memory_stats(machine.device)

@@ -15,12 +15,12 @@ from repan_cli.compare.results import find_runs, read_all
 from repan_cli.display.comparison import show
 from repan_cli.display.console import tell
 from repan_cli.errors import InputError
-from repan_cli.system.files import write_atomically
+from repan_cli.system.files import write_bytes
 from repan_cli.system.notices import warn
 
 
 def run(options: CompareOptions) -> None:
-    """Print the comparison of the runs that `words` mean, and write it as a page or a table where one is asked for."""
+    """Print the comparison of the runs that the words mean, and write it as a page or a table where that is asked."""
     if options.as_json and options.as_csv:
         raise InputError("--json and --csv both write to stdout: give one")
     controls = {word: find_runs([word]) for word in options.control}
@@ -28,11 +28,10 @@ def run(options: CompareOptions) -> None:
     for path, why in left_out:
         warn(f"left out: {path}: {why}")
     comparison = compare(results, controls, by_folder=options.by_folder)
-    for path, text_of in ((options.html, page.render), (options.markdown, table.markdown)):
-        if path:
-            content = text_of(comparison, left_out).encode()
-            write_atomically(path, lambda file, content=content: file.write(content))
-            tell(f"written: {path}")
+    for target, text_of in ((options.html, page.render), (options.markdown, table.markdown)):
+        if target:
+            write_bytes(target, text_of(comparison, left_out).encode())
+            tell(f"written: {target}")
     if options.as_json:
         unfinished = [{"run": path, "why": why} for path, why in left_out]
         print(json.dumps({**as_data(comparison), "left_out": unfinished}))
@@ -45,7 +44,7 @@ def run(options: CompareOptions) -> None:
 
 
 def _as_csv(data: Mapping[str, Any]) -> str:
-    """A row a group."""
+    """Return the comparison as CSV, a row a group."""
     table = io.StringIO()
     flat = [_flat(group) for group in data["groups"]]
     writer = csv.DictWriter(table, list(flat[0]), lineterminator="\n")

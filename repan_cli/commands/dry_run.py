@@ -1,4 +1,4 @@
-"""`--dry-run`: everything of a run once (restart, two steps, a batch of evaluation, the merge), nothing written."""
+"""`--dry-run`: try each part of a run once (restart, two steps, a batch of evaluation, merge) and write nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def _network(session: Session) -> dict[str, Any]:
 
 
 def _restart(session: Session) -> dict[str, Any]:
-    """The restart before the first cycle, of a copy."""
+    """Try the restart before the first cycle, of a copy."""
     cycle = next((phase for phase in session.training.plan if phase.restarts), None)
     if cycle is None:
         return {}
@@ -65,16 +65,18 @@ def _restart(session: Session) -> dict[str, Any]:
     start = next(
         fit(dataclasses.replace(session.training, model=model, wrapped=None, plan=(cycle,), progress=Progress()))
     )
+    assert isinstance(start, CycleStart), "a phase begins with this event"
     return {"logits_moved": start.logit_error, "restart_seconds": time.perf_counter() - began}
 
 
 def _steps(session: Session) -> dict[str, Any]:
-    """Some steps of the first phase, without the restart that it may begin with."""
+    """Time some steps of the first phase, without the restart that it may begin with."""
     phase = session.training.plan[0]
-    if phase.restarts:
+    if phase.settings is not None:  # a restart is tried by itself
         phase = dataclasses.replace(phase, settings=dataclasses.replace(phase.settings, restart="none"))
     training = dataclasses.replace(session.training, plan=(phase,), log_every=1, progress=Progress())
     events, moments = fit(training), []
+    assert isinstance(events, Generator), "the training loop can be left early"
     for event in events:
         if isinstance(event, (CycleStart, StepEnd)):
             moments.append((time.perf_counter(), getattr(event, "step", 0)))

@@ -1,4 +1,4 @@
-"""`repan evaluate`: how good a network is on a part of its data, or of others with the same classes."""
+"""`repan evaluate`: score a network on a part of its data, or of others with the same classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from repan_cli.errors import InputError
 from repan_cli.session import artifact_images
 from repan_cli.session.artifact import open_artifact
 from repan_cli.system.device import start_runtime
-from repan_cli.system.files import write_atomically
+from repan_cli.system.files import write_bytes
 from repan_cli.system.notices import warn
 from repan_cli.system.text import percent
 from repan_cli.training.evaluation import eval_batch
@@ -32,21 +32,20 @@ def run(options: EvaluateOptions) -> None:
     """Score SOURCE in float32; `fused` merges it, with proof, and scores both forms side by side."""
     if options.out:
         _make_folder(options.out)
-    subject = open_artifact(options.checkpoint, options.model)
+    artifact = open_artifact(options.checkpoint, options.model)
     machine = start_runtime(options.device, "fp32")
-    data = artifact_images.load(subject, options.dataset, options.data_root)
-    images = eval_loader(data, options.split, machine, share=subject.preparation.share)
-    networks = {subject.form: subject.network}
-    if options.fused and subject.form != FUSED:
+    data = artifact_images.load(artifact, options.dataset, options.data_root)
+    images = eval_loader(data, options.split, machine, share=artifact.preparation.share)
+    networks = {artifact.form: artifact.network}
+    if options.fused and artifact.form != FUSED:
         batch = next(images.batches(export.PROOF_IMAGES)).images
-        networks[FUSED] = export.fuse(subject.network, batch.cpu())[0]
+        networks[FUSED] = export.fuse(artifact.network, batch.cpu())[0]
     found = {}
     for form, network in networks.items():
-        network.to(machine.device, memory_format=machine.memory_format)
-        found[form], size = examine(network, images, len(data.classes))
+        found[form], size = examine(machine.place(network), images, len(data.classes))
         if size < eval_batch(images):
             warn(f"memory sufficed for batches of {size} images only, which took longer")
-    how = {"runtime": subject.runtime, "precision": subject.card.precision or "float32"}
+    how = {"runtime": artifact.runtime, "precision": artifact.card.precision or "float32"}
     result = _result(found, data.classes) | {"dataset": data.name, "split": options.split, **how}
     if options.out:
         result["out"] = _write(options.out, found[result["form"]], data.classes)
@@ -57,7 +56,7 @@ def run(options: EvaluateOptions) -> None:
 
 
 def _make_folder(out: Path) -> None:
-    """Before anything is scored. Raises InputError where no tables can be written."""
+    """Make the folder of the tables, before anything is scored. Raises InputError where none can be written."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a folder for the tables")
     try:
@@ -67,7 +66,7 @@ def _make_folder(out: Path) -> None:
 
 
 def _result(found: dict[str, Details], classes: tuple[str, ...]) -> dict[str, Any]:
-    """The figures of the last form, with those of the one before it beside them."""
+    """Return the figures of the last form, with those of the one before it beside them."""
     (form, details), *_ = reversed(found.items())
     result = {**_figures(details), "form": form}
     result["class_top1"] = dict(zip(classes, details.class_accuracy(), strict=True))
@@ -82,7 +81,7 @@ def _figures(details: Details) -> dict[str, Any]:
 
 
 def _write(folder: Path, details: Details, classes: tuple[str, ...]) -> list[str]:
-    """Tables and picture; the names of the files."""
+    """Write tables and picture. Returns the names of the files."""
     counts = details.confusion.tolist()
     confusion = [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))]
     accuracy = [
@@ -93,8 +92,7 @@ def _write(folder: Path, details: Details, classes: tuple[str, ...]) -> list[str
     for name, rows in tables.items():
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
-        content = text.getvalue().encode()
-        write_atomically(folder / name, lambda file, content=content: file.write(content))
+        write_bytes(folder / name, text.getvalue().encode())
     written = [str(folder / name) for name in tables]
     if plots.available():
         plots.draw_confusion(counts, classes, folder / "confusion.png")

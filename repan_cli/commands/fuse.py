@@ -31,7 +31,7 @@ from repan_cli.models.create import TIMM, TORCHVISION
 from repan_cli.registry import did_you_mean
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
-from repan_cli.system.files import write_atomically
+from repan_cli.system.files import write_bytes
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import need
 from repan_cli.system.text import count
@@ -45,7 +45,7 @@ A file that computes something else is beyond 1e-2."""
 
 @dataclass(frozen=True)
 class Written:
-    """A file: how far its network is from the merged one, what opened it to see, and how it is used."""
+    """A file, with the error of its network against the merged one, what opened it to see, and how it is used."""
 
     path: str
     format: str
@@ -60,31 +60,31 @@ def run(options: FuseOptions) -> None:
     """Write the merged network of SOURCE, once for every format. Nothing is written unless everything agrees."""
     targets = _targets(options.checkpoint, options.out, options.formats, overwrite=options.overwrite)
     _check_wishes(targets, options.form, with_normalize=options.with_normalize)
-    subject = open_artifact(options.checkpoint, options.model)
-    _check_mergeable(subject, targets, options.form)
-    images, seen = _images(subject, options.data_root)
-    fused, report = _merged(subject, images)
+    artifact = open_artifact(options.checkpoint, options.model)
+    _check_mergeable(artifact, targets, options.form)
+    images, seen = _images(artifact, options.data_root)
+    fused, report = _merged(artifact, images)
     result = (
-        checkpoint.capture_fused(fused, subject.checkpoint(), changes_of(fused)) if report else subject.checkpoint()
+        checkpoint.capture_fused(fused, artifact.checkpoint(), changes_of(fused)) if report else artifact.checkpoint()
     )
     bound = max(FILE_TOLERANCE, 10 * (report.rel_error_fp32 if report else 0.0))
-    job = _Job(subject, fused, result, images, options.model, options.with_normalize, bound)
+    job = _Job(artifact, fused, result, images, options.model, options.with_normalize, bound)
     contents = [job.content(target, options.form) for target in targets]
     written = [job.verified(*each, options.form) for each in zip(targets, contents, strict=True)]
     for target, content in zip(targets, contents, strict=True):
-        write_atomically(target, lambda file, content=content: file.write(content))
+        write_bytes(target, content)
     facts = {"out": [str(target) for target in targets], **(dataclasses.asdict(report) if report else {})}
     facts |= {"images": seen, "files": [dataclasses.asdict(file) for file in written]}
     if options.as_json:
         print(json.dumps(facts))
     else:
-        _report(options.checkpoint, facts, subject, with_normalize=options.with_normalize)
+        _report(options.checkpoint, facts, artifact, with_normalize=options.with_normalize)
 
 
 # ---------------------------------------------------------------------------------------------- before anything is done
 
 
-def _targets(source: str, out: Path | None, formats: list[str], *, overwrite: bool) -> list[Path]:
+def _targets(source: str, out: Path | None, formats: Sequence[str], *, overwrite: bool) -> list[Path]:
     path = Path(source)
     if out and out.is_dir():
         raise InputError(f"{out} is a folder: name a file in it")
@@ -125,32 +125,32 @@ def _check_wishes(targets: Sequence[Path], form: str, *, with_normalize: bool) -
         need("writing ONNX", "onnx", *onnx_file.PACKAGES)
 
 
-def _check_mergeable(subject: Artifact, targets: Sequence[Path], form: str) -> None:
-    if subject.runtime != "PyTorch":
-        raise InputError(f"{subject.source} is exported already: fuse the checkpoint that it came from")
+def _check_mergeable(artifact: Artifact, targets: Sequence[Path], form: str) -> None:
+    if artifact.runtime != "PyTorch":
+        raise InputError(f"{artifact.source} is exported already: fuse the checkpoint that it came from")
     written = all(target.suffix.removeprefix(".") in WEIGHT_FORMATS for target in targets)
-    if subject.form == FUSED and written and form == "conv" and "pt" in {target.suffix[1:] for target in targets}:
+    if artifact.form == FUSED and written and form == "conv" and "pt" in {target.suffix[1:] for target in targets}:
         raise InputError(
-            f"{subject.source} is fused already; --format onnx, pt2 or safetensors writes it in another way"
+            f"{artifact.source} is fused already; --format onnx, pt2 or safetensors writes it in another way"
         )
-    check_finite(subject.network)
-    if fresh := untrained_norms(subject.network):
-        warn(f"{count(len(fresh), 'BN')} of {subject.source} never saw an image, such as {fresh[0]}: is it trained?")
+    check_finite(artifact.network)
+    if fresh := untrained_norms(artifact.network):
+        warn(f"{count(len(fresh), 'BN')} of {artifact.source} never saw an image, such as {fresh[0]}: is it trained?")
 
 
-def _images(subject: Artifact, data_root: str | None) -> tuple[Tensor, dict[str, Any]]:
-    """Images to compare on: noise of the statistics that the network sees, and real ones where they are at hand."""
-    random = noise(subject)
-    real, why = real_images(subject, data_root, export.PROOF_IMAGES)
+def _images(artifact: Artifact, data_root: str | None) -> tuple[Tensor, dict[str, Any]]:
+    """Gather images to compare on: noise of the statistics that the network sees, and real ones, if there are any."""
+    random = noise(artifact)
+    real, why = real_images(artifact, data_root, export.PROOF_IMAGES)
     seen = {"random": len(random), "real": len(real) if real is not None else 0, "why_not_real": why}
     return random if real is None else torch.cat([real, random]), seen
 
 
-def _merged(subject: Artifact, images: Tensor) -> tuple[nn.Module, export.FuseReport | None]:
-    """The merged network and its proof; a network without anything to merge as it is."""
-    if subject.form == FUSED:
-        return subject.network, None
-    return export.fuse(subject.network, images)
+def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, export.FuseReport | None]:
+    """Return the merged network and its proof; a network that is merged already as it is, without one."""
+    if artifact.form == FUSED:
+        return artifact.network, None
+    return export.fuse(artifact.network, images)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -160,7 +160,7 @@ def _merged(subject: Artifact, images: Tensor) -> tuple[nn.Module, export.FuseRe
 class _Job:
     """A merged network on its way into files."""
 
-    subject: Artifact
+    artifact: Artifact
     fused: nn.Module
     result: Checkpoint
     images: Tensor
@@ -169,7 +169,7 @@ class _Job:
     bound: float
 
     def content(self, target: Path, form: str) -> bytes:
-        """The bytes of a file. Raises InputError for what its format cannot hold."""
+        """Return the bytes of a file. Raises InputError for what its format cannot hold."""
         if target.suffix.removeprefix(".") in WEIGHT_FORMATS:
             saved = self._plain() if form == "conv-bn" else self.result
             return checkpoint.as_bytes(saved, target.suffix)
@@ -177,20 +177,21 @@ class _Job:
         if self.with_normalize:
             network, card = Normalized(network, card.mean, card.std), dataclasses.replace(card, normalizes=True)
         header = checkpoint.header(dataclasses.replace(self.result, card=card))
-        program = trace(network, self.images, self.subject.source)
+        program = trace(network, self.images, self.artifact.source)
         write = onnx_file.write if target.suffix == ".onnx" else pt2_file.write
         try:
             return write(program, header)
         except InputError as error:
-            raise InputError(f"{self.subject.source} {error}") from error
+            raise InputError(f"{self.artifact.source} {error}") from error
 
     def _plain(self) -> Checkpoint:
-        """The weights in the places of the plain network."""
+        """Return the weights in the places of the plain network."""
         card = self.result.card
         structure = card.structure
-        native = {"block": "plain", "branches": None} if structure.native else {}
+        block = "plain" if structure.native else None
+        native = {"block": block, "branches": None} if block else {}
         name = card.model if self.model is None or not user_file.names_a_file(card.model) else self.model
-        blank = models.create(name, num_classes=len(card.classes), in_chans=card.in_chans, **native)
+        blank = models.create(name, num_classes=len(card.classes), in_chans=card.in_chans, block=block)
         network = as_plain(self.fused, blank)
         own = tuple(change for change in structure.changes if change[0] == "adapt")
         plain = Structure(own, {}, native)
@@ -198,7 +199,7 @@ class _Job:
         return checkpoint.capture(network, dataclasses.replace(card, block="plain", structure=plain, form=form))
 
     def verified(self, target: Path, content: bytes, form: str) -> Written:
-        """What a file is like, opened as anybody would. Raises MergeError when its network computes something else."""
+        """Open a file as anybody would, and describe it. Raises MergeError when its network computes something else."""
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / f"copy{target.suffix}"
             copy.write_bytes(content)
@@ -214,7 +215,7 @@ class _Job:
 
     @torch.no_grad()
     def _error(self, network: nn.Module) -> float:
-        """In batches of two sizes."""
+        """Return the larger relative error of two, in batches of two sizes."""
         given = self.images
         if self.with_normalize:
             mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (self.result.card.mean, self.result.card.std))
@@ -228,12 +229,12 @@ class _Job:
     @functools.cached_property
     @torch.no_grad()
     def expected(self) -> Tensor:
-        """What the merged network says of the images."""
+        """Return the logits of the merged network for the images."""
         return self.fused(self.images)
 
 
 def _use(target: Path, form: str, card: ModelCard) -> str:
-    """The line that uses a file."""
+    """Return the line of code, or the command, that uses a file."""
     if target.suffix == ".onnx":
         return f'onnxruntime.InferenceSession("{target}").run(None, {{"{onnx_file.INPUT}": images}})'
     if target.suffix == ".pt2":
@@ -250,7 +251,7 @@ def _use(target: Path, form: str, card: ModelCard) -> str:
 
 
 def _constructor(card: ModelCard) -> str:
-    """The Python that builds the plain network."""
+    """Return the Python that builds the plain network."""
     name, classes, channels = card.model, len(card.classes), card.in_chans
     if name.startswith(TORCHVISION):
         return f'torchvision.models.get_model("{name.removeprefix(TORCHVISION)}", num_classes={classes})'
@@ -265,7 +266,7 @@ def _constructor(card: ModelCard) -> str:
     return f"timm.utils.reparameterize_model({made})" if own else made
 
 
-def _report(source: str, facts: dict[str, Any], subject: Artifact, *, with_normalize: bool) -> None:
+def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_normalize: bool) -> None:
     seen = facts["images"]
     real = f"{seen['real']} real" if seen["real"] else f"no real ({seen['why_not_real']})"
     if "blocks" in facts:
@@ -286,16 +287,16 @@ def _report(source: str, facts: dict[str, Any], subject: Artifact, *, with_norma
     for file in facts["files"]:
         tell(f"use             {file['use']}")
     if any(file["format"] in GRAPH_FORMATS for file in facts["files"]):
-        tell(f"images          {_input(subject, with_normalize=with_normalize)}")
+        tell(f"images          {_input(artifact, with_normalize=with_normalize)}")
 
 
 def _agreement(error: float) -> str:
     return "to the bit" if error == 0 else f"to {error:.0e}"
 
 
-def _input(subject: Artifact, *, with_normalize: bool) -> str:
-    """What a graph takes."""
-    card = subject.card
+def _input(artifact: Artifact, *, with_normalize: bool) -> str:
+    """Describe the images that a graph takes."""
+    card = artifact.card
     shape = f"float32 (N, {card.in_chans}, {card.image_size}, {card.image_size}), any N"
     if with_normalize:
         return f"{shape}, values from 0 to 1"

@@ -1,4 +1,4 @@
-"""`repan info`: what is in a file, of repan's or of others."""
+"""`repan info`: describe a file, of repan's or of others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIGNS = {
     "multi-branch, the DBB authors' names": "dbb_origin",
     "merged, the DBB authors' names": "dbb_reparam",
 }
-"""What stands in the names of weights by which others' multi-branch networks are known."""
+"""The part of the names of weights by which a form of others' multi-branch networks is known."""
 
 
 def run(options: InfoOptions) -> None:
@@ -61,7 +61,7 @@ def _is_changed(key: str, value: Any) -> bool:
 
 
 def describe(path: Path, network: str | None = None) -> dict[str, Any]:
-    """The facts in plain types. Raises InputError for a file that is damaged, or no file of a network."""
+    """Return the facts in plain types. Raises InputError for a file that is damaged, or no file of a network."""
     if path.suffix in (".onnx", ".pt2"):
         return _exported(path)
     content = checkpoint.load_any(path)
@@ -69,8 +69,10 @@ def describe(path: Path, network: str | None = None) -> dict[str, Any]:
 
 
 def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
-    """Of a checkpoint. `layers` maps the name of each block to its family and shape, `left_alone` that of each other
-    convolution to the reason why it is no block.
+    """Describe a checkpoint of repan's.
+
+    `layers` maps the name of each block to its family and shape. `left_alone` maps the name of each other convolution
+    to the reason why it is no block.
     """
     hidden = network is None and user_file.names_a_file(saved.card.model)  # a person's own is not imported
     model = None if hidden else models.rebuild(saved, str(path), network)
@@ -93,7 +95,7 @@ def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
 
 
 def _state_of_run(path: Path) -> dict[str, str]:
-    """Of a file in a run directory: whether the run is done, and how it goes on."""
+    """Tell whether the run that a file belongs to is done, and how it goes on; empty for a file outside of runs."""
     state = read_json(path.parent / "status.json").get("state") if (path.parent / "status.json").exists() else None
     if not isinstance(state, str):
         return {}
@@ -106,7 +108,7 @@ def _describe(conv: nn.Conv2d) -> str:
 
 
 def _exported(path: Path) -> dict[str, Any]:
-    """Of an `.onnx` or `.pt2` file, and of others' as far as it is a known format."""
+    """Describe an `.onnx` or `.pt2` file. Of others' only `.onnx` files are described."""
     checkpoint.check_seal(path)
     written = written_into(path)
     facts: dict[str, Any] = {"format": path.suffix.removeprefix("."), "bytes": path.stat().st_size}
@@ -121,7 +123,7 @@ def _exported(path: Path) -> dict[str, Any]:
 
 
 def _graph(path: Path) -> dict[str, Any]:
-    """What an ONNX graph says of itself."""
+    """Return what an ONNX graph says of itself."""
     need("opening ONNX", "onnx", "onnx", "onnxruntime")
     session = onnx_file.open_file(path).session
     import onnx
@@ -138,7 +140,7 @@ def _graph(path: Path) -> dict[str, Any]:
 
 
 def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> dict[str, Any]:
-    """Of weights that repan did not write: what they are, and with a network's name whether they are its."""
+    """Describe weights that repan did not write. Given the name of a network, check that they fit it."""
     matrices = [name for name, value in weights.items() if value.ndim in (2, 4) and name.endswith("weight")]
     facts: dict[str, Any] = {
         "written by": "another program",

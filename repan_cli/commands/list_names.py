@@ -30,8 +30,6 @@ def _models() -> Rows:
     from repan_cli import models
     from repan_cli.models import catalog
 
-    pass
-
     ours = {name: f"{timm.model_entrypoint(name).__doc__} Cycles, fuses." for name in models.BUILTIN}
     known = catalog.table()
     return {**ours, **{name: known[name].describe() if name in known else "" for name in catalog.names()}}
@@ -62,7 +60,7 @@ def _schedules() -> Rows:
 def _optimizers() -> Rows:
     import timm.optim
 
-    return {name: timm.optim.get_optimizer_info(name).description for name in timm.optim.list_optimizers()}
+    return {name: timm.optim.get_optimizer_info(name).description for name in map(str, timm.optim.list_optimizers())}
 
 
 @KINDS.register("presets")
@@ -92,7 +90,7 @@ def _trackers() -> Rows:
 
 
 def _look(name: str) -> str:
-    """What can be done with a network that the table of this version does not have yet."""
+    """Say what can be done with a network that the table of this version does not have yet."""
     from repan_cli.models import catalog
 
     try:

@@ -17,7 +17,7 @@ WHAT, HOW_LONG, RUN = "What is trained", "How long, how fast", "The run"
 
 @dataclass(frozen=True)
 class Option:
-    """How an option is typed.
+    """The declaration of an option: how it is typed, and its help.
 
     `offers` names the function of `cli.completion` that completes its value. `setting` is the key of the setting that
     it is a shortcut for, which then gives help and completion where they are not given here.
@@ -33,7 +33,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Argument:
-    """How an argument is typed."""
+    """The declaration of an argument: how it is typed, and its help."""
 
     metavar: str
     help: str

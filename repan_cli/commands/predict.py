@@ -1,4 +1,4 @@
-"""`repan predict`: the classes that a network sees in images."""
+"""`repan predict`: name the classes that a network sees in images."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ def run(options: PredictOptions) -> None:
     if options.top < 1:
         raise InputError(f"--top {options.top}: at least one class is named")
     files = list(_files(options.images))
-    subject = open_artifact(options.checkpoint, options.model)
+    artifact = open_artifact(options.checkpoint, options.model)
     machine = start_runtime(options.device, "fp32")
-    subject.network.to(machine.device, memory_format=machine.memory_format)
-    rows, unreadable = [], []
+    machine.place(artifact.network)
+    rows: list[dict[str, Any]] = []
+    unreadable: list[str] = []
     for start in range(0, len(files), BATCH):
-        rows += _predicted(subject, files[start : start + BATCH], options.top, machine, unreadable)
+        rows += _predicted(artifact, files[start : start + BATCH], options.top, machine, unreadable)
     if options.as_json:
         print(json.dumps(rows))
     elif rows:
-        _report(subject, rows)
+        _report(artifact, rows)
     if unreadable:
         for line in unreadable[:-1]:
             warn(line)
@@ -46,7 +47,7 @@ def run(options: PredictOptions) -> None:
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    """The images that are named, and those in folders, sorted. Raises InputError where there is none."""
+    """Yield the images that are named, and those in folders, sorted. Raises InputError where there is none."""
     for path in paths:
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
@@ -61,21 +62,21 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
 
 @torch.no_grad()
 def _predicted(
-    subject: Artifact, files: Sequence[Path], top: int, machine: Runtime, unreadable: list[str]
+    artifact: Artifact, files: Sequence[Path], top: int, machine: Runtime, unreadable: list[str]
 ) -> list[dict[str, Any]]:
-    """An entry for each file that can be read; what is wrong with the others goes into `unreadable`."""
+    """Return an entry for each file that can be read; what is wrong with the others goes into `unreadable`."""
     images, read = [], []
     for file in files:
         try:
-            images.append(subject.preparation.file(file))
+            images.append(artifact.preparation.file(file))
             read.append(file)
         except UnreadableImageError as error:
             unreadable.append(str(error))
     if not images:
         return []
     batch = torch.stack(images).to(machine.device).contiguous(memory_format=machine.memory_format)
-    probabilities = subject.network(batch).float().softmax(dim=1).cpu()
-    classes = subject.card.classes
+    probabilities = artifact.network(batch).float().softmax(dim=1).cpu()
+    classes = artifact.card.classes
     shares, places = probabilities.topk(min(top, len(classes)), dim=1)
     return [
         {
@@ -89,8 +90,8 @@ def _predicted(
     ]
 
 
-def _report(subject: Artifact, rows: list[dict[str, Any]]) -> None:
-    tell(f"{subject.source}: {subject.card.model}, {subject.form}, {len(subject.card.classes)} classes")
+def _report(artifact: Artifact, rows: list[dict[str, Any]]) -> None:
+    tell(f"{artifact.source}: {artifact.card.model}, {artifact.form}, {len(artifact.card.classes)} classes")
     width = max(len(row["classes"]) for row in rows)
     print_table(
         ["image", *(f"{number}." for number in range(1, width + 1))],

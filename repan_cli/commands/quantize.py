@@ -1,4 +1,4 @@
-"""`repan quantize`: which layers of a merged network suffer in int8, an int8 file of it, and what it costs."""
+"""`repan quantize`: write a merged network in int8, and measure what that costs it, and which layers suffer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from repan_cli.models.changes import changes_of
 from repan_cli.session import artifact_images
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.device import start_runtime
-from repan_cli.system.files import write_atomically
+from repan_cli.system.files import write_bytes
 from repan_cli.system.packages import need
 from repan_cli.system.text import count, percent
 from repan_cli.training.scoring import agreement, examine
@@ -40,24 +40,24 @@ def run(options: QuantizeOptions) -> None:
     target = _target(options.checkpoint, options.out, overwrite=options.overwrite)
     if options.images < 1:
         raise InputError(f"--images {options.images}: at least one is needed to calibrate")
-    subject = open_artifact(options.checkpoint, options.model)
-    if subject.runtime != "PyTorch":
-        raise InputError(f"{subject.source} is exported already: quantise the checkpoint that it came from")
-    check_finite(subject.network)
+    artifact = open_artifact(options.checkpoint, options.model)
+    if artifact.runtime != "PyTorch":
+        raise InputError(f"{artifact.source} is exported already: quantise the checkpoint that it came from")
+    check_finite(artifact.network)
     machine = start_runtime("cpu", "fp32")
-    data = artifact_images.load(subject, options.dataset, options.data_root)
-    network, saved = _merged(subject, artifact_images.noise(subject))
+    data = artifact_images.load(artifact, options.dataset, options.data_root)
+    network, saved = _merged(artifact, artifact_images.noise(artifact))
     training = eval_loader(data, "train", machine)
     layers = int8.health(network, _calibration(training, options.images))
     header = checkpoint.header(saved)
-    graph = onnx_file.write(trace(network, artifact_images.noise(subject), subject.source), header)
+    graph = onnx_file.write(trace(network, artifact_images.noise(artifact), artifact.source), header)
     card = dataclasses.replace(saved.card, precision="int8")
     header = checkpoint.header(dataclasses.replace(saved, card=card))
     content = int8.quantize(graph, _calibration(training, options.images), header, per_channel=not options.per_tensor)
     scored = eval_loader(data, options.split, machine)
     before, _ = examine(network, scored, len(data.classes))
     after, _ = examine(onnx_file.OnnxNetwork(content), scored, len(data.classes))
-    write_atomically(target, lambda file: file.write(content))
+    write_bytes(target, content)
     result = {
         "out": str(target),
         "float32": {**dataclasses.asdict(before.score), "bytes": len(graph)},
@@ -88,15 +88,15 @@ def _target(source: str, out: Path | None, *, overwrite: bool) -> Path:
     return target
 
 
-def _merged(subject: Artifact, images: Tensor) -> tuple[nn.Module, checkpoint.Checkpoint]:
-    if subject.form == FUSED:
-        return subject.network, subject.checkpoint()
-    network, _ = export.fuse(subject.network, images)
-    return network, checkpoint.capture_fused(network, subject.checkpoint(), changes_of(network))
+def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, checkpoint.Checkpoint]:
+    if artifact.form == FUSED:
+        return artifact.network, artifact.checkpoint()
+    network, _ = export.fuse(artifact.network, images)
+    return network, checkpoint.capture_fused(network, artifact.checkpoint(), changes_of(network))
 
 
 def _calibration(source: Loader, images: int) -> Iterator[Tensor]:
-    """Training images as they are, `images` of them or all, in batches evenly spaced over the part."""
+    """Yield training images as they are, `images` of them or all, in batches evenly spaced over the part."""
     batches = -(-source.count // BATCH)
     wanted = min(-(-images // BATCH), batches)
     chosen = {number * batches // wanted for number in range(wanted)}
@@ -107,7 +107,7 @@ def _calibration(source: Loader, images: int) -> Iterator[Tensor]:
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Without numbers that JSON does not know."""
+    """Return the row with None for numbers that JSON does not know."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }

@@ -60,7 +60,7 @@ class Series:
                 yield Member(f"{control.PREFIX}seed_{seed}", seed, True)
 
     def of(self, member: Member) -> Resolved:
-        """The settings of one run."""
+        """Return the settings of one run."""
         folder = self.path / member.name
         settings = config.replace(self.resolved.config, {"run.seed": member.seed, "run.out": str(folder)})
         if member.is_control:
@@ -79,9 +79,8 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
     shared = config.replace(resolved.config, {"run.seed": seeds[0], "run.out": None})
     resolved = dataclasses.replace(resolved, config=shared)
     ready = [prepare(command, resolved)]  # what cannot be used is refused before there is a folder
-    named = ready[0].config
-    names = (named.model.name, named.block.name, named.data.name)
-    series = Series(command, Path(out) if out else runs.default_path(command, *names), resolved, seeds, with_control)
+    path = Path(out) if out else runs.default_path(command, *ready[0].names)
+    series = Series(command, path, resolved, seeds, with_control)
     with runs.RunDirectory(series.path) as folder:
         folder.write_text("config.yaml", config.dump(shared, cycles=command == "cycle"))
         about = {"command": command, "seeds": seeds, "control": with_control, "settings": resolved.source}
@@ -90,7 +89,7 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
 
 
 def refuse(resolved: Resolved, *, with_control: bool) -> None:
-    """Raises InputError for what cannot be made into a series."""
+    """Refuse what cannot be made into a series, with an InputError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "--seeds and --control run in one process: start each run under torchrun by itself, then compare"
@@ -117,7 +116,7 @@ def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> None:
 
 
 def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
-    """What the runs of a series share, with what may change. Raises InputError for what may not."""
+    """Return the settings that the runs of a series share, with what may change. Raises InputError for what may not."""
     stored = config.resolve(command, str(path / "config.yaml"), {})
     before, asked = config.flatten(stored.config), config.typed(given)
     network = stored.config.model.name
@@ -132,8 +131,9 @@ def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
 
 
 def _carry_out(series: Series, folder: runs.RunDirectory, given: Layer, ready: list[Session], *, as_json: bool) -> None:
-    """Run what is not finished, compare, report. A run that diverges does not keep the others from being made. `ready`
-    holds the first one, if it is prepared.
+    """Run what is not finished, compare, report. `ready` holds the first run, if it is prepared.
+
+    A run that diverges does not keep the others from being made.
 
     Raises InterruptedRunError and PreemptedRunError when a signal asks to stop, DivergedError at the end.
     """

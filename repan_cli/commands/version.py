@@ -1,4 +1,4 @@
-"""`repan --version -v`: what a bug report should say of versions and machine, found without loading torch."""
+"""`repan --version -v`: tell what a bug report should say of versions and machine, without loading torch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _version(package: str) -> str | None:
 
 
 def _extras() -> str:
-    """Which extras of repan have all their packages here."""
+    """List the extras of repan, and mark those that lack packages here."""
     try:
         about = metadata("repan-cli")
     except PackageNotFoundError:
@@ -67,7 +67,7 @@ def _extras() -> str:
 
 
 def _gpus() -> Iterator[tuple[str, str]]:
-    """The GPUs that the driver knows; torch is asked what it sees only where there are some."""
+    """Yield the GPUs that the driver knows. Only where there are some is torch asked what it sees."""
     built = _torch_built_for()
     try:
         answer = subprocess.run(GPU_QUERY, capture_output=True, text=True, timeout=20, check=True).stdout

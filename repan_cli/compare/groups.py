@@ -1,4 +1,4 @@
-"""Runs side by side: grouped by what was set, a mean and a spread over seeds, differences with their uncertainty.
+"""Group runs by what was set: a mean and a spread over seeds, differences with their uncertainty.
 
 Pure functions of finished runs; a result is a mean over seeds, never one run.
 """
@@ -17,7 +17,7 @@ from repan_cli.compare.results import Result
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread, difference
 from repan_cli.config.settings import OVERLAY, SCHEMA
 from repan_cli.errors import InputError
-from repan_cli.runs.felt import HEADS, loss_after
+from repan_cli.runs.felt import HEADS, Pace, Records, loss_after
 
 WITHOUT_EFFECT = {
     *("run.seed", "run.out", "run.device", "run.log_every", "run.save_every", "run.trackers", "run.channels_last"),
@@ -45,7 +45,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing that matters but their seed, one a seed. `settings` are what sets the group apart."""
+    """Runs that differ in nothing that matters but their seed, one a seed. `settings` tell the group from others."""
 
     label: str
     settings: Mapping[str, Any]
@@ -82,7 +82,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups, of which the first so many are what the others are compared with: the control, and perhaps more."""
+    """Groups, of which the first `control_count` are the controls that the others are compared with."""
 
     groups: tuple[Group, ...]
     warnings: tuple[str, ...]
@@ -93,14 +93,16 @@ class Comparison:
         return self.groups[0]
 
     def felt(self, group: Group) -> dict[int, float]:
-        """By cycle, what training felt of its restart: the mean loss of its first 200 steps divided by a control's over
-        the same steps, mean over the seeds of both. The control is the first that had the same learning rate there.
+        """Return, by cycle, what training felt of its restart.
+
+        It is the mean loss of the first 200 steps divided by that of a control over the same steps, mean over the seeds
+        that both have. The control is the first that had the same learning rate there.
         """
         ratios: dict[int, float] = {}
         for cycle in _restarts(group):
             for control in self.controls:
                 common = set(group.seeds) & set(control.seeds) if control is not group else set()
-                pairs = [[of.result(seed) for of in (group, control)] for seed in sorted(common)]
+                pairs = [(group.result(seed), control.result(seed)) for seed in sorted(common)]
                 found = [ratio for pair in pairs if (ratio := _felt(*pair, cycle)) is not None]
                 if found:
                     ratios.setdefault(cycle, statistics.fmean(found))
@@ -111,7 +113,10 @@ class Comparison:
         return self.groups[: self.control_count]
 
     def gain(self, group: Group, figure: str = "test_top1", *, over: Group | None = None) -> Difference | None:
-        """Over a control, by default the first; None for itself, and for other data, which it says nothing of."""
+        """Return the difference to a control, by default the first.
+
+        It is None for the control itself, and for a group on other data, which a control says nothing about.
+        """
         control = over or self.control
         ours, theirs = group.results[0], control.results[0]
         if group is control or ours.dataset != theirs.dataset or ours.classes != theirs.classes:
@@ -120,22 +125,29 @@ class Comparison:
 
 
 def _restarts(group: Group) -> list[int]:
-    """The cycles that begin with a restart."""
+    """Return the cycles that begin with a restart."""
     first = group.results[0]
     return [] if _is_control(first) else sorted({record["cycle"] for record in first.records} - {0})
 
 
 def _felt(ours: Result, theirs: Result, cycle: int) -> float | None:
-    """Ratio of the losses in the first steps of a cycle; None where they are not known or were at another rate."""
+    """Return the ratio of the losses in the first steps of a cycle.
+
+    It is None where the losses are not known or were at different learning rates.
+    """
     place = [number for number, record in enumerate(ours.records) if record["cycle"] == cycle]
     stretches = [result.records[place[0] : place[-1] + 1] if place else [] for result in (ours, theirs)]
-    if not all(stretches) or None in (ours.pace, theirs.pace):
+    if not all(stretches):
         return None
     rates = [stretch[0]["lr"] for stretch in stretches]
     if None in rates or not math.isclose(*rates, rel_tol=1e-6):
         return None
-    losses = [loss_after(s, HEADS[-1], r.pace) for s, r in zip(stretches, (ours, theirs), strict=True)]
-    return losses[0] / losses[1] if all(losses) else None
+    loss, control_loss = (_first_loss(s, run.pace) for s, run in zip(stretches, (ours, theirs), strict=True))
+    return loss / control_loss if loss and control_loss else None
+
+
+def _first_loss(records: Records, pace: Pace | None) -> float | None:
+    return None if pace is None else loss_after(records, HEADS[-1], pace)
 
 
 def compare(
@@ -211,7 +223,7 @@ def _controls(members: list[tuple[Result, ...]], controls: Mapping[str, Sequence
 
 
 def _group_of(word: str, paths: Sequence[Path], members: list[tuple[Result, ...]]) -> int:
-    """The group whose runs a word means, or some of them."""
+    """Return the number of the group that the runs which a word means belong to."""
     wanted = {path.resolve() for path in paths}
     found = [number for number, runs in enumerate(members) if any(run.path.resolve() in wanted for run in runs)]
     if not found:
@@ -235,7 +247,7 @@ def _labelled(members: list[tuple[Result, ...]]) -> tuple[Group, ...]:
 
 
 def _differing(firsts: Sequence[Result]) -> list[str]:
-    """The settings in which groups differ, in the order in which they are declared."""
+    """Return the settings in which groups differ, in the order in which they are declared."""
     present = {key for first in firsts for key in first.settings}
     order = {key: place for place, key in enumerate([*SCHEMA, *OVERLAY])}
     differing = []
@@ -282,7 +294,7 @@ def _common_label(result: Result) -> str:
 
 
 def as_data(comparison: Comparison) -> dict[str, Any]:
-    """The comparison in plain types, for JSON."""
+    """Return the comparison in plain types, for JSON."""
     return {
         "confidence": CONFIDENCE,
         "groups": [_group_as_data(comparison, group) for group in comparison.groups],

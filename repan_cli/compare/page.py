@@ -17,7 +17,10 @@ from repan_cli.system.text import count, duration, percent
 
 
 def render(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> str:
-    """The comparison as one HTML file: table, curves, seeds, runs. `left_out`: runs that are not in it, and why."""
+    """Return the comparison as one HTML file: table, curves, seeds, runs.
+
+    `left_out` names the runs that are not in it, each with the reason.
+    """
     parts = [
         f"<h1>{escape(_title(comparison))}</h1>",
         f"<p class=quiet>{escape(about(comparison))}</p>",
@@ -49,7 +52,7 @@ def _table(titles: Sequence[str], content: Sequence[Sequence[str]]) -> str:
 
 
 def _breakable(text: str) -> str:
-    """May be broken into lines behind slashes."""
+    """Escape a text, and let lines break behind its slashes."""
     return escape(text).replace("/", "/<wbr>")
 
 
@@ -71,7 +74,7 @@ def _run_rows(comparison: Comparison) -> list[tuple[str, ...]]:
 
 
 def _key(comparison: Comparison) -> str:
-    """Draw which line or point is which group's."""
+    """Draw the legend, which tells the group of each line and point."""
     entries = (
         f'<li><svg width=30 height=12 aria-hidden=true><path d="M1 6H29" class="{_style(n)}"/></svg>'
         f"{escape(group.label)}{' (control)' if n == 0 and len(comparison.groups) > 1 else ''}"
@@ -84,7 +87,10 @@ COLORS = 6
 
 
 def _style(number: int) -> str:
-    """The classes of a group's line: the control is dashed grey, and beyond six colours lines are dotted."""
+    """Return the style classes of a group's line.
+
+    The control is dashed grey. Beyond six colours lines are dotted.
+    """
     if number == 0:
         return "line control"
     turn, color = divmod(number - 1, COLORS)
@@ -99,7 +105,7 @@ ROW = 48
 
 
 class Scale(NamedTuple):
-    """A stretch of values onto a stretch of pixels."""
+    """A scale that maps a stretch of values onto a stretch of pixels."""
 
     low: float
     high: float
@@ -111,7 +117,7 @@ class Scale(NamedTuple):
         return round(self.start + place * (self.end - self.start), 1)
 
     def ticks(self, most: int = 8) -> list[float]:
-        """Round values within it, at most so many."""
+        """Return round values within the stretch, at most so many."""
         rough = (self.high - self.low) / most or 1
         unit = 10 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 5, 10, 20) if unit * factor >= rough)
@@ -128,7 +134,7 @@ class Curve(NamedTuple):
 
 
 def curve(group: Group) -> Curve | None:
-    """Over the epochs that all seeds have; None where nothing was held out."""
+    """Return the course over the epochs that all seeds have; None where nothing was held out."""
     courses = [[record["val_top1"] for record in result.records] for result in group.results]
     if not all(courses) or any(None in course for course in courses):
         return None
@@ -155,7 +161,7 @@ def _curves_section(comparison: Comparison) -> Iterator[str]:
 
 
 def _cut(curves: Sequence[Curve | None]) -> float | None:
-    """Choose where the axis begins, so that the first epochs do not flatten the rest; None where all are to be seen."""
+    """Choose where the axis begins, so that the first epochs do not flatten the rest; None shows all of them."""
     values = sorted(value for found in curves if found for value in found.low)
     high = max(value for found in curves if found for value in found.high)
     lower = values[len(values) // 5]
@@ -196,7 +202,7 @@ def _axes(x: Scale, y: Scale) -> Iterator[str]:
 
 
 def _starts(comparison: Comparison, x: Scale) -> Iterator[str]:
-    """A vertical line where cycles begin, in whichever groups."""
+    """Draw a vertical line where cycles begin, in whichever groups."""
     starts: dict[int, set[int]] = {}
     for group in comparison.groups:
         for cycle, done in cycle_starts(group).items():
@@ -224,7 +230,7 @@ def _drawn(group: Group, found: Curve, x: Scale, y: Scale, number: int, *, band:
 
 
 def _strip(comparison: Comparison) -> str:
-    """A row a group: a point for each seed's test top-1, a bar at their mean."""
+    """Draw a row a group: a point for each seed's test top-1, a bar at their mean."""
     spreads = [Spread.of(list(group.by_seed("test_top1").values())) for group in comparison.groups]
     values = [value for spread in spreads for value in spread.values]
     margin = 0.08 * (max(values) - min(values)) or 0.5

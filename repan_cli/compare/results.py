@@ -44,7 +44,7 @@ class Result:
 
     @property
     def pace(self) -> Pace | None:
-        """How an epoch went through the images."""
+        """Return how an epoch went through the images; None where the run did not note their number."""
         sizes = self.settings["data.batch_size"], self.settings["optim.accumulate"]
         return Pace(self.images, *sizes) if self.images else None
 
@@ -58,7 +58,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(words: Iterable[str]) -> list[Path]:
-    """The run directories that words mean: each a run, a file in one, a folder with runs anywhere below, or a glob.
+    """Find the run directories that words mean: each a run, a file in one, a folder with runs below it, or a glob.
 
     Raises InputError for a word that means none, and for a folder that cannot be read.
     """
@@ -96,7 +96,7 @@ def _runs_at(path: Path) -> Iterator[Path]:
 
 
 def read_result(path: Path) -> Result:
-    """A finished run. Raises InputError, whose text says why, for one that is not finished or cannot be read."""
+    """Read a finished run. Raises InputError, whose text says why, for one that is not finished or cannot be read."""
     status = read_json(path / "status.json") if (path / "status.json").exists() else {"state": "done"}
     if status.get("state") != "done" or not (path / "summary.json").exists():
         where = f" in cycle {status['cycle']}, epoch {status['epoch']}" if "epoch" in status else ""
@@ -136,7 +136,7 @@ def _result(path: Path, summary: Mapping[str, Any], records: list[dict[str, Any]
 
 
 def _record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What is needed of an epoch's; None for what its run did not note."""
+    """Return what is needed of the record of an epoch, with None for what its run did not note."""
     figures = {name: _number(record.get(name)) for name in ("lr", "loss", *KEYS)}
     steps = record.get("steps")
     return {
@@ -166,8 +166,9 @@ def _finite(value: float) -> float:
 
 
 def read_settings(path: Path, command: str) -> dict[str, Any]:
-    """Every setting of a run of `command` by its dotted key, typed where this repan knows it; what the file leaves out
-    has its default.
+    """Read every setting of a run of `command`, by its dotted key.
+
+    A setting that this repan knows is typed. One that the file leaves out has its default.
     """
     cycles = command == "cycle"
     settings = {key: entry.default for key, entry in config.SCHEMA.items() if cycles or not key.startswith("cycle.")}

@@ -23,7 +23,7 @@ def titles(comparison: Comparison) -> tuple[str, ...]:
 
 
 def rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """A row a group, under `titles`; epochs, images and time are those of one run."""
+    """Return a row a group, under `titles`; epochs, images and time are those of one run."""
     return [_row(comparison, group) for group in comparison.groups]
 
 
@@ -48,18 +48,18 @@ def _spread(spread: Spread | None) -> str:
 
 
 def _if_felt(comparison: Comparison, cell: str) -> tuple[str, ...]:
-    """A cell of the column that only comparisons with a restart beside its control have."""
+    """Return a cell of the column that only comparisons with a restart beside its control have."""
     return (cell,) if any(comparison.felt(group) for group in comparison.groups) else ()
 
 
 def _felt(ratios: Mapping[int, float]) -> str:
-    """Of the restarts the least and the most."""
+    """Show the smallest and the largest ratio of the restarts."""
     ends = [f"{of(ratios.values()):.2f}" for of in (min, max)] if ratios else ["-"]
     return " to ".join(dict.fromkeys(ends))
 
 
 def _short(number: float | None) -> str:
-    """A large count in three digits: 64.8 k, 2.7 M."""
+    """Show a large count in three digits: 64.8 k, 2.7 M."""
     if number is None:
         return "-"
     power = min(int(math.log10(max(number, 1))) // 3, 3)
@@ -95,7 +95,7 @@ def legend(comparison: Comparison) -> str:
 
 
 def markdown(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> str:
-    """The table, with what its runs were computed on, and what its figures are."""
+    """Return the table, with the devices of its runs and an explanation of its figures."""
     devices = [", ".join(group.devices()) or "-" for group in comparison.groups]
     body = [(*row, device) for row, device in zip(rows(comparison), devices, strict=True)]
     head = (*titles(comparison), "device")

@@ -1,7 +1,11 @@
-"""Questions about a network: where its classifier is, and which form it has."""
+"""Questions about a network: where its classifier is, which form it has, and which images it wants."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import timm
 from torch import nn
 
 from repan_cli.blocks import rep_blocks
@@ -22,3 +26,9 @@ def classifier_layers(model: nn.Module) -> list[str]:
 def form_of(model: nn.Module) -> str:
     """Return the form of a network that was not fused: multi-branch, or plain when no block has a side branch."""
     return MULTI_BRANCH if any(len(block.branches) for _, block in rep_blocks(model)) else PLAIN
+
+
+def wanted_images(model: nn.Module) -> dict[str, Any]:
+    """Return what a network of timm's wants of its images: `input_size`, `mean`, `std`, `crop_pct` and more."""
+    resolved: Callable[[nn.Module], dict[str, Any]] = timm.data.resolve_model_data_config  # timm gives it no types
+    return resolved(model)

@@ -1,4 +1,4 @@
-"""What fuse, evaluate, predict, benchmark and quantize are about: a network from any file, or by its name."""
+"""The artifact that fuse, evaluate, predict, benchmark and quantize open: a network from a file, or by its name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from repan_cli.export import onnx_file, pt2_file
 from repan_cli.models import user_file
 from repan_cli.models.changes import Expansion
 from repan_cli.models.create import TIMM
-from repan_cli.models.inspect import classifier_layers
+from repan_cli.models.inspect import classifier_layers, wanted_images
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.registry import did_you_mean
 
@@ -31,9 +31,9 @@ OUR_IMAGE, OUR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
 
 @dataclass(frozen=True)
 class Artifact:
-    """A network in eval mode on the CPU, and what is known of it.
+    """A network in eval mode on the CPU, with its description.
 
-    `runtime` is what computes: PyTorch, or what the file is made for.
+    `runtime` names the program that computes: PyTorch, or the one that the file is made for.
     """
 
     source: str
@@ -48,7 +48,7 @@ class Artifact:
 
     @property
     def preparation(self) -> Preparation:
-        """How it wants its images."""
+        """Return how the network wants its images."""
         card = self.card
         return Preparation(
             size=card.image_size,
@@ -60,28 +60,28 @@ class Artifact:
         )
 
     def checkpoint(self) -> Checkpoint:
-        """The network as a checkpoint of its form."""
+        """Return the network as a checkpoint of its form."""
         return self.saved or checkpoint.capture(self.network, self.card)
 
 
 def open_artifact(
     source: str, model: str | None = None, *, pretrained: bool = True, block: str | None = None
 ) -> Artifact:
-    """The network in a file or a run directory, or the pretrained one of a name.
+    """Open the network in a file or a run directory, or the pretrained one of a name.
 
     Args:
         source: a file that repan wrote, weights of others (with `model`), a run directory, or a network's name.
         model: the network that weights of others are of, or a person's own, `file.py:function`.
-        pretrained: with the weights that timm or torchvision offers, where `source` is a name.
-        block: the block family of a network that is built of blocks, where `source` is a name.
+        pretrained: whether a network by its name gets the weights that timm or torchvision offers.
+        block: the block family of a network by its name, where that is built of blocks.
 
-    Raises InputError, naming the source, when it is missing, damaged, or not said what it is.
+    Raises InputError, naming the source, when it is missing or damaged, or does not say which network it is of.
     """
     path = file_of(source)
     if path is None:
         return _named(source, pretrained=pretrained, block=block)
     if path.suffix == ".onnx":
-        network = onnx_file.open_file(_checked(path))
+        network: nn.Module = onnx_file.open_file(_checked(path))
         return Artifact(str(path), network, _described(path), "ONNX Runtime")
     if path.suffix == ".pt2":
         network = pt2_file.open_file(_checked(path))
@@ -93,7 +93,7 @@ def open_artifact(
 
 
 def file_of(source: str) -> Path | None:
-    """The file that a person means; None where it is the name of a network."""
+    """Return the file that a person means; None where it is the name of a network."""
     path = Path(source)
     if path.is_dir():
         for name in ("best.pt", runs.LAST):
@@ -144,7 +144,7 @@ def _named(name: str, *, pretrained: bool, block: str | None) -> Artifact:
 
 
 def _classes_of(full: str) -> int:
-    """How many classes the pretrained weights of a network know; of ours as many as CIFAR-100 has."""
+    """Return how many classes the pretrained weights of a network know; for ours, as many as CIFAR-100 has."""
     if full in models.BUILTIN:
         return OUR_CLASSES
     cfg = timm.get_pretrained_cfg(full.removeprefix(TIMM), allow_unregistered=True)
@@ -152,7 +152,10 @@ def _classes_of(full: str) -> int:
 
 
 def _foreign(path: Path, weights: Mapping[str, Tensor], name: str | None) -> Artifact:
-    """Weights of others in the network they are said to be of; how many classes and channels, they tell themselves."""
+    """Load weights of others into the network that they are said to be of.
+
+    The shapes of the weights tell how many classes and channels the network has.
+    """
     if name is None:
         raise InputError(f"{path} was not written by repan and does not say which network it is of: give --model NAME")
     full = name if user_file.names_a_file(name) else models.resolve(name, LARGE_IMAGE)
@@ -162,17 +165,18 @@ def _foreign(path: Path, weights: Mapping[str, Tensor], name: str | None) -> Art
         rows = [f"{layer}.weight" for layer in classifier_layers(probe)]
         classes = next((len(weights[key]) for key in rows if key in weights), IMAGENET_CLASSES)
         first = next((key for key, value in own.items() if value.ndim == 4), None)
-        channels = weights[first].shape[1] if first in weights and weights[first].ndim == 4 else 3
+        channels = weights[first].shape[1] if first is not None and first in weights and weights[first].ndim == 4 else 3
         model = models.create(full, num_classes=classes, in_chans=channels)
     checkpoint.load_foreign(model, weights, str(path))
     return _as_artifact(str(path), full, model.eval())
 
 
 def _as_artifact(source: str, full: str, model: nn.Module) -> Artifact:
-    cfg = timm.data.resolve_model_data_config(model) if hasattr(model, "pretrained_cfg") else {}
+    wanted = wanted_images(model) if hasattr(model, "pretrained_cfg") else {}
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     channels = convs[0].in_channels * convs[0].groups if convs and convs[0].groups == 1 else 3
-    classes = model.num_classes if hasattr(model, "num_classes") else _outputs(model)
+    told = getattr(model, "num_classes", None)
+    classes = told if isinstance(told, int) else _outputs(model)
     branches = any(is_own_block(module) for module in model.modules())
     own = Expansion(next((block.family for _, block in rep_blocks(model)), NATIVE), (), {})
     native = {"block": own.family, "branches": None} if full in models.BUILT_OF_BLOCKS else {}
@@ -183,21 +187,22 @@ def _as_artifact(source: str, full: str, model: nn.Module) -> Artifact:
         structure=own.structure(native),
         classes=tuple(class_names(classes)),
         in_chans=channels,
-        image_size=OUR_IMAGE if full in models.BUILTIN else cfg.get("input_size", (LARGE_IMAGE,))[-1],
-        mean=tuple(cfg.get("mean", timm.data.IMAGENET_DEFAULT_MEAN))[:channels],
-        std=tuple(cfg.get("std", timm.data.IMAGENET_DEFAULT_STD))[:channels],
-        crop_share=cfg.get("crop_pct", CROP_SHARE),
+        image_size=OUR_IMAGE if full in models.BUILTIN else wanted.get("input_size", (LARGE_IMAGE,))[-1],
+        mean=tuple(wanted.get("mean", timm.data.IMAGENET_DEFAULT_MEAN))[:channels],
+        std=tuple(wanted.get("std", timm.data.IMAGENET_DEFAULT_STD))[:channels],
+        crop_share=wanted.get("crop_pct", CROP_SHARE),
     )
     return Artifact(source, model, card)
 
 
 def _outputs(model: nn.Module) -> int:
     layers = classifier_layers(model)
-    return len(model.get_submodule(layers[-1]).weight) if layers else IMAGENET_CLASSES
+    weight = model.get_submodule(layers[-1]).weight if layers else None
+    return len(weight) if isinstance(weight, Tensor) else IMAGENET_CLASSES
 
 
 def class_names(count: int) -> list[str]:
-    """ImageNet's, where there are as many; else numbers."""
+    """Return the names of ImageNet's classes, where there are as many; else numbers."""
     if count == IMAGENET_CLASSES:
         info = timm.data.ImageNetInfo()
         return [info.index_to_description(index) for index in range(count)]

@@ -22,31 +22,31 @@ from repan_cli.system.notices import warn
 WITHOUT_FILES = ("digits", "synthetic")
 
 
-def load(subject: Artifact, dataset: str | None = None, root: str | None = None) -> Dataset:
-    """The data set that a network names, or the one asked for, split and prepared as the network wants it.
+def load(artifact: Artifact, dataset: str | None = None, root: str | None = None) -> Dataset:
+    """Load the data set that a network names, or the one asked for, split and prepared as the network wants it.
 
-    Raises InputError when it names none, or the classes are not the network's.
+    Raises InputError when the network names none, or the classes are not the network's.
     """
-    card = subject.card
-    if dataset is None and not subject.card.knows_its_data:
-        raise InputError(f"{subject.source} does not say which data it is for: give --dataset and --data-root")
-    arguments = settings(subject, dataset, root)
+    card = artifact.card
+    if dataset is None and not artifact.card.knows_its_data:
+        raise InputError(f"{artifact.source} does not say which data it is for: give --dataset and --data-root")
+    arguments = settings(artifact, dataset, root)
     data = datasets.load(**arguments)
-    prepared = subject.preparation
+    prepared = artifact.preparation
     data = dataclasses.replace(data, mean=prepared.mean, std=prepared.std)
-    if subject.card.knows_its_data:
-        check_classes(subject.source, card.classes, data)
+    if artifact.card.knows_its_data:
+        check_classes(artifact.source, card.classes, data)
     elif len(card.classes) != len(data.classes):
-        counts = f"{subject.source} knows {len(card.classes)} classes, {data.name} has {len(data.classes)}"
+        counts = f"{artifact.source} knows {len(card.classes)} classes, {data.name} has {len(data.classes)}"
         raise InputError(f"{counts}: give data of its classes")
-    if subject.card.knows_its_data and data.split_digest != card.split_digest:
-        warn(f"the validation part of this data is not the one {subject.source} was trained with")
+    if artifact.card.knows_its_data and data.split_digest != card.split_digest:
+        warn(f"the validation part of this data is not the one {artifact.source} was trained with")
     return data
 
 
-def settings(subject: Artifact, dataset: str | None = None, root: str | None = None) -> dict[str, Any]:
-    """The arguments of `datasets.load` for a network's data, with another name or place where they are given."""
-    card = subject.card
+def settings(artifact: Artifact, dataset: str | None = None, root: str | None = None) -> dict[str, Any]:
+    """Return the arguments of `datasets.load` for a network's data, with another name or place where one is given."""
+    card = artifact.card
     stored = {key: value for key, value in card.config.items() if key.startswith("data.")}
     arguments = datasets.settings_of(config.replace(config.Config(), stored).data)
     asked = {"name": dataset, "root": root, "image_size": card.image_size, "channels": card.in_chans}
@@ -55,46 +55,46 @@ def settings(subject: Artifact, dataset: str | None = None, root: str | None = N
     return {**arguments, **{name: value for name, value in asked.items() if value is not None}}
 
 
-def noise(subject: Artifact) -> Tensor:
-    """Images without content, (N, C, H, W), of the statistics that a network sees."""
-    prepared = subject.preparation
+def noise(artifact: Artifact) -> Tensor:
+    """Make images without content, (N, C, H, W), of the statistics that a network sees."""
+    prepared = artifact.preparation
     return probe.noise(export.PROOF_IMAGES, prepared.channels, prepared.size, prepared.size)
 
 
-def real_images(subject: Artifact, root: str | None, count: int) -> tuple[Tensor | None, str]:
-    """Some images of a network's own data (n, C, H, W), normalised, as far as they are on this machine; else why none.
+def real_images(artifact: Artifact, root: str | None, count: int) -> tuple[Tensor | None, str]:
+    """Read some images of a network's own data, (n, C, H, W), normalised; where there are none here, tell why.
 
-    Of image folders one a class is read, from the test part where there is one; nothing is downloaded.
+    Of image folders one image a class is read, from the test part where there is one. Nothing is downloaded.
     """
-    if not subject.card.knows_its_data:
+    if not artifact.card.knows_its_data:
         return None, "its data are not known"
-    arguments = settings(subject, None, root)
+    arguments = settings(artifact, None, root)
     try:
         if arguments["name"] in WITHOUT_FILES:
-            return _of_memory(subject, arguments, count), ""
+            return _of_memory(artifact, arguments, count), ""
         folder = Path(arguments["root"])
         folder = folder if arguments["name"] == "folder" else folder / arguments["name"]
         if not folder.is_dir():
             return None, f"no {folder}; --data-root names another place"
         if any((folder / name).is_dir() for names in image_files.PARTS.values() for name in names):
-            return _of_folders(subject, folder, count), ""
-        return _of_memory(subject, arguments, count), ""
+            return _of_folders(artifact, folder, count), ""
+        return _of_memory(artifact, arguments, count), ""
     except InputError as error:
         return None, str(error)
 
 
-def _of_memory(subject: Artifact, arguments: dict[str, Any], count: int) -> Tensor:
+def _of_memory(artifact: Artifact, arguments: dict[str, Any], count: int) -> Tensor:
     part = datasets.load(**arguments).test
     numbers = range(min(count, len(part.labels)))
     if isinstance(part, ArrayImages):
         found = [torch.from_numpy(part.images[number]).permute(2, 0, 1) for number in numbers]
     else:
-        found = [subject.preparation.picture(part.read(int(part.index[number]))) for number in numbers]
-    return subject.preparation.normalized(torch.stack(found))
+        found = [artifact.preparation.picture(part.read(int(part.index[number]))) for number in numbers]
+    return artifact.preparation.normalized(torch.stack(found))
 
 
-def _of_folders(subject: Artifact, folder: Path, count: int) -> Tensor:
+def _of_folders(artifact: Artifact, folder: Path, count: int) -> Tensor:
     parts = image_files.part_folders(folder)
     part = next(parts[name] for name in SPLITS if name in parts)
     firsts = [image_files.first_image(part / name) for name in image_files.class_folders(part)[:count]]
-    return torch.stack([subject.preparation.file(path) for path in firsts])
+    return torch.stack([artifact.preparation.file(path) for path in firsts])

@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run, without writing anything.
+"""Build the objects of a run from a configuration, without writing anything.
 
 Order of initialisation:
 1. the run directory is checked to be free, trackers to be there
@@ -35,7 +35,15 @@ from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
 from repan_cli.models import user_file
 from repan_cli.runs import trackers
-from repan_cli.session.network import Network, build, resolve_names, restarted, restore_network, safe_precision
+from repan_cli.session.network import (
+    Network,
+    build,
+    resolve_names,
+    restarted,
+    restore_network,
+    safe_precision,
+    state_of,
+)
 from repan_cli.session.teachers import PhaseTasks
 from repan_cli.system.device import Runtime, start_runtime
 from repan_cli.system.launcher import own_rank
@@ -53,8 +61,8 @@ from repan_cli.training.snapshot import restore
 class Session:
     """A run that is ready to go.
 
-    `config` has the full names of network and block family; `start` is the score of the weights it begins with, if they
-    need no baseline.
+    `config` has the full names of network and block family. `start` is the score of the weights that the run begins
+    with, where they need no baseline.
     """
 
     command: str
@@ -66,11 +74,16 @@ class Session:
 
     @property
     def user_model(self) -> str | None:
-        """Its name `file.py:function`, where it is a person's own: a checkpoint is read with it."""
+        """Return the name `file.py:function` of a person's own network, which its checkpoints are read with."""
         return self.network.name if user_file.names_a_file(self.network.name) else None
 
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Return the full names of the network and its block family, and the name of the data set."""
+        return self.network.name, self.network.expansion.family, self.dataset.name
+
     def card(self, *, cycle: int, epoch: int | None, metrics: Mapping[str, Any]) -> ModelCard:
-        """Describe its network for a checkpoint, at this point of the run."""
+        """Describe the network for a checkpoint, at this point of the run."""
         network, data = self.network, self.dataset
         return ModelCard(
             model=network.name,
@@ -98,8 +111,9 @@ class Session:
 def prepare(
     command: str, resolved: Resolved, *, saved: Checkpoint | None = None, folder: Path | None = None
 ) -> Session:
-    """Build everything that a run needs, without writing anything; one that goes on is in the state that was `saved` in
-    its `folder`. Raises InputError for what cannot be used.
+    """Build everything that a run needs, without writing anything.
+
+    A run that goes on is in the state that was `saved` in its `folder`. Raises InputError for what cannot be used.
     """
     config = resolved.config
     if saved is None:
@@ -114,22 +128,23 @@ def prepare(
     machine = safe_precision(machine, network, dataset, chosen=config.run.precision)
     if config.run.sync_bn:
         network = _with_shared_statistics(network, machine)
-    network.model.to(machine.device, memory_format=machine.memory_format)
+    machine.place(network.model)
     config = resolve_names(config, network)
     training = _training(command, config, dataset, network, machine)
     if saved is not None:
-        restore(training, saved.state, saved.card.run.progress)
+        state = state_of(saved, "the run")
+        restore(training, saved.state, state.progress)
         training.task_of.folder = folder
         if training.progress.begun:
             training.task_of.resumed_in = training.plan[training.progress.phase].cycle
-        start = saved.card.run.begun["summary"]["baseline"] if network.finished else None
+        start = state.begun["summary"]["baseline"] if network.finished else None
     else:
         start = _score_start(training) if network.finished else None
     return Session(command, config, dataset, network, training, start)
 
 
 def surroundings(machine: Runtime) -> dict[str, Any]:
-    """What the last bits of a run may depend on beside its settings."""
+    """Return what the last bits of a run may depend on beside its settings."""
     return {
         "torch": str(torch.__version__),
         "device": machine.device.type,
@@ -177,7 +192,10 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
 
 
 def _wrapped(model: nn.Module, config: Config, machine: Runtime) -> nn.Module | None:
-    """The network as training calls it: on several ranks with an exchange of gradients, and compiled if asked for."""
+    """Return the network as training calls it; None where that is the network itself.
+
+    On several ranks it exchanges gradients. It is compiled where that is asked for.
+    """
     wrapped = model
     if machine.ranks > 1:
         own = [machine.device] if machine.device.type == "cuda" else None
@@ -185,12 +203,14 @@ def _wrapped(model: nn.Module, config: Config, machine: Runtime) -> nn.Module | 
             warnings.simplefilter("ignore", FutureWarning)  # its new name is not known to older PyTorch
             wrapped = nn.parallel.DistributedDataParallel(model, device_ids=own, broadcast_buffers=False)
     if config.run.compile == "on":
-        wrapped = torch.compile(wrapped, dynamic=False)  # an epoch has batches of two sizes
+        compiled = torch.compile(wrapped, dynamic=False)  # an epoch has batches of two sizes
+        assert isinstance(compiled, nn.Module), "PyTorch compiles a module into a module"
+        wrapped = compiled
     return None if wrapped is model else wrapped
 
 
 def _graphs(config: Config, machine: Runtime, optimizer: torch.optim.Optimizer) -> Graphs | None:
-    """Where updates are recorded as CUDA graphs; None where they are done as they are.
+    """Return the place where updates are recorded as CUDA graphs; None where they are done as they are.
 
     Raises InputError where `run.graph=on` asks for what cannot be.
     """
@@ -209,21 +229,24 @@ def _graphs(config: Config, machine: Runtime, optimizer: torch.optim.Optimizer) 
 
 
 def _with_shared_statistics(network: Network, machine: Runtime) -> Network:
-    """The network with BN over the batches of all ranks; its weights, names and merged form are the same."""
+    """Give the network BN over the batches of all ranks; its weights, names and merged form stay the same."""
     if machine.device.type != "cuda" or machine.ranks == 1:
         raise InputError("run.sync_bn is for several GPUs under torchrun: set run.sync_bn=false")
     return dataclasses.replace(network, model=nn.SyncBatchNorm.convert_sync_batchnorm(network.model))
 
 
 def _average(model: nn.Module, ema: EmaConfig) -> ModelEmaV3 | None:
-    """The average of the weights, where one is asked for; its decay grows from 0, as the first weights are soon old."""
+    """Make the average of the weights, where one is asked for.
+
+    Its decay grows from 0, as the first weights are soon old.
+    """
     return ModelEmaV3(model, decay=ema.decay, use_warmup=True) if ema.enabled else None
 
 
 def _warn_of_a_long_ramp(last: Phase) -> None:
-    reached = last.attach_rate(last.epochs)
-    if reached is not None and reached < 1:
-        longer = f"cycle.attach_epochs={last.settings.attach_epochs:g} is longer than a cycle"
+    settings, reached = last.settings, last.attach_rate(last.epochs)
+    if settings is not None and reached is not None and reached < 1:
+        longer = f"cycle.attach_epochs={settings.attach_epochs:g} is longer than a cycle"
         warn(f"{longer}: branches reach rate {reached:.2f}")
 
 

@@ -22,7 +22,7 @@ FIGURES = ("env.json", "metrics.jsonl", "metrics.csv")
 
 
 def without_restarts(config: Config, folder: Path) -> Config:
-    """The settings of the control that is written to `folder`."""
+    """Return the settings of the control that is written to `folder`."""
     return replace(config, _changes(folder))
 
 
@@ -31,7 +31,7 @@ def _changes(folder: Path) -> dict[str, Any]:
 
 
 def is_awaited(run: Path) -> bool:
-    """Whether a run is one of a series with controls, and its own has not begun."""
+    """Tell whether a run is one of a series with controls, and its own control has not begun."""
     series = runs.read_series(run.parent)
     mine = series and series["control"] and not run.name.startswith(PREFIX)
     return bool(mine) and not _of(run).exists()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from repan_cli import checkpoint, models
 from repan_cli.blocks import rep_blocks
+from repan_cli.checkpoint.card import RunState
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.settings import Config, replace
 from repan_cli.data.types import Dataset
@@ -25,7 +26,7 @@ from repan_cli.models.probe import PROBE_IMAGES
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
 from repan_cli.system.seeding import seed_for
-from repan_cli.system.text import count
+from repan_cli.system.text import count, first_line
 
 Weights = Checkpoint | Mapping[str, Tensor] | None
 
@@ -34,8 +35,8 @@ Weights = Checkpoint | Mapping[str, Tensor] | None
 class Network:
     """A network with its blocks, and what is known of it.
 
-    `native` holds block family and branches that it was built with, where it is built of blocks. `trained`: its weights
-    come from somewhere; `new_classifier`: all but those of its classifier.
+    `native` holds the block family and branches that a network built of blocks was built with. `trained` tells that its
+    weights come from somewhere, `new_classifier` that those of its classifier do not.
     """
 
     model: nn.Module
@@ -47,12 +48,12 @@ class Network:
 
     @property
     def finished(self) -> bool:
-        """Whether it needs no baseline."""
+        """Tell whether the network needs no baseline."""
         return self.trained and not self.new_classifier
 
 
 def build(command: str, config: Config, dataset: Dataset) -> Network:
-    """The network that a configuration describes. Raises InputError for one that cannot be had or used."""
+    """Build the network that a configuration describes. Raises InputError for one that cannot be had or used."""
     weights = checkpoint.load_any(config.model.init) if config.model.init else None
     name = _full_name(config, dataset, weights)
     torch.manual_seed(seed_for("weights", config.run.seed))
@@ -69,7 +70,7 @@ def build(command: str, config: Config, dataset: Dataset) -> Network:
 
 
 def restarted(config: Config, model: nn.Module) -> frozenset[str] | None:
-    """Which blocks restart: those that the settings of the section `block` choose; None is all of them."""
+    """Return the names of the blocks that restart, as the section `block` chooses them; None is all of them."""
     convs = {name: block.trunk.conv for name, block in rep_blocks(model)}
     block = config.block
     left_out = Selection(block.kernel or None, block.include, block.exclude, block.limit).left_out(convs)
@@ -79,22 +80,29 @@ def restarted(config: Config, model: nn.Module) -> frozenset[str] | None:
 
 
 def noise(dataset: Dataset) -> Tensor:
-    """Images without content, to see how the network works."""
+    """Make images without content, to see how the network works."""
     return probe.noise(PROBE_IMAGES, dataset.channels, dataset.image_size, dataset.image_size)
+
+
+def _source(config: Config) -> str:
+    """Return the file of the weights to start from."""
+    assert config.model.init is not None, "the weights were read from this file"
+    return config.model.init
 
 
 def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
     if config.model.name is not None:
         return models.resolve(config.model.name, dataset.image_size)
     if isinstance(weights, Checkpoint):
-        models.check_given(weights.card.model, None, config.model.init)
+        models.check_given(weights.card.model, None, _source(config))
         return weights.card.model
     raise InputError(f"{config.model.init} does not say which network it is of: give --model NAME")
 
 
 def _created(config: Config, dataset: Dataset, name: str, weights: Mapping[str, Tensor] | None) -> Network:
-    """A fresh network, or one with weights of others, expanded: with branches that train at once, silent where the
-    function is to be kept.
+    """Create a fresh network, or one with weights of others, and expand it.
+
+    Its branches train at once; they are silent at first where the function is to be kept.
     """
     classes = len(dataset.classes)
     model = models.create(
@@ -115,7 +123,7 @@ def _created(config: Config, dataset: Dataset, name: str, weights: Mapping[str, 
     family = native.get("block", config.block.name)
     expansion = _plan(model, config, dataset, family)
     models.apply(model, expansion.changes, attach="zero-gamma" if trained else "one")
-    if multi_branch:
+    if weights is not None and multi_branch:
         new_classifier = _take(model, weights, config)
     return Network(model, name, expansion, native, trained, new_classifier)
 
@@ -133,16 +141,16 @@ def _plan(model: nn.Module, config: Config, dataset: Dataset, family: str | None
 
 
 def _take(model: nn.Module, weights: Mapping[str, Tensor], config: Config) -> bool:
-    layers = classifier_layers(model)
-    new = checkpoint.load_foreign(model, weights, config.model.init, may_be_new=layers)
+    source, layers = _source(config), classifier_layers(model)
+    new = checkpoint.load_foreign(model, weights, source, may_be_new=layers)
     if new:
-        warn(f"{config.model.init} knows other classes: {', '.join(layers)} starts anew")
+        warn(f"{source} knows other classes: {', '.join(layers)} starts anew")
     return new
 
 
 def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -> Network:
-    """The network of one of repan's checkpoints; one without side branches may grow those of another family."""
-    source = config.model.init
+    """Build the network of one of repan's checkpoints; one without side branches may grow those of another family."""
+    source = _source(config)
     _check_origin(config, dataset, name, saved)
     model = models.build_untrained(saved.card, source, name)
     checkpoint.load_weights(model, saved.weights, source)
@@ -157,22 +165,31 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
 
 
 def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Network:
-    """The network of a run that goes on. Raises InputError when the data are no longer those of the run."""
+    """Build the network of a run that goes on. Raises InputError when the data are no longer those of the run."""
     check_classes("the run", saved.card.classes, dataset)
     if saved.card.labels_digest != dataset.labels_digest:
         raise InputError(
             f"the images of {dataset.name} are not those that the run began with: some came, went or moved"
         )
-    model = models.build_untrained(saved.card, "the run", config.model.name)
+    name = config.model.name
+    assert name is not None, "a run that goes on has the full name of its network"
+    model = models.build_untrained(saved.card, "the run", name)
     checkpoint.load_weights(model, saved.weights, "the run")
     native = saved.card.structure.native
     expansion = Expansion.from_card(saved.card)
-    return Network(model, config.model.name, expansion, native, saved.card.run.finished, False)
+    return Network(model, name, expansion, native, state_of(saved, "the run").finished, False)
+
+
+def state_of(saved: Checkpoint, source: str) -> RunState:
+    """Return what a run goes on from. Raises InputError, naming the source, for a checkpoint without it."""
+    if saved.card.run is None:
+        raise InputError(f"{source} holds weights, but no state to resume from")
+    return saved.card.run
 
 
 def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -> None:
-    """The weights to start from must be of this network and these classes, in a form that trains."""
-    card, source = saved.card, config.model.init
+    """Check that the weights to start from are of this network and these classes, in a form that trains."""
+    card, source = saved.card, _source(config)
     if card.form == checkpoint.FUSED:
         raise InputError(
             f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run"
@@ -190,7 +207,7 @@ def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint
 
 
 def check_classes(source: object, classes: Sequence[str], dataset: Dataset) -> None:
-    """Raises InputError when a checkpoint's classes are not the data set's."""
+    """Check that the classes of a checkpoint are those of the data set. Raises InputError where they are not."""
     if tuple(classes) == tuple(dataset.classes):
         return
     if len(classes) != len(dataset.classes):
@@ -204,7 +221,10 @@ def check_classes(source: object, classes: Sequence[str], dataset: Dataset) -> N
 
 @torch.no_grad()
 def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
-    """One logit a class, in one tensor, in eval mode and in train mode (of a copy: it would move statistics)."""
+    """Check that a network gives one logit a class, in one tensor, in eval mode and in train mode.
+
+    A copy is asked, as train mode moves statistics.
+    """
     images = noise(dataset)
     expected = (len(images), len(dataset.classes))
     for mode in (False, True):
@@ -212,7 +232,7 @@ def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
             with torch.random.fork_rng(devices=[]):
                 logits = copy.deepcopy(model).train(mode)(images)
         except Exception as error:
-            line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
+            line = first_line(error).rstrip(". ")
             size = f"{dataset.channels}x{dataset.image_size}x{dataset.image_size}"
             raise InputError(f"{name} does not run on images of {size}: {line}; {_mend(name)}") from error
         found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -224,7 +244,7 @@ def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
 
 
 def _mend(name: str) -> str:
-    """What may help a network that does not run on the images."""
+    """Suggest what may help a network that does not run on the images."""
     if user_file.names_a_file(name):
         return "let it take in_chans as an argument, or set data.image_size"
     cfg = timm.get_pretrained_cfg(name.removeprefix("timm:"), allow_unregistered=True)
@@ -235,7 +255,7 @@ def _mend(name: str) -> str:
 
 @torch.no_grad()
 def safe_precision(machine: Runtime, network: Network, dataset: Dataset, *, chosen: str) -> Runtime:
-    """The runtime in fp32 where bf16 computes wrong gradients; a warning says so.
+    """Return the runtime, in fp32 where bf16 computes wrong gradients; a warning says so.
 
     On CPUs PyTorch's (2.15's, for one) bf16 gradient of a strided kernel holds uninitialised memory where the map that
     it reads is smaller than the stride, as deep networks on small images have it.
@@ -273,11 +293,11 @@ def _smaller_than_stride(conv: nn.Conv2d, images: Tensor) -> bool:
 
 
 def describe_blocks(model: nn.Module) -> str:
-    """How many blocks of which families a network has."""
+    """Say how many blocks of which families a network has."""
     counted = Counter(block.family for _, block in rep_blocks(model))
     return " and ".join(count(number, f"{family} block") for family, number in counted.items()) or "no blocks"
 
 
 def resolve_names(config: Config, network: Network) -> Config:
-    """The configuration with the full names of the network and its block family."""
+    """Return the configuration with the full names of the network and its block family."""
     return replace(config, {"model.name": network.name, "block.name": network.expansion.family})

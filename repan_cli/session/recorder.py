@@ -1,4 +1,4 @@
-"""What a run leaves in its directory while it goes on: metrics, checkpoints, the state to go on from, the summary."""
+"""Write down a run while it goes on: metrics, checkpoints, the state to go on from, the summary."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, StepEn
 from repan_cli.training.snapshot import snapshot
 
 SAVING_SHARE = 0.02
-"""Of a run's time what saving may take at the ends of epochs: where those are short, some go by without."""
+"""The share of a run's time that saving at the ends of epochs may take. Where epochs are short, some are not saved."""
 
 WATCHED = ("top1_before", "top1_after_restart", "loss_before", "loss_after_restart", "logit_error")
 
 
 class Record:
-    """Takes the events of a run. `begun` is what a resumed run had noted, from its last.pt."""
+    """Takes the events of a run. `begun` holds the notes of a resumed run, from its last.pt."""
 
     def __init__(self, session: Session, folder: runs.RunDirectory, begun: Mapping[str, Any] | None = None) -> None:
         self.session, self.folder = session, folder
@@ -47,16 +47,16 @@ class Record:
 
     @property
     def seconds(self) -> float:
-        """Since the run began, without the time in which it stood still."""
+        """Return the seconds since the run began, without the time in which it stood still."""
         return self.seconds_before + time.perf_counter() - self.began
 
     def position(self) -> tuple[int, int]:
-        """The cycle, and how many of its epochs are done."""
+        """Return the cycle, and how many of its epochs are done."""
         plan, progress = self.session.training.plan, self.session.training.progress
         return plan[min(progress.phase, len(plan) - 1)].cycle, progress.epoch if progress.phase < len(plan) else 10**9
 
     def open(self) -> None:
-        """What there is before the first step: the weights that a run of cycles begins with, and a first state."""
+        """Save the weights that a run of cycles begins with, and a first state, before the first step."""
         session = self.session
         self.folder.status("running")
         if session.start:
@@ -105,28 +105,32 @@ class Record:
             control.begin(self.folder.path)
 
     def _felt(self, cycle: int) -> dict[str, float | None]:
-        """The training losses around the start of a cycle."""
+        """Return the training losses around the start of a cycle."""
         training = self.session.training
         pace = felt.Pace(training.train.count, training.batch_size, training.accumulate)
         return felt.around(read_metrics(self.folder / "metrics.jsonl"), cycle, pace)
 
     def finish(self) -> None:
-        """The results, in figures."""
+        """Log the results, in figures."""
         flat = {"test_top1": self.summary["test"]["top1"], "test_top5": self.summary["test"]["top5"]}
         self._log(
             "final", {**flat, **{f"fused_{name}": value for name, value in self.summary.get("fused", {}).items()}}
         )
 
     def _log(self, kind: str, figures: Mapping[str, Any]) -> None:
-        """Before the state is saved: what a kill leaves in excess is taken out again, what it takes away is lost."""
+        """Log figures, always before the state is saved.
+
+        After a kill, figures that the state does not know are taken out again; figures that are missing would be lost.
+        """
         progress, plan = self.session.training.progress, self.session.training.plan
         epochs = sum(phase.epochs for phase in plan[: progress.phase]) + progress.epoch
         for tracker in self.trackers:
             tracker.log(kind, epochs, figures)
 
     def save_last(self) -> None:
-        """The weights and everything else that the run needs to go on from here. Raises DivergedError instead when an
-        update since the last save was not finite.
+        """Save the weights and everything else that the run needs to go on from here.
+
+        Raises DivergedError instead when an update since the last save was not finite.
         """
         training, began = self.session.training, time.perf_counter()
         if training.progress.totals is not None:
@@ -186,14 +190,21 @@ def _new_summary(session: Session) -> dict[str, Any]:
 
 
 def saves_at(session: Session, event: StepEnd) -> bool:
-    """Whether the run saves after this update, in the middle of an epoch; every rank then lets rank 0 know its sums."""
+    """Tell whether the run saves after this update, in the middle of an epoch; if so, rank 0 then has all sums."""
     every = session.config.run.save_every
     if every is None or event.step // every == (event.step - session.training.accumulate) // every:
         return False
-    session.training.progress.totals.pool(session.training.runtime.rank)
+    pool(session)
     return True
 
 
+def pool(session: Session) -> None:
+    """Let rank 0 hold the sums of all ranks over the epoch that is under way."""
+    totals = session.training.progress.totals
+    assert totals is not None, "an update of this epoch has been made"
+    totals.pool(session.training.runtime.rank)
+
+
 def chosen_file(folder: Path) -> Path:
-    """The checkpoint that validation chose, or the last one where nothing was held out."""
+    """Return the checkpoint that validation chose, or the last one where nothing was held out."""
     return next(path for path in (folder / "best.pt", folder / runs.LAST) if path.exists())

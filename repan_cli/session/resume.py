@@ -15,6 +15,7 @@ from repan_cli.errors import InputError
 from repan_cli.models import user_file
 from repan_cli.session import runner
 from repan_cli.session.build import Session, prepare, surroundings
+from repan_cli.session.network import state_of
 from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import warn
 from repan_cli.system.text import count
@@ -37,11 +38,11 @@ def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
         _warn_of_changes(saved, surroundings(session.training.runtime))
         if resolved.source.startswith(str(path / runs.PREVIOUS)):
             _set_aside(path / runs.LAST)
-        runner.carry_out(session, folder, resolved, begun=saved.card.run.begun, as_json=as_json)
+        runner.carry_out(session, folder, resolved, begun=state_of(saved, str(path)).begun, as_json=as_json)
 
 
 def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, Checkpoint]:
-    """The run in the folder `path`, in its newest whole state."""
+    """Prepare the run in the folder `path`, in its newest whole state."""
     source, saved = newest_state(path)
     if saved.card.command != command:
         raise InputError(f"{path} is a run of 'repan {saved.card.command}': resume it with that command")
@@ -54,14 +55,18 @@ def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, C
         more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if open_ended else ""
         begin = f"; begin another run from its weights with --init {path / runs.LAST}"
         raise InputError(f"{path} is finished{more or begin}")
+    known = (saved.card.teachers or {}).values()
     for name, digest in session.training.task_of.digests.items():
-        if digest not in saved.card.teachers.values():
+        if digest not in known:
             raise InputError(f"{name} is not the teacher that the run began with")
     return session, resolved, saved
 
 
 def newest_state(path: Path) -> tuple[Path, Checkpoint]:
-    """The newest whole state of a run: last.pt, or with a warning the one before. Raises InputError without any."""
+    """Read the newest whole state of a run: last.pt, or with a warning the one before.
+
+    Raises InputError where there is none.
+    """
     problems = []
     for file in (path / runs.LAST, path / runs.PREVIOUS):
         if not file.exists():
@@ -69,8 +74,7 @@ def newest_state(path: Path) -> tuple[Path, Checkpoint]:
             continue
         try:
             saved = checkpoint.load(file)
-            if saved.card.run is None:
-                raise InputError(f"{file} holds weights, but no state to resume from")
+            state_of(saved, str(file))
         except InputError as error:
             problems.append(str(error))
             continue
@@ -88,7 +92,7 @@ def _set_aside(damaged: Path) -> None:
 
 
 def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
-    """The configuration of the run with what may change. Raises InputError for what may not."""
+    """Return the configuration of the run with what may change. Raises InputError for what may not."""
     stored, asked = saved.card.config, config.typed(given)
     whole = config.from_flat(stored)
     for key, value in asked.items():
@@ -99,7 +103,8 @@ def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
             f"{key} cannot change in a resume (it was {stored.get(key)}): begin another run from its weights with "
             f"model.init={path / runs.LAST}"
         )
-    _check_cycles(whole, asked.get("cycle.count", whole.cycle.count), saved.card.run.progress["phase"])
+    begun = state_of(saved, str(path)).progress["phase"]
+    _check_cycles(whole, asked.get("cycle.count", whole.cycle.count), begun)
     changed = {key: asked[key] for key in MAY_CHANGE if key in asked}
     own = asked.get("model.name") if user_file.names_a_file(saved.card.model) else None
     models.check_given(saved.card.model, own, str(path))
@@ -107,7 +112,10 @@ def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
 
 
 def _same_network(saved: Checkpoint, given: str) -> bool:
-    """Whether a name means the network of the run; one's own is told by its weights, wherever its file is now."""
+    """Tell whether a name means the network of the run.
+
+    A person's own network is told by its weights, wherever its file is now.
+    """
     stored = saved.card.model
     if user_file.names_a_file(stored):
         return user_file.names_a_file(given)
@@ -128,7 +136,7 @@ def _check_cycles(whole: Config, cycles: int, phase: int) -> None:
 
 def _warn_of_changes(saved: Checkpoint, now: Mapping[str, Any]) -> None:
     """Say what is not as it was where that may change the last bits of what follows."""
-    before = saved.card.surroundings
-    changes = [f"{name} {before[name]} is now {now[name]}" for name in now if before.get(name) != now[name]]
+    before = saved.card.surroundings or {}
+    changes = [f"{name} {before.get(name)} is now {now[name]}" for name in now if before.get(name) != now[name]]
     if changes:
         warn(f"resumed elsewhere: {', '.join(changes)}; what follows may differ in its last bits")

@@ -18,7 +18,7 @@ from repan_cli.config.resolve import Resolved
 from repan_cli.display.console import Display
 from repan_cli.errors import DivergedError, InterruptedRunError, PreemptedRunError, StoppedError
 from repan_cli.session.build import Session, prepare
-from repan_cli.session.recorder import Record, saves_at
+from repan_cli.session.recorder import Record, pool, saves_at
 from repan_cli.session.summary import draw, finish, header
 from repan_cli.system.device import describe_machine
 from repan_cli.system.ranks import summed
@@ -27,7 +27,7 @@ from repan_cli.training.events import Event, StepEnd
 from repan_cli.training.loop import fit
 
 STEPS_BETWEEN_STOPS = 10
-"""On GPUs, where asking the other ranks is a host-device sync."""
+"""On GPUs asking the other ranks is a host-device sync, so that they are asked after so many steps only."""
 
 
 def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
@@ -42,8 +42,8 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
 def begin(session: Session, resolved: Resolved, *, as_json: bool) -> None:
     """Make the run directory of a run that is ready, and carry it out."""
     command, config = session.command, session.config
-    names = (config.model.name, config.block.name, config.data.name)
-    with runs.RunDirectory(Path(config.run.out) if config.run.out else runs.default_path(command, *names)) as folder:
+    path = Path(config.run.out) if config.run.out else runs.default_path(command, *session.names)
+    with runs.RunDirectory(path) as folder:
         session.training.task_of.folder = folder.path
         folder.write_text("config.yaml", dump(config, cycles=command == "cycle"))
         folder.write_json("env.json", {**runs.software(), **describe_machine(session.training.runtime)})
@@ -134,7 +134,7 @@ def follow(session: Session) -> None:
 
 
 def _stops(session: Session, event: Event, signals: StopSignals) -> bool:
-    """Whether the run stops here: where one rank was asked to, all stop after the same update."""
+    """Tell whether the run stops here: where one rank was asked to, all stop after the same update."""
     machine = session.training.runtime
     if machine.ranks == 1:
         return signals()
@@ -148,7 +148,7 @@ def _stops(session: Session, event: Event, signals: StopSignals) -> bool:
     if not by_hand and not by_others:
         return False
     signals.received = signals.received or (signal.SIGTERM if by_others else signal.SIGINT)
-    session.training.progress.totals.pool(machine.rank)
+    pool(session)
     return True
 
 
@@ -156,7 +156,7 @@ def _stopped(
     session: Session, folder: runs.RunDirectory, display: Display, signals: StopSignals, *, saved: bool
 ) -> InterruptedRunError | PreemptedRunError:
     """Leave the run so that it can go on, and say how."""
-    asked = signals.received not in (None, signal.SIGINT)
+    asked = None if signals.received == signal.SIGINT else signals.received
     folder.status("preempted" if asked else "interrupted")
     draw(session, folder, display)
     own = f" --model {session.user_model}" if session.user_model else ""
@@ -166,5 +166,5 @@ def _stopped(
     if not saved:
         return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}")
     if asked:
-        return PreemptedRunError(f"stopped by {signal.Signals(signals.received).name}, everything is saved; {how}")
+        return PreemptedRunError(f"stopped by {signal.Signals(asked).name}, everything is saved; {how}")
     return InterruptedRunError(f"interrupted, everything is saved; {how}")

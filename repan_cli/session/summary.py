@@ -1,4 +1,4 @@
-"""What a run says before its first step, and its results at the end: summary.json, fused.pt, pictures."""
+"""Describe a run before its first step, and write its results at the end: summary.json, fused.pt, pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from repan_cli.training.run import Training
 
 
 def header(session: Session, resolved: Resolved) -> dict[str, str]:
-    """What is about to happen, before it does."""
+    """Describe what is about to happen."""
     config, data, training = session.config, session.dataset, session.training
     typed, name = resolved.config.model.name, config.model.name
     network = name if typed in (None, name) else f"{typed} is {name}"
@@ -47,7 +47,7 @@ def header(session: Session, resolved: Resolved) -> dict[str, str]:
 
 
 def _describe_augmentation(train: Loader) -> dict[str, str]:
-    """What is done to training images beside crop and flip, or how they come; nothing in the plainest case."""
+    """Describe what is done to training images beside crop and flip, or how they come; empty in the plainest case."""
     chosen = {name: getattr(train.augmentation, name) for name in ("policy", "cutout", "erase", "mixup", "cutmix")}
     parts = [f"{name} {value}" for name, value in chosen.items() if value]
     if isinstance(train, StreamingLoader):
@@ -56,7 +56,7 @@ def _describe_augmentation(train: Loader) -> dict[str, str]:
 
 
 def _describe_teacher(training: Training) -> dict[str, str]:
-    """Who teaches, what images it sees, and what of the loss is its share."""
+    """Describe the teacher, the images that it sees, and its share of the loss."""
     teacher = training.plan[-1].teacher
     if teacher.name is None:
         return {}
@@ -74,6 +74,7 @@ def _describe_plan(plan: tuple[Phase, ...]) -> str:
         )
     if cycles:
         settings = cycles[0].settings
+        assert settings is not None, "every cycle has its settings"
         what = f"restart by {settings.rule}, {settings.attach}" if cycles[0].restarts else "no restart (control)"
         parts.append(
             f"{count(len(cycles), 'cycle')} of {count(cycles[0].epochs, 'epoch')} at lr {cycles[0].optim.lr:g}, {what}"
@@ -109,8 +110,7 @@ def finish(session: Session, folder: runs.RunDirectory, display: Display, record
 
 
 def _score(session: Session, model: nn.Module) -> dict[str, Any]:
-    machine = session.training.runtime
-    model.to(machine.device, memory_format=machine.memory_format)
+    model = session.training.runtime.place(model)
     return dataclasses.asdict(evaluate(model, session.training.test.alone()))
 
 
@@ -123,14 +123,7 @@ def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model
 
 
 def draw(session: Session, folder: runs.RunDirectory, display: Display) -> None:
-    config = session.config
-    title = (
-        f"repan {session.command}",
-        config.model.name,
-        config.block.name,
-        config.data.name,
-        f"seed {config.run.seed}",
-    )
+    title = (f"repan {session.command}", *session.names, f"seed {session.config.run.seed}")
     if not plots.available():
         display.say(f"no curves.png: {plots.HOW_TO_GET}")
     elif records := read_metrics(folder / "metrics.jsonl"):
@@ -138,7 +131,7 @@ def draw(session: Session, folder: runs.RunDirectory, display: Display) -> None:
 
 
 def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], user_model: str | None) -> None:
-    """The end of a run on screen: a row a phase, what was chosen, what merging brought, where it lies."""
+    """Show the end of a run: a row a phase, the chosen weights, the merged network, the files."""
     test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
     records = read_metrics(folder / "metrics.jsonl")
     validation = [record["val_top1"] for record in records if record["val_top1"] is not None]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
-from torch import nn
+from torch import Tensor, nn
 
 from repan_cli import checkpoint, config, export, models
 from repan_cli.checkpoint.format import Checkpoint, digest_of, weights_of
@@ -18,6 +17,7 @@ from repan_cli.config.conventions import LARGE_IMAGE, WEIGHT_ENDINGS
 from repan_cli.data.batches import Loader
 from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
+from repan_cli.models.inspect import wanted_images
 from repan_cli.models.probe import noise
 from repan_cli.session.network import check_classes
 from repan_cli.system.device import Runtime
@@ -30,7 +30,7 @@ from repan_cli.training.teacher import LogitCache, Teacher, View, allocate
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A teacher's network, on the CPU, and how it wants its images."""
+    """A teacher's network, on the CPU, with the images that it wants."""
 
     model: nn.Module
     view: View
@@ -38,17 +38,19 @@ class TeacherModel:
     name: str = ""
 
     def describe(self) -> str:
-        """The network and the images it sees."""
+        """Return the name of the network and the images that it sees."""
         mean, std = ("/".join(f"{value:.3g}" for value in values) for values in (self.view.mean, self.view.std))
         return f"{self.name} on {self.view.size}x{self.view.size} images, mean {mean}, std {std}"
 
 
 class PhaseTasks:
-    """Gives each phase its task. A teacher is built once, with one cache of its logits for all its phases; the teacher
-    `previous` is the network that the cycle before left, merged.
+    """Gives each phase its task.
 
-    `model` is the network that is scored. `folder` is the run's: there a cache goes that does not fit in memory, and
-    there that network is found in a run that was `resumed_in` the midst of a cycle.
+    A teacher is built once, with one cache of its logits for all its phases. The teacher `previous` is the network that
+    the cycle before left, merged.
+
+    `model` is the network that is scored. `folder` is the folder of the run: a cache that does not fit in memory goes
+    there. A run that was `resumed_in` the midst of a cycle finds the network of the cycle before there.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, train: Loader, machine: Runtime) -> None:
@@ -73,20 +75,22 @@ class PhaseTasks:
         return Distillation(hard, self._teacher(settings, phase.cycle), settings.alpha, settings.temperature)
 
     def _teacher(self, settings: config.TeacherConfig, cycle: int = 0) -> LogitCache | Teacher:
+        name = _name_in(settings)
         settings = dataclasses.replace(settings, alpha=0.5, temperature=1.0)  # which its logits do not depend on
-        if settings.name == config.PREVIOUS:
+        if name == config.PREVIOUS:
             self._teachers.pop(settings, None)
         if settings not in self._teachers:
-            found = self._previous(cycle) if settings.name == config.PREVIOUS else find_teacher(settings, self.dataset)
-            self.digests[settings.name] = found.digest
-            self.described[settings.name] = found.describe()
+            found = self._previous(cycle) if name == config.PREVIOUS else find_teacher(settings, self.dataset)
+            self.digests[name] = found.digest
+            self.described[name] = found.describe()
             self._teachers[settings] = self._ready(found, settings)
         return self._teachers[settings]
 
     def _previous(self, cycle: int) -> TeacherModel:
-        """From its file, where the network has changed since."""
+        """Return the network of the cycle before, from its file where the network has changed since."""
         model = copy.deepcopy(self.model).cpu().float()
         if cycle == self.resumed_in:
+            assert self.folder is not None, "a run that was resumed has a folder"
             file = self.folder / f"cycle_{cycle - 1:02d}.pt"
             checkpoint.load_weights(model, checkpoint.load(file).weights, str(file))
         return TeacherModel(model, self._student, digest_of(weights_of(model)))
@@ -96,8 +100,7 @@ class PhaseTasks:
         return View(self.dataset.image_size, self.dataset.mean, self.dataset.std)
 
     def _ready(self, found: TeacherModel, settings: config.TeacherConfig) -> LogitCache | Teacher:
-        model = merged(found, self.dataset.channels)
-        model.to(self.machine.device, memory_format=self.machine.memory_format)
+        model = self.machine.place(merged(found, self.dataset.channels))
         teacher = Teacher(model, own=found.view, student=self._student, runtime=self.machine)
         if settings.cache == "none":
             return teacher
@@ -114,7 +117,7 @@ class PhaseTasks:
 
 
 def merged(found: TeacherModel, channels: int) -> nn.Module:
-    """The teacher with its blocks merged and its BN folded, where it has any."""
+    """Return the network of a teacher with its blocks merged and its BN folded, where it has any."""
     images = noise(2, channels, found.view.size, found.view.size)
     try:
         return export.fuse(found.model, images)[0]
@@ -122,24 +125,31 @@ def merged(found: TeacherModel, channels: int) -> nn.Module:
         return found.model.eval()
 
 
+def _name_in(settings: config.TeacherConfig) -> str:
+    assert settings.name is not None, "only phases that name a teacher ask for one"
+    return settings.name
+
+
 def find_teacher(settings: config.TeacherConfig, dataset: Dataset) -> TeacherModel:
-    """The network that `teacher.name` means.
+    """Find the network that `teacher.name` means.
 
     Raises InputError when there is none, when it does not know exactly the classes of the data, or reads other
     channels.
     """
-    name = settings.name
-    if not Path(name).is_file():
+    name = _name_in(settings)
+    weights = checkpoint.load_any(name) if Path(name).is_file() else None
+    if weights is None:
         found = _pretrained(name, dataset)
+    elif isinstance(weights, Checkpoint):
+        found = _ours(name, settings, dataset, weights)
     else:
-        weights = checkpoint.load_any(name)
-        found = _ours(settings, dataset, weights) if isinstance(weights, Checkpoint) else _theirs(settings, dataset)
+        found = _theirs(name, settings, dataset, weights)
     size = settings.image_size or found.view.size
     return TeacherModel(found.model, View(size, found.view.mean, found.view.std), found.digest, found.name)
 
 
-def _ours(settings: config.TeacherConfig, dataset: Dataset, saved: Checkpoint) -> TeacherModel:
-    name, card = settings.name, saved.card
+def _ours(name: str, settings: config.TeacherConfig, dataset: Dataset, saved: Checkpoint) -> TeacherModel:
+    card = saved.card
     check_classes(f"the teacher {name}", card.classes, dataset)
     if card.in_chans != dataset.channels:
         raise InputError(f"the teacher {name} reads {card.in_chans} channels, {dataset.name} has {dataset.channels}")
@@ -149,13 +159,13 @@ def _ours(settings: config.TeacherConfig, dataset: Dataset, saved: Checkpoint) -
     return TeacherModel(model, View(card.image_size, card.mean, card.std), saved.digest(), card.model)
 
 
-def _theirs(settings: config.TeacherConfig, dataset: Dataset) -> TeacherModel:
+def _theirs(name: str, settings: config.TeacherConfig, dataset: Dataset, weights: Mapping[str, Tensor]) -> TeacherModel:
     if settings.model is None:
-        raise InputError(f"{settings.name} does not say which network it is of: give teacher.model=NAME")
+        raise InputError(f"{name} does not say which network it is of: give teacher.model=NAME")
     size = settings.image_size or dataset.image_size
     full = models.resolve(settings.model, size)
     model = models.create(full, num_classes=len(dataset.classes), in_chans=dataset.channels)
-    checkpoint.load_foreign(model, checkpoint.load_any(settings.name), f"the teacher {settings.name}")
+    checkpoint.load_foreign(model, weights, f"the teacher {name}")
     return TeacherModel(model, View(size, dataset.mean, dataset.std), digest_of(weights_of(model)), full)
 
 
@@ -169,6 +179,6 @@ def _pretrained(name: str, dataset: Dataset) -> TeacherModel:
             "them first, then give its checkpoint"
         )
     model = models.create(full, num_classes=len(dataset.classes), in_chans=dataset.channels, pretrained=True)
-    cfg = timm.data.resolve_model_data_config(model)
-    view = View(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
+    wanted = wanted_images(model)
+    view = View(wanted["input_size"][-1], tuple(wanted["mean"]), tuple(wanted["std"]))
     return TeacherModel(model, view, digest_of(weights_of(model)), full)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from repan_cli.errors import InputError
 from repan_cli.system import host
@@ -28,6 +29,10 @@ class Runtime:
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """Move a network to the device, in the memory format, and return it."""
+        return network.to(self.device).to(memory_format=self.memory_format)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast to bfloat16 or float16, or nothing in fp32."""

@@ -38,6 +38,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         name.replace(path)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `write_atomically` does, with this content."""
+    write_atomically(path, lambda file: file.write(content))
+
+
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     """Open a file beside `path` for writing, with its name; it is gone where something fails.
