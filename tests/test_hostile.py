@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from support import ROOT, card_of
+from support import ROOT, card_of, one_line, run, small_net
 from torch import nn
 
 from repan_cli import checkpoint
@@ -415,3 +415,42 @@ def test_the_traps_do_snap(tmp_path, monkeypatch):
     FILES["bare.pt"](tmp_path / "bare.pt")
     pickle.loads((tmp_path / "bare.pt").read_bytes())
     assert (tmp_path / "marker").exists()
+
+
+# ---------------------------------------------------------------------------------------------- a stranger only reads
+
+
+@pytest.mark.parametrize("name", ["cifar100", "svhn", "mnist", "torch/cifar10", "hfds/someone/something"])
+def test_a_file_makes_no_folder_and_fetches_nothing(capsys, tmp_path, monkeypatch, few_blocks, name):
+    """Its settings name a data set and a place; both are only looked at, unless the user names the set."""
+
+    def reached(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", reached)
+    monkeypatch.setattr("urllib.request.urlopen", reached)
+    model, place = small_net(), tmp_path / "made"
+    settings = {"data.name": name, "data.root": str(place)}
+    checkpoint.save(checkpoint.capture(model, card_of(model, config=settings)), tmp_path / "a.pt")
+    said = one_line(capsys, "evaluate", tmp_path / "a.pt")
+    assert f"--dataset {name}" in said
+    code, _, err = run(capsys, "fuse", tmp_path / "a.pt")
+    assert code == 0, err
+    assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"data.name": "digits", "data.evil": 1}, "describes its data with unknown setting 'data.evil'"),
+        ({"data.name": "digits", "data.image_size": "x"}, "describes its data with data.image_size: 'x' is not"),
+        (
+            {"data.name": "digits", "data.split_seed": -1},
+            "describes its data with data.split_seed: -1 must be at least 0",
+        ),
+    ],
+)
+def test_settings_in_a_file_are_checked_as_those_of_a_user(capsys, tmp_path, few_blocks, settings, says):
+    model = small_net()
+    checkpoint.save(checkpoint.capture(model, card_of(model, config=settings)), tmp_path / "a.pt")
+    assert says in one_line(capsys, "evaluate", tmp_path / "a.pt")

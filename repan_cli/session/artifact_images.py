@@ -18,6 +18,7 @@ from repan_cli.models import probe
 from repan_cli.session.artifact import Artifact
 from repan_cli.session.network import check_classes
 from repan_cli.system.notices import warn
+from repan_cli.system.text import first_line
 
 WITHOUT_FILES = ("digits", "synthetic")
 
@@ -45,10 +46,19 @@ def load(artifact: Artifact, dataset: str | None = None, root: str | None = None
 
 
 def settings(artifact: Artifact, dataset: str | None = None, root: str | None = None) -> dict[str, Any]:
-    """Return the arguments of `datasets.load` for a network's data, with another name or place where one is given."""
+    """Return the arguments of `datasets.load` for a network's data, with another name or place where one is given.
+
+    Only a data set that the user names may be fetched: a file may come from anybody. Raises InputError for settings in
+    a file that this version does not know.
+    """
     card = artifact.card
-    stored = {key: value for key, value in card.config.items() if key.startswith("data.")}
-    arguments = datasets.settings_of(config.replace(config.Config(), stored).data)
+    stored = {key: config.as_text(value) for key, value in card.config.items() if key.startswith("data.")}
+    try:
+        typed = config.typed(stored)
+    except InputError as error:
+        raise InputError(f"{artifact.source} describes its data with {first_line(error)}") from None
+    arguments = datasets.settings_of(config.replace(config.Config(), typed).data)
+    arguments["download"] = dataset is not None
     asked = {"name": dataset, "root": root, "image_size": card.image_size, "channels": card.in_chans}
     if dataset not in (None, arguments["name"]):  # the part that it was trained on is one of its own data
         arguments |= {"classes": None, "per_class": None}

@@ -34,15 +34,15 @@ def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
         runner.follow(_again(command, given, path)[0])
         return
     with runs.RunDirectory(path, reopen=True) as folder:
-        session, resolved, saved = _again(command, given, path)
+        session, resolved, saved, source = _again(command, given, path)
         _warn_of_changes(saved, surroundings(session.training.runtime))
-        if resolved.source.startswith(str(path / runs.PREVIOUS)):
+        if source.name == runs.PREVIOUS:
             _set_aside(path / runs.LAST)
         runner.carry_out(session, folder, resolved, begun=state_of(saved, str(path)).begun, as_json=as_json)
 
 
-def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, Checkpoint]:
-    """Prepare the run in the folder `path`, in its newest whole state."""
+def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, Checkpoint, Path]:
+    """Prepare the run in the folder `path`, in its newest whole state; the last one is that state's file."""
     source, saved = newest_state(path)
     if saved.card.command != command:
         raise InputError(f"{path} is a run of 'repan {saved.card.command}': resume it with that command")
@@ -59,7 +59,7 @@ def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, C
     for name, digest in session.training.task_of.digests.items():
         if digest not in known:
             raise InputError(f"{name} is not the teacher that the run began with")
-    return session, resolved, saved
+    return session, resolved, saved, source
 
 
 def newest_state(path: Path) -> tuple[Path, Checkpoint]:
