@@ -137,6 +137,6 @@ def _check_cycles(whole: Config, cycles: int, phase: int) -> None:
 def _warn_of_changes(saved: Checkpoint, now: Mapping[str, Any]) -> None:
     """Say what is not as it was where that may change the last bits of what follows."""
     before = saved.card.surroundings or {}
-    changes = [f"{name} {before.get(name)} is now {now[name]}" for name in now if before.get(name) != now[name]]
+    changes = [f"{name} {before[name]} is now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changes:
         warn(f"resumed elsewhere: {', '.join(changes)}; what follows may differ in its last bits")

@@ -32,7 +32,7 @@ LEAST_SCALE = 2**-3
 LOOK_IMAGES = 256
 
 
-def fit(run: Training) -> Iterator[Event]:
+def fit(run: Training) -> Generator[Event, None, None]:
     """Train through the plan, from where `run.progress` stands. The caller logs and saves from the events; the model is
     trained in place.
 
@@ -55,7 +55,7 @@ def fit(run: Training) -> Iterator[Event]:
         yield end
 
 
-def _epoch(run: Training, phase: Phase, task: Task) -> Iterator[Event]:
+def _epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, None, None]:
     """Train and score an epoch. Its event comes with a `progress` from which the next one would begin."""
     progress, began = run.progress, time.perf_counter()
     result = yield from _train_epoch(run, phase, task)
