@@ -279,13 +279,14 @@ def test_the_log_tells_of_the_stop(begun):
 @pytest.mark.soak
 def test_a_second_writer_is_refused_until_the_first_is_killed(capsys, tmp_path):
     folder = tmp_path / "run"
-    first = start("train", *SMALL, "--epochs", "500", "--out", folder)
+    words = ["repvgg_b0" if word == "repvgg_a0" else word for word in SMALL]  # the same network in both processes
+    first = start("train", *words, "--epochs", "500", "--out", folder)
     wait_for(folder / "last_previous.pt")
     for _ in range(5):
         err = one_line(capsys, "train", "--resume", folder)
         assert f"is being written by process {first.pid} on " in err
     assert "exists already; nothing was touched: go on with --resume" in one_line(
-        capsys, "train", *SMALL, "--out", folder
+        capsys, "train", *words, "--out", folder
     )
     first.kill()
     first.wait()

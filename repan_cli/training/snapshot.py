@@ -52,7 +52,8 @@ def _optimizer_state(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         rest = {key: value for key, value in memory.items() if isinstance(value, PLAIN)}
         plain |= {name: rest} if rest else {}
     groups = [
-        {key: value for key, value in group.items() if isinstance(value, PLAIN)} for group in run.optimizer.param_groups
+        {key: value for key, value in group.items() if isinstance(value, PLAIN) and key != "lr"}  # the position sets it
+        for group in run.optimizer.param_groups
     ]
     return tensors, {"parameters": plain, "groups": groups}
 
