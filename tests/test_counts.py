@@ -24,7 +24,7 @@ BLOCKS, CONVS, NORMS = 22, 44, 62
 
 @pytest.fixture
 def step(digit_images):
-    """A step of training as the engine makes it, after a first one."""
+    """A step of training as `training.step` makes it, after a first one."""
 
     def make(precision, **settings):
         model = timm.create_model("repvgg_a1_cifar", num_classes=10, in_chans=1).train()

@@ -15,8 +15,6 @@ from repan_cli.blocks.kernel import conv_kernel, exact, running_stats
 from repan_cli.errors import InputError
 from repan_cli.system.ranks import summed
 
-# ---------------------------------------------------------------------------------------------- calibration
-
 
 class ChannelSums:
     """Sums of a channel's values and squares, in float64."""
@@ -85,9 +83,7 @@ class MergedProbe:
         for handle in handles:
             handle.remove()
         if missing:
-            raise InputError(
-                "cycle.rule=calibrate and cycle.attach=compensated need images that reach every block, and got none"
-            )
+            raise InputError("rule=calibrate and attach=compensated need images that reach every block, and got none")
 
 
 def calibrate(model: nn.Module, images: Iterable[Tensor | Sequence[Tensor]]) -> dict[str, Moments]:

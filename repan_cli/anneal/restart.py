@@ -56,8 +56,8 @@ def restart(
 
     The function in eval mode is kept (except with `attach="one"`, which lets the fresh branches in at once); with the
     rule `calibrate` the one in train mode is too, up to the difference between `images` and the training batches.
-    A block without a BN in its trunk takes the merged kernel as it is, under every rule. Zero the optimizer's momentum
-    afterwards.
+    A block without a BN in its trunk takes the merged kernel as it is, under every rule. Afterwards zero the
+    optimizer's momentum, or carry it by `changes` of the report.
 
     Args:
         rule: restoration rule: `calibrate`, `running` (as released) or `reset`.

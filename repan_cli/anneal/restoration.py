@@ -11,13 +11,11 @@ from repan_cli.blocks import FAMILIES, NATIVE, RepBlock
 from repan_cli.blocks.kernel import BatchNorm, Kernel, exact, running_stats
 
 TINY_GAMMA = 1e-6
-"""Below this |gamma| the rule `running` cannot divide by it."""
+"""Below this |gamma| the rule `running` cannot divide by it, nor is momentum carried by |gamma / sigma| below it."""
 
 MOST_GROWTH = 4.0
-"""How many times its old norm a channel of a trunk may get under `trunk_scale=pace`, which divides by gamma."""
-
-
-# ---------------------------------------------------------------------------------------------- restoration
+"""How many times its old norm a channel of a trunk may get under `trunk_scale=pace`, which divides by gamma; also the
+most that carried momentum is multiplied with."""
 
 
 class Moments(NamedTuple):

@@ -1,4 +1,6 @@
-"""What a file says of its network: the one reader and writer of the description (`meta`) in every format.
+"""The description of a network in a file (`meta`): its one reader and writer, in every format.
+
+Beside it, `format.CONTENT` names the other parts of a checkpoint, and `reading.RECORDS` the entries of an archive.
 
 The description is a closed schema: known keys of known types. A file is a stranger's, so nothing else is accepted, and
 what is accepted only ever names things that this package knows how to build.

@@ -119,7 +119,7 @@ def _as_safetensors(checkpoint: Checkpoint) -> bytes:
 
 
 def sealed(buffer: io.BytesIO, place: int) -> bytes:
-    """The file in `buffer` with the digits of its SHA-256 at their `place`, behind `SEAL`."""
+    """The file in `buffer` with the digits of its SHA-256 at their `place`, behind `CHECKSUM`."""
     digits = sum_around(buffer, place)
     buffer.seek(place)
     buffer.write(digits)

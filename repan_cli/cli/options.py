@@ -22,7 +22,7 @@ def signature_of(options: type) -> inspect.Signature:
         shown: Any = list[get_args(kind)[0]] if many else kind  # type: ignore[misc]
         if many and default is not MISSING:
             shown = shown | None
-        given = _argument(how) if isinstance(how, Argument) else _option(name, how, default)
+        given = _argument(how) if isinstance(how, Argument) else _option(how, default)
         parameters.append(
             inspect.Parameter(
                 name,
@@ -46,7 +46,7 @@ def _argument(how: Argument) -> Any:
     return typer.Argument(metavar=how.metavar, help=how.help, show_default=False, autocompletion=_offers(how))
 
 
-def _option(name: str, how: Option, default: Any) -> Any:
+def _option(how: Option, default: Any) -> Any:
     text = how.help
     if how.setting and not text:
         text = (config.SCHEMA.get(how.setting) or config.OVERLAY[how.setting]).text

@@ -39,7 +39,7 @@ COMPILED, ONNX = "compiled", "ONNX Runtime"
 
 
 def run(options: BenchmarkOptions) -> None:
-    """Time SOURCE: all forms in turns at every batch size, then a step of training."""
+    """Time a network: all forms in turns at every batch size, then a step of training."""
     batches = options.batches or BATCHES
     if min([*batches, options.training_batch + 1]) < 1:
         raise InputError("--batch and --training-batch are numbers of images: 1 or more (0 leaves training out)")

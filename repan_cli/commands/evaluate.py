@@ -29,7 +29,7 @@ WORST = 5
 
 
 def run(options: EvaluateOptions) -> None:
-    """Score SOURCE in float32; `fused` merges it, with proof, and scores both forms side by side."""
+    """Score a network in float32; `fused` merges it, with proof, and scores both forms side by side."""
     if options.out:
         _make_folder(options.out)
     artifact = open_artifact(options.checkpoint, options.model)

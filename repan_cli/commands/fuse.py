@@ -57,7 +57,7 @@ class Written:
 
 
 def run(options: FuseOptions) -> None:
-    """Write the merged network of SOURCE, once for every format. Nothing is written unless everything agrees."""
+    """Write a merged network, once for every format. Nothing is written unless everything agrees."""
     targets = _targets(options.checkpoint, options.out, options.formats, overwrite=options.overwrite)
     _check_wishes(targets, options.form, with_normalize=options.with_normalize)
     artifact = open_artifact(options.checkpoint, options.model)

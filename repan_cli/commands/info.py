@@ -14,6 +14,7 @@ from repan_cli import checkpoint, models
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.commands.options import InfoOptions
+from repan_cli.config.conventions import GRAPH_ENDINGS
 from repan_cli.config.settings import SCHEMA
 from repan_cli.display.console import print_table
 from repan_cli.errors import InputError
@@ -36,7 +37,7 @@ SIGNS = {
 
 
 def run(options: InfoOptions) -> None:
-    """Describe SOURCE: network, form, blocks, classes, where in its run it was saved, figures, settings, digest."""
+    """Describe a file: network, form, blocks, classes, where in its run it was saved, figures, settings, digest."""
     path = file_of(options.checkpoint)
     if path is None:
         raise InputError(f"no file {options.checkpoint}; repan list models {options.checkpoint} tells of networks")
@@ -62,7 +63,7 @@ def _is_changed(key: str, value: Any) -> bool:
 
 def describe(path: Path, network: str | None = None) -> dict[str, Any]:
     """Return the facts in plain types. Raises InputError for a file that is damaged, or no file of a network."""
-    if path.suffix in (".onnx", ".pt2"):
+    if path.suffix in GRAPH_ENDINGS:
         return _exported(path)
     content = checkpoint.load_any(path)
     return _ours(path, content, network) if isinstance(content, Checkpoint) else _theirs(path, content, network)

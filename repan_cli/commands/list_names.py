@@ -25,7 +25,7 @@ KINDS: Registry[Callable[[], Rows]] = Registry("kind of name")
 
 @KINDS.register("models")
 def _models() -> Rows:
-    import timm
+    import timm  # here and below: most kinds of names are listed without PyTorch
 
     from repan_cli import models
     from repan_cli.models import catalog

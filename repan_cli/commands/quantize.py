@@ -35,7 +35,7 @@ SHOWN = 8
 
 
 def run(options: QuantizeOptions) -> None:
-    """Merge SOURCE, look at its layers, write it in int8, score both. Training images calibrate, never the test set."""
+    """Merge a network, look at its layers, write it in int8, score both. Only training images calibrate."""
     need("int8", "onnx", *onnx_file.PACKAGES)
     target = _target(options.checkpoint, options.out, overwrite=options.overwrite)
     if options.images < 1:

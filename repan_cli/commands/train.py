@@ -1,4 +1,4 @@
-"""`repan train`, `distill` and `cycle`: one run, which the three commands differ in by its plan alone."""
+"""`repan train`, `distill` and `cycle`: one run; the three commands differ only in its plan."""
 
 from __future__ import annotations
 

@@ -333,9 +333,6 @@ def baseline_phase(config: Config) -> Config:
     return dataclasses.replace(replace(config, laid_over), baseline={})
 
 
-# ---------------------------------------------------------------------------------------------- writing
-
-
 def flatten(config: Config, *, cycles: bool = True) -> dict[str, Any]:
     """Typed values by dotted key; without `cycles`, what `train` uses."""
     flat = {}

@@ -23,9 +23,6 @@ LARGEST_RESIDENT = 16 * 2**30
 LOOKED_AT = 200_000
 
 
-# ---------------------------------------------------------------------------------------------- image folders
-
-
 def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
     """`root/train/<class>/*` and `root/val/<class>/*` or `root/test/<class>/*`; `validation` is `val`."""
     folders = image_files.part_folders(root)

@@ -1,5 +1,5 @@
-"""From a multi-branch network to what runs elsewhere: merge and prove (`merge`), the weights of the plain network
-(`plain`), files for other runtimes (`onnx_file`, `pt2_file`), int8 (`int8`).
+"""From a multi-branch network to what runs elsewhere: merge and prove (`fuse`), the weights of the plain network
+(`conv_bn`), files for other runtimes (`onnx_file`, `pt2_file`), int8 (`int8`).
 """
 
 from repan_cli.export.fuse import (

@@ -6,7 +6,7 @@ Order of initialisation:
 3. data, with its validation part
 4. network, weights to start from, blocks
 5. plan, task, optimizer
-Only then does `train` create the run directory.
+Only then does `runner.begin` create the run directory.
 """
 
 from __future__ import annotations

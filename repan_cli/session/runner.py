@@ -31,7 +31,7 @@ STEPS_BETWEEN_STOPS = 10
 
 
 def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
-    """Prepare, train, merge, and report. Of several ranks the first does all but its share of the training."""
+    """Prepare, train, merge, and report. Of several ranks only the first writes and reports."""
     session = prepare(command, resolved)
     if session.training.runtime.rank:
         follow(session)

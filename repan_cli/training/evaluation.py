@@ -28,9 +28,6 @@ class Score:
     images: int
 
 
-# ---------------------------------------------------------------------------------------------- evaluation
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Loader, stop: Callable[[], bool] = bool, graphs: Graphs | None = None) -> Score:
     """Score a network in eval mode, in float32: the same weights give the same figures wherever they are reported.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# ---------------------------------------------------------------------------------------------- events
-
 
 @dataclass(frozen=True)
 class CycleStart:

@@ -234,6 +234,6 @@ def _position(phase: Phase, elapsed: float) -> tuple[float, float]:
 
 
 def _check_scale(run: Training) -> None:
-    """The scaler halves the loss scale whenever a gradient overflows: from 2 ** 16, twenty times in a row."""
+    """Raise DivergedError when the loss scale has collapsed: from 2 ** 16 it halves with every overflow in a row."""
     if run.scaler.is_enabled() and run.scaler.get_scale() < LEAST_SCALE:
         raise DivergedError("gradients overflow in fp16 however the loss is scaled; set run.precision=bf16 or fp32")

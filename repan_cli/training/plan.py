@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from repan_cli.config.settings import Config, CycleConfig, OptimConfig, TeacherConfig, baseline_phase
 from repan_cli.training.schedules import learning_rate
 
-# ---------------------------------------------------------------------------------------------- the plan
-
 
 @dataclass(frozen=True)
 class Phase:
