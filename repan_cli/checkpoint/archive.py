@@ -49,11 +49,11 @@ ROOT = "archive"
 
 
 class _Malformed(Exception):
-    """What is wrong with an archive, as the end of a sentence that begins with the file's name."""
+    """A fault of an archive, as the end of a sentence that begins with the file's name."""
 
 
 class Entry(NamedTuple):
-    """Where in the file the bytes of an entry are, and their CRC-32 (0 where the writer left it out)."""
+    """The place of an entry's bytes in the file, and their CRC-32 (0 where the writer left it out)."""
 
     start: int
     size: int
@@ -176,7 +176,7 @@ def _directory_of(file: IO[bytes], total: int) -> tuple[int, int, int]:
 
 
 def _end_record(file: IO[bytes], total: int) -> int:
-    """Where the end record is: at the end of the file, before nothing but repan's check sum."""
+    """Find the end record: at the end of the file, before nothing but repan's check sum."""
     for comment in (0, COMMENT_BYTES):
         place = total - comment - END.size
         if place < 0:
@@ -252,7 +252,7 @@ DISAGREE = "has an entry whose own header disagrees with the directory"
 
 
 def _located(file: IO[bytes], listed: _Listed, end: int) -> tuple[Entry, int]:
-    """Where an entry's bytes are, and where the next entry begins."""
+    """Find an entry's bytes, and where the next entry begins."""
     header = LOCAL.unpack(_bytes_at(file, listed.offset, LOCAL.size))
     mark, _, flags, method, _, _, *sums, name_bytes, extra_bytes = header
     names = _bytes_at(file, listed.offset + LOCAL.size, name_bytes + extra_bytes)
@@ -298,7 +298,7 @@ Piece = bytes | Entry
 
 
 def _pieces(archive: Archive, from_file: re.Pattern[str]) -> Iterator[Piece]:
-    """What the new archive consists of: bytes, and ranges of the file."""
+    """Yield the parts of the new archive: bytes, and ranges of the file."""
     place, directory = 0, []
     for name, entry in archive.entries.items():
         header = _local_header(name, entry)

@@ -96,7 +96,7 @@ def as_bytes(checkpoint: Checkpoint, suffix: str) -> bytes:
 
 
 def header(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a file says of itself beside its weights, in plain types."""
+    """Return everything that a file says beside its weights, in plain types."""
     return {"version": FORMAT, "digest": checkpoint.digest(), "meta": checkpoint.card.as_meta()}
 
 

@@ -86,7 +86,7 @@ def load_any(path: str | Path) -> Checkpoint | dict[str, Tensor]:
 
 
 def check_seal(path: Path) -> bool:
-    """Whether a file, of whatever format, carries a check sum. Raises InputError when it is not that of its bytes."""
+    """Tell whether a file of any format carries a check sum. Raises InputError when it does not fit the bytes."""
     with path.open("rb") as file:
         if path.suffix != ".safetensors":
             file.seek(max(0, path.stat().st_size - len(CHECKSUM) - DIGITS))
@@ -124,7 +124,7 @@ def card_of(meta: Mapping[str, Any], path: Path) -> ModelCard:
 
 
 def _are_plain(tensors: Mapping[Any, Any], path: Path) -> bool:
-    """Whether all are dense tensors by name; one larger than its file is a view that would fill the memory."""
+    """Tell whether all are dense tensors by name; one larger than its file is a view that would fill the memory."""
     return all(
         isinstance(name, str)
         and isinstance(tensor, Tensor)
@@ -139,7 +139,7 @@ def _longest_text(path: Path) -> int:
 
 
 def _is_short(meta: Mapping[str, Any], path: Path) -> bool:
-    """Whether a description is plain and short: lists that share parts may be of any length as text."""
+    """Tell whether a description is plain and short: lists that share parts may be of any length as text."""
     length, longest = 0, _longest_text(path)
     try:
         for part in json.JSONEncoder(sort_keys=True).iterencode(meta):

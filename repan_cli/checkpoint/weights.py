@@ -52,7 +52,7 @@ def load_foreign(
 
 
 def _renamed(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With the one leading part of the names taken off that makes most of them known."""
+    """Take off the leading part of the names that makes most of them known."""
     prefixes = ["", *dict.fromkeys(name.partition(".")[0] + "." for name in weights)]
     best = max(
         prefixes, key=lambda prefix: sum(name.startswith(prefix) and name[len(prefix) :] in own for name in weights)

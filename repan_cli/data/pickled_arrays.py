@@ -53,7 +53,7 @@ NAMES = {
 
 
 class _RefusedError(ValueError):
-    """What a pickle holds that no batch of images does."""
+    """A part of a pickle that no batch of images has."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class _Array:
 
 @dataclass
 class _Machine:
-    """What a pickle's instructions work on."""
+    """The state that a pickle's instructions work on."""
 
     stack: list[Any] = field(default_factory=list)
     outer: list[list[Any]] = field(default_factory=list)
@@ -168,7 +168,7 @@ def _name(found: str) -> _Call:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """What numpy would return, for the arguments that numpy writes."""
+    """Return what numpy would, for the arguments that numpy writes."""
     if function is _Call.RECONSTRUCT and arguments in ((_Call.ARRAY, (0,), "b"), (_Call.ARRAY, (0,), b"b")):
         return _Array()
     if function is _Call.DTYPE and len(arguments) == 3 and arguments[0] in KINDS and arguments[1:] in ((0, 1), (0, 0)):

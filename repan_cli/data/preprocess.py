@@ -35,7 +35,7 @@ class Preparation:
 
     @staticmethod
     def crops(crop: str, size: int) -> bool:
-        """Whether the setting `data.crop` means that images of this side are resized."""
+        """Tell whether the setting `data.crop` means that images of this side are resized."""
         return ReadOptions(crop=crop).streams(size)
 
     def picture(self, image: Image.Image) -> Tensor:

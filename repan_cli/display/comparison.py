@@ -29,5 +29,5 @@ def show(comparison: Comparison, *, to_stderr: bool = False) -> None:
 
 
 def _width(rows: Sequence[Sequence[str]]) -> int:
-    """Of a table of these cells, with two spaces between columns."""
+    """Return the width of a table of these cells, with two spaces between columns."""
     return sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))

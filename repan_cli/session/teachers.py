@@ -44,7 +44,7 @@ class TeacherModel:
 
 
 class PhaseTasks:
-    """Gives each phase its task.
+    """The tasks of the phases of a run.
 
     A teacher is built once, with one cache of its logits for all its phases. The teacher `previous` is the network that
     the cycle before left, merged.

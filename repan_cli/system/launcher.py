@@ -6,5 +6,5 @@ import os
 
 
 def own_rank() -> int:
-    """Which process of `torchrun` this is, also before it has joined the others."""
+    """Return which process of `torchrun` this is, also before it has joined the others."""
     return int(os.environ.get("RANK", "0"))

@@ -8,7 +8,7 @@ from repan_cli.errors import InputError
 
 
 def missing(*packages: str) -> list[str]:
-    """Those of the packages that are not installed; nothing is imported."""
+    """Return the packages that are not installed, importing none."""
     return [package for package in packages if importlib.util.find_spec(package) is None]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 
 
 def join_ranks(device: str) -> tuple[int, int]:
-    """Which of how many processes of `torchrun` this is, joined with the others: by NCCL on GPUs, else by gloo."""
+    """Join the processes of `torchrun`, by NCCL on GPUs, else by gloo. Returns rank and number of processes."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
         return 0, 1
@@ -27,7 +27,7 @@ def join_ranks(device: str) -> tuple[int, int]:
 
 
 def joined() -> bool:
-    """Whether there are other ranks."""
+    """Tell whether there are other ranks."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 

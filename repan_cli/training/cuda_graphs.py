@@ -82,7 +82,7 @@ class Graphs:
         self._storage: frozenset[int] = frozenset()
 
     def enter(self, scope: Hashable, storage: frozenset[int]) -> None:
-        """What comes is work of this scope, on tensors that lie in `storage`: recordings of another are forgotten."""
+        """Begin work of a scope, on tensors that lie in `storage`: recordings of another scope are forgotten."""
         if scope != self._scope:
             self.recordings.clear()
             self._done.clear()

@@ -87,7 +87,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, frozen: 
 
 
 def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step of it can be part of a CUDA graph: it must neither count nor decide on the host."""
+    """Tell whether its step can be part of a CUDA graph: it must neither count nor decide on the host."""
     return isinstance(optimizer, torch.optim.SGD) and bool(optimizer.defaults["fused"])
 
 

@@ -53,7 +53,7 @@ class Phase:
         return min(1.0, elapsed / self.restart.attach_epochs) if self.restart.attach_epochs else 1.0
 
     def trunk_is_frozen(self, elapsed: float) -> bool:
-        """Whether the trunk stays fixed `elapsed` epochs into this phase."""
+        """Tell whether the trunk stays fixed `elapsed` epochs into this phase."""
         restart = self.restart
         return restart is not None and restart.freeze_trunk and elapsed < restart.attach_epochs
 

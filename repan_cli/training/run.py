@@ -59,7 +59,7 @@ class Training:
 
     @cached_property
     def attach_rates(self) -> list[Tensor]:
-        """Of the blocks that restart."""
+        """Return the attach rates of the blocks that restart."""
         return attach_rates(self.model, only=self.restarted)
 
     @cached_property

@@ -18,7 +18,7 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Details:
-    """What a network made of the images of a part.
+    """The predictions of a network for the images of a part.
 
     `confusion` (C, C) counts images of class i that were taken for class j, `predicted` (N,) holds the class of each
     image. `calibration_error` is the expected calibration error in percent: the mean over images of how far the
@@ -31,7 +31,7 @@ class Details:
     calibration_error: float
 
     def class_accuracy(self) -> list[float | None]:
-        """Of each class the percentage recognised; None where it has no image."""
+        """Return the percentage of each class that was recognised; None where it has no image."""
         totals = self.confusion.sum(dim=1)
         correct = self.confusion.diagonal()
         return [

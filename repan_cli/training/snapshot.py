@@ -42,7 +42,7 @@ def snapshot(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _optimizer_state(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the optimizer remembers of each parameter, and what it keeps in its groups."""
+    """Return the optimizer's memory of each parameter, and the plain values of its groups."""
     names = {id(parameter): name for name, parameter in run.model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}

@@ -46,14 +46,14 @@ def update(run: Training, phase: Phase, task: Task, group: list[Batch], elapsed:
 
 
 def recorded_as(phase: Phase, task: Task) -> Hashable:
-    """What is fixed in a recorded update beside the shapes of its inputs: phases that agree in it share recordings."""
+    """Return what a recorded update fixes beside the shapes of its inputs: phases that agree share recordings."""
     settings = phase.optim
     rules = (settings.momentum, settings.nesterov, settings.weight_decay, settings.decay)
     return task.recorded_as, rules, settings.clip, settings.clip_params
 
 
 def storage(run: Training) -> frozenset[int]:
-    """Where everything lies that recorded updates and evaluations read and write."""
+    """Return where everything lies that recorded updates and evaluations read and write."""
     models = {run.model, run.scored}
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     tensors += [each for memory in run.optimizer.state.values() for each in memory.values() if torch.is_tensor(each)]
@@ -64,7 +64,7 @@ def storage(run: Training) -> frozenset[int]:
 def _compute(
     run: Training, phase: Phase, task: Task, frozen: bool, images: int, batches: int, inputs: Inputs
 ) -> Tensor:
-    """What the device does with the parts of so many batches, which have so many images on all ranks.
+    """Do the device's part of an update, for the parts of some batches with so many images on all ranks.
 
     Gives sums over the group, (3,): loss, correct, and 1 if the update was skipped. A recorded step does not look at
     `frozen` but at `run.trunk_live`.

@@ -18,7 +18,7 @@ from repan_cli.training.teacher import LogitCache, Teacher
 class Task(Protocol):
     @property
     def recorded_as(self) -> Hashable:
-        """What tells its computation from another task's, where that is recorded and done again."""
+        """Return what tells its computation from another task's, where that is recorded and done again."""
 
     def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches with what is looked up for them before the step."""
@@ -28,7 +28,7 @@ class Task(Protocol):
 
 
 class TaskProvider(Protocol):
-    """Gives each phase of a run its task.
+    """The tasks of the phases of a run.
 
     `digests` and `described` tell of the teachers that were found, by their names in the settings. `folder` is the
     run's, once it is known, and `resumed_in` the cycle in which a resumed run stands.
@@ -65,7 +65,7 @@ class Classification:
         return self.loss(logits, batch.labels), logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of logits (B, num_classes) and labels (B,) or their shares (B, num_classes)."""
+        """Return the loss of logits (B, num_classes) for labels (B,) or their shares (B, num_classes)."""
         if not self.binary:
             return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         classes = logits.shape[1]

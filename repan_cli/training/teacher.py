@@ -110,7 +110,7 @@ class LogitCache:
 
     @cached_property
     def filled(self) -> npt.NDArray[np.bool_]:
-        """Which (image, view) the table knows."""
+        """Return which (image, view) the table knows."""
         return np.zeros(self.table.shape[:2], dtype=bool)
 
     @property
