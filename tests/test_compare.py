@@ -312,7 +312,7 @@ def test_what_is_no_run_is_one_line(capsys, tmp_path):
         ("status.json", '{"state": "running"}', "not finished (running)"),
         ("status.json", "{", "status.json cannot be read"),
         ("summary.json", "[1]", "summary.json cannot be read"),
-        ("summary.json", "{}", "not what repan writes (KeyError: 'baseline')"),
+        ("summary.json", "{}", "not what repan writes (KeyError: 'command')"),
         ("metrics.jsonl", '{"cycle": 1}\n', "not what repan writes (KeyError: 'val_top1')"),
         ("metrics.jsonl", "7\n", "not what repan writes"),
         ("config.yaml", "run: {seed: many}", "not what repan writes"),
@@ -506,3 +506,47 @@ def test_a_real_run_is_compared_with_itself(capsys, small_run, tmp_path):
     assert group["dataset"] == "digits"
     assert small_run.summary["classes"] == 10
     assert "svg" in page_of(capsys, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+
+def test_records_compare_like_the_runs_they_were_made_of(capsys, arms, tmp_path):
+    (arms / "repan" / "seed_0" / "env.json").write_text(
+        json.dumps({"gpu": "H100", "device": "cuda", "argv": ["/home"]})
+    )
+    kept = tmp_path / "kept"
+    words = ["compare", "--by-folder", "--control", arms / "cosine", "--json"]
+    code, out, err = run(capsys, *words, arms, "--records", kept)
+    assert code == 0, err
+    written = sorted(path.relative_to(kept).as_posix() for path in kept.rglob("*.*"))
+    assert f"written: {len(written)} records below {kept}" in err
+    assert written[:2] == ["cosine/0.json", "cosine/1.json"]
+    assert "/home" not in (kept / "repan" / "0.json").read_text()
+    code, again, err = run(capsys, "compare", "--by-folder", "--control", kept / "cosine", "--json", kept)
+    assert code == 0, err
+
+    def figures(text):
+        groups = json.loads(text)["groups"]
+        return [{key: value for key, value in group.items() if key not in ("runs", "differences")} for group in groups]
+
+    assert figures(again) == figures(out)
+    assert run(capsys, "compare", kept, "--by-folder", "--records", tmp_path / "copy")[0] == 0
+    for name in written:
+        assert (tmp_path / "copy" / name).read_bytes() == (kept / name).read_bytes()
+
+
+def test_two_runs_cannot_be_one_record(capsys, arms, tmp_path):
+    write_run(arms / "repan" / "again", 0)
+    code, _, err = run(capsys, "compare", arms, "--by-folder", "--records", tmp_path / "kept")
+    assert code == 2
+    assert "would both be the record" in err
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_damaged_record_is_left_out(capsys, tmp_path):
+    (tmp_path / "arm").mkdir()
+    (tmp_path / "arm" / "0.json").write_text('{"command": "cycle"}')
+    code, _, err = run(capsys, "compare", tmp_path)
+    assert code == 2
+    assert "left out" in err and "not what repan writes (KeyError: 'settings')" in err

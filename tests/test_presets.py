@@ -1,6 +1,5 @@
 """Every shipped preset loads, says what it is, and names a command that means it."""
 
-import dataclasses
 import json
 import re
 import shlex
@@ -12,7 +11,6 @@ from repan_cli.commands import dry_run
 from repan_cli.commands.options import CycleOptions, shortcuts
 from repan_cli.data import builtin
 from repan_cli.session.build import prepare
-from repan_cli.training.plan import cycle_plan, training_plan
 
 PRESETS = config.presets()
 
@@ -156,44 +154,6 @@ def test_a_preset_builds_its_network_and_makes_steps(name, tmp_path, monkeypatch
     assert facts["steps_per_epoch"] >= 2
     if command == "cycle" and name != "repvgg_imagenet_cycle":  # where fresh branches come in at once, as released
         assert facts["logits_moved"] < 1e-3
-
-
-BASES = ("/small", "/whole", "/full")
-ARMS = [name for name in PRESETS if name.startswith("experiments/") and not name.endswith(BASES)]
-
-
-def command_of(name):
-    return re.search(r"^# Command +repan (\w+)", PRESETS[name].read_text(), re.M)[1]
-
-
-@pytest.mark.parametrize("name", ARMS)
-def test_the_arms_of_an_experiment_differ_in_what_they_are_about_alone(name):
-    """All epochs together are those of the base, the data and the optimizer too, but for the rate of each course."""
-    base = next((base for base in BASES[1:] if f"{base}_" in name), "/small")
-    base = f"experiments{base}"
-    shared = config.resolve("train", base, {}).config
-    settings = config.resolve(command_of(name), name, {}).config
-    plan = cycle_plan(settings, baseline=True) if command_of(name) == "cycle" else training_plan(settings)
-    assert sum(phase.epochs for phase in plan) == shared.epochs == (610 if "/full_" in name else 60)
-    assert (settings.model, settings.data, settings.ema) == (shared.model, shared.data, shared.ema)
-    assert plan[0].optim == shared.optim
-    for phase in plan[1:]:
-        assert dataclasses.replace(phase.optim, lr=0.1) == shared.optim
-        assert phase.optim.lr == (0.05 if settings.cycle.lr == "restart" else 0.1)
-        assert phase.start_from == "last"
-
-
-def test_the_arms_are_those_of_the_experiment():
-    """A name says of which controls an arm is one, and in one thing it differs from the arm that it builds on."""
-    settings = {name: config.resolve(command_of(name), name, {}).config for name in ARMS}
-    assert len(ARMS) == 19 + 7 + 7
-    for name, each in settings.items():
-        family = name.removeprefix("experiments/").removeprefix("full_").removeprefix("whole_").partition("_")[0]
-        assert command_of(name) == ("train" if family == "one" else "cycle")
-        if family != "one":
-            assert each.cycle.lr == family
-            assert (each.cycle.restart == "none") == name.endswith("_none")
-    assert len({json.dumps(config.flatten(each)) for each in settings.values()}) == len(ARMS)
 
 
 @pytest.mark.parametrize("dataset", list(config.RECIPES))

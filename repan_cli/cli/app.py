@@ -203,6 +203,23 @@ COMMANDS = {
         "Inspection",
         "compare",
     ),
+    "study": Command(
+        options.StudyOptions,
+        """Make the runs of an experiment: every arm of a grid with every seed, then the table that compares them.
+
+    The same command again continues runs that were stopped, and leaves finished ones.
+
+    Examples:
+
+    [bold]repan study small --dry-run[/bold]
+
+    [bold]repan study small --arms 'one_cosine,continuous_*' --jobs 2 --minutes 60[/bold]
+
+    [bold]repan study my_grid.yaml --out study --seeds 0,1,2,3,4 --device cuda:0,cuda:1[/bold]
+    """,
+        "Training",
+        "grid_study",
+    ),
     "list": Command(
         options.ListOptions,
         """List the names that can be typed: models, blocks, datasets, optimizers, presets and more.

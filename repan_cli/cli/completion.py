@@ -15,6 +15,7 @@ from pathlib import Path
 
 from repan_cli import config
 from repan_cli.config.conventions import ARTIFACT_ENDINGS, FORMATS, SPLITS
+from repan_cli.config.grid import grids as shipped_grids
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -86,6 +87,10 @@ def forms() -> list[str]:
 
 def presets(start: str = "") -> list[str]:
     return [*config.presets(), *_files(start, (".yaml", ".yml"))]
+
+
+def grids(start: str = "") -> list[str]:
+    return [*shipped_grids(), *_files(start, (".yaml", ".yml"))]
 
 
 def checkpoints(start: str = "") -> list[str]:

@@ -14,7 +14,7 @@ import typer
 from repan_cli.errors import FULL, OutOfSpaceError, RepanError, is_out_of_memory
 from repan_cli.system.launcher import own_rank
 
-WITHOUT_TORCH = ("list_names", "version", "compare")
+WITHOUT_TORCH = ("list_names", "version", "compare", "grid_study")
 """Modules of commands that start at once."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from repan_cli.commands.options import CompareOptions
-from repan_cli.compare import page, table
+from repan_cli.compare import page, records, table
 from repan_cli.compare.groups import as_data, compare
 from repan_cli.compare.results import find_runs, read_all
 from repan_cli.display.comparison import show
@@ -17,6 +17,7 @@ from repan_cli.display.console import tell
 from repan_cli.errors import InputError
 from repan_cli.system.files import write_bytes
 from repan_cli.system.notices import warn
+from repan_cli.system.text import count
 
 
 def run(options: CompareOptions) -> None:
@@ -32,6 +33,8 @@ def run(options: CompareOptions) -> None:
         if target:
             write_bytes(target, text_of(comparison, left_out).encode())
             tell(f"written: {target}")
+    if options.records:
+        tell(f"written: {count(len(records.write(results, options.records)), 'record')} below {options.records}")
     if options.as_json:
         unfinished = [{"run": path, "why": why} for path, why in left_out]
         print(json.dumps({**as_data(comparison), "left_out": unfinished}))

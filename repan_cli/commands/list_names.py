@@ -10,6 +10,7 @@ from typing import Any
 
 from repan_cli.commands.options import ListOptions
 from repan_cli.config.files import presets
+from repan_cli.config.grid import grids, read_grid
 from repan_cli.config.schema import as_text
 from repan_cli.config.settings import OVERLAY, SCHEMA
 from repan_cli.display.console import print_table
@@ -66,6 +67,11 @@ def _optimizers() -> Rows:
 @KINDS.register("presets")
 def _presets() -> Rows:
     return {name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, path in presets().items()}
+
+
+@KINDS.register("studies")
+def _studies() -> Rows:
+    return {name: read_grid(path).about for name, path in grids().items()}
 
 
 @KINDS.register("settings")

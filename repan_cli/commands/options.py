@@ -192,7 +192,7 @@ class InfoOptions:
 class CompareOptions:
     """Options of `repan compare`."""
 
-    runs: Annotated[tuple[str, ...], Argument("RUN", "Run directories, folders with runs in them, globs.")]
+    runs: Annotated[tuple[str, ...], Argument("RUN", "Run directories, records of runs, folders with either, globs.")]
     control: Annotated[
         tuple[str, ...],
         Option(
@@ -207,8 +207,28 @@ class CompareOptions:
     ] = False
     html: Annotated[Path | None, Option(("--html",), "Also write a page with curves.", "FILE")] = None
     markdown: Annotated[Path | None, Option(("--markdown",), "Also write the table as Markdown.", "FILE")] = None
+    records: Annotated[Path | None, Option(("--records",), "Also keep each run as a small file.", "FOLDER")] = None
     as_json: AsJson = False
     as_csv: Annotated[bool, Option(("--csv",), "Print the table as CSV on stdout.")] = False
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Options of `repan study`."""
+
+    grid: Annotated[str, Argument("GRID", "A YAML file of arms, or one that ships: small, whole, full.", "grids")]
+    settings: Annotated[
+        tuple[str, ...], Argument("[KEY=VALUE]...", "Settings of every arm, on top of the grid's.", "words")
+    ] = ()
+    out: Annotated[Path | None, Option(("--out", "-o"), "Default: runs/study/GRID.", "FOLDER")] = None
+    arms: Annotated[str, Option(("--arms",), "Only arms whose names match, comma-separated.", "GLOB,...")] = "*"
+    seeds: Annotated[str | None, Option(("--seeds",), "In place of the grid's seeds.", "N,N,...")] = None
+    jobs: Annotated[int | None, Option(("--jobs", "-j"), "Runs at once; default: one a device.", "N")] = None
+    minutes: Annotated[float | None, Option(("--minutes",), "Stop after so long, all saved.", "M")] = None
+    data_root: Annotated[str | None, Option(("--data-root",), metavar="FOLDER", setting="data.root")] = None
+    device: Annotated[str | None, Option(("--device",), "cpu, cuda, or several: cuda:0,cuda:1.", "NAME,...")] = None
+    dry_run: Annotated[bool, Option(("--dry-run",), "Show the arms and how far their runs are; start none.")] = False
+    as_json: AsJson = False
 
 
 @dataclass(frozen=True)
@@ -217,7 +237,9 @@ class ListOptions:
 
     kind: Annotated[
         str,
-        Argument("KIND", "models, blocks, datasets, optimizers, presets, schedules, settings or trackers.", "kinds"),
+        Argument(
+            "KIND", "models, blocks, datasets, optimizers, presets, schedules, settings, studies or trackers.", "kinds"
+        ),
     ]
     pattern: Annotated[str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'.")] = None
     as_json: AsJson = False

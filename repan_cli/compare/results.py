@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,13 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and not (folder / SERIES).exists()
 
 
+def is_record(path: Path) -> bool:
+    """Tell whether a path is the record of a run: a file such as 0.json, named by the run's seed."""
+    return path.suffix == ".json" and path.stem.isdecimal() and path.is_file()
+
+
 def find_runs(words: Iterable[str]) -> list[Path]:
-    """Find the run directories that words mean: each a run, a file in one, a folder with runs below it, or a glob.
+    """Find the runs that words mean: each a run directory, a file in one, a record, a folder with those, or a glob.
 
     Raises InputError for a word that means none, and for a folder that cannot be read.
     """
@@ -82,6 +87,9 @@ def _matching(glob: str) -> list[Path]:
 
 
 def _runs_at(path: Path) -> Iterator[Path]:
+    if is_record(path):
+        yield path
+        return
     if path.is_file():
         path = path.parent
         if not is_run(path):
@@ -93,16 +101,25 @@ def _runs_at(path: Path) -> Iterator[Path]:
         leads_elsewhere = inner.is_symlink() and not is_run(inner)  # perhaps to where we come from
         if inner.is_dir() and not inner.name.startswith(".") and not leads_elsewhere:
             yield from _runs_at(inner)
+        elif is_record(inner):
+            yield inner
 
 
 def read_result(path: Path) -> Result:
     """Read a finished run. Raises InputError, whose text says why, for one that is not finished or cannot be read."""
+    if is_record(path):
+        return _understood(lambda: _of_record(path))
     status = read_json(path / "status.json") if (path / "status.json").exists() else {"state": "done"}
     if status.get("state") != "done" or not (path / "summary.json").exists():
         where = f" in cycle {status['cycle']}, epoch {status['epoch']}" if "epoch" in status else ""
         raise InputError(f"not finished ({status.get('state')}{where})")
+    return _understood(lambda: _of_folder(path))
+
+
+def _understood(read: Callable[[], Result]) -> Result:
+    """Return what `read` returns. Raises InputError in its place for files that are not what repan writes."""
     try:
-        return _result(path, read_json(path / "summary.json"), read_metrics(path / "metrics.jsonl"))
+        return read()
     except InputError:
         raise
     except OSError as error:
@@ -111,12 +128,30 @@ def read_result(path: Path) -> Result:
         raise InputError(f"its files are not what repan writes ({type(error).__name__}: {error})") from None
 
 
-def _result(path: Path, summary: Mapping[str, Any], records: list[dict[str, Any]]) -> Result:
+def _of_folder(path: Path) -> Result:
+    summary, records = read_json(path / "summary.json"), read_metrics(path / "metrics.jsonl")
+    settings = read_settings(path / "config.yaml", summary["command"])
+    machine = read_json(path / "env.json") if (path / "env.json").exists() else {}
+    return _result(path, summary, records, settings, machine)
+
+
+def _of_record(path: Path) -> Result:
+    record = read_json(path)
+    settings = _typed(record["settings"], record["command"])
+    return _result(path, record["summary"], record["epochs"], settings, record["machine"])
+
+
+def _result(
+    path: Path,
+    summary: Mapping[str, Any],
+    records: list[dict[str, Any]],
+    settings: Mapping[str, Any],
+    machine: Mapping[str, Any],
+) -> Result:
     phases = [row for row in (summary["baseline"], *summary["cycles"]) if row]
     start = summary["baseline"] if records and records[0]["cycle"] else None
     course = [_record(record) for record in records]
     validation = [record["val_top1"] for record in course] + ([_number(start["top1"])] if start else [])
-    settings = read_settings(path / "config.yaml", summary["command"])
     images = summary.get("images", {}).get("train")
     return Result(
         path=path,
@@ -130,7 +165,7 @@ def _result(path: Path, summary: Mapping[str, Any], records: list[dict[str, Any]
         last_test_top1=_finite(float(phases[-1]["test_top1"])),
         val_top1=max((value for value in validation if value is not None), default=None),
         seconds=_finite(float(summary["seconds"])),
-        device=_device(path / "env.json"),
+        device=_device(machine),
         records=course,
     )
 
@@ -147,9 +182,8 @@ def _record(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _device(path: Path) -> str | None:
+def _device(machine: Mapping[str, Any]) -> str | None:
     """Return the device that a run began on: a GPU's name, or cpu."""
-    machine = read_json(path) if path.exists() else {}
     name = machine.get("gpu") or machine.get("device")
     return str(name) if name else None
 
@@ -170,9 +204,13 @@ def read_settings(path: Path, command: str) -> dict[str, Any]:
 
     A setting that this repan knows is typed. One that the file leaves out has its default.
     """
+    return _typed(config.parse_yaml(path.read_text(encoding="utf-8"), str(path)), command)
+
+
+def _typed(layer: Mapping[str, Any], command: str) -> dict[str, Any]:
     cycles = command == "cycle"
     settings = {key: entry.default for key, entry in config.SCHEMA.items() if cycles or not key.startswith("cycle.")}
-    for key, text in config.parse_yaml(path.read_text(encoding="utf-8"), str(path)).items():
+    for key, text in layer.items():
         entry = config.SCHEMA.get(key) or config.OVERLAY.get(key)
         try:
             settings[key] = entry.parse(text) if entry else _frozen(text)

@@ -50,7 +50,12 @@ _TextLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _map
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """The flat layer of settings in a YAML text. `source` names it in errors."""
+    """Return the flat layer of settings in a YAML text. `source` names it in errors."""
+    return flatten_tree(parse_tree(text, source))
+
+
+def parse_tree(text: str, source: str) -> dict[str, Any]:
+    """Return the mapping of a YAML text, with all scalars as text. `source` names it in errors."""
     try:
         tree = yaml.load(text, Loader=_TextLoader)
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # the last two: "\\U00110000"
@@ -61,6 +66,11 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise InputError(f"{source}: expected 'key: value' lines, found {type(tree).__name__}")
+    return tree
+
+
+def flatten_tree(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of nested mappings by dotted key."""
     return dict(_flatten(tree, ""))
 
 
@@ -78,13 +88,18 @@ def preset_folders() -> list[Path]:
     return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
 
 
-def presets() -> dict[str, Path]:
-    """Return the shipped presets by name, such as recipes/cifar."""
+def named_files() -> list[tuple[str, Path]]:
+    """Return the name and the path of each YAML file that ships with repan, such as recipes/cifar."""
     found: dict[str, Path] = {}
     for folder in preset_folders():
         for path in sorted(folder.rglob("*.yaml")):
             found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
-    return found
+    return list(found.items())
+
+
+def presets() -> dict[str, Path]:
+    """Return the shipped presets by name, such as recipes/cifar; grids of studies are none."""
+    return {name: path for name, path in named_files() if not name.startswith("studies/")}
 
 
 def find_preset(name: str, *, near: Path | None = None) -> Path:

@@ -96,7 +96,14 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
     if file is None:
         file = RECIPES.get(str(given.get("data.name")))
     path = find_preset(file) if file else None
-    layer = read_file(path) if path else {}
+    return resolve_layer(command, read_file(path) if path else {}, given, source=_shown(path))
+
+
+def resolve_layer(command: str, layer: Layer, given: Layer, *, source: str) -> Resolved:
+    """Return the configuration of a command from the layer of a file, which `source` names, and the settings `given`.
+
+    Raises InputError for settings that the command does not read, and where a data set, network or teacher is missing.
+    """
     if command == "train":
         refuse(given, ("teacher.",), "has no effect in 'repan train': give it to 'repan distill'")
         layer = {key: text for key, text in layer.items() if not key.startswith(("teacher.", "baseline.teacher."))}
@@ -112,7 +119,7 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
         _refuse_two_rates(config, given)
     if command == "distill" and config.teacher.name in (None, PREVIOUS):
         raise InputError("no teacher: give --teacher FILE or timm:NAME ('previous' is for 'repan cycle')")
-    return Resolved(config, f"{_shown(path)}, {len(given)} from the command line", given)
+    return Resolved(config, f"{source}, {len(given)} from the command line", given)
 
 
 def _refuse_two_rates(config: Config, given: Layer) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from repan_cli import checkpoint, config, models, runs
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.config.conventions import SAME_RESULT
 from repan_cli.config.resolve import Resolved
 from repan_cli.config.schema import Layer
 from repan_cli.config.settings import Config
@@ -20,10 +21,7 @@ from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import warn
 from repan_cli.system.text import count
 
-MAY_CHANGE = (
-    "cycle.count", "data.root", "data.workers", "run.device", "run.graph", "run.log_every", "run.save_every",
-    "run.trackers", "teacher.name"
-)  # fmt: skip
+MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "teacher.name")
 """Settings that a resumed run may have otherwise: they do not change what is computed (a teacher must be the same)."""
 
 
