@@ -286,7 +286,13 @@ def test_no_two_arms_are_the_same(grid):
 
 # ---------------------------------------------------------------------------------------------- with repan itself
 
-REAL = "data.name=digits model.name=repvgg_a0_cifar data.classes=10 data.per_class=60 data.image_size=null".split()
+REAL = [
+    "data.name=digits",
+    "model.name=repvgg_a0_cifar",
+    "data.classes=10",
+    "data.per_class=60",
+    "data.image_size=null",
+]
 REAL += ["data.batch_size=64", "run.precision=fp32"]
 
 
