@@ -338,3 +338,14 @@ def test_a_card_comes_back_the_same_with_everything_in_it(saved):
         run=RunState({"phase": 1}, {"summary": {}, "start": {}, "epoch": {}, "seconds": 1.5}, finished=False),
     )
     assert ModelCard.from_meta(json.loads(json.dumps(card.as_meta()))) == card
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("complex64", torch.complex64), ("uint8", torch.uint8)])
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_weights_that_are_no_real_numbers_are_refused(tmp_path, few_blocks, kind, dtype, ending):
+    """PyTorch would drop imaginary parts, and take packed integers for the weights themselves."""
+    saved = checkpoint.capture(model := small_net(), card_of(model))
+    saved.weights["head.bias"] = saved.weights["head.bias"].to(dtype)
+    checkpoint.save(saved, tmp_path / f"a.{ending}")
+    with pytest.raises(InputError, match=f"its 'head.bias' holds {kind}, not real numbers"):
+        models.load(tmp_path / f"a.{ending}")

@@ -21,6 +21,7 @@ from support import ROOT, card_of, one_line, run, small_net
 from torch import nn
 
 from repan_cli import checkpoint
+from repan_cli.checkpoint.card import Change, Structure
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.cli import app
 
@@ -291,6 +292,68 @@ def _no_storage(path):
 @hostile("no_tensors.pt")
 def _no_tensors(path):
     torch.save({**OURS, "weights": {1: "a"}, "state": {"b": None}}, path)
+
+
+@hostile("shared.pt")
+def _shared(path):
+    """A thousand tensors of the same megabyte."""
+    one = torch.ones(2**18)
+    torch.save({**OURS, "weights": {str(number): one for number in range(1000)}}, path)
+
+
+@hostile("shared_by_others.pth")
+def _shared_by_others(path):
+    one = torch.ones(2**18)
+    torch.save({str(number): one for number in range(1000)}, path)
+
+
+@hostile("endless_and_empty.pth")
+def _endless_and_empty(path):
+    torch.save({"fc.weight": torch.empty(10**12, 0)}, path)
+
+
+@hostile("quantized.pt")
+def _quantized(path):
+    torch.save({"a": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)}, path)
+
+
+def describe(path: Path, name: str, **values: object) -> None:
+    """A file of some bytes that says to hold a network."""
+    card = card_of(nn.Identity(), name, block=None, config={"data.name": "digits"}, **values)
+    checkpoint.save(Checkpoint({"a": torch.ones(1)}, card), path)
+
+
+@hostile("giant.pt")
+def _giant(path):
+    describe(path, "timm:vit_gigantic_patch14_clip_224")
+
+
+@hostile("giant.safetensors")
+def _giant_in_safetensors(path):
+    describe(path, "torchvision:regnet_y_128gf")
+
+
+@hostile("many_classes.pt")
+def _many_classes(path):
+    describe(path, "timm:resnet18", classes=tuple(map(str, range(200_000))))
+
+
+@hostile("many_channels.pt")
+def _many_channels(path):
+    many = 4096
+    describe(path, "timm:vgg11", in_chans=many, mean=(0.0,) * many, std=(1.0,) * many)
+
+
+@hostile("many_branches.pt")
+def _many_branches(path):
+    native = {"block": "mobileone", "branches": 1024}
+    describe(path, "repvgg_b3_cifar", structure=Structure((), {}, native))
+
+
+@hostile("many_changes.pt")
+def _many_changes(path):
+    changes = tuple(Change("expand", "conv1", None, "mobileone", 1024) for _ in range(1000))
+    describe(path, "timm:resnet18", structure=Structure(changes, {}, {}))
 
 
 # ---------------------------------------------------------------------------------------------- safetensors

@@ -9,7 +9,7 @@ import pickle
 import pickletools
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,7 +108,7 @@ def _verified(content: Mapping[str, Any], path: Path) -> Checkpoint:
     if not all(isinstance(content.get(name), kind) for name, kind in CONTENT.items()):
         raise InputError(f"{path} is damaged: parts of it are missing; use another copy")
     weights, meta, state = (content[name] for name in ("weights", "meta", "state"))
-    if not (_are_plain({**weights, **state}, path) and _is_short(meta, path)):
+    if not (_are_plain([*weights.items(), *state.items()], path) and _is_short(meta, path)):
         raise InputError(f"{path} is damaged: it holds what repan does not write; use another copy")
     if digest_of(weights, meta, state) != content["digest"]:
         raise InputError(f"{path} is damaged: its content does not match its digest; use another copy")
@@ -123,15 +123,26 @@ def card_of(meta: Mapping[str, Any], path: Path) -> ModelCard:
         raise InputError(f"{path} describes its network with {error}: it is damaged, or of another version") from None
 
 
-def _are_plain(tensors: Mapping[Any, Any], path: Path) -> bool:
-    """Tell whether all are dense tensors by name; one larger than its file is a view that would fill the memory."""
-    return all(
-        isinstance(name, str)
-        and isinstance(tensor, Tensor)
-        and (tensor.layout, tensor.device.type, tensor.is_quantized) == (torch.strided, "cpu", False)
-        and tensor.numel() * tensor.element_size() <= path.stat().st_size
-        for name, tensor in tensors.items()
-    )
+def _are_plain(tensors: Iterable[tuple[Any, Any]], path: Path, *, times: int = 1) -> bool:
+    """Tell whether all are dense tensors by name, and no more than so many `times` the file.
+
+    One larger than its file is a view that would fill the memory, and so are many of the same storage.
+    """
+    largest = path.stat().st_size
+    total = 0
+    for name, tensor in tensors:
+        plain = isinstance(name, str) and isinstance(tensor, Tensor)
+        if not plain or (tensor.layout, tensor.device.type, tensor.is_quantized) != (torch.strided, "cpu", False):
+            return False
+        size = tensor.numel() * tensor.element_size()
+        total += size
+        if size > largest or total > times * largest or (not size and max(tensor.shape) > largest):
+            return False
+    return True
+
+
+TIED = 4
+"""How many times the bytes of others' files their tensors may have: layers may share theirs."""
 
 
 def _longest_text(path: Path) -> int:
@@ -249,7 +260,7 @@ def _foreign_weights(content: Any, path: Path) -> dict[str, Tensor]:
     weights = {name: value for name, value in tensors if isinstance(name, str) and isinstance(value, Tensor)}
     if not weights:
         raise InputError(f"{path} holds no weights: no tensors by name, nor under {', '.join(WRAPPERS)}")
-    if not _are_plain(weights, path):
+    if not _are_plain(weights.items(), path, times=TIED):
         raise InputError(f"{path} holds tensors that are sparse, quantized or larger than the file: save plain ones")
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}

@@ -26,6 +26,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         if value.shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)}, not {tuple(value.shape)}"
             raise InputError(f"{source} does not fit the network: its '{name}' has the shape {shapes}")
+        if value.is_floating_point() and not weights[name].is_floating_point():  # complex, or packed integers
+            kind = str(weights[name].dtype).removeprefix("torch.")
+            raise InputError(f"{source} does not fit the network: its '{name}' holds {kind}, not real numbers")
     model.load_state_dict(weights)
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.overrides import TorchFunctionMode
 
 from repan_cli import checkpoint
@@ -19,13 +24,52 @@ from repan_cli.models import user_file
 from repan_cli.models.changes import Expansion, apply, set_report
 from repan_cli.models.create import create
 
+TIMES_THE_FILE, TIMES_THE_NAMES = 8, 16
+"""How many times the bytes and the tensors of a file its network may have while it is built: branches that are merged
+at once count, too."""
 
-def build_untrained(card: ModelCard, source: str, network: nn.Module | str | None = None) -> nn.Module:
+LEAST_BYTES, LEAST_TENSORS = 2**26, 2**12
+"""What a network may have whatever the size of its file."""
+
+
+def build_untrained(saved: Checkpoint, source: str, network: nn.Module | str | None = None) -> nn.Module:
     """The network that a checkpoint describes, in its form, with fresh weights.
 
     A person's own network is given again as `network`, the plain module or its name: a path in a file is never
-    imported by itself. Raises InputError where it is missing.
+    imported by itself. Raises InputError where it is missing, or the network is far larger than the weights: a file of
+    some bytes fills no memory by the name of a giant.
     """
+    own = isinstance(network, nn.Module) or user_file.names_a_file(saved.card.model)
+    with contextlib.nullcontext() if own else _no_larger_than(saved.weights, source):
+        return _build(saved.card, source, network)
+
+
+@contextlib.contextmanager
+def _no_larger_than(weights: Mapping[str, Tensor], source: str) -> Iterator[None]:
+    """Stop building a network, before its memory is touched, as soon as it is far larger than its weights."""
+    most = LEAST_BYTES + TIMES_THE_FILE * sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    most_tensors = LEAST_TENSORS + TIMES_THE_NAMES * len(weights)
+    found = count = 0
+
+    def registered(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal found, count
+        if tensor is not None:
+            found, count = found + tensor.numel() * tensor.element_size(), count + 1
+            if found > most or count > most_tensors:
+                raise InputError(f"{source} does not fit the network: what it names is many times larger than the file")
+
+    hooks = [register(registered) for register in REGISTERED]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+REGISTERED = (register_module_parameter_registration_hook, register_module_buffer_registration_hook)
+
+
+def _build(card: ModelCard, source: str, network: nn.Module | str | None) -> nn.Module:
     native, expansion = card.structure.native, Expansion.from_card(card)
     changes = list(expansion.changes)
     if card.form == FUSED:  # branches that would only be merged need not be made
@@ -73,7 +117,7 @@ def rebuild(saved: Checkpoint, source: str, network: nn.Module | str | None = No
     """
     drawn = user_file.names_a_file(saved.card.model)  # what a person's own does with its weights is not known
     with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else _NothingIsDrawn():
-        model = build_untrained(saved.card, source, network)
+        model = build_untrained(saved, source, network)
     checkpoint.load_weights(model, saved.weights, source)
     return model.eval()
 

@@ -152,7 +152,7 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
     """Build the network of one of repan's checkpoints; one without side branches may grow those of another family."""
     source = _source(config)
     _check_origin(config, dataset, name, saved)
-    model = models.build_untrained(saved.card, source, name)
+    model = models.build_untrained(saved, source, name)
     checkpoint.load_weights(model, saved.weights, source)
     _check_output(model, name, dataset)
     expansion = Expansion.from_card(saved.card)
@@ -173,7 +173,7 @@ def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Netw
         )
     name = config.model.name
     assert name is not None, "a run that goes on has the full name of its network"
-    model = models.build_untrained(saved.card, "the run", name)
+    model = models.build_untrained(saved, "the run", name)
     checkpoint.load_weights(model, saved.weights, "the run")
     native = saved.card.structure.native
     expansion = Expansion.from_card(saved.card)
