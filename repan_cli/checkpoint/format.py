@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli.checkpoint.card import FUSED, Change, ModelCard
-from repan_cli.system.files import write_atomically
+from repan_cli.system.files import to_json, write_atomically
 
 FORMAT = 1
 
@@ -55,7 +54,7 @@ def digest_of(
     weights: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, state: Mapping[str, Tensor] | None = None
 ) -> str:
     """Return the SHA-256 over tensors (name, dtype, shape, logical bytes) and a description in plain types."""
-    total = hashlib.sha256(json.dumps(meta or {}, sort_keys=True).encode())
+    total = hashlib.sha256(to_json(meta or {}, sort_keys=True).encode())
     for kind, tensors in (("", weights), ("state ", state or {})):
         for name in sorted(tensors):
             tensor = tensors[name].detach().cpu().contiguous()
@@ -113,7 +112,7 @@ def _as_safetensors(checkpoint: Checkpoint) -> bytes:
     seal = CHECKSUM.decode() + "0" * DIGITS
     # one entry only: safetensors writes several in random order, and equal content must give equal bytes
     buffer = io.BytesIO(
-        safetensors.torch.save(checkpoint.weights, {"repan": json.dumps({"seal": seal, **header(checkpoint)})})
+        safetensors.torch.save(checkpoint.weights, {"repan": to_json({"seal": seal, **header(checkpoint)})})
     )
     return sealed(buffer, buffer.getvalue().index(CHECKSUM) + len(CHECKSUM))
 

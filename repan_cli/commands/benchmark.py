@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from repan_cli.models.probe import noise
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.device import Runtime, describe_machine, start_runtime
+from repan_cli.system.files import to_json
 from repan_cli.system.host import processor
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import missing
@@ -65,7 +65,7 @@ def run(options: BenchmarkOptions) -> None:
             forms, images, options.training_batch, len(artifact.card.classes), machine, options.seconds
         )
     if options.as_json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         _report(result)
 

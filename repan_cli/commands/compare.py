@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from repan_cli.compare.results import find_runs, read_all
 from repan_cli.display.comparison import show
 from repan_cli.display.console import tell
 from repan_cli.errors import InputError
-from repan_cli.system.files import write_bytes
+from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.notices import warn
 from repan_cli.system.text import count
 
@@ -37,7 +36,7 @@ def run(options: CompareOptions) -> None:
         tell(f"written: {count(len(records.write(results, options.records)), 'record')} below {options.records}")
     if options.as_json:
         unfinished = [{"run": path, "why": why} for path, why in left_out]
-        print(json.dumps({**as_data(comparison), "left_out": unfinished}))
+        print(to_json({**as_data(comparison), "left_out": unfinished}))
     elif options.as_csv:
         for warning in comparison.warnings:
             warn(warning)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from repan_cli.session import summary
 from repan_cli.session.build import Session, prepare
 from repan_cli.session.network import describe_blocks
 from repan_cli.system.device import peak_memory
+from repan_cli.system.files import to_json
 from repan_cli.system.text import by_reason, count, duration, some
 from repan_cli.training.evaluation import EVAL_BATCH
 from repan_cli.training.events import CycleStart, Epoch, StepEnd
@@ -39,7 +39,7 @@ def run(command: str, resolved: Resolved, *, runs: int = 1, as_json: bool) -> No
     facts["estimated_seconds"] = _estimate(session, facts)
     facts["runs"] = runs
     if as_json:
-        print(json.dumps(facts))
+        print(to_json(facts))
     else:
         _report(session, resolved, facts)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,11 @@ from repan_cli.data.build import eval_loader
 from repan_cli.display import plots
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
+from repan_cli.export.fuse import check_finite
 from repan_cli.session import artifact_images
 from repan_cli.session.artifact import open_artifact
 from repan_cli.system.device import start_runtime
-from repan_cli.system.files import write_bytes
+from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.notices import warn
 from repan_cli.system.text import percent
 from repan_cli.training.evaluation import eval_batch
@@ -33,6 +32,7 @@ def run(options: EvaluateOptions) -> None:
     if options.out:
         _make_folder(options.out)
     artifact = open_artifact(options.checkpoint, options.model)
+    check_finite(artifact.network)
     machine = start_runtime(options.device, "fp32")
     data = artifact_images.load(artifact, options.dataset, options.data_root)
     images = eval_loader(data, options.split, machine, share=artifact.preparation.share)
@@ -50,7 +50,7 @@ def run(options: EvaluateOptions) -> None:
     if options.out:
         result["out"] = _write(options.out, found[result["form"]], data.classes)
     if options.as_json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         _report(options.checkpoint, result, found, data.classes)
 
@@ -77,7 +77,7 @@ def _result(found: dict[str, Details], classes: tuple[str, ...]) -> dict[str, An
 
 
 def _figures(details: Details) -> dict[str, Any]:
-    return {**dataclasses.asdict(details.score), "calibration_error": details.calibration_error}
+    return {**details.score.figures(), "calibration_error": details.calibration_error}
 
 
 def _write(folder: Path, details: Details, classes: tuple[str, ...]) -> list[str]:
@@ -105,6 +105,7 @@ def _report(source: str, result: dict[str, Any], found: dict[str, Details], clas
     by = f"{result['runtime']}, {result['precision']}"
     tell(f"{source} ({by}) on {result['images']:,} {result['split']} images of {result['dataset']}")
     names = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss", "calibration_error": "calibration error %"}
+    names = {name: title for name, title in names.items() if name in result}
     rows = []
     for form, details in found.items():
         figures = _figures(details)

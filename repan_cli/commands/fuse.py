@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from repan_cli.models.create import TIMM, TORCHVISION
 from repan_cli.registry import did_you_mean
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
-from repan_cli.system.files import write_bytes
+from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import need
 from repan_cli.system.text import count
@@ -76,7 +75,7 @@ def run(options: FuseOptions) -> None:
     facts = {"out": [str(target) for target in targets], **(dataclasses.asdict(report) if report else {})}
     facts |= {"images": seen, "files": [dataclasses.asdict(file) for file in written]}
     if options.as_json:
-        print(json.dumps(facts))
+        print(to_json(facts))
     else:
         _report(options.checkpoint, facts, artifact, with_normalize=options.with_normalize)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
 from repan_cli.models import user_file
 from repan_cli.session.artifact import file_of, open_artifact, written_into
-from repan_cli.system.files import read_json
+from repan_cli.system.files import read_json, to_json
 from repan_cli.system.packages import need
 from repan_cli.system.text import by_reason
 
@@ -43,7 +42,7 @@ def run(options: InfoOptions) -> None:
         raise InputError(f"no file {options.checkpoint}; repan list models {options.checkpoint} tells of networks")
     facts = describe(path, options.model)
     if options.as_json:
-        print(json.dumps(facts))
+        print(to_json(facts))
         return
     layers, left, settings = (facts.pop(name, {}) for name in ("layers", "left_alone", "config"))
     changed = {key: value for key, value in settings.items() if _is_changed(key, value)}
@@ -78,6 +77,7 @@ def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
     hidden = network is None and user_file.names_a_file(saved.card.model)  # a person's own is not imported
     model = None if hidden else models.rebuild(saved, str(path), network)
     blocks = dict(rep_blocks(model)) if model else {}
+    broken = _not_finite(saved.weights)
     layers = {name: f"{block.family}, {_describe(block.trunk.conv)}" for name, block in blocks.items()}
     inner = ("config", "structure", "progress", "begun")  # the last two are what a resume needs
     meta = {key: value for key, value in saved.card.as_meta().items() if key not in inner}
@@ -89,6 +89,7 @@ def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
         "bytes": size,
         "attach_rate": max((float(block.attach_rate) for block in blocks.values()), default=None),
         "digest": saved.digest(),
+        **({"not finite": broken} if broken else {}),
         "layers": layers,
         "left_alone": dict(saved.card.structure.left),
         "config": dict(saved.card.config),
@@ -151,7 +152,7 @@ def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> d
         "types": dict(Counter(str(value.dtype).removeprefix("torch.") for value in weights.values())),
         "convolutions": sum(value.ndim == 4 for value in weights.values()),
         "form": next((form for form, sign in SIGNS.items() if any(sign in name for name in weights)), "not known"),
-        "not finite": [name for name, value in weights.items() if not value.float().isfinite().all()],
+        "not finite": _not_finite(weights),
     }
     if matrices:
         first, last = weights[matrices[0]], weights[matrices[-1]]
@@ -163,6 +164,10 @@ def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> d
         card = open_artifact(str(path), network).card
         facts |= {"fits": card.model, "classes": len(card.classes), "in_chans": card.in_chans}
     return facts
+
+
+def _not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, value in weights.items() if not value.isfinite().all()]
 
 
 def _text(value: Any) -> str:

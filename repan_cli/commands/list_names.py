@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from repan_cli.display.console import print_table
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry, did_you_mean
 from repan_cli.runs.trackers import TRACKERS
+from repan_cli.system.files import to_json
 
 Facts = dict[str, Any]
 Rows = dict[str, str] | dict[str, Facts]
@@ -117,7 +117,7 @@ def run(options: ListOptions) -> None:
     else:
         shown = {name: text for name, text in rows.items() if not name.startswith(FOREIGN)}
     if options.as_json:
-        print(json.dumps(shown))
+        print(to_json(shown))
         return
     print_table([options.kind, ""], ((name, _as_line(facts)) for name, facts in shown.items()))
     if len(rows) > len(shown) and not options.pattern:

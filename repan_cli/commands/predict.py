@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from repan_cli.commands.options import PredictOptions
 from repan_cli.data.image_files import EXTENSIONS, UnreadableImageError
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
+from repan_cli.export.fuse import check_finite
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.device import Runtime, start_runtime
+from repan_cli.system.files import to_json
 from repan_cli.system.notices import warn
 from repan_cli.system.text import count
 
@@ -30,6 +31,7 @@ def run(options: PredictOptions) -> None:
         raise InputError(f"--top {options.top}: at least one class is named")
     files = list(_files(options.images))
     artifact = open_artifact(options.checkpoint, options.model)
+    check_finite(artifact.network)
     machine = start_runtime(options.device, "fp32")
     machine.place(artifact.network)
     rows: list[dict[str, Any]] = []
@@ -37,7 +39,7 @@ def run(options: PredictOptions) -> None:
     for start in range(0, len(files), BATCH):
         rows += _predicted(artifact, files[start : start + BATCH], options.top, machine, unreadable)
     if options.as_json:
-        print(json.dumps(rows))
+        print(to_json(rows))
     elif rows:
         _report(artifact, rows)
     if unreadable:
@@ -75,7 +77,12 @@ def _predicted(
     if not images:
         return []
     batch = torch.stack(images).to(machine.device).contiguous(memory_format=machine.memory_format)
-    probabilities = artifact.network(batch).float().softmax(dim=1).cpu()
+    logits = artifact.network(batch).float().cpu()
+    if broken := [file for file, row in zip(read, logits, strict=True) if not row.isfinite().all()]:
+        raise InputError(
+            f"the network gives no finite logits for {broken[0]}: take a checkpoint from before it diverged"
+        )
+    probabilities = logits.softmax(dim=1)
     classes = artifact.card.classes
     shares, places = probabilities.topk(min(top, len(classes)), dim=1)
     return [

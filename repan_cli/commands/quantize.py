@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from repan_cli.models.changes import changes_of
 from repan_cli.session import artifact_images
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.device import start_runtime
-from repan_cli.system.files import write_bytes
+from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.packages import need
 from repan_cli.system.text import count, percent
 from repan_cli.training.scoring import agreement, examine
@@ -60,17 +58,17 @@ def run(options: QuantizeOptions) -> None:
     write_bytes(target, content)
     result = {
         "out": str(target),
-        "float32": {**dataclasses.asdict(before.score), "bytes": len(graph)},
-        "int8": {**dataclasses.asdict(after.score), "bytes": len(content)},
+        "float32": {**before.score.figures(), "bytes": len(graph)},
+        "int8": {**after.score.figures(), "bytes": len(content)},
         "agreement": agreement(before, after),
         "per_channel": not options.per_tensor,
         "calibration_images": min(options.images, training.count),
         "dataset": data.name,
         "split": options.split,
-        "layers": [_finite(dataclasses.asdict(layer)) for layer in layers],
+        "layers": [dataclasses.asdict(layer) for layer in layers],
     }
     if options.as_json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         _report(options.checkpoint, result, layers)
 
@@ -106,11 +104,11 @@ def _calibration(source: Loader, images: int) -> Iterator[Tensor]:
             images -= len(batch.images)
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row with None for numbers that JSON does not know."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
-    }
+RANKS = {"top1": "top-1 %", "top5": "top-5 %"}
+
+
+def _scores(figures: Mapping[str, Any]) -> list[str]:
+    return [percent(figures[name]) for name in RANKS if name in figures]
 
 
 def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth]) -> None:
@@ -124,10 +122,11 @@ def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth])
     calibrated = f"calibrated on {count(result['calibration_images'], 'training image')}, {scales}"
     tell(f"{result['int8']['images']:,} {result['split']} images of {result['dataset']}; {calibrated}")
     rows = [
-        (name, percent(each["top1"]), percent(each["top5"]), f"{each['loss']:.4f}", f"{each['bytes'] / 2**20:.2f} MiB")
+        (name, *_scores(each), f"{each['loss']:.4f}", f"{each['bytes'] / 2**20:.2f} MiB")
         for name, each in (("float32", result["float32"]), ("int8", result["int8"]))
     ]
-    print_table(["", "top-1 %", "top-5 %", "loss", "size"], rows, to_stderr=True)
+    titles = [title for name, title in RANKS.items() if name in result["int8"]]
+    print_table(["", *titles, "loss", "size"], rows, to_stderr=True)
     tell(f"both name the same class for {percent(result['agreement'])} % of the images")
     tell(f"wrote            {result['out']}")
     tell(f"next             repan evaluate {result['out']}")

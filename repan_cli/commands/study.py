@@ -6,7 +6,6 @@ Going on with a series goes on with the run that was stopped and begins those th
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -26,7 +25,7 @@ from repan_cli.display.console import tell
 from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError
 from repan_cli.session import control, resume, runner
 from repan_cli.session.build import Session, prepare
-from repan_cli.system.files import read_json
+from repan_cli.system.files import read_json, to_json
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
 from repan_cli.system.text import count, percent
@@ -223,7 +222,7 @@ def _finish(series: Series, folder: runs.RunDirectory, *, as_json: bool) -> None
         folder.write_text("comparison.html", page.render(comparison, left_out))
         _report(series, comparison, made)
         if as_json:
-            print(json.dumps(_as_data(series, comparison, made)))
+            print(to_json(_as_data(series, comparison, made)))
     diverged = [member.name for member in members if _state(series.path / member.name) == "diverged"]
     if diverged:
         raise DivergedError(f"{count(len(diverged), 'run')} of {len(members)} diverged: {', '.join(diverged)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from repan_cli.checkpoint.card import ModelCard
 from repan_cli.checkpoint.format import CHECKSUM, DIGITS
 from repan_cli.errors import InputError
 from repan_cli.export.trace import quiet
+from repan_cli.system.files import to_json
 from repan_cli.system.packages import need
 from repan_cli.system.text import first_line
 
@@ -53,8 +53,8 @@ def seal(model: Any, header: dict[str, Any]) -> bytes:
             if re.fullmatch(r"s\d+", side.dim_param):  # the exporter's name of the only size that is free
                 side.dim_param = BATCH
     entries = {
-        "classes": json.dumps(ModelCard.from_meta(header["meta"]).classes),
-        "repan": json.dumps(header, sort_keys=True),
+        "classes": to_json(ModelCard.from_meta(header["meta"]).classes),
+        "repan": to_json(header, sort_keys=True),
         "seal": CHECKSUM.decode() + "0" * DIGITS,  # the last bytes of the file
     }
     for key, value in entries.items():

@@ -25,6 +25,7 @@ from repan_cli.checkpoint.archive import Archive, printable
 from repan_cli.checkpoint.format import CHECKSUM, DIGITS
 from repan_cli.errors import InputError
 from repan_cli.export.trace import quiet
+from repan_cli.system.files import to_json
 
 HEADER = "repan.json"
 TENSOR = re.compile(r"data/weights/weight_\d+|data/constants/tensor_\d+")
@@ -57,7 +58,7 @@ def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:
     program._guards_code = []  # which the reader would execute
     buffer = io.BytesIO()
     with quiet():
-        torch.export.save(program, buffer, extra_files={HEADER: json.dumps(header, sort_keys=True)})
+        torch.export.save(program, buffer, extra_files={HEADER: to_json(header, sort_keys=True)})
     buffer.seek(-2, os.SEEK_END)  # the length of the archive's comment
     buffer.write((len(CHECKSUM) + DIGITS).to_bytes(2, "little") + CHECKSUM)
     return checkpoint.sealed(buffer, buffer.tell())

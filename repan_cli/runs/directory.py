@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import repan_cli
 from repan_cli.errors import InputError, OutOfSpaceError
-from repan_cli.system.files import flush, temporary_file, write_atomically
+from repan_cli.system.files import flush, temporary_file, to_json, write_atomically
 
 PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "scipy", "pillow", "typer", "rich")
 
@@ -109,7 +109,7 @@ class RunDirectory:
         write_atomically(self.path / name, lambda file: file.write(text.encode()))
 
     def write_json(self, name: str, content: Any) -> None:
-        self.write_text(name, json.dumps(content, indent=2) + "\n")
+        self.write_text(name, to_json(content, indent=2) + "\n")
 
     def status(self, state: str, **position: Any) -> None:
         """Note what the run is doing, for scripts: running, done, failed, diverged, interrupted, preempted.

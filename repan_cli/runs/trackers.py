@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
-from repan_cli.system.files import write_atomically
+from repan_cli.system.files import to_json, write_atomically
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import missing
 from repan_cli.system.text import first_line
@@ -45,7 +45,7 @@ class JsonLines:
 
     def log(self, kind: str, epochs: int, figures: Mapping[str, Any]) -> None:
         if kind == "epoch":
-            self.file.write(json.dumps(figures) + "\n")
+            self.file.write(to_json(figures) + "\n")
             self.file.flush()
 
     def close(self) -> None:
@@ -263,7 +263,7 @@ class Once:
         try:
             self.tracker.log(kind, epochs, figures)
             self.mark = mark
-            marks = json.dumps({**_read_marks(self.marks), self.name: mark})
+            marks = to_json({**_read_marks(self.marks), self.name: mark})
             write_atomically(self.marks, lambda file: file.write(marks.encode()))
         except Exception as error:  # whatever its library or the network comes up with
             self._leave(error)

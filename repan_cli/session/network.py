@@ -20,6 +20,7 @@ from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.settings import Config, replace
 from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
+from repan_cli.export.fuse import check_finite
 from repan_cli.models import Expansion, Selection, probe, user_file
 from repan_cli.models.inspect import classifier_layers
 from repan_cli.models.probe import PROBE_IMAGES
@@ -61,6 +62,8 @@ def build(command: str, config: Config, dataset: Dataset) -> Network:
         network = _continued(config, dataset, name, weights)
     else:
         network = _created(config, dataset, name, weights)
+    if weights is not None:
+        check_finite(network.model)
     if command == "cycle" and not any(rep_blocks(network.model)):
         left = models.summary(network.expansion.left)
         raise InputError(f"no convolution of {name} can become a block: {left}")

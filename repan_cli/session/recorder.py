@@ -112,7 +112,7 @@ class Record:
 
     def finish(self) -> None:
         """Log the results, in figures."""
-        flat = {"test_top1": self.summary["test"]["top1"], "test_top5": self.summary["test"]["top5"]}
+        flat = {f"test_{name}": value for name, value in self.summary["test"].items() if name in ("top1", "top5")}
         self._log(
             "final", {**flat, **{f"fused_{name}": value for name, value in self.summary.get("fused", {}).items()}}
         )
@@ -166,7 +166,10 @@ class Record:
 
 
 def _metrics(event: Epoch | CycleEnd) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(event).items() if name not in ("cycle", "epoch", "best")}
+    found = {name: value for name, value in dataclasses.asdict(event).items() if name not in ("cycle", "epoch", "best")}
+    if found.get("test_top5", 0) is None:  # with five classes or fewer it says nothing
+        del found["test_top5"]
+    return found
 
 
 def _tracked(session: Session, folder: runs.RunDirectory) -> TrackedRun:

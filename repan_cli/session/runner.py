@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from repan_cli.session.build import Session, prepare
 from repan_cli.session.recorder import Record, pool, saves_at
 from repan_cli.session.summary import draw, finish, header
 from repan_cli.system.device import describe_machine
+from repan_cli.system.files import to_json
 from repan_cli.system.ranks import summed
 from repan_cli.system.signals import StopSignals
 from repan_cli.training.events import Event, StepEnd
@@ -92,7 +92,7 @@ def carry_out(
         record.close()
         display.close()
     if as_json:
-        print(json.dumps(record.summary))
+        print(to_json(record.summary))
 
 
 def _train(session: Session, record: Record, display: Display, signals: StopSignals, *, fresh: bool) -> None:

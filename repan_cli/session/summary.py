@@ -111,7 +111,7 @@ def finish(session: Session, folder: runs.RunDirectory, display: Display, record
 
 def _score(session: Session, model: nn.Module) -> dict[str, Any]:
     model = session.training.runtime.place(model)
-    return dataclasses.asdict(evaluate(model, session.training.test.alone()))
+    return evaluate(model, session.training.test.alone()).figures()
 
 
 def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model: nn.Module) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     elif validation:
         rows["chosen"] += ", the first with the best validation top-1"
         rows["validation"] = f"{sparkline(validation)}  best epoch {percent(max(validation))}"
-    rows["test"] = f"top-1 {percent(test['top1'])}, top-5 {percent(test['top5'])}"
+    rows["test"] = f"top-1 {percent(test['top1'])}" + (f", top-5 {percent(test['top5'])}" if "top5" in test else "")
     if summary["cycles"]:
         start, base = display.name(0) if 0 in display.epochs else "start", summary["baseline"]["test_top1"]
         chosen_gain, last_gain = test["top1"] - base, summary["cycles"][-1]["test_top1"] - base

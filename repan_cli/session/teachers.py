@@ -17,6 +17,7 @@ from repan_cli.config.conventions import LARGE_IMAGE, WEIGHT_ENDINGS
 from repan_cli.data.batches import Loader
 from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
+from repan_cli.export.fuse import check_finite
 from repan_cli.models.inspect import wanted_images
 from repan_cli.models.probe import noise
 from repan_cli.session.network import check_classes
@@ -144,6 +145,7 @@ def find_teacher(settings: config.TeacherConfig, dataset: Dataset) -> TeacherMod
         found = _ours(name, settings, dataset, weights)
     else:
         found = _theirs(name, settings, dataset, weights)
+    check_finite(found.model)
     size = settings.image_size or found.view.size
     return TeacherModel(found.model, View(size, found.view.mean, found.view.std), found.digest, found.name)
 

@@ -1,14 +1,15 @@
-"""Write a file so that a reader never sees half of it, and read JSON."""
+"""Write a file so that a reader never sees half of it; read and write JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} cannot be read")
     return content
+
+
+def to_json(content: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """Return the JSON of plain types, with null for numbers that are not finite: JSON has none. All is written so."""
+    try:
+        return json.dumps(content, indent=indent, sort_keys=sort_keys, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(content), indent=indent, sort_keys=sort_keys, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +23,19 @@ EVAL_BATCH, EVAL_PIXELS = 1000, 1000 * 64 * 64
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy in percent and mean cross-entropy over `images` images."""
+    """Accuracy in percent and mean cross-entropy over `images` images.
+
+    `top5` is None with five classes or fewer, where it would be 100 whatever the network does.
+    """
 
     top1: float
-    top5: float
+    top5: float | None
     loss: float
     images: int
+
+    def figures(self) -> dict[str, Any]:
+        """Return what there is, by name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @torch.no_grad()
@@ -54,18 +64,19 @@ def evaluate(model: nn.Module, images: Loader, stop: Callable[[], bool] = bool, 
 
 
 def score_batch(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums over a batch, (3,): top-1 correct, top-5 correct, cross-entropy."""
+    """Sums over a batch, (3,): top-1 correct, top-5 correct (NaN with five classes or fewer), cross-entropy."""
     if not isinstance(logits, Tensor):
         raise InputError(f"the network returns a {type(logits).__name__}, not one tensor of logits")
-    ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    known = logits.shape[1]
+    ranks = logits.topk(min(5, known), dim=1).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([ranks[:, 0].sum(), ranks.sum(), loss])
+    return torch.stack([ranks[:, 0].sum(), ranks.sum() if known > 5 else torch.full_like(loss, torch.nan), loss])
 
 
 def score_of(totals: Tensor, count: int) -> Score:
     """The score that the sums over `count` images mean."""
     top1, top5, loss = (value / count for value in totals.tolist())
-    return Score(100 * top1, 100 * top5, loss, count)
+    return Score(100 * top1, None if math.isnan(top5) else 100 * top5, loss, count)
 
 
 def eval_batch(images: Loader) -> int:

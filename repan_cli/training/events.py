@@ -81,7 +81,7 @@ class CycleEnd:
     cycle: int
     top1: float | None
     test_top1: float
-    test_top5: float
+    test_top5: float | None
     test_loss: float
     seconds: float
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli.data.batches import Loader
-from repan_cli.errors import is_out_of_memory
+from repan_cli.errors import InputError, is_out_of_memory
+from repan_cli.system.text import count
 from repan_cli.training.evaluation import Score, eval_batch, score_batch, score_of
 
 BINS = 15
@@ -42,7 +43,10 @@ class Details:
 
 @torch.no_grad()
 def examine(model: nn.Module, images: Loader, classes: int) -> tuple[Details, int]:
-    """Score a network in eval mode, in float32, and the batch it took: half as many where memory did not suffice."""
+    """Score a network in eval mode, in float32, and the batch it took: half as many where memory did not suffice.
+
+    Raises InputError for a network whose logits are not finite.
+    """
     model.eval()
     size = eval_batch(images)
     while True:
@@ -61,13 +65,20 @@ def _examined(model: nn.Module, images: Loader, classes: int, size: int) -> Deta
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=images.device)
     bins = torch.zeros(3, BINS, dtype=torch.float64, device="cpu")
     predicted = []
+    broken = 0
     for batch, labels, *_ in images.batches(size):
         logits = model(batch)
         totals += score_batch(logits, labels)
+        broken += int((~logits.isfinite().all(dim=1)).sum())
         confidence, found = logits.float().softmax(dim=1).max(dim=1)
         confusion += torch.bincount(labels * classes + found, minlength=classes * classes)
         bins += _binned(confidence.double().cpu(), (found == labels).double().cpu())
         predicted.append(found.cpu())
+    if broken:
+        raise InputError(
+            f"no finite logits for {broken:,} of {count(images.count, 'image')}, so that figures mean nothing: take a "
+            "checkpoint from before the network diverged"
+        )
     counts, sure, right = bins
     error = 100 * ((sure - right).abs().sum() / counts.sum()).item()
     return Details(score_of(totals, images.count), confusion.view(classes, classes).cpu(), torch.cat(predicted), error)
