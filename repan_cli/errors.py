@@ -31,6 +31,10 @@ FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if h
 """The numbers by which the system says that there is no more room for a file."""
 
 
+TOO_MANY = (errno.EMFILE, errno.ENFILE)
+"""The numbers by which the system says that too many files are open."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether memory ran out, the machine's or a GPU's."""
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

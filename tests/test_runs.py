@@ -3,7 +3,9 @@
 import json
 import os
 import platform
+import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -17,10 +19,28 @@ def test_two_runs_in_one_second_get_two_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = []
     for _ in range(3):
-        path = runs.default_path("cycle", "net", "rep", "digits")
-        names.append(runs.RunDirectory(path).path.name)
+        path = runs.claim_default("cycle", "net", "rep", "digits")
+        names.append(runs.RunDirectory(path, reopen=True).path.name)
     assert len(set(names)) == 3
     assert all("-net-rep-digits" in name for name in names)
+
+
+def test_runs_of_one_second_do_not_refuse_each_other(tmp_path, monkeypatch):
+    """Twenty at one moment, as a script starts them: each gets a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(20) as pool:
+        paths = list(pool.map(lambda _: runs.claim_default("train", "net"), range(20)))
+    assert len(set(paths)) == 20
+    assert all(path.is_dir() for path in paths)
+
+
+def test_a_default_directory_that_cannot_be_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runs.claim_default("train", "n" * 300).is_dir()
+    shutil.rmtree("runs")
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(InputError, match="cannot create the run directory runs/train"):
+        runs.claim_default("train", "net")
 
 
 def test_an_existing_directory_is_refused(tmp_path):

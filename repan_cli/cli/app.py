@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from typing import Annotated, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from repan_cli.commands import options
 from repan_cli.config.conventions import SPLITS
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
+from repan_cli.system.text import shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -270,6 +272,7 @@ def main() -> None:
         styles = importlib.import_module("typer.rich_utils")
         for name, style in HELP_STYLES.items():
             setattr(styles, name, style)
+    _accept_any_text()
     try:
         code = app(standalone_mode=False)
     except Exception as error:
@@ -279,12 +282,25 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _accept_any_text() -> None:
+    """Spell out what the terminal's encoding lacks. Names that are no text at all could be written into no file."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for word in sys.argv[1:]:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            print(f"Error: '{shown(word)}' is no UTF-8 text: rename the file or folder", file=sys.stderr)
+            sys.exit(InputError.exit_code)
+
+
 def _usage(error: Any) -> int:
     """Say in a line what of the command line cannot be understood. Returns the exit code."""
     message = error.format_message().partition(" (Possible options")[0].replace("\n", " ").strip().rstrip(".?")
     if message:  # without arguments the help was shown already
         message = (message[0].lower() + message[1:]).replace(". Did you mean", "; did you mean")
-        print(f"Error: {message}{_mend(error, message)}", file=sys.stderr)
+        print(f"Error: {shown(message)}{_mend(error, message)}", file=sys.stderr)
     return error.exit_code
 
 

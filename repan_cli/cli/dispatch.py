@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 import typer
 
-from repan_cli.errors import FULL, OutOfSpaceError, RepanError, is_out_of_memory
+from repan_cli.errors import FULL, TOO_MANY, InputError, OutOfSpaceError, RepanError, is_out_of_memory
 from repan_cli.system.launcher import own_rank
+from repan_cli.system.text import shown
 
 WITHOUT_TORCH = ("list_names", "version", "compare", "grid_study")
 """Modules of commands that start at once."""
@@ -53,7 +54,7 @@ def fail(error: Exception) -> NoReturn:
     if known is None or os.environ.get("REPAN_DEBUG") == "1":
         raise error
     rank = own_rank()
-    for line in str(known).splitlines():
+    for line in shown(str(known)).split("\n"):
         print(f"Error{f' of rank {rank}' if rank else ''}: {line}", file=sys.stderr)
     raise typer.Exit(known.exit_code) from None
 
@@ -64,6 +65,15 @@ def _as_known(error: Exception) -> RepanError | None:
     if isinstance(error, OSError) and error.errno in FULL:
         return OutOfSpaceError(
             f"no space left to write {error.filename or 'a file of the run'}; free some, or give another --out"
+        )
+    if isinstance(error, OSError) and error.errno in TOO_MANY:
+        return OutOfSpaceError(f"{error.strerror}: raise what the system allows ('ulimit -n'), or set data.workers=0")
+    if isinstance(error, OSError) and error.filename is not None:
+        return InputError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return RepanError(
+            "a process that loads images was killed, as the system does where memory runs out; what was saved is "
+            "whole: go on with --resume, or set a smaller data.workers"
         )
     if is_out_of_memory(error):
         return OutOfSpaceError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -26,7 +25,7 @@ from repan_cli.display.comparison import show
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError, RepanError
 from repan_cli.runs.processes import Job, Pool
-from repan_cli.system.files import write_bytes
+from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
 from repan_cli.system.text import count
@@ -82,7 +81,7 @@ def run(options: StudyOptions) -> None:
     left = [job for job in jobs if not job.is_over]
     if options.as_json:
         runs = [{"run": str(job.folder), "state": job.state} for job in jobs]
-        print(json.dumps({"out": str(study.out), "runs": runs, "comparison": comparison and as_data(comparison)}))
+        print(to_json({"out": str(study.out), "runs": runs, "comparison": comparison and as_data(comparison)}))
     _leave(jobs, left, failed, received)
 
 
@@ -142,7 +141,7 @@ def _preview(study: Study, grid: Grid, jobs: Sequence[Job], *, as_json: bool) ->
         rows.append((arm.name, ", ".join(f"{own.count(state)} {state}" for state in dict.fromkeys(own)), arm.about))
     if as_json:
         runs = [{"run": str(job.folder), "state": job.state, "command": [*job.begin]} for job in jobs]
-        print(json.dumps({"out": str(study.out), "runs": runs}))
+        print(to_json({"out": str(study.out), "runs": runs}))
         return
     tell(grid.about)
     print_table(["arm", "runs", "what it is"], rows)

@@ -78,9 +78,9 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
     shared = config.replace(resolved.config, {"run.seed": seeds[0], "run.out": None})
     resolved = dataclasses.replace(resolved, config=shared)
     ready = [prepare(command, resolved)]  # what cannot be used is refused before there is a folder
-    path = Path(out) if out else runs.default_path(command, *ready[0].names)
+    path = Path(out) if out else runs.claim_default(command, *ready[0].names)
     series = Series(command, path, resolved, seeds, with_control)
-    with runs.RunDirectory(series.path) as folder:
+    with runs.RunDirectory(series.path, reopen=not out) as folder:
         folder.write_text("config.yaml", config.dump(shared, cycles=command == "cycle"))
         about = {"command": command, "seeds": seeds, "control": with_control, "settings": resolved.source}
         folder.write_json(runs.SERIES, about)

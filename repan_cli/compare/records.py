@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from repan_cli.compare.results import Result, is_record
 from repan_cli.errors import InputError
 from repan_cli.runs.felt import KEYS
 from repan_cli.runs.trackers import read_metrics
-from repan_cli.system.files import read_json, write_bytes
+from repan_cli.system.files import read_json, to_json, write_bytes
 
 KEPT = ("cycle", "epoch", "loss", "train_top1", "val_top1", "lr", "steps", *KEYS)
 """What a record keeps of each epoch."""
@@ -42,7 +41,7 @@ def write(results: Sequence[Result], folder: Path) -> list[Path]:
         targets[path] = result
     for path, result in targets.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_record(result), separators=(",", ":")).replace('{"cycle"', '\n{"cycle"')
+        text = to_json(_record(result), compact=True).replace('{"cycle"', '\n{"cycle"')
         write_bytes(path, (text + "\n").encode())
     return [*targets]
 

@@ -115,11 +115,17 @@ def find_preset(name: str, *, near: Path | None = None) -> Path:
     raise InputError(f"no configuration file or preset '{name}'{hint}")
 
 
+MOST_BYTES = 2**20
+"""Of a preset; all settings there are take a hundredth."""
+
+
 def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The layer of settings in a file, laid over that of its `base:` file."""
     if path.resolve() in seen:
         raise InputError(f"{path}: 'base' leads back to itself")
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{path} is no preset: {path.stat().st_size:,} bytes are more than settings take")
         layer = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None

@@ -32,6 +32,8 @@ class UnreadableImageError(InputError):
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The image in a file, its header read. What is wrong with it is an UnreadableImageError that names the file."""
     try:
+        if not path.is_file():
+            raise ValueError("there is no file" if not path.exists() else "it is no regular file")
         with Image.open(path) as image:
             if image.mode in NUMBERS:
                 raise ValueError(f"its pixels are {NUMBERS[image.mode]}, not brightness from 0 to 255")
@@ -144,6 +146,9 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     classes = tuple(
         sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     )
+    for name in classes:
+        if not name.isascii() and any("\ud800" <= sign <= "\udfff" for sign in name):
+            raise InputError(f"{folder}: the name of the class folder '{name}' is no UTF-8 text: rename it")
     if len(classes) < 2:
         loose = next((entry for entry in folder.iterdir() if entry.suffix.lower() in EXTENSIONS), None)
         mend = f": {loose.name} and the others belong into a folder for each class" if loose else ""

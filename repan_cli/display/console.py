@@ -23,7 +23,7 @@ from rich.text import Text
 from repan_cli.display.live import Position, View, figures
 from repan_cli.runs.directory import Heartbeat
 from repan_cli.system.notices import LOGGER
-from repan_cli.system.text import duration, percent
+from repan_cli.system.text import duration, percent, shown
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, LossLog, StepEnd
 
 SECONDS_BETWEEN_LINES = 30
@@ -93,6 +93,8 @@ class Display:
 
     def say(self, text: str | Text | Table = "") -> None:
         """A permanent line, on screen and in log.txt."""
+        if isinstance(text, str):
+            text = shown(text)
         self.console.print(text, soft_wrap=not isinstance(text, Table), markup=False)
         self.spoke = time.monotonic()
         if self.log:
@@ -102,19 +104,19 @@ class Display:
     def note(self, text: str) -> None:
         """A line for log.txt alone, of what is said elsewhere."""
         if self.log:
-            print(text, file=self.log, flush=True)
+            print(shown(text), file=self.log, flush=True)
 
     def facts(self, rows: Mapping[str, str]) -> None:
         """Rows of a name and what is to be said of it, wrapped between words so that paths stay whole."""
         margin = " " * NAME_WIDTH
         for name, text in rows.items():
             width = max(self.console.width - NAME_WIDTH, 20)
-            lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+            lines = textwrap.wrap(shown(text), width, break_long_words=False, break_on_hyphens=False)
             self.say(Text.assemble((name.ljust(NAME_WIDTH), "bold"), f"\n{margin}".join(lines)))
 
     def command(self, name: str, text: str) -> None:
         """A command to copy: never wrapped."""
-        self.say(Text.assemble((name.ljust(NAME_WIDTH), "bold"), text))
+        self.say(Text.assemble((name.ljust(NAME_WIDTH), "bold"), shown(text)))
 
     def name(self, cycle: int) -> str:
         """Return the name of a phase."""
@@ -220,7 +222,7 @@ def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: b
     for name in title:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(shown(cell)) for cell in row))
     console = Console(stderr=to_stderr, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE
@@ -229,14 +231,14 @@ def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: b
 
 def tell(text: str) -> None:
     """Print a line on stderr."""
-    on_stderr().print(text, soft_wrap=True, markup=False)
+    on_stderr().print(shown(text), soft_wrap=True, markup=False)
 
 
 class _NoticeHandler(logging.Handler):
     """Prints notices on stderr, above a live display where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = Text.assemble(("Warning: ", WARNING), record.getMessage())
+        line = Text.assemble(("Warning: ", WARNING), shown(record.getMessage()))
         on_stderr().print(line, soft_wrap=True)
 
 

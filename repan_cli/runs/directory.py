@@ -189,10 +189,24 @@ def check_free(path: str | None) -> None:
         raise InputError(existing(Path(path)))
 
 
-def default_path(command: str, *names: str) -> Path:
-    """runs/<command>/<date-time>-<names>, with a number behind it where two runs begin in one second."""
+def claim_default(command: str, *names: str) -> Path:
+    """Make runs/<command>/<date-time>-<names>, with a number behind it where two runs begin in one second."""
     stem = "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), *(name.replace(":", "-") for name in names)])
-    return next(path for path in _numbered(Path("runs") / command / stem) if not path.exists())
+    for path in _numbered(Path("runs") / command / stem[:MOST_NAME]):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if path.parent.is_dir():
+                continue
+            raise InputError(f"cannot create the run directory {path}: runs is a file; give --out") from None
+        except OSError as error:
+            raise InputError(f"cannot create the run directory {path}: {error.strerror}; give --out") from None
+        return path
+    raise AssertionError("numbers do not end")
+
+
+MOST_NAME = 200
+"""Characters of the name of a run directory."""
 
 
 def _numbered(path: Path) -> Iterator[Path]:

@@ -121,6 +121,11 @@ def prepare(
     if own_rank() == 0:
         trackers.check(config.run.trackers)
     machine = start_runtime(config.run.device, config.run.precision, channels_last=config.run.channels_last)
+    if config.data.batch_size < 2 * machine.ranks:
+        raise InputError(
+            f"data.batch_size={config.data.batch_size} is too small for {machine.ranks} processes: each needs two "
+            "images, as BN cannot train on one"
+        )
     dataset = load_dataset(config)
     network = build(command, config, dataset) if saved is None else restore_network(config, dataset, saved)
     if network.finished:

@@ -42,8 +42,8 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
 def begin(session: Session, resolved: Resolved, *, as_json: bool) -> None:
     """Make the run directory of a run that is ready, and carry it out."""
     command, config = session.command, session.config
-    path = Path(config.run.out) if config.run.out else runs.default_path(command, *session.names)
-    with runs.RunDirectory(path) as folder:
+    path = Path(config.run.out) if config.run.out else runs.claim_default(command, *session.names)
+    with runs.RunDirectory(path, reopen=not config.run.out) as folder:
         session.training.task_of.folder = folder.path
         folder.write_text("config.yaml", dump(config, cycles=command == "cycle"))
         folder.write_json("env.json", {**runs.software(), **describe_machine(session.training.runtime)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -27,12 +26,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def to_json(content: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
+def to_json(content: Any, *, indent: int | None = None, sort_keys: bool = False, compact: bool = False) -> str:
     """Return the JSON of plain types, with null for numbers that are not finite: JSON has none. All is written so."""
+    separators = (",", ":") if compact else None
+    encoder = json.JSONEncoder(indent=indent, sort_keys=sort_keys, separators=separators, allow_nan=False)
     try:
-        return json.dumps(content, indent=indent, sort_keys=sort_keys, allow_nan=False)
+        return encoder.encode(content)
     except ValueError:
-        return json.dumps(_finite(content), indent=indent, sort_keys=sort_keys, allow_nan=False)
+        return encoder.encode(_finite(content))
 
 
 def _finite(content: Any) -> Any:
@@ -41,9 +42,6 @@ def _finite(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -67,9 +65,9 @@ def temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     Raises OutOfSpaceError, with the bytes that are free, when the disk is full.
     """
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")  # a name may fill its 255 bytes
     except OSError as error:
-        if error.errno not in CANNOT_WRITE:
+        if error.errno in FULL:
             raise
         raise InputError(f"cannot write {path}: {error.strerror}") from None
     try:

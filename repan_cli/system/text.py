@@ -11,7 +11,16 @@ def on_one_line(text: str) -> str:
     """Shorten what a file says, and spell out line ends and what no terminal shows."""
     if len(text) > 400:
         text = f"{text[:300]} ... {text[-90:]}"
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+    return shown(text, but="")
+
+
+def shown(text: str, *, but: str = "\n") -> str:
+    """Spell out what a terminal would obey or hide instead of showing it: text of files and names of folders may hold
+    escape sequences. `but` holds what stays as it is.
+    """
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign in but else repr(sign)[1:-1] for sign in text)
 
 
 def first_line(error: BaseException) -> str:

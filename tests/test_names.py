@@ -1,0 +1,153 @@
+"""Names that no one expects: of files, folders and classes. One line each, and nothing that a terminal obeys."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+from support import DIGITS, ROOT, card_of, one_line, run, small_net, write_folders
+
+from repan_cli import checkpoint
+from repan_cli.cli import dispatch
+from repan_cli.config import files
+from repan_cli.data import image_files
+from repan_cli.data.image_files import UnreadableImageError
+from repan_cli.display import console
+from repan_cli.errors import InputError, OutOfSpaceError, RepanError
+from repan_cli.system.text import shown
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202etxt"
+NO_TEXT = os.fsdecode(b"caf\xe9")
+
+
+def test_control_characters_are_shown():
+    assert shown(EVIL) == r"\x1b]0;owned\x07\x1b[2J\x9b31m\u202etxt"
+    assert shown("größe 5 × 5 日本\nnext") == "größe 5 × 5 日本\nnext"
+    assert shown("a\tb\r") == r"a\tb\r"
+
+
+@pytest.mark.parametrize("command", ["info", "evaluate", "predict"])
+def test_class_names_send_nothing_to_the_terminal(capsys, tmp_path, few_blocks, command):
+    classes = tuple(f"{EVIL}{number}" for number in range(10))
+    look = {"in_chans": 1, "image_size": 8, "mean": (0.3,), "std": (0.4,), "config": {"data.name": "digits"}}
+    saved = checkpoint.capture(model := small_net(in_chans=1), card_of(model, classes=classes, **look))
+    checkpoint.save(saved, tmp_path / "a.pt")
+    words = (write_folders(tmp_path / "images"),) if command == "predict" else ()
+    _, out, err = run(capsys, command, tmp_path / "a.pt", *words)
+    assert r"\x1b]0;owned" in out + err
+    assert not set("\x1b\x07\x9b\u202e") & set(out + err)
+
+
+def test_warnings_and_errors_send_nothing_either(capsys):
+    console.tell(EVIL)
+    console.LOGGER.warning(EVIL)
+    with pytest.raises(Exception, match="2"):
+        dispatch.fail(InputError(EVIL))
+    assert not set("\x1b\x07\x9b\u202e") & set("".join(capsys.readouterr()))
+    assert "\x1b" not in one_line(capsys, "info", EVIL)
+    assert "\x1b" not in one_line(capsys, EVIL)
+
+
+def test_a_class_folder_with_such_a_name(capsys, tmp_path, few_blocks):
+    folder = write_folders(tmp_path / "images", classes=("ant", "\x1b[31mbee"), size=(8, 8))
+    words = ("--dataset", "folder", "--data-root", folder, "--epochs", 1, "--batch-size", 8, "--out", tmp_path / "run")
+    code, out, err = run(capsys, "train", "--model", "repvgg_a0_cifar", *words)
+    assert code == 0, err
+    assert "\x1b[31m" not in out + err
+    assert checkpoint.load(tmp_path / "run" / "last.pt").card.classes == ("\x1b[31mbee", "ant")
+
+
+# ---------------------------------------------------------------------------------------------- no text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are text")
+def test_a_folder_whose_name_is_no_text(capsys, tmp_path):
+    folder = write_folders(tmp_path / "images", classes=("ant", NO_TEXT))
+    said = one_line(capsys, "train", *DIGITS[:2], "--dataset", "folder", "--data-root", folder)
+    assert r"'caf\udce9' is no UTF-8 text" in said
+
+
+@pytest.mark.parametrize("words", [("train", *DIGITS, "--out", NO_TEXT), ("info", NO_TEXT), (NO_TEXT,)])
+def test_a_word_that_is_no_text(capsys, words):
+    assert r"'caf\udce9' is no UTF-8 text" in one_line(capsys, *words)
+
+
+def test_a_terminal_that_knows_few_letters():
+    """LANG=C, no HOME, a dumb terminal: what it lacks is spelled out."""
+    poor = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    command = [sys.executable, "-m", "repan_cli", "list", "blocks"]
+    found = subprocess.run(command, env={**poor, "TERM": "dumb"}, capture_output=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.isascii()
+
+
+# ---------------------------------------------------------------------------------------------- long, special, too many
+
+
+def test_a_name_as_long_as_the_system_allows(tmp_path):
+    """The temporary file beside it needs a shorter one."""
+    path = tmp_path / ("n" * 252 + ".pt")
+    checkpoint.save(checkpoint.capture(model := small_net(), card_of(model)), path)
+    assert [path.name] == [each.name for each in tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("info", "n" * 300 + ".pt"),
+        ("evaluate", "n" * 300 + ".onnx"),
+        ("train", *DIGITS, "--out", "n" * 300),
+        ("train", *DIGITS, "-c", "n" * 300),
+        ("train", *DIGITS, "--init", "n" * 300),
+        ("train", "--model", "repvgg", "--dataset", "folder", "--data-root", "n" * 300),
+        ("train", *DIGITS, "--out", "/"),
+        ("train", *DIGITS, "--out", "/dev/null/run"),
+        ("compare", "n" * 300),
+        ("train", "--resume", "n" * 300),
+    ],
+)
+def test_names_that_cannot_be(capsys, words):
+    one_line(capsys, *words)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="only Unix has such files")
+def test_a_pipe_that_is_called_an_image_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    for read in (image_files.open_image, lambda path: image_files.check(path, whole=True)):
+        with pytest.raises(UnreadableImageError, match="it is no regular file"):
+            read(tmp_path / "x.png")
+
+
+def test_a_preset_of_many_megabytes(capsys, tmp_path):
+    (tmp_path / "big.yaml").write_bytes(b"# nothing\n" * 1_000_000)
+    assert "is no preset: 10,000,000 bytes" in one_line(capsys, "train", *DIGITS, "-c", tmp_path / "big.yaml")
+    assert files.MOST_BYTES > 2**19
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files(error):
+    known = dispatch._as_known(OSError(error, "Too many open files"))
+    assert isinstance(known, OutOfSpaceError)
+    assert "ulimit -n" in str(known)
+
+
+def test_a_loader_that_was_killed():
+    known = dispatch._as_known(RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."))
+    assert type(known) is RepanError
+    assert "--resume" in str(known)
+
+
+def test_two_images_for_three_processes(capsys, monkeypatch):
+    from repan_cli.session import build
+
+    real = build.start_runtime
+
+    def three(*args, **kwargs):
+        import dataclasses
+
+        return dataclasses.replace(real(*args, **kwargs), ranks=3)
+
+    monkeypatch.setattr(build, "start_runtime", three)
+    said = one_line(capsys, "train", *DIGITS, "--batch-size", 2)
+    assert "data.batch_size=2 is too small for 3 processes" in said
