@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 import typer
 
-from repan_cli.errors import FULL, OutOfSpaceError, RepanError, is_out_of_memory
-from repan_cli.system.launcher import own_rank
+from repan_cli.errors import FULL, LostRankError, OutOfSpaceError, RepanError, is_out_of_memory, lost_rank
+from repan_cli.system.launcher import own_rank, rank_count
+from repan_cli.system.text import first_line
 
 WITHOUT_TORCH = ("list_names", "version", "compare", "grid_study")
 """Modules of commands that start at once."""
@@ -64,6 +65,11 @@ def _as_known(error: Exception) -> RepanError | None:
     if isinstance(error, OSError) and error.errno in FULL:
         return OutOfSpaceError(
             f"no space left to write {error.filename or 'a file of the run'}; free some, or give another --out"
+        )
+    if rank_count() > 1 and lost_rank(error):
+        return LostRankError(
+            f"another rank is gone or does not answer ({first_line(error)}); the run goes on from its last save with "
+            "--resume"
         )
     if is_out_of_memory(error):
         return OutOfSpaceError(
