@@ -47,6 +47,19 @@ class OutOfSpaceError(RepanError):
     exit_code = 4
 
 
+class LostRankError(RepanError):
+    """Another process of a run of several is gone, or does not answer."""
+
+    exit_code = 1
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Tell whether an error says that another rank is gone: PyTorch has no kind of its own for it."""
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error)
+    )
+
+
 class InterruptedRunError(RepanError):
     """Ctrl-C."""
 

@@ -11,9 +11,18 @@ from typing import Any, NoReturn
 
 import typer
 
-from repan_cli.errors import FULL, TOO_MANY, InputError, OutOfSpaceError, RepanError, is_out_of_memory
-from repan_cli.system.launcher import own_rank
-from repan_cli.system.text import shown
+from repan_cli.errors import (
+    FULL,
+    TOO_MANY,
+    InputError,
+    LostRankError,
+    OutOfSpaceError,
+    RepanError,
+    is_out_of_memory,
+    lost_rank,
+)
+from repan_cli.system.launcher import own_rank, rank_count
+from repan_cli.system.text import first_line, shown
 
 WITHOUT_TORCH = ("list_names", "version", "compare", "grid_study")
 """Modules of commands that start at once."""
@@ -74,6 +83,11 @@ def _as_known(error: Exception) -> RepanError | None:
         return RepanError(
             "a process that loads images was killed, as the system does where memory runs out; what was saved is "
             "whole: go on with --resume, or set a smaller data.workers"
+        )
+    if rank_count() > 1 and lost_rank(error):
+        return LostRankError(
+            f"another rank is gone or does not answer ({first_line(error)}); the run goes on from its last save with "
+            "--resume"
         )
     if is_out_of_memory(error):
         return OutOfSpaceError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from repan_cli import config
 from repan_cli.cli.dispatch import dispatch, fail
 from repan_cli.commands.options import CycleOptions, TrainOptions, shortcuts
 from repan_cli.errors import InputError, RepanError
+from repan_cli.system.launcher import rank_count, restarts
 
 
 def train(command: str, options: TrainOptions | CycleOptions) -> None:
@@ -25,7 +25,7 @@ def train(command: str, options: TrainOptions | CycleOptions) -> None:
         else:
             numbers = _seeds(options.seeds, given)
             resolved = config.resolve(command, options.config_file, given)
-            if _begun_anew(resolved.config.run.out):
+            if rank_count() == 1 and _begun_anew(resolved.config.run.out):  # several ranks agree on it
                 resume, given = resolved.config.run.out, {}
     except RepanError as error:
         fail(error)
@@ -74,7 +74,7 @@ def _seeds(text: str | None, given: dict[str, Any]) -> tuple[int, ...]:
 
 def _begun_anew(out: str | None) -> bool:
     """Tell whether torchrun begins this run again after it has lost a process: the run then goes on."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) <= 0:
+    if restarts() <= 0:
         return False
     if out is None:
         raise InputError("torchrun began anew, but the run is not known: give --out with --max-restarts")

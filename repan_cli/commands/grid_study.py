@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
@@ -26,6 +25,7 @@ from repan_cli.display.console import print_table, tell
 from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError, RepanError
 from repan_cli.runs.processes import Job, Pool
 from repan_cli.system.files import to_json, write_bytes
+from repan_cli.system.launcher import rank_count
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
 from repan_cli.system.text import count
@@ -99,7 +99,7 @@ def _read(options: StudyOptions) -> tuple[Study, Grid]:
             raise InputError(f"{key} is set for each run of a study: give {instead}")
     if options.jobs is not None and options.jobs < 1:
         raise InputError(f"--jobs {options.jobs}: at least 1 run at once is needed")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if rank_count() > 1:
         raise InputError("'repan study' starts its runs itself: call it without torchrun")
     seeds = grid.seeds if options.seeds is None else parse_seeds(options.seeds.split(","), "--seeds")
     arms = grid.matching(options.arms)

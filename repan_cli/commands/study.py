@@ -6,7 +6,6 @@ Going on with a series goes on with the run that was stopped and begins those th
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from repan_cli.errors import DivergedError, InputError, InterruptedRunError, Pre
 from repan_cli.session import control, resume, runner
 from repan_cli.session.build import Session, prepare
 from repan_cli.system.files import read_json, to_json
+from repan_cli.system.launcher import own_rank, rank_count
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
 from repan_cli.system.text import count, percent
@@ -89,7 +89,7 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
 
 def refuse(resolved: Resolved, *, with_control: bool) -> None:
     """Refuse what cannot be made into a series, with an InputError."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if rank_count() > 1:
         raise InputError(
             "--seeds and --control run in one process: start each run under torchrun by itself, then compare"
         )
@@ -99,6 +99,9 @@ def refuse(resolved: Resolved, *, with_control: bool) -> None:
 
 def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> None:
     """Go on with a run, or with those of a series that are not finished."""
+    if own_rank():  # the first of several ranks finds the run, and sends it
+        resume.run(command, name, given, as_json=as_json)
+        return
     path = runs.find(command, name)
     about = runs.read_series(path)
     if about is None:

@@ -2,6 +2,34 @@
 
 from __future__ import annotations
 
-from repan_cli.session.runner import run
+from pathlib import Path
 
-__all__ = ["run"]
+from repan_cli.config.resolve import Resolved
+from repan_cli.errors import InputError
+from repan_cli.session import resume, runner
+from repan_cli.system.launcher import rank_count, restarts
+from repan_cli.system.ranks import gathered, join_ranks
+
+
+def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
+    """Begin a run; of several ranks that torchrun has begun anew, go on with it."""
+    out = resolved.config.run.out
+    if rank_count() > 1:
+        join_ranks(resolved.config.run.device)
+        if _begun_before(out):
+            assert out is not None, "a run without a folder cannot be begun anew"
+            resume.run(command, out, {}, as_json=as_json)
+            return
+    runner.run(command, resolved, as_json=as_json)
+
+
+def _begun_before(out: str | None) -> bool:
+    """Tell whether all ranks go on with a run that some of them had begun.
+
+    Each machine counts its restarts by itself, and only the first rank needs to see the folder.
+    """
+    if not any(int(count) for count in gathered(str(restarts()))):
+        return False
+    if out is None:
+        raise InputError("torchrun began anew, but the run is not known: give --out with --max-restarts")
+    return gathered(str(Path(out).exists()))[0] == "True"

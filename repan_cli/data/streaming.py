@@ -27,6 +27,7 @@ from repan_cli.data.preprocess import CROP_SHARE, middle
 from repan_cli.data.types import ArrayImages, LazyImages, Part
 from repan_cli.errors import InputError
 from repan_cli.system.host import usable_cores
+from repan_cli.system.launcher import local_ranks
 from repan_cli.system.notices import warn
 from repan_cli.system.seeding import seed_for
 from repan_cli.system.signals import STOP_SIGNALS
@@ -190,5 +191,5 @@ def _collate(samples: list[_Sample]) -> tuple[Tensor, Tensor, Tensor, dict[str, 
 
 
 def default_workers(device: torch.device) -> int:
-    """One process a core beside a GPU; on a CPU, which trains itself, one."""
-    return min(MOST_WORKERS, usable_cores()) if device.type == "cuda" else 1
+    """One process a core beside a GPU, shared by the ranks of this machine; on a CPU, which trains itself, one."""
+    return max(1, min(MOST_WORKERS, usable_cores() // local_ranks())) if device.type == "cuda" else 1

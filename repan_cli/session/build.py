@@ -35,6 +35,7 @@ from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
 from repan_cli.models import user_file
 from repan_cli.runs import trackers
+from repan_cli.session.agreement import agree_on_images, agree_on_network, agree_on_position, agree_on_settings
 from repan_cli.session.network import (
     Network,
     build,
@@ -48,6 +49,7 @@ from repan_cli.session.teachers import PhaseTasks
 from repan_cli.system.device import Runtime, start_runtime
 from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import warn
+from repan_cli.system.ranks import first_on_each_machine
 from repan_cli.training.cuda_graphs import CudaRecorder, Graphs
 from repan_cli.training.evaluation import Score, evaluate
 from repan_cli.training.optim import build_optimizer, can_be_recorded
@@ -116,9 +118,9 @@ def prepare(
     A run that goes on is in the state that was `saved` in its `folder`. Raises InputError for what cannot be used.
     """
     config = resolved.config
-    if saved is None:
-        runs.check_free(config.run.out)
     if own_rank() == 0:
+        if saved is None:
+            runs.check_free(config.run.out)
         trackers.check(config.run.trackers)
     machine = start_runtime(config.run.device, config.run.precision, channels_last=config.run.channels_last)
     if config.data.batch_size < 2 * machine.ranks:
@@ -126,7 +128,9 @@ def prepare(
             f"data.batch_size={config.data.batch_size} is too small for {machine.ranks} processes: each needs two "
             "images, as BN cannot train on one"
         )
-    dataset = load_dataset(config)
+    agree_on_settings(config)
+    dataset = first_on_each_machine(lambda: load_dataset(config))
+    agree_on_images(dataset)
     network = build(command, config, dataset) if saved is None else restore_network(config, dataset, saved)
     if network.finished:
         refuse(resolved.given, ("baseline.",), "has no effect here: the weights that were given are the baseline")
@@ -135,6 +139,7 @@ def prepare(
         network = _with_shared_statistics(network, machine)
     machine.place(network.model)
     config = resolve_names(config, network)
+    agree_on_network(network.model, config.model.name or "")
     training = _training(command, config, dataset, network, machine)
     if saved is not None:
         state = state_of(saved, "the run")
@@ -143,7 +148,8 @@ def prepare(
         if training.progress.begun:
             training.task_of.resumed_in = training.plan[training.progress.phase].cycle
         start = state.begun["summary"]["baseline"] if network.finished else None
-    else:
+    agree_on_position(training)
+    if saved is None:
         start = _score_start(training) if network.finished else None
     return Session(command, config, dataset, network, training, start)
 

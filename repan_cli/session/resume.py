@@ -15,10 +15,12 @@ from repan_cli.config.settings import Config
 from repan_cli.errors import InputError
 from repan_cli.models import user_file
 from repan_cli.session import runner
+from repan_cli.session.agreement import file_of_first_rank
 from repan_cli.session.build import Session, prepare, surroundings
 from repan_cli.session.network import state_of
 from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import warn
+from repan_cli.system.ranks import join_ranks, joined, of_first_rank
 from repan_cli.system.text import count
 
 MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "teacher.name")
@@ -27,21 +29,34 @@ MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "teacher.name")
 
 def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
     """Go on with a run of `command`. Raises InputError for one that cannot be."""
-    path = runs.find(command, name)
+    join_ranks(str(given.get("run.device", "auto")))
     if own_rank():
-        runner.follow(_again(command, given, path)[0])
+        _follow(command, given)
         return
+    path = runs.find(command, name)
     with runs.RunDirectory(path, reopen=True) as folder:
-        session, resolved, saved, source = _again(command, given, path)
+        source, saved = newest_state(path)
+        if joined():
+            of_first_rank(str(source).encode())
+            with file_of_first_rank(source, 0):
+                pass
+        session, resolved = _again(command, given, path, source, saved)
         _warn_of_changes(saved, surroundings(session.training.runtime))
         if source.name == runs.PREVIOUS:
             _set_aside(path / runs.LAST)
         runner.carry_out(session, folder, resolved, begun=state_of(saved, str(path)).begun, as_json=as_json)
 
 
-def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, Checkpoint, Path]:
-    """Prepare the run in the folder `path`, in its newest whole state; the last one is that state's file."""
-    source, saved = newest_state(path)
+def _follow(command: str, given: Layer) -> None:
+    """Go on as one of several ranks, from the state that the first sends: the folder need not be on this machine."""
+    source = Path(of_first_rank(None).decode())
+    with file_of_first_rank(source, own_rank()) as received:
+        saved = checkpoint.load(received)
+    runner.follow(_again(command, given, source.parent, source, saved)[0])
+
+
+def _again(command: str, given: Layer, path: Path, source: Path, saved: Checkpoint) -> tuple[Session, Resolved]:
+    """Prepare the run in the folder `path`, in the state that was `saved` in the file `source`."""
     if saved.card.command != command:
         raise InputError(f"{path} is a run of 'repan {saved.card.command}': resume it with that command")
     resolved = Resolved(_changed(saved, given, path), f"{source}, from where it stopped")
@@ -57,7 +72,7 @@ def _again(command: str, given: Layer, path: Path) -> tuple[Session, Resolved, C
     for name, digest in session.training.task_of.digests.items():
         if digest not in known:
             raise InputError(f"{name} is not the teacher that the run began with")
-    return session, resolved, saved, source
+    return session, resolved
 
 
 def newest_state(path: Path) -> tuple[Path, Checkpoint]:

@@ -21,7 +21,7 @@ from repan_cli.session.recorder import Record, pool, saves_at
 from repan_cli.session.summary import draw, finish, header
 from repan_cli.system.device import describe_machine
 from repan_cli.system.files import to_json
-from repan_cli.system.ranks import summed
+from repan_cli.system.ranks import leave_ranks, summed
 from repan_cli.system.signals import StopSignals
 from repan_cli.training.events import Event, StepEnd
 from repan_cli.training.loop import fit
@@ -114,9 +114,11 @@ def _train(session: Session, record: Record, display: Display, signals: StopSign
                     display.say(f"steps run one by one: no CUDA graph ({session.training.graphs.refused})")
                 if _stops(session, event, signals):
                     raise StoppedError
+        leave_ranks()  # what follows is for the first alone
     except StoppedError:
         if session.training.progress.whole:  # in the middle of a restart what the last epoch saved is the state
             record.save_last()
+        leave_ranks()
         raise
 
 
@@ -130,7 +132,9 @@ def follow(session: Session) -> None:
                 if _stops(session, event, signals):
                     raise StoppedError
     except StoppedError:
+        leave_ranks()
         raise PreemptedRunError from None
+    leave_ranks()
 
 
 def _stops(session: Session, event: Event, signals: StopSignals) -> bool:

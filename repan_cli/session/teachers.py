@@ -20,6 +20,7 @@ from repan_cli.errors import InputError
 from repan_cli.export.fuse import check_finite
 from repan_cli.models.inspect import wanted_images
 from repan_cli.models.probe import noise
+from repan_cli.session.agreement import file_of_first_rank
 from repan_cli.session.network import check_classes
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
@@ -93,7 +94,8 @@ class PhaseTasks:
         if cycle == self.resumed_in:
             assert self.folder is not None, "a run that was resumed has a folder"
             file = self.folder / f"cycle_{cycle - 1:02d}.pt"
-            checkpoint.load_weights(model, checkpoint.load(file).weights, str(file))
+            with file_of_first_rank(file, self.machine.rank) as here:
+                checkpoint.load_weights(model, checkpoint.load(here).weights, str(file))
         return TeacherModel(model, self._student, digest_of(weights_of(model)))
 
     @property
@@ -112,9 +114,14 @@ class PhaseTasks:
         shape = (self.train.count, self.train.view_count, len(self.dataset.classes))
         return LogitCache(
             teacher,
-            lambda: allocate(shape, self.machine.device, self.folder or Path(tempfile.gettempdir())),
+            lambda: allocate(shape, self.machine.device, _there(self.folder)),
             together=eval_batch(self.train) if self.machine.device.type == "cuda" else 1,
         )
+
+
+def _there(folder: Path | None) -> Path:
+    """Return the folder of a run where this machine sees it, else that for temporary files."""
+    return folder if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
 
 
 def merged(found: TeacherModel, channels: int) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import nn
 
 from repan_cli.errors import InputError
 from repan_cli.system import host
-from repan_cli.system.ranks import join_ranks
+from repan_cli.system.ranks import join_ranks, own_gpu
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ class Runtime:
 def start_runtime(device: str = "auto", precision: str = "auto", *, channels_last: bool = True) -> Runtime:
     """Return the runtime that the settings mean on this machine. Raises InputError for a device that is not there."""
     rank, ranks = join_ranks(device)
-    if ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    found = find_device(device)
+    found = (own_gpu(device) if ranks > 1 else None) or find_device(device)
     return Runtime(found, find_precision(precision, found), channels_last, rank, ranks)
 
 

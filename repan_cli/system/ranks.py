@@ -1,34 +1,209 @@
-"""The processes of torchrun: joining them, sums and means over them."""
+"""The processes of torchrun: joining them, what they agree on, sums and means over them."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import platform
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
-# ---------------------------------------------------------------------------------------------- ranks
+from repan_cli.errors import InputError, LostRankError
+from repan_cli.system.launcher import local_rank, local_ranks, own_rank, rank_count
+
+START_LIMIT, STEP_LIMIT, DATA_LIMIT = timedelta(minutes=5), timedelta(minutes=10), timedelta(hours=24)
+"""How long ranks wait for each other: to begin, within a run, and while one of them fetches a data set."""
+
+POLL = 0.05
+"""Seconds between two looks at the store."""
+
+NAMESPACE = "repan"
+
+Result = TypeVar("Result")
+
+
+class _Ours:
+    """The part of torchrun's store that these processes have for themselves, and how often they have met there."""
+
+    store: distributed.Store | None = None
+    meetings = itertools.count()
+
+
+# ---------------------------------------------------------------------------------------------- joining
 
 
 def join_ranks(device: str) -> tuple[int, int]:
-    """Join the processes of `torchrun`, by NCCL on GPUs, else by gloo. Returns rank and number of processes."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    """Join the processes of `torchrun`, by NCCL for what is on GPUs, else by gloo. Returns rank and number of ranks.
+
+    Raises InputError for more processes than GPUs, LostRankError when others do not come in time.
+    """
+    ranks = rank_count()
     if ranks == 1:
         return 0, 1
     if not distributed.is_initialized():
-        on_gpus = device.startswith(("auto", "cuda")) and torch.cuda.is_available()
-        if on_gpus:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        store, rank, ranks = next(distributed.rendezvous("env://"))
-        # what a lost process left in the store would be taken for the answer of its successor
-        store = distributed.PrefixStore(f"repan {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        distributed.init_process_group("nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=ranks)
+        gpu = own_gpu(device)
+        _Ours.store, _Ours.meetings = _met(_launcher_store(), own_rank(), ranks), itertools.count()
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        distributed.init_process_group(
+            "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
+            store=_Ours.store,
+            rank=own_rank(),
+            world_size=ranks,
+            timeout=STEP_LIMIT,
+            device_id=gpu,
+        )
     return distributed.get_rank(), ranks
+
+
+def own_gpu(device: str) -> torch.device | None:
+    """Return the GPU of this one of several ranks; None where they train on CPUs.
+
+    Raises InputError where ranks would share a GPU.
+    """
+    if not device.startswith(("auto", "cuda")) or (device == "auto" and not torch.cuda.is_available()):
+        return None
+    if ":" in device:
+        raise InputError(f"device {device} would put all {rank_count()} ranks on one GPU: give --device cuda")
+    there = torch.cuda.device_count()
+    if local_rank() >= there:
+        raise InputError(
+            f"{local_ranks()} ranks on this machine, but PyTorch sees {there} GPU{'s' * (there != 1)}: "
+            f"give torchrun --nproc-per-node {max(there, 1)}, or --device cpu"
+        )
+    return torch.device("cuda", local_rank())
+
+
+def leave_ranks() -> None:
+    """Part from the other ranks, which do so at the same point."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        _Ours.store = None
+
+
+def _launcher_store() -> distributed.Store:
+    """Return the store of the launcher.
+
+    torchrun's own way to it has the count of restarts in its names, which each of several agents keeps for itself.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return distributed.TCPStore(host, port, None, False, START_LIMIT)
+    return next(distributed.rendezvous("env://", timeout=START_LIMIT))[0]
+
+
+def _met(store: distributed.Store, rank: int, ranks: int) -> distributed.Store:
+    """Return a part of a store that nobody has used before, the same for all ranks that are here now.
+
+    What lost processes left in the store is told from what their successors write by a name that each draws for itself:
+    the first rank gathers the names, calls them back with a fresh prefix, and begins when all have answered to that.
+    """
+    name, ends = uuid.uuid4().hex, time.monotonic() + START_LIMIT.total_seconds()
+    store.set(f"{NAMESPACE}/came/{rank}", name)
+    called: list[str | None] = []
+    prefix = ""
+    while True:
+        if rank == 0:
+            here = [_read(store, f"{NAMESPACE}/came/{each}") for each in range(ranks)]
+            if None not in here and here != called:
+                prefix, called = uuid.uuid4().hex, here
+                store.set(f"{NAMESPACE}/called", json.dumps([prefix, *here]))
+            if called and all(store.check([f"{NAMESPACE}/{prefix}/{each}"]) for each in range(1, ranks)):
+                store.set(f"{NAMESPACE}/{prefix}/go", "1")
+                break
+        else:
+            prefix, *called = json.loads(_read(store, f"{NAMESPACE}/called") or '[""]')
+            if called[rank : rank + 1] == [name]:
+                store.set(f"{NAMESPACE}/{prefix}/{rank}", "1")
+                if store.check([f"{NAMESPACE}/{prefix}/go"]):
+                    break
+        if time.monotonic() > ends:
+            raise LostRankError(f"not all {ranks} ranks came within {START_LIMIT.total_seconds() / 60:g} minutes")
+        time.sleep(POLL)
+    return distributed.PrefixStore(f"{NAMESPACE}/{prefix}", store)
+
+
+def _read(store: distributed.Store, key: str) -> str | None:
+    return store.get(key).decode() if store.check([key]) else None
+
+
+# ---------------------------------------------------------------------------------------------- agreeing
 
 
 def joined() -> bool:
     """Tell whether there are other ranks."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def gathered(text: str, limit: timedelta = STEP_LIMIT) -> list[str]:
+    """Return what each rank has said here, by rank. Raises LostRankError when one says nothing for so long."""
+    if _Ours.store is None:
+        return [text]
+    number, ranks = next(_Ours.meetings), distributed.get_world_size()
+    keys = [f"said/{number}/{rank}" for rank in range(ranks)]
+    _Ours.store.set(keys[distributed.get_rank()], text)
+    try:
+        _Ours.store.wait(keys, limit)
+        return [_Ours.store.get(key).decode() for key in keys]
+    except RuntimeError:
+        silent = [rank for rank in range(ranks) if not _there(keys[rank])]
+        raise LostRankError(f"rank {', '.join(map(str, silent))} is lost or does not answer") from None
+
+
+def _there(key: str) -> bool:
+    try:
+        return _Ours.store is not None and _Ours.store.check([key])
+    except RuntimeError:  # the store itself is gone
+        return False
+
+
+def agree(facts: Mapping[str, str], mend: str) -> None:
+    """Compare with the other ranks what is to be the same on all of them.
+
+    Raises InputError on each rank, with the first rank that differs and in what.
+    """
+    if not joined():
+        return
+    first, *others = map(json.loads, gathered(json.dumps(dict(facts))))
+    for rank, told in enumerate(others, start=1):
+        for name in [*first, *(name for name in told if name not in first)]:
+            if told.get(name) != first.get(name):
+                raise InputError(
+                    f"ranks differ in {name}: {told.get(name)} on rank {rank}, {first.get(name)} on rank 0; {mend}"
+                )
+
+
+def first_on_each_machine(work: Callable[[], Result]) -> Result:
+    """Return what `work` does, which the first rank of each machine does before the others: it may fetch files."""
+    if not joined():
+        return work()
+    machines, rank = gathered(platform.node()), distributed.get_rank()
+    done = work() if machines.index(machines[rank]) == rank else None
+    gathered("", DATA_LIMIT)
+    return work() if done is None else done
+
+
+def of_first_rank(content: bytes | None) -> bytes:
+    """Return the bytes that the first rank has; the others give None."""
+    if not joined():
+        return content or b""
+    size = torch.tensor([len(content or b"")])
+    distributed.broadcast(size, 0)
+    sent = torch.empty(int(size), dtype=torch.uint8)
+    if content:
+        sent = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    distributed.broadcast(sent, 0)
+    return sent.numpy().tobytes()
+
+
+# ---------------------------------------------------------------------------------------------- computing
 
 
 def summed(tensor: Tensor) -> Tensor:

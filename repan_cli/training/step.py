@@ -101,7 +101,9 @@ def _called(run: Training, batch: Batch) -> nn.Module:
     """The network as training calls it, which for a ragged last batch is not compiled: that takes as long again as for
     all the others.
     """
-    ragged = len(batch.images) * run.runtime.ranks < run.batch_size
+    machine = run.runtime
+    share = run.batch_size // machine.ranks + (machine.rank < run.batch_size % machine.ranks)  # as Tensor.tensor_split
+    ragged = len(batch.images) < share
     return getattr(run.called, "_orig_mod", run.called) if ragged else run.called
 
 
