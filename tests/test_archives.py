@@ -200,7 +200,7 @@ ATTACKS = {
     "duplicate": (duplicate, "two entries of one name"),
     "duplicate in capitals": (lambda: duplicate("archive/DATA.pkl"), "two entries of one name"),
     "two folders": (lambda: duplicate("other/data.pkl"), "outside its folder"),
-    "TorchScript": (lambda: duplicate("archive/constants.pkl"), "holds 'constants.pkl', which a checkpoint does not"),
+    "TorchScript": (lambda: duplicate("archive/constants.pkl"), "is a TorchScript program"),
     "terminal codes": (lambda: duplicate("archive/\x1b[2J"), r"holds '\?\[2J'"),
     "64-bit: another start": (lambda: disagreeing_wide_record(48, 0), "two end records that disagree"),
     "64-bit: another size": (lambda: disagreeing_wide_record(40, 60), "two end records that disagree"),

@@ -1,6 +1,7 @@
 """Checkpoints: tensors and plain types only, written atomically, verified by a digest, never unpickled."""
 
 from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard
+from repan_cli.checkpoint.contents import split_key
 from repan_cli.checkpoint.format import (
     Checkpoint,
     as_bytes,
@@ -11,7 +12,7 @@ from repan_cli.checkpoint.format import (
     sealed,
 )
 from repan_cli.checkpoint.reading import check_seal, load, load_any
-from repan_cli.checkpoint.weights import load_foreign, load_weights
+from repan_cli.checkpoint.weights import load_weights
 
 __all__ = [
     "FUSED",
@@ -25,8 +26,8 @@ __all__ = [
     "header",
     "load",
     "load_any",
-    "load_foreign",
     "load_weights",
     "save",
     "sealed",
+    "split_key",
 ]

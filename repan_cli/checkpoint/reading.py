@@ -9,7 +9,7 @@ import pickle
 import pickletools
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from repan_cli.checkpoint.archive import Archive
 from repan_cli.checkpoint.card import ModelCard
+from repan_cli.checkpoint.contents import are_plain, foreign_weights, refuse_other_kinds, split_key
 from repan_cli.checkpoint.format import CHECKSUM, CONTENT, DIGITS, FORMAT, Checkpoint, digest_of, sum_around
 from repan_cli.errors import InputError
 
@@ -44,7 +45,7 @@ RECORDS = re.compile(
 )
 """The entries of an archive of torch.save's, and which of them hold tensors."""
 
-SAVE_AGAIN = "save its state_dict() with torch.save"
+SAVE_AGAIN = "save its state_dict() alone with torch.save"
 
 EXPORTS = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load"}
 """Files of networks that are no checkpoints, and what opens them."""
@@ -61,13 +62,14 @@ def load(path: str | Path) -> Checkpoint:
     return saved
 
 
-def load_any(path: str | Path) -> Checkpoint | dict[str, Tensor]:
+def load_any(source: str | Path) -> Checkpoint | dict[str, Tensor]:
     """A checkpoint of repan's, verified, or the weights by name in a file of others.
 
-    Of others' files, `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors`, the usual wrappers (`state_dict`, `model`, ...)
-    are opened. Raises InputError, naming the file, when it is missing, damaged, or holds no weights.
+    Of others' files, `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors`, all that trainers wrap weights into is opened;
+    `FILE::KEY` says which of several networks is meant. Raises InputError, naming the file, when it is missing,
+    damaged, or holds no weights.
     """
-    path = Path(path)
+    path, key = split_key(source)
     if not path.is_file():
         raise InputError(f"no checkpoint {path}" + (": it is a folder; name a file in it" if path.is_dir() else ""))
     if path.suffix in EXPORTS:
@@ -78,7 +80,7 @@ def load_any(path: str | Path) -> Checkpoint | dict[str, Tensor]:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     if not isinstance(content, Mapping) or content.get("format") != "repan":
-        return _foreign_weights(content, path)
+        return foreign_weights(content, path, key)
     checkpoint = _verified(content, path)
     if not is_sealed:  # it was lost, or another program wrote the file again
         raise InputError(f"{path} is damaged: the check sum of the file is missing; use another copy")
@@ -108,7 +110,7 @@ def _verified(content: Mapping[str, Any], path: Path) -> Checkpoint:
     if not all(isinstance(content.get(name), kind) for name, kind in CONTENT.items()):
         raise InputError(f"{path} is damaged: parts of it are missing; use another copy")
     weights, meta, state = (content[name] for name in ("weights", "meta", "state"))
-    if not (_are_plain([*weights.items(), *state.items()], path) and _is_short(meta, path)):
+    if not (are_plain([*weights.items(), *state.items()], path) and _is_short(meta, path)):
         raise InputError(f"{path} is damaged: it holds what repan does not write; use another copy")
     if digest_of(weights, meta, state) != content["digest"]:
         raise InputError(f"{path} is damaged: its content does not match its digest; use another copy")
@@ -121,28 +123,6 @@ def card_of(meta: Mapping[str, Any], path: Path) -> ModelCard:
         return ModelCard.from_meta(meta)
     except ValueError as error:
         raise InputError(f"{path} describes its network with {error}: it is damaged, or of another version") from None
-
-
-def _are_plain(tensors: Iterable[tuple[Any, Any]], path: Path, *, times: int = 1) -> bool:
-    """Tell whether all are dense tensors by name, and no more than so many `times` the file.
-
-    One larger than its file is a view that would fill the memory, and so are many of the same storage.
-    """
-    largest = path.stat().st_size
-    total = 0
-    for name, tensor in tensors:
-        plain = isinstance(name, str) and isinstance(tensor, Tensor)
-        if not plain or (tensor.layout, tensor.device.type, tensor.is_quantized) != (torch.strided, "cpu", False):
-            return False
-        size = tensor.numel() * tensor.element_size()
-        total += size
-        if size > largest or total > times * largest or (not size and max(tensor.shape) > largest):
-            return False
-    return True
-
-
-TIED = 4
-"""How many times the bytes of others' files their tensors may have: layers may share theirs."""
 
 
 def _longest_text(path: Path) -> int:
@@ -179,16 +159,26 @@ def _read_pt(path: Path) -> Any:
                 warnings.simplefilter("ignore")  # of others' pickle protocols
                 return torch.load(source, map_location="cpu", weights_only=True)
     except InputError:
+        refuse_other_kinds(path)
         raise
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path} is damaged, or holds more than tensors and plain types (a whole pickled network?): refused, no "
-            "code is run; save its state_dict() instead"
-        ) from None
+    except pickle.UnpicklingError as error:
+        refuse_other_kinds(path)
+        raise InputError(_of_code(path, str(error))) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:  # the reader of a damaged archive raises nearly anything
+        refuse_other_kinds(path)
         raise InputError(f"{path} is damaged, or no checkpoint at all; use another copy") from None
+
+
+def _of_code(path: Path, why: str) -> str:
+    """Say what an unpickler of plain types refused: an object of some class, or damage."""
+    name = re.search(r"(?:GLOBAL|global) ([A-Za-z_][\w.]*\.\w+)", why)
+    what = f"an object of {name[1]}, such as a whole pickled network" if name else "more than tensors and plain types"
+    return (
+        f"{path} is damaged, or holds {what}: refused, no code is run; where you trust it, save its weights: "
+        f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), 'weights.pt')"
+    )
 
 
 def _checked(file: IO[bytes], path: Path) -> IO[bytes]:
@@ -210,7 +200,11 @@ def _checked(file: IO[bytes], path: Path) -> IO[bytes]:
         for name, entry in archive.entries.items()
         if not STORAGE.fullmatch(name) and entry.size > _longest_text(path)
     ]:
-        raise InputError(f"{path} would fill the memory by its '{small[0]}': refused; {SAVE_AGAIN}")
+        size = archive.entries[small[0]].size / 2**20
+        raise InputError(
+            f"{path} holds {size:.1f} MiB beside its tensors, in '{small[0]}', such as a long history of losses: "
+            f"refused, as unpacked it may fill the memory; {SAVE_AGAIN}"
+        )
     _refuse_makers(io.BytesIO(archive.read("data.pkl")), path)
     return archive.rewritten(STORAGE)
 
@@ -236,32 +230,5 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:
+        refuse_other_kinds(path)
         raise InputError(f"{path} is damaged, or no safetensors file; use another copy") from None
-
-
-# ---------------------------------------------------------------------------------------------- others' weights
-
-WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "network", "module", "weights", "params")
-"""Under which keys trainers save the weights, in the order in which they are looked for."""
-
-PREFIXES = ("module.", "_orig_mod.")
-"""What data-parallel wrappers and torch.compile put in front of names."""
-
-
-def _foreign_weights(content: Any, path: Path) -> dict[str, Tensor]:
-    for _ in range(16):  # no further: a wrapper may hold itself
-        if not isinstance(content, Mapping):
-            break
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    tensors = content.items() if isinstance(content, Mapping) else ()
-    weights = {name: value for name, value in tensors if isinstance(name, str) and isinstance(value, Tensor)}
-    if not weights:
-        raise InputError(f"{path} holds no weights: no tensors by name, nor under {', '.join(WRAPPERS)}")
-    if not _are_plain(weights.items(), path, times=TIED):
-        raise InputError(f"{path} holds tensors that are sparse, quantized or larger than the file: save plain ones")
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights

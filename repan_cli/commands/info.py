@@ -19,28 +19,20 @@ from repan_cli.display.console import print_table
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
 from repan_cli.models import user_file
+from repan_cli.models.author_names import form_in
 from repan_cli.session.artifact import file_of, open_artifact, written_into
 from repan_cli.system.files import read_json, to_json
 from repan_cli.system.packages import need
 from repan_cli.system.text import by_reason
 
-SIGNS = {
-    "multi-branch, the RepVGG authors' names": "rbr_dense",
-    "merged, the RepVGG authors' names": "rbr_reparam",
-    "multi-branch, timm's names": "conv_kxk",
-    "merged, timm's names": "reparam_conv",
-    "multi-branch, the DBB authors' names": "dbb_origin",
-    "merged, the DBB authors' names": "dbb_reparam",
-}
-"""The part of the names of weights by which a form of others' multi-branch networks is known."""
-
 
 def run(options: InfoOptions) -> None:
     """Describe a file: network, form, blocks, classes, where in its run it was saved, figures, settings, digest."""
-    path = file_of(options.checkpoint)
+    plain, key = checkpoint.split_key(options.checkpoint)
+    path = file_of(str(plain))
     if path is None:
         raise InputError(f"no file {options.checkpoint}; repan list models {options.checkpoint} tells of networks")
-    facts = describe(path, options.model)
+    facts = describe(path, options.model, key)
     if options.as_json:
         print(to_json(facts))
         return
@@ -60,12 +52,13 @@ def _is_changed(key: str, value: Any) -> bool:
     return key not in SCHEMA or value != (list(default) if isinstance(default, tuple) else default)
 
 
-def describe(path: Path, network: str | None = None) -> dict[str, Any]:
+def describe(path: Path, network: str | None = None, key: str | None = None) -> dict[str, Any]:
     """Return the facts in plain types. Raises InputError for a file that is damaged, or no file of a network."""
     if path.suffix in GRAPH_ENDINGS:
         return _exported(path)
-    content = checkpoint.load_any(path)
-    return _ours(path, content, network) if isinstance(content, Checkpoint) else _theirs(path, content, network)
+    source = str(path) if key is None else f"{path}::{key}"
+    content = checkpoint.load_any(source)
+    return _ours(path, content, network) if isinstance(content, Checkpoint) else _theirs(source, content, network)
 
 
 def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
@@ -141,7 +134,7 @@ def _graph(path: Path) -> dict[str, Any]:
     }
 
 
-def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> dict[str, Any]:
+def _theirs(source: str, weights: Mapping[str, Tensor], network: str | None) -> dict[str, Any]:
     """Describe weights that repan did not write. Given the name of a network, check that they fit it."""
     matrices = [name for name, value in weights.items() if value.ndim in (2, 4) and name.endswith("weight")]
     facts: dict[str, Any] = {
@@ -151,7 +144,7 @@ def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> d
         "bytes": sum(value.numel() * value.element_size() for value in weights.values()),
         "types": dict(Counter(str(value.dtype).removeprefix("torch.") for value in weights.values())),
         "convolutions": sum(value.ndim == 4 for value in weights.values()),
-        "form": next((form for form, sign in SIGNS.items() if any(sign in name for name in weights)), "not known"),
+        "form": form_in(weights) or "not known",
         "not finite": _not_finite(weights),
     }
     if matrices:
@@ -161,7 +154,7 @@ def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> d
             "last layer": f"{matrices[-1]} {tuple(last.shape)}",
         }
     if network is not None:
-        card = open_artifact(str(path), network).card
+        card = open_artifact(source, network).card
         facts |= {"fits": card.model, "classes": len(card.classes), "in_chans": card.in_chans}
     return facts
 

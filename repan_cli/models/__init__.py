@@ -5,6 +5,7 @@ from repan_cli.config.conventions import SMALL_IMAGE
 from repan_cli.models.changes import Expansion, Selection, apply, summary
 from repan_cli.models.create import BUILT_OF_BLOCKS, BUILTIN, create, has_new_classifier, resolve
 from repan_cli.models.expand import expand, plan
+from repan_cli.models.foreign import load_foreign
 from repan_cli.models.inspect import form_of
 from repan_cli.models.rebuild import build_untrained, check_given, load, rebuild
 
@@ -23,6 +24,7 @@ __all__ = [
     "form_of",
     "has_new_classifier",
     "load",
+    "load_foreign",
     "mobilenet_cifar",
     "plan",
     "rebuild",

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import timm
 import torchvision
 from torch import nn
 
-from repan_cli import checkpoint
 from repan_cli.blocks import NATIVE, check_family
 from repan_cli.config.conventions import SMALL_IMAGE
 from repan_cli.errors import InputError
 from repan_cli.models import mobilenet_cifar, repvgg_cifar, resnet_cifar, user_file
 from repan_cli.models.expand import DEFAULT_FAMILY
+from repan_cli.models.foreign import load_foreign
 from repan_cli.models.inspect import classifier_layers
 from repan_cli.registry import did_you_mean
 from repan_cli.system.text import first_line
@@ -46,6 +47,11 @@ def resolve(name: str, image_size: int) -> str:
         return name
     if name.startswith(TORCHVISION):
         return _known(name, [TORCHVISION + known for known in torchvision.models.list_models(torchvision.models)])
+    name = re.sub(rf"^(?:{TIMM})?hf[-_]hub:timm/", TIMM, name)
+    if name.removeprefix(TIMM).startswith(("hf-hub:", "hf_hub:")):
+        raise InputError(f"{name} is not timm's own: fetch its folder ('hf download'), and give that instead of a name")
+    if timm.is_model(tagged := name.removeprefix(TIMM)) and "." in tagged:
+        return TIMM + _with_tag(tagged)
     if name.startswith(TIMM):
         return _known(name, [TIMM + known for known in timm.list_models()])
     full = ALIASES.get(name, name)
@@ -55,6 +61,15 @@ def resolve(name: str, image_size: int) -> str:
     if full in BUILTIN:
         return full
     return TIMM + _known(full, list(dict.fromkeys([*ALIASES, *BUILTIN, *timm.list_models()])))
+
+
+def _with_tag(name: str) -> str:
+    """Return a name of timm's with the tag of its pretrained weights. Raises InputError for a tag that is none."""
+    short, _, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{short}.*")]
+    if tag not in tags:
+        raise InputError(f"timm has no weights '{tag}' of {short}: it has {', '.join(tags) or 'none'}")
+    return name
 
 
 def _known(name: str, choices: list[str]) -> str:
@@ -124,7 +139,7 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
         except Exception as error:
             raise _not_fetched(short, error) from error
         main = {key: value for key, value in weights.items() if not (auxiliary and key.lower().startswith("aux"))}
-        checkpoint.load_foreign(model, main, f"the pretrained {short}", may_be_new=classifier_layers(model))
+        load_foreign(model, main, f"the pretrained {short}", may_be_new=classifier_layers(model))
     return model
 
 

@@ -22,6 +22,7 @@ from repan_cli.export import onnx_file, pt2_file
 from repan_cli.models import user_file
 from repan_cli.models.changes import Expansion
 from repan_cli.models.create import TIMM
+from repan_cli.models.foreign import fit
 from repan_cli.models.inspect import classifier_layers, wanted_images
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.registry import did_you_mean
@@ -77,7 +78,8 @@ def open_artifact(
 
     Raises InputError, naming the source, when it is missing or damaged, or does not say which network it is of.
     """
-    path = file_of(source)
+    plain, key = checkpoint.split_key(source)
+    path = file_of(str(plain))
     if path is None:
         return _named(source, pretrained=pretrained, block=block)
     if path.suffix == ".onnx":
@@ -86,7 +88,7 @@ def open_artifact(
     if path.suffix == ".pt2":
         network = pt2_file.open_file(_checked(path))
         return Artifact(str(path), network, _described(path), "torch.export")
-    content = checkpoint.load_any(path)
+    content = checkpoint.load_any(path if key is None else f"{path}::{key}")
     if isinstance(content, Checkpoint):
         return Artifact(str(path), models.rebuild(content, str(path), model), content.card, saved=content)
     return _foreign(path, content, model)
@@ -161,13 +163,13 @@ def _foreign(path: Path, weights: Mapping[str, Tensor], name: str | None) -> Art
     full = name if user_file.names_a_file(name) else models.resolve(name, LARGE_IMAGE)
     with torch.random.fork_rng(devices=[]):
         probe = models.create(full, num_classes=IMAGENET_CLASSES, in_chans=3)
-        own = probe.state_dict()
+        found = fit(probe, weights).weights
         rows = [f"{layer}.weight" for layer in classifier_layers(probe)]
-        classes = next((len(weights[key]) for key in rows if key in weights), IMAGENET_CLASSES)
-        first = next((key for key, value in own.items() if value.ndim == 4), None)
-        channels = weights[first].shape[1] if first is not None and first in weights and weights[first].ndim == 4 else 3
+        classes = next((len(found[key]) for key in rows if key in found), IMAGENET_CLASSES)
+        first = next((key for key, value in probe.state_dict().items() if value.ndim == 4), "")
+        channels = found[first].shape[1] if first in found and found[first].ndim == 4 else 3
         model = models.create(full, num_classes=classes, in_chans=channels)
-    checkpoint.load_foreign(model, weights, str(path))
+    models.load_foreign(model, weights, str(path))
     return _as_artifact(str(path), full, model.eval())
 
 

@@ -145,7 +145,7 @@ def _plan(model: nn.Module, config: Config, dataset: Dataset, family: str | None
 
 def _take(model: nn.Module, weights: Mapping[str, Tensor], config: Config) -> bool:
     source, layers = _source(config), classifier_layers(model)
-    new = checkpoint.load_foreign(model, weights, source, may_be_new=layers)
+    new = models.load_foreign(model, weights, source, may_be_new=layers)
     if new:
         warn(f"{source} knows other classes: {', '.join(layers)} starts anew")
     return new

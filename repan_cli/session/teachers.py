@@ -145,7 +145,7 @@ def find_teacher(settings: config.TeacherConfig, dataset: Dataset) -> TeacherMod
     channels.
     """
     name = _name_in(settings)
-    weights = checkpoint.load_any(name) if Path(name).is_file() else None
+    weights = checkpoint.load_any(name) if checkpoint.split_key(name)[0].is_file() else None
     if weights is None:
         found = _pretrained(name, dataset)
     elif isinstance(weights, Checkpoint):
@@ -174,7 +174,7 @@ def _theirs(name: str, settings: config.TeacherConfig, dataset: Dataset, weights
     size = settings.image_size or dataset.image_size
     full = models.resolve(settings.model, size)
     model = models.create(full, num_classes=len(dataset.classes), in_chans=dataset.channels)
-    checkpoint.load_foreign(model, weights, f"the teacher {name}")
+    models.load_foreign(model, weights, f"the teacher {name}")
     return TeacherModel(model, View(size, dataset.mean, dataset.std), digest_of(weights_of(model)), full)
 
 

@@ -1,0 +1,183 @@
+"""Files of weights as trainers write them: where the weights are, and what a file is that holds none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from repan_cli.errors import InputError
+from repan_cli.registry import did_you_mean
+from repan_cli.system.notices import warn
+
+NO_WEIGHTS = re.compile(r"optim|sched|scaler|amp|hyper|callback|loops", re.IGNORECASE)
+"""Keys of a file under which there are tensors, but no network."""
+
+AVERAGE = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?|shadow)([^a-z]|$)", re.IGNORECASE)
+"""The names under which trainers keep the running average of their weights."""
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""What data-parallel wrappers and torch.compile put in front of names."""
+
+DEEPEST = 5
+"""Levels of keys under which weights are looked for; a wrapper may hold itself."""
+
+COUNTERS = ("num_batches_tracked", "n_averaged")
+
+
+class _Network(NamedTuple):
+    """Tensors by name, and the keys of the file that they are under, joined by dots."""
+
+    key: str
+    weights: dict[str, Tensor]
+
+    @property
+    def size(self) -> int:
+        return sum(not name.endswith(COUNTERS) for name in self.weights)
+
+    @property
+    def is_average(self) -> bool:
+        return bool(AVERAGE.search(self.key))
+
+
+def split_key(source: str | Path) -> tuple[Path, str | None]:
+    """Return the file that `FILE` or `FILE::KEY` means, and the key."""
+    front, colons, key = str(source).rpartition("::")
+    if not colons or Path(source).is_file():
+        return Path(source), None
+    return Path(front), key
+
+
+# ---------------------------------------------------------------------------------------------- where weights are
+
+
+def foreign_weights(content: Any, path: Path, key: str | None) -> dict[str, Tensor]:
+    """Return the weights in a file of others, by name.
+
+    Of several networks of one size the running average is taken, as timm does, and the choice is said; `key` chooses
+    another, by the keys of the file or by what the names begin with. Raises InputError where there are none.
+    """
+    found = [*_networks(content, "", 0)]
+    if not found:
+        raise InputError(f"{path} holds no weights: no tensors by name, nor under a key such as state_dict or model")
+    chosen = _by_key(found, path, key) if key else _preferred(found, path)
+    if not are_plain(chosen.items(), path, times=TIED):
+        raise InputError(f"{path} holds tensors that are sparse, quantized or larger than the file: save plain ones")
+    while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in chosen)), None):
+        chosen = {name.removeprefix(prefix): value for name, value in chosen.items()}
+    return chosen
+
+
+def _networks(content: Any, key: str, depth: int) -> Iterator[_Network]:
+    """Yield the tensors by name under every key of a file, the outer ones first."""
+    if not isinstance(content, Mapping) or depth > DEEPEST:
+        return
+    weights = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if weights:
+        yield _Network(key, weights)
+    for name, inner in content.items():
+        if isinstance(name, str) and isinstance(inner, Mapping) and not NO_WEIGHTS.search(name):
+            yield from _networks(inner, f"{key}.{name}" if key else name, depth + 1)
+
+
+def _preferred(found: list[_Network], path: Path) -> dict[str, Tensor]:
+    largest = max(network.size for network in found)
+    whole = [network for network in found if network.size == largest]
+    chosen = next((network for network in whole if network.is_average), whole[0])
+    found = [network for network in found if 2 * network.size > largest]
+    if len(found) > 1:
+        others = ", ".join(f"'{network.key}'" for network in found if network is not chosen)
+        other = next(network.key for network in found if network is not chosen)
+        warn(
+            f"{path} holds several networks: '{chosen.key}' is taken{', the average' * chosen.is_average}, not "
+            f"{others}; {path}::{other} takes another"
+        )
+    return chosen.weights
+
+
+def _by_key(found: list[_Network], path: Path, key: str) -> dict[str, Tensor]:
+    for network in found:
+        if network.key == key:
+            return network.weights
+    start = key.rstrip(".") + "."
+    for network in found:
+        outer = f"{network.key}." if start.startswith(f"{network.key}.") else ""
+        prefix = start.removeprefix(outer)
+        if inner := {n.removeprefix(prefix): value for n, value in network.weights.items() if n.startswith(prefix)}:
+            return inner
+    known = [each for network in found for each in (network.key, *_fronts(network.weights)) if each]
+    there = ", ".join(dict.fromkeys(known))
+    raise InputError(f"{path} holds nothing under '{key}'{did_you_mean(key, known)}: it has {there[:200]}")
+
+
+def _fronts(weights: Mapping[str, Tensor]) -> list[str]:
+    return list(dict.fromkeys(name.partition(".")[0] for name in weights))
+
+
+def are_plain(tensors: Iterable[tuple[Any, Any]], path: Path, *, times: int = 1) -> bool:
+    """Tell whether all are dense tensors by name, and no more than so many `times` the file.
+
+    One larger than its file is a view that would fill the memory, and so are many of the same storage.
+    """
+    largest = path.stat().st_size
+    total = 0
+    for name, tensor in tensors:
+        plain = isinstance(name, str) and isinstance(tensor, Tensor)
+        if not plain or (tensor.layout, tensor.device.type, tensor.is_quantized) != (torch.strided, "cpu", False):
+            return False
+        size = tensor.numel() * tensor.element_size()
+        total += size
+        if size > largest or total > times * largest or (not size and max(tensor.shape) > largest):
+            return False
+    return True
+
+
+TIED = 4
+"""How many times the bytes of others' files their tensors may have: layers may share theirs."""
+
+
+# ---------------------------------------------------------------------------------------------- what is no weights
+
+DOWNLOAD = "download the file itself"
+
+KINDS: tuple[tuple[bytes, str], ...] = (
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the weights: run 'git lfs pull' where it was cloned"),
+    (rb"\s*<(!doctype|html|head|\?xml|!--)", f"is a web page, not the weights: {DOWNLOAD}, not the page about it"),
+    (rb"\s*\{", f"is JSON text, an index or an answer of a server, not the weights: {DOWNLOAD}"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ\0|7z\xbc\xaf|Rar!", "is a compressed archive: unpack it, and give the file in it"),
+    (rb"\x93NUMPY", "is an array of NumPy's, not weights by name: save a state_dict() with torch.save"),
+    (rb"\x89HDF", "is an HDF5 file, as Keras writes it, and not PyTorch's: save a state_dict() with torch.save"),
+    (rb"GGUF", "is a GGUF file, as llama.cpp reads it, and not PyTorch's: take the .safetensors of the same network"),
+    (rb"....TFL3", "is a TensorFlow Lite file, and not PyTorch's: take the weights it was made of"),
+)
+"""How files begin that are often taken for weights, what they are, and what to do."""
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Raise InputError, saying what a file is, where it begins or ends as one of another kind does."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+        file.seek(max(0, path.stat().st_size - 2**16))
+        end = file.read()
+    if not start:
+        raise InputError(f"{path} is empty: was it downloaded, or the disk full?")
+    for pattern, what in KINDS:
+        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
+            raise InputError(f"{path} {what}")
+    if not start.startswith(b"PK\3\4"):
+        return
+    if b"PK\1\2" not in end and b"PK\5\6" not in end:
+        raise InputError(
+            f"{path} does not end with an archive's end record: it is cut off, such as half a download; fetch it again"
+        )
+    if b"/constants.pkl" in end or b"/code/" in end:
+        raise InputError(
+            f"{path} is a TorchScript program, which holds code: refused; save its weights: "
+            f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')"
+        )
+    if b"PK\1\2" in end and b"data.pkl" not in end and b".data/" not in end:
+        raise InputError(f"{path} is a zip archive, but none of torch.save's: unpack it, and give the file in it")
