@@ -176,3 +176,71 @@ def test_what_loads_images_can_be_sent_to_another_process(tmp_path):
         assert torch.equal(again[1].image, samples[1].image)
     for sent in (streaming._collate, streaming._ignore_signals):
         assert pickle.loads(pickle.dumps(sent)) is sent
+
+
+# ---------------------------------------------------------------------------------------------- free cores and threads
+
+
+@pytest.fixture
+def cores(tmp_path, monkeypatch):
+    """Lets the machine have cores that are used for these shares of the time, and a container's limit."""
+
+    def have(*shares, nice=0.0, limit="max 100000"):
+        (tmp_path / "cpu.max").write_text(limit)
+        monkeypatch.setattr(host, "CPU_MAX", tmp_path / "cpu.max")
+        monkeypatch.setattr(host, "PROC_STAT", tmp_path / "stat")
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(len(shares))), raising=False)
+
+        def write(ticks):
+            rows = [
+                f"cpu{n} {int(ticks * share)} {int(ticks * nice)} 0 {int(ticks * (1 - share - nice))} 0 0 0 0 0 0\n"
+                for n, share in enumerate([*shares, 1.0])  # the last one is not ours
+            ]
+            (tmp_path / "stat").write_text("cpu 1 2 3 4 5 6 7 8 9 10\n" + "".join(rows) + "intr 1\n")
+
+        write(1000)
+        monkeypatch.setattr(host.time, "sleep", lambda seconds: write(2000))
+
+    return have
+
+
+@pytest.mark.parametrize(
+    ("shares", "given", "free"),
+    [
+        ((0.0, 0.0), {}, 2),
+        ((1.0, 0.0), {}, 1),
+        ((1.0, 1.0), {}, 1),
+        ((0.1, 0.1, 0.1, 0.1), {}, 4),
+        ((0.9, 0.9, 0.1, 0.1), {}, 2),
+        ((0.0, 0.0), {"nice": 1.0}, 2),
+        ((0.0,) * 8, {"limit": "150000 100000"}, 2),
+    ],
+)
+def test_free_cores_are_those_that_nobody_uses(cores, shares, given, free):
+    cores(*shares, **given)
+    assert host.free_cores() == free
+
+
+def test_without_proc_the_load_tells_of_free_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr(host, "PROC_STAT", tmp_path / "none")
+    monkeypatch.setattr(host, "CPU_MAX", tmp_path / "none")
+    monkeypatch.setattr(host, "usable_cores", lambda: 8)
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.6, 0, 0), raising=False)
+    assert host.free_cores() == 5
+    monkeypatch.delattr(os, "getloadavg")
+    assert host.free_cores() == 8
+
+
+def test_threads_are_what_is_asked_else_what_is_free(monkeypatch, caplog):
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(host, "usable_cores", lambda: 4)
+    monkeypatch.setattr(host, "free_cores", lambda: 3)
+    assert (device.use_threads(None), used) == (4, [])  # the tests' OMP_NUM_THREADS
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert (device.use_threads(None), used) == (3, [3])
+    assert (
+        "trains with 3 threads, as other processes use this machine's 4 cores; run.threads=4 takes all" in caplog.text
+    )
+    assert (device.use_threads(7), used) == (7, [3, 7])

@@ -20,7 +20,16 @@ from repan_cli.errors import InputError
 from repan_cli.runs.felt import HEADS, Pace, Records, loss_after
 
 WITHOUT_EFFECT = {
-    *("run.seed", "run.out", "run.device", "run.log_every", "run.save_every", "run.trackers", "run.channels_last"),
+    *(
+        "run.seed",
+        "run.out",
+        "run.device",
+        "run.log_every",
+        "run.save_every",
+        "run.trackers",
+        "run.channels_last",
+        "run.threads",
+    ),
     *("run.compile", "run.graph", "data.workers", "teacher.cache"),
 }
 """Settings that may differ within a group: the seed, where results go, how fast they are computed and what is said."""

@@ -240,6 +240,12 @@ class RunConfig:
         "auto: bf16 where the device computes in it, else fp32; bf16; fp16, with a loss scaler; fp32.",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
+    threads: int | None = setting(
+        None,
+        "CPU threads of PyTorch; null takes the cores that are free when the run begins, or OMP_NUM_THREADS. The last "
+        "bits of a run depend on it, so a resumed run keeps its number.",
+        low=1,
+    )
     channels_last: bool = setting(True, "Channels-last memory format.")
     sync_bn: bool = setting(False, "Share BN statistics among the GPUs of a job in every step, for small batches.")
     compile: str = setting(

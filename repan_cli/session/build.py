@@ -27,7 +27,7 @@ from repan_cli import models, runs
 from repan_cli.checkpoint.card import ModelCard
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.resolve import Resolved, refuse
-from repan_cli.config.settings import Config, EmaConfig, flatten
+from repan_cli.config.settings import Config, EmaConfig, flatten, replace
 from repan_cli.data import datasets
 from repan_cli.data.batches import Loader
 from repan_cli.data.build import eval_loader, train_loader
@@ -46,7 +46,7 @@ from repan_cli.session.network import (
     state_of,
 )
 from repan_cli.session.teachers import PhaseTasks
-from repan_cli.system.device import Runtime, start_runtime
+from repan_cli.system.device import Runtime, start_runtime, use_threads
 from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import warn
 from repan_cli.system.ranks import first_on_each_machine
@@ -123,6 +123,9 @@ def prepare(
             runs.check_free(config.run.out)
         trackers.check(config.run.trackers)
     machine = start_runtime(config.run.device, config.run.precision, channels_last=config.run.channels_last)
+    if machine.device.type == "cpu" and machine.ranks == 1:  # a launcher gives each rank its threads
+        before = saved.card.surroundings or {} if saved else {}
+        config = replace(config, {"run.threads": use_threads(config.run.threads or before.get("threads"))})
     if config.data.batch_size < 2 * machine.ranks:
         raise InputError(
             f"data.batch_size={config.data.batch_size} is too small for {machine.ranks} processes: each needs two "

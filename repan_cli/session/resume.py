@@ -23,7 +23,7 @@ from repan_cli.system.notices import warn
 from repan_cli.system.ranks import join_ranks, joined, of_first_rank
 from repan_cli.system.text import count
 
-MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "teacher.name")
+MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "run.threads", "teacher.name")
 """Settings that a resumed run may have otherwise: they do not change what is computed (a teacher must be the same)."""
 
 

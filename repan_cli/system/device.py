@@ -13,7 +13,9 @@ from torch import nn
 
 from repan_cli.errors import InputError
 from repan_cli.system import host
+from repan_cli.system.notices import warn
 from repan_cli.system.ranks import join_ranks, own_gpu
+from repan_cli.system.text import count
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,29 @@ def start_runtime(device: str = "auto", precision: str = "auto", *, channels_las
     rank, ranks = join_ranks(device)
     found = (own_gpu(device) if ranks > 1 else None) or find_device(device)
     return Runtime(found, find_precision(precision, found), channels_last, rank, ranks)
+
+
+def use_threads(asked: int | None) -> int:
+    """Let PyTorch compute with so many threads on the CPU, and return their number.
+
+    None means the cores that are free now, or what OMP_NUM_THREADS says: two threads on one free core are many times
+    slower than one.
+    """
+    if asked is None:
+        if any(os.environ.get(name) for name in THREAD_VARIABLES):
+            return torch.get_num_threads()
+        asked, usable = min(host.free_cores(), torch.get_num_threads()), host.usable_cores()
+        if asked < torch.get_num_threads():
+            warn(
+                f"trains with {count(asked, 'thread')}, as other processes use this machine's {count(usable, 'core')}; "
+                f"run.threads={usable} takes all"
+            )
+    torch.set_num_threads(asked)
+    return asked
+
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Variables by which a person or a launcher says how many threads a process has."""
 
 
 def find_device(name: str) -> torch.device:

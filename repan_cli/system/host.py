@@ -6,7 +6,14 @@ import contextlib
 import os
 import platform
 import sys
+import time
 from pathlib import Path
+
+PROC_STAT, CPU_MAX = Path("/proc/stat"), Path("/sys/fs/cgroup/cpu.max")
+"""Where Linux tells the time that each core was used, and the limit of a container."""
+
+SAMPLE = 0.2
+"""Seconds over which the use of cores is looked at."""
 
 
 def usable_cores() -> int:
@@ -14,6 +21,52 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def free_cores() -> int:
+    """Return how many of the usable cores have nothing to do now, at least 1.
+
+    A container's limit counts as cores. Work at low priority (nice) counts as nothing to do. Takes 0.2 s on Linux.
+    """
+    cores = usable_cores()
+    busy = _busy_cores()
+    return max(1, min(cores - busy, _container_limit() or cores))
+
+
+def _busy_cores() -> int:
+    try:
+        before = _core_times()
+        time.sleep(SAMPLE)
+        after = _core_times()
+    except (OSError, ValueError, IndexError):  # no Linux
+        return round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
+    busy = 0.0
+    for core, (used, total) in after.items():
+        passed = total - before[core][1] if core in before else 0
+        busy += (used - before[core][0]) / passed if passed else 0
+    return round(busy)
+
+
+def _core_times() -> dict[int, tuple[int, int]]:
+    """Return the used and the whole time of each usable core, as /proc/stat tells them."""
+    usable: set[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    times = {}
+    for line in PROC_STAT.read_text(encoding="utf-8").splitlines():
+        name, *figures = line.split()
+        if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in usable:
+            user, nice, system, idle, wait, *others = map(int, figures[:8])  # interrupts, and what a host takes
+            used = user + system + sum(others)
+            times[int(name[3:])] = used, used + nice + idle + wait
+    return times
+
+
+def _container_limit() -> int | None:
+    """Return how many cores a container may use at once, rounded up; None without a limit."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = CPU_MAX.read_text(encoding="utf-8").split()
+        if quota != "max":
+            return -(-int(quota) // int(period))
+    return None
 
 
 def memory_bytes(*, free: bool = False) -> int | None:
