@@ -220,6 +220,7 @@ def _fold_of(block):
     return norm.weight / torch.sqrt(norm.running_var + norm.eps)
 
 
+@pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("attach", ["ramp", "zero-gamma", "compensated"])
 @pytest.mark.parametrize("family", list(FAMILIES))
 @torch.no_grad()

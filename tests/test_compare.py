@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -336,13 +337,19 @@ def places(tree, path=()):
         yield from places(tree[key], (*path, key))
 
 
+ODD = (None, "x", -1, [7], {"x": 7}, 1e400)
+
+
+@pytest.mark.parametrize("values", [2, pytest.param(len(ODD), marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", ["summary.json", "status.json", "metrics.jsonl"])
-def test_no_value_in_a_file_of_figures_breaks_the_comparison(capsys, runs, name):
+def test_no_value_in_a_file_of_figures_breaks_the_comparison(capsys, runs, name, values):
+    """Each place of the file has so many of the odd values, the next place the next ones."""
+    turn = itertools.cycle(ODD)
     file = runs / "repan_1" / name
     text = file.read_text()
     whole = json.loads(text.splitlines()[0] if name == "metrics.jsonl" else text)
     for way in places(whole):
-        for value in (None, "x", -1, [7], {"x": 7}, 1e400):
+        for value in itertools.islice(turn, values):
             tree = changed = json.loads(json.dumps({"": whole}))
             for key in ("", *way)[:-1]:
                 changed = changed[key]

@@ -209,7 +209,7 @@ nested = st.recursive(
 known = st.dictionaries(st.sampled_from([*config.SCHEMA, *config.OVERLAY]), nested, max_size=4)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tree=st.one_of(nested, known))
 def test_no_file_brings_anything_but_input_errors(tree):
     try:

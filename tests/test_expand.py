@@ -518,7 +518,9 @@ def test_averaged_copies_and_optimizers_survive_a_restart():
     ] == state
 
 
-@pytest.mark.parametrize("family", ["repvgg", pytest.param("dbb", marks=pytest.mark.soak), "qarep"])
+@pytest.mark.parametrize(
+    "family", ["repvgg", *(pytest.param(name, marks=pytest.mark.soak) for name in ("dbb", "qarep"))]
+)
 @torch.no_grad()
 def test_twenty_restarts_drift_less_than_a_hundred_thousandth(family):
     """In float32, branches let in before each restart."""

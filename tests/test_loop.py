@@ -326,6 +326,7 @@ def test_best_test_leaves_the_weights_that_the_test_set_chose(digits):
             scores = []
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_training_pass_gives_the_same_losses(digits):
     found = []
