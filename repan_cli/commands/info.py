@@ -121,9 +121,7 @@ def _graph(path: Path) -> dict[str, Any]:
     """Return what an ONNX graph says of itself."""
     need("opening ONNX", "onnx", "onnx", "onnxruntime")
     session = onnx_file.open_file(path).session
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
+    model = onnx_file.graph(path)
     operators = Counter(node.op_type for node in model.graph.node)
     return {
         "opset": {each.domain or "onnx": each.version for each in model.opset_import},

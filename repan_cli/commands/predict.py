@@ -18,6 +18,7 @@ from repan_cli.system.device import Runtime, start_runtime
 from repan_cli.system.files import to_json
 from repan_cli.system.notices import warn
 from repan_cli.system.text import count
+from repan_cli.training.evaluation import check_logits
 
 BATCH = 32
 
@@ -77,7 +78,9 @@ def _predicted(
     if not images:
         return []
     batch = torch.stack(images).to(machine.device).contiguous(memory_format=machine.memory_format)
-    logits = artifact.network(batch).float().cpu()
+    logits = artifact.network(batch)
+    check_logits(logits, len(batch), len(artifact.card.classes))
+    logits = logits.float().cpu()
     if broken := [file for file, row in zip(read, logits, strict=True) if not row.isfinite().all()]:
         raise InputError(
             f"the network gives no finite logits for {broken[0]}: take a checkpoint from before it diverged"

@@ -115,8 +115,8 @@ def find_preset(name: str, *, near: Path | None = None) -> Path:
     raise InputError(f"no configuration file or preset '{name}'{hint}")
 
 
-MOST_BYTES = 2**20
-"""Of a preset; all settings there are take a hundredth."""
+MOST_TEXT = 2**20
+"""Characters of a preset; all settings there are take a hundredth."""
 
 
 def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -124,9 +124,11 @@ def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise InputError(f"{path}: 'base' leads back to itself")
     try:
-        if path.stat().st_size > MOST_BYTES:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_TEXT)
+        if len(text) == MOST_TEXT:
             raise InputError(f"{path} is no preset: {path.stat().st_size:,} bytes are more than settings take")
-        layer = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        layer = parse_yaml(text, str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
     base = layer.pop("base", None)

@@ -82,18 +82,52 @@ class OnnxNetwork(nn.Module):
         self.input = self.session.get_inputs()[0].name
 
     def forward(self, images: Tensor) -> Tensor:
-        found = self.session.run(None, {self.input: images.detach().cpu().float().contiguous().numpy()})
+        try:
+            found = self.session.run(None, {self.input: images.detach().cpu().float().contiguous().numpy()})
+        except Exception as error:
+            raise InputError(f"ONNX Runtime cannot run the network: {first_line(error)}") from None
         return torch.from_numpy(found[0]).to(images.device)
+
+
+LOOPS = ("Loop", "Scan")
+"""Operators by which a file of some bytes may compute for ever; no exporter writes them for an image classifier."""
 
 
 def header(path: Path) -> str | None:
     """The description that repan wrote into a file."""
-    return open_file(path).session.get_modelmeta().custom_metadata_map.get("repan")
+    return next((entry.value for entry in graph(path).metadata_props if entry.key == "repan"), None)
+
+
+def graph(path: Path) -> Any:
+    """The model of a file, parsed and not run. Raises InputError for one that reads other files, or may never end."""
+    need("opening ONNX", "onnx", "onnx")
+    import onnx
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        raise InputError(f"{path} is damaged, or no ONNX file: {first_line(error)}") from None
+    pending = [model.graph, *model.functions]
+    while pending:
+        part = pending.pop()
+        stored = [*getattr(part, "initializer", ())]
+        for sparse in getattr(part, "sparse_initializer", ()):
+            stored += [sparse.values, sparse.indices]
+        for node in part.node:
+            if node.op_type in LOOPS:
+                raise InputError(f"{path} holds the operator {node.op_type}, which may never end: refused")
+            for given in node.attribute:
+                pending += [*([given.g] if given.HasField("g") else ()), *given.graphs]
+                stored += [*([given.t] if given.HasField("t") else ()), *given.tensors]
+        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in stored):
+            raise InputError(f"{path} reads weights from other files: refused; save it as one file")
+    return model
 
 
 def open_file(path: Path) -> OnnxNetwork:
-    """The network in a file. Raises InputError when it is damaged or no ONNX file."""
-    need("opening ONNX", "onnx", "onnxruntime")
+    """The network in a file. Raises InputError when it is damaged or no ONNX file, and as `graph` does."""
+    need("opening ONNX", "onnx", "onnx", "onnxruntime")
+    graph(path)
     try:
         return OnnxNetwork(path)
     except InputError:

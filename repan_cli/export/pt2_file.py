@@ -23,9 +23,10 @@ from torch.export import ExportedProgram
 from repan_cli import checkpoint
 from repan_cli.checkpoint.archive import Archive, printable
 from repan_cli.checkpoint.format import CHECKSUM, DIGITS
-from repan_cli.errors import InputError
+from repan_cli.errors import InputError, is_out_of_memory
 from repan_cli.export.trace import quiet
 from repan_cli.system.files import to_json
+from repan_cli.system.text import first_line
 
 HEADER = "repan.json"
 TENSOR = re.compile(r"data/weights/weight_\d+|data/constants/tensor_\d+")
@@ -84,7 +85,12 @@ class Pt2Network(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        return self._run[0](images.contiguous())
+        try:
+            return self._run[0](images.contiguous())
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise InputError(f"the graph cannot run: {first_line(error)}") from error
 
 
 def open_file(path: Path) -> Pt2Network:

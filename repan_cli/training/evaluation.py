@@ -63,6 +63,17 @@ def evaluate(model: nn.Module, images: Loader, stop: Callable[[], bool] = bool, 
     return score_of(totals, images.count)
 
 
+def check_logits(logits: object, images: int, classes: int) -> None:
+    """Raise InputError for what is not one logit a class for each image, as of a file that says what is not so."""
+    if not isinstance(logits, Tensor):
+        raise InputError(f"the network returns a {type(logits).__name__}, not one tensor of logits")
+    if tuple(logits.shape) != (images, classes):
+        found = "x".join(map(str, logits.shape))
+        raise InputError(
+            f"the network returns {found} numbers for {images} images, not one for each of {classes} classes"
+        )
+
+
 def score_batch(logits: Tensor, labels: Tensor) -> Tensor:
     """Sums over a batch, (3,): top-1 correct, top-5 correct (NaN with five classes or fewer), cross-entropy."""
     if not isinstance(logits, Tensor):

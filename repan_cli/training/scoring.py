@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from repan_cli.data.batches import Loader
 from repan_cli.errors import InputError, is_out_of_memory
 from repan_cli.system.text import count
-from repan_cli.training.evaluation import Score, eval_batch, score_batch, score_of
+from repan_cli.training.evaluation import Score, check_logits, eval_batch, score_batch, score_of
 
 BINS = 15
 """Of confidence, equally wide (Guo et al. 2017)."""
@@ -68,6 +68,7 @@ def _examined(model: nn.Module, images: Loader, classes: int, size: int) -> Deta
     broken = 0
     for batch, labels, *_ in images.batches(size):
         logits = model(batch)
+        check_logits(logits, len(batch), classes)
         totals += score_batch(logits, labels)
         broken += int((~logits.isfinite().all(dim=1)).sum())
         confidence, found = logits.float().softmax(dim=1).max(dim=1)
