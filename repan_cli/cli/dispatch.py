@@ -63,8 +63,9 @@ def fail(error: Exception) -> NoReturn:
     if known is None or os.environ.get("REPAN_DEBUG") == "1":
         raise error
     rank = own_rank()
-    for line in shown(str(known)).split("\n"):
-        print(f"Error{f' of rank {rank}' if rank else ''}: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody may listen any more
+        for line in shown(str(known)).split("\n"):
+            print(f"Error{f' of rank {rank}' if rank else ''}: {line}", file=sys.stderr)
     raise typer.Exit(known.exit_code) from None
 
 

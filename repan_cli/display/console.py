@@ -6,14 +6,16 @@ lines also go to the run's log.txt. Knows floats and names only, never a tensor.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import sys
 import textwrap
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -40,10 +42,31 @@ WARNING = "bold magenta"
 """Readable on white and on black, as yellow is not."""
 
 
+class Stderr:
+    """The standard error of the process as it is now. A reader or a terminal that is gone ends no run."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: sys.stderr.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(lambda: sys.stderr.flush())
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):  # what is left in its buffer goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 @functools.cache
 def on_stderr() -> Console:
     """One for all that people read: only through the console of a live display can a line be put above that."""
-    return Console(stderr=True, highlight=False)
+    return Console(file=cast("TextIO", Stderr()), highlight=False)
 
 
 class Display:

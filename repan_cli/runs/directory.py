@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import platform
+import re
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -34,10 +36,28 @@ def _lock(path: Path) -> IO[str]:
         holder = file.read().strip() or "another process"
         file.close()
         raise InputError(f"the run directory {path.parent} is being written by {holder}: let it end first") from None
+    _HELD.add(file)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     return file
+
+
+_HELD: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+"""The files whose locks this process holds."""
+
+
+def _let_go() -> None:
+    """Close a child's copies of locks, which would hold them when the process itself is gone."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for file in _HELD:
+        if not file.closed:
+            os.dup2(nothing, file.fileno(), inheritable=False)
+    os.close(nothing)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _lock_file(file: IO[str]) -> None:
@@ -50,6 +70,20 @@ def _lock_file(file: IO[str]) -> None:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+LEFTOVER = re.compile(
+    r"\.((last|best|cycle_\d+)\.pt|(status|summary|env|trackers)\.json|metrics\.(jsonl|csv)|config\.yaml)\.\w{8}"
+)
+"""Temporary files of what only the run itself writes."""
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the halves of files that kills have left behind."""
+    for file in path.iterdir():
+        if LEFTOVER.fullmatch(file.name):
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 HEARTBEAT = 30
@@ -73,6 +107,8 @@ class RunDirectory:
         if not reopen:
             self._create()
         self._lock = _lock(path / ".lock")
+        if reopen:
+            _remove_leftovers(path)
         self._status: dict[str, Any] = {}
         self._speaking = threading.Lock()
 
@@ -120,6 +156,12 @@ class RunDirectory:
             process = {"pid": os.getpid(), "host": platform.node()}
             self._status = {"state": state, "time": now(), **process, "heartbeat_seconds": HEARTBEAT, **position}
             self._write_status()
+
+    def state(self) -> str | None:
+        """Return what status.json says the run is doing; None where it says nothing that can be read."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return json.loads((self.path / "status.json").read_text(encoding="utf-8")).get("state")
+        return None
 
     def beat(self) -> None:
         """Say that the run is alive."""

@@ -7,6 +7,7 @@ its constructor only.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -20,10 +21,10 @@ from typing import Any, Protocol, cast
 
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
-from repan_cli.system.files import to_json, write_atomically
+from repan_cli.system.files import to_json, write_atomically, write_bytes
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import missing
-from repan_cli.system.text import first_line
+from repan_cli.system.text import count, first_line
 
 KINDS = ("epoch", "cycle_end", "final", "restart")
 """The kinds of figures, in the order in which they come once a number of epochs is done."""
@@ -74,25 +75,51 @@ class Csv:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a kill cut off is none."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    """The records of a metrics.jsonl; a line that a kill cut off, or that is damaged, is none."""
+    if not path.exists():
+        return []
+    found = (_record(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [record for record in found if record is not None]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def rewind(folder: Path, cycle: int, epoch: int) -> None:
-    """Take out what metrics.jsonl and metrics.csv hold from beyond an epoch: a resumed run makes it again."""
-    records = [r for r in read_metrics(folder / "metrics.jsonl") if (r["cycle"], r["epoch"]) <= (cycle, epoch)]
-    for name, kind in (("metrics.jsonl", JsonLines), ("metrics.csv", Csv)):
-        (folder / name).unlink(missing_ok=True)
-        tracker = kind(folder / name)
-        for record in records:
-            tracker.log("epoch", record["epoch"], record)
-        tracker.close()
+    """Take out what metrics.jsonl and metrics.csv hold from beyond an epoch: a resumed run makes it again.
+
+    Each file is replaced as a whole, and only where something has to go.
+    """
+    path = folder / "metrics.jsonl"
+    records = [record for record in read_metrics(path) if _place(record) <= (cycle, epoch)]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if path.exists() and path.read_bytes() != lines:
+        damaged = path.read_text(encoding="utf-8", errors="replace").splitlines()[:-1]
+        if lost := sum(_record(line) is None for line in damaged):
+            warn(f"{path}: {count(lost, 'damaged line')} left out")
+        write_bytes(path, lines)
+    table = _as_csv(records)
+    if (folder / "metrics.csv").exists() and (folder / "metrics.csv").read_bytes() != table:
+        write_bytes(folder / "metrics.csv", table)
+
+
+def _place(record: Mapping[str, Any]) -> tuple[int, int]:
+    return record.get("cycle", 0), record.get("epoch", 0)
+
+
+def _as_csv(records: list[dict[str, Any]]) -> bytes:
+    if not records:
+        return b""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(records[0]), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue().encode()
 
 
 # ---------------------------------------------------------------------------------------------- on request

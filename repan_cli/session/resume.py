@@ -12,12 +12,14 @@ from repan_cli.config.conventions import SAME_RESULT
 from repan_cli.config.resolve import Resolved
 from repan_cli.config.schema import Layer
 from repan_cli.config.settings import Config
+from repan_cli.display.console import tell
 from repan_cli.errors import InputError
 from repan_cli.models import user_file
 from repan_cli.session import runner
 from repan_cli.session.agreement import file_of_first_rank
 from repan_cli.session.build import Session, prepare, surroundings
 from repan_cli.session.network import state_of
+from repan_cli.system.files import read_json
 from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import warn
 from repan_cli.system.ranks import join_ranks, joined, of_first_rank
@@ -41,6 +43,9 @@ def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
             with file_of_first_rank(source, 0):
                 pass
         session, resolved = _again(command, given, path, source, saved)
+        if _has_results(session, path):
+            _conclude(session, folder)
+            return
         _warn_of_changes(saved, surroundings(session.training.runtime))
         if source.name == runs.PREVIOUS:
             _set_aside(path / runs.LAST)
@@ -61,18 +66,32 @@ def _again(command: str, given: Layer, path: Path, source: Path, saved: Checkpoi
         raise InputError(f"{path} is a run of 'repan {saved.card.command}': resume it with that command")
     resolved = Resolved(_changed(saved, given, path), f"{source}, from where it stopped")
     session = prepare(command, resolved, saved=saved, folder=path)
-    trained = session.training.progress.phase >= len(session.training.plan)
-    if trained and (path / "summary.json").exists():
-        cycle = session.config.cycle
-        open_ended = command == "cycle" and cycle.lr == "restart"
-        more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if open_ended else ""
-        begin = f"; begin another run from its weights with --init {path / runs.LAST}"
-        raise InputError(f"{path} is finished{more or begin}")
     known = (saved.card.teachers or {}).values()
     for name, digest in session.training.task_of.digests.items():
         if digest not in known:
             raise InputError(f"{name} is not the teacher that the run began with")
     return session, resolved
+
+
+def _has_results(session: Session, path: Path) -> bool:
+    """Tell whether a run has trained through its plan and written what came of it."""
+    plan = session.training.plan
+    if session.training.progress.phase < len(plan) or not (path / "summary.json").exists():
+        return False
+    return len(read_json(path / "summary.json").get("cycles", ())) == sum(1 for phase in plan if phase.cycle)
+
+
+def _conclude(session: Session, folder: runs.RunDirectory) -> None:
+    """Mark a run that has its results as done. Raises InputError where it is marked already."""
+    path, cycle = folder.path, session.config.cycle
+    if folder.state() != "done":
+        folder.status("done")
+        tell(f"{path} has its results: it is marked as done now")
+        return
+    open_ended = session.command == "cycle" and cycle.lr == "restart"
+    more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if open_ended else ""
+    begin = f"; begin another run from its weights with --init {path / runs.LAST}"
+    raise InputError(f"{path} is finished{more or begin}")
 
 
 def newest_state(path: Path) -> tuple[Path, Checkpoint]:

@@ -15,10 +15,10 @@ from repan_cli import runs
 from repan_cli.config.files import dump
 from repan_cli.config.resolve import Resolved
 from repan_cli.display.console import Display
-from repan_cli.errors import DivergedError, InterruptedRunError, PreemptedRunError, StoppedError
+from repan_cli.errors import DivergedError, InterruptedRunError, OutOfSpaceError, PreemptedRunError, StoppedError
 from repan_cli.session.build import Session, prepare
 from repan_cli.session.recorder import Record, pool, saves_at
-from repan_cli.session.summary import draw, finish, header
+from repan_cli.session.summary import conclude, draw, finish, header, warned
 from repan_cli.system.device import describe_machine
 from repan_cli.system.files import to_json
 from repan_cli.system.ranks import leave_ranks, summed
@@ -77,6 +77,8 @@ def carry_out(
             try:
                 _train(session, record, display, signals, fresh=begun is None)
                 finish(session, folder, display, record)
+                signals.leaving = True  # it has its results: nothing can undo that
+                conclude(session, folder, display, record.summary)
             except (KeyboardInterrupt, StoppedError) as end:
                 signals.leaving = True
                 raise _stopped(session, folder, display, signals, saved=isinstance(end, StoppedError)) from None
@@ -84,7 +86,7 @@ def carry_out(
         display.note(str(stop))
         raise
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the disk may be what failed
+        with contextlib.suppress(OSError, OutOfSpaceError):  # the disk may be what failed
             folder.status("diverged" if isinstance(error, DivergedError) else "failed")
         raise
     finally:
@@ -162,7 +164,8 @@ def _stopped(
     """Leave the run so that it can go on, and say how."""
     asked = None if signals.received == signal.SIGINT else signals.received
     folder.status("preempted" if asked else "interrupted")
-    draw(session, folder, display)
+    with warned("no curves.png"):
+        draw(session, folder, display)
     own = f" --model {session.user_model}" if session.user_model else ""
     ranks = session.training.runtime.ranks
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -20,7 +23,8 @@ from repan_cli.runs.trackers import read_metrics
 from repan_cli.session.build import Session
 from repan_cli.session.network import describe_blocks
 from repan_cli.session.recorder import Record, chosen_file
-from repan_cli.system.text import count, duration, percent, sparkline
+from repan_cli.system.notices import warn
+from repan_cli.system.text import count, duration, first_line, percent, sparkline
 from repan_cli.training.evaluation import evaluate
 from repan_cli.training.plan import Phase
 from repan_cli.training.run import Training
@@ -91,11 +95,14 @@ def _describe_plan(plan: tuple[Phase, ...]) -> str:
 
 
 def finish(session: Session, folder: runs.RunDirectory, display: Display, record: Record) -> None:
-    """Measure the network that validation chose, merge it, write summary and picture, say where everything is."""
+    """Measure the network that validation chose, merge it, write the summary: then the run has its results."""
     source, summary = chosen_file(folder.path), record.summary
     chosen = checkpoint.load(source)
     model = models.rebuild(chosen, str(source), session.user_model)
     summary["chosen"] = {"file": source.name, "cycle": chosen.card.cycle, "epoch": chosen.card.epoch}
+    if source.name == runs.LAST and math.isfinite(session.training.progress.best_top1):
+        summary["chosen"]["note"] = "best.pt is gone: these are the last weights, not the best ones by validation"
+        warn(f"{folder.path}: {summary['chosen']['note']}")
     summary["test"] = _score(session, model)
     try:
         summary["fused"] = _fuse(session, folder, chosen, model)
@@ -104,9 +111,25 @@ def finish(session: Session, folder: runs.RunDirectory, display: Display, record
     summary["seconds"] = record.seconds
     record.finish()
     folder.write_json("summary.json", summary)
-    folder.status("done")
-    draw(session, folder, display)
-    _report(folder, display, summary, session.user_model)
+
+
+def conclude(session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
+    """Mark a run that has its summary as done, draw it, say where everything is. What of it fails is a warning."""
+    with warned("the run is done, but status.json does not say so; a resume mends that"):
+        folder.status("done")
+    with warned("no curves.png"):
+        draw(session, folder, display)
+    with warned("the run is done, but its report could not be shown"):
+        _report(folder, display, summary, session.user_model)
+
+
+@contextlib.contextmanager
+def warned(what: str) -> Iterator[None]:
+    """Turn an error into a warning that says what is missing now, and why."""
+    try:
+        yield
+    except Exception as error:  # a full disk, a lost terminal, whatever a library comes up with
+        warn(f"{what} ({type(error).__name__}: {first_line(error)})")
 
 
 def _score(session: Session, model: nn.Module) -> dict[str, Any]:
@@ -130,6 +153,12 @@ def draw(session: Session, folder: runs.RunDirectory, display: Display) -> None:
         plots.draw_curves(records, folder / "curves.png", title=", ".join(title))
 
 
+def _sampling_error(test: dict[str, Any]) -> float:
+    """Return the standard error, in points, of an accuracy in percent that so many test images give."""
+    share = test["top1"] / 100
+    return 100 * math.sqrt(share * (1 - share) / test["images"])
+
+
 def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], user_model: str | None) -> None:
     """Show the end of a run: a row a phase, the chosen weights, the merged network, the files."""
     test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
@@ -141,16 +170,16 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     if not chosen["epoch"]:
         start = percent(summary["baseline"]["top1"])
         rows["chosen"] = f"{chosen['file']}, the weights it started from (validation {start}): no epoch was better"
+    elif "note" in chosen:
+        rows["chosen"] += f"; {chosen['note']}"
     elif validation:
         rows["chosen"] += ", the first with the best validation top-1"
         rows["validation"] = f"{sparkline(validation)}  best epoch {percent(max(validation))}"
-    rows["test"] = f"top-1 {percent(test['top1'])}" + (f", top-5 {percent(test['top5'])}" if "top5" in test else "")
-    if summary["cycles"]:
-        start, base = display.name(0) if 0 in display.epochs else "start", summary["baseline"]["test_top1"]
-        chosen_gain, last_gain = test["top1"] - base, summary["cycles"][-1]["test_top1"] - base
+    rows["test"] = f"top-1 {percent(test['top1'])} ± {_sampling_error(test):.2f} ({test['images']:,} images)"
+    rows["test"] += f", top-5 {percent(test['top5'])}" if "top5" in test else ""
+    if summary["cycles"] and runs.read_series(folder.path.parent) is None:
         rows["gain"] = (
-            f"{chosen_gain:+.2f} points of test top-1 over the {start}; the end of the last cycle {last_gain:+.2f} "
-            "(one seed)"
+            "not known from one run: --control trains the same epochs without restarts, --seeds 0,1,2 repeats"
         )
     if fused:
         rows["merged"] = (

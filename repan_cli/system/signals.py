@@ -6,11 +6,12 @@ import signal
 import threading
 from typing import Any
 
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 class StopSignals:
-    """While it is entered, SIGINT, SIGTERM and SIGUSR1 ask the run to stop; a second SIGINT raises KeyboardInterrupt.
+    """While it is entered, STOP_SIGNALS ask the run to stop; a second SIGINT raises KeyboardInterrupt.
 
     Calling it says whether one has come; `received` is the first. Once the process is `leaving`, it hears no more. One
     that is entered inside another knows what that has heard, and tells it what it hears.
@@ -24,7 +25,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # others cannot take signals
-            self._before = {number: signal.signal(number, self._take) for number in STOP_SIGNALS}
+            heard = (number for number in STOP_SIGNALS if not _is_for_nohup(number))
+            self._before = {number: signal.signal(number, self._take) for number in heard}
         outer = getattr(self._before.get(signal.SIGINT), "__self__", None)
         if isinstance(outer, StopSignals):
             self._outer, self.received = outer, outer.received
@@ -43,3 +45,8 @@ class StopSignals:
 
     def __call__(self) -> bool:
         return self.received is not None
+
+
+def _is_for_nohup(number: int) -> bool:
+    """Tell whether the process was begun so that a terminal that closes does not end it."""
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
