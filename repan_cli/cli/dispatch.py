@@ -11,7 +11,15 @@ from typing import Any, NoReturn
 
 import typer
 
-from repan_cli.errors import FULL, LostRankError, OutOfSpaceError, RepanError, is_out_of_memory, lost_rank
+from repan_cli.errors import (
+    FULL,
+    LostRankError,
+    OutOfSpaceError,
+    RepanError,
+    StuckLoaderError,
+    is_out_of_memory,
+    lost_rank,
+)
 from repan_cli.system.launcher import own_rank, rank_count
 from repan_cli.system.text import first_line
 
@@ -71,6 +79,11 @@ def _as_known(error: Exception) -> RepanError | None:
         return LostRankError(
             f"another rank is gone or does not answer ({first_line(error)}); the run goes on from its last save with "
             "--resume"
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return StuckLoaderError(
+            f"a process that loads images was lost ({first_line(error)}); the run goes on from its last save with "
+            "--resume; set data.workers=0, or give more memory, where that comes again"
         )
     if is_out_of_memory(error):
         return OutOfSpaceError(
