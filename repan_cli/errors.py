@@ -60,6 +60,12 @@ def lost_rank(error: BaseException) -> bool:
     )
 
 
+class StuckLoaderError(RepanError):
+    """The processes that load images give none any more."""
+
+    exit_code = 1
+
+
 class InterruptedRunError(RepanError):
     """Ctrl-C."""
 

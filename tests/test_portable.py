@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from repan_cli import errors
-from repan_cli.data import image_files, streaming
+from repan_cli.data import image_files, streaming, workers
 from repan_cli.data.types import LazyImages
 from repan_cli.errors import InputError
 from repan_cli.runs import directory
@@ -152,7 +152,7 @@ def test_folders_that_cannot_be_opened_are_not_flushed(tmp_path, monkeypatch):
 def test_a_run_is_stopped_by_the_signals_that_there_are(monkeypatch):
     monkeypatch.delattr(signal, "SIGUSR1")
     there = imported_anew(monkeypatch, signals)
-    assert there.STOP_SIGNALS == (signal.SIGINT, signal.SIGTERM)
+    assert there.STOP_SIGNALS == (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with there.StopSignals() as stop:
         signal.raise_signal(signal.SIGTERM)
     assert stop()
@@ -171,10 +171,10 @@ def test_what_loads_images_can_be_sent_to_another_process(tmp_path):
         part, resized=True, size=8, mean=(0.5,) * 3, std=(0.2,) * 3, device=torch.device("cpu")
     )
     for transform, position in ((loader._training_transform(), (0, 0, 0)), (loader._plain_transform(), None)):
-        samples = streaming._Loaded(part, transform, position, skip=False)
+        samples = workers.Samples(part, transform, position, skip=False)
         again = pickle.loads(pickle.dumps(samples))
         assert torch.equal(again[1].image, samples[1].image)
-    for sent in (streaming._collate, streaming._ignore_signals):
+    for sent in (workers.collate, workers.ignore_signals):
         assert pickle.loads(pickle.dumps(sent)) is sent
 
 

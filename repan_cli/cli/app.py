@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
+import os
 import sys
 from typing import Annotated, Any, NamedTuple
 
@@ -279,7 +281,25 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # of Click's errors of usage, wherever Typer has its Click from
             raise
         code = _usage(error)
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    _leave_children(code)
+    sys.exit(code)
+
+
+def _leave_children(code: int) -> None:
+    """End at once where a child cannot be ended, such as one that waits for a disk: Python would wait for it."""
+    if "multiprocessing" not in sys.modules:
+        return
+    children = importlib.import_module("multiprocessing").active_children()
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join(5)
+    if any(child.is_alive() for child in children):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def _accept_any_text() -> None:

@@ -18,6 +18,7 @@ from repan_cli.errors import (
     LostRankError,
     OutOfSpaceError,
     RepanError,
+    StuckLoaderError,
     is_out_of_memory,
     lost_rank,
 )
@@ -89,6 +90,11 @@ def _as_known(error: Exception) -> RepanError | None:
         return LostRankError(
             f"another rank is gone or does not answer ({first_line(error)}); the run goes on from its last save with "
             "--resume"
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return StuckLoaderError(
+            f"a process that loads images was lost ({first_line(error)}); the run goes on from its last save with "
+            "--resume; set data.workers=0, or give more memory, where that comes again"
         )
     if is_out_of_memory(error):
         return OutOfSpaceError(

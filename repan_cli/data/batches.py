@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -126,6 +126,7 @@ class Loader(ABC):
         self.scale = torch.tensor([1 / (255 * s) for s in std], device=device)
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
         self.mix = _mix(augmentation, classes)
+        self.stop: Callable[[], bool] = bool  # asked while a batch is waited for
 
     @property
     def unnumbered(self) -> str | None:
@@ -152,6 +153,9 @@ class Loader(ABC):
     @abstractmethod
     def _training(self, rows: Sequence[Tensor], plan: EpochPlan, position: tuple[int, ...]) -> Iterator[Batch]:
         """A batch of cropped, flipped, normalised images for each of `rows`, which hold their indices."""
+
+    def check_room(self, batch_size: int) -> None:  # noqa: B027 (most take none)
+        """Raise InputError where such batches of all ranks cannot be loaded for want of shared memory."""
 
     def steps(self, batch_size: int) -> int:
         """Batches of a training epoch. A last batch of a single image a rank is left out: BN cannot train on it."""

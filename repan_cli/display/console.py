@@ -246,7 +246,7 @@ def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: b
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(Text(shown(cell)) for cell in row))
-    console = Console(stderr=to_stderr, highlight=False)
+    console = Console(file=cast("TextIO", Stderr()) if to_stderr else None, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE
     console.print(table)

@@ -51,7 +51,7 @@ from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import warn
 from repan_cli.system.ranks import first_on_each_machine
 from repan_cli.training.cuda_graphs import CudaRecorder, Graphs
-from repan_cli.training.evaluation import Score, evaluate
+from repan_cli.training.evaluation import Score, eval_batch, evaluate
 from repan_cli.training.optim import build_optimizer, can_be_recorded
 from repan_cli.training.plan import Phase, cycle_plan, training_plan
 from repan_cli.training.run import Training
@@ -184,14 +184,19 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
     task_of = PhaseTasks(ema.module if ema else network.model, dataset, train, machine)
     task_of.prepare(plan)
     optimizer = build_optimizer(network.model, config.optim)
+    val = eval_loader(dataset, "val", machine, config.data.workers) if dataset.val else None
+    test = eval_loader(dataset, "test", machine, config.data.workers)
+    train.check_room(config.data.batch_size)
+    for images in filter(None, (val, test)):
+        images.check_room(eval_batch(images) * images.ranks)
     return Training(
         model=network.model,
         task_of=task_of,
         optimizer=optimizer,
         plan=plan,
         train=train,
-        val=eval_loader(dataset, "val", machine, config.data.workers) if dataset.val else None,
-        test=eval_loader(dataset, "test", machine, config.data.workers),
+        val=val,
+        test=test,
         runtime=machine,
         batch_size=config.data.batch_size,
         restarted=restarted(config, network.model) if command == "cycle" else None,

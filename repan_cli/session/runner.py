@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from repan_cli import runs
 from repan_cli.config.files import dump
 from repan_cli.config.resolve import Resolved
 from repan_cli.display.console import Display
-from repan_cli.errors import DivergedError, InterruptedRunError, OutOfSpaceError, PreemptedRunError, StoppedError
+from repan_cli.errors import (
+    DivergedError,
+    InterruptedRunError,
+    LostRankError,
+    OutOfSpaceError,
+    PreemptedRunError,
+    StoppedError,
+)
 from repan_cli.session.build import Session, prepare
 from repan_cli.session.recorder import Record, pool, saves_at
 from repan_cli.session.summary import conclude, draw, finish, header, warned
@@ -25,9 +33,14 @@ from repan_cli.system.ranks import leave_ranks, summed
 from repan_cli.system.signals import StopSignals
 from repan_cli.training.events import Event, StepEnd
 from repan_cli.training.loop import fit
+from repan_cli.training.run import Training
 
 STEPS_BETWEEN_STOPS = 10
 """On GPUs asking the other ranks is a host-device sync, so that they are asked after so many steps only."""
+
+
+ALONE_AFTER = 5
+"""Seconds after which one of several ranks that waits for images stops without the others."""
 
 
 def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
@@ -99,8 +112,7 @@ def carry_out(
 
 def _train(session: Session, record: Record, display: Display, signals: StopSignals, *, fresh: bool) -> None:
     """Train through the plan and note what happens. Raises StoppedError when a signal asks to, with the state saved."""
-    if session.training.runtime.ranks == 1:
-        session.training.stop = signals
+    hear(session.training, signals)
     if fresh:
         record.open()
     if math.isfinite(session.training.progress.best_top1):  # of the weights it began with, or before a stop
@@ -124,10 +136,37 @@ def _train(session: Session, record: Record, display: Display, signals: StopSign
         raise
 
 
+def hear(training: Training, signals: StopSignals) -> None:
+    """Let a run look at the signals wherever it may wait long.
+
+    One of several ranks that is asked to stop does so with the others, after an update, unless its images do not come.
+    """
+    if training.runtime.ranks == 1:
+        training.stop = signals
+    for images in filter(None, (training.train, training.val, training.test)):
+        images.stop = signals if training.runtime.ranks == 1 else _Patient(signals)
+
+
+class _Patient:
+    """Says that one of several ranks is to stop, some looks after it was asked to."""
+
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals, self.since = signals, 0.0
+
+    def __call__(self) -> bool:
+        if not self.signals():
+            return False
+        self.since = self.since or time.monotonic()
+        if time.monotonic() - self.since > ALONE_AFTER:
+            raise LostRankError("asked to stop while no images came: from its last save it goes on with --resume")
+        return False
+
+
 def follow(session: Session) -> None:
     """Train as one of several ranks, of which the first writes and speaks."""
     try:
         with StopSignals() as signals:
+            hear(session.training, signals)
             for event in fit(session.training):
                 if isinstance(event, StepEnd):
                     saves_at(session, event)

@@ -1,0 +1,216 @@
+"""The processes that load images: what each does, how long one waits for them, and how they are left.
+
+They may hang, on a file of a network that is gone or on a shared memory that is full. The wait for them therefore looks
+at the stop signals, says after a while what it waits for, and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from repan_cli.data.image_files import UnreadableImageError
+from repan_cli.data.types import LazyImages
+from repan_cli.errors import InputError, RepanError, StoppedError, StuckLoaderError
+from repan_cli.system.launcher import local_ranks
+from repan_cli.system.notices import warn
+from repan_cli.system.seeding import seed_for
+from repan_cli.system.signals import STOP_SIGNALS
+
+LOOK, SAID_AFTER, LIMIT = 1.0, 30.0, 300.0
+"""Seconds between two looks at the stop signals, until the wait is said, and until it ends."""
+
+AHEAD = 2
+"""Batches that each process has loaded or is loading, as PyTorch has it."""
+
+SHARED = Path("/dev/shm")
+"""Where loaded batches lie until they are taken, on Linux; Docker gives it 64 MB."""
+
+
+def check_room(batch: int, pixels: int, workers: int, images: int) -> None:
+    """Raise InputError where the shared memory cannot hold the batches that are loaded ahead.
+
+    `batch` images of `pixels` bytes each, of `images` in all, by `workers` processes on each of this machine's ranks.
+    """
+    if not workers or not SHARED.is_dir():
+        return
+    ahead = min(AHEAD * workers, -(-images // batch))
+    needed, free = batch * pixels * ahead * local_ranks(), shutil.disk_usage(SHARED).free
+    if needed > free:
+        raise InputError(
+            f"{SHARED} has {free / 1e6:,.0f} MB free, and the batches that {workers} processes load ahead take "
+            f"{needed / 1e6:,.0f} MB: enlarge it (docker run --shm-size={-(-needed * 2 // 10**9)}g), or set "
+            "data.workers=0, or a smaller --batch-size"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- within them
+
+
+class Sample(NamedTuple):
+    """A picture (C, H, W) in uint8 and its place in the part, or why it could not be read."""
+
+    image: Tensor | None
+    label: int
+    place: int
+    problem: str = ""
+
+
+class Samples(Dataset[Sample]):
+    """The samples of a part for the processes that load. With a position, training samples; unreadable ones are
+    replaced by the next that can be read where `skip` says so.
+    """
+
+    def __init__(self, part: LazyImages, transform: Any, position: tuple[int, ...] | None, *, skip: bool) -> None:
+        self.at: Any = None  # by process, the image that it reads; -1 between two
+        self.part, self.transform, self.position, self.skip = part, transform, position, skip
+
+    def __len__(self) -> int:
+        return len(self.part.labels)
+
+    @contextlib.contextmanager
+    def _noted(self, number: int) -> Iterator[None]:
+        """Let others see which image this process reads meanwhile."""
+        worker = get_worker_info()
+        if worker is None or self.at is None:
+            yield
+            return
+        self.at[worker.id] = number
+        try:
+            yield
+        finally:
+            self.at[worker.id] = -1
+
+    def __getitem__(self, index: int) -> Sample:
+        problem = ""
+        for place in range(index, index + len(self)):
+            number = place % len(self)
+            try:
+                with self._noted(number):
+                    picture = self.part.read(int(self.part.index[number]))
+            except UnreadableImageError as error:
+                problem = problem or str(error)
+                if not self.skip:
+                    break
+                continue
+            if self.position is not None:
+                _seed(seed_for("picture", *self.position, index))
+            return Sample(self.transform(picture), int(self.part.labels[number]), number, problem)
+        return Sample(None, 0, index, problem)
+
+
+def _seed(key: int) -> None:
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.default_generator.manual_seed(key)  # torch.manual_seed, which seeds every device, takes 0.1 ms
+
+
+def ignore_signals(worker: int) -> None:
+    """The main process decides when a run stops: its workers must not die first."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, dict[str, bool]]:
+    """Return images (B, C, H, W), labels (B,), indices (B,), and what could not be read, with whether it is fatal."""
+    problems = {sample.problem: sample.image is None for sample in samples if sample.problem}
+    read = [(sample.image, sample.label, sample.place) for sample in samples if sample.image is not None]
+    images = torch.stack([image for image, _, _ in read]) if read else torch.empty(0)
+    labels = torch.tensor([label for _, label, _ in read])
+    return images, labels, torch.tensor([place for _, _, place in read]), problems
+
+
+# ---------------------------------------------------------------------------------------------- from outside
+
+
+@contextlib.contextmanager
+def loading(samples: Samples, rows: Sequence[Tensor], workers: int, *, pin: bool) -> Iterator[Loading]:
+    """Let `workers` processes load the batches of `rows`; 0 is this one. They are gone at the end."""
+    samples.at = multiprocessing.RawArray("q", [-1] * workers) if workers else None
+    loader: DataLoader[Any] = DataLoader(
+        samples,
+        batch_sampler=[row.tolist() for row in rows],
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=ignore_signals,
+        pin_memory=pin,
+        generator=torch.Generator(),  # the global one stays as it is
+        timeout=LOOK if workers else 0,
+    )
+    iterator = iter(loader)
+    try:
+        yield Loading(samples, iterator, len(rows))
+    except RepanError:
+        _kill(iterator)
+        raise
+
+
+class Loading:
+    """Batches on their way: `taken(stop)` gives them."""
+
+    def __init__(self, samples: Samples, iterator: Any, count: int) -> None:
+        self.samples, self.iterator, self.count = samples, iterator, count
+
+    def taken(self, stop: Callable[[], bool]) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, bool]]]:
+        """Give one batch after the other.
+
+        Raises StoppedError when `stop` says so while a batch is waited for, StuckLoaderError when none comes.
+        """
+        for _ in range(self.count):
+            yield self._next(stop)
+
+    def _next(self, stop: Callable[[], bool]) -> tuple[Tensor, Tensor, Tensor, dict[str, bool]]:
+        began, said = time.monotonic(), False
+        while True:
+            try:
+                return next(self.iterator)
+            except RuntimeError as error:
+                if "DataLoader worker" in str(error):
+                    raise StuckLoaderError(f"a process that loads images is lost; {self._where()}") from None
+                if "timed out" not in str(error):
+                    raise
+            if stop():
+                raise StoppedError
+            waited = time.monotonic() - began
+            if waited > LIMIT:
+                raise StuckLoaderError(f"no images for {LIMIT:g} s; {self._where()}")
+            if waited > SAID_AFTER and not said:
+                said = True
+                warn(f"no images for {waited:.0f} s; {self._where()}")
+
+    def _where(self) -> str:
+        """Say what the processes read, and how much room is left where they put it."""
+        part = self.samples.part
+        read = [part.read.name(int(part.index[number])) for number in self.samples.at if number >= 0]
+        parts = [f"being read: {', '.join(read)}"] if read else []
+        if SHARED.is_dir():
+            room = shutil.disk_usage(SHARED)
+            parts.append(f"{SHARED} has {room.free / 1e6:,.0f} of {room.total / 1e6:,.0f} MB free")
+        return "; ".join(parts)
+
+
+def _kill(iterator: Any) -> None:
+    """End the processes of a DataLoader whatever they do: they ignore SIGTERM, and its own way out waits for each."""
+    if not getattr(iterator, "_workers", None):
+        return
+    iterator._shutdown = True  # its destructor has nothing to do any more
+    if iterator._worker_pids_set:
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+    for worker in iterator._workers:
+        worker.kill()
+    for worker in iterator._workers:
+        worker.join(LOOK)

@@ -1,0 +1,86 @@
+"""Processes that load images may hang: a run can be stopped, says what it waits for, and ends."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from repan_cli.data import workers
+from repan_cli.data.image_files import ArrayReader
+from repan_cli.data.streaming import StreamingLoader
+from repan_cli.data.types import LazyImages
+from repan_cli.errors import InputError, StoppedError, StuckLoaderError
+
+
+class Stuck(ArrayReader):
+    """A reader that never comes back from one image."""
+
+    def __call__(self, index):
+        if index == 5:
+            while True:
+                time.sleep(60)
+        return super().__call__(index)
+
+    def name(self, index):
+        return f"photos/{index}.png"
+
+
+@pytest.fixture
+def loader():
+    images = np.zeros((8, 8, 8, 3), dtype=np.uint8)
+    part = LazyImages(Stuck(images), np.arange(8), np.arange(8))
+    look = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "device": torch.device("cpu")}
+    return StreamingLoader(part, resized=False, size=8, workers=1, **look)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(workers, "LOOK", 0.1)
+
+
+def test_a_stop_is_heard_while_an_image_hangs(loader):
+    loader.stop = lambda: True
+    began = time.monotonic()
+    with pytest.raises(StoppedError):
+        list(loader.batches(4))
+    assert time.monotonic() - began < 8
+    assert not multiprocessing.active_children()
+
+
+def test_the_wait_is_said_and_ends_with_the_name_of_the_image(loader, monkeypatch, capsys):
+    monkeypatch.setattr(workers, "SAID_AFTER", 0.2)
+    monkeypatch.setattr(workers, "LIMIT", 0.6)
+    with pytest.raises(StuckLoaderError, match=r"no images for 0\.6 s; being read: photos/5\.png"):
+        list(loader.batches(4))
+    assert "photos/5.png" in capsys.readouterr().err
+    assert not multiprocessing.active_children()
+
+
+def test_a_lost_process_is_one_line(loader):
+    def kill():
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        return False
+
+    loader.stop = kill
+    with pytest.raises((StuckLoaderError, RuntimeError), match=r"process that loads images is lost|DataLoader worker"):
+        list(loader.batches(4))
+        time.sleep(1)
+
+
+def test_a_small_shared_memory_is_refused_with_its_size(monkeypatch, tmp_path):
+    monkeypatch.setattr(workers, "SHARED", tmp_path)
+    usage = type("Usage", (), {"free": 64_000_000, "total": 64_000_000})
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: usage)
+    workers.check_room(256, 3 * 224**2, 0, 10**6)
+    workers.check_room(64, 3 * 224**2, 2, 10**6)
+    workers.check_room(200, 3 * 224**2, 4, 300)  # there are only two batches
+    with pytest.raises(InputError, match=r"has 64 MB free.*4 processes load ahead take 308 MB.*--shm-size=1g"):
+        workers.check_room(256, 3 * 224**2, 4, 10**6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(InputError, match="take 308 MB"):
+        workers.check_room(64, 3 * 224**2, 2, 10**6)
