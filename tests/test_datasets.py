@@ -233,8 +233,8 @@ def test_bad_folders_are_named(tmp_path, harm, says):
 def test_missing_folders_are_named(tmp_path):
     with pytest.raises(InputError, match=f"no folder {tmp_path}/train"):
         datasets.load("folder", tmp_path)
-    write_folders(tmp_path, parts=("train",))
-    with pytest.raises(InputError, match="neither .*val nor .*test"):
+    write_folders(tmp_path, parts=("train",), count=1)
+    with pytest.raises(InputError, match="one training image a class, and no val or test part"):
         datasets.load("folder", tmp_path)
 
 

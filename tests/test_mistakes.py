@@ -75,7 +75,10 @@ MISTAKES = [
     (f"train {D} -c twice.yaml", r"twice.yaml line 3: the key 'lr' stands twice"),
     (f"train {D} -c best.pt", r"cannot read best.pt: not a text file"),
     (f"train {D} --init text.pt", r"text.pt is damaged, or no checkpoint at all; use another copy"),
-    (f"train {D} --init pickled.pt", r"pickled.pt .*: refused, no code is run; save its state_dict\(\) instead"),
+    (
+        f"train {D} --init pickled.pt",
+        r"pickled.pt .* an object of torch.nn.modules.linear.Linear.*: refused, no code is run; where",
+    ),
     (f"cycle {D} --init fused.pt", r"fused.pt is fused, .*: start from last.pt, best.pt or cycle_NN.pt of its run"),
     (
         "train -m resnet18 -d digits --init best.pt",

@@ -356,3 +356,20 @@ def test_a_dry_run_tells_everything_and_writes_nothing(capsys, place):
     for text in ("nothing was written", "left alone", "kernel 1x1", "about", "MiB"):
         assert text in err
     assert sorted(place.iterdir()) == before
+
+
+@pytest.mark.parametrize("classes", [("ant", "bee"), tuple("abcdefghij")], ids=["fewer", "other names"])
+def test_repans_own_weights_of_other_classes_start_a_new_classifier(capsys, digits, tmp_path, classes):
+    torch.manual_seed(0)
+    model = timm.create_model("repvgg_a0_cifar", num_classes=len(classes), in_chans=1, block="repvgg")
+    randomize_norms(model)
+    checkpoint.save(
+        checkpoint.capture(model, card_of(model, classes=classes, in_chans=1, mean=(0.5,), std=(0.2,))),
+        tmp_path / "best.pt",
+    )
+    found = made(digits, model__init=tmp_path / "best.pt")
+    assert found.new_classifier
+    assert not found.finished
+    assert "starts anew" in capsys.readouterr().err
+    x = torch.randn(4, 1, 8, 8)
+    assert relative(found.model.eval().forward_features(x), model.eval().forward_features(x)) < 1e-5

@@ -34,7 +34,9 @@ def run(options: EvaluateOptions) -> None:
     artifact = open_artifact(options.checkpoint, options.model)
     check_finite(artifact.network)
     machine = start_runtime(options.device, "fp32")
-    data = artifact_images.load(artifact, options.dataset, options.data_root)
+    data = artifact_images.load(
+        artifact, options.dataset, options.data_root, split=options.split, order=options.classes
+    )
     images = eval_loader(data, options.split, machine, share=artifact.preparation.share)
     networks = {artifact.form: artifact.network}
     if options.fused and artifact.form != FUSED:

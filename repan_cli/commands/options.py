@@ -73,6 +73,12 @@ DatasetName = Annotated[
     str | None, Option(("--dataset", "-d"), "Another data set than it was trained on.", "NAME", setting="data.name")
 ]
 DataRoot = Annotated[str | None, Option(("--data-root",), "Folder of the data sets, where it has moved.", "FOLDER")]
+ClassOrder = Annotated[
+    str | None,
+    Option(
+        ("--classes",), "Order of the classes of image folders: text, natural, or a file with a name a line.", "FILE"
+    ),
+]
 Split = Annotated[str, Option(("--split",), "test, val or train.", "PART", "splits")]
 Overwrite = Annotated[bool, Option(("--overwrite",), "Replace files that exist.")]
 AsJson = Annotated[bool, Option(("--json",), "Print the result as JSON on stdout.")]
@@ -123,6 +129,7 @@ class QuantizeOptions:
     dataset: DatasetName = None
     data_root: DataRoot = None
     split: Split = "test"
+    classes: ClassOrder = None
     model: Network = None
     overwrite: Overwrite = False
     as_json: AsJson = False
@@ -172,6 +179,7 @@ class EvaluateOptions:
     dataset: DatasetName = None
     data_root: DataRoot = None
     split: Split = "test"
+    classes: ClassOrder = None
     fused: Annotated[bool, Option(("--fused",), "Merge it, and show both forms side by side.")] = False
     model: Network = None
     out: Annotated[Path | None, Option(("--out", "-o"), "Write confusion.csv, .png and classes.csv.", "FOLDER")] = None

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from repan_cli.commands.options import PredictOptions
-from repan_cli.data.image_files import EXTENSIONS, UnreadableImageError
+from repan_cli.data.class_folders import EXTENSIONS, files_below, is_image
+from repan_cli.data.image_files import UnreadableImageError
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
 from repan_cli.export.fuse import check_finite
@@ -53,7 +54,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
     """Yield the images that are named, and those in folders, sorted. Raises InputError where there is none."""
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+            found = [file for file in files_below(path) if is_image(file)]
             if not found:
                 raise InputError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
             yield from found

@@ -43,7 +43,7 @@ def run(options: QuantizeOptions) -> None:
         raise InputError(f"{artifact.source} is exported already: quantise the checkpoint that it came from")
     check_finite(artifact.network)
     machine = start_runtime("cpu", "fp32")
-    data = artifact_images.load(artifact, options.dataset, options.data_root)
+    data = artifact_images.load(artifact, options.dataset, options.data_root, split=None, order=options.classes)
     network, saved = _merged(artifact, artifact_images.noise(artifact))
     training = eval_loader(data, "train", machine)
     layers = int8.health(network, _calibration(training, options.images))

@@ -68,7 +68,15 @@ class DataConfig:
     val_fraction: float = setting(
         0.1, "Part of the training set held out to choose by; 0 trains on everything.", low=0, high=0.9
     )
-    split_seed: int = setting(0, "Seed of that part, independent of run.seed.", low=0)
+    test_fraction: float = setting(
+        0.2, "Part of the training set drawn as test part of image folders that have none.", above=0, high=0.9
+    )
+    split_seed: int = setting(0, "Seed of those parts, independent of run.seed.", low=0)
+    class_order: str = setting(
+        "text",
+        "Order of the classes of image folders: text, or that of a classes.txt beside the parts; natural, 2 before 10; "
+        "a file with a name a line.",
+    )
     channels: int | None = setting(None, "1 reads images in grey, 3 in colour; null takes the data set's own.", low=1)
     classes: int | None = setting(
         None,

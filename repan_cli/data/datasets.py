@@ -1,13 +1,16 @@
 """Data sets: one specification each. Adding one takes one `DatasetSpec`; those of the package are in `builtin.py`.
 
-Every loader returns a `RawDataset`: parts named train, val and test, of which a set has train and at least one other.
+Every loader returns a `RawDataset`: parts named train, val and test, of which a set has train. Image folders may have
+nothing else.
 `load` turns that into a `Dataset` with the validation part split off. A part is whole in memory (`ArrayImages`, small
 images) or read from where it lies when it is asked for (`LazyImages`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ from repan_cli.data.types import (
     ArrayImages,
     Dataset,
     DatasetSpec,
+    Labels,
     LazyImages,
+    Mask,
     Part,
     Pixels,
     RawDataset,
@@ -31,6 +36,8 @@ from repan_cli.data.types import (
 )
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
+
+Numbers = tuple[float, ...]
 
 
 def load(
@@ -44,29 +51,39 @@ def load(
     classes: int | None = None,
     per_class: int | None = None,
     val_fraction: float = 0.1,
+    test_fraction: float = 0.2,
     split_seed: int = 0,
+    class_order: str | Sequence[str] = "text",
+    only: str | None = None,
     download: bool = True,
 ) -> Dataset:
     """Read a data set, or a part of it, and hold out its validation part.
 
     `classes` keeps the first so many by name, in all parts; `per_class` the first so many training images of each.
     A folder set with both val and test uses them as they are. Otherwise the one it has is the test set, and
-    `val_fraction` of the training set, stratified and drawn by `split_seed` alone, is held out. `download` allows to
-    fetch a set that is not there.
+    `val_fraction` of the training set, stratified and drawn by `split_seed` alone, is held out; where it has neither,
+    `test_fraction` before that is the test set. `class_order` is that of the classes of a folder set; with `only` just
+    that part of it is read, and the others are empty. `download` allows to fetch a set that is not there.
     """
     spec = _specification(name)
     mean, std = _statistics(spec, channels)
     reading = ReadOptions(image_size or spec.image_size, len(mean), crop, on_error == "skip", classes or 10, download)
-    raw = spec.load(Path(root), reading)
+    order = class_order if isinstance(class_order, str) else tuple(class_order)
+    reading = dataclasses.replace(reading, order=order, only=only)
+    raw, drawn = spec.load(Path(root), reading), ""
     _check_labels(name, raw)
     if classes is not None and classes != len(raw.classes):
         raw = first_classes(name, raw, classes)
+    if only is not None:
+        return _alone(name, spec, raw, reading, (mean, std), only)
     _warn_of_empty_classes(name, raw)
+    if raw.parts.keys() == {"train"}:
+        raw, drawn = _with_test_part(name, Path(root), raw, test_fraction, split_seed)
     if per_class is not None:
         raw = first_images(raw, per_class)
     parts = {part: _fitted(images, reading) for part, images in raw.parts.items()}
     train, val, test = parts["train"], parts.get("val"), parts.get("test")
-    digest = ""
+    digest = drawn
     if test is None:
         val, test = None, parts["val"]
     if val is None and val_fraction > 0:
@@ -76,10 +93,40 @@ def load(
                 f"with one training image a class none of {name} can be held out: set data.val_fraction=0, or "
                 "data.per_class above 1"
             )
-        digest = hashlib.sha256(np.packbits(held_out).tobytes() + train.labels.tobytes()).hexdigest()
+        digest = _digest_of_split(held_out, train.labels, drawn)
         train, val = train.take(~held_out), train.take(held_out)
     size = train.images.shape[1] if isinstance(train, ArrayImages) else reading.image_size or _side(train)
     return Dataset(name, raw.classes, mean, std, spec.flip, spec.policy, size, train, val, test, digest)
+
+
+def _with_test_part(name: str, root: Path, raw: RawDataset, fraction: float, seed: int) -> tuple[RawDataset, str]:
+    """Draw a test part from a set that has but a training part; returns the digest of the draw beside it."""
+    train = raw.parts["train"]
+    drawn = stratified(train.labels, fraction, seed)
+    if not drawn.any():
+        raise InputError(f"{root} has one training image a class, and no val or test part: nothing can be reported")
+    warn(
+        f"neither {root / 'val'} nor {root / 'test'}: {drawn.sum():,} of the {len(drawn):,} training images of {name} "
+        "are drawn as its test part (data.test_fraction, data.split_seed)"
+    )
+    parts = {"train": train.take(~drawn), "test": train.take(drawn)}
+    return raw._replace(parts=parts), _digest_of_split(drawn, train.labels, "")
+
+
+def _digest_of_split(held_out: Mask, labels: Labels, before: str) -> str:
+    content = before.encode() + np.packbits(held_out).tobytes() + labels.tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _alone(
+    name: str, spec: DatasetSpec, raw: RawDataset, reading: ReadOptions, look: tuple[Numbers, Numbers], only: str
+) -> Dataset:
+    """Return a data set of one part; the others are empty."""
+    part = _fitted(raw.parts[only], reading)
+    empty = part.take(np.zeros(len(part.labels), dtype=bool))
+    train, val, test = (part if each == only else empty for each in ("train", "val", "test"))
+    size = part.images.shape[1] if isinstance(part, ArrayImages) else reading.image_size or _side(part)
+    return Dataset(name, raw.classes, *look, spec.flip, spec.policy, size, train, val, test, "")
 
 
 def settings_of(data: config.DataConfig) -> dict[str, Any]:
@@ -94,7 +141,9 @@ def settings_of(data: config.DataConfig) -> dict[str, Any]:
         "classes": data.classes,
         "per_class": data.per_class,
         "val_fraction": data.val_fraction,
+        "test_fraction": data.test_fraction,
         "split_seed": data.split_seed,
+        "class_order": data.class_order,
     }
 
 

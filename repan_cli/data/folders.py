@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from repan_cli.data import image_files
+from repan_cli.data import class_folders, image_files
 from repan_cli.data.image_files import UnreadableImageError
 from repan_cli.data.types import ArrayImages, Labels, LazyImages, Part, Pixels, RawDataset, ReadOptions
 from repan_cli.errors import InputError
@@ -24,19 +25,46 @@ LOOKED_AT = 200_000
 
 
 def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
-    """`root/train/<class>/*` and `root/val/<class>/*` or `root/test/<class>/*`; `validation` is `val`."""
-    folders = image_files.part_folders(root)
-    classes = image_files.class_folders(folders["train"])
-    listed = {part: image_files.list_images(folder, classes) for part, folder in folders.items()}
-    size = reading.image_size or image_files.own_size(listed["train"][0][0], reading.channels)
+    """`root/train/<class>/*`, and the same below val (valid, validation) and test, where there are such.
+
+    Images may lie deeper inside a class. With `reading.only` just that part is read, whose classes are then known.
+    """
+    folders = class_folders.part_folders(root)
+    classes = _classes(root, folders, reading)
+    if reading.only is not None:
+        folders = {reading.only: _only(root, folders, reading.only)}
+    listed = {
+        part: class_folders.list_images(folder, classes, whole=reading.only is None) for part, folder in folders.items()
+    }
+    class_folders.tell_of_others(root, iter(listed.values()))
+    size = reading.image_size or image_files.own_size(next(iter(listed.values())).paths[0], reading.channels)
     parts: dict[str, Part] = {}
-    for part, (paths, labels) in listed.items():
+    for part, (paths, labels, _) in listed.items():
         skip = reading.skip and part == "train"
         if reading.streams(size):
             parts[part] = _pictures(paths, labels, reading, skip=skip, whole=part != "train")
         else:
             parts[part] = _read_images(paths, labels, size, reading, skip=skip)
     return RawDataset(classes, parts)
+
+
+def _classes(root: Path, folders: dict[str, Path], reading: ReadOptions) -> tuple[str, ...]:
+    """Return the classes in their order. Those of a part that is read alone are given."""
+    if reading.only is not None and not isinstance(reading.order, str):
+        return tuple(unicodedata.normalize("NFC", name) for name in reading.order)
+    alone = reading.only is not None and "train" not in folders
+    first = _only(root, folders, str(reading.only)) if alone else class_folders.training_folder(root, folders)
+    names = class_folders.class_folders(first)
+    return class_folders.ordered([*names], reading.order, root)
+
+
+def _only(root: Path, folders: dict[str, Path], part: str) -> Path:
+    """Return the folder of the part to be read alone; a set with one part beside training reports on that."""
+    if part in folders:
+        return folders[part]
+    if part == "test" and "val" in folders:
+        return folders["val"]
+    raise InputError(f"{root} has no folder for the part {part}; --data-root names another place")
 
 
 def _read_images(paths: list[Path], labels: Labels, size: int, reading: ReadOptions, *, skip: bool) -> ArrayImages:

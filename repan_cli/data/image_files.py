@@ -1,4 +1,4 @@
-"""Image files: finding them in class folders, opening them, and bringing them to one mode and size."""
+"""Image files: opening them, and bringing them to one mode and size."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from repan_cli.errors import InputError
-
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
-PARTS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
-"""Under which folder names each part of a set is looked for."""
 
 MODES = {1: "L", 3: "RGB"}
 NUMBERS = {"F": "floats", "I": "32-bit integers"}
@@ -117,64 +113,3 @@ class ArrayReader:
 def as_picture(image: npt.NDArray[np.uint8]) -> Image.Image:
     """(H, W, C) with 1 or 3 channels, uint8."""
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-
-
-# ---------------------------------------------------------------------------------------------- class folders
-
-
-def part_folders(root: Path) -> dict[str, Path]:
-    """The folders of the parts that a set has. Raises InputError without a training set or anything to report on."""
-    found = {}
-    for part, names in PARTS.items():
-        there = [root / name for name in names if (root / name).is_dir()]
-        if len(there) > 1:
-            raise InputError(f"{there[0]} and {there[1]} are the same part of a data set: keep one of them")
-        if there:
-            found[part] = there[0]
-    if "train" not in found:
-        raise InputError(
-            f"no folder {root / 'train'}: expected {root}/train/<class>/* and {root}/test/<class>/* (or val); "
-            "--data-root names another place"
-        )
-    if len(found) == 1:
-        raise InputError(f"neither {root / 'val'} nor {root / 'test'}: without one of them nothing can be reported")
-    return found
-
-
-def class_folders(folder: Path) -> tuple[str, ...]:
-    """The names of the classes in a part, sorted. Raises InputError when there are fewer than two."""
-    classes = tuple(
-        sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    )
-    for name in classes:
-        if not name.isascii() and any("\ud800" <= sign <= "\udfff" for sign in name):
-            raise InputError(f"{folder}: the name of the class folder '{name}' is no UTF-8 text: rename it")
-    if len(classes) < 2:
-        loose = next((entry for entry in folder.iterdir() if entry.suffix.lower() in EXTENSIONS), None)
-        mend = f": {loose.name} and the others belong into a folder for each class" if loose else ""
-        raise InputError(f"{folder} holds {len(classes)} class folders; at least two are needed{mend}")
-    return classes
-
-
-def first_image(folder: Path) -> Path:
-    """An image file of a class. Raises InputError where it has none."""
-    found = min((path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS), default=None)
-    if found is None:
-        raise InputError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))})")
-    return found
-
-
-def list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], npt.NDArray[np.int64]]:
-    """The image files of a part and their class numbers. Raises InputError unless it has exactly these classes."""
-    there = set(class_folders(folder))
-    for name, wrong in (("lacks", set(classes) - there), ("has, unlike the training set,", there - set(classes))):
-        if wrong:
-            raise InputError(f"{folder} {name} {len(wrong)} of the class folders, such as '{min(wrong)}'")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        files = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in EXTENSIONS)
-        if not files:
-            raise InputError(f"{folder / name} holds no images ({', '.join(sorted(EXTENSIONS))})")
-        paths += files
-        labels += [label] * len(files)
-    return paths, np.array(labels, dtype=np.int64)

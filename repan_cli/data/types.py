@@ -69,7 +69,8 @@ class ReadOptions:
 
     `image_size` None is their own, `channels` 1 or 3; `crop` as the setting `data.crop`; `skip` leaves out training
     images that cannot be read; `classes` is the number of those of synthetic data. With `download` false nothing is
-    fetched and no folder is made.
+    fetched and no folder is made. `order` is that of the classes of image folders, as the setting `data.class_order`,
+    or a list of them; `only` names the one part of image folders that is to be read.
     """
 
     image_size: int | None = None
@@ -78,6 +79,8 @@ class ReadOptions:
     skip: bool = False
     classes: int = 10
     download: bool = True
+    order: str | tuple[str, ...] = "text"
+    only: str | None = None
 
     def streams(self, size: int) -> bool:
         """Tell whether images of this side are read one by one, a part of each resized; others live in memory."""

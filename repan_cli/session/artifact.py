@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from repan_cli.models.foreign import fit
 from repan_cli.models.inspect import classifier_layers, wanted_images
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.registry import did_you_mean
+from repan_cli.session import hub_folder
 
 OUR_IMAGE, OUR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
 
@@ -101,6 +102,8 @@ def file_of(source: str) -> Path | None:
         for name in ("best.pt", runs.LAST):
             if (path / name).is_file():
                 return path / name
+        if (weights := hub_folder.weights_in(path)) is not None:
+            return weights
         raise InputError(f"{source} is a folder without best.pt or last.pt: name a file in it")
     if path.is_file():
         return path
@@ -158,8 +161,13 @@ def _foreign(path: Path, weights: Mapping[str, Tensor], name: str | None) -> Art
 
     The shapes of the weights tell how many classes and channels the network has.
     """
+    told = hub_folder.described(path)
     if name is None:
-        raise InputError(f"{path} was not written by repan and does not say which network it is of: give --model NAME")
+        if told is None:
+            raise InputError(
+                f"{path} was not written by repan and does not say which network it is of: give --model NAME"
+            )
+        name = told.network
     full = name if user_file.names_a_file(name) else models.resolve(name, LARGE_IMAGE)
     with torch.random.fork_rng(devices=[]):
         probe = models.create(full, num_classes=IMAGENET_CLASSES, in_chans=3)
@@ -170,11 +178,13 @@ def _foreign(path: Path, weights: Mapping[str, Tensor], name: str | None) -> Art
         channels = found[first].shape[1] if first in found and found[first].ndim == 4 else 3
         model = models.create(full, num_classes=classes, in_chans=channels)
     models.load_foreign(model, weights, str(path))
-    return _as_artifact(str(path), full, model.eval())
+    return _as_artifact(str(path), full, model.eval(), told if told is not None and told.network == full else None)
 
 
-def _as_artifact(source: str, full: str, model: nn.Module) -> Artifact:
+def _as_artifact(source: str, full: str, model: nn.Module, described: hub_folder.Described | None = None) -> Artifact:
+    """Describe a network of others: by the file beside its weights, by timm's preparation of its name."""
     wanted = wanted_images(model) if hasattr(model, "pretrained_cfg") else {}
+    wanted = {**wanted, **(described.images if described else {})}
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     channels = convs[0].in_channels * convs[0].groups if convs and convs[0].groups == 1 else 3
     told = getattr(model, "num_classes", None)
@@ -187,7 +197,7 @@ def _as_artifact(source: str, full: str, model: nn.Module) -> Artifact:
         block=own.family,
         form=MULTI_BRANCH if branches or models.form_of(model) == MULTI_BRANCH else PLAIN,
         structure=own.structure(native),
-        classes=tuple(class_names(classes)),
+        classes=_names(classes, described),
         in_chans=channels,
         image_size=OUR_IMAGE if full in models.BUILTIN else wanted.get("input_size", (LARGE_IMAGE,))[-1],
         mean=tuple(wanted.get("mean", timm.data.IMAGENET_DEFAULT_MEAN))[:channels],
@@ -195,6 +205,18 @@ def _as_artifact(source: str, full: str, model: nn.Module) -> Artifact:
         crop_share=wanted.get("crop_pct", CROP_SHARE),
     )
     return Artifact(source, model, card)
+
+
+def _names(count: int, described: hub_folder.Described | None) -> tuple[str, ...]:
+    if described is not None and described.classes is not None and len(described.classes) == count:
+        return described.classes
+    return tuple(class_names(count))
+
+
+def are_of_imagenet(classes: Sequence[str]) -> bool:
+    """Tell whether folders are called as ImageNet's synsets, in their order, which is that of all its networks."""
+    info = timm.data.ImageNetInfo()
+    return [*classes] == [info.index_to_label_name(index) for index in range(len(classes))] and len(classes) > 1
 
 
 def _outputs(model: nn.Module) -> int:

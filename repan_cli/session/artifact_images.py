@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from repan_cli import config, export
+from repan_cli.checkpoint.card import ModelCard
 from repan_cli.config.conventions import SPLITS
-from repan_cli.data import datasets, image_files
+from repan_cli.data import class_folders, datasets
 from repan_cli.data.types import ArrayImages, Dataset
 from repan_cli.errors import InputError
 from repan_cli.models import probe
-from repan_cli.session.artifact import Artifact
+from repan_cli.session.artifact import Artifact, are_of_imagenet
 from repan_cli.session.network import check_classes
 from repan_cli.system.notices import warn
 from repan_cli.system.text import first_line
@@ -23,26 +25,73 @@ from repan_cli.system.text import first_line
 WITHOUT_FILES = ("digits", "synthetic")
 
 
-def load(artifact: Artifact, dataset: str | None = None, root: str | None = None) -> Dataset:
+def load(
+    artifact: Artifact,
+    dataset: str | None = None,
+    root: str | None = None,
+    *,
+    split: str | None = None,
+    order: str | None = None,
+) -> Dataset:
     """Load the data set that a network names, or the one asked for, split and prepared as the network wants it.
+
+    Image folders without a training part give the part `split` alone, as the classes are in the file. `order` says
+    which class is which output of a network that does not tell: as the setting `data.class_order`.
 
     Raises InputError when the network names none, or the classes are not the network's.
     """
     card = artifact.card
-    if dataset is None and not artifact.card.knows_its_data:
+    if dataset is None and not card.knows_its_data:
         raise InputError(f"{artifact.source} does not say which data it is for: give --dataset and --data-root")
     arguments = settings(artifact, dataset, root)
-    data = datasets.load(**arguments)
+    folder = Path(arguments["root"])
+    parts = class_folders.part_folders(folder) if arguments["name"] == "folder" and folder.is_dir() else {}
+    has_part = split in parts or (split == "test" and "val" in parts)
+    alone = bool(parts) and split is not None and ("train" not in parts or (has_part and not card.knows_its_data))
+    if order is not None:
+        arguments["class_order"] = order
+    elif parts and _are_known(card, [*parts.values()], alone=alone):
+        arguments["class_order"] = card.classes
+    data = datasets.load(**arguments, only=split if alone else None)
     prepared = artifact.preparation
     data = dataclasses.replace(data, mean=prepared.mean, std=prepared.std)
-    if artifact.card.knows_its_data:
-        check_classes(artifact.source, card.classes, data)
-    elif len(card.classes) != len(data.classes):
-        counts = f"{artifact.source} knows {len(card.classes)} classes, {data.name} has {len(data.classes)}"
-        raise InputError(f"{counts}: give data of its classes")
-    if artifact.card.knows_its_data and data.split_digest != card.split_digest:
+    _check(artifact, data, told=order is not None)
+    if card.knows_its_data and data.split_digest != card.split_digest and not alone:
         warn(f"the validation part of this data is not the one {artifact.source} was trained with")
     return data
+
+
+def _are_known(card: ModelCard, folders: Sequence[Path], *, alone: bool) -> bool:
+    """Tell whether a network tells the classes of folders, in whatever order; a part by itself may lack some."""
+    if card.knows_its_data:
+        return alone
+    names, known = class_folders.class_folders(folders[0]).keys(), set(card.classes)
+    return names <= known if alone else names == known
+
+
+def _check(artifact: Artifact, data: Dataset, *, told: bool) -> None:
+    """Check that the classes of data are a network's: their number, and where they are known their names.
+
+    A network that does not know its data may call them otherwise, or not at all: then their order is a guess, which is
+    said.
+    """
+    card = artifact.card
+    if card.knows_its_data:
+        check_classes(artifact.source, card.classes, data)
+        return
+    if len(card.classes) != len(data.classes):
+        counts = f"{artifact.source} knows {len(card.classes)} classes, {data.name} has {len(data.classes)}"
+        raise InputError(f"{counts}: give data of its classes")
+    if told or data.name != "folder" or tuple(card.classes) == data.classes or are_of_imagenet(data.classes):
+        return
+    text, numbered = data.classes, sorted(data.classes, key=class_folders.natural)
+    if [*card.classes] == [str(number) for number in range(len(text))]:
+        why = f"{artifact.source} does not say what its classes are called"
+    else:
+        why = f"{artifact.source} calls its classes otherwise ('{card.classes[0]}', not '{text[0]}')"
+    taken = f"its outputs are taken for the folders in the order {', '.join(text[:3])}, ..."
+    other = f" (by number they are {', '.join(numbered[:3])}, ...: --classes natural)" if numbered != [*text] else ""
+    warn(f"{why}: {taken}{other}; --classes FILE gives another, a name a line")
 
 
 def settings(artifact: Artifact, dataset: str | None = None, root: str | None = None) -> dict[str, Any]:
@@ -86,7 +135,7 @@ def real_images(artifact: Artifact, root: str | None, count: int) -> tuple[Tenso
         folder = folder if arguments["name"] == "folder" else folder / arguments["name"]
         if not folder.is_dir():
             return None, f"no {folder}; --data-root names another place"
-        if any((folder / name).is_dir() for names in image_files.PARTS.values() for name in names):
+        if class_folders.part_folders(folder):
             return _of_folders(artifact, folder, count), ""
         return _of_memory(artifact, arguments, count), ""
     except InputError as error:
@@ -104,7 +153,7 @@ def _of_memory(artifact: Artifact, arguments: dict[str, Any], count: int) -> Ten
 
 
 def _of_folders(artifact: Artifact, folder: Path, count: int) -> Tensor:
-    parts = image_files.part_folders(folder)
+    parts = class_folders.part_folders(folder)
     part = next(parts[name] for name in SPLITS if name in parts)
-    firsts = [image_files.first_image(part / name) for name in image_files.class_folders(part)[:count]]
+    firsts = [class_folders.first_image(each) for each in [*class_folders.class_folders(part).values()][:count]]
     return torch.stack([artifact.preparation.file(path) for path in firsts])

@@ -24,6 +24,7 @@ from repan_cli.export.fuse import check_finite
 from repan_cli.models import Expansion, Selection, probe, user_file
 from repan_cli.models.inspect import classifier_layers
 from repan_cli.models.probe import PROBE_IMAGES
+from repan_cli.session import hub_folder
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
 from repan_cli.system.seeding import seed_for
@@ -55,7 +56,7 @@ class Network:
 
 def build(command: str, config: Config, dataset: Dataset) -> Network:
     """Build the network that a configuration describes. Raises InputError for one that cannot be had or used."""
-    weights = checkpoint.load_any(config.model.init) if config.model.init else None
+    weights = checkpoint.load_any(_file_of(config.model.init)) if config.model.init else None
     name = _full_name(config, dataset, weights)
     torch.manual_seed(seed_for("weights", config.run.seed))
     if isinstance(weights, Checkpoint):
@@ -87,6 +88,13 @@ def noise(dataset: Dataset) -> Tensor:
     return probe.noise(PROBE_IMAGES, dataset.channels, dataset.image_size, dataset.image_size)
 
 
+def _file_of(init: str) -> str:
+    """Return the file, with its key, of the weights to start from, which may be a folder of the Hub."""
+    path, key = checkpoint.split_key(init)
+    weights = hub_folder.weights_in(path) if path.is_dir() else None
+    return init if weights is None else f"{weights}::{key}" if key else str(weights)
+
+
 def _source(config: Config) -> str:
     """Return the file of the weights to start from."""
     assert config.model.init is not None, "the weights were read from this file"
@@ -99,6 +107,9 @@ def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
     if isinstance(weights, Checkpoint):
         models.check_given(weights.card.model, None, _source(config))
         return weights.card.model
+    told = hub_folder.described(checkpoint.split_key(_file_of(_source(config)))[0])
+    if told is not None:
+        return told.network
     raise InputError(f"{config.model.init} does not say which network it is of: give --model NAME")
 
 
@@ -155,8 +166,16 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
     """Build the network of one of repan's checkpoints; one without side branches may grow those of another family."""
     source = _source(config)
     _check_origin(config, dataset, name, saved)
-    model = models.build_untrained(saved, source, name)
-    checkpoint.load_weights(model, saved.weights, source)
+    card = dataclasses.replace(saved.card, classes=tuple(dataset.classes))
+    model = models.build_untrained(dataclasses.replace(saved, card=card), source, name)
+    new_classifier = tuple(saved.card.classes) != card.classes
+    weights = saved.weights
+    if new_classifier:
+        layers = classifier_layers(model)
+        own = {n: value for n, value in model.state_dict().items() if n.rpartition(".")[0] in layers}
+        weights = {**weights, **own}
+        warn(f"{source} knows other classes{_other_names(card.classes, saved)}: {', '.join(layers)} starts anew")
+    checkpoint.load_weights(model, weights, source)
     _check_output(model, name, dataset)
     expansion = Expansion.from_card(saved.card)
     family = config.block.name or expansion.family
@@ -164,7 +183,15 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
         grown = _plan(model, config, dataset, family)
         models.apply(model, grown.changes, attach="zero-gamma")
         expansion = grown.after(expansion)
-    return Network(model, name, expansion, saved.card.structure.native, True, False)
+    return Network(model, name, expansion, saved.card.structure.native, True, new_classifier)
+
+
+def _other_names(classes: Sequence[str], saved: Checkpoint) -> str:
+    """Say how classes differ of which there are as many."""
+    if len(classes) != len(saved.card.classes):
+        return ""
+    first = next((a, b) for a, b in zip(saved.card.classes, classes, strict=True) if a != b)
+    return f" ('{first[0]}', not '{first[1]}')"
 
 
 def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Network:
@@ -204,7 +231,6 @@ def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint
             f"{source} holds blocks of the family {card.block}, not {config.block.name}: give --block as it was "
             "trained (only one trained with --block plain may grow others)"
         )
-    check_classes(source, card.classes, dataset)
     if card.split_digest != dataset.split_digest:
         warn(f"{source} was trained with another validation part: images it has seen are now used to choose by")
 

@@ -1,0 +1,223 @@
+"""Image folders as people have them: parts, classes and files, and what lies between them that is no data."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import features
+
+from repan_cli.errors import InputError
+from repan_cli.registry import did_you_mean
+from repan_cli.system.notices import warn
+from repan_cli.system.text import count as count_of
+
+EXTENSIONS = {
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff"),
+    *({".avif"} if features.check("avif") else ()),
+}
+"""Endings of image files, in whatever case."""
+
+PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+"""Under which folder names, in whatever case, each part of a set is looked for."""
+
+JUNK = {
+    *("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+}
+"""What systems and programs leave in folders, in lower case; names that begin with a dot are theirs as well."""
+
+LIST = "classes.txt"
+"""The file beside the parts that gives the order of classes."""
+
+
+class Listed(NamedTuple):
+    """The images of a part and their class numbers, with the endings of other files, counted."""
+
+    paths: list[Path]
+    labels: npt.NDArray[np.int64]
+    others: Counter[str]
+
+
+def is_junk(name: str) -> bool:
+    """Tell whether a file or folder is never data."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not is_junk(path.name)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not is_junk(entry.name))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return all files of a folder and of those in it, sorted, links followed, without what is never data."""
+    found = []
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        known = Path(place).stat()
+        if (known.st_dev, known.st_ino) in seen:  # a link to a folder that it lies in
+            folders.clear()
+            continue
+        seen.add((known.st_dev, known.st_ino))
+        folders[:] = [name for name in folders if not is_junk(name)]
+        found += [Path(place) / name for name in names if not is_junk(name)]
+    return sorted(found)
+
+
+# ---------------------------------------------------------------------------------------------- parts
+
+
+def part_folders(root: Path) -> dict[str, Path]:
+    """Return the folders of the parts that a set has. Raises InputError where there is no part twice or at all."""
+    known = {name: part for part, names in PARTS.items() for name in names}
+    folders = [entry for entry in _entries(root) if entry.is_dir()] if root.is_dir() else []
+    found: dict[str, Path] = {}
+    for folder in folders:
+        part = known.get(folder.name.lower())
+        if part in found:
+            raise InputError(f"{found[part]} and {folder} are the same part of a data set: keep one of them")
+        if part is not None:
+            found[part] = folder
+    strange = [folder.name for folder in folders if folder.name.lower() not in known]
+    if found and strange:
+        warn(f"{count_of(len(strange), 'folder')} of {root} no part of a data set, left out: {_some(strange)}")
+    return {part: found[part] for part in PARTS if part in found}
+
+
+def training_folder(root: Path, parts: dict[str, Path]) -> Path:
+    """Return the folder of the training part. Raises InputError where there is none."""
+    if "train" not in parts:
+        raise InputError(
+            f"no folder {root / 'train'}: expected {root}/train/<class>/* and {root}/test/<class>/* (or val); "
+            "--data-root names another place"
+        )
+    return parts["train"]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+def class_name(folder: Path) -> str:
+    """Return a folder's name as that of a class, composed (NFC). Raises InputError for one that is no UTF-8 text."""
+    if any("\ud800" <= sign <= "\udfff" for sign in folder.name):
+        raise InputError(f"{folder.parent}: the name of the class folder '{folder.name}' is no UTF-8 text: rename it")
+    return unicodedata.normalize("NFC", folder.name)
+
+
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """Return the folders of each class of a part, by its name, sorted. Raises InputError for less than two."""
+    classes: dict[str, list[Path]] = {}
+    entries = _entries(folder)
+    for entry in entries:
+        if entry.is_dir():
+            classes.setdefault(class_name(entry), []).append(entry)
+    if len(classes) < 2:
+        loose = next((entry for entry in entries if is_image(entry)), None)
+        mend = f": {loose.name} and the others belong into a folder for each class" if loose else ""
+        raise InputError(f"{folder} holds {len(classes)} class folders; at least two are needed{mend}")
+    return dict(sorted(classes.items()))
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Return a key that sorts numbers in names by their value: 2 before 10."""
+    return [(0, int(part)) if part.isdecimal() else (1, part.lower()) for part in re.split(r"(\d+)", name) if part]
+
+
+def ordered(classes: Sequence[str], order: str | Sequence[str], root: Path) -> tuple[str, ...]:
+    """Return class names in an order: 'text', 'natural', that of a list of names, or of a file with one a line.
+
+    Under 'text' a classes.txt beside the parts goes first. Raises InputError where a list has not just these names.
+    """
+    if isinstance(order, str):
+        if order == "text" and not (root / LIST).is_file():
+            return tuple(sorted(classes))
+        if order == "natural":
+            return tuple(sorted(classes, key=natural))
+        file = root / LIST if order == "text" else Path(order).expanduser()
+        return _by_list(classes, names_in(file), str(file))
+    return _by_list(classes, order, "the list of classes")
+
+
+def _by_list(classes: Sequence[str], names: Sequence[str], source: str) -> tuple[str, ...]:
+    names = [unicodedata.normalize("NFC", name) for name in names]
+    for what, wrong in (("lacks", set(classes) - set(names)), ("has, unlike the data,", set(names) - set(classes))):
+        if wrong:
+            near = did_you_mean(min(wrong), [*classes, *names])
+            raise InputError(f"{source} {what} {len(wrong)} of the classes, such as '{min(wrong)}'{near}")
+    if len(set(names)) != len(names):
+        raise InputError(f"{source} names a class twice")
+    return tuple(names)
+
+
+def names_in(file: Path) -> list[str]:
+    """Return the names in a file with one a line. Raises InputError for one that cannot be read."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError(f"cannot read the list of classes {file}: {why}; give text, natural or a file") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+
+def first_image(folders: Sequence[Path]) -> Path:
+    """Return an image file of a class. Raises InputError where it has none."""
+    found = next((path for folder in folders for path in files_below(folder) if is_image(path)), None)
+    if found is None:
+        raise InputError(f"{folders[0]} holds no images ({', '.join(sorted(EXTENSIONS))})")
+    return found
+
+
+def list_images(folder: Path, classes: Sequence[str], *, whole: bool = True) -> Listed:
+    """List the image files of a part with their class numbers.
+
+    Raises InputError where it has a class that is not among `classes`, or, of a `whole` one, lacks one of them.
+    """
+    there = class_folders(folder)
+    lacking, strange = set(classes) - there.keys(), there.keys() - set(classes)
+    if lacking and whole:
+        raise InputError(f"{folder} lacks {len(lacking)} of the class folders, such as '{min(lacking)}'")
+    if strange:
+        raise InputError(
+            f"{folder} has, unlike the training set, {len(strange)} of the class folders, such as '{min(strange)}'"
+        )
+    paths: list[Path] = []
+    labels: list[int] = []
+    others: Counter[str] = Counter()
+    for label, name in enumerate(classes):
+        files = [path for place in there.get(name, ()) for path in files_below(place)]
+        images = [path for path in files if is_image(path)]
+        if not images and name in there:
+            raise InputError(f"{there[name][0]} holds no images ({', '.join(sorted(EXTENSIONS))})")
+        others.update(path.suffix.lower() or "no ending" for path in files if not is_image(path))
+        paths += images
+        labels += [label] * len(images)
+    return Listed(paths, np.array(labels, dtype=np.int64), others)
+
+
+def tell_of_others(root: Path, listed: Iterator[Listed]) -> None:
+    """Say how many files of which endings are no images that can be read."""
+    others = sum((part.others for part in listed), Counter[str]())
+    if others:
+        named = ", ".join(f"{ending} {number}" for ending, number in others.most_common(5))
+        warn(f"{count_of(others.total(), 'file')} of {root} left out, with endings that are not read: {named}")

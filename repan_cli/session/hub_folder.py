@@ -1,0 +1,90 @@
+"""Folders as the Hub has them: weights, and a `config.json` that says which network they are of."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from repan_cli.models.create import TIMM
+from repan_cli.system.notices import warn
+
+CONFIG = "config.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth")
+"""Under which names a folder of the Hub has its weights, the first of them first."""
+
+LONGEST = 2**24
+"""Bytes of a description that is read, enough for the names of 100,000 classes."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a `config.json` tells; None is what it does not.
+
+    `network` is the full name of one of timm's, `images` what it wants of its images: input_size, mean, std, crop_pct.
+    """
+
+    network: str
+    images: Mapping[str, Any]
+    classes: tuple[str, ...] | None
+
+
+def weights_in(folder: Path) -> Path | None:
+    """Return the file of weights in a folder of the Hub."""
+    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    return found[0] if found and (folder / CONFIG).is_file() else None
+
+
+def described(weights: Path) -> Described | None:
+    """Read the description beside a file of weights; None where there is none of a network of timm's."""
+    file = weights.parent / CONFIG
+    if not file.is_file() or file.stat().st_size > LONGEST:
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        warn(f"{file} is not read: {type(error).__name__}; what it says of {weights.name} is not known")
+        return None
+    architecture = content.get("architecture") if isinstance(content, dict) else None
+    if not isinstance(architecture, str) or architecture not in set(timm.list_models()):
+        return None
+    images = content.get("pretrained_cfg")
+    images = images if isinstance(images, dict) else content
+    kept = {name: images[name] for name, fits in FITS.items() if name in images and fits(images[name])}
+    return Described(TIMM + architecture, kept, _classes(content, images))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _numbers(value: Any, *lengths: int) -> bool:
+    return isinstance(value, list) and len(value) in lengths and all(map(_is_number, value))
+
+
+FITS: dict[str, Callable[[Any], bool]] = {
+    "input_size": lambda value: (
+        _numbers(value, 3) and all(isinstance(side, int) and 0 < side < 2**16 for side in value)
+    ),
+    "mean": lambda value: _numbers(value, 1, 3),
+    "std": lambda value: _numbers(value, 1, 3) and all(each > 0 for each in value),
+    "crop_pct": lambda value: _is_number(value) and 0 < value <= 1,
+}
+"""What is taken of a description, and whether it is of the kind that it should be."""
+
+
+def _classes(*places: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of the classes: timm's `label_names`, or `id2label` as transformers has it."""
+    for content in places:
+        names = content.get("label_names")
+        if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+            return tuple(names)
+        by_number = content.get("id2label")
+        if isinstance(by_number, dict) and {str(number) for number in range(len(by_number))} == by_number.keys():
+            return tuple(str(by_number[str(number)]) for number in range(len(by_number)))
+    return None
