@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in the README works, and what it says of the project is so."""
+"""Every command and every piece of Python in the README and in docs works, and what they say of the project is so."""
 
 import json
 import re
@@ -16,16 +16,18 @@ from repan_cli import config
 pytestmark = pytest.mark.usefixtures("few_blocks")
 
 README = (ROOT / "README.md").read_text()
+PAGES = "\n".join([README, *(path.read_text() for path in sorted((ROOT / "docs").rglob("*.md")))])
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES, re.M | re.S)
 
 
 def commands() -> list[str]:
-    """The lines that call repan, continued lines joined, behind the two that set everything up."""
+    """The lines that call repan, each once, continued lines joined, behind the two that set everything up."""
     text = "\n".join(blocks("bash")[2:]).replace("\\\n", " ")
-    return [line.partition("  #")[0].strip() for line in text.splitlines() if line.startswith("repan ")]
+    lines = [line.partition("  #")[0].strip() for line in text.splitlines() if line.startswith("repan ")]
+    return list(dict.fromkeys(lines))
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +75,18 @@ def test_commands_work(capsys, workplace, monkeypatch, command):
     assert code == 0, err
 
 
+def test_the_readme_is_short():
+    assert len(README.split()) < 900
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), (page, target)
+
+
 def test_presets_it_names_exist():
-    named = set(re.findall(r"\b((?:reference|recipes)/\w+)", README))
+    named = set(re.findall(r"\b((?:reference|recipes)/\w+)", PAGES))
     assert len(named) > 5
     assert named <= set(config.presets())
     blocks, commands = ("repvgg", "acb", "dbb"), ("train", "distill", "cycle")

@@ -1,0 +1,69 @@
+"""Write the reference pages of the manual, from the same declarations as the help texts: a hook of MkDocs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from repan_cli.cli.app import COMMANDS
+from repan_cli.commands.options import Argument, declared
+from repan_cli.config import OVERLAY, SCHEMA, as_text
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages to those of the manual."""
+    from mkdocs.structure.files import File
+
+    pages = {"reference/commands.md": commands(), "reference/settings.md": settings()}
+    for name, lines in pages.items():
+        files.append(File.generated(config, name, content="\n".join(lines) + "\n"))
+    return files
+
+
+def commands() -> Iterator[str]:
+    """Yield the lines of the page of all commands, with their options."""
+    yield "# Commands\n"
+    yield "`repan COMMAND --help` shows the same. Exit codes: 0 done; 1 failed; 2 input that cannot be used; 3 the loss is no"
+    yield "longer finite; 4 disk or memory full; 75 stopped by a signal, with everything saved; 130 Ctrl-C.\n"
+    for name, command in COMMANDS.items():
+        text, _, examples = command.help.partition("Examples:" if "Examples:" in command.help else "Example:")
+        yield f"## repan {name}\n\n{_joined(text)}\n"
+        calls = [line.strip().removeprefix("[bold]").removesuffix("[/bold]") for line in examples.splitlines()]
+        yield "\n".join(["```text", *filter(None, calls), "```\n"])
+        yield "| | |\n| --- | --- |"
+        for _, _, how, default in declared(command.options):
+            yield _option_row(how, default)
+        yield ""
+
+
+def _option_row(how: Any, default: Any) -> str:
+    if isinstance(how, Argument):
+        return f"| `{_cell(how.metavar)}` | {_cell(how.help)} |"
+    flags = ", ".join(f"`{flag}`" for flag in how.flags) + (f" `{_cell(how.metavar)}`" if how.metavar else "")
+    entry = (SCHEMA.get(how.setting) or OVERLAY[how.setting]) if how.setting else None
+    text = how.help or (entry.text if entry else "")
+    also = f" The setting `{how.setting}`." if how.setting else ""
+    shown = "" if default in (None, (), False) or how.setting else f" Default: `{default}`."
+    return f"| {flags} | {_cell(text)}{also}{shown} |"
+
+
+def settings() -> Iterator[str]:
+    """Yield the lines of the page of all settings."""
+    yield "# Settings\n"
+    yield "Every setting is `KEY=VALUE` on the command line, or stands in a YAML file (`-c FILE`). `baseline.epochs`,"
+    yield "`baseline.optim.*` and `baseline.teacher.*` are those of the baseline of `repan cycle`, where they differ.\n"
+    section = None
+    for key, entry in SCHEMA.items():
+        if key.rpartition(".")[0] != section:
+            section = key.rpartition(".")[0]
+            yield f"\n## {section or 'epochs'}\n\n| setting | type | default | |\n| --- | --- | --- | --- |"
+        facts = entry.describe()
+        yield f"| `{key}` | {_cell(str(facts['type']))} | `{_cell(as_text(facts['default']))}` | {_cell(entry.text)} |"
+
+
+def _joined(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cell(text: str) -> str:
+    return _joined(text).replace("|", "\\|").replace("<", "&lt;")
