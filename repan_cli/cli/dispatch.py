@@ -81,6 +81,8 @@ def _as_known(error: Exception) -> RepanError | None:
         return OutOfSpaceError(f"{error.strerror}: raise what the system allows ('ulimit -n'), or set data.workers=0")
     if isinstance(error, OSError) and error.filename is not None:
         return InputError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve before Python 3.13
+        return InputError(f"cannot use a link that leads to itself: {str(error).rpartition(' from ')[2]}")
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return RepanError(
             "a process that loads images was killed, as the system does where memory runs out; what was saved is "
