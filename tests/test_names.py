@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-import warnings
 import zlib
 from pathlib import Path
 
@@ -185,9 +184,25 @@ def test_too_many_open_files(error):
     assert "ulimit -n" in str(known)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("can't start new thread"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory(error):
+    """As under `ulimit -v` and `ulimit -u`."""
+    known = dispatch._as_known(error)
+    assert isinstance(known, OutOfSpaceError)
+    assert str(known).startswith("out of memory")
+
+
 def test_a_loader_that_was_killed():
     known = dispatch._as_known(RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."))
-    assert type(known) is RepanError
+    assert isinstance(known, RepanError)
     assert "--resume" in str(known)
 
 
@@ -206,6 +221,7 @@ def test_two_images_for_three_processes(capsys, monkeypatch):
     assert "data.batch_size=2 is too small for 3 processes" in said
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_wide_image_is_read_and_a_bomb_is_one_line(tmp_path):
     Image.new("RGB", (100_000, 1)).save(tmp_path / "wide.png")
     assert image_files.square(image_files.open_image(tmp_path / "wide.png"), 8).size == (8, 8)
@@ -215,4 +231,3 @@ def test_a_wide_image_is_read_and_a_bomb_is_one_line(tmp_path):
         (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body + struct.pack(">I", 9) + b"IDAT")
         with pytest.raises(UnreadableImageError, match=r"cannot read the image .*bomb\.png"):
             image_files.open_image(tmp_path / "bomb.png")
-    assert any(kind is Image.DecompressionBombWarning for _, _, kind, *_ in warnings.filters)
