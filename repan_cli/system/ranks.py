@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from repan_cli.errors import InputError, LostRankError
+from repan_cli.system.files import to_json
 from repan_cli.system.launcher import local_rank, local_ranks, own_rank, rank_count
 
 START_LIMIT, STEP_LIMIT, DATA_LIMIT = timedelta(minutes=5), timedelta(minutes=10), timedelta(hours=24)
