@@ -35,10 +35,15 @@ TOO_MANY = (errno.EMFILE, errno.ENFILE)
 """The numbers by which the system says that too many files are open."""
 
 
+NO_MEMORY = ("can't allocate memory", "failed to map segment", "can't start new thread")
+"""What PyTorch, the loader of its libraries and Python say when memory runs out."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether memory ran out, the machine's or a GPU's."""
-    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu
+    said = isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in NO_MEMORY)
+    by_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or said or by_system
 
 
 class OutOfSpaceError(RepanError):

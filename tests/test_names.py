@@ -2,11 +2,15 @@
 
 import errno
 import os
+import struct
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
 import pytest
-from support import DIGITS, ROOT, card_of, one_line, run, small_net, write_folders
+from PIL import Image
+from support import DIGITS, ROOT, card_of, one_line, run, small_net, write_folders, write_run
 
 from repan_cli import checkpoint
 from repan_cli.cli import dispatch
@@ -111,6 +115,54 @@ def test_names_that_cannot_be(capsys, words):
     one_line(capsys, *words)
 
 
+@pytest.fixture
+def desk(tmp_path, monkeypatch, few_blocks):
+    """A checkpoint, a run, a folder that is called a file, and links: to a file, to nothing, to itself."""
+    monkeypatch.chdir(tmp_path)
+    look = {"in_chans": 1, "image_size": 8, "mean": (0.3,), "std": (0.4,), "config": {"data.name": "digits"}}
+    checkpoint.save(checkpoint.capture(model := small_net(in_chans=1), card_of(model, **look)), Path("a.pt"))
+    write_run(Path("runs/a"))
+    Path("mine.pt").write_text("mine")
+    Path("folder.pt").mkdir()
+    for name, target in (("link.pt", "mine.pt"), ("nothing.pt", "nowhere.pt"), ("loop.pt", "loop.pt")):
+        Path(name).symlink_to(target)
+    return tmp_path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"fuse a.pt --out {out}" for out in ("link.pt", "loop.pt", "folder.pt", "/", ".", "/no/a.pt")),
+        *(f"quantize a.pt --out {out}" for out in ("/", "folder.pt", "/no/a.onnx")),
+        *(f"evaluate a.pt --out {out}" for out in ("mine.pt", "loop.pt")),
+        *(f"train --model repvgg --dataset digits --out {out}" for out in ("link.pt", "loop.pt", "nothing.pt", "/")),
+        *(f"compare runs --html {out}" for out in ("/", "folder.pt", "/no/a.html")),
+        *(f"compare runs --markdown {out}" for out in ("/", "folder.pt")),
+    ],
+)
+def test_places_where_nothing_can_be_written(capsys, desk, words):
+    before = sorted(desk.rglob("*"))
+    said = one_line(capsys, *words.split())
+    assert ".." not in said.partition(":")[2]  # the name of a temporary file is nobody's
+    assert sorted(desk.rglob("*")) == before
+    assert Path("mine.pt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["fuse a.pt --out b.pt", "evaluate a.pt --out tables", "compare runs --html b.html"],
+)
+def test_ctrl_c_while_a_file_is_written_leaves_none(capsys, desk, monkeypatch, words):
+    def pressed(handle):
+        raise KeyboardInterrupt
+
+    before = {path for path in desk.rglob("*") if path.is_file()}
+    monkeypatch.setattr(os, "fsync", pressed)
+    assert run(capsys, *words.split())[0] == 130
+    assert {path for path in desk.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="only Unix has such files")
 def test_a_pipe_that_is_called_an_image_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.png")
@@ -132,9 +184,25 @@ def test_too_many_open_files(error):
     assert "ulimit -n" in str(known)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("can't start new thread"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory(error):
+    """As under `ulimit -v` and `ulimit -u`."""
+    known = dispatch._as_known(error)
+    assert isinstance(known, OutOfSpaceError)
+    assert str(known).startswith("out of memory")
+
+
 def test_a_loader_that_was_killed():
     known = dispatch._as_known(RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."))
-    assert type(known) is RepanError
+    assert isinstance(known, RepanError)
     assert "--resume" in str(known)
 
 
@@ -151,3 +219,15 @@ def test_two_images_for_three_processes(capsys, monkeypatch):
     monkeypatch.setattr(build, "start_runtime", three)
     said = one_line(capsys, "train", *DIGITS, "--batch-size", 2)
     assert "data.batch_size=2 is too small for 3 processes" in said
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_wide_image_is_read_and_a_bomb_is_one_line(tmp_path):
+    Image.new("RGB", (100_000, 1)).save(tmp_path / "wide.png")
+    assert image_files.square(image_files.open_image(tmp_path / "wide.png"), 8).size == (8, 8)
+    for side in (10_000, 60_000):
+        head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        body = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+        (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body + struct.pack(">I", 9) + b"IDAT")
+        with pytest.raises(UnreadableImageError, match=r"cannot read the image .*bomb\.png"):
+            image_files.open_image(tmp_path / "bomb.png")

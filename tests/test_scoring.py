@@ -48,10 +48,10 @@ def test_figures_worked_out_by_hand():
     logits = torch.stack([sure(3, chosen, confidence) for chosen, confidence in told])
     details, _ = scoring.examine(Told(logits), source(labels), 3)
     assert details.calibration_error == pytest.approx(100 * (0.15 * 4 + 0.5 * 2) / 6, abs=1e-4)
-    assert details.confusion.tolist() == [[2, 0, 0], [1, 1, 0], [1, 1, 0]]
+    assert details.confusion().tolist() == [[2, 0, 0], [1, 1, 0], [1, 1, 0]]
     assert details.class_accuracy() == [100, 50, 0]
     assert details.score.top1 == pytest.approx(50)
-    assert list(scoring.worst_confusions(details.confusion, 2)) == [(1, 0, 1), (2, 0, 1)]
+    assert list(scoring.worst_confusions(details, 2)) == [(1, 0, 1), (2, 0, 1)]
     assert details.score == evaluate(Told(logits), source(labels))
 
 
@@ -76,7 +76,7 @@ def test_batches_are_halved_until_memory_suffices():
     assert size == 62
     assert tight.asked[:5] == [200, 200, 200, 125, 62]
     assert details.score.top1 == whole.score.top1
-    assert details.confusion.equal(whole.confusion)
+    assert details.confusion().equal(whole.confusion())
     with pytest.raises(RuntimeError, match="can't allocate"):
         scoring.examine(Told(logits, most=0), source(labels), 5)
 
@@ -113,3 +113,20 @@ def test_weights_of_others_on_ones_own_images(capsys, tmp_path):
     code, out, err = run(capsys, *words, "--json")
     assert code == 0, err
     assert json.loads(out)["form"] == "multi-branch"
+
+
+def test_a_hundred_thousand_classes_take_no_table_of_pairs(tmp_path):
+    """Ten thousand million counts would be 80 GB."""
+    from repan_cli.commands import evaluate as command
+
+    many = 100_000
+    logits = torch.zeros(3, many)
+    logits[0, 5] = logits[1, 7] = logits[2, 99_999] = 9
+    details, _ = scoring.examine(Told(logits), source([5, 5, 99_999]), many)
+    assert list(scoring.worst_confusions(details, 9)) == [(5, 7, 1)]
+    assert details.class_accuracy()[5] == 50
+    assert details.class_images()[99_999] == 1
+    written = command._write(tmp_path, details, tuple(map(str, range(many))))
+    assert [path.rpartition("/")[2] for path in written] == ["confusion.csv", "classes.csv"]
+    rows = (tmp_path / "confusion.csv").read_text().splitlines()
+    assert rows == ["true,predicted,images", "5,5,1", "5,7,1", "99999,99999,1"]

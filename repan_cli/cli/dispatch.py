@@ -77,14 +77,9 @@ def _as_known(error: Exception) -> RepanError | None:
         return OutOfSpaceError(
             f"no space left to write {error.filename or 'a file of the run'}; free some, or give another --out"
         )
-    if isinstance(error, OSError) and error.errno in TOO_MANY:
-        return OutOfSpaceError(f"{error.strerror}: raise what the system allows ('ulimit -n'), or set data.workers=0")
-    if isinstance(error, OSError) and error.filename is not None:
-        return InputError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        return RepanError(
-            "a process that loads images was killed, as the system does where memory runs out; what was saved is "
-            "whole: go on with --resume, or set a smaller data.workers"
+    if is_out_of_memory(error):
+        return OutOfSpaceError(
+            "out of memory; set a smaller --batch-size (with as much more of optim.accumulate), or data.image_size"
         )
     if rank_count() > 1 and lost_rank(error):
         return LostRankError(
@@ -96,8 +91,10 @@ def _as_known(error: Exception) -> RepanError | None:
             f"a process that loads images was lost ({first_line(error)}); the run goes on from its last save with "
             "--resume; set data.workers=0, or give more memory, where that comes again"
         )
-    if is_out_of_memory(error):
-        return OutOfSpaceError(
-            "out of memory; set a smaller --batch-size (with as much more of optim.accumulate), or data.image_size"
-        )
+    if isinstance(error, OSError) and error.errno in TOO_MANY:
+        return OutOfSpaceError(f"{error.strerror}: raise what the system allows ('ulimit -n'), or set data.workers=0")
+    if isinstance(error, OSError) and error.filename is not None:
+        return InputError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve before Python 3.13
+        return InputError(f"cannot use a link that leads to itself: {str(error).rpartition(' from ')[2]}")
     return None

@@ -25,6 +25,8 @@ from repan_cli.training.evaluation import eval_batch
 from repan_cli.training.scoring import Details, agreement, examine, worst_confusions
 
 WORST = 5
+MOST_IN_A_TABLE = 2000
+"""Classes; with more the table would have millions of fields, nearly all of them 0."""
 
 
 def run(options: EvaluateOptions) -> None:
@@ -84,18 +86,32 @@ def _figures(details: Details) -> dict[str, Any]:
 
 def _write(folder: Path, details: Details, classes: tuple[str, ...]) -> list[str]:
     """Write tables and picture. Returns the names of the files."""
-    counts = details.confusion.tolist()
-    confusion = [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))]
+    many = len(classes) > MOST_IN_A_TABLE
+    if many:
+        counts = []
+        pairs, numbers = (part.tolist() for part in details.pairs())
+        listed = ([classes[true], classes[taken], number] for (true, taken), number in zip(pairs, numbers, strict=True))
+        confusion = [["true", "predicted", "images"], *listed]
+    else:
+        counts = details.confusion().tolist()
+        named = ([name, *row] for name, row in zip(classes, counts, strict=True))
+        confusion = [["true \\ predicted", *classes], *named]
     accuracy = [
-        [name, sum(row), "" if top1 is None else top1]
-        for name, row, top1 in zip(classes, counts, details.class_accuracy(), strict=True)
+        [name, number, "" if top1 is None else top1]
+        for name, number, top1 in zip(classes, details.class_images(), details.class_accuracy(), strict=True)
     ]
-    tables = {"confusion.csv": confusion, "classes.csv": [["class", "images", "top1"], *accuracy]}
+    tables: dict[str, list[list[Any]]] = {
+        "confusion.csv": confusion,
+        "classes.csv": [["class", "images", "top1"], *accuracy],
+    }
     for name, rows in tables.items():
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         write_bytes(folder / name, text.getvalue().encode())
     written = [str(folder / name) for name in tables]
+    if many:
+        tell(f"confusion.csv has a line a pair, and there is no confusion.png: {len(classes):,} classes are too many")
+        return written
     if plots.available():
         plots.draw_confusion(counts, classes, folder / "confusion.png")
         return [*written, str(folder / "confusion.png")]
@@ -119,7 +135,7 @@ def _report(source: str, result: dict[str, Any], found: dict[str, Details], clas
     scored = [(top1, name) for name, top1 in result["class_top1"].items() if top1 is not None]
     if len(scored) > 2:
         tell("weakest classes  " + ", ".join(f"{name} {percent(top1)}" for top1, name in sorted(scored)[:WORST]))
-    mistakes = worst_confusions(details.confusion, WORST)
+    mistakes = worst_confusions(details, WORST)
     if taken := [f"{classes[one]} for {classes[other]} ({times})" for one, other, times in mistakes]:
         tell("mostly mistaken  " + ", ".join(taken))
     for path in result.get("out", ()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from repan_cli.errors import InputError
 MODES = {1: "L", 3: "RGB"}
 NUMBERS = {"F": "floats", "I": "32-bit integers"}
 """Modes of images that hold no brightness, and what they hold."""
+
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as large is an error, which is told
 
 
 class UnreadableImageError(InputError):

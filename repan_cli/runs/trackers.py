@@ -97,7 +97,7 @@ def rewind(folder: Path, cycle: int, epoch: int) -> None:
     """
     path = folder / "metrics.jsonl"
     records = [record for record in read_metrics(path) if _place(record) <= (cycle, epoch)]
-    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    lines = "".join(to_json(record) + "\n" for record in records).encode()
     if path.exists() and path.read_bytes() != lines:
         damaged = path.read_text(encoding="utf-8", errors="replace").splitlines()[:-1]
         if lost := sum(_record(line) is None for line in damaged):

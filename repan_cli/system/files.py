@@ -62,8 +62,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 def temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     """Open a file beside `path` for writing, with its name; it is gone where something fails.
 
-    Raises OutOfSpaceError, with the bytes that are free, when the disk is full.
+    Raises InputError where no file can be, and OutOfSpaceError, with the bytes that are free, when the disk is full.
     """
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")  # a name may fill its 255 bytes
     except OSError as error:

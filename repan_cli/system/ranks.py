@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from repan_cli.errors import InputError, LostRankError
+from repan_cli.system.files import to_json
 from repan_cli.system.launcher import local_rank, local_ranks, own_rank, rank_count
 
 START_LIMIT, STEP_LIMIT, DATA_LIMIT = timedelta(minutes=5), timedelta(minutes=10), timedelta(hours=24)
@@ -114,7 +115,7 @@ def _met(store: distributed.Store, rank: int, ranks: int) -> distributed.Store:
             here = [_read(store, f"{NAMESPACE}/came/{each}") for each in range(ranks)]
             if None not in here and here != called:
                 prefix, called = uuid.uuid4().hex, here
-                store.set(f"{NAMESPACE}/called", json.dumps([prefix, *here]))
+                store.set(f"{NAMESPACE}/called", to_json([prefix, *here]))
             if called and all(store.check([f"{NAMESPACE}/{prefix}/{each}"]) for each in range(1, ranks)):
                 store.set(f"{NAMESPACE}/{prefix}/go", "1")
                 break
@@ -171,7 +172,7 @@ def agree(facts: Mapping[str, str], mend: str) -> None:
     """
     if not joined():
         return
-    first, *others = map(json.loads, gathered(json.dumps(dict(facts))))
+    first, *others = map(json.loads, gathered(to_json(dict(facts))))
     for rank, told in enumerate(others, start=1):
         for name in [*first, *(name for name in told if name not in first)]:
             if told.get(name) != first.get(name):

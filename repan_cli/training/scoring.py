@@ -21,24 +21,40 @@ BINS = 15
 class Details:
     """The predictions of a network for the images of a part.
 
-    `confusion` (C, C) counts images of class i that were taken for class j, `predicted` (N,) holds the class of each
-    image. `calibration_error` is the expected calibration error in percent: the mean over images of how far the
-    accuracy of their confidence's bin is from its mean confidence (Guo et al. 2017).
+    `labels` and `predicted` (N,) hold the class of each image and what it was taken for, of `classes`.
+    `calibration_error` is the expected calibration error in percent: the mean over images of how far the accuracy of
+    their confidence's bin is from its mean confidence (Guo et al. 2017).
     """
 
     score: Score
-    confusion: Tensor
+    labels: Tensor
     predicted: Tensor
+    classes: int
     calibration_error: float
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Return each class with what it was taken for, (P, 2) in order, and for how many images, (P,).
+
+        There are no more pairs than images, where a table of all would be the square of the classes.
+        """
+        found, counts = (self.labels * self.classes + self.predicted).unique(return_counts=True)
+        return torch.stack([found // self.classes, found % self.classes], dim=1), counts
+
+    def confusion(self) -> Tensor:
+        """Return the images of class i that were taken for class j, (C, C)."""
+        pairs, counts = self.pairs()
+        table = torch.zeros(self.classes, self.classes, dtype=torch.int64)
+        table[pairs[:, 0], pairs[:, 1]] = counts
+        return table
+
+    def class_images(self) -> list[int]:
+        """Return how many images each class has."""
+        return torch.bincount(self.labels, minlength=self.classes).tolist()
 
     def class_accuracy(self) -> list[float | None]:
         """Return the percentage of each class that was recognised; None where it has no image."""
-        totals = self.confusion.sum(dim=1)
-        correct = self.confusion.diagonal()
-        return [
-            100 * right / total if total else None
-            for right, total in zip(correct.tolist(), totals.tolist(), strict=True)
-        ]
+        right = torch.bincount(self.labels[self.labels == self.predicted], minlength=self.classes).tolist()
+        return [100 * good / all_ if all_ else None for good, all_ in zip(right, self.class_images(), strict=True)]
 
 
 @torch.no_grad()
@@ -62,9 +78,8 @@ def examine(model: nn.Module, images: Loader, classes: int) -> tuple[Details, in
 
 def _examined(model: nn.Module, images: Loader, classes: int, size: int) -> Details:
     totals = torch.zeros(3, device=images.device)
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=images.device)
     bins = torch.zeros(3, BINS, dtype=torch.float64, device="cpu")
-    predicted = []
+    predicted, true = [], []
     broken = 0
     for batch, labels, *_ in images.batches(size):
         logits = model(batch)
@@ -72,9 +87,9 @@ def _examined(model: nn.Module, images: Loader, classes: int, size: int) -> Deta
         totals += score_batch(logits, labels)
         broken += int((~logits.isfinite().all(dim=1)).sum())
         confidence, found = logits.float().softmax(dim=1).max(dim=1)
-        confusion += torch.bincount(labels * classes + found, minlength=classes * classes)
         bins += _binned(confidence.double().cpu(), (found == labels).double().cpu())
         predicted.append(found.cpu())
+        true.append(labels.cpu())
     if broken:
         raise InputError(
             f"no finite logits for {broken:,} of {count(images.count, 'image')}, so that figures mean nothing: take a "
@@ -82,7 +97,7 @@ def _examined(model: nn.Module, images: Loader, classes: int, size: int) -> Deta
         )
     counts, sure, right = bins
     error = 100 * ((sure - right).abs().sum() / counts.sum()).item()
-    return Details(score_of(totals, images.count), confusion.view(classes, classes).cpu(), torch.cat(predicted), error)
+    return Details(score_of(totals, images.count), torch.cat(true), torch.cat(predicted), classes, error)
 
 
 def _binned(confidence: Tensor, right: Tensor) -> Tensor:
@@ -98,10 +113,11 @@ def agreement(one: Details, other: Details) -> float:
     return 100 * (one.predicted == other.predicted).double().mean().item()
 
 
-def worst_confusions(confusion: Tensor, count: int) -> Iterator[tuple[int, int, int]]:
+def worst_confusions(details: Details, count: int) -> Iterator[tuple[int, int, int]]:
     """Class, what it was taken for, and how often: the most frequent mistakes first."""
-    wrong = confusion - torch.diag(confusion.diagonal())
-    for place in wrong.flatten().argsort(descending=True, stable=True)[:count].tolist():
-        one, other = divmod(place, len(confusion))
-        if wrong[one, other]:
-            yield one, other, int(wrong[one, other])
+    pairs, counts = details.pairs()
+    wrong = pairs[:, 0] != pairs[:, 1]
+    pairs, counts = pairs[wrong], counts[wrong]
+    for place in counts.argsort(descending=True, stable=True)[:count].tolist():
+        one, other = pairs[place].tolist()
+        yield one, other, int(counts[place])
