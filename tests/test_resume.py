@@ -214,10 +214,28 @@ def test_a_run_is_found_by_name_by_file_and_as_the_latest(capsys, begun, tmp_pat
     monkeypatch.chdir(tmp_path)
     shutil.copytree(begun, tmp_path / "runs" / "cycle" / "newest")
     assert "going on" not in resumed(capsys, "cycle", begun / "last.pt")
+    (tmp_path / "runs" / "cycle" / "without-state").mkdir()
+    (tmp_path / "runs" / "cycle" / "without-state" / "config.yaml").write_text("killed: before its first state")
     assert "runs/cycle/newest" in resumed(capsys, "cycle", "latest")
     assert "no run of 'repan train' under runs/train" in one_line(capsys, "train", "--resume", "latest")
     assert "no run directory" in one_line(capsys, "cycle", "--resume", "nowhere")
     assert "holds no config.yaml" in one_line(capsys, "cycle", "--resume", tmp_path)
+
+
+def test_an_edited_configuration_is_said_and_a_read_only_folder_is_one_line(capsys, begun, monkeypatch):
+    text = (begun / "config.yaml").read_text()
+    assert "seed: 3" in text
+    (begun / "config.yaml").write_text(text.replace("seed: 3", "seed: 4"))
+    moved = begun.rename(begun.with_name("moved"))
+    begun.symlink_to(moved)
+    err = resumed(capsys, "cycle", begun)
+    assert "config.yaml was changed, which a resume does not heed: run.seed is 4 there, 3 in the run" in err
+
+    def read_only(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(moved), "open", read_only)
+    assert "cannot write into the run directory" in one_line(capsys, "cycle", "--resume", moved)
 
 
 # ---------------------------------------------------------------------------------------------- damage

@@ -28,7 +28,10 @@ LOCKED = 2**30
 
 def _lock(path: Path) -> IO[str]:
     """Take a lock that one process can hold, and that is free as soon as that process is gone, however it ended."""
-    file = path.open("a+", encoding="utf-8")
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write into the run directory {path.parent}: {error.strerror}") from None
     try:
         _lock_file(file)
     except OSError:
@@ -204,16 +207,21 @@ def read_series(path: Path) -> dict[str, Any] | None:
         raise InputError(f"{path / SERIES} is damaged: resume the runs in {path} one by one") from None
 
 
+def _goes_on(path: Path) -> bool:
+    """Tell whether a folder holds something to go on from: what was killed before it had any state does not."""
+    return any((path / name).exists() for name in (LAST, PREVIOUS, SERIES))
+
+
 def existing(path: Path) -> str:
-    goes_on = (path / LAST).exists() or (path / SERIES).exists()
-    mend = f"go on with --resume {path}, or give another --out" if goes_on else "give another --out"
+    mend = f"go on with --resume {path}, or give another --out" if _goes_on(path) else "give another --out"
     return f"the run directory {path} exists already; nothing was touched: {mend}"
 
 
 def find(command: str, name: str) -> Path:
     """The run directory that `--resume NAME` means: a folder, a file in it, or the latest of the command."""
     if name == "latest":
-        found = sorted(Path("runs", command).glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        begun = Path("runs", command).glob("*/config.yaml")
+        found = sorted((path for path in begun if _goes_on(path.parent)), key=lambda path: path.stat().st_mtime)
         if not found:
             raise InputError(f"no run of 'repan {command}' under {Path('runs', command)}: name its directory")
         return found[-1].parent

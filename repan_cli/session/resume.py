@@ -9,6 +9,7 @@ from typing import Any
 from repan_cli import checkpoint, config, models, runs
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.conventions import SAME_RESULT
+from repan_cli.config.files import read_file
 from repan_cli.config.resolve import Resolved
 from repan_cli.config.schema import Layer
 from repan_cli.config.settings import Config
@@ -46,6 +47,7 @@ def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
         if _has_results(session, path):
             _conclude(session, folder)
             return
+        _warn_of_edits(saved, path)
         _warn_of_changes(saved, surroundings(session.training.runtime))
         if source.name == runs.PREVIOUS:
             _set_aside(path / runs.LAST)
@@ -164,6 +166,24 @@ def _check_cycles(whole: Config, cycles: int, phase: int) -> None:
         )
     if cycles < phase:
         raise InputError(f"cycle.count={cycles} is less than the {phase} that were begun")
+
+
+def _warn_of_edits(saved: Checkpoint, path: Path) -> None:
+    """Say what somebody has changed in config.yaml since: the settings that count are those in the state."""
+    try:
+        there = config.typed(read_file(path / "config.yaml"))
+    except InputError as error:
+        warn(f"{error}; the run goes on with the settings that it began with")
+        return
+    before, free = saved.card.config, {*MAY_CHANGE, "run.out", "model.name"}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in there.items() if key in before}
+    edited = [
+        f"{key} is {value} there, {before[key]} in the run"
+        for key, value in plain.items()
+        if key not in free and value != before[key]
+    ]
+    if edited:
+        warn(f"{path / 'config.yaml'} was changed, which a resume does not heed: {', '.join(edited)}")
 
 
 def _warn_of_changes(saved: Checkpoint, now: Mapping[str, Any]) -> None:
