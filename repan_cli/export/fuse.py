@@ -19,7 +19,7 @@ from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError, MergeError
 from repan_cli.models.changes import EVERYTHING, Expansion, apply, report_of, set_report
 from repan_cli.models.expand import plan
-from repan_cli.models.probe import CEILING, NUDGE
+from repan_cli.models.probe import CEILING, NUDGE, copied
 
 TOLERANCE = 1e-10
 """Bound on the relative error in float64: a right merge is at 1e-15, a wrong one at 1e-2."""
@@ -86,7 +86,7 @@ def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
     """
     began = time.perf_counter()
     check_finite(model)
-    exact = copy.deepcopy(model).cpu().float().double().eval()
+    exact = copied(model).cpu().float().double().eval()
     blocks = [name for name, _ in rep_blocks(exact)]
     merged = reparameterize(copy.deepcopy(exact))
     folds = [change for change in _foldable(merged, images) if change.name not in blocks]
@@ -94,7 +94,11 @@ def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
         raise InputError("there is nothing to merge: no block, and no BN behind a convolution")
     apply(merged, folds)
     reparameterize(merged)
-    error = _error_in_float64(exact, merged, _few(images).double())
+    own = [change for change in folds if change.kind == "adapt"]
+    blocked = copy.deepcopy(exact)
+    apply(blocked, own)  # so that every block can be watched
+    blocks = [name for name, _ in rep_blocks(blocked)]
+    error = _error_in_float64(exact, blocked, merged, _few(images).double())
     merged, model = merged.float(), exact.float()
     single = relative_error(merged(images), model(images))
     before = report_of(model) or Expansion(NATIVE, (), {})
@@ -103,7 +107,7 @@ def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
         rel_error_fp64=error,
         rel_error_fp32=single,
         blocks=len(blocks),
-        folded=len(folds),
+        folded=len(folds) - len(own),
         params_before=count_parameters(model),
         params_after=count_parameters(merged),
         gmacs_before=count_macs(model, images[:1]) / 1e9,
@@ -147,11 +151,11 @@ def _foldable(merged: nn.Module, images: Tensor) -> list[Change]:
     return [change for change in found.changes if change.kind == "adapt" or change.norm]
 
 
-def _error_in_float64(model: nn.Module, merged: nn.Module, images: Tensor) -> float:
-    """The largest relative error of a block, or of the logits."""
-    convs = dict(merged.named_modules())
-    with _recorded(model) as calls:
-        expected = model(images)
+def _error_in_float64(model: nn.Module, blocked: nn.Module, merged: nn.Module, images: Tensor) -> float:
+    """The largest relative error of a block, or of the logits; `blocked` is the network with all blocks as such."""
+    convs, expected = dict(merged.named_modules()), model(images)
+    with _recorded(blocked) as calls:
+        blocked(images)
     worst = max((_checked(name, convs[name](x), y, TOLERANCE) for name, x, y in calls), default=0.0)
     found, bound = merged(images), TOLERANCE
     if relative_error(found, expected) > TOLERANCE:

@@ -106,6 +106,7 @@ def _repvit(weights: Weights, model: nn.Module) -> Weights:
     """RepViT: one flat list of blocks, of which timm makes stages that begin with a strided one."""
     front = {"features.0.0.": "stem.conv1.", "features.0.2.": "stem.conv2."}
     front |= {"classifier.classifier.": "head.head.", "classifier.classifier_dist.": "head.head_dist."}
+    front |= {"classifier.weight": "head.weight", "classifier.bias": "head.bias"}
     for number, (place, parts) in enumerate(_repvit_places(model), 1):
         front |= {f"features.{number}.{theirs}": f"{place}.{ours}" for theirs, ours in parts.items()}
     found = {}

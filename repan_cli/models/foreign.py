@@ -22,6 +22,7 @@ from repan_cli.checkpoint.contents import AVERAGE
 from repan_cli.errors import InputError
 from repan_cli.models.author_names import FAMILIES, form_in, renamed
 from repan_cli.models.inspect import classifier_layers
+from repan_cli.models.merged_weights import MergedNames
 from repan_cli.system.notices import warn
 from repan_cli.system.text import count
 
@@ -57,16 +58,17 @@ def fit(model: nn.Module, weights: Weights) -> Fitted:
     before others, the first before those behind it.
     """
     own = {name: value for name, value in model.state_dict().items() if not name.endswith(COUNTER)}
+    merged = MergedNames(model)
     best, found, chosen, scores = 0.0, dict(weights), "", dict[str, float]()
     for prefix, under in _parts(weights, len(own)):
-        scores[prefix], named = max(_scored(under, own, model), key=lambda pair: pair[0])
+        scores[prefix], named = max(_scored(under, own, model, merged), key=lambda pair: pair[0])
         is_average = bool(AVERAGE.search(prefix)) and not AVERAGE.search(chosen)
         if scores[prefix] > best or (scores[prefix] == best > 0 and is_average):
             best, found, chosen = scores[prefix], named, prefix
     rivals = [each for each, score in scores.items() if score == best > 0 and not _nested(each, chosen)]
     inside, outside = _divided(model, found)
     strangers = {name: weights[name] for name in weights if not name.startswith(chosen)}
-    beside = _classifier_beside(inside, {**strangers, **outside, **inside}, own, classifier_layers(model))
+    beside = _classifier_beside(inside, {**_not_in(own, inside), **outside, **strangers}, own, classifier_layers(model))
     inside = {name: value for name, value in inside.items() if id(value) not in set(map(id, beside.values()))} | beside
     taken = set(map(id, beside.values()))
     left = [*strangers.items(), *((chosen + name, value) for name, value in outside.items())]
@@ -128,7 +130,9 @@ def _parts(weights: Weights, wanted: int) -> Iterator[tuple[str, dict[str, Tenso
         yield prefix, {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def _scored(weights: dict[str, Tensor], own: Weights, model: nn.Module) -> Iterator[tuple[float, dict[str, Tensor]]]:
+def _scored(
+    weights: dict[str, Tensor], own: Weights, model: nn.Module, merged: MergedNames
+) -> Iterator[tuple[float, dict[str, Tensor]]]:
     """Yield the weights under every way of naming, with the number of names that are then the network's.
 
     A tensor of another shape counts as half a one.
@@ -139,6 +143,8 @@ def _scored(weights: dict[str, Tensor], own: Weights, model: nn.Module) -> Itera
         except Exception:
             continue
         named = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        if merged.are_in(named):
+            named = merged.unmerged(named)
         common = own.keys() & named.keys()
         yield sum(1.0 if named[name].shape == own[name].shape else 0.5 for name in common), named
 
@@ -172,6 +178,10 @@ def _divided(model: nn.Module, found: dict[str, Tensor]) -> tuple[dict[str, Tens
     return {name: value for name, value in found.items() if name not in outside}, outside
 
 
+def _not_in(own: Weights, weights: Weights) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if name not in own}
+
+
 def _classifier_beside(
     inside: Weights, weights: Weights, own: Weights, classifier: Collection[str]
 ) -> dict[str, Tensor]:
@@ -185,10 +195,7 @@ def _classifier_beside(
         fitting = [
             name.removesuffix(".weight")
             for name, value in weights.items()
-            if name.endswith(".weight")
-            and name not in own
-            and value.shape[1:] == wanted.shape[1:]
-            and name.split(".")[-2] in names
+            if name.endswith(".weight") and value.shape[1:] == wanted.shape[1:] and name.split(".")[-2] in names
         ]
         if len(fitting) == 1:
             parts = [part for part in ("weight", "bias") if f"{fitting[0]}.{part}" in weights]

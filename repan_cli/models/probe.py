@@ -88,7 +88,7 @@ class Probe:
     """A float64 copy of a network on the CPU in eval mode, with what it returns, to try changes on."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self.model = _copied(model).cpu().double().eval()
+        self.model = copied(model).cpu().double().eval()
         self.images = images[:PROBE_IMAGES].detach().cpu().double()
         try:
             _disturb(self.model, self.images)
@@ -152,7 +152,8 @@ class Probe:
         return None
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a network. Raises InputError for one whose weights are computed by hooks."""
     try:
         return copy.deepcopy(model)
     except RuntimeError as error:
