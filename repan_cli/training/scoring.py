@@ -73,7 +73,7 @@ def _examined(model: nn.Module, images: Loader, classes: int, size: int) -> Deta
         broken += int((~logits.isfinite().all(dim=1)).sum())
         confidence, found = logits.float().softmax(dim=1).max(dim=1)
         confusion += torch.bincount(labels * classes + found, minlength=classes * classes)
-        bins += _binned(confidence.double().cpu(), (found == labels).double().cpu())
+        bins += _binned(confidence.cpu().double(), (found == labels).cpu().double())
         predicted.append(found.cpu())
     if broken:
         raise InputError(
