@@ -4,16 +4,23 @@ import contextlib
 import json
 
 import pytest
+import timm
 import torch
-from support import DIGITS, FP32, StopAt, plan, run, training
+from support import CPU, DIGITS, FP32, StopAt, plan, randomize_norms, run, small_net, training
 from tapes import Tapes
+from timm.layers import convert_sync_batchnorm
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from repan_cli.blocks.kernel import exact
 from repan_cli.errors import InputError
 from repan_cli.session import build
-from repan_cli.training import cuda_graphs, optim
+from repan_cli.system.device import Runtime, start_runtime
+from repan_cli.training import cuda_graphs, loop, optim
 from repan_cli.training.cuda_graphs import CudaRecorder, Graphs
+from repan_cli.training.events import Epoch, LossLog
+from repan_cli.training.loop import fit
+from repan_cli.training.progress import Totals
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
 
@@ -183,10 +190,6 @@ def test_float64_is_asked_for_on_the_cpu_alone():
 
 def test_speed_counts_finished_work(digits, monkeypatch):
     """Catches a clock that is read before the device is done: reading the loss is what waits for it."""
-    from repan_cli.training import loop
-    from repan_cli.training.events import Epoch, LossLog
-    from repan_cli.training.progress import Totals
-
     clock, mean = [0.0], Totals.mean_loss
 
     def waits(totals):
@@ -202,3 +205,61 @@ def test_speed_counts_finished_work(digits, monkeypatch):
         if isinstance(event, Epoch):
             break
     assert max(speeds) <= 1
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def test_float32_is_true_but_for_training_that_asks():
+    """Catches evaluation, calibration and restarts in TF32, PyTorch's default for convolutions."""
+
+    def allowed():
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    torch.backends.cudnn.allow_tf32 = True
+    start_runtime("cpu", "fp32")
+    assert allowed() == (False, False)
+    for precision, meanwhile in (("tf32", True), ("fp32", False), ("bf16", False)):
+        with Runtime(torch.device("cuda"), precision).training():
+            assert allowed() == (meanwhile, meanwhile)
+        assert allowed() == (False, False)
+    with pytest.raises(InputError, match="tf32 is for NVIDIA GPUs, the device is cpu: give fp32"):
+        start_runtime("cpu", "tf32")
+
+
+def test_training_alone_is_in_tf32(digits):
+    seen = set()
+    start_runtime("cpu", "fp32")
+    run = training(digits, plan(baseline__epochs="1"), runtime=Runtime(CPU, "tf32"))
+    run.model.register_forward_hook(lambda model, *_: seen.add((model.training, torch.backends.cudnn.allow_tf32)))
+    for event in fit(run):
+        if isinstance(event, Epoch):
+            break
+    assert seen == {(True, True), (False, False)}
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "repvgg_a0_cifar"])
+def test_shared_statistics_keep_the_function(name):
+    """Catches timm's layers of BN and activation that lose the activation."""
+    torch.manual_seed(0)
+    model = randomize_norms(timm.create_model(name, num_classes=10)).train()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model.eval()(images)
+        shared = build.share_statistics(model.train(), images)
+        assert all(module.training for module in shared.modules())
+        torch.testing.assert_close(shared.eval()(images), before)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in shared.modules())
+
+
+def test_shared_statistics_that_change_the_function_are_refused(monkeypatch):
+    model = timm.create_model("mobilenetv3_small_050", num_classes=10)
+    monkeypatch.setattr(build, "convert_sync_batchnorm", nn.SyncBatchNorm.convert_sync_batchnorm)
+    with pytest.raises(InputError, match="set run.sync_bn=false"):
+        build.share_statistics(randomize_norms(model), torch.randn(2, 3, 32, 32))
+
+
+def test_shared_statistics_count_their_batches(digits):
+    """Catches a counter that is taken away from a layer that refuses to be without it."""
+    run = training(digits, plan(), model=convert_sync_batchnorm(small_net(in_chans=1)))
+    assert run.norms == []
