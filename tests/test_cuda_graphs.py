@@ -1,8 +1,6 @@
 """Recorded updates: the same losses as updates that are done one by one, across cycles, without a second recording.
 
-A tape takes the place of a CUDA graph: it keeps every operation with the very tensors that it read and wrote, and does
-all of it again on those. What a CUDA graph would miss, such as a number that the host put in or a tensor that has been
-replaced since, it misses, too.
+A tape takes the place of a CUDA graph, see `tapes`.
 """
 
 import dataclasses
@@ -11,9 +9,8 @@ from collections import Counter
 import pytest
 import torch
 from support import CPU, FP32, Counted, digit_loader, plan, small_net, training
+from tapes import Tapes
 from timm.utils import ModelEmaV3
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from repan_cli import config
 from repan_cli.errors import InputError
@@ -28,42 +25,6 @@ from repan_cli.training.tasks import Classification, Distillation
 from repan_cli.training.teacher import LogitCache, Teacher, View, allocate
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
-
-
-class Tape(TorchDispatchMode):
-    """The operations that are done meanwhile, to be done again on the same tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-        self.played = True
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, tree_leaves(result)))
-        return result
-
-    @torch.no_grad()
-    def replay(self):
-        if self.played:  # a CUDA graph is recorded without being carried out, this one was
-            self.played = False
-            return
-        for function, args, kwargs, places in self.calls:
-            for place, value in zip(places, tree_leaves(function(*args, **kwargs)), strict=True):
-                if torch.is_tensor(place) and place.data_ptr() != value.data_ptr():
-                    place.copy_(value)
-
-
-class Tapes:
-    """A recorder of tapes."""
-
-    def aside(self, work):
-        return work()
-
-    def record(self, work):
-        with Tape() as tape:
-            result = work()
-        return tape.replay, result
 
 
 @pytest.fixture(autouse=True)
@@ -96,10 +57,11 @@ CASES = {
     },
     "best": {"cycle__start_from": "best"},
     "no momentum": {"optim__momentum": "0", "optim__clip": "null"},
+    "frozen, no momentum": {"cycle__freeze_trunk": "true", "cycle__attach_epochs": "1.5", "optim__momentum": "0"},
 }
 
 
-QUICK = ("zero-gamma", "frozen trunk", "no momentum")
+QUICK = ("zero-gamma", "frozen trunk", "frozen, no momentum")
 
 
 def pair(digits, make):

@@ -25,7 +25,7 @@ def size_of(numbers: Iterable[int]) -> Size:
 
 def exact(tensor: Tensor) -> Tensor:
     """Return a detached float64 copy on the CPU, where merging happens: rounding is visible, MPS has no float64."""
-    return tensor.detach().to("cpu", torch.float64, copy=True)
+    return tensor.detach().cpu().to(torch.float64, copy=True)
 
 
 def running_stats(norm: BatchNorm) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,8 @@ def run(options: BenchmarkOptions) -> None:
     batches = options.batches or BATCHES
     if min([*batches, options.training_batch + 1]) < 1:
         raise InputError("--batch and --training-batch are numbers of images: 1 or more (0 leaves training out)")
+    if options.precision == "tf32":
+        raise InputError("--precision tf32 is for training alone: give fp32, bf16, fp16 or auto")
     machine = start_runtime(options.device, options.precision)
     artifact = _artifact(options.checkpoint, options.model, options.image_size, options.block)
     size = options.image_size or artifact.card.image_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,13 +22,15 @@ from repan_cli.session.network import describe_blocks
 from repan_cli.system.device import peak_memory
 from repan_cli.system.files import to_json
 from repan_cli.system.text import by_reason, count, duration, some
+from repan_cli.system.timing import wait
+from repan_cli.training.cuda_graphs import WARM_UPS
 from repan_cli.training.evaluation import EVAL_BATCH
 from repan_cli.training.events import CycleStart, Epoch, StepEnd
 from repan_cli.training.loop import fit
 from repan_cli.training.progress import Progress
 
-STEPS = 3
-"""Two that are timed, after one that warms up."""
+TIMED = 2
+"""Updates that are timed, after those that warm up or are recorded."""
 
 
 def run(command: str, resolved: Resolved, *, runs: int = 1, as_json: bool) -> None:
@@ -56,15 +59,14 @@ def _network(session: Session) -> dict[str, Any]:
 
 
 def _restart(session: Session) -> dict[str, Any]:
-    """Try the restart before the first cycle, of a copy."""
+    """Try the restart before the first cycle, of a copy, which no recording knows."""
     cycle = next((phase for phase in session.training.plan if phase.restarts), None)
     if cycle is None:
         return {}
     model = copy.deepcopy(session.training.model)
     began = time.perf_counter()
-    start = next(
-        fit(dataclasses.replace(session.training, model=model, wrapped=None, plan=(cycle,), progress=Progress()))
-    )
+    alone = dataclasses.replace(session.training, model=model, wrapped=None, graphs=None)
+    start = next(fit(dataclasses.replace(alone, plan=(cycle,), progress=Progress())))
     assert isinstance(start, CycleStart), "a phase begins with this event"
     return {"logits_moved": start.logit_error, "restart_seconds": time.perf_counter() - began}
 
@@ -74,23 +76,32 @@ def _steps(session: Session) -> dict[str, Any]:
     phase = session.training.plan[0]
     if phase.settings is not None:  # a restart is tried by itself
         phase = dataclasses.replace(phase, settings=dataclasses.replace(phase.settings, restart="none"))
-    training = dataclasses.replace(session.training, plan=(phase,), log_every=1, progress=Progress())
-    events, moments = fit(training), []
+    training = dataclasses.replace(session.training, plan=(phase,), progress=Progress())
+    steps = training.train.steps(training.batch_size)
+    untimed = 1 if training.graphs is None else WARM_UPS + 1
+    events, found, began, done = fit(training), [], time.perf_counter(), 0
     for event in events:
-        if isinstance(event, (CycleStart, StepEnd)):
-            moments.append((time.perf_counter(), getattr(event, "step", 0)))
-        if isinstance(event, Epoch) or len(moments) > STEPS:
+        if not isinstance(event, (CycleStart, StepEnd, Epoch)):
+            continue
+        wait(training.runtime.device)
+        now = time.perf_counter()
+        if isinstance(event, StepEnd) and (event.step < steps or not done):  # the last batch may be a smaller one
+            found.append((now - began) / (event.step - done))
+        if len(found) >= untimed + TIMED or (isinstance(event, Epoch) and training.graphs is None):
             break
+        began, done = now, event.step if isinstance(event, StepEnd) else 0
     events.close()
-    first, last = moments[min(1, len(moments) - 2)], moments[-1]  # an only update is all there is to time
-    step = (last[0] - first[0]) / (last[1] - first[1])
-    return {"step_seconds": step, "steps_per_epoch": training.train.steps(training.batch_size)}
+    step = statistics.median(found[untimed:] or found[-1:])  # an only update is all there is to time
+    return {"step_seconds": step, "steps_per_epoch": steps}
 
 
 @torch.no_grad()
 def _evaluation(session: Session) -> dict[str, Any]:
     model, images = session.training.model.eval(), session.training.val or session.training.test
     batch = next(images.batches(EVAL_BATCH)).images
+    if batch.device.type != "cpu":  # where a first pass loads kernels
+        model(batch)
+        wait(batch.device)
     began = time.perf_counter()
     model(batch).sum().item()
     return {"evaluation_images_per_second": len(batch) / (time.perf_counter() - began)}

@@ -245,8 +245,9 @@ class RunConfig:
     device: str = setting("auto", "auto (a GPU where there is one), cpu, cuda, cuda:N or mps.")
     precision: str = setting(
         "auto",
-        "auto: bf16 where the device computes in it, else fp32; bf16; fp16, with a loss scaler; fp32.",
-        choices=("auto", "bf16", "fp16", "fp32"),
+        "auto: bf16 where the device computes in it, else fp32; bf16; fp16, with a loss scaler; tf32, "
+        "by which NVIDIA GPUs train with 10 bits of fp32; fp32. Evaluation is in fp32.",
+        choices=("auto", "bf16", "fp16", "tf32", "fp32"),
     )
     threads: int | None = setting(
         None,

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 import repan_cli
 from repan_cli import models, runs
@@ -39,6 +40,7 @@ from repan_cli.session.agreement import agree_on_images, agree_on_network, agree
 from repan_cli.session.network import (
     Network,
     build,
+    noise,
     resolve_names,
     restarted,
     restore_network,
@@ -139,7 +141,7 @@ def prepare(
         refuse(resolved.given, ("baseline.",), "has no effect here: the weights that were given are the baseline")
     machine = safe_precision(machine, network, dataset, chosen=config.run.precision)
     if config.run.sync_bn:
-        network = _with_shared_statistics(network, machine)
+        network = _with_shared_statistics(network, dataset, machine)
     machine.place(network.model)
     config = resolve_names(config, network)
     agree_on_network(network.model, config.model.name or "")
@@ -247,11 +249,28 @@ def _graphs(config: Config, machine: Runtime, optimizer: torch.optim.Optimizer) 
     return Graphs(CudaRecorder(machine.device), demanded=config.run.graph == "on")
 
 
-def _with_shared_statistics(network: Network, machine: Runtime) -> Network:
+def _with_shared_statistics(network: Network, dataset: Dataset, machine: Runtime) -> Network:
     """Give the network BN over the batches of all ranks; its weights, names and merged form stay the same."""
     if machine.device.type != "cuda" or machine.ranks == 1:
         raise InputError("run.sync_bn is for several GPUs under torchrun: set run.sync_bn=false")
-    return dataclasses.replace(network, model=nn.SyncBatchNorm.convert_sync_batchnorm(network.model))
+    return dataclasses.replace(network, model=share_statistics(network.model, noise(dataset)))
+
+
+@torch.no_grad()
+def share_statistics(model: nn.Module, images: Tensor) -> nn.Module:
+    """Return the network with BN over all ranks, by timm's conversion, which keeps the activation of timm's layers.
+
+    Raises InputError where it computes something else of `images` in eval mode than before.
+    """
+    modes = {name: module.training for name, module in model.named_modules()}
+    before = model.eval()(images)
+    shared: nn.Module = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call] # timm's
+    after = shared.eval()(images)
+    for name, module in shared.named_modules():
+        module.training = modes.get(name, True)
+    if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().max().item()):
+        raise InputError("this network is another one with BN over all GPUs: set run.sync_bn=false")
+    return shared
 
 
 def _average(model: nn.Module, ema: EmaConfig) -> ModelEmaV3 | None:

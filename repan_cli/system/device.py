@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +39,20 @@ class Runtime:
         return network.to(self.device).to(memory_format=self.memory_format)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Autocast to bfloat16 or float16, or nothing in fp32."""
+        """Autocast to bfloat16 or float16, or nothing in fp32 and tf32."""
         lower = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=lower, enabled=self.precision != "fp32")
+        return torch.autocast(self.device.type, dtype=lower, enabled=self.precision in ("bf16", "fp16"))
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Compute float32 in TF32 meanwhile where `precision` is tf32: forward and backward passes of training."""
+        if self.precision == "tf32":
+            _allow_tf32(True)
+        try:
+            yield
+        finally:
+            if self.precision == "tf32":
+                _allow_tf32(False)
 
     def scaler(self) -> torch.amp.GradScaler:
         """The loss scaler that fp16 needs; one that does nothing otherwise."""
@@ -57,10 +70,20 @@ class Runtime:
 
 
 def start_runtime(device: str = "auto", precision: str = "auto", *, channels_last: bool = True) -> Runtime:
-    """Return the runtime that the settings mean on this machine. Raises InputError for a device that is not there."""
+    """Return the runtime that the settings mean on this machine, on which float32 is true float32 from now on.
+
+    Raises InputError for a device or a precision that is not there.
+    """
+    _allow_tf32(False)
     rank, ranks = join_ranks(device)
     found = (own_gpu(device) if ranks > 1 else None) or find_device(device)
     return Runtime(found, find_precision(precision, found), channels_last, rank, ranks)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    """Let GPUs compute float32 with 10 bits of mantissa or not; PyTorch's default does for convolutions."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def use_threads(asked: int | None) -> int:
@@ -105,7 +128,9 @@ def find_device(name: str) -> torch.device:
 
 
 def find_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the device computes in it, else fp32."""
+    """`auto` is bf16 where the device computes in it, else fp32. Raises InputError for tf32 that no GPU computes in."""
+    if name == "tf32" and device.type != "cuda":
+        raise InputError(f"precision tf32 is for NVIDIA GPUs, the device is {device.type}: give fp32")
     if name != "auto":
         return name
     if device.type == "mps":

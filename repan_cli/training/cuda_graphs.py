@@ -6,6 +6,8 @@ optimizer memory, attach rates and learning rates only ever change in place.
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -31,7 +33,16 @@ class Recorder(Protocol):
         """Do the work once, where it would be recorded."""
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record the work without doing it: what replays it, and the tensor that its result then lies in."""
+        """Record the work without doing it: what replays it, and the tensor that its result then lies in.
+
+        Raises RuntimeError where that cannot be, with everything as it was before.
+        """
+
+    def fits(self) -> bool:
+        """Tell whether there is memory for a first recording beside work that is done as it is."""
+
+    def forget(self) -> None:
+        """Let go of the memory of recordings, of which none is left."""
 
 
 class CudaRecorder:
@@ -41,20 +52,38 @@ class CudaRecorder:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self.needed = 0
 
     def aside(self, work: Callable[[], Tensor]) -> Tensor:
         usual = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(usual)
+        before = torch.cuda.memory_allocated(self.device)
         with torch.cuda.stream(self.stream):
             result = work()
         usual.wait_stream(self.stream)
+        self.needed = max(self.needed, torch.cuda.max_memory_allocated(self.device) - before)
         return result
+
+    def fits(self) -> bool:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return 2 * self.needed <= free + cached
+
+    def forget(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()  # a pool whose graphs are gone cannot be recorded into
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # threads that load or pin images may go on calling CUDA meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            result = work()
+        usual = torch.cuda.current_stream(self.device)
+        try:
+            # threads that load or pin images may go on calling CUDA meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                result = work()
+        except BaseException:
+            torch.cuda.set_stream(usual)  # which PyTorch leaves to be the other where ending a capture fails, too
+            with contextlib.suppress(RuntimeError):
+                graph.reset()
+            raise
         return graph.replay, result
 
 
@@ -84,7 +113,9 @@ class Graphs:
     def enter(self, scope: Hashable, storage: frozenset[int]) -> None:
         """Begin work of a scope, on tensors that lie in `storage`: recordings of another scope are forgotten."""
         if scope != self._scope:
-            self.recordings.clear()
+            if self.recordings:
+                self.recordings.clear()
+                self.recorder.forget()
             self._done.clear()
         else:
             assert storage == self._storage, "something that recorded work reads or writes has moved"
@@ -106,9 +137,14 @@ class Graphs:
     def _record(self, key: Hashable, work: Work, inputs: Inputs) -> None:
         own = tuple(given.clone() for given in inputs)
         try:
+            if not self.recordings and not self.demanded and not self.recorder.fits():
+                raise torch.OutOfMemoryError
             replay, result = self.recorder.record(lambda: work(own))
         except RuntimeError as error:
-            self.refused = first_line(error)
+            self.refused = _reason(error)
+            _let_go(error)
+            if not self.recordings:
+                self.recorder.forget()
             if self.demanded:
                 raise InputError(
                     f"run.graph=on: this network's step cannot be recorded as a CUDA graph ({self.refused}); "
@@ -117,3 +153,27 @@ class Graphs:
             return
         self.recordings[key] = _Recording(own, replay, result)
         self.recorded += 1
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """Return an error and what was being handled as it came, the first last."""
+    found: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in found:
+        found.append(following)
+        following = following.__context__
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """Say why a capture failed: by its first error, as ending a capture that is broken raises another."""
+    chain = _chain(error)
+    if any(isinstance(each, torch.OutOfMemoryError) for each in chain):
+        return "out of memory: the GPU does not hold a recording beside other work"
+    return first_line(chain[-1])
+
+
+def _let_go(error: BaseException) -> None:
+    """Free the tensors of the work that failed, which the frames of its errors hold."""
+    for each in _chain(error):
+        traceback.clear_frames(each.__traceback__)

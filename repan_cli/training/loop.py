@@ -212,12 +212,14 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, No
             if before < mark <= progress.step:
                 totals.note(number)
         if progress.step // run.log_every > before // run.log_every or progress.step == steps:
-            speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
             _check_scale(run)
-            yield LossLog(phase.cycle, epoch, progress.step, totals.mean_loss(), lr, rate, speed)
+            loss = totals.mean_loss()  # which waits for the device: speed counts finished work
+            speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
+            yield LossLog(phase.cycle, epoch, progress.step, loss, lr, rate, speed)
         yield StepEnd(phase.cycle, epoch, progress.step)
+    loss = totals.mean_loss()
     speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
-    return _EpochResult(totals.mean_loss(), totals.first_loss, totals.top1(), lr, rate, speed, totals.felt())
+    return _EpochResult(loss, totals.first_loss, totals.top1(), lr, rate, speed, totals.felt())
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -154,13 +154,15 @@ def mask_trunk_gradients(optimizer: torch.optim.Optimizer, live: Tensor) -> None
 
     `mask_trunk_momentum` belongs to it: otherwise weight decay would have momentum grow, and leap later.
     """
-    torch._foreach_mul_([p.grad for p in _trunk_parameters(optimizer) if p.grad is not None], live)
+    if gradients := [p.grad for p in _trunk_parameters(optimizer) if p.grad is not None]:
+        torch._foreach_mul_(gradients, live)
 
 
 def mask_trunk_momentum(optimizer: torch.optim.Optimizer, live: Tensor) -> None:
     """Zero the trunks' momentum where `live`, 0 or 1, on the device, says so."""
     memory = [optimizer.state[p].get("momentum_buffer") for p in _trunk_parameters(optimizer)]
-    torch._foreach_mul_([buffer for buffer in memory if buffer is not None], live)
+    if there := [buffer for buffer in memory if buffer is not None]:  # none where momentum is 0
+        torch._foreach_mul_(there, live)
 
 
 def _trunk_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -178,12 +180,12 @@ def clip_gradients(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> Tens
         chosen = clipped if optim.clip_params == "all" or group["role"] == "weight" else others
         chosen += [p for p in group["params"] if p.grad is not None]
     norms = [
-        torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None], foreach=True)
+        torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])  # foreach where the device has it
         for some in (clipped, others)
         if some
     ]
     if optim.clip is not None and clipped:
-        torch.nn.utils.clip_grads_with_norm_(clipped, optim.clip, norms[0], foreach=True)
+        torch.nn.utils.clip_grads_with_norm_(clipped, optim.clip, norms[0])
     return torch.stack(norms).sum()
 
 

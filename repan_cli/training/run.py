@@ -71,8 +71,9 @@ class Training:
 
     @cached_property
     def norms(self) -> list[_BatchNorm]:
-        """The layers that count their batches and do not need that number."""
+        """The layers that count their batches and can do without that number, which SyncBatchNorm cannot."""
         norms = (module for module in self.model.modules() if isinstance(module, _BatchNorm))
+        norms = (norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm))
         return [norm for norm in norms if norm.num_batches_tracked is not None and norm.momentum is not None]
 
     @property

@@ -87,7 +87,7 @@ def _examined(model: nn.Module, images: Loader, classes: int, size: int) -> Deta
         totals += score_batch(logits, labels)
         broken += int((~logits.isfinite().all(dim=1)).sum())
         confidence, found = logits.float().softmax(dim=1).max(dim=1)
-        bins += _binned(confidence.double().cpu(), (found == labels).double().cpu())
+        bins += _binned(confidence.cpu().double(), (found == labels).cpu().double())
         predicted.append(found.cpu())
         true.append(labels.cpu())
     if broken:

@@ -76,7 +76,7 @@ def _compute(
     for number in range(batches):
         batch = Batch.of(inputs[number * count : (number + 1) * count])
         alone = run.runtime.ranks > 1 and number + 1 < batches  # gradients are exchanged with the last batch
-        with _without_exchange(run.called) if alone else contextlib.nullcontext():
+        with _without_exchange(run.called) if alone else contextlib.nullcontext(), run.runtime.training():
             with run.runtime.autocast(), _counted_at_once(run.norms):
                 loss, logits = task(_called(run, batch), batch)
             share = len(batch.images) * run.runtime.ranks / images  # gradients are averaged over ranks
