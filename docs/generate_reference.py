@@ -23,8 +23,7 @@ def on_files(files: Any, config: Any) -> Any:
 def commands() -> Iterator[str]:
     """Yield the lines of the page of all commands, with their options."""
     yield "# Commands\n"
-    yield "`repan COMMAND --help` shows the same. Exit codes: 0 done; 1 failed; 2 input that cannot be used; 3 the loss is"
-    yield "not finite; 4 disk or memory full; 75 stopped by a signal, with everything saved; 130 Ctrl-C.\n"
+    yield "`repan COMMAND --help` shows the same. [Exit codes](../exit-codes.md) tell how a command ended.\n"
     for name, command in COMMANDS.items():
         text, _, examples = command.help.partition("Examples:" if "Examples:" in command.help else "Example:")
         yield f"## repan {name}\n\n{_joined(text)}\n"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from repan_cli.models.expand import expand
     from repan_cli.models.rebuild import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _DOORS = {
     "expand": "repan_cli.models",

@@ -12,6 +12,7 @@ from PIL import Image
 from support import ROOT, run
 
 from repan_cli import config
+from repan_cli.blocks import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
 
@@ -82,11 +83,12 @@ def test_the_readme_is_short():
 def test_links_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            assert "://" in target or (page.parent / target).exists(), (page, target)
+            made = target in ("reference/commands.md", "reference/settings.md")  # by docs/generate_reference.py
+            assert made or "://" in target or (page.parent / target).exists(), (page, target)
 
 
 def test_presets_it_names_exist():
-    named = set(re.findall(r"\b((?:reference|recipes)/\w+)", PAGES))
+    named = set(re.findall(r"\b((?:reference|recipes)/\w+\b)(?!\.md)", PAGES))
     assert len(named) > 5
     assert named <= set(config.presets())
     blocks, commands = ("repvgg", "acb", "dbb"), ("train", "distill", "cycle")
@@ -96,6 +98,7 @@ def test_presets_it_names_exist():
 
 def test_python_works(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
+    monkeypatch.setattr(FAMILIES, "_entries", dict(FAMILIES._entries))  # a page adds a family
     pieces = blocks("python")
     assert pieces
     for piece in pieces:

@@ -45,7 +45,10 @@ def expand(
     Args:
         block: block family; None takes the network's own multi-branch blocks where it has them, elsewhere repvgg.
         images: a batch (N, C, H, W) that the network runs on; noise will do.
-        kernel, include, exclude, limit: which convolutions, see `Selection`.
+        kernel: sizes of the kernels that become blocks; an empty tuple takes every size above 1x1.
+        include: globs of the layers that become blocks; none means all.
+        exclude: globs of the layers that are left alone.
+        limit: the largest number of blocks; the layers with the largest weights come first.
         branches: number of k x k side branches, for the families that let choose.
         attach: `ramp` begins at attach rate 0, to be raised by `set_attach_rate`; `zero-gamma` at rate 1 with silent
             branches; `one` at rate 1, which changes the function: for networks that are not trained.
