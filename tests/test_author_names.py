@@ -145,7 +145,7 @@ def gentle(model, seed=0):
     return model.eval()
 
 
-SLOW = ("mobileone_s4", "fastvit_s12", "repvit_m1", "repvit_m0_9")
+SLOW = ("mobileone_s4", "mobileone_s0 mmlab", "fastvit_s12", "repvit_m1", "repvit_m0_9")
 
 
 @pytest.mark.parametrize("form", ["multi-branch", "merged", "merged timm"])

@@ -1,398 +1,324 @@
-"""Several runs by one command: each is the run that it would be alone, a stop costs nothing, and they are compared."""
+"""`repan study`: which runs it makes and in which order, how it stops and continues, its table, and bad grids.
+
+Most tests put a script of a few lines in the place of repan, which notes what it is called with.
+"""
 
 import json
 import os
-import re
-import shutil
 import signal
-from pathlib import Path
+import sys
+import threading
+import time
 
 import pytest
-from support import StopAt, assert_same, one_line, page_of, run
+from support import ROOT, run, start
 
-from repan_cli import runs
-from repan_cli.commands import study
-from repan_cli.session import build, summary
-from repan_cli.system.signals import StopSignals
-from repan_cli.training import optim
+from repan_cli import config
+from repan_cli.config.grid import grids, read_grid
+from repan_cli.runs import processes
+from repan_cli.training.plan import cycle_plan, training_plan
 
-pytestmark = pytest.mark.usefixtures("few_blocks")
-
-SMALL = ["--model", "repvgg_a0", "--dataset", "digits", "--epochs", "1", "data.batch_size=256", "run.precision=fp32"]
-CYCLE = [*SMALL, "--baseline-epochs", "1", "--cycles", "1", "--lr", "0.001", "ema.enabled=true", "optim.name=adamw"]
-CYCLE += ["--teacher", "previous", "cycle.start_from=best"]
-TRAIN = [*SMALL, "--lr", "0.02"]
-OWN = """from torch import nn
-
-
-def build(num_classes, in_chans):
-    conv, norm = nn.Conv2d(in_chans, 4, 3, bias=False), nn.BatchNorm2d(4)
-    return nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, num_classes))
+GRID = """
+about: two arms
+seeds: [0, 1]
+settings:
+  model: {name: repvgg_a0_cifar}
+  data: {name: digits}
+  epochs: 2
+arms:
+  restarts:
+    about: a baseline and a cycle
+    settings: {baseline: {epochs: 1}, cycle: {count: 1}}
+  plain:
+    about: one cosine
+    command: train
+    control: true
 """
-STEPS = 6
-"""Updates an epoch."""
+
+STUB = """
+import json, os, pathlib, signal, sys, time
+words, here = sys.argv[1:], pathlib.Path(__file__).parent
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+with (here / "calls").open("a") as calls:
+    calls.write(json.dumps([words, os.environ.get("OMP_NUM_THREADS"), cores]) + "\\n")
+run = pathlib.Path(words[words.index("--resume" if "--resume" in words else "--out") + 1])
+def leave(state, code):
+    (run / "status.json").write_text(json.dumps({"state": state}))
+    sys.exit(code)
+run.mkdir(parents=True, exist_ok=True)
+(run / "last.pt").touch()
+signal.signal(signal.SIGTERM, lambda *_: leave("preempted", 75))
+(run / "status.json").write_text(json.dumps({"state": "running"}))
+end = here / f"{run.parent.name}_{run.name}"
+if end.exists() and "--resume" not in words:
+    code = int(end.read_text())
+    if code == 75:
+        (here / "waits").touch()
+        time.sleep(60)
+    print("Error: the last line")
+    leave("diverged" if code == 3 else "failed", code)
+(run / "summary.json").write_text('{"test": {"top1": 50}, "seconds": 60}')
+leave("done", 0)
+"""
 
 
-def done(capsys, *words):
-    code, out, err = run(capsys, *words)
-    assert code == 0, err
-    return out, err
-
-
-def summary_of(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
-def state_of(folder):
-    return json.loads((folder / "status.json").read_text())["state"]
-
-
-def assert_same_run(folder, expected, tmp_path):
-    """To the last bit, but for what a summary says of a control."""
-    copies = []
-    for number, path in enumerate((folder, expected)):
-        copies.append(tmp_path / f"copy_{path.name}_{number}")
-        shutil.copytree(path, copies[-1])
-        summary = {key: value for key, value in summary_of(path).items() if key != "control"}
-        (copies[-1] / "summary.json").write_text(json.dumps(summary))
-    assert_same(*copies)
-
-
-@pytest.fixture(scope="module")
-def controlled(tmp_path_factory):
-    """A series of a run and its control for each of two seeds, and what it printed."""
-    folder = tmp_path_factory.mktemp("series") / "both"
-    made = {}
-
-    def of(capsys):
-        if not made:
-            words = [*CYCLE, "--control", "--seeds", "3,4", "--json", "--out", folder]
-            made["out"], made["err"] = done(capsys, "cycle", *words)
-        return folder, json.loads(made["out"]), made["err"]
-
-    return of
-
-
-# ---------------------------------------------------------------------------------------------- with a control
-
-
-@pytest.mark.soak
-def test_every_run_and_every_control_is_what_it_would_be_alone(capsys, tmp_path, controlled):
-    folder, _, _ = controlled(capsys)
-    done(capsys, "cycle", *CYCLE, "--seed", 4, "--out", tmp_path / "alone")
-    done(capsys, "cycle", *CYCLE, "--seed", 4, "cycle.restart=none", "--out", tmp_path / "control")
-    assert_same_run(folder / "seed_4", tmp_path / "alone", tmp_path)
-    assert_same_run(folder / "control_seed_4", tmp_path / "control", tmp_path)
-    ours, alone = ((path / "config.yaml").read_text() for path in (folder / "control_seed_4", tmp_path / "control"))
-    assert re.sub("out: .*", "", ours) == re.sub("out: .*", "", alone)
-
-
-@pytest.mark.soak
-def test_the_control_does_not_train_the_baseline_again(capsys, controlled):
-    folder, _, err = controlled(capsys)
-    log = (folder / "control_seed_3" / "log.txt").read_text()
-    assert "cycle 1/1: no merging (control)" in log
-    assert not re.search(r"baseline +1/1", log)
-    assert "goes on from the end of the baseline of seed_3" in err
-
-
-def test_the_end_compares(capsys, controlled):
-    folder, found, err = controlled(capsys)
-    assert found["out"] == str(folder)
-    names = ["seed_3", "control_seed_3", "seed_4", "control_seed_4"]
-    assert [row["run"] for row in found["runs"]] == [str(folder / name) for name in names]
-    ours, theirs = found["runs"][0], found["runs"][1]
-    assert ours["control"]["gain"] == ours["test"]["top1"] - theirs["test"]["top1"]
-    assert ours["control"]["last_gain"] == ours["cycles"][-1]["test_top1"] - theirs["cycles"][-1]["test_top1"]
-    assert summary_of(folder / "seed_3")["control"] == ours["control"]
-    assert "control" not in theirs
-    control, repan = found["comparison"]["groups"]
-    assert [control["label"], repan["label"]] == ["cycle.restart=none", "cycle.restart=repan"]
-    assert repan["seeds"] == control["seeds"] == [3, 4]
-    gains = [found["runs"][n]["test"]["top1"] - found["runs"][n + 1]["test"]["top1"] for n in (0, 2)]
-    assert repan["difference"]["test_top1"]["mean"] == pytest.approx(sum(gains) / 2)
-    assert repan["difference"]["test_top1"]["method"] == "paired"
-    assert f"seed 3: test top-1 {ours['test']['top1']:.2f}, {gains[0]:+.2f} over its control" in err
-    assert json.loads((folder / "comparison.json").read_text()) == found["comparison"]
-    assert "cycle.restart=repan" in (folder / "comparison.html").read_text()
-    assert state_of(folder) == "done"
-
-
-def test_its_folder_is_a_folder_of_runs(capsys, controlled):
-    folder, found, _ = controlled(capsys)
-    out, _ = done(capsys, "compare", folder, "--json")
-    assert json.loads(out)["groups"] == found["comparison"]["groups"]
-    assert "svg" in page_of(capsys, folder)
-
-
-def test_a_finished_series_is_only_compared_again(capsys, controlled):
-    folder, found, _ = controlled(capsys)
-    weights = folder / "seed_3" / "last.pt"
-    before = weights.stat().st_mtime_ns
-    out, err = done(capsys, "cycle", "--resume", folder, "--json")
-    assert json.loads(out) == found
-    assert "run 1" not in err
-    assert weights.stat().st_mtime_ns == before
-
-
-@pytest.mark.soak
-def test_with_weights_to_start_from_there_is_no_baseline_to_share(capsys, tmp_path, controlled):
-    words = ["--init", controlled(capsys)[0] / "seed_3" / "cycle_00.pt", "--dataset", "digits", "data.batch_size=256"]
-    words += ["--cycles", 1, "--epochs", 1, "run.precision=fp32"]
-    out, _ = done(capsys, "cycle", *words, "--control", "--seed", 5, "--json", "--out", tmp_path / "run")
-    ours, theirs = json.loads(out)["runs"]
-    assert ours["baseline"] == theirs["baseline"]
-    assert (ours["seed"], theirs["seed"]) == (5, 5)
-    assert ours["cycles"][0]["logit_error"] > 0
-    assert theirs["cycles"][0]["logit_error"] == 0
-
-
-def test_a_network_of_ones_own_has_a_control(capsys, tmp_path, monkeypatch):
+@pytest.fixture
+def study(tmp_path, monkeypatch, capsys):
+    """Calls `repan study` with the script in the place of repan: its exit code, what it said, and the calls it made."""
+    (tmp_path / "stub.py").write_text(STUB)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    monkeypatch.setattr(processes, "REPAN", (sys.executable, "-S", str(tmp_path / "stub.py")))
+    monkeypatch.setattr(processes, "POLL", 0.01)
     monkeypatch.chdir(tmp_path)
-    Path("net.py").write_text(OWN)
-    words = ["-m", "net.py:build", "-d", "digits", "data.batch_size=256", "--baseline-epochs", 1, "--epochs", 1]
-    done(capsys, "cycle", *words, "--cycles", 1, "--control", "--out", "run")
-    assert [state_of(path) for path in sorted(Path("run").glob("*seed_0"))] == ["done", "done"]
+
+    def call(*words):
+        (tmp_path / "calls").write_text("")
+        code, out, err = run(capsys, "study", "grid.yaml", "--out", "out", *words)
+        return code, out, err, [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+    return call
 
 
-# ---------------------------------------------------------------------------------------------- stops
+def made(calls):
+    """The command, whether it continues, and the folder, of each run."""
+    found = []
+    for words, *_ in calls:
+        option = "--resume" if "--resume" in words else "--out"
+        found.append((words[0], option == "--resume", words[words.index(option) + 1].removeprefix("out/")))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("at", "number", "code", "stopped_in", "seeds"),
-    [
-        pytest.param(3, signal.SIGTERM, 75, "seed_3", (3,), marks=pytest.mark.soak),
-        pytest.param(STEPS + 2, signal.SIGINT, 130, "seed_3", (3,), marks=pytest.mark.soak),
-        pytest.param(2 * STEPS + 2, signal.SIGUSR1, 75, "control_seed_3", (3,), marks=pytest.mark.soak),
-        pytest.param(3 * STEPS + 4, signal.SIGTERM, 75, "seed_4", (3, 4), marks=pytest.mark.soak),
-    ],
-)
-def test_a_stopped_series_goes_on_to_the_same_end(capsys, tmp_path, controlled, at, number, code, stopped_in, seeds):
-    expected, _, _ = controlled(capsys)
-    folder = tmp_path / "series"
-    with pytest.MonkeyPatch.context() as patch:
-        StopAt(patch, at, number=number)
-        words = ["--control", "--seeds", ",".join(map(str, seeds)), "--json", "--out", folder]
-        left, out, err = run(capsys, "cycle", *CYCLE, *words)
-    assert (left, out) == (code, "")
-    assert f"Error: {stopped_in}: " in err
-    assert err.rstrip().endswith(f"go on with: repan cycle --resume {folder}")
-    assert state_of(folder) == ("interrupted" if code == 130 else "preempted")
-    finished = [path for path in folder.glob("*seed*") if state_of(path) == "done"]
-    before = {path: (path / "last.pt").stat().st_mtime_ns for path in finished}
-    done(capsys, "cycle", "--resume", folder)
-    assert {path: (path / "last.pt").stat().st_mtime_ns for path in finished} == before
-    assert state_of(folder) == "done"
-    for name in (f"{kind}seed_{seed}" for seed in seeds for kind in ("", "control_")):
-        assert_same_run(folder / name, expected / name, tmp_path)
+ALL = [
+    ("train", False, "plain/seed_0"),
+    ("cycle", False, "restarts/seed_0"),
+    ("train", False, "plain/seed_1"),
+    ("cycle", False, "restarts/seed_1"),
+]
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGTERM, 75, marks=pytest.mark.soak), (signal.SIGINT, 130)]
-)
-def test_a_signal_while_a_run_is_ending_stops_before_the_next(capsys, tmp_path, monkeypatch, number, code):
-    draw = summary.draw
+def test_all_arms_run_with_a_seed_before_the_next_seed_and_once(study, tmp_path):
+    code, _, err, calls = study()
+    assert code == 0, err
+    assert made(calls) == ALL
+    assert calls[1][0] == ["cycle", "-c", "out/restarts/arm.yaml", "--seed", "0", "--out", "out/restarts/seed_0"]
+    assert "plain seed 1: test top-1 50.00 after 1.0 minutes" in err
+    settings = config.resolve("cycle", str(tmp_path / "out/restarts/arm.yaml"), {}).config
+    assert (settings.epochs, settings.cycle.count, settings.model.name) == (2, 1, "repvgg_a0_cifar")
+    code, _, _, calls = study()
+    assert (code, made(calls)) == (0, [])
 
-    def drawn(*arguments):
+
+def test_arms_and_seeds_are_chosen(study):
+    *_, calls = study("--arms", "restart*", "--seeds", "7,3")
+    assert made(calls) == [("cycle", False, "restarts/seed_7"), ("cycle", False, "restarts/seed_3")]
+
+
+def test_settings_go_to_the_arms_that_read_them(study):
+    code, *_, calls = study("--data-root", "there", "cycle.attach=ramp", "--seeds", "0")
+    assert code == 0
+    given = {words[0]: words[7:] for words, *_ in calls}
+    assert given == {"train": ["data.root=there"], "cycle": ["cycle.attach=ramp", "data.root=there"]}
+
+
+def test_other_settings_than_before_are_refused_but_for_where_it_runs(study):
+    study("--seeds", "0", "--data-root", "here")
+    code, _, err, calls = study("epochs=3", "--data-root", "there")
+    assert (code, calls) == (2, [])
+    assert err.strip() == (
+        "Error: arm plain: epochs is 3, but its runs in out/plain were made with 2: give another --out"
+    )
+    code, *_, calls = study("--data-root", "there")
+    assert (code, len(calls)) == (0, 2)
+
+
+def test_a_run_that_diverged_is_noted_and_left(study, tmp_path):
+    (tmp_path / "plain_seed_0").write_text("3")
+    for runs_made in (4, 0):
+        code, _, err, calls = study()
+        assert (code, len(calls)) == (3, runs_made)
+        assert "1 run of 4 diverged: plain seed 0" in err
+
+
+def test_a_run_that_fails_ends_the_study(study, tmp_path):
+    (tmp_path / "plain_seed_0").write_text("2")
+    code, _, err, calls = study()
+    assert (code, len(calls)) == (1, 1)
+    assert "failed with exit code 2: Error: the last line" in err
+    assert "Error: plain seed 0 failed, see out/plain/seed_0.log; continue the study with: repan" in err
+
+
+def test_it_stops_in_time_and_the_same_command_continues(study, tmp_path):
+    code, _, err, calls = study("--minutes", "0")
+    assert (code, calls) == (75, [])
+    assert "Error: stopped with 4 runs to go; continue with: repan" in err
+    (tmp_path / "restarts_seed_0").write_text("75")
+    code, _, err, calls = study("--minutes", str(1 / 60))
+    assert (code, made(calls)) == (75, ALL[:2])
+    assert "restarts seed 0: stopped, can be continued" in err
+    code, *_, calls = study()
+    assert (code, made(calls)) == (0, [("cycle", True, "restarts/seed_0"), *ALL[2:]])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot send itself such a signal there")
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_lets_the_runs_save(study, tmp_path, number, expected):
+    (tmp_path / "plain_seed_0").write_text("75")
+
+    def send():
+        while not (tmp_path / "waits").exists():
+            time.sleep(0.01)
         os.kill(os.getpid(), number)
-        draw(*arguments)
 
-    monkeypatch.setattr(summary, "draw", drawn)
-    folder = tmp_path / "series"
-    left, _, err = run(capsys, "train", *TRAIN, "--seeds", "0,1", "--out", folder)
-    assert left == code
-    assert f"go on with: repan train --resume {folder}" in err
-    assert state_of(folder / "seed_0") == "done"
-    assert not (folder / "seed_1").exists()
-    monkeypatch.undo()
-    out, _ = done(capsys, "train", "--resume", folder, "--json")
-    assert [row["seed"] for row in json.loads(out)["runs"]] == [0, 1]
+    sender = threading.Thread(target=send)
+    sender.start()
+    code, _, err, _ = study()
+    sender.join()
+    assert code == expected
+    assert "plain seed 0: stopped, can be continued" in err
 
 
-def test_ctrl_c_before_a_run_has_begun_says_how_to_go_on(capsys, tmp_path, monkeypatch):
-    prepare, calls = build.prepare, []
-
-    def impatient(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return prepare(*arguments)
-
-    monkeypatch.setattr(study, "prepare", impatient)
-    code, _, err = run(capsys, "train", *TRAIN, "--seeds", "0,1", "--out", tmp_path / "series")
-    assert code == 130
-    assert f"interrupted before seed_1 began; go on with: repan train --resume {tmp_path / 'series'}" in err
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes cannot be bound to cores there")
+def test_several_at_once_share_the_cores_and_the_devices(study, monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    code, _, err, calls = study("--jobs", "2", "--device", "cuda:0,cuda:1")
+    assert code == 0, err
+    assert sorted(made(calls)) == sorted(ALL)
+    assert {words[-1] for words, *_ in calls} == {"cuda:0", "cuda:1"}
+    assert {int(threads) for _, threads, _ in calls} <= {max(cores // 2, 1), (cores + 1) // 2}
 
 
-def test_inside_another_a_stop_is_heard_by_both():
-    with StopSignals() as outer:
-        with StopSignals() as inner:
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert inner.received == outer.received == signal.SIGTERM
-        with StopSignals() as later:
-            assert later.received == signal.SIGTERM
-    with StopSignals() as fresh:
-        assert not fresh()
+def test_what_was_killed_before_its_first_save_begins_anew(study, tmp_path):
+    folder = tmp_path / "out" / "plain" / "seed_0"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    code, *_, calls = study()
+    assert (code, made(calls)[0]) == (0, ("train", False, "plain/seed_0"))
 
 
-def test_what_was_killed_before_it_had_a_state_is_begun_anew(capsys, tmp_path):
-    folder = tmp_path / "series"
-    done(capsys, "train", *TRAIN, "--seeds", "0,1", "--out", folder)
-    shutil.rmtree(folder / "seed_1")
-    (folder / "seed_1").mkdir()
-    (folder / "seed_1" / "config.yaml").write_text("half a fi")
-    done(capsys, "train", "--resume", folder)
-    assert summary_of(folder / "seed_1")["seed"] == 1
-
-
-@pytest.mark.soak
-def test_a_half_made_control_is_made_again(capsys, tmp_path):
-    """Of a process that was killed while it copied."""
-    folder = tmp_path / "series"
-    with pytest.MonkeyPatch.context() as patch:
-        StopAt(patch, 2)
-        run(capsys, "cycle", *CYCLE, "--control", "--out", folder)
-    (folder / ".control_seed_0").mkdir()
-    (folder / ".control_seed_0" / "best.pt").write_text("half")
-    done(capsys, "cycle", "--resume", folder)
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"seed_0", "control_seed_0"}
-
-
-def test_a_control_whose_start_is_lost_trains_the_baseline_itself(capsys, tmp_path, controlled):
-    folder, _, _ = controlled(capsys)
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    shutil.rmtree(copy / "control_seed_3")
-    _, err = done(capsys, "cycle", "--resume", copy)
-    assert re.search(r"baseline +1/1", err)
-    assert_same_run(copy / "control_seed_3", folder / "control_seed_3", tmp_path)
-
-
-@pytest.mark.soak
-def test_one_run_of_a_series_can_be_resumed_by_itself(capsys, tmp_path, controlled):
-    expected, _, _ = controlled(capsys)
-    folder = tmp_path / "series"
-    with pytest.MonkeyPatch.context() as patch:
-        StopAt(patch, 2)
-        run(capsys, "cycle", *CYCLE, "--control", "--seeds", "3", "--out", folder)
-    done(capsys, "cycle", "--resume", folder / "seed_3")
-    assert state_of(folder / "control_seed_3") == "waiting"
-    assert "not finished (waiting)" in run(capsys, "compare", folder)[2]
-    done(capsys, "cycle", "--resume", folder)
-    assert_same_run(folder / "control_seed_3", expected / "control_seed_3", tmp_path)
-
-
-def test_a_seed_that_diverges_does_not_keep_the_others_from_training(capsys, tmp_path, monkeypatch):
-    step, broken = optim.step_if_finite, []
-
-    def breaking(optimizer, norm):
-        if not broken:
-            broken.append(True)
-            return step(optimizer, norm * float("nan"))
-        return step(optimizer, norm)
-
-    monkeypatch.setattr(optim, "step_if_finite", breaking)
-    folder = tmp_path / "series"
-    code, out, err = run(capsys, "train", *TRAIN, "--seeds", "0,1", "--json", "--out", folder)
-    assert code == 3
-    assert "Warning: seed_0 diverged: " in err
-    assert "Error: 1 run of 2 diverged: seed_0" in err
-    assert [row["seed"] for row in json.loads(out)["runs"]] == [1]
-    assert (state_of(folder / "seed_0"), state_of(folder / "seed_1")) == ("diverged", "done")
-
-
-# ---------------------------------------------------------------------------------------------- the command line
-
-
-def test_settings_that_change_the_result_cannot_change_in_the_middle(capsys, controlled):
-    folder, _, _ = controlled(capsys)
-    for words in (["--lr", "0.5"], ["--cycles", "2"], ["--model", "resnet18"], ["--teacher", "other.pt"]):
-        assert "cannot change in a series that goes on" in one_line(capsys, "cycle", "--resume", folder, *words)
-    done(capsys, "cycle", "--resume", folder, "data.workers=0", "--lr", "0.001")
-    assert "resume it with that command" in one_line(capsys, "train", "--resume", folder)
-    for option, value in (("--seeds", "1"), ("--control", None)):
-        words = [option] if value is None else [option, value]
-        assert f"{option} does not go with --resume" in one_line(capsys, "cycle", "--resume", folder, *words)
-
-
-def test_the_same_command_again_offers_to_go_on(capsys, controlled):
-    folder, _, _ = controlled(capsys)
-    err = one_line(capsys, "cycle", *CYCLE, "--seeds", "3,4", "--out", folder)
-    assert f"exists already; nothing was touched: go on with --resume {folder}" in err
-
-
-def test_a_network_of_ones_own_is_named_again(capsys, tmp_path):
-    (tmp_path / "net.py").write_text(OWN)
-    words = [f"{tmp_path / 'net.py'}:build", *TRAIN[2:]]
-    folder = tmp_path / "series"
-    with pytest.MonkeyPatch.context() as patch:
-        StopAt(patch, 2)
-        code, _, err = run(capsys, "train", "--model", *words, "--seeds", "0,1", "--out", folder)
-    assert code == 75
-    assert err.rstrip().endswith(f"--resume {folder} --model {words[0]}")
-    assert "no file is imported by itself" in one_line(capsys, "train", "--resume", folder)
-    (tmp_path / "net.py").rename(tmp_path / "moved.py")
-    done(capsys, "train", "--resume", folder, "--model", f"{tmp_path / 'moved.py'}:build")
-    assert summary_of(folder / "seed_1")["seed"] == 1
-
-
-def test_a_damaged_description_of_a_series_is_one_line(capsys, tmp_path):
-    (tmp_path / "config.yaml").touch()
-    (tmp_path / runs.SERIES).write_text('{"seeds": [1]}')
-    assert "series.json is damaged" in one_line(capsys, "cycle", "--resume", tmp_path)
+def test_a_dry_run_starts_nothing(study, tmp_path):
+    code, out, err, calls = study("--dry-run")
+    assert (code, calls, (tmp_path / "out").exists()) == (0, [], False)
+    assert "one cosine" in out
+    assert "4 runs below out, seeds 0, 1" in err
+    study("--seeds", "0")
+    code, out, *_ = study("--dry-run", "--json")
+    states = {line["run"]: line["state"] for line in json.loads(out)["runs"]}
+    assert states["out/plain/seed_0"] == "done"
+    assert states["out/plain/seed_1"] == "to do"
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--seeds", "0,x"], "--seeds 0,x: 'x' is not a whole number; give numbers such as 0,1,2"),
-        (["--seeds", ""], "--seeds : '' is not a whole number"),
-        (["--seeds", "1,-2"], "must be at least 0"),
-        (["--seeds", "1,2,1"], "a seed stands there twice"),
-        (["--seeds", "1,2", "--seed", "1"], "--seed and --seeds"),
-        (["--control", "cycle.restart=none"], "cycle.restart=none is what --control adds"),
+        (["--arms", "plane"], "no arm 'plane' in grid.yaml; did you mean plain?"),
+        (["--seeds", "a"], "--seeds: seeds: expected numbers such as 0, 1, 2"),
+        (["--seeds", "1,1"], "--seeds: seeds: a seed is given twice"),
+        (["--jobs", "0"], "--jobs 0: at least 1 run at once is needed"),
+        (["lr=1"], "arm plain: unknown setting 'lr'; did you mean optim.lr or cycle.lr?"),
+        (["run.seed=1"], "run.seed is set for each run of a study: give --seeds"),
+        (["cycle.count=1", "--arms", "plain"], "cycle.count has no effect: none of the chosen arms reads it"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, monkeypatch, words, says):
-    monkeypatch.chdir(tmp_path)
-    assert says in one_line(capsys, "cycle", "--model", "repvgg", "--dataset", "digits", *words)
-    assert list(tmp_path.iterdir()) == []
+def test_bad_words_are_said(study, words, says):
+    code, _, err, calls = study(*words)
+    assert (code, calls) == (2, [])
+    assert err.splitlines()[0] == f"Error: {says}"
 
 
-def test_what_cannot_be_built_leaves_no_folder(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = ["--model", "nonsense", "--dataset", "digits", "--seeds", "0,1", "--out", "series"]
-    assert "nonsense" in one_line(capsys, "train", *words)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("arms:", "arm:", "unknown key 'arm'; did you mean arms?"),
+        ("about: one cosine", "abut: one cosine", "arm plain: unknown key 'abut'; did you mean about?"),
+        ("command: train", "command: tran", "arm plain: command: 'tran' is none of cycle, train, distill"),
+        ("command: train", "like: restart", "arm plain: like: no arm 'restart'; did you mean restarts?"),
+        ("command: train", "like: plain", "arm plain: 'like' leads back to plain"),
+        ("control: true", "control: 1", "arm plain: control: expected true or false"),
+        ("  plain:", "  a/b:", "arm 'a/b': a name of letters, digits, '_', '-', '+' and '.' is needed"),
+        ("seeds: [0, 1]", "seeds: 3", "seeds: expected numbers such as 0, 1, 2"),
+        ("settings:\n", "settings: [1]\nx:\n", "unknown key 'x'; known are about, settings, arms, seeds"),
+    ],
+)
+def test_bad_grids_are_said(study, tmp_path, old, new, says):
+    assert old in GRID
+    (tmp_path / "grid.yaml").write_text(GRID.replace(old, new, 1))
+    code, _, err, calls = study()
+    assert (code, calls) == (2, [])
+    assert err.splitlines() == [f"Error: grid.yaml: {says}"]
 
 
-def test_several_processes_are_refused(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "start each run under torchrun by itself" in one_line(
-        capsys, "cycle", *CYCLE, "--control", "--out", tmp_path / "a"
-    )
+# ---------------------------------------------------------------------------------------------- the grids that ship
+
+ARMS = [(name, arm) for name, path in grids().items() for arm in read_grid(path).arms.values()]
 
 
-def test_without_out_the_folder_is_named_after_the_run(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    done(capsys, "train", *TRAIN, "--seeds", "7")
-    (folder,) = (tmp_path / "runs" / "train").iterdir()
-    assert folder.name.endswith("-repvgg_a0_cifar-repvgg-digits")
-    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["seed_7"]
-    out, _ = done(capsys, "train", "--resume", "latest", "--json")
-    assert json.loads(out)["runs"][0]["seed"] == 7
+def test_the_grids_that_ship():
+    counts = {name: len(read_grid(path).arms) for name, path in grids().items()}
+    assert counts == {"full": 7, "small": 19, "whole": 7}
 
 
-def test_a_dry_run_is_one_run_and_says_of_how_many(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    _, err = done(capsys, "cycle", *CYCLE, "--seeds", "0,1,2", "--control", "--dry-run")
-    assert "for each of 6 runs" in err
-    out, _ = done(capsys, "cycle", *CYCLE, "--control", "--dry-run", "--json")
-    assert json.loads(out)["runs"] == 2
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(("grid", "arm"), ARMS, ids=[f"{grid}-{arm.name}" for grid, arm in ARMS])
+def test_the_arms_differ_in_what_they_are_about_alone(grid, arm):
+    """All epochs together are those of the control, data and optimizer too, but for the learning rate of each cycle."""
+    shared = read_grid(grids()[grid]).arms["one_cosine"].resolve({}).config
+    settings = arm.resolve({}).config
+    plan = cycle_plan(settings, baseline=True) if arm.command == "cycle" else training_plan(settings)
+    assert sum(phase.epochs for phase in plan) == shared.epochs == (610 if grid == "full" else 60)
+    assert (settings.model, settings.data, settings.ema) == (shared.model, shared.data, shared.ema)
+    assert plan[0].optim == shared.optim
+    for phase in plan[1:]:
+        assert phase.optim.lr == (0.05 if settings.cycle.lr == "restart" else 0.1)
+        assert phase.start_from == "last"
+    family = arm.name.partition("_")[0]
+    assert arm.command == ("train" if family == "one" else "cycle")
+    if family != "one":
+        assert settings.cycle.lr == family
+        assert (settings.cycle.restart == "none") == arm.name.endswith("_none")
 
 
-def test_printed_settings_are_those_of_the_first_run(capsys):
-    out, _ = done(capsys, "cycle", *CYCLE, "--seeds", "7,8", "--control", "--print-config")
-    assert "seed: 7" in out
-    assert "restart: repan" in out
+@pytest.mark.parametrize("grid", list(grids()))
+def test_no_two_arms_are_the_same(grid):
+    arms = read_grid(grids()[grid]).arms.values()
+    assert len({json.dumps(config.flatten(arm.resolve({}).config)) for arm in arms}) == len(arms)
+    assert all(arm.about for arm in arms)
+
+
+# ---------------------------------------------------------------------------------------------- with repan itself
+
+REAL = [
+    "data.name=digits",
+    "model.name=repvgg_a0_cifar",
+    "data.classes=10",
+    "data.per_class=60",
+    "data.image_size=null",
+]
+REAL += ["data.batch_size=64", "run.precision=fp32"]
+
+
+@pytest.mark.soak
+def test_real_runs_are_stopped_continued_compared_and_kept_as_records(tmp_path, capsys):
+    """Two arms on a few digits; SIGTERM in the second of them."""
+    words = ["study", "small", "--out", tmp_path / "out", "--arms", "continuous_zero,one_cosine", "--seeds", "0"]
+    words += [*REAL, "epochs=3", "baseline.epochs=2", "cycle.count=1"]
+    process = start(*words, cwd=ROOT)
+    metrics = tmp_path / "out" / "continuous_zero" / "seed_0" / "metrics.jsonl"
+    until = time.monotonic() + 180
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "continuous_zero seed 0: stopped, can be continued" in err
+    code, _, err = run(capsys, *words)
+    assert code == 0, err
+    assert "continuous_zero seed 0: continues" in err
+    table = (tmp_path / "out" / "results.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in table[2:4]] == ["| one_cosine", "| continuous_zero"]
+    assert " | control | 3 | " in table[2]
+    kept = tmp_path / "kept"
+    assert run(capsys, "compare", tmp_path / "out", "--by-folder", "--records", kept)[0] == 0
+    assert sorted(path.relative_to(kept).as_posix() for path in kept.rglob("*.json")) == [
+        "continuous_zero/0.json",
+        "one_cosine/0.json",
+    ]

@@ -222,7 +222,7 @@ COMMANDS = {
     [bold]repan study my_grid.yaml --out study --seeds 0,1,2,3,4 --device cuda:0,cuda:1[/bold]
     """,
         "Training",
-        "grid_study",
+        "study",
     ),
     "list": Command(
         options.ListOptions,

@@ -25,7 +25,7 @@ from repan_cli.errors import (
 from repan_cli.system.launcher import own_rank, rank_count
 from repan_cli.system.text import first_line, shown
 
-WITHOUT_TORCH = ("list_names", "version", "compare", "grid_study")
+WITHOUT_TORCH = ("list_names", "version", "compare", "study")
 """Modules of commands that start at once."""
 
 

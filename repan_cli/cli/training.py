@@ -31,14 +31,14 @@ def train(command: str, options: TrainOptions | CycleOptions) -> None:
         fail(error)
     as_json = options.as_json
     if resume is not None:
-        dispatch("study", command, resume, given, entry="go_on", as_json=as_json)
+        dispatch("series", command, resume, given, entry="go_on", as_json=as_json)
     elif options.print_config:
         print(config.dump(resolved.config, cycles=command == "cycle"), end="")
     elif options.dry_run:
         dispatch("dry_run", command, resolved, runs=max(len(numbers), 1) * (1 + control), as_json=as_json)
     elif numbers or control:
         numbers = numbers or (resolved.config.run.seed,)
-        dispatch("study", command, resolved, seeds=numbers, with_control=control, as_json=as_json)
+        dispatch("series", command, resolved, seeds=numbers, with_control=control, as_json=as_json)
     else:
         dispatch("train", command, resolved, as_json=as_json)
 

@@ -1,269 +1,183 @@
-"""Several runs one after the other, for `--seeds` and `--control`: each in its own folder below one, then compared.
-
-Going on with a series goes on with the run that was stopped and begins those that were not; finished ones are left.
-"""
+"""`repan study`: every arm of a grid with every seed, several at once, resumable, and the table of the comparison."""
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
+import shlex
 import signal
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from repan_cli import config, models, runs
-from repan_cli.compare import page
+import yaml
+
+from repan_cli import config
+from repan_cli.commands.options import StudyOptions, shortcuts
+from repan_cli.compare import page, table
 from repan_cli.compare.groups import Comparison, as_data, compare
-from repan_cli.compare.results import Result, read_all
-from repan_cli.config.resolve import Resolved
-from repan_cli.config.schema import Layer
+from repan_cli.compare.results import read_all
+from repan_cli.config.conventions import SAME_RESULT
+from repan_cli.config.grid import Arm, Grid, find_grid, parse_seeds, read_grid
 from repan_cli.display.comparison import show
-from repan_cli.display.console import tell
-from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError
-from repan_cli.session import control, resume, runner
-from repan_cli.session.build import Session, prepare
-from repan_cli.system.files import read_json, to_json
-from repan_cli.system.launcher import own_rank, rank_count
+from repan_cli.display.console import print_table, tell
+from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError, RepanError
+from repan_cli.runs.processes import Job, Pool
+from repan_cli.system.files import to_json, write_bytes
+from repan_cli.system.launcher import rank_count
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
-from repan_cli.system.text import count, percent
+from repan_cli.system.text import count
 
-MAY_CHANGE = set(resume.MAY_CHANGE) - {"cycle.count", "teacher.name"}
-"""Settings that may be others in a series that goes on: runs that are only begun then have nothing to check them by."""
-
-
-class Member(NamedTuple):
-    """One run of a series: the name of its folder, its seed, whether it is a control."""
-
-    name: str
-    seed: int
-    is_control: bool
+ARM_FILE = "arm.yaml"
+"""The file of an arm's settings, beside the folders of its runs: `repan COMMAND -c ARM_FILE` makes such a run."""
 
 
 @dataclass(frozen=True)
-class Series:
-    """The runs below the folder `path`. `resolved` are the settings of all, but for seed, folder and restarts."""
+class Study:
+    """The runs of a grid's arms below the folder `out`, with the settings `given` by the command line on top."""
 
-    command: str
-    path: Path
-    resolved: Resolved
+    out: Path
+    arms: Sequence[Arm]
     seeds: tuple[int, ...]
-    with_control: bool
+    given: Mapping[str, Any]
 
-    def members(self) -> Iterator[Member]:
-        for seed in self.seeds:
-            yield Member(f"seed_{seed}", seed, False)
-            if self.with_control:
-                yield Member(f"{control.PREFIX}seed_{seed}", seed, True)
+    def jobs(self) -> list[Job]:
+        """Return the runs, all arms with a seed before the next seed: wherever it stops, like is compared with like."""
+        return [self._job(arm, seed) for seed in self.seeds for arm in self.arms]
 
-    def of(self, member: Member) -> Resolved:
-        """Return the settings of one run."""
-        folder = self.path / member.name
-        settings = config.replace(self.resolved.config, {"run.seed": member.seed, "run.out": str(folder)})
-        if member.is_control:
-            settings = control.without_restarts(settings, folder)
-        return dataclasses.replace(self.resolved, config=settings)
-
-
-# ---------------------------------------------------------------------------------------------- to begin, to go on
+    def _job(self, arm: Arm, seed: int) -> Job:
+        folder = self.out / arm.name / f"seed_{seed}"
+        words = tuple(f"{key}={text}" for key, text in arm.read_by(self.given).items())
+        file = self.out / arm.name / ARM_FILE
+        begin = (arm.command, "-c", str(file), "--seed", str(seed), "--out", str(folder), *words)
+        network = str({**arm.layer, **self.given}.get("model.name", ""))
+        own = () if ".py:" not in network or "model.name" in self.given else (f"model.name={network}",)
+        return Job(f"{arm.name} seed {seed}", folder, begin, (arm.command, "--resume", str(folder), *words, *own))
 
 
-def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_control: bool, as_json: bool) -> None:
-    """Train with each seed, with a control also without restarts, and compare."""
-    refuse(resolved, with_control=with_control)
-    out = resolved.config.run.out
-    runs.check_free(out)
-    shared = config.replace(resolved.config, {"run.seed": seeds[0], "run.out": None})
-    resolved = dataclasses.replace(resolved, config=shared)
-    ready = [prepare(command, resolved)]  # what cannot be used is refused before there is a folder
-    path = Path(out) if out else runs.claim_default(command, *ready[0].names)
-    series = Series(command, path, resolved, seeds, with_control)
-    with runs.RunDirectory(series.path, reopen=not out) as folder:
-        folder.write_text("config.yaml", config.dump(shared, cycles=command == "cycle"))
-        about = {"command": command, "seeds": seeds, "control": with_control, "settings": resolved.source}
-        folder.write_json(runs.SERIES, about)
-        _carry_out(series, folder, {}, ready, as_json=as_json)
+def run(options: StudyOptions) -> None:
+    """Make the runs that are not finished, then compare all that are.
 
-
-def refuse(resolved: Resolved, *, with_control: bool) -> None:
-    """Refuse what cannot be made into a series, with an InputError."""
-    if rank_count() > 1:
-        raise InputError(
-            "--seeds and --control run in one process: start each run under torchrun by itself, then compare"
-        )
-    if with_control and resolved.config.cycle.restart == "none":
-        raise InputError("cycle.restart=none is what --control adds: give one")
-
-
-def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> None:
-    """Go on with a run, or with those of a series that are not finished."""
-    if own_rank():  # the first of several ranks finds the run, and sends it
-        resume.run(command, name, given, as_json=as_json)
-        return
-    path = runs.find(command, name)
-    about = runs.read_series(path)
-    if about is None:
-        resume.run(command, name, given, as_json=as_json)
-        return
-    if about["command"] != command:
-        raise InputError(f"{path} is a series of 'repan {about['command']}': resume it with that command")
-    resolved = _settings_of(command, path, given)
-    resolved = dataclasses.replace(resolved, source=about["settings"])
-    refuse(resolved, with_control=about["control"])
-    with runs.RunDirectory(path, reopen=True) as folder:
-        series = Series(command, path, resolved, tuple(about["seeds"]), about["control"])
-        _carry_out(series, folder, given, [], as_json=as_json)
-
-
-def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
-    """Return the settings that the runs of a series share, with what may change. Raises InputError for what may not."""
-    stored = config.resolve(command, str(path / "config.yaml"), {})
-    before, asked = config.flatten(stored.config), config.typed(given)
-    network = stored.config.model.name
-    may_change = MAY_CHANGE
-    if network and models.user_file.names_a_file(network):  # which is named again, wherever it is now
-        models.check_given(network, asked.get("model.name"), str(path))
-        may_change = MAY_CHANGE | {"model.name"}
-    for key, value in asked.items():
-        if key not in may_change and value != before.get(key):
-            raise InputError(f"{key} cannot change in a series that goes on (it was {before.get(key)}): begin another")
-    return dataclasses.replace(stored, config=config.replace(stored.config, asked))
-
-
-def _carry_out(series: Series, folder: runs.RunDirectory, given: Layer, ready: list[Session], *, as_json: bool) -> None:
-    """Run what is not finished, compare, report. `ready` holds the first run, if it is prepared.
-
-    A run that diverges does not keep the others from being made.
-
-    Raises InterruptedRunError and PreemptedRunError when a signal asks to stop, DivergedError at the end.
+    Raises InputError for a grid, an arm or a setting that cannot be used, DivergedError at the end where runs diverged,
+    PreemptedRunError and InterruptedRunError when the study was stopped, RepanError when a run failed.
     """
-    try:
-        with StopSignals() as signals:
-            for number, member in enumerate(series.members(), start=1):
-                if _state(series.path / member.name) in ("done", "diverged"):
-                    continue
-                _stop_between_runs(series, signals)
-                tell(f"\nrun {number} of {len([*series.members()])}: {member.name}")
-                folder.status("running", run=member.name)
-                _make(series, member, given, ready.pop() if ready else None)
-    except (InterruptedRunError, PreemptedRunError) as stop:
-        folder.status("preempted" if isinstance(stop, PreemptedRunError) else "interrupted")
-        raise
-    except BaseException:
-        folder.status("failed")
-        raise
-    folder.status("done")
-    _finish(series, folder, as_json=as_json)
+    study, grid = _read(options)
+    jobs = study.jobs()
+    if options.dry_run:
+        _preview(study, grid, jobs, as_json=options.as_json)
+        return
+    _write_arms(study)
+    devices = options.device.split(",") if options.device else []
+    with StopSignals() as signals:
+        until = time.monotonic() + 60 * options.minutes if options.minutes is not None else float("inf")
+        pool = Pool(options.jobs or max(len(devices), 1), devices, tell)
+        failed = pool.make(
+            [job for job in jobs if not job.is_over], should_stop=lambda: signals() or time.monotonic() >= until
+        )
+        received = signals.received
+    comparison = _compare(study, jobs)
+    left = [job for job in jobs if not job.is_over]
+    if options.as_json:
+        runs = [{"run": str(job.folder), "state": job.state} for job in jobs]
+        print(to_json({"out": str(study.out), "runs": runs, "comparison": comparison and as_data(comparison)}))
+    _leave(jobs, left, failed, received)
 
 
-def _make(series: Series, member: Member, given: Layer, ready: Session | None) -> None:
-    """Begin a run, which may be `ready`, or go on with it."""
-    path = series.path / member.name
-    try:
-        if any((path / name).exists() for name in (runs.LAST, runs.PREVIOUS)):
-            if _state(path) == control.WAITING:
-                tell(f"goes on from the end of the baseline of {path.name.removeprefix(control.PREFIX)}")
-            network = series.resolved.config.model.name
-            own = {"model.name": network} if network and models.user_file.names_a_file(network) else {}
-            resume.run(series.command, str(path), {**given, **own}, as_json=False)
-            return
-        _clear(path)
-        resolved = series.of(member)
-        if ready is None:
-            ready = prepare(series.command, resolved)
-        else:
-            ready = dataclasses.replace(ready, config=config.replace(ready.config, {"run.out": str(path)}))
-        runner.begin(ready, resolved, as_json=False)
-    except DivergedError as error:
-        warn(f"{member.name} diverged: {error}")
-    except KeyboardInterrupt:
-        raise InterruptedRunError(f"interrupted before {member.name} began; {_how(series)}") from None
-    except (InterruptedRunError, PreemptedRunError) as stop:
-        of_all = str(stop).replace(f"--resume {path}", f"--resume {series.path}")
-        raise type(stop)(f"{member.name}: {of_all}") from None
+def _read(options: StudyOptions) -> tuple[Study, Grid]:
+    """Check everything that can be known before a run begins."""
+    grid = read_grid(find_grid(options.grid))
+    given = config.parse_assignments(list(options.settings))
+    for name, key in shortcuts(StudyOptions).items():
+        if getattr(options, name) is not None:
+            if key in given:
+                raise InputError(f"--{name.replace('_', '-')} and {key}= are the same setting: give one")
+            given[key] = str(getattr(options, name))
+    for key, instead in (("run.seed", "--seeds"), ("run.out", "--out"), ("run.device", "--device")):
+        if key in given:
+            raise InputError(f"{key} is set for each run of a study: give {instead}")
+    if options.jobs is not None and options.jobs < 1:
+        raise InputError(f"--jobs {options.jobs}: at least 1 run at once is needed")
+    if rank_count() > 1:
+        raise InputError("'repan study' starts its runs itself: call it without torchrun")
+    seeds = grid.seeds if options.seeds is None else parse_seeds(options.seeds.split(","), "--seeds")
+    arms = grid.matching(options.arms)
+    for arm in arms:
+        arm.resolve(given)
+    for key in given:
+        if not any(key in arm.read_by(given) for arm in arms):
+            raise InputError(f"{key} has no effect: none of the chosen arms reads it")
+    return Study(options.out or Path("runs/study") / grid.path.stem, arms, seeds, given), grid
 
 
-def _clear(path: Path) -> None:
-    """Take away the folder of a run that was killed before it had any state."""
-    if path.exists():
-        with runs.RunDirectory(path, reopen=True):  # nobody else writes to it
-            shutil.rmtree(path)
+def _write_arms(study: Study) -> None:
+    """Write the settings of each arm. Raises InputError where its runs were made with others."""
+    for arm in study.arms:
+        whole = {**arm.layer, **arm.read_by(study.given)}
+        layer = {key: text for key, text in whole.items() if key not in SAME_RESULT}
+        path = study.out / arm.name / ARM_FILE
+        before = config.read_file(path) if path.exists() else layer
+        for key in sorted({*before, *layer}):
+            if before.get(key) != layer.get(key):
+                raise InputError(
+                    f"arm {arm.name}: {key} is {layer.get(key, 'not set')}, but its runs in {path.parent} were made "
+                    f"with {before.get(key, 'the default')}: give another --out"
+                )
+        header = f"# {arm.about}\n# Command  repan {arm.command} -c {path}\n\n"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot create {path.parent}: {error.strerror}; give another --out") from None
+        write_bytes(path, (header + yaml.safe_dump(layer, sort_keys=False, allow_unicode=True)).encode())
 
 
-def _stop_between_runs(series: Series, signals: StopSignals) -> None:
-    if signals.received == signal.SIGINT:
-        raise InterruptedRunError(f"interrupted between two runs; {_how(series)}")
-    if signals.received:
-        raise PreemptedRunError(f"stopped by {signal.Signals(signals.received).name}; {_how(series)}")
+def _preview(study: Study, grid: Grid, jobs: Sequence[Job], *, as_json: bool) -> None:
+    """Show the arms, what each is, and how far its runs are."""
+    states = {job.folder: job.state for job in jobs}
+    rows = []
+    for arm in study.arms:
+        own = [state for folder, state in states.items() if folder.parent.name == arm.name]
+        rows.append((arm.name, ", ".join(f"{own.count(state)} {state}" for state in dict.fromkeys(own)), arm.about))
+    if as_json:
+        runs = [{"run": str(job.folder), "state": job.state, "command": [*job.begin]} for job in jobs]
+        print(to_json({"out": str(study.out), "runs": runs}))
+        return
+    tell(grid.about)
+    print_table(["arm", "runs", "what it is"], rows)
+    tell(f"{count(len(jobs), 'run')} below {study.out}, seeds {', '.join(map(str, study.seeds))}; nothing was started")
 
 
-def _how(series: Series) -> str:
-    name = series.resolved.config.model.name
-    own = f" --model {name}" if name and models.user_file.names_a_file(name) else ""
-    return f"go on with: repan {series.command} --resume {series.path}{own}"
-
-
-def _state(path: Path) -> str | None:
-    return read_json(path / "status.json").get("state") if (path / "status.json").exists() else None
-
-
-# ---------------------------------------------------------------------------------------------- the end
-
-
-def _finish(series: Series, folder: runs.RunDirectory, *, as_json: bool) -> None:
-    """Compare what was made, on screen and in the folder of the series. Raises DivergedError when a run diverged."""
-    members = list(series.members())
-    results, left_out = read_all([series.path / member.name for member in members])
-    made = {result.path.name: result for result in results}
-    _note_gains(made, members)
-    if results:
-        controls = [made[member.name].path for member in members if member.is_control and member.name in made]
-        comparison = compare(results, {str(series.path): controls} if controls else None)
-        folder.write_json("comparison.json", as_data(comparison))
-        folder.write_text("comparison.html", page.render(comparison, left_out))
-        _report(series, comparison, made)
-        if as_json:
-            print(to_json(_as_data(series, comparison, made)))
-    diverged = [member.name for member in members if _state(series.path / member.name) == "diverged"]
-    if diverged:
-        raise DivergedError(f"{count(len(diverged), 'run')} of {len(members)} diverged: {', '.join(diverged)}")
-
-
-def _note_gains(made: dict[str, Result], members: list[Member]) -> None:
-    """Let the summary of each run say what its control came to."""
-    for member in members:
-        ours, theirs = made.get(member.name), made.get(f"{control.PREFIX}{member.name}")
-        if ours is None or theirs is None:
-            continue
-        summary = read_json(ours.path / "summary.json")
-        summary["control"] = {
-            "run": str(theirs.path),
-            "test_top1": theirs.test_top1,
-            "last_test_top1": theirs.last_test_top1,
-            "gain": ours.test_top1 - theirs.test_top1,
-            "last_gain": ours.last_test_top1 - theirs.last_test_top1,
-        }
-        with runs.RunDirectory(ours.path, reopen=True) as folder:
-            folder.write_json("summary.json", summary)
-
-
-def _report(series: Series, comparison: Comparison, made: dict[str, Result]) -> None:
-    tell("")
+def _compare(study: Study, jobs: Sequence[Job]) -> Comparison | None:
+    """Compare what is finished, on screen and in the study's folder; None where no run is."""
+    results, left_out = read_all([job.folder for job in jobs if job.state == "done"])
+    if not results:
+        return None
+    for path, why in left_out:
+        warn(f"left out: {path}: {why}")
+    arms = {arm.name for arm in study.arms if arm.is_control}
+    controls = {
+        str(study.out / name): found
+        for name in dict.fromkeys(result.path.parent.name for result in results)
+        if name in arms and (found := [result.path for result in results if result.path.parent.name == name])
+    }
+    comparison = compare(results, controls or None, by_folder=True)
     show(comparison, to_stderr=True)
-    tell("")
-    for result in made.values():
-        noted = read_json(result.path / "summary.json").get("control")
-        if noted:
-            tell(
-                f"seed {result.seed}: test top-1 {percent(result.test_top1)}, {noted['gain']:+.2f} over its control; "
-                f"the end of the last cycle {percent(result.last_test_top1)}, {noted['last_gain']:+.2f}"
-            )
-    tell(f"page: {series.path / 'comparison.html'}")
-    tell(f"next: repan compare {series.path}")
+    write_bytes(study.out / "results.md", table.markdown(comparison, left_out).encode())
+    write_bytes(study.out / "results.html", page.render(comparison, left_out).encode())
+    tell(f"written: {study.out / 'results.md'}, {study.out / 'results.html'}")
+    return comparison
 
 
-def _as_data(series: Series, comparison: Comparison, made: dict[str, Result]) -> dict[str, Any]:
-    summaries = [{"run": str(result.path), **read_json(result.path / "summary.json")} for result in made.values()]
-    return {"command": series.command, "out": str(series.path), "runs": summaries, "comparison": as_data(comparison)}
+def _leave(jobs: Sequence[Job], left: Sequence[Job], failed: Job | None, received: int | None) -> None:
+    """End the command as its runs ended."""
+    again = shlex.join(["repan", *sys.argv[1:]])
+    if failed is not None:
+        raise RepanError(f"{failed.name} failed, see {failed.log}; continue the study with: {again}")
+    if left and received == signal.SIGINT:
+        raise InterruptedRunError(f"interrupted with {count(len(left), 'run')} to go; continue with: {again}")
+    if left:
+        raise PreemptedRunError(f"stopped with {count(len(left), 'run')} to go; continue with: {again}")
+    diverged = [job.name for job in jobs if job.state == "diverged"]
+    if diverged:
+        raise DivergedError(f"{count(len(diverged), 'run')} of {len(jobs)} diverged: {', '.join(diverged)}")

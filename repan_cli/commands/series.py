@@ -1,0 +1,269 @@
+"""Several runs one after the other, for `--seeds` and `--control`: each in its own folder below one, then compared.
+
+Going on with a series goes on with the run that was stopped and begins those that were not; finished ones are left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from repan_cli import config, models, runs
+from repan_cli.compare import page
+from repan_cli.compare.groups import Comparison, as_data, compare
+from repan_cli.compare.results import Result, read_all
+from repan_cli.config.resolve import Resolved
+from repan_cli.config.schema import Layer
+from repan_cli.display.comparison import show
+from repan_cli.display.console import tell
+from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError
+from repan_cli.session import control, resume, runner
+from repan_cli.session.build import Session, prepare
+from repan_cli.system.files import read_json, to_json
+from repan_cli.system.launcher import own_rank, rank_count
+from repan_cli.system.notices import warn
+from repan_cli.system.signals import StopSignals
+from repan_cli.system.text import count, percent
+
+MAY_CHANGE = set(resume.MAY_CHANGE) - {"cycle.count", "teacher.name"}
+"""Settings that may be others in a series that goes on: runs that are only begun then have nothing to check them by."""
+
+
+class Member(NamedTuple):
+    """One run of a series: the name of its folder, its seed, whether it is a control."""
+
+    name: str
+    seed: int
+    is_control: bool
+
+
+@dataclass(frozen=True)
+class Series:
+    """The runs below the folder `path`. `resolved` are the settings of all, but for seed, folder and restarts."""
+
+    command: str
+    path: Path
+    resolved: Resolved
+    seeds: tuple[int, ...]
+    with_control: bool
+
+    def members(self) -> Iterator[Member]:
+        for seed in self.seeds:
+            yield Member(f"seed_{seed}", seed, False)
+            if self.with_control:
+                yield Member(f"{control.PREFIX}seed_{seed}", seed, True)
+
+    def of(self, member: Member) -> Resolved:
+        """Return the settings of one run."""
+        folder = self.path / member.name
+        settings = config.replace(self.resolved.config, {"run.seed": member.seed, "run.out": str(folder)})
+        if member.is_control:
+            settings = control.without_restarts(settings, folder)
+        return dataclasses.replace(self.resolved, config=settings)
+
+
+# ---------------------------------------------------------------------------------------------- to begin, to go on
+
+
+def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_control: bool, as_json: bool) -> None:
+    """Train with each seed, with a control also without restarts, and compare."""
+    refuse(resolved, with_control=with_control)
+    out = resolved.config.run.out
+    runs.check_free(out)
+    shared = config.replace(resolved.config, {"run.seed": seeds[0], "run.out": None})
+    resolved = dataclasses.replace(resolved, config=shared)
+    ready = [prepare(command, resolved)]  # what cannot be used is refused before there is a folder
+    path = Path(out) if out else runs.claim_default(command, *ready[0].names)
+    series = Series(command, path, resolved, seeds, with_control)
+    with runs.RunDirectory(series.path, reopen=not out) as folder:
+        folder.write_text("config.yaml", config.dump(shared, cycles=command == "cycle"))
+        about = {"command": command, "seeds": seeds, "control": with_control, "settings": resolved.source}
+        folder.write_json(runs.SERIES, about)
+        _carry_out(series, folder, {}, ready, as_json=as_json)
+
+
+def refuse(resolved: Resolved, *, with_control: bool) -> None:
+    """Refuse what cannot be made into a series, with an InputError."""
+    if rank_count() > 1:
+        raise InputError(
+            "--seeds and --control run in one process: start each run under torchrun by itself, then compare"
+        )
+    if with_control and resolved.config.cycle.restart == "none":
+        raise InputError("cycle.restart=none is what --control adds: give one")
+
+
+def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> None:
+    """Go on with a run, or with those of a series that are not finished."""
+    if own_rank():  # the first of several ranks finds the run, and sends it
+        resume.run(command, name, given, as_json=as_json)
+        return
+    path = runs.find(command, name)
+    about = runs.read_series(path)
+    if about is None:
+        resume.run(command, name, given, as_json=as_json)
+        return
+    if about["command"] != command:
+        raise InputError(f"{path} is a series of 'repan {about['command']}': resume it with that command")
+    resolved = _settings_of(command, path, given)
+    resolved = dataclasses.replace(resolved, source=about["settings"])
+    refuse(resolved, with_control=about["control"])
+    with runs.RunDirectory(path, reopen=True) as folder:
+        series = Series(command, path, resolved, tuple(about["seeds"]), about["control"])
+        _carry_out(series, folder, given, [], as_json=as_json)
+
+
+def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
+    """Return the settings that the runs of a series share, with what may change. Raises InputError for what may not."""
+    stored = config.resolve(command, str(path / "config.yaml"), {})
+    before, asked = config.flatten(stored.config), config.typed(given)
+    network = stored.config.model.name
+    may_change = MAY_CHANGE
+    if network and models.user_file.names_a_file(network):  # which is named again, wherever it is now
+        models.check_given(network, asked.get("model.name"), str(path))
+        may_change = MAY_CHANGE | {"model.name"}
+    for key, value in asked.items():
+        if key not in may_change and value != before.get(key):
+            raise InputError(f"{key} cannot change in a series that goes on (it was {before.get(key)}): begin another")
+    return dataclasses.replace(stored, config=config.replace(stored.config, asked))
+
+
+def _carry_out(series: Series, folder: runs.RunDirectory, given: Layer, ready: list[Session], *, as_json: bool) -> None:
+    """Run what is not finished, compare, report. `ready` holds the first run, if it is prepared.
+
+    A run that diverges does not keep the others from being made.
+
+    Raises InterruptedRunError and PreemptedRunError when a signal asks to stop, DivergedError at the end.
+    """
+    try:
+        with StopSignals() as signals:
+            for number, member in enumerate(series.members(), start=1):
+                if _state(series.path / member.name) in ("done", "diverged"):
+                    continue
+                _stop_between_runs(series, signals)
+                tell(f"\nrun {number} of {len([*series.members()])}: {member.name}")
+                folder.status("running", run=member.name)
+                _make(series, member, given, ready.pop() if ready else None)
+    except (InterruptedRunError, PreemptedRunError) as stop:
+        folder.status("preempted" if isinstance(stop, PreemptedRunError) else "interrupted")
+        raise
+    except BaseException:
+        folder.status("failed")
+        raise
+    folder.status("done")
+    _finish(series, folder, as_json=as_json)
+
+
+def _make(series: Series, member: Member, given: Layer, ready: Session | None) -> None:
+    """Begin a run, which may be `ready`, or go on with it."""
+    path = series.path / member.name
+    try:
+        if any((path / name).exists() for name in (runs.LAST, runs.PREVIOUS)):
+            if _state(path) == control.WAITING:
+                tell(f"goes on from the end of the baseline of {path.name.removeprefix(control.PREFIX)}")
+            network = series.resolved.config.model.name
+            own = {"model.name": network} if network and models.user_file.names_a_file(network) else {}
+            resume.run(series.command, str(path), {**given, **own}, as_json=False)
+            return
+        _clear(path)
+        resolved = series.of(member)
+        if ready is None:
+            ready = prepare(series.command, resolved)
+        else:
+            ready = dataclasses.replace(ready, config=config.replace(ready.config, {"run.out": str(path)}))
+        runner.begin(ready, resolved, as_json=False)
+    except DivergedError as error:
+        warn(f"{member.name} diverged: {error}")
+    except KeyboardInterrupt:
+        raise InterruptedRunError(f"interrupted before {member.name} began; {_how(series)}") from None
+    except (InterruptedRunError, PreemptedRunError) as stop:
+        of_all = str(stop).replace(f"--resume {path}", f"--resume {series.path}")
+        raise type(stop)(f"{member.name}: {of_all}") from None
+
+
+def _clear(path: Path) -> None:
+    """Take away the folder of a run that was killed before it had any state."""
+    if path.exists():
+        with runs.RunDirectory(path, reopen=True):  # nobody else writes to it
+            shutil.rmtree(path)
+
+
+def _stop_between_runs(series: Series, signals: StopSignals) -> None:
+    if signals.received == signal.SIGINT:
+        raise InterruptedRunError(f"interrupted between two runs; {_how(series)}")
+    if signals.received:
+        raise PreemptedRunError(f"stopped by {signal.Signals(signals.received).name}; {_how(series)}")
+
+
+def _how(series: Series) -> str:
+    name = series.resolved.config.model.name
+    own = f" --model {name}" if name and models.user_file.names_a_file(name) else ""
+    return f"go on with: repan {series.command} --resume {series.path}{own}"
+
+
+def _state(path: Path) -> str | None:
+    return read_json(path / "status.json").get("state") if (path / "status.json").exists() else None
+
+
+# ---------------------------------------------------------------------------------------------- the end
+
+
+def _finish(series: Series, folder: runs.RunDirectory, *, as_json: bool) -> None:
+    """Compare what was made, on screen and in the folder of the series. Raises DivergedError when a run diverged."""
+    members = list(series.members())
+    results, left_out = read_all([series.path / member.name for member in members])
+    made = {result.path.name: result for result in results}
+    _note_gains(made, members)
+    if results:
+        controls = [made[member.name].path for member in members if member.is_control and member.name in made]
+        comparison = compare(results, {str(series.path): controls} if controls else None)
+        folder.write_json("comparison.json", as_data(comparison))
+        folder.write_text("comparison.html", page.render(comparison, left_out))
+        _report(series, comparison, made)
+        if as_json:
+            print(to_json(_as_data(series, comparison, made)))
+    diverged = [member.name for member in members if _state(series.path / member.name) == "diverged"]
+    if diverged:
+        raise DivergedError(f"{count(len(diverged), 'run')} of {len(members)} diverged: {', '.join(diverged)}")
+
+
+def _note_gains(made: dict[str, Result], members: list[Member]) -> None:
+    """Let the summary of each run say what its control came to."""
+    for member in members:
+        ours, theirs = made.get(member.name), made.get(f"{control.PREFIX}{member.name}")
+        if ours is None or theirs is None:
+            continue
+        summary = read_json(ours.path / "summary.json")
+        summary["control"] = {
+            "run": str(theirs.path),
+            "test_top1": theirs.test_top1,
+            "last_test_top1": theirs.last_test_top1,
+            "gain": ours.test_top1 - theirs.test_top1,
+            "last_gain": ours.last_test_top1 - theirs.last_test_top1,
+        }
+        with runs.RunDirectory(ours.path, reopen=True) as folder:
+            folder.write_json("summary.json", summary)
+
+
+def _report(series: Series, comparison: Comparison, made: dict[str, Result]) -> None:
+    tell("")
+    show(comparison, to_stderr=True)
+    tell("")
+    for result in made.values():
+        noted = read_json(result.path / "summary.json").get("control")
+        if noted:
+            tell(
+                f"seed {result.seed}: test top-1 {percent(result.test_top1)}, {noted['gain']:+.2f} over its control; "
+                f"the end of the last cycle {percent(result.last_test_top1)}, {noted['last_gain']:+.2f}"
+            )
+    tell(f"page: {series.path / 'comparison.html'}")
+    tell(f"next: repan compare {series.path}")
+
+
+def _as_data(series: Series, comparison: Comparison, made: dict[str, Result]) -> dict[str, Any]:
+    summaries = [{"run": str(result.path), **read_json(result.path / "summary.json")} for result in made.values()]
+    return {"command": series.command, "out": str(series.path), "runs": summaries, "comparison": as_data(comparison)}
