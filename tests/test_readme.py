@@ -13,6 +13,7 @@ from support import ROOT, run
 
 from repan_cli import config
 from repan_cli.blocks import FAMILIES
+from repan_cli.config.grid import read_grid
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
 
@@ -109,3 +110,12 @@ def test_the_changelog_has_this_version():
     import repan_cli
 
     assert f"## [{repan_cli.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_grids_are_read(tmp_path):
+    grids = [block for block in blocks("yaml") if "\narms:" in block]
+    assert grids
+    for number, text in enumerate(grids):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        for arm in read_grid(tmp_path / f"{number}.yaml").arms.values():
+            arm.resolve({})
