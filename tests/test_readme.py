@@ -32,6 +32,15 @@ def commands() -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+NET = """from torch import nn
+
+
+def build(num_classes, in_chans):
+    conv, norm = nn.Conv2d(in_chans, 8, 3, bias=False), nn.BatchNorm2d(8)
+    return nn.Sequential(conv, norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+"""
+
+
 @pytest.fixture(scope="module")
 def workplace(small_run, tmp_path_factory):
     """A folder where the README's run has been made."""
@@ -41,6 +50,7 @@ def workplace(small_run, tmp_path_factory):
     shutil.copytree(small_run.folder, folder / "runs" / "plain")
     (folder / "images").mkdir()
     Image.new("L", (8, 8), 200).save(folder / "images" / "one.png")
+    (folder / "net.py").write_text(NET)
     torch.save(timm.create_model("repvgg_a0", num_classes=3).state_dict(), folder / "theirs.pth")
     for stopped in (folder / "runs" / "stopped", folder / "runs" / "cycle" / "stopped"):
         shutil.copytree(small_run.folder, stopped)

@@ -14,6 +14,7 @@ from repan_cli.runs.directory import SERIES
 from repan_cli.runs.felt import KEYS, Pace
 from repan_cli.runs.trackers import read_metrics
 from repan_cli.system.files import read_json
+from repan_cli.system.text import count
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,9 @@ def _understood(read: Callable[[], Result]) -> Result:
 
 def _of_folder(path: Path) -> Result:
     summary, records = read_json(path / "summary.json"), read_metrics(path / "metrics.jsonl")
+    lines = (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    if damaged := len(lines) - len(records):
+        raise InputError(f"metrics.jsonl is not what repan writes: {count(damaged, 'line')} of {len(lines)} damaged")
     settings = read_settings(path / "config.yaml", summary["command"])
     machine = read_json(path / "env.json") if (path / "env.json").exists() else {}
     return _result(path, summary, records, settings, machine)
