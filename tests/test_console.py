@@ -208,7 +208,7 @@ def test_zero_gammas_are_said(tmp_path):
 def test_a_restart_that_breaks_train_mode_is_said(tmp_path, after, warned):
     shown = display(tmp_path)
     shown.show(CycleStart(1, True, 22, 0, None, None, 0.5, after, 3e-7))
-    assert ("Warning: the restart kept the function of eval mode only" in shown.console.file.getvalue()) == warned
+    assert ("Warning: the restart kept the function in eval mode only" in shown.console.file.getvalue()) == warned
 
 
 def test_counts():

@@ -88,7 +88,7 @@ MISTAKES = [
     (f"train {D} --out best.pt/x", r"cannot create the run directory best.pt/x: Not a directory; give another --out"),
     ("train --resume nowhere", r"no run directory nowhere to resume"),
     ("train --resume empty", r"empty is no run directory: it holds no config.yaml"),
-    ("cycle --resume latest", r"no run of 'repan cycle' under runs/cycle: name its directory"),
+    ("cycle --resume latest", r"no run of 'repan cycle' under runs: name its directory"),
     ("train --resume run", r"run is finished; begin another run from its weights with --init run/last.pt"),
     ("cycle --resume run", r"run is a run of 'repan train': resume it with that command"),
     ("fuse nowhere.pt", r"nowhere.pt"),

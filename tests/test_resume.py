@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from support import ROOT, StopAt, assert_same, metrics, one_line, run, start, wait_for
 
-from repan_cli import checkpoint
+from repan_cli import checkpoint, runs
 from repan_cli.data import builtin
 from repan_cli.data.batches import Loader
 from repan_cli.data.subset import stratified
@@ -217,7 +218,13 @@ def test_a_run_is_found_by_name_by_file_and_as_the_latest(capsys, begun, tmp_pat
     (tmp_path / "runs" / "cycle" / "without-state").mkdir()
     (tmp_path / "runs" / "cycle" / "without-state" / "config.yaml").write_text("killed: before its first state")
     assert "runs/cycle/newest" in resumed(capsys, "cycle", "latest")
-    assert "no run of 'repan train' under runs/train" in one_line(capsys, "train", "--resume", "latest")
+    shutil.copytree(begun, tmp_path / "runs" / "elsewhere")
+    (tmp_path / "runs" / "cycle" / "newest" / "status.json").write_text('{"state": "done"}')
+    (tmp_path / "runs" / "elsewhere" / "status.json").write_text('{"state": "preempted"}')
+    (tmp_path / "runs" / "elsewhere" / "env.json").write_text('{"argv": ["cycle"]}')
+    os.utime(tmp_path / "runs" / "elsewhere" / "config.yaml", (1, 1))
+    assert runs.find("cycle", "latest") == Path("runs/elsewhere"), "the one that is not finished"
+    assert "no run of 'repan train' under runs:" in one_line(capsys, "train", "--resume", "latest")
     assert "no run directory" in one_line(capsys, "cycle", "--resume", "nowhere")
     assert "holds no config.yaml" in one_line(capsys, "cycle", "--resume", tmp_path)
 

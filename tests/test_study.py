@@ -101,7 +101,7 @@ def test_all_arms_run_with_a_seed_before_the_next_seed_and_once(study, tmp_path)
     assert code == 0, err
     assert made(calls) == ALL
     assert calls[1][0] == ["cycle", "-c", "out/restarts/arm.yaml", "--seed", "0", "--out", "out/restarts/seed_0"]
-    assert "plain seed 1: test top-1 50.00 after 1.0 minutes" in err
+    assert "plain seed 1: test top-1 50.00 after 1 min 00 s" in err
     settings = config.resolve("cycle", str(tmp_path / "out/restarts/arm.yaml"), {}).config
     assert (settings.epochs, settings.cycle.count, settings.model.name) == (2, 1, "repvgg_a0_cifar")
     code, _, _, calls = study()
@@ -212,8 +212,8 @@ def test_a_dry_run_starts_nothing(study, tmp_path):
     ("words", "says"),
     [
         (["--arms", "plane"], "no arm 'plane' in grid.yaml; did you mean plain?"),
-        (["--seeds", "a"], "--seeds: seeds: expected numbers such as 0, 1, 2"),
-        (["--seeds", "1,1"], "--seeds: seeds: a seed is given twice"),
+        (["--seeds", "a"], "--seeds: expected numbers such as 0, 1, 2"),
+        (["--seeds", "1,1"], "--seeds: a seed is given twice"),
         (["--jobs", "0"], "--jobs 0: at least 1 run at once is needed"),
         (["lr=1"], "arm plain: unknown setting 'lr'; did you mean optim.lr or cycle.lr?"),
         (["run.seed=1"], "run.seed is set for each run of a study: give --seeds"),

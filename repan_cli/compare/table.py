@@ -88,8 +88,8 @@ def legend(comparison: Comparison) -> str:
         words += f"; in brackets the {CONFIDENCE:.0%} confidence interval, {how}"
     if _if_felt(comparison, "felt"):
         words += (
-            "; felt: training loss of the 200 steps after a restart, divided by a control's over the same steps, "
-            "from the least of the restarts to the most"
+            "; felt: training loss of the 200 steps after a restart, divided by a control's over the same steps; of "
+            "several restarts the smallest and the largest"
         )
     return f"{words}."
 

@@ -100,16 +100,18 @@ def read_grid(path: Path) -> Grid:
         raise InputError(f"{path}: no arms: name at least one under 'arms'")
     shared = _shared(path, _mapping(tree.get("settings"), f"{path}: settings"))
     arms = {name: _arm(path, name, entries, shared) for name in entries}
-    return Grid(path, str(tree.get("about", "")), arms, parse_seeds(tree.get("seeds", ["0", "1", "2"]), str(path)))
+    return Grid(
+        path, str(tree.get("about", "")), arms, parse_seeds(tree.get("seeds", ["0", "1", "2"]), f"{path}: seeds")
+    )
 
 
 def parse_seeds(words: Any, source: str) -> tuple[int, ...]:
     """Return the numbers of a list of words. Raises InputError for other words, and for a seed that comes twice."""
     if not isinstance(words, list) or not words or not all(re.fullmatch(r"\d{1,9}", str(word)) for word in words):
-        raise InputError(f"{source}: seeds: expected numbers such as 0, 1, 2")
+        raise InputError(f"{source}: expected numbers such as 0, 1, 2")
     numbers = tuple(int(word) for word in words)
     if len(set(numbers)) < len(numbers):
-        raise InputError(f"{source}: seeds: a seed is given twice")
+        raise InputError(f"{source}: a seed is given twice")
     return numbers
 
 

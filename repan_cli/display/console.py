@@ -34,8 +34,8 @@ NAME_WIDTH = 14
 WIDE = 1000
 LOSS_JUMP = 0.5
 JUMPED = (
-    "the restart kept the function of eval mode only. Either the rule does that (running, reset, attach=one), "
-    "or the BN statistics had not settled: train longer before it, or in smaller batches"
+    "the restart kept the function in eval mode only: the BN statistics had not settled (train longer before it, or in "
+    "smaller batches), or cycle.rule=running, reset or cycle.attach=one was chosen"
 )
 COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7} {:>7}"
 WARNING = "bold magenta"

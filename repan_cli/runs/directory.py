@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import repan_cli
 from repan_cli.errors import InputError, OutOfSpaceError
-from repan_cli.system.files import flush, temporary_file, to_json, write_atomically
+from repan_cli.system.files import flush, read_json, temporary_file, to_json, write_atomically
 
 PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "scipy", "pillow", "typer", "rich")
 
@@ -218,19 +218,40 @@ def existing(path: Path) -> str:
 
 
 def find(command: str, name: str) -> Path:
-    """The run directory that `--resume NAME` means: a folder, a file in it, or the latest of the command."""
+    """Return the run directory that `--resume NAME` means: a folder, a file in it, or the latest of the command."""
     if name == "latest":
-        begun = Path("runs", command).glob("*/config.yaml")
-        found = sorted((path for path in begun if _goes_on(path.parent)), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise InputError(f"no run of 'repan {command}' under {Path('runs', command)}: name its directory")
-        return found[-1].parent
+        return _latest(command)
     path = Path(name).parent if Path(name).is_file() else Path(name)
     if not path.is_dir():
         raise InputError(f"no run directory {path} to resume")
     if not (path / "config.yaml").exists():
         raise InputError(f"{path} is no run directory: it holds no config.yaml")
     return path
+
+
+def _latest(command: str) -> Path:
+    """Return the newest unfinished run of a command anywhere below `runs`; the newest one where all are finished."""
+    begun = [path.parent for path in Path("runs").rglob("config.yaml")]
+    of_series = {path.parent for path in Path("runs").rglob(SERIES)}
+    found = [path for path in begun if _goes_on(path) and path.parent not in of_series and _command(path) == command]
+    if not found:
+        raise InputError(f"no run of 'repan {command}' under runs: name its directory")
+    return max(found, key=lambda path: (_status(path).get("state") != "done", (path / "config.yaml").stat().st_mtime))
+
+
+def _command(path: Path) -> str:
+    """Return the command that a run is one of, as its files tell, else by the folder that it is in."""
+    with contextlib.suppress(InputError, LookupError, TypeError):
+        if (path / SERIES).exists():
+            return str(read_json(path / SERIES)["command"])
+        return str(read_json(path / "env.json")["argv"][0])
+    return path.parent.name
+
+
+def _status(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(InputError):
+        return read_json(path / "status.json")
+    return {}
 
 
 def check_free(path: str | None) -> None:

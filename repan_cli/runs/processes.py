@@ -16,6 +16,7 @@ from typing import NamedTuple
 from repan_cli.errors import DivergedError, InputError, PreemptedRunError
 from repan_cli.runs.directory import LAST, PREVIOUS, RunDirectory
 from repan_cli.system.files import read_json
+from repan_cli.system.text import duration
 
 REPAN = (sys.executable, "-m", "repan_cli")
 """The words that start repan in another process."""
@@ -130,7 +131,7 @@ def outcome(job: Job, code: int) -> str:
     """Describe how a run ended, from its exit code and its files."""
     if code == 0:
         summary = read_json(job.folder / "summary.json")
-        return f"test top-1 {summary['test']['top1']:.2f} after {summary['seconds'] / 60:.1f} minutes"
+        return f"test top-1 {summary['test']['top1']:.2f} after {duration(summary['seconds'])}"
     if code in (PreemptedRunError.exit_code, -signal.SIGTERM):
         return "stopped, can be continued"
     if code == DivergedError.exit_code:
