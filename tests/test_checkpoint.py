@@ -18,7 +18,7 @@ import repan_cli
 from repan_cli import checkpoint, models
 from repan_cli.blocks import reparameterize, set_attach_rate
 from repan_cli.checkpoint.card import ModelCard, RunState
-from repan_cli.checkpoint.format import CHECKSUM, DIGITS, Checkpoint, digest_of
+from repan_cli.checkpoint.format import CHECKSUM, DIGITS, Checkpoint, digest_of, has_digest
 from repan_cli.errors import InputError, OutOfSpaceError
 from repan_cli.system.files import write_atomically
 
@@ -349,3 +349,15 @@ def test_weights_that_are_no_real_numbers_are_refused(tmp_path, few_blocks, kind
     checkpoint.save(saved, tmp_path / f"a.{ending}")
     with pytest.raises(InputError, match=f"its 'head.bias' holds {kind}, not real numbers"):
         models.load(tmp_path / f"a.{ending}")
+
+
+def test_files_of_version_0_1_are_read_whatever_their_figures():
+    """Their digest was taken with the names of numbers that are not finite, today's with null."""
+    weights, meta = {"a": torch.ones(2)}, {"best_top1": float("-inf"), "b": [1, 0.5, None]}
+    tensor = b"a torch.float32 (2,)" + torch.ones(2).numpy().tobytes()
+    for best in ("-Infinity", "null"):
+        text = f'{{"b": [1, 0.5, null], "best_top1": {best}}}'
+        digest = hashlib.sha256(text.encode() + tensor).hexdigest()
+        assert has_digest(digest, weights, meta, {})
+        assert not has_digest(digest, weights, {**meta, "b": 2}, {})
+        assert not has_digest(digest, {"a": torch.zeros(2)}, meta, {})

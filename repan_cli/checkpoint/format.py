@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -51,16 +52,32 @@ class Checkpoint:
 
 
 def digest_of(
-    weights: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, state: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor],
+    meta: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    encode: Callable[..., str] = to_json,
 ) -> str:
     """Return the SHA-256 over tensors (name, dtype, shape, logical bytes) and a description in plain types."""
-    total = hashlib.sha256(to_json(meta or {}, sort_keys=True).encode())
+    total = hashlib.sha256(encode(meta or {}, sort_keys=True).encode())
     for kind, tensors in (("", weights), ("state ", state or {})):
         for name in sorted(tensors):
             tensor = tensors[name].detach().cpu().contiguous()
             total.update(f"{kind}{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def has_digest(
+    digest: str, weights: Mapping[str, Tensor], meta: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> bool:
+    """Tell whether a file's content has this digest, in today's form or in that of version 0.1.
+
+    They differ where a description holds numbers that are not finite, such as the best of a run without validation.
+    """
+    earlier = json.JSONEncoder(sort_keys=True).encode(meta)
+    forms: tuple[Callable[..., str], ...] = (to_json, lambda meta, sort_keys: earlier)
+    return any(digest == digest_of(weights, meta, state, encode=form) for form in forms)
 
 
 def capture(model: nn.Module, card: ModelCard) -> Checkpoint:

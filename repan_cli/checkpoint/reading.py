@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from repan_cli.checkpoint.archive import Archive
 from repan_cli.checkpoint.card import ModelCard
 from repan_cli.checkpoint.contents import are_plain, foreign_weights, refuse_other_kinds, split_key
-from repan_cli.checkpoint.format import CHECKSUM, CONTENT, DIGITS, FORMAT, Checkpoint, digest_of, sum_around
+from repan_cli.checkpoint.format import CHECKSUM, CONTENT, DIGITS, FORMAT, Checkpoint, has_digest, sum_around
 from repan_cli.errors import InputError
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
@@ -112,7 +112,7 @@ def _verified(content: Mapping[str, Any], path: Path) -> Checkpoint:
     weights, meta, state = (content[name] for name in ("weights", "meta", "state"))
     if not (are_plain([*weights.items(), *state.items()], path) and _is_short(meta, path)):
         raise InputError(f"{path} is damaged: it holds what repan does not write; use another copy")
-    if digest_of(weights, meta, state) != content["digest"]:
+    if not has_digest(content["digest"], weights, meta, state):
         raise InputError(f"{path} is damaged: its content does not match its digest; use another copy")
     return Checkpoint(weights, card_of(meta, path), state)
 
