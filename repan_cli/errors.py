@@ -36,7 +36,7 @@ TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 NO_MEMORY = ("can't allocate memory", "failed to map segment", "can't start new thread")
-"""What PyTorch, the loader of its libraries and Python say when memory runs out."""
+"""The messages of PyTorch, the loader of its libraries and Python when memory runs out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

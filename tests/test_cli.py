@@ -71,7 +71,7 @@ def test_best_is_the_first_epoch_with_the_highest_validation_top1(cycle_run):
 
 def test_people_read_stderr_and_log_txt(cycle_run):
     log = (cycle_run.folder / "log.txt").read_text()
-    for text in ("repvgg_a0_cifar: 22 repvgg blocks", "merged and regrew 22 blocks", "after restart", "next "):
+    for text in ("repvgg_a0_cifar: 22 repvgg blocks", "merged and regrew 22 blocks", "after    loss", "next "):
         assert text in cycle_run.stderr
         assert text in log
 

@@ -21,7 +21,7 @@ AVERAGE = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?|shadow)([^a-z]|$)", re.I
 """The names under which trainers keep the running average of their weights."""
 
 WRAPPERS = ("module.", "_orig_mod.")
-"""What data-parallel wrappers and torch.compile put in front of names."""
+"""Prefixes of names that data-parallel wrappers and torch.compile add."""
 
 DEEPEST = 5
 """Levels of keys under which weights are looked for; a wrapper may hold itself."""
@@ -137,7 +137,7 @@ def are_plain(tensors: Iterable[tuple[Any, Any]], path: Path, *, times: int = 1)
 
 
 TIED = 4
-"""How many times the bytes of others' files their tensors may have: layers may share theirs."""
+"""Limit of the bytes of all tensors, as a multiple of a foreign file's size. Layers may share tensors."""
 
 
 # ---------------------------------------------------------------------------------------------- what is no weights
@@ -154,7 +154,7 @@ KINDS: tuple[tuple[bytes, str], ...] = (
     (rb"GGUF", "is a GGUF file, as llama.cpp reads it, and not PyTorch's: take the .safetensors of the same network"),
     (rb"....TFL3", "is a TensorFlow Lite file, and not PyTorch's: take the weights it was made of"),
 )
-"""How files begin that are often taken for weights, what they are, and what to do."""
+"""First bytes of files that are often taken for weights, with what they are and how to proceed."""
 
 
 def refuse_other_kinds(path: Path) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -52,20 +52,10 @@ class Checkpoint:
 
 
 def digest_of(
-    weights: Mapping[str, Tensor],
-    meta: Mapping[str, Any] | None = None,
-    state: Mapping[str, Tensor] | None = None,
-    *,
-    encode: Callable[..., str] = to_json,
+    weights: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None, state: Mapping[str, Tensor] | None = None
 ) -> str:
     """Return the SHA-256 over tensors (name, dtype, shape, logical bytes) and a description in plain types."""
-    total = hashlib.sha256(encode(meta or {}, sort_keys=True).encode())
-    for kind, tensors in (("", weights), ("state ", state or {})):
-        for name in sorted(tensors):
-            tensor = tensors[name].detach().cpu().contiguous()
-            total.update(f"{kind}{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+    return _digest(weights, to_json(meta or {}, sort_keys=True), state or {})
 
 
 def has_digest(
@@ -75,9 +65,18 @@ def has_digest(
 
     They differ where a description holds numbers that are not finite, such as the best of a run without validation.
     """
-    earlier = json.JSONEncoder(sort_keys=True).encode(meta)
-    forms: tuple[Callable[..., str], ...] = (to_json, lambda meta, sort_keys: earlier)
-    return any(digest == digest_of(weights, meta, state, encode=form) for form in forms)
+    texts = dict.fromkeys((to_json(meta, sort_keys=True), json.JSONEncoder(sort_keys=True).encode(meta)))
+    return any(digest == _digest(weights, text, state) for text in texts)
+
+
+def _digest(weights: Mapping[str, Tensor], described: str, state: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256(described.encode())
+    for kind, tensors in (("", weights), ("state ", state)):
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            total.update(f"{kind}{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def capture(model: nn.Module, card: ModelCard) -> Checkpoint:

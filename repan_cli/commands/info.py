@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from repan_cli import checkpoint, models
+from repan_cli import checkpoint, models, runs
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.commands.options import InfoOptions
@@ -21,7 +21,7 @@ from repan_cli.export import onnx_file
 from repan_cli.models import user_file
 from repan_cli.models.author_names import form_in
 from repan_cli.session.artifact import file_of, open_artifact, written_into
-from repan_cli.system.files import read_json, to_json
+from repan_cli.system.files import to_json
 from repan_cli.system.packages import need
 from repan_cli.system.text import by_reason
 
@@ -91,8 +91,8 @@ def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
 
 def _state_of_run(path: Path) -> dict[str, str]:
     """Tell whether the run that a file belongs to is done, and how it goes on; empty for a file outside of runs."""
-    state = read_json(path.parent / "status.json").get("state") if (path.parent / "status.json").exists() else None
-    if not isinstance(state, str):
+    state = runs.state_of(path.parent)
+    if state is None:
         return {}
     return {"run": state if state == "done" else f"{state}; --resume {path.parent} goes on with it"}
 

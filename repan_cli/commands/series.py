@@ -6,7 +6,6 @@ Going on with a series goes on with the run that was stopped and begins those th
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -142,7 +141,7 @@ def _carry_out(series: Series, folder: runs.RunDirectory, given: Layer, ready: l
     try:
         with StopSignals() as signals:
             for number, member in enumerate(series.members(), start=1):
-                if _state(series.path / member.name) in ("done", "diverged"):
+                if runs.state_of(series.path / member.name) in ("done", "diverged"):
                     continue
                 _stop_between_runs(series, signals)
                 tell(f"\nrun {number} of {len([*series.members()])}: {member.name}")
@@ -163,13 +162,13 @@ def _make(series: Series, member: Member, given: Layer, ready: Session | None) -
     path = series.path / member.name
     try:
         if any((path / name).exists() for name in (runs.LAST, runs.PREVIOUS)):
-            if _state(path) == control.WAITING:
+            if runs.state_of(path) == control.WAITING:
                 tell(f"goes on from the end of the baseline of {path.name.removeprefix(control.PREFIX)}")
             network = series.resolved.config.model.name
             own = {"model.name": network} if network and models.user_file.names_a_file(network) else {}
             resume.run(series.command, str(path), {**given, **own}, as_json=False)
             return
-        _clear(path)
+        runs.discard_unsaved(path)
         resolved = series.of(member)
         if ready is None:
             ready = prepare(series.command, resolved)
@@ -185,13 +184,6 @@ def _make(series: Series, member: Member, given: Layer, ready: Session | None) -
         raise type(stop)(f"{member.name}: {of_all}") from None
 
 
-def _clear(path: Path) -> None:
-    """Take away the folder of a run that was killed before it had any state."""
-    if path.exists():
-        with runs.RunDirectory(path, reopen=True):  # nobody else writes to it
-            shutil.rmtree(path)
-
-
 def _stop_between_runs(series: Series, signals: StopSignals) -> None:
     if signals.received == signal.SIGINT:
         raise InterruptedRunError(f"interrupted between two runs; {_how(series)}")
@@ -203,10 +195,6 @@ def _how(series: Series) -> str:
     name = series.resolved.config.model.name
     own = f" --model {name}" if name and models.user_file.names_a_file(name) else ""
     return f"go on with: repan {series.command} --resume {series.path}{own}"
-
-
-def _state(path: Path) -> str | None:
-    return read_json(path / "status.json").get("state") if (path / "status.json").exists() else None
 
 
 # ---------------------------------------------------------------------------------------------- the end
@@ -226,7 +214,7 @@ def _finish(series: Series, folder: runs.RunDirectory, *, as_json: bool) -> None
         _report(series, comparison, made)
         if as_json:
             print(to_json(_as_data(series, comparison, made)))
-    diverged = [member.name for member in members if _state(series.path / member.name) == "diverged"]
+    diverged = [member.name for member in members if runs.state_of(series.path / member.name) == "diverged"]
     if diverged:
         raise DivergedError(f"{count(len(diverged), 'run')} of {len(members)} diverged: {', '.join(diverged)}")
 

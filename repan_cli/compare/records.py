@@ -14,10 +14,10 @@ from repan_cli.runs.trackers import read_metrics
 from repan_cli.system.files import read_json, to_json, write_bytes
 
 KEPT = ("cycle", "epoch", "loss", "train_top1", "val_top1", "lr", "steps", *KEYS)
-"""What a record keeps of each epoch."""
+"""The figures of an epoch that a record keeps."""
 
 MACHINE = ("versions", "python", "device", "gpu", "cuda", "precision", "threads")
-"""What a record keeps of env.json: nothing that names a person's machine or folders."""
+"""The facts of env.json that a record keeps. None names a person's machine or folders."""
 
 PRIVATE = ("run.out", "data.root")
 """Settings that are folders of the machine that made the run."""

@@ -30,13 +30,14 @@ PARTS = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-"""Under which folder names, in whatever case, each part of a set is looked for."""
+"""The folder names of each part of a set, in any case."""
 
 JUNK = {
     *("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"),
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
 }
-"""What systems and programs leave in folders, in lower case; names that begin with a dot are theirs as well."""
+"""Names, in lower case, of files that systems and programs leave in folders. Names with a leading dot are ignored,
+too."""
 
 LIST = "classes.txt"
 """The file beside the parts that gives the order of classes."""

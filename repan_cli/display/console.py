@@ -218,9 +218,9 @@ class Display:
     def table(self, summary: Mapping[str, Any]) -> None:
         """A row per phase: validation top-1 and training loss around its start, top-1 at its end, time."""
         table = Table(box=None, pad_edge=False, header_style="bold")
-        losses = ("loss before", "50 steps", "200 steps")
-        for title in ("phase", "val before", "after restart", *losses, "val at end", "test", "time"):
-            table.add_column(title, justify="left" if title == "phase" else "right")
+        losses = ("loss\nbefore", "50\nsteps", "200\nsteps")
+        for title in ("phase", "val\nbefore", "after\nrestart", *losses, "val\nat end", "test", "time"):
+            table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
         table.add_row(self.name(0) if 0 in self.epochs else "start", *[""] * 5, *_figures(summary["baseline"]))
         for row in summary["cycles"]:
             around = percent(row["top1_before"]), percent(row["top1_after_restart"])

@@ -39,7 +39,7 @@ STAGES = (
     (re.compile(r"\.se\.(?:reduce|down|conv1\.conv|conv1)\."), lambda found: ".attn.fc1."),
     (re.compile(r"\.se\.(?:expand|up|conv2\.conv|conv2)\."), lambda found: ".attn.fc2."),
 )
-"""Where RepVGG's and MobileOne's authors, and OpenMMLab, put what timm's byobnet calls stem, stages and attention."""
+"""Patterns of the names of RepVGG's and MobileOne's authors and of OpenMMLab, and timm's names in byobnet."""
 
 SIGNS = {
     "multi-branch, the RepVGG authors' names": ("rbr_dense",),

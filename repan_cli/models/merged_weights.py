@@ -21,7 +21,7 @@ from repan_cli.models.changes import apply
 from repan_cli.models.timm_blocks import is_own_block
 
 LAYERS = (("c", "bn"), ("conv", "bn"), ("l", "bn"))
-"""What timm calls a convolution or a linear layer and the BN beside it, which merge into one layer of their place."""
+"""timm's names of a convolution or linear layer and of the BN beside it, which merge into one layer."""
 
 
 class MergedNames:

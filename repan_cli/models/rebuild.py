@@ -25,11 +25,11 @@ from repan_cli.models.changes import Expansion, apply, set_report
 from repan_cli.models.create import create
 
 TIMES_THE_FILE, TIMES_THE_NAMES = 8, 16
-"""How many times the bytes and the tensors of a file its network may have while it is built: branches that are merged
-at once count, too."""
+"""Limits of a network while it is built, as multiples of the bytes and of the tensors of its file. Branches that are
+merged at once count, too."""
 
 LEAST_BYTES, LEAST_TENSORS = 2**26, 2**12
-"""What a network may have whatever the size of its file."""
+"""Bytes and tensors that every network may have, however small its file."""
 
 
 def build_untrained(saved: Checkpoint, source: str, network: nn.Module | str | None = None) -> nn.Module:

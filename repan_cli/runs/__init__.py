@@ -9,9 +9,11 @@ from repan_cli.runs.directory import (
     RunDirectory,
     check_free,
     claim_default,
+    discard_unsaved,
     find,
     read_series,
     software,
+    state_of,
 )
 
 __all__ = [
@@ -23,7 +25,9 @@ __all__ = [
     "RunDirectory",
     "check_free",
     "claim_default",
+    "discard_unsaved",
     "find",
     "read_series",
     "software",
+    "state_of",
 ]

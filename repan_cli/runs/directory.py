@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import threading
 import weakref
@@ -160,12 +161,6 @@ class RunDirectory:
             self._status = {"state": state, "time": now(), **process, "heartbeat_seconds": HEARTBEAT, **position}
             self._write_status()
 
-    def state(self) -> str | None:
-        """Return what status.json says the run is doing; None where it says nothing that can be read."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8")).get("state")
-        return None
-
     def beat(self) -> None:
         """Say that the run is alive."""
         with self._speaking, contextlib.suppress(OSError, OutOfSpaceError):  # the run itself will meet it
@@ -236,7 +231,7 @@ def _latest(command: str) -> Path:
     found = [path for path in begun if _goes_on(path) and path.parent not in of_series and _command(path) == command]
     if not found:
         raise InputError(f"no run of 'repan {command}' under runs: name its directory")
-    return max(found, key=lambda path: (_status(path).get("state") != "done", (path / "config.yaml").stat().st_mtime))
+    return max(found, key=lambda path: (state_of(path) != "done", (path / "config.yaml").stat().st_mtime))
 
 
 def _command(path: Path) -> str:
@@ -248,10 +243,25 @@ def _command(path: Path) -> str:
     return path.parent.name
 
 
-def _status(path: Path) -> dict[str, Any]:
+def state_of(path: Path) -> str | None:
+    """Return the state of a run, such as 'done', from its status.json; None where that is missing or unreadable."""
     with contextlib.suppress(InputError):
-        return read_json(path / "status.json")
-    return {}
+        state = read_json(path / "status.json").get("state")
+        return state if isinstance(state, str) else None
+    return None
+
+
+def discard_unsaved(path: Path) -> None:
+    """Remove the folder of a run that was killed before it had saved a state, so that the run can begin anew.
+
+    Raises InputError where the run still lives, and where the folder holds results.
+    """
+    if not path.exists() or _goes_on(path):
+        return
+    if (path / "summary.json").exists():
+        raise InputError(f"{path} holds a summary but no state to continue from: move it away, or keep it as done")
+    with RunDirectory(path, reopen=True):
+        shutil.rmtree(path)
 
 
 def check_free(path: str | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from repan_cli.errors import DivergedError, InputError, PreemptedRunError
-from repan_cli.runs.directory import LAST, PREVIOUS, RunDirectory
+from repan_cli.errors import DivergedError, PreemptedRunError
+from repan_cli.runs.directory import discard_unsaved, state_of
 from repan_cli.system.files import read_json
 from repan_cli.system.text import duration
 
@@ -41,8 +40,7 @@ class Job(NamedTuple):
     @property
     def state(self) -> str:
         """Return the run's state as status.json tells it, such as 'done'; 'to do' before the run has begun."""
-        status = self.folder / "status.json"
-        return str(read_json(status).get("state")) if status.exists() else "to do"
+        return state_of(self.folder) or "to do"
 
     @property
     def is_over(self) -> bool:
@@ -83,7 +81,7 @@ class Pool:
         return failed
 
     def _start(self, job: Job, slot: int) -> subprocess.Popen[bytes]:
-        _clear(job.folder)
+        discard_unsaved(job.folder)
         goes_on = job.folder.exists()
         self.tell(f"{job.name}: {'continues' if goes_on else 'begins'}, log in {job.log}")
         job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -138,14 +136,3 @@ def outcome(job: Job, code: int) -> str:
         return "diverged"
     lines = [line for line in job.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return f"failed with exit code {code}: {lines[-1] if lines else 'it printed nothing'}"
-
-
-def _clear(folder: Path) -> None:
-    """Remove the folder of a run that was killed before it had saved a state. Raises InputError if it still runs."""
-    if folder.exists() and not any((folder / name).exists() for name in (LAST, PREVIOUS)):
-        if (folder / "summary.json").exists():
-            raise InputError(
-                f"{folder} holds a summary but no state to continue from: move it away, or keep it as done"
-            )
-        with RunDirectory(folder, reopen=True):
-            shutil.rmtree(folder)

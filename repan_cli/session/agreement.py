@@ -1,7 +1,7 @@
-"""What several ranks compare before they train together: code, settings, images, network, position.
+"""Compare ranks before they train together: code, settings, images, network, position.
 
-A difference would not be seen later: gradients are averaged whatever they are of. All is compared by digests, at the
-start of a run and when one goes on.
+A difference would go unnoticed later, since gradients are averaged whatever they are of. Everything is compared by
+digests, at the start of a run and at a resume.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAY_DIFFER = ("data.root", "data.workers", "run.out", "run.trackers", "teacher.n
 """Settings that may be others on each machine: where things lie. What lies there is compared."""
 
 DIGITS = 12
-"""Of a digest, as it is shown."""
+"""Digits of a digest that are shown."""
 
 
 def agree_on_settings(config: Config) -> None:

@@ -24,9 +24,9 @@ LONGEST = 2**24
 
 @dataclass(frozen=True)
 class Described:
-    """What a `config.json` tells; None is what it does not.
+    """The content of a `config.json`; None stands for a fact that is not given.
 
-    `network` is the full name of one of timm's, `images` what it wants of its images: input_size, mean, std, crop_pct.
+    `network` is the full name of a timm network. `images` is its preparation: input_size, mean, std, crop_pct.
     """
 
     network: str
@@ -75,7 +75,7 @@ FITS: dict[str, Callable[[Any], bool]] = {
     "std": lambda value: _numbers(value, 1, 3) and all(each > 0 for each in value),
     "crop_pct": lambda value: _is_number(value) and 0 < value <= 1,
 }
-"""What is taken of a description, and whether it is of the kind that it should be."""
+"""The facts that are read from a description, each with a check of its kind."""
 
 
 def _classes(*places: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -27,7 +27,8 @@ from repan_cli.system.ranks import join_ranks, joined, of_first_rank
 from repan_cli.system.text import count
 
 MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "run.threads", "teacher.name")
-"""Settings that a resumed run may have otherwise: they do not change what is computed (a teacher must be the same)."""
+"""Settings that may differ in a resumed run. They do not change the result, but for the last bits by `run.threads`; a
+teacher must be the same one."""
 
 
 def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
@@ -86,7 +87,7 @@ def _has_results(session: Session, path: Path) -> bool:
 def _conclude(session: Session, folder: runs.RunDirectory) -> None:
     """Mark a run that has its results as done. Raises InputError where it is marked already."""
     path, cycle = folder.path, session.config.cycle
-    if folder.state() != "done":
+    if runs.state_of(folder.path) != "done":
         folder.status("done")
         tell(f"{path} has its results: it is marked as done now")
         return
