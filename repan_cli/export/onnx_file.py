@@ -17,12 +17,12 @@ from repan_cli.checkpoint.format import CHECKSUM, DIGITS
 from repan_cli.errors import InputError
 from repan_cli.export.trace import quiet
 from repan_cli.system.files import to_json
-from repan_cli.system.packages import need
+from repan_cli.system.packages import ONNX_PACKAGES, need
 from repan_cli.system.text import first_line
 
 OPSET = 18
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PACKAGES = ONNX_PACKAGES
 
 
 def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:

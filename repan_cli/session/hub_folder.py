@@ -9,14 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
-
-from repan_cli.models.create import TIMM
+from repan_cli.config.names import TIMM, of_timm
 from repan_cli.system.notices import warn
-
-CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth")
-"""Under which names a folder of the Hub has its weights, the first of them first."""
+from repan_cli.system.weight_files import HUB_CONFIG
 
 LONGEST = 2**24
 """Bytes of a description that is read, enough for the names of 100,000 classes."""
@@ -34,15 +29,9 @@ class Described:
     classes: tuple[str, ...] | None
 
 
-def weights_in(folder: Path) -> Path | None:
-    """Return the file of weights in a folder of the Hub."""
-    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    return found[0] if found and (folder / CONFIG).is_file() else None
-
-
 def described(weights: Path) -> Described | None:
     """Read the description beside a file of weights; None where there is none of a network of timm's."""
-    file = weights.parent / CONFIG
+    file = weights.parent / HUB_CONFIG
     if not file.is_file() or file.stat().st_size > LONGEST:
         return None
     try:
@@ -51,7 +40,7 @@ def described(weights: Path) -> Described | None:
         warn(f"{file} is not read: {type(error).__name__}; what it says of {weights.name} is not known")
         return None
     architecture = content.get("architecture") if isinstance(content, dict) else None
-    if not isinstance(architecture, str) or architecture not in set(timm.list_models()):
+    if not isinstance(architecture, str) or architecture not in of_timm():
         return None
     images = content.get("pretrained_cfg")
     images = images if isinstance(images, dict) else content

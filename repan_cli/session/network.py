@@ -29,6 +29,7 @@ from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
 from repan_cli.system.seeding import seed_for
 from repan_cli.system.text import count, first_line
+from repan_cli.system.weight_files import file_in
 
 Weights = Checkpoint | Mapping[str, Tensor] | None
 
@@ -89,9 +90,9 @@ def noise(dataset: Dataset) -> Tensor:
 
 
 def _file_of(init: str) -> str:
-    """Return the file, with its key, of the weights to start from, which may be a folder of the Hub."""
+    """Return the file, with its key, of the weights to start from, which may be a folder of the Hub or of a run."""
     path, key = checkpoint.split_key(init)
-    weights = hub_folder.weights_in(path) if path.is_dir() else None
+    weights = file_in(path) if path.is_dir() else None
     return init if weights is None else f"{weights}::{key}" if key else str(weights)
 
 
