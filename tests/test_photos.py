@@ -5,9 +5,9 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from support import one_line, write_folders
+from support import one_line, run, write_folders
 
-from repan_cli import config
+from repan_cli import checkpoint, config, models
 from repan_cli.data import class_folders, datasets
 from repan_cli.errors import InputError
 
@@ -103,3 +103,50 @@ def test_a_folder_is_a_data_set(tmp_path, monkeypatch, capsys):
 def test_the_names_of_parts_are_no_classes(tmp_path):
     flat(tmp_path / "photos", ("ant", "train"))
     assert not class_folders.is_flat(tmp_path / "photos")
+
+
+# ---------------------------------------------------------------------------------------------- the size of images
+
+
+def mixed(root):
+    """Write photographs of sizes of their own: no two classes begin alike."""
+    for name, size in (("ant", (90, 70)), ("bee", (200, 240))):
+        (root / name).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (size[0] + number, size[1]), (number, 0, 0)).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_photographs_get_the_size_of_the_network_whatever_comes_first(tmp_path, seed):
+    data = datasets.load("folder", mixed(tmp_path), network_size=224, split_seed=seed)
+    assert data.image_size == 224
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("timm:resnet18", 224), ("resnet18", 224), ("repvgg", 224), ("repvgg_a1_cifar", 32), ("resnet110", 32)),
+        *(("torchvision:inception_v3", 299), ("timm:resnet18d.ra4_e3600_r224_in1k", 224), ("net.py:build", None)),
+    ],
+)
+def test_the_size_that_a_network_is_made_for(name, size):
+    assert models.wanted_size(name) == size
+
+
+def test_small_pictures_of_one_size_keep_it(tmp_path):
+    flat(tmp_path / "small", size=20)
+    assert datasets.load("folder", tmp_path / "small", network_size=224).image_size == 20
+    flat(tmp_path / "large", size=80)
+    assert datasets.load("folder", tmp_path / "large", network_size=32).image_size == 32
+    assert datasets.load("folder", tmp_path / "large", network_size=32, image_size=40).image_size == 40
+
+
+def test_a_run_on_photographs_has_the_size_of_its_network(tmp_path, capsys):
+    words = ("train", "--model", "repvgg_a0_cifar", "--dataset", mixed(tmp_path / "photos"), "--epochs", "1", "--out")
+    code, _, err = run(capsys, *words, tmp_path / "run", "data.batch_size=4", "optim.lr=0.01")
+    assert code == 0, err
+    card = checkpoint.load(tmp_path / "run" / "last.pt").card
+    assert (card.model, card.image_size) == ("repvgg_a0_cifar", 32)
+    assert "images of 32x32" in " ".join(err.split())
+    assert run(capsys, "evaluate", tmp_path / "run")[0] == 0

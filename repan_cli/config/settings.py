@@ -62,7 +62,12 @@ class BlockConfig:
 class DataConfig:
     name: str | None = setting(None, "Data set, see 'repan list datasets'.")
     root: str = setting("data", "Folder of the data sets; ROOT/NAME is read (for 'folder': ROOT itself).")
-    image_size: int | None = setting(None, "Side of the images in pixels; null takes the data set's own.", low=4)
+    image_size: int | None = setting(
+        None,
+        "Side of the images in pixels; null takes the data set's own, of image folders the network's, unless all "
+        "pictures are small squares of one size.",
+        low=4,
+    )
     batch_size: int = setting(128, "Images a training step.", low=2)
     val_fraction: float = setting(
         0.1, "Part of the training set held out to choose by; 0 trains on everything.", low=0, high=0.9

@@ -87,7 +87,7 @@ def _from_torchvision(
                     path.rmdir()
             where = f"put its files or {{train,test}}/<class>/*.png into {root / folder}, or give --data-root"
             raise InputError(f"{folder} is not under {root} and cannot be downloaded ({error}); {where}") from None
-        classes, _ = read(found["train"])
+        classes = read(found["train"]).classes
         return RawDataset(classes, {name: read(part).parts["all"] for name, part in found.items()})
 
     return load
@@ -314,7 +314,7 @@ PREFIXES.update(dict.fromkeys(DATASET_PREFIXES, _timm_spec))
 
 DATASETS.register("folder")(
     DatasetSpec(
-        "your own images: ROOT/train/<class>/*, ROOT/{val,test}/<class>/*", load_folders, IMAGENET_MEAN, IMAGENET_STD
+        "your own images: ROOT/<class>/*, or ROOT/{train,val,test}/<class>/*", load_folders, IMAGENET_MEAN, IMAGENET_STD
     )
 )
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
+from repan_cli.config.conventions import SMALL_IMAGE
 from repan_cli.data import class_folders, image_files
 from repan_cli.data.image_files import UnreadableImageError
 from repan_cli.data.types import ArrayImages, Labels, LazyImages, Part, Pixels, RawDataset, ReadOptions
@@ -37,7 +37,7 @@ def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
         part: class_folders.list_images(folder, classes, whole=reading.only is None) for part, folder in folders.items()
     }
     class_folders.tell_of_others(root, iter(listed.values()))
-    size = reading.image_size or image_files.own_size(next(iter(listed.values())).paths[0], reading.channels)
+    size = reading.image_size or _side(listed.values(), reading)
     parts: dict[str, Part] = {}
     for part, (paths, labels, _) in listed.items():
         skip = reading.skip and part == "train"
@@ -45,7 +45,19 @@ def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
             parts[part] = _pictures(paths, labels, reading, skip=skip, whole=part != "train")
         else:
             parts[part] = _read_images(paths, labels, size, reading, skip=skip)
-    return RawDataset(classes, parts)
+    return RawDataset(classes, parts, size)
+
+
+def _side(listed: Iterable[class_folders.Listed], reading: ReadOptions) -> int:
+    """Return the side of images for which none is set: their own where all are small, square and alike, else that of
+    the network. Raises InputError where neither is known.
+    """
+    own = image_files.common_side(path for part in listed for path in part.paths)
+    if isinstance(own, int) and (own <= SMALL_IMAGE or reading.network_size is None):
+        return own
+    if reading.network_size is None:
+        raise InputError(str(own))
+    return reading.network_size
 
 
 def _classes(root: Path, folders: dict[str, Path], reading: ReadOptions) -> tuple[str, ...]:
@@ -73,24 +85,14 @@ def _read_images(paths: list[Path], labels: Labels, size: int, reading: ReadOpti
             f"{len(paths):,} images of {size} pixels do not fit in memory: set a smaller data.image_size, or "
             "data.crop=resized, which reads them one by one"
         )
-    crop = reading.image_size is not None
 
     def read(index: int) -> Pixels:
-        return np.asarray(_at_size(paths[index], size, reading.channels, crop=crop))
+        return np.asarray(image_files.square(image_files.open_image(paths[index], reading.channels), size))
 
     images = _outcomes(read, len(paths), skip=skip)
     kept = np.array([image is not None for image in images])
     stacked = np.stack([image for image in images if image is not None])
     return ArrayImages(stacked.reshape(-1, size, size, reading.channels), labels[kept])
-
-
-def _at_size(path: Path, size: int, channels: int, *, crop: bool) -> Image.Image:
-    image = image_files.open_image(path, channels)
-    if not crop and image.size != (size, size):
-        raise InputError(
-            f"{path} is {image.width}x{image.height} pixels, others are {size}x{size}: set data.image_size"
-        )
-    return image_files.square(image, size)
 
 
 def _pictures(paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: bool, whole: bool) -> LazyImages:

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from repan_cli.blocks import NATIVE, check_family
-from repan_cli.config.conventions import SMALL_IMAGE
+from repan_cli.config.conventions import LARGE_IMAGE, SMALL_IMAGE
 from repan_cli.config.names import ALIASES, SMALL, TIMM, TORCHVISION, unknown_model
 from repan_cli.errors import InputError
 from repan_cli.models import mobilenet_cifar, repvgg_cifar, resnet_cifar, user_file
@@ -26,6 +26,9 @@ BUILT_OF_BLOCKS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
 BUILTIN: tuple[str, ...] = (*BUILT_OF_BLOCKS, *resnet_cifar.default_cfgs, *mobilenet_cifar.default_cfgs)
 """The networks of this package."""
 
+
+OWN_IMAGE = 32
+"""Side in pixels that the networks of this package are made for."""
 
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 """torchvision's networks that return more than logits in train mode, unless told not to."""
@@ -56,6 +59,26 @@ def resolve(name: str, image_size: int) -> str:
     if full in BUILTIN:
         return full
     return TIMM + _known(full, list(dict.fromkeys([*ALIASES, *BUILTIN, *timm.list_models()])))
+
+
+def wanted_size(name: str) -> int | None:
+    """Return the side of the images that a network is made for; None for a person's own, which does not say.
+
+    A short name means timm's, as on large images, or the network for small images where there is no other.
+    """
+    if user_file.names_a_file(name):
+        return None
+    try:
+        full = resolve(name, LARGE_IMAGE)
+    except InputError:
+        full = resolve(name, SMALL_IMAGE)
+    if full in BUILTIN:
+        return OWN_IMAGE
+    if full.startswith(TORCHVISION):
+        preset = torchvision.models.get_model_weights(full.removeprefix(TORCHVISION)).DEFAULT.transforms()
+        return int(preset.crop_size[0])
+    known = timm.get_pretrained_cfg(full.removeprefix(TIMM), allow_unregistered=True)
+    return int(known.input_size[-1]) if known is not None else LARGE_IMAGE
 
 
 def _with_tag(name: str) -> str:

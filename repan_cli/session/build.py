@@ -41,11 +41,13 @@ from repan_cli.session.network import (
     Network,
     build,
     noise,
+    read_weights,
     resolve_names,
     restarted,
     restore_network,
     safe_precision,
     state_of,
+    wanted_size,
 )
 from repan_cli.session.teachers import PhaseTasks
 from repan_cli.system.device import Runtime, start_runtime, use_threads
@@ -134,9 +136,11 @@ def prepare(
             "images, as BN cannot train on one"
         )
     agree_on_settings(config)
-    dataset = first_on_each_machine(lambda: load_dataset(config))
+    weights = read_weights(config) if saved is None else None
+    size = wanted_size(config, weights) if saved is None else saved.card.image_size
+    dataset = first_on_each_machine(lambda: load_dataset(config, size))
     agree_on_images(dataset)
-    network = build(command, config, dataset) if saved is None else restore_network(config, dataset, saved)
+    network = build(command, config, dataset, weights) if saved is None else restore_network(config, dataset, saved)
     if network.finished:
         refuse(resolved.given, ("baseline.",), "has no effect here: the weights that were given are the baseline")
     machine = safe_precision(machine, network, dataset, chosen=config.run.precision)
@@ -170,8 +174,9 @@ def surroundings(machine: Runtime) -> dict[str, Any]:
     }
 
 
-def load_dataset(config: Config) -> Dataset:
-    return datasets.load(**datasets.settings_of(config.data))
+def load_dataset(config: Config, network_size: int | None) -> Dataset:
+    """Read the data of a run. Image folders without a size of their own get that of the network."""
+    return datasets.load(**datasets.settings_of(config.data), network_size=network_size)
 
 
 def _training(command: str, config: Config, dataset: Dataset, network: Network, machine: Runtime) -> Training:
