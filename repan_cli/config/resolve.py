@@ -13,7 +13,7 @@ from repan_cli.config.schema import Layer
 from repan_cli.config.settings import OVERLAY, PREVIOUS, RECIPES, SCHEMA, Config, baseline_phase, from_flat
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
-from repan_cli.system.text import on_one_line
+from repan_cli.system.text import at_home, on_one_line
 
 # ---------------------------------------------------------------------------------------------- building
 
@@ -76,13 +76,13 @@ def folder_as_data(layer: Layer) -> Layer:
         return layer
     if layer.get("data.root") is not None:
         raise InputError(f"data.name={name} is a folder, and data.root={layer['data.root']} another: give one of them")
-    return {**layer, "data.name": "folder", "data.root": name}
+    return {**layer, "data.name": "folder", "data.root": at_home(name)}
 
 
 def is_folder_of_data(name: str) -> bool:
     """Tell whether a name of a data set is none that is known, but a folder that is there."""
     known = name in RECIPES or name.partition("/")[0] in DATASET_PREFIXES
-    return not known and bool(name) and Path(name).expanduser().is_dir()
+    return not known and bool(name) and Path(at_home(name)).is_dir()
 
 
 def baseline_layer(layer: Layer) -> dict[str, Any]:

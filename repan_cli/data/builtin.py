@@ -35,7 +35,7 @@ from repan_cli.data.types import (
 )
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
-from repan_cli.system.text import first_line
+from repan_cli.system.text import first_line, quoted
 
 DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -202,7 +202,7 @@ def _load_imagenet(root: Path, reading: ReadOptions) -> RawDataset:
     if len(raw.classes) != IMAGENET_CLASSES:
         raise InputError(
             f"{root / 'imagenet'} holds {len(raw.classes)} of ImageNet's {IMAGENET_CLASSES} classes: half-downloaded? "
-            f"A part of it is trained on with --dataset folder --data-root {root / 'imagenet'}"
+            f"A part of it is trained on with --dataset folder --data-root {quoted(root / 'imagenet')}"
         )
     return raw
 

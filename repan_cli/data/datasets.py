@@ -56,6 +56,7 @@ def load(
     only: str | None = None,
     download: bool = True,
     network_size: int | None = None,
+    keep: bool = False,
 ) -> Dataset:
     """Read a data set, or a part of it, and hold out its validation part.
 
@@ -64,17 +65,19 @@ def load(
     `val_fraction` of the training set, stratified and drawn by `split_seed` alone, is held out; where it has neither,
     `test_fraction` before that is the test set. `class_order` is that of the classes of a folder set; with `only` just
     that part of it is read, and the others are empty. `download` allows to fetch a set that is not there.
-    `network_size` is the side of the images of a folder set that are neither all alike and small nor given a size.
+    `keep` leaves it to the loader to skip images. `network_size`: of folders whose images have no size of their own.
     """
     spec = _specification(name)
     mean, std = _statistics(spec, channels)
-    order = class_order if isinstance(class_order, str) else tuple(class_order)
     reading = ReadOptions(
-        image_size or spec.image_size,
-        *(len(mean), crop, on_error == "skip", classes or 10, download),
-        order=order,
+        *(image_size or spec.image_size, len(mean), crop),
+        skip=on_error == "skip",
+        classes=classes or 10,
+        download=download,
+        order=class_order if isinstance(class_order, str) else tuple(class_order),
         only=only,
         network_size=network_size,
+        keep=keep,
     )
     raw, digest = spec.load(Path(root), reading), ""
     _check_labels(name, raw)
@@ -93,8 +96,8 @@ def load(
         val, test = None, parts["val"]
     if val is None and val_fraction > 0:
         train, val, digest = _with_validation_part(name, train, val_fraction, split_seed, digest)
-    size = _size(train, raw, reading)
-    return Dataset(name, raw.classes, mean, std, spec.flip, spec.policy, size, train, val, test, digest)
+    look = (mean, std, spec.flip, spec.policy, _size(train, raw, reading))
+    return Dataset(name, raw.classes, *look, train, val, test, digest)
 
 
 def _with_validation_part(name: str, train: Part, fraction: float, seed: int, before: str) -> tuple[Part, Part, str]:

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 LARGEST_RESIDENT = 16 * 2**30
 LOOKED_AT = 200_000
+MEND = "; data.on_error=skip leaves such training images out"
 
 
 def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
@@ -97,7 +98,7 @@ def _read_images(paths: list[Path], labels: Labels, size: int, reading: ReadOpti
 
 def _pictures(paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: bool, whole: bool) -> LazyImages:
     """Files to be read when they are asked for; looked at now, unless there are very many: their headers, or, as a run
-    must not fail at its end, `whole` images.
+    must not fail at its end, `whole` images. Training images are not looked at where the loader is to skip them.
     """
 
     def look(index: int) -> bool:
@@ -105,13 +106,18 @@ def _pictures(paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: 
         return True
 
     kept = np.ones(len(paths), dtype=bool)
-    if len(paths) <= LOOKED_AT:
-        kept = np.array([found is not None for found in _outcomes(look, len(paths), skip=skip)])
+    if len(paths) <= LOOKED_AT and (whole or not reading.keep):
+        kept = np.array(
+            [found is not None for found in _outcomes(look, len(paths), skip=skip, mend="" if whole else MEND)]
+        )
     return LazyImages(image_files.FileReader(paths, reading.channels), labels[kept], np.flatnonzero(kept))
 
 
-def _outcomes(read: Callable[[int], T], count: int, *, skip: bool) -> list[T | None]:
-    """Return what `read` gives for each number; with `skip` None for images that cannot be read, and a warning."""
+def _outcomes(read: Callable[[int], T], count: int, *, skip: bool, mend: str = "") -> list[T | None]:
+    """Return what `read` gives for each number; with `skip` None for images that cannot be read, and a warning.
+
+    `mend` ends the error of images that must be read.
+    """
     failed = []
 
     def outcome(index: int) -> T | None:
@@ -125,7 +131,7 @@ def _outcomes(read: Callable[[int], T], count: int, *, skip: bool) -> list[T | N
         found = list(pool.map(outcome, range(count)))
     if failed and not skip:
         more = f" (and {count_of(len(failed) - 1, 'other')})" if len(failed) > 1 else ""
-        raise UnreadableImageError(f"{failed[0]}{more}")
+        raise UnreadableImageError(f"{failed[0]}{more}{mend}")
     if failed:
         warn(f"{len(failed)} of {count:,} training images cannot be read and are left out; one of them: {failed[0]}")
     return found

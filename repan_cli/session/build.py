@@ -36,6 +36,7 @@ from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
 from repan_cli.models import user_file
 from repan_cli.runs import trackers
+from repan_cli.session import data_place
 from repan_cli.session.agreement import agree_on_images, agree_on_network, agree_on_position, agree_on_settings
 from repan_cli.session.network import (
     Network,
@@ -109,7 +110,7 @@ class Session:
             repan=repan_cli.__version__,
             command=self.command,
             labels_digest=data.labels_digest,
-            surroundings=surroundings(self.training.runtime),
+            surroundings={**surroundings(self.training.runtime), **data_place.noted(self.config)},
             teachers=dict(self.training.task_of.digests),
         )
 
@@ -138,7 +139,7 @@ def prepare(
     agree_on_settings(config)
     weights = read_weights(config) if saved is None else None
     size = wanted_size(config, weights) if saved is None else saved.card.image_size
-    dataset = first_on_each_machine(lambda: load_dataset(config, size))
+    dataset = first_on_each_machine(lambda: load_dataset(config, size, saved))
     agree_on_images(dataset)
     network = build(command, config, dataset, weights) if saved is None else restore_network(config, dataset, saved)
     if network.finished:
@@ -174,9 +175,16 @@ def surroundings(machine: Runtime) -> dict[str, Any]:
     }
 
 
-def load_dataset(config: Config, network_size: int | None) -> Dataset:
-    """Read the data of a run. Image folders without a size of their own get that of the network."""
-    return datasets.load(**datasets.settings_of(config.data), network_size=network_size)
+def load_dataset(config: Config, network_size: int | None, saved: Checkpoint | None = None) -> Dataset:
+    """Read the data of a run. Image folders without a size of their own get that of the network.
+
+    A run that goes on with `data.on_error=skip`, and had begun with all images, keeps their places.
+    """
+    arguments = {**datasets.settings_of(config.data), "network_size": network_size}
+    data = datasets.load(**arguments)
+    if saved is None or config.data.on_error == "stop" or data.labels_digest == saved.card.labels_digest:
+        return data
+    return datasets.load(**arguments, keep=True)
 
 
 def _training(command: str, config: Config, dataset: Dataset, network: Network, machine: Runtime) -> Training:

@@ -31,6 +31,7 @@ from repan_cli.system.device import describe_machine
 from repan_cli.system.files import to_json
 from repan_cli.system.ranks import leave_ranks, summed
 from repan_cli.system.signals import StopSignals
+from repan_cli.system.text import quoted
 from repan_cli.training.events import Event, StepEnd
 from repan_cli.training.loop import fit
 from repan_cli.training.run import Training
@@ -205,10 +206,10 @@ def _stopped(
     folder.status("preempted" if asked else "interrupted")
     with warned("no curves.png"):
         draw(session, folder, display)
-    own = f" --model {session.user_model}" if session.user_model else ""
+    own = f" --model {quoted(session.user_model)}" if session.user_model else ""
     ranks = session.training.runtime.ranks
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
-    how = f"go on with: {command} {session.command} --resume {folder.path}{own}"
+    how = f"go on with: {command} {session.command} --resume {quoted(folder.path)}{own}"
     if not saved:
         return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}")
     if asked:

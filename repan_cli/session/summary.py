@@ -24,7 +24,7 @@ from repan_cli.session.build import Session
 from repan_cli.session.network import describe_blocks
 from repan_cli.session.recorder import Record, chosen_file
 from repan_cli.system.notices import warn
-from repan_cli.system.text import count, duration, first_line, percent, sparkline
+from repan_cli.system.text import count, duration, first_line, percent, quoted, sparkline
 from repan_cli.training.evaluation import evaluate
 from repan_cli.training.plan import Phase
 from repan_cli.training.run import Training
@@ -190,5 +190,5 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     rows["files"] = str(folder.path)
     display.say()
     display.facts(rows)
-    own = f" --model {user_model}" if user_model else ""
-    display.command("next", f"repan evaluate {folder / (fused['out'] if fused else chosen['file'])}{own}")
+    own = f" --model {quoted(user_model)}" if user_model else ""
+    display.command("next", f"repan evaluate {quoted(folder / (fused['out'] if fused else chosen['file']))}{own}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
+from repan_cli.system.text import quoted
 
 DOWNLOAD = "download the file itself"
 
@@ -63,7 +64,7 @@ def file_in(folder: Path) -> Path:
     if (weights := in_hub_folder(folder)) is not None:
         return weights
     inside = [str(best.parent) for name in OF_A_RUN for best in sorted(folder.glob(f"*/{name}"))]
-    mend = f": the runs are in it, such as {inside[0]}" if inside else ": name a file in it"
+    mend = f": the runs are in it, such as {quoted(inside[0])}" if inside else ": name a file in it"
     raise InputError(f"{folder} is a folder without best.pt or last.pt{mend}")
 
 
@@ -85,7 +86,7 @@ def refuse_text(path: Path) -> None:
         if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
             raise InputError(f"{path} {what}")
     if path.suffix in SETTINGS and _is_text(start):
-        raise InputError(f"{path} holds settings, not a network: give it to a training command, as -c {path}")
+        raise InputError(f"{path} holds settings, not a network: give it to a training command, as -c {quoted(path)}")
     if _is_text(start):
         raise InputError(f"{path} is text, not a network: give a file of weights, or a run's folder")
 
