@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,11 +98,14 @@ def baseline_layer(layer: Layer) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration, a line that says where it came from, and what of it the command line gave."""
+    """A configuration, a line that says where it came from, what of it the command line gave, and what a person's `own`
+    file.
+    """
 
     config: Config
     source: str
     given: Layer = field(default_factory=dict)
+    own: Layer = field(default_factory=dict)
 
 
 def resolve(command: str, file: str | None, given: Layer) -> Resolved:
@@ -114,7 +118,15 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
     if file is None:
         file = RECIPES.get(str(given.get("data.name")))
     path = find_preset(file) if file else None
-    return resolve_layer(command, read_file(path) if path else {}, given, source=_shown(path))
+    layer = read_file(path) if path else {}
+    found = resolve_layer(command, layer, given, source=_shown(path))
+    return found if path in presets().values() else dataclasses.replace(found, own=_changed(layer))
+
+
+def _changed(layer: Layer) -> Layer:
+    """Return the settings of a file that are not the default: the config.yaml of a run holds all there are."""
+    known = {key: text for key, text in layer.items() if key in SCHEMA}
+    return {key: known[key] for key, value in typed(known).items() if value != SCHEMA[key].default}
 
 
 def resolve_layer(command: str, layer: Layer, given: Layer, *, source: str) -> Resolved:

@@ -19,6 +19,8 @@ from repan_cli.errors import InputError, MergeError
 from repan_cli.models.changes import EVERYTHING, Expansion, apply, report_of, set_report
 from repan_cli.models.expand import plan
 from repan_cli.models.probe import CEILING, NUDGE, copied
+from repan_cli.system.notices import doing
+from repan_cli.system.text import count
 
 TOLERANCE = 1e-10
 """Bound on the relative error in float64: a right merge is at 1e-15, a wrong one at 1e-2."""
@@ -99,7 +101,8 @@ def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
     blocked = copy.deepcopy(exact)
     apply(blocked, own)  # so that every block can be watched
     blocks = [name for name, _ in rep_blocks(blocked)]
-    error = _error_in_float64(exact, blocked, merged, _few(images).double())
+    with doing(f"proving the merged network equal in float64, {count(len(blocks), 'block')}"):
+        error = _error_in_float64(exact, blocked, merged, _few(images).double())
     merged, model = merged.float(), exact.float()
     single = relative_error(merged(images), model(images))
     before = report_of(model) or Expansion(NATIVE, (), {})

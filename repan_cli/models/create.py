@@ -18,6 +18,7 @@ from repan_cli.models import mobilenet_cifar, repvgg_cifar, resnet_cifar, user_f
 from repan_cli.models.expand import DEFAULT_FAMILY
 from repan_cli.models.foreign import load_foreign
 from repan_cli.models.inspect import classifier_layers
+from repan_cli.system.notices import doing
 from repan_cli.system.text import first_line
 
 BUILT_OF_BLOCKS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
@@ -134,7 +135,8 @@ def _timm(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
         raise InputError(f"timm has no pretrained weights of {short}; give a file of weights with --init")
     try:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which would tell of every attempt
-        return timm.create_model(short, pretrained=pretrained, **kwargs)
+        with doing(f"fetching the weights of {short}" if pretrained else f"building {short}"):
+            return timm.create_model(short, pretrained=pretrained, **kwargs)
     except Exception as error:
         if not pretrained:
             raise
@@ -151,9 +153,10 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
     model = torchvision.models.get_model(short, weights=None, num_classes=num_classes, **auxiliary)
     if pretrained:
         try:
-            weights = torchvision.models.get_model_weights(short).DEFAULT.get_state_dict(
-                progress=False, check_hash=True
-            )
+            with doing(f"fetching the weights of {short}"):
+                weights = torchvision.models.get_model_weights(short).DEFAULT.get_state_dict(
+                    progress=False, check_hash=True
+                )
         except Exception as error:
             raise _not_fetched(short, error) from error
         main = {key: value for key, value in weights.items() if not (auxiliary and key.lower().startswith("aux"))}

@@ -27,6 +27,7 @@ from repan_cli.models.inspect import classifier_layers, wanted_images
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.session import hub_folder
 from repan_cli.session.sources import file_of
+from repan_cli.system.notices import doing
 
 OUR_IMAGE, OUR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
 
@@ -89,10 +90,11 @@ def open_artifact(
     if path.suffix == ".pt2":
         network = pt2_file.open_file(_checked(path))
         return Artifact(str(path), network, _described(path), "torch.export")
-    content = checkpoint.load_any(path if key is None else f"{path}::{key}")
-    if isinstance(content, Checkpoint):
-        return Artifact(str(path), models.rebuild(content, str(path), model), content.card, saved=content)
-    return _foreign(path, content, model)
+    with doing(f"loading {path}"):
+        content = checkpoint.load_any(path if key is None else f"{path}::{key}")
+        if isinstance(content, Checkpoint):
+            return Artifact(str(path), models.rebuild(content, str(path), model), content.card, saved=content)
+        return _foreign(path, content, model)
 
 
 def _checked(path: Path) -> Path:
