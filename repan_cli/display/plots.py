@@ -44,16 +44,21 @@ def draw_curves(records: list[dict[str, Any]], target: Path, *, title: str) -> N
     rates.set(xlabel="epoch")
     rates.set_ylabel("learning rate", color="tab:red")
     rates.xaxis.get_major_locator().set_params(integer=True)
-    attach = rates.twinx()
-    _line(attach, epochs, records, "attach_rate", "attach rate", "tab:blue", linestyle="--")
-    attach.set(ylim=(-0.08, 1.08))
-    attach.set_ylabel("attach rate (dashed)", color="tab:blue")
+    if len({record["attach_rate"] for record in records}) > 1:
+        _draw_attach_rate(rates.twinx(), epochs, records)
 
     for axes in (accuracy, loss, rates):
         axes.grid(alpha=0.25)
     _mark_cycles(records, [accuracy, loss, rates])
     accuracy.legend(loc="lower right", frameon=False)
     figure.savefig(target, dpi=110)
+
+
+def _draw_attach_rate(axes: Any, epochs: Sequence[int], records: list[dict[str, Any]]) -> None:
+    """The attach rate, where it changes."""
+    _line(axes, epochs, records, "attach_rate", "attach rate", "tab:blue", linestyle="--")
+    axes.set(ylim=(-0.08, 1.08))
+    axes.set_ylabel("attach rate (dashed)", color="tab:blue")
 
 
 def _mark_best(axes: Any, records: list[dict[str, Any]]) -> None:

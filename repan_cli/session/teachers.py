@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from repan_cli import checkpoint, config, export, models
 from repan_cli.checkpoint.format import Checkpoint, digest_of, weights_of
 from repan_cli.config.conventions import LARGE_IMAGE, WEIGHT_ENDINGS
+from repan_cli.config.names import names_a_file
 from repan_cli.data.batches import Loader
 from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
@@ -159,6 +160,11 @@ def find_teacher(settings: config.TeacherConfig, dataset: Dataset) -> TeacherMod
 
 def _ours(name: str, settings: config.TeacherConfig, dataset: Dataset, saved: Checkpoint) -> TeacherModel:
     card = saved.card
+    if names_a_file(card.model) and settings.model is None:
+        raise InputError(
+            f"the teacher {name} holds a network of your own, {card.model}: give teacher.model={card.model} (no file "
+            "is imported by itself)"
+        )
     check_classes(f"the teacher {name}", card.classes, dataset)
     if card.in_chans != dataset.channels:
         raise InputError(f"the teacher {name} reads {card.in_chans} channels, {dataset.name} has {dataset.channels}")
