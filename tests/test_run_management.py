@@ -8,10 +8,12 @@ import platform
 import pytest
 from support import FP32, one_line, run, small_net, write_run
 
+import repan_cli
 from repan_cli import checkpoint, config
+from repan_cli.commands import early
 from repan_cli.errors import InputError
 from repan_cli.runs.listing import runs_below
-from repan_cli.session import batch_size, pace
+from repan_cli.session import batch_size, network, pace, teachers
 
 SMALL = ("--model", "repvgg_a0_cifar", "--dataset", "digits", "data.per_class=12", "data.batch_size=32", "--lr", "0.01")
 
@@ -151,6 +153,18 @@ def test_the_largest_batch_that_fits_is_taken(digits, monkeypatch, caplog):
         chosen(small, 2**10, monkeypatch, caplog)
 
 
+def test_what_does_not_fit_is_halved():
+    tried = []
+
+    def fits(number):
+        tried.append(number)
+        return number <= 300
+
+    assert batch_size.largest(1024, fits) == 256
+    assert tried == [1024, 512, 256]
+    assert batch_size.largest(1024, lambda number: False) == 0
+
+
 def test_trying_changes_neither_the_network_nor_what_is_drawn(digits):
     import torch
 
@@ -181,3 +195,21 @@ def test_a_run_keeps_the_batch_that_was_found(tmp_path, capsys, few_blocks):
     found = checkpoint.load(tmp_path / "run" / "last.pt").card.config["data.batch_size"]
     assert f"data.batch_size=auto is {found}: " in err
     assert f"batch_size: {found}" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+# ---------------------------------------------------------------------------------------------- a run as weights
+
+
+def test_a_runs_folder_is_accepted_wherever_weights_are(small_run, digits, tmp_path, capsys):
+    folder = small_run.folder
+    expected = checkpoint.load(folder / "best.pt").digest()
+    assert checkpoint.load(folder).digest() == expected
+    assert repan_cli.load(folder).training is False
+    found = teachers.find_teacher(config.TeacherConfig(name=str(folder)), digits)
+    assert found.digest == expected
+    given = config.build({"model.init": str(folder), "data.name": "digits"})
+    assert network.read_weights(given).digest() == expected
+    early.check("train", "train", config.resolve("train", None, {"model.init": str(folder), "data.name": "digits"}))
+    (tmp_path / "empty").mkdir()
+    words = ("train", "--model", "repvgg", "--dataset", "digits", "--init", tmp_path / "empty")
+    assert "is a folder without best.pt or last.pt: name a file in it" in one_line(capsys, *words)

@@ -135,7 +135,7 @@ def load(path: str | Path, model: nn.Module | str | None = None) -> nn.Module:
     """A ready network from any file repan wrote, fused or not, in eval mode on the CPU.
 
     Args:
-        path: a `.pt` or `.safetensors` file that repan wrote.
+        path: a `.pt` or `.safetensors` file that repan wrote, or a run's folder, which means its best weights.
         model: for a network of your own, the plain module as it was before training, or its name `file.py:function`.
 
     Raises InputError, naming the file, when it is damaged, not repan's, or does not fit the network.

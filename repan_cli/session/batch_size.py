@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +57,18 @@ def _fitting(network: nn.Module, dataset: Dataset, machine: Runtime) -> tuple[in
         kept = _bytes_kept(trial, images, machine) / len(images)
         free = _free(machine.device)
         number = _power(int(SHARE * free / max(2 * kept, 1)))  # what is kept for the way back, and its gradients
-        while number >= 2 and machine.device.type == "cuda" and not _fits(trial, images, machine, min(number, MOST)):
-            number //= 2
+        if machine.device.type == "cuda":  # where other memory than that of activations counts, too
+            number = largest(min(number, MOST), lambda count: _fits(trial, images, machine, count))
     if number < 2:
         raise InputError("not even two images fit the device: set a smaller data.image_size, or another network")
     return number, free
+
+
+def largest(number: int, fits: Callable[[int], bool]) -> int:
+    """Return the first of `number`, its half and so on that fits; 0 where not even two do."""
+    while number >= 2 and not fits(number):
+        number //= 2
+    return number if number >= 2 else 0
 
 
 def _step(trial: nn.Module, images: Tensor, machine: Runtime) -> None:
