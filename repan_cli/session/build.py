@@ -238,7 +238,6 @@ def _graphs(config: Config, machine: Runtime, optimizer: torch.optim.Optimizer) 
     reasons = {
         f"the device is {machine.device.type}": machine.device.type != "cuda",
         "there are several processes": machine.ranks > 1,
-        "the loss scaler of run.precision=fp16 decides on the host": machine.precision == "fp16",
         f"optim.name={config.optim.name} decides on the host": not can_be_recorded(optimizer),
     }
     why = next((reason for reason, holds in reasons.items() if holds), None)
