@@ -39,7 +39,7 @@ def run(options: EvaluateOptions) -> None:
     data = artifact_images.load(
         artifact, options.dataset, options.data_root, split=options.split, order=options.classes
     )
-    images = eval_loader(data, options.split, machine, share=artifact.preparation.share)
+    images = eval_loader(data, options.split, machine, crop=artifact.preparation.crop)
     networks = {artifact.form: artifact.network}
     if options.fused and artifact.form != FUSED:
         batch = next(images.batches(export.PROOF_IMAGES)).images

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 
+from repan_cli.config.conventions import CROP_MODES, INTERPOLATIONS
 from repan_cli.models.create import TIMM
 from repan_cli.system.notices import warn
 
@@ -26,7 +27,8 @@ LONGEST = 2**24
 class Described:
     """The content of a `config.json`; None stands for a fact that is not given.
 
-    `network` is the full name of a timm network. `images` is its preparation: input_size, mean, std, crop_pct.
+    `network` is the full name of a timm network. `images` is its preparation: input_size, mean, std, crop_pct,
+    crop_mode, interpolation.
     """
 
     network: str
@@ -74,6 +76,8 @@ FITS: dict[str, Callable[[Any], bool]] = {
     "mean": lambda value: _numbers(value, 1, 3),
     "std": lambda value: _numbers(value, 1, 3) and all(each > 0 for each in value),
     "crop_pct": lambda value: _is_number(value) and 0 < value <= 1,
+    "crop_mode": lambda value: isinstance(value, str) and value in CROP_MODES,
+    "interpolation": lambda value: isinstance(value, str) and value in INTERPOLATIONS,
 }
 """The facts that are read from a description, each with a check of its kind."""
 
