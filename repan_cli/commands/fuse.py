@@ -17,10 +17,10 @@ from repan_cli import checkpoint, export, models
 from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard, Structure
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.commands.options import FuseOptions
-from repan_cli.config.conventions import FORMATS, GRAPH_FORMATS, WEIGHT_FORMATS
+from repan_cli.config.conventions import FOLDER_FORMATS, FORMATS, GRAPH_FORMATS, WEIGHT_FORMATS
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError, MergeError
-from repan_cli.export import onnx_file, pt2_file
+from repan_cli.export import model_card, onnx_file, pt2_file, timm_folder
 from repan_cli.export.conv_bn import as_plain
 from repan_cli.export.fuse import check_finite, untrained_norms
 from repan_cli.export.trace import Normalized, trace
@@ -30,7 +30,7 @@ from repan_cli.models.create import TIMM, TORCHVISION
 from repan_cli.registry import did_you_mean
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
-from repan_cli.system.files import to_json, write_bytes
+from repan_cli.system.files import to_json, write_bytes, write_folder
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import need
 from repan_cli.system.text import count
@@ -42,9 +42,32 @@ FILE_TOLERANCE = 1e-4
 A file that computes something else is beyond 1e-2."""
 
 
+Content = bytes | dict[str, bytes]
+"""The content of a file; of a folder that of its files, by name."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file, or a folder, to write in a format."""
+
+    kind: str
+    path: Path
+
+    @property
+    def is_folder(self) -> bool:
+        return self.kind in FOLDER_FORMATS
+
+    def write(self, content: Content, path: Path | None = None) -> None:
+        """Write it, or a copy of it at `path`."""
+        if isinstance(content, dict):
+            write_folder(path or self.path, content)
+        else:
+            write_bytes(path or self.path, content)
+
+
 @dataclass(frozen=True)
 class Written:
-    """A file, with the error of its network against the merged one, what opened it to see, and how it is used."""
+    """A file or folder, with the error of its network against the merged one, what opened it, and how it is used."""
 
     path: str
     format: str
@@ -67,12 +90,13 @@ def run(options: FuseOptions) -> None:
         checkpoint.capture_fused(fused, artifact.checkpoint(), changes_of(fused)) if report else artifact.checkpoint()
     )
     bound = max(FILE_TOLERANCE, 10 * (report.rel_error_fp32 if report else 0.0))
-    job = _Job(artifact, fused, result, images, options.model, options.with_normalize, bound)
+    proof = dataclasses.asdict(report) if report else {}
+    job = _Job(options.checkpoint, artifact, fused, result, images, options.model, options.with_normalize, bound, proof)
     contents = [job.content(target, options.form) for target in targets]
     written = [job.verified(*each, options.form) for each in zip(targets, contents, strict=True)]
     for target, content in zip(targets, contents, strict=True):
-        write_bytes(target, content)
-    facts = {"out": [str(target) for target in targets], **(dataclasses.asdict(report) if report else {})}
+        target.write(content)
+    facts = {"out": [str(target.path) for target in targets], **proof}
     facts |= {"images": seen, "files": [dataclasses.asdict(file) for file in written]}
     if options.as_json:
         print(to_json(facts))
@@ -83,7 +107,7 @@ def run(options: FuseOptions) -> None:
 # ---------------------------------------------------------------------------------------------- before anything is done
 
 
-def _targets(source: str, out: Path | None, formats: Sequence[str], *, overwrite: bool) -> list[Path]:
+def _targets(source: str, out: Path | None, formats: Sequence[str], *, overwrite: bool) -> list[Target]:
     path = Path(source)
     if out and out.is_dir():
         raise InputError(f"{out} is a folder: name a file in it")
@@ -95,8 +119,11 @@ def _targets(source: str, out: Path | None, formats: Sequence[str], *, overwrite
                 f"cannot write the format '{wanted}'{did_you_mean(wanted, FORMATS)}: choose {', '.join(FORMATS)}"
             )
     stem = out.with_suffix("") if out and ending in FORMATS else out or _default_stem(path)
-    targets = [stem.with_name(f"{stem.name}.{wanted}") for wanted in dict.fromkeys(endings)]
-    for target in targets:
+    targets = [
+        Target(wanted, stem.with_name(f"{stem.name}{'_' if wanted in FOLDER_FORMATS else '.'}{wanted}"))
+        for wanted in dict.fromkeys(endings)
+    ]
+    for target in (each.path for each in targets):
         if not target.parent.is_dir():
             raise InputError(f"no folder {target.parent} to write {target.name} into")
         if target.resolve() == path.resolve():
@@ -112,11 +139,11 @@ def _default_stem(path: Path) -> Path:
     return path.with_name(f"{path.stem}_fused") if path.is_file() else Path(f"{path.name.rpartition(':')[2]}_fused")
 
 
-def _check_wishes(targets: Sequence[Path], form: str, *, with_normalize: bool) -> None:
-    endings = {target.suffix.removeprefix(".") for target in targets}
+def _check_wishes(targets: Sequence[Target], form: str, *, with_normalize: bool) -> None:
+    endings = {target.kind for target in targets}
     if form not in FORMS:
         raise InputError(f"--form {form} is none of {', '.join(FORMS)}")
-    if form == "conv-bn" and endings & set(GRAPH_FORMATS):
+    if form == "conv-bn" and endings - set(WEIGHT_FORMATS):
         raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
     if with_normalize and endings - set(GRAPH_FORMATS):
         raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
@@ -124,11 +151,11 @@ def _check_wishes(targets: Sequence[Path], form: str, *, with_normalize: bool) -
         need("writing ONNX", "onnx", *onnx_file.PACKAGES)
 
 
-def _check_mergeable(artifact: Artifact, targets: Sequence[Path], form: str) -> None:
+def _check_mergeable(artifact: Artifact, targets: Sequence[Target], form: str) -> None:
     if artifact.runtime != "PyTorch":
         raise InputError(f"{artifact.source} is exported already: fuse the checkpoint that it came from")
-    written = all(target.suffix.removeprefix(".") in WEIGHT_FORMATS for target in targets)
-    if artifact.form == FUSED and written and form == "conv" and "pt" in {target.suffix[1:] for target in targets}:
+    kinds = {target.kind for target in targets}
+    if artifact.form == FUSED and kinds <= set(WEIGHT_FORMATS) and form == "conv" and "pt" in kinds:
         raise InputError(
             f"{artifact.source} is fused already; --format onnx, pt2 or safetensors writes it in another way"
         )
@@ -159,6 +186,7 @@ def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, export.FuseR
 class _Job:
     """A merged network on its way into files."""
 
+    source: str
     artifact: Artifact
     fused: nn.Module
     result: Checkpoint
@@ -166,22 +194,31 @@ class _Job:
     model: str | None
     with_normalize: bool
     bound: float
+    proof: dict[str, Any]
 
-    def content(self, target: Path, form: str) -> bytes:
-        """Return the bytes of a file. Raises InputError for what its format cannot hold."""
-        if target.suffix.removeprefix(".") in WEIGHT_FORMATS:
+    def content(self, target: Target, form: str) -> Content:
+        """Return the bytes of a file, or of a folder's. Raises InputError for what its format cannot hold."""
+        if target.kind in WEIGHT_FORMATS:
             saved = self._plain() if form == "conv-bn" else self.result
-            return checkpoint.as_bytes(saved, target.suffix)
+            return checkpoint.as_bytes(saved, target.path.suffix)
+        if target.kind == "timm":
+            return self._for_timm()
         network, card = self.fused, self.result.card
         if self.with_normalize:
             network, card = Normalized(network, card.mean, card.std), dataclasses.replace(card, normalizes=True)
         header = checkpoint.header(dataclasses.replace(self.result, card=card))
         program = trace(network, self.images, self.artifact.source)
-        write = onnx_file.write if target.suffix == ".onnx" else pt2_file.write
+        write = onnx_file.write if target.kind == "onnx" else pt2_file.write
         try:
             return write(program, header)
         except InputError as error:
             raise InputError(f"{self.artifact.source} {error}") from error
+
+    def _for_timm(self) -> dict[str, bytes]:
+        saved = timm_folder.network_of_timm(self.fused, self.result.card, self.source)
+        share, resized = timm_folder.crop_share(saved.card), self.artifact.preparation.resized
+        text = model_card.readme(saved.card, self.source, proof=self.proof, crop_share=share, resized=resized)
+        return timm_folder.files(saved, text)
 
     def _plain(self) -> Checkpoint:
         """Return the weights in the places of the plain network."""
@@ -197,20 +234,27 @@ class _Job:
         form = FUSED if own else PLAIN
         return checkpoint.capture(network, dataclasses.replace(card, block="plain", structure=plain, form=form))
 
-    def verified(self, target: Path, content: bytes, form: str) -> Written:
+    def verified(self, target: Target, content: Content, form: str) -> Written:
         """Open a file as anybody would, and describe it. Raises MergeError when its network computes something else."""
         with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / f"copy{target.suffix}"
-            copy.write_bytes(content)
-            opened = open_artifact(str(copy), self.model if user_file.names_a_file(self.result.card.model) else None)
-            error = self._error(opened.network)
+            copy = Path(folder) / f"copy{target.path.suffix}"
+            target.write(content, copy)
+            network, opened_by = self._opened(target.kind, copy)
+            error = self._error(network)
         if not error <= self.bound:
             raise MergeError(
-                f"{target} would not compute what the network does: relative error {error:.1e}; not written"
+                f"{target.path} would not compute what the network does: relative error {error:.1e}; not written"
             )
-        kind = target.suffix.removeprefix(".")
+        size = sum(map(len, content.values())) if isinstance(content, dict) else len(content)
         use = _use(target, form, self.result.card)
-        return Written(str(target), kind, form, len(content), error, opened.runtime, use)
+        return Written(str(target.path), target.kind, form, size, error, opened_by, use)
+
+    def _opened(self, kind: str, copy: Path) -> tuple[nn.Module, str]:
+        """Open what was written, as its readers do: the network, and what opened it."""
+        if kind == "timm":
+            return timm_folder.open_by_timm(copy), "timm"
+        opened = open_artifact(str(copy), self.model if user_file.names_a_file(self.result.card.model) else None)
+        return opened.network, opened.runtime
 
     @torch.no_grad()
     def _error(self, network: nn.Module) -> float:
@@ -232,8 +276,11 @@ class _Job:
         return self.fused(self.images)
 
 
-def _use(target: Path, form: str, card: ModelCard) -> str:
+def _use(wanted: Target, form: str, card: ModelCard) -> str:
     """Return the line of code, or the command, that uses a file."""
+    target = wanted.path
+    if wanted.kind == "timm":
+        return f'timm.create_model("local-dir:{target}", pretrained=True)'
     if target.suffix == ".onnx":
         return f'onnxruntime.InferenceSession("{target}").run(None, {{"{onnx_file.INPUT}": images}})'
     if target.suffix == ".pt2":

@@ -20,6 +20,7 @@ from repan_cli.errors import InputError
 from repan_cli.export import onnx_file, pt2_file
 from repan_cli.models import user_file
 from repan_cli.models.author_names import form_in
+from repan_cli.session import hub_folder
 from repan_cli.session.artifact import file_of, open_artifact, written_in
 from repan_cli.system.files import to_json
 from repan_cli.system.text import by_reason
@@ -27,7 +28,7 @@ from repan_cli.system.text import by_reason
 
 def run(options: InfoOptions) -> None:
     """Describe a file: network, form, blocks, classes, where in its run it was saved, figures, settings, digest."""
-    plain, key = checkpoint.split_key(options.checkpoint)
+    plain, key = checkpoint.split_key(hub_folder.fetched(options.checkpoint))
     path = file_of(str(plain))
     if path is None:
         raise InputError(f"no file {options.checkpoint}; repan list models {options.checkpoint} tells of networks")

@@ -6,8 +6,9 @@ SPLITS = ("test", "val", "train")
 """The parts of a data set, in the order in which they are offered and looked for."""
 
 WEIGHT_FORMATS, GRAPH_FORMATS = ("pt", "safetensors"), ("onnx", "pt2")
-FORMATS = (*WEIGHT_FORMATS, *GRAPH_FORMATS)
-"""The formats that repan writes: weights, and graphs that run without it."""
+FOLDER_FORMATS = ("timm",)
+FORMATS = (*WEIGHT_FORMATS, *GRAPH_FORMATS, *FOLDER_FORMATS)
+"""The formats that repan writes: weights, graphs that run without it, and folders for other programs."""
 
 GRAPH_ENDINGS = (".onnx", ".pt2")
 WEIGHT_ENDINGS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")

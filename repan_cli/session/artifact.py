@@ -88,14 +88,15 @@ def open_artifact(
     """Open the network in a file or a run directory, or the pretrained one of a name.
 
     Args:
-        source: a file that repan wrote, weights of others (with `model`), a run directory, or a network's name.
+        source: a file that repan wrote, weights of others (with `model`), a run directory, a network's name, or
+            `hf-hub:ORG/NAME`.
         model: the network that weights of others are of, or a person's own, `file.py:function`.
         pretrained: whether a network by its name gets the weights that timm or torchvision offers.
         block: the block family of a network by its name, where that is built of blocks.
 
     Raises InputError, naming the source, when it is missing or damaged, or does not say which network it is of.
     """
-    plain, key = checkpoint.split_key(source)
+    plain, key = checkpoint.split_key(hub_folder.fetched(source))
     path = file_of(str(plain))
     if path is None:
         return _named(source, pretrained=pretrained, block=block)

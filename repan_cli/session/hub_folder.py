@@ -1,9 +1,11 @@
-"""Folders as the Hub has them: weights, and a `config.json` that says which network they are of."""
+"""Folders as the Hub has them, there or here: weights, and a `config.json` that says which network they are of."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,12 @@ from typing import Any
 
 import timm
 
+from repan_cli import checkpoint
 from repan_cli.config.conventions import CROP_MODES, INTERPOLATIONS
+from repan_cli.errors import InputError
 from repan_cli.models.create import TIMM
 from repan_cli.system.notices import warn
+from repan_cli.system.text import first_line
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth")
@@ -21,6 +26,12 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth")
 
 LONGEST = 2**24
 """Bytes of a description that is read, enough for the names of 100,000 classes."""
+
+
+REPOSITORY = re.compile(
+    r"(?:timm:)?hf[-_]hub:(?!timm/)(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(?P<key>::.+)?"
+)
+"""The name of a repository of the Hub that is not timm's own, as `hf-hub:ORG/NAME` or `hf-hub:ORG/NAME@REVISION`."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,57 @@ class Described:
     classes: tuple[str, ...] | None
 
 
+def names_a_repository(source: str) -> bool:
+    """Tell whether a source is a name on the Hub, and not one of timm's own networks there."""
+    return REPOSITORY.fullmatch(source) is not None
+
+
+def fetched(source: str) -> str:
+    """Return the source with a name on the Hub replaced by the folder that its files were fetched into.
+
+    Files that were fetched before are taken from the cache of huggingface_hub where the network cannot be reached.
+    Raises InputError, with the reason, for a repository that cannot be had or holds no network.
+    """
+    named = REPOSITORY.fullmatch(source)
+    if named is None:
+        return source
+    from huggingface_hub import errors, hf_hub_download
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which would tell of every attempt
+    name, revision = named["name"], named["revision"]
+    try:
+        config = Path(hf_hub_download(name, CONFIG, revision=revision))
+        for weights in WEIGHTS:
+            try:
+                hf_hub_download(name, weights, revision=revision)
+            except errors.EntryNotFoundError:
+                continue
+            return f"{config.parent}{named['key'] or ''}"
+    except errors.LocalEntryNotFoundError as error:
+        raise InputError(f"cannot fetch {source}: the Hub is not reached ({first_line(error)})") from error
+    except errors.EntryNotFoundError as error:
+        raise InputError(
+            f"{source} holds no {CONFIG} that says which network it is: fetch its weights, give --model NAME"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot fetch {source} ({first_line(error)}); 'hf auth login' opens what is private"
+        ) from error
+    raise InputError(f"{source} holds none of {', '.join(WEIGHTS)}")
+
+
 def weights_in(folder: Path) -> Path | None:
     """Return the file of weights in a folder of the Hub."""
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     return found[0] if found and (folder / CONFIG).is_file() else None
+
+
+def file_of(source: str) -> str:
+    """Return the file of weights, with its key, where a source is a folder of the Hub or its name; else the source."""
+    source = fetched(source)
+    path, key = checkpoint.split_key(source)
+    weights = weights_in(path) if path.is_dir() else None
+    return source if weights is None else f"{weights}::{key}" if key else str(weights)
 
 
 def described(weights: Path) -> Described | None:

@@ -56,7 +56,7 @@ class Network:
 
 def build(command: str, config: Config, dataset: Dataset) -> Network:
     """Build the network that a configuration describes. Raises InputError for one that cannot be had or used."""
-    weights = checkpoint.load_any(_file_of(config.model.init)) if config.model.init else None
+    weights = checkpoint.load_any(hub_folder.file_of(config.model.init)) if config.model.init else None
     name = _full_name(config, dataset, weights)
     torch.manual_seed(seed_for("weights", config.run.seed))
     if isinstance(weights, Checkpoint):
@@ -88,13 +88,6 @@ def noise(dataset: Dataset) -> Tensor:
     return probe.noise(PROBE_IMAGES, dataset.channels, dataset.image_size, dataset.image_size)
 
 
-def _file_of(init: str) -> str:
-    """Return the file, with its key, of the weights to start from, which may be a folder of the Hub."""
-    path, key = checkpoint.split_key(init)
-    weights = hub_folder.weights_in(path) if path.is_dir() else None
-    return init if weights is None else f"{weights}::{key}" if key else str(weights)
-
-
 def _source(config: Config) -> str:
     """Return the file of the weights to start from."""
     assert config.model.init is not None, "the weights were read from this file"
@@ -107,7 +100,7 @@ def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
     if isinstance(weights, Checkpoint):
         models.check_given(weights.card.model, None, _source(config))
         return weights.card.model
-    told = hub_folder.described(checkpoint.split_key(_file_of(_source(config)))[0])
+    told = hub_folder.described(checkpoint.split_key(hub_folder.file_of(_source(config)))[0])
     if told is not None:
         return told.network
     raise InputError(f"{config.model.init} does not say which network it is of: give --model NAME")
