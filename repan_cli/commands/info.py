@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from repan_cli import checkpoint, models, runs
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.commands.early import info_source
 from repan_cli.commands.options import InfoOptions
 from repan_cli.config.conventions import GRAPH_ENDINGS
 from repan_cli.config.settings import SCHEMA
@@ -21,17 +22,14 @@ from repan_cli.export import onnx_file, pt2_file
 from repan_cli.models import user_file
 from repan_cli.models.author_names import form_in
 from repan_cli.session import hub_folder
-from repan_cli.session.artifact import file_of, open_artifact, written_in
+from repan_cli.session.artifact import open_artifact, written_in
 from repan_cli.system.files import to_json
 from repan_cli.system.text import by_reason
 
 
 def run(options: InfoOptions) -> None:
     """Describe a file: network, form, blocks, classes, where in its run it was saved, figures, settings, digest."""
-    plain, key = checkpoint.split_key(hub_folder.fetched(options.checkpoint))
-    path = file_of(str(plain))
-    if path is None:
-        raise InputError(f"no file {options.checkpoint}; repan list models {options.checkpoint} tells of networks")
+    path, key = info_source(hub_folder.fetched(options.checkpoint))
     facts = describe(path, options.model, key)
     if options.as_json:
         print(to_json(facts))

@@ -17,6 +17,9 @@ WEIGHT_ENDINGS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
 ARTIFACT_ENDINGS = (*WEIGHT_ENDINGS, *GRAPH_ENDINGS)
 """Endings of all files that hold a network."""
 
+DATASET_PREFIXES = ("hfds", "torch", "wds", "tfds", "hfids")
+"""Words before the slash in the names of data sets that timm opens."""
+
 SMALL_IMAGE = 64
 """Up to this side in pixels images live in memory, and short names of networks mean ours."""
 

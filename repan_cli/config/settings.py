@@ -6,7 +6,6 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from repan_cli.config.conventions import SMALL_IMAGE, WEIGHT_ENDINGS
@@ -116,8 +115,6 @@ class DataConfig:
     def problems(self) -> Iterator[str]:
         if self.channels == 2 or (self.channels or 0) > 3:
             yield f"data.channels={self.channels} is neither 1 nor 3"
-        if self.name and self.name not in RECIPES and Path(self.name).is_dir():
-            yield f"data.name={self.name} is a folder: give --dataset folder --data-root {self.name}"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from repan_cli.blocks import NATIVE, rep_blocks, reparameterize
 from repan_cli.blocks.kernel import BatchNorm, running_stats
@@ -62,6 +61,8 @@ def count_parameters(model: nn.Module) -> int:
 @torch.no_grad()
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Multiply-accumulates of convolutions and matrix products for one image (1, C, H, W)."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton where that is installed
+
     with FlopCounterMode(display=False) as counter:
         model(image)
     return counter.get_total_flops() // 2

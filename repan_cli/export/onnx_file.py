@@ -17,11 +17,11 @@ from repan_cli.export.onnx_digest import HEADER, change_of, serialized
 from repan_cli.export.opset import OPSET, at_opset
 from repan_cli.export.trace import quiet
 from repan_cli.system.files import to_json
-from repan_cli.system.packages import need
+from repan_cli.system.packages import ONNX_PACKAGES, need
 from repan_cli.system.text import first_line
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PACKAGES = ONNX_PACKAGES
 
 
 def write(program: ExportedProgram, header: dict[str, Any], opset: int = OPSET) -> bytes:

@@ -15,10 +15,10 @@ from repan_cli.blocks import NATIVE
 from repan_cli.checkpoint.card import MULTI_BRANCH, PLAIN, ModelCard, Structure
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.conventions import CENTER, CROP_SHARE, INTERPOLATION, is_resized
+from repan_cli.config.names import TIMM
 from repan_cli.errors import InputError
 from repan_cli.export.conv_bn import as_plain
 from repan_cli.models.changes import changes_of
-from repan_cli.models.create import TIMM
 from repan_cli.system.files import to_json
 
 WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"

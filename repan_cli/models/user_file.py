@@ -12,15 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from repan_cli.config.names import names_a_file, no_network_file
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
 from repan_cli.system.text import first_line
 
-
-def names_a_file(name: str) -> bool:
-    """Tell whether a network's name means a function in a file: `net.py:build`."""
-    path, colon, _ = name.rpartition(":")
-    return bool(colon) and path.endswith(".py")
+__all__ = ["build", "names_a_file"]
 
 
 def build(name: str, *, num_classes: int, in_chans: int) -> nn.Module:
@@ -46,7 +43,7 @@ def build(name: str, *, num_classes: int, in_chans: int) -> nn.Module:
 
 def _imported(path: Path) -> ModuleType:
     if not path.is_file():
-        raise InputError(f"no file {path} to take a network from")
+        raise no_network_file(path)
     spec = importlib.util.spec_from_file_location(f"repan_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None, "every name that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)

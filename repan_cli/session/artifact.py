@@ -12,12 +12,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from repan_cli import checkpoint, models, runs
+from repan_cli import checkpoint, models
 from repan_cli.blocks import NATIVE, rep_blocks
 from repan_cli.checkpoint.card import MULTI_BRANCH, PLAIN, ModelCard
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.conventions import (
-    ARTIFACT_ENDINGS,
     CENTER,
     CROP_MODES,
     CROP_SHARE,
@@ -26,17 +25,17 @@ from repan_cli.config.conventions import (
     LARGE_IMAGE,
     is_resized,
 )
+from repan_cli.config.names import TIMM
 from repan_cli.data.preprocess import MiddleCrop, Preparation
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file, pt2_file
 from repan_cli.models import user_file
 from repan_cli.models.changes import Expansion
-from repan_cli.models.create import TIMM
 from repan_cli.models.foreign import fit
 from repan_cli.models.inspect import classifier_layers, wanted_images
 from repan_cli.models.timm_blocks import is_own_block
-from repan_cli.registry import did_you_mean
 from repan_cli.session import hub_folder
+from repan_cli.session.sources import file_of
 from repan_cli.system.notices import warn
 
 OUR_IMAGE, OUR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
@@ -114,24 +113,6 @@ def open_artifact(
     if isinstance(content, Checkpoint):
         return Artifact(str(path), models.rebuild(content, str(path), model), content.card, saved=content)
     return _foreign(path, content, model)
-
-
-def file_of(source: str) -> Path | None:
-    """Return the file that a person means; None where it is the name of a network."""
-    path = Path(source)
-    if path.is_dir():
-        for name in ("best.pt", runs.LAST):
-            if (path / name).is_file():
-                return path / name
-        if (weights := hub_folder.weights_in(path)) is not None:
-            return weights
-        raise InputError(f"{source} is a folder without best.pt or last.pt: name a file in it")
-    if path.is_file():
-        return path
-    if path.suffix in ARTIFACT_ENDINGS or len(path.parts) > 1:
-        beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(f"no file {source}{did_you_mean(str(path), beside)}")
-    return None
 
 
 def written_in(header: str | None) -> tuple[ModelCard, str] | None:
