@@ -32,6 +32,7 @@ LIGHT = {"cli", "config", "registry", "errors", "runs", "display", "compare"}
 
 LIGHT_FILES = {
     *(f"repan_cli.system.{name}" for name in ("files", "host", "launcher", "notices", "packages", "signals", "text")),
+    "repan_cli.system.user_code",
     "repan_cli.training.events",
 }
 

@@ -12,6 +12,7 @@ from repan_cli.blocks.rep_block import (
     reparameterize,
     set_attach_rate,
 )
+from repan_cli.blocks.user_block import is_own, register_block, use_block
 
 __all__ = [
     "FAMILIES",
@@ -26,10 +27,13 @@ __all__ = [
     "block_around",
     "check_family",
     "fill_all",
+    "is_own",
     "make_block",
+    "register_block",
     "reinit_branches",
     "rep_blocks",
     "reparameterize",
     "set_attach_rate",
     "side_branches",
+    "use_block",
 ]

@@ -11,7 +11,7 @@ from repan_cli.checkpoint.format import (
     save,
     sealed,
 )
-from repan_cli.checkpoint.reading import check_seal, load, load_any
+from repan_cli.checkpoint.reading import check_seal, chosen_in, load, load_any
 from repan_cli.checkpoint.weights import load_weights
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "capture",
     "capture_fused",
     "check_seal",
+    "chosen_in",
     "header",
     "load",
     "load_any",

@@ -59,7 +59,7 @@ def run(options: FuseOptions) -> None:
     """Write a merged network, once for every format. Nothing is written unless everything agrees."""
     targets = _targets(options.checkpoint, options.out, options.formats, overwrite=options.overwrite)
     _check_wishes(targets, options.form, with_normalize=options.with_normalize)
-    artifact = open_artifact(options.checkpoint, options.model)
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     _check_mergeable(artifact, targets, options.form)
     images, seen = _images(artifact, options.data_root)
     fused, report = _merged(artifact, images)

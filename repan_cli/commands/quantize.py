@@ -38,7 +38,7 @@ def run(options: QuantizeOptions) -> None:
     target = _target(options.checkpoint, options.out, overwrite=options.overwrite)
     if options.images < 1:
         raise InputError(f"--images {options.images}: at least one is needed to calibrate")
-    artifact = open_artifact(options.checkpoint, options.model)
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     if artifact.runtime != "PyTorch":
         raise InputError(f"{artifact.source} is exported already: quantise the checkpoint that it came from")
     check_finite(artifact.network)

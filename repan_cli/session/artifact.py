@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli import checkpoint, models, runs
-from repan_cli.blocks import NATIVE, rep_blocks
+from repan_cli.blocks import NATIVE, rep_blocks, use_block
 from repan_cli.checkpoint.card import MULTI_BRANCH, PLAIN, ModelCard
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.conventions import ARTIFACT_ENDINGS, LARGE_IMAGE
@@ -75,7 +75,8 @@ def open_artifact(
         source: a file that repan wrote, weights of others (with `model`), a run directory, or a network's name.
         model: the network that weights of others are of, or a person's own, `file.py:function`.
         pretrained: whether a network by its name gets the weights that timm or torchvision offers.
-        block: the block family of a network by its name, where that is built of blocks.
+        block: the block family of a network by its name, where that is built of blocks; of a file with blocks of a
+            person's own their family, `file.py:function`.
 
     Raises InputError, naming the source, when it is missing or damaged, or does not say which network it is of.
     """
@@ -91,7 +92,8 @@ def open_artifact(
         return Artifact(str(path), network, _described(path), "torch.export")
     content = checkpoint.load_any(path if key is None else f"{path}::{key}")
     if isinstance(content, Checkpoint):
-        return Artifact(str(path), models.rebuild(content, str(path), model), content.card, saved=content)
+        network = models.rebuild(content, str(path), model, block)
+        return Artifact(str(path), network, content.card, saved=content)
     return _foreign(path, content, model)
 
 
@@ -141,6 +143,7 @@ def _described(path: Path) -> ModelCard:
 def _named(name: str, *, pretrained: bool, block: str | None) -> Artifact:
     if user_file.names_a_file(name):
         raise InputError(f"{name} is a network without weights: give the file of its weights, and this as --model")
+    use_block(block)
     full = models.resolve(name, LARGE_IMAGE)
     if full in models.BUILTIN and pretrained:
         raise InputError(f"{full} is a network without weights: train it, then give its checkpoint")
