@@ -34,6 +34,7 @@ from repan_cli.system.notices import warn
 from repan_cli.system.packages import missing
 from repan_cli.system.text import first_line
 from repan_cli.system.timing import Timing, interleaved
+from repan_cli.system.user_code import names_a_file
 
 BATCHES = (1, 32, 128)
 COMPILED, ONNX = "compiled", "ONNX Runtime"
@@ -94,9 +95,9 @@ def _artifact(source: str, model: str | None, image_size: int | None, block: str
     """Open the network of a file, or build the one of a name, with fresh weights, expanded."""
     is_file = Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS
     if is_file or names_a_repository(source):
-        if block is not None:
-            raise InputError("--block is for a network by its name: a file has its blocks")
-        return open_artifact(source, model)
+        if block is not None and not names_a_file(block):
+            raise InputError("--block is for a network by its name, or for blocks of your own: a file has its blocks")
+        return open_artifact(source, model, block=block)
     name = models.resolve(source, image_size or models.SMALL_IMAGE)
     native = block if name in models.BUILT_OF_BLOCKS else None
     artifact = open_artifact(name, pretrained=False, block=native)

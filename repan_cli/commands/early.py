@@ -39,6 +39,7 @@ from repan_cli.session import sources
 from repan_cli.system.files import write_bytes, write_folder
 from repan_cli.system.launcher import own_rank, restarts
 from repan_cli.system.packages import ONNX_PACKAGES, need
+from repan_cli.system.user_code import names_a_file
 from repan_cli.system.weight_files import no_checkpoint, split_key
 from repan_cli.training.schedules import SCHEDULES
 
@@ -82,7 +83,7 @@ def _check_network(config: Config) -> None:
     if config.model.name is not None:
         names.check_model(config.model.name)
     _check_weights(config.model.init)
-    if config.block.name is not None and not names.names_a_file(config.block.name):
+    if config.block.name is not None and not names_a_file(config.block.name):
         _check_known("block family", config.block.name, names.blocks())
 
 

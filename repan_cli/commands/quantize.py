@@ -34,7 +34,7 @@ SHOWN = 8
 def run(options: QuantizeOptions) -> None:
     """Merge a network, look at its layers, write it in int8, score both. Only training images calibrate."""
     target = quantize_target(options)
-    artifact = open_artifact(options.checkpoint, options.model)
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     if artifact.runtime != "PyTorch":
         raise InputError(f"{artifact.source} is exported already: quantise the checkpoint that it came from")
     check_finite(artifact.network)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
+from repan_cli.system.user_code import names_a_file
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -36,12 +37,6 @@ REPOSITORY = re.compile(
 def names_a_repository(source: str) -> bool:
     """Tell whether a source is a name on the Hub, and not one of timm's own networks there."""
     return REPOSITORY.fullmatch(source) is not None
-
-
-def names_a_file(name: str) -> bool:
-    """Tell whether a name means a function in a person's own file: `net.py:build`."""
-    path, colon, _ = name.rpartition(":")
-    return bool(colon) and path.endswith(".py")
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -124,7 +119,7 @@ def check_model(name: str) -> None:
     if names_a_file(name):
         path = Path(name.rpartition(":")[0]).expanduser()
         if not path.is_file():
-            raise no_network_file(path)
+            raise InputError(f"no file {path} to take a network from")
         return
     if name.startswith(TORCHVISION):
         known = [TORCHVISION + each for each in of_torchvision()]
@@ -141,10 +136,6 @@ def check_model(name: str) -> None:
     full = ALIASES.get(name, name)
     if full not in builtin() and f"{SMALL.get(full, full)}_cifar" not in builtin():
         raise unknown_model(name, list(dict.fromkeys([*ALIASES, *builtin(), *theirs])))
-
-
-def no_network_file(path: Path) -> InputError:
-    return InputError(f"no file {path} to take a network from")
 
 
 # ---------------------------------------------------------------------------------------------- other names

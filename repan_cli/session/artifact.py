@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli import checkpoint, models
-from repan_cli.blocks import NATIVE, rep_blocks
+from repan_cli.blocks import NATIVE, rep_blocks, use_block
 from repan_cli.checkpoint.card import MULTI_BRANCH, PLAIN, ModelCard
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.conventions import (
@@ -91,7 +91,8 @@ def open_artifact(
             `hf-hub:ORG/NAME`.
         model: the network that weights of others are of, or a person's own, `file.py:function`.
         pretrained: whether a network by its name gets the weights that timm or torchvision offers.
-        block: the block family of a network by its name, where that is built of blocks.
+        block: the block family of a network by its name, where that is built of blocks; of a file with blocks of a
+            person's own their family, `file.py:function`.
 
     Raises InputError, naming the source, when it is missing or damaged, or does not say which network it is of.
     """
@@ -107,11 +108,12 @@ def open_artifact(
         return Artifact(str(path), file.network(), card, "ONNX Runtime")
     if path.suffix == ".pt2":
         checkpoint.check_seal(path)
-        network = pt2_file.open_file(path)
-        return Artifact(str(path), network, _described(path, pt2_file.header(path)), "torch.export")
+        program = pt2_file.open_file(path)
+        return Artifact(str(path), program, _described(path, pt2_file.header(path)), "torch.export")
     content = checkpoint.load_any(path if key is None else f"{path}::{key}")
     if isinstance(content, Checkpoint):
-        return Artifact(str(path), models.rebuild(content, str(path), model), content.card, saved=content)
+        network = models.rebuild(content, str(path), model, block)
+        return Artifact(str(path), network, content.card, saved=content)
     return _foreign(path, content, model)
 
 
@@ -142,6 +144,7 @@ def _described(path: Path, header: str | None) -> ModelCard:
 def _named(name: str, *, pretrained: bool, block: str | None) -> Artifact:
     if user_file.names_a_file(name):
         raise InputError(f"{name} is a network without weights: give the file of its weights, and this as --model")
+    use_block(block)
     full = models.resolve(name, LARGE_IMAGE)
     if full in models.BUILTIN and pretrained:
         raise InputError(f"{full} is a network without weights: train it, then give its checkpoint")
