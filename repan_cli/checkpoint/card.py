@@ -20,7 +20,7 @@ FORMS = (MULTI_BRANCH, FUSED, PLAIN)
 """Forms of a network: with side branches, merged, or built without any."""
 
 MOST_CHANNELS, LARGEST_IMAGE = 4096, 2**16
-CHANGE_KINDS = ("adapt", "expand", "grow")
+CHANGE_KINDS = ("adapt", "expand", "grow", "merge")
 
 
 class Change(NamedTuple):
@@ -28,8 +28,9 @@ class Change(NamedTuple):
 
     `adapt` makes blocks of timm's own multi-branch module `name`; `expand` one of the convolution `name` and the BN
     `norm`, if it has one (else it gets a bias, if it has none); `grow` gives the block `name`, which has no side
-    branch, those of a family; `copies` is the number of branches, for the families that let choose. `family` is None
-    for `adapt` alone.
+    branch, those of a family; `copies` is the number of branches, for the families that let choose. `merge` puts one
+    convolution, `norm` by its name in there, in the place of a sum of branches that the module `name` adds itself.
+    `family` is None for `adapt` and `merge`.
     """
 
     kind: str

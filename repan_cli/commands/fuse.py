@@ -32,7 +32,7 @@ from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
 from repan_cli.system.files import make_folder, to_json
 from repan_cli.system.notices import warn
-from repan_cli.system.text import count
+from repan_cli.system.text import by_reason, count
 
 FILE_TOLERANCE = 1e-4
 """Bound on the relative error of a file's network in float32; ten times the network's own rounding where that is more.
@@ -159,7 +159,7 @@ class _Job:
         name = card.model if self.model is None or not user_file.names_a_file(card.model) else self.model
         blank = models.create(name, num_classes=len(card.classes), in_chans=card.in_chans, block=block)
         network = as_plain(self.fused, blank)
-        own = tuple(change for change in structure.changes if change[0] == "adapt")
+        own = tuple(change for change in structure.changes if change.kind in ("adapt", "merge"))
         plain = Structure(own, {}, native)
         form = FUSED if own else PLAIN
         return checkpoint.capture(network, dataclasses.replace(card, block="plain", structure=plain, form=form))
@@ -248,6 +248,8 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
     if "blocks" in facts:
         folded = f", folded {count(facts['folded'], 'BN')} outside of blocks" if facts["folded"] else ""
         tell(f"merged {count(facts['blocks'], 'block')} of {source}{folded} in {facts['seconds']:.2f} s")
+        for names, reason in by_reason(facts["left"]):
+            tell(f"left alone      {names}: {reason}")
         double, single = facts["rel_error_fp64"], facts["rel_error_fp32"]
         tell(f"relative error  {double:.1e} in float64 (bound {export.TOLERANCE:.0e}), {single:.1e} in float32")
         tell(f"parameters      {facts['params_before']:,} before, {facts['params_after']:,} after")
