@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from repan_cli import checkpoint, export, models
 from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard, Structure
@@ -20,9 +21,10 @@ from repan_cli.commands.options import FuseOptions
 from repan_cli.config.conventions import FORMATS, GRAPH_FORMATS, WEIGHT_FORMATS
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError, MergeError
-from repan_cli.export import onnx_file, pt2_file
+from repan_cli.export import half, onnx_file, pt2_file
 from repan_cli.export.conv_bn import as_plain
 from repan_cli.export.fuse import check_finite, untrained_norms
+from repan_cli.export.opset import OPSET, check_opset
 from repan_cli.export.trace import Normalized, trace
 from repan_cli.models import user_file
 from repan_cli.models.changes import changes_of
@@ -33,13 +35,17 @@ from repan_cli.session.artifact_images import noise, real_images
 from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import need
-from repan_cli.system.text import count
+from repan_cli.system.text import count, percent
 
 FORMS = ("conv", "conv-bn")
 
 FILE_TOLERANCE = 1e-4
 """Bound on the relative error of a file's network in float32; ten times the network's own rounding where that is more.
 A file that computes something else is beyond 1e-2."""
+
+
+HALF_IMAGES, BATCH = 256, 32
+"""Images of a network's data on which float16 is compared, and so many at once."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Written:
 def run(options: FuseOptions) -> None:
     """Write a merged network, once for every format. Nothing is written unless everything agrees."""
     targets = _targets(options.checkpoint, options.out, options.formats, overwrite=options.overwrite)
-    _check_wishes(targets, options.form, with_normalize=options.with_normalize)
+    _check_wishes(targets, options)
     artifact = open_artifact(options.checkpoint, options.model)
     _check_mergeable(artifact, targets, options.form)
     images, seen = _images(artifact, options.data_root)
@@ -67,13 +73,14 @@ def run(options: FuseOptions) -> None:
         checkpoint.capture_fused(fused, artifact.checkpoint(), changes_of(fused)) if report else artifact.checkpoint()
     )
     bound = max(FILE_TOLERANCE, 10 * (report.rel_error_fp32 if report else 0.0))
-    job = _Job(artifact, fused, result, images, options.model, options.with_normalize, bound)
+    job = _Job(artifact, fused, result, images, options, bound)
     contents = [job.content(target, options.form) for target in targets]
     written = [job.verified(*each, options.form) for each in zip(targets, contents, strict=True)]
     for target, content in zip(targets, contents, strict=True):
         write_bytes(target, content)
     facts = {"out": [str(target) for target in targets], **(dataclasses.asdict(report) if report else {})}
     facts |= {"images": seen, "files": [dataclasses.asdict(file) for file in written]}
+    facts |= {"float16": dataclasses.asdict(job.half_report)} if options.half else {}
     if options.as_json:
         print(to_json(facts))
     else:
@@ -112,13 +119,19 @@ def _default_stem(path: Path) -> Path:
     return path.with_name(f"{path.stem}_fused") if path.is_file() else Path(f"{path.name.rpartition(':')[2]}_fused")
 
 
-def _check_wishes(targets: Sequence[Path], form: str, *, with_normalize: bool) -> None:
-    endings = {target.suffix.removeprefix(".") for target in targets}
+def _check_wishes(targets: Sequence[Path], options: FuseOptions) -> None:
+    endings, form = {target.suffix.removeprefix(".") for target in targets}, options.form
     if form not in FORMS:
         raise InputError(f"--form {form} is none of {', '.join(FORMS)}")
     if form == "conv-bn" and endings & set(GRAPH_FORMATS):
         raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
-    if with_normalize and endings - set(GRAPH_FORMATS):
+    if options.half and endings != {"onnx"}:
+        raise InputError("--half is for ONNX files: use --format onnx")
+    if options.opset is not None:
+        if "onnx" not in endings:
+            raise InputError("--opset is for ONNX files: use --format onnx")
+        check_opset(options.opset)
+    if options.with_normalize and endings - set(GRAPH_FORMATS):
         raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
     if "onnx" in endings:
         need("writing ONNX", "onnx", *onnx_file.PACKAGES)
@@ -163,9 +176,9 @@ class _Job:
     fused: nn.Module
     result: Checkpoint
     images: Tensor
-    model: str | None
-    with_normalize: bool
+    options: FuseOptions
     bound: float
+    measured: list[half.HalfReport] = field(default_factory=list)
 
     def content(self, target: Path, form: str) -> bytes:
         """Return the bytes of a file. Raises InputError for what its format cannot hold."""
@@ -173,15 +186,44 @@ class _Job:
             saved = self._plain() if form == "conv-bn" else self.result
             return checkpoint.as_bytes(saved, target.suffix)
         network, card = self.fused, self.result.card
-        if self.with_normalize:
+        if self.options.with_normalize:
             network, card = Normalized(network, card.mean, card.std), dataclasses.replace(card, normalizes=True)
-        header = checkpoint.header(dataclasses.replace(self.result, card=card))
         program = trace(network, self.images, self.artifact.source)
-        write = onnx_file.write if target.suffix == ".onnx" else pt2_file.write
         try:
-            return write(program, header)
+            return (
+                self._onnx(program, card) if target.suffix == ".onnx" else pt2_file.write(program, self._header(card))
+            )
         except InputError as error:
             raise InputError(f"{self.artifact.source} {error}") from error
+
+    def _onnx(self, program: ExportedProgram, card: ModelCard) -> bytes:
+        opset = OPSET if self.options.opset is None else self.options.opset
+        if not self.options.half:
+            return onnx_file.write(program, self._header(card), opset)
+        _ = self.half_bound  # which refuses a network that float16 cannot hold
+        model = half.as_half(onnx_file.model_of(program, opset))
+        self.measured.append(self._compare_half(onnx_file.OnnxNetwork(model.SerializeToString())))
+        card = dataclasses.replace(card, precision="float16", float16=dataclasses.asdict(self.half_report))
+        return onnx_file.seal(model, self._header(card))
+
+    def _header(self, card: ModelCard) -> dict[str, Any]:
+        return checkpoint.header(dataclasses.replace(self.result, card=card))
+
+    def _compare_half(self, network: nn.Module) -> half.HalfReport:
+        """Compare on images of the network's data where they are at hand, else on noise."""
+        real, _ = real_images(self.artifact, self.options.data_root, HALF_IMAGES)
+        images = self.images if real is None else real
+        batches = ((self._given(part), part) for part in images.split(BATCH))
+        return half.compare(network, self.fused, batches, real=real is not None)
+
+    @functools.cached_property
+    def half_bound(self) -> float:
+        return half.bound(self.fused, self.images, self.artifact.source)
+
+    @property
+    def half_report(self) -> half.HalfReport:
+        """Return the cost of float16, once that file was made."""
+        return self.measured[0]
 
     def _plain(self) -> Checkpoint:
         """Return the weights in the places of the plain network."""
@@ -189,7 +231,8 @@ class _Job:
         structure = card.structure
         block = "plain" if structure.native else None
         native = {"block": block, "branches": None} if block else {}
-        name = card.model if self.model is None or not user_file.names_a_file(card.model) else self.model
+        given = self.options.model
+        name = card.model if given is None or not user_file.names_a_file(card.model) else given
         blank = models.create(name, num_classes=len(card.classes), in_chans=card.in_chans, block=block)
         network = as_plain(self.fused, blank)
         own = tuple(change for change in structure.changes if change[0] == "adapt")
@@ -202,9 +245,10 @@ class _Job:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / f"copy{target.suffix}"
             copy.write_bytes(content)
-            opened = open_artifact(str(copy), self.model if user_file.names_a_file(self.result.card.model) else None)
+            own = user_file.names_a_file(self.result.card.model)
+            opened = open_artifact(str(copy), self.options.model if own else None)
             error = self._error(opened.network)
-        if not error <= self.bound:
+        if not error <= (self.half_bound if self.options.half else self.bound):
             raise MergeError(
                 f"{target} would not compute what the network does: relative error {error:.1e}; not written"
             )
@@ -215,15 +259,19 @@ class _Job:
     @torch.no_grad()
     def _error(self, network: nn.Module) -> float:
         """Return the larger relative error of two, in batches of two sizes."""
-        given = self.images
-        if self.with_normalize:
-            mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (self.result.card.mean, self.result.card.std))
-            given = given * std + mean
+        given = self._given(self.images)
         found = network(given), network(given[:1])
         return max(
             export.relative_error(each, wanted)
             for each, wanted in zip(found, (self.expected, self.expected[:1]), strict=True)
         )
+
+    def _given(self, images: Tensor) -> Tensor:
+        """Return normalised images as the graph takes them."""
+        if not self.options.with_normalize:
+            return images
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (self.result.card.mean, self.result.card.std))
+        return images * std + mean
 
     @functools.cached_property
     @torch.no_grad()
@@ -283,10 +331,19 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
         for file in facts["files"]
     ]
     print_table(["wrote", "size", "agrees", "opened by"], rows, to_stderr=True)
+    if "float16" in facts:
+        tell(f"float16         {_cost(facts['float16'])}")
     for file in facts["files"]:
         tell(f"use             {file['use']}")
     if any(file["format"] in GRAPH_FORMATS for file in facts["files"]):
         tell(f"images          {_input(artifact, with_normalize=with_normalize)}")
+
+
+def _cost(facts: dict[str, Any]) -> str:
+    """Say what float16 costs."""
+    seen = f"{facts['images']} {'real images' if facts['real'] else 'images of noise'}"
+    same = percent(100 * facts["top1_agreement"])
+    return f"relative error {facts['rel_error']:.1e}, the same class for {same} % of {seen}"
 
 
 def _agreement(error: float) -> str:

@@ -18,6 +18,7 @@ from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
 from repan_cli.export import int8, onnx_file
 from repan_cli.export.fuse import check_finite
+from repan_cli.export.opset import OPSET, check_opset
 from repan_cli.export.trace import trace
 from repan_cli.models.changes import changes_of
 from repan_cli.session import artifact_images
@@ -36,6 +37,8 @@ def run(options: QuantizeOptions) -> None:
     """Merge a network, look at its layers, write it in int8, score both. Only training images calibrate."""
     need("int8", "onnx", *onnx_file.PACKAGES)
     target = _target(options.checkpoint, options.out, overwrite=options.overwrite)
+    opset = OPSET if options.opset is None else options.opset
+    check_opset(opset, int8.LEAST_OPSET)
     if options.images < 1:
         raise InputError(f"--images {options.images}: at least one is needed to calibrate")
     artifact = open_artifact(options.checkpoint, options.model)
@@ -48,7 +51,7 @@ def run(options: QuantizeOptions) -> None:
     training = eval_loader(data, "train", machine, crop=artifact.preparation.crop)
     layers = int8.health(network, _calibration(training, options.images))
     header = checkpoint.header(saved)
-    graph = onnx_file.write(trace(network, artifact_images.noise(artifact), artifact.source), header)
+    graph = onnx_file.write(trace(network, artifact_images.noise(artifact), artifact.source), header, opset)
     card = dataclasses.replace(saved.card, precision="int8")
     header = checkpoint.header(dataclasses.replace(saved, card=card))
     content = int8.quantize(graph, _calibration(training, options.images), header, per_channel=not options.per_tensor)

@@ -29,6 +29,9 @@ LEVELS = 255
 USUAL = 0.999
 """The share of values that are no outliers."""
 
+LEAST_OPSET = 13
+"""The first version of ONNX's operators that has a scale for each channel."""
+
 SAMPLED = 2**18
 """Values of a layer's input that are looked at, of each batch."""
 
