@@ -83,10 +83,10 @@ class ModelCard:
     `model` is the full name, as `models.resolve` gives it, `block` the family of its blocks, `form` one of `FORMS`.
     `mean` and `std` are those of each channel, of images in [0, 1]; with `normalizes` the network itself applies them.
     `crop_share` is the part of the side of a resized image that is kept, by `crop_mode` and `interpolation`, where they
-    are not the usual ones. `config` holds the settings of the run by
-    dotted key, `metrics` its figures at this point, `teachers` the digests of its teachers, `surroundings` what the
-    last bits may depend on. The digests tell which images were held out, and how all images are labelled. What a file
-    does not say is None.
+    are not the usual ones. `config` holds the settings of the run by dotted key, `metrics` its figures at this point,
+    `teachers` the digests of its teachers, `surroundings` what the last bits may depend on, `float16` what a file in
+    that precision lost. The digests tell which images were held out, and how all images are labelled. What a file does
+    not say is None.
     """
 
     model: str
@@ -108,6 +108,7 @@ class ModelCard:
     interpolation: str | None = None
     normalizes: bool | None = None
     precision: str | None = None
+    float16: Mapping[str, Any] | None = None
     fused_from: str | None = None
     repan: str | None = None
     command: str | None = None
@@ -158,8 +159,8 @@ class ModelCard:
 NEEDED = ("model", "block", "form", "structure", "classes", "in_chans", "image_size", "mean", "std")
 WRITTEN = (*NEEDED, "config", "split_digest", "cycle", "epoch", "metrics")
 IF_KNOWN = (
-    *("crop_share", "crop_mode", "interpolation", "normalizes", "precision", "fused_from", "repan", "command"),
-    *("labels_digest", "surroundings", "teachers"),
+    *("crop_share", "crop_mode", "interpolation", "normalizes", "precision", "float16", "fused_from", "repan"),
+    *("command", "labels_digest", "surroundings", "teachers"),
 )
 OF_RUNS = ("progress", "begun", "finished")
 
@@ -231,6 +232,7 @@ FITS: dict[str, Fits] = {
     "interpolation": lambda value: isinstance(value, str) and value in INTERPOLATIONS,
     "normalizes": lambda value: isinstance(value, bool),
     "precision": _text,
+    "float16": _mapping,
     "fused_from": _text,
     "repan": _text,
     "command": _text,

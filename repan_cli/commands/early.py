@@ -26,6 +26,8 @@ from repan_cli.config.conventions import (
     FOLDER_FORMATS,
     FORMATS,
     GRAPH_FORMATS,
+    INT8_OPSETS,
+    OPSETS,
     WEIGHT_ENDINGS,
     WEIGHT_FORMATS,
 )
@@ -243,7 +245,7 @@ def fuse_targets(options: FuseOptions) -> list[Target]:
         if target.resolve() == path.resolve():
             raise InputError(f"{target} is the checkpoint itself: give another --out")
         check_writable(target, overwrite=options.overwrite)
-    _check_form({*endings}, options.form, with_normalize=options.with_normalize)
+    _check_form({*endings}, options)
     return targets
 
 
@@ -262,15 +264,26 @@ def _default_stem(path: Path) -> Path:
     return path.with_name(f"{path.stem}_fused") if path.is_file() else Path(f"{path.name.rpartition(':')[2]}_fused")
 
 
-def _check_form(endings: set[str], form: str, *, with_normalize: bool) -> None:
+def _check_form(endings: set[str], options: FuseOptions) -> None:
+    form = options.form
     if form not in FORMS:
         raise InputError(f"--form {form} is none of {', '.join(FORMS)}")
     if form == "conv-bn" and endings - set(WEIGHT_FORMATS):
         raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
-    if with_normalize and endings - set(GRAPH_FORMATS):
+    if options.half and endings != {"onnx"}:
+        raise InputError("--half is for ONNX files: use --format onnx")
+    if options.opset is not None and "onnx" not in endings:
+        raise InputError("--opset is for ONNX files: use --format onnx")
+    _check_opset(options.opset, OPSETS)
+    if options.with_normalize and endings - set(GRAPH_FORMATS):
         raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
     if "onnx" in endings:
         need("writing ONNX", "onnx", *ONNX_PACKAGES)
+
+
+def _check_opset(opset: int | None, offered: range) -> None:
+    if opset is not None and opset not in offered:
+        raise InputError(f"--opset {opset} is not offered here: choose from {offered[0]} to {offered[-1]}")
 
 
 def _check_quantize(options: QuantizeOptions) -> None:
@@ -288,6 +301,7 @@ def quantize_target(options: QuantizeOptions) -> Path:
     if target.suffix != ".onnx":
         raise InputError(f"--out {target}: int8 is written as ONNX, name a file that ends in .onnx")
     check_writable(target, overwrite=options.overwrite)
+    _check_opset(options.opset, INT8_OPSETS)
     if options.images < 1:
         raise InputError(f"--images {options.images}: at least one is needed to calibrate")
     return target

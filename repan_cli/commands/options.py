@@ -47,6 +47,7 @@ ClassOrder = Annotated[
 Split = Annotated[str, Option(("--split",), "test, val or train.", "PART", "splits")]
 Overwrite = Annotated[bool, Option(("--overwrite",), "Replace files that exist.")]
 AsJson = Annotated[bool, Option(("--json",), "Print the result as JSON on stdout.")]
+Opset = Annotated[int | None, Option(("--opset",), "Version of ONNX's operators, for older runtimes; default 18.", "N")]
 Block = Annotated[str | None, Option(("--block",), metavar="NAME", setting="block.name", panel=WHAT)]
 
 
@@ -71,6 +72,8 @@ class FuseOptions:
     with_normalize: Annotated[
         bool, Option(("--with-normalize",), "Put the normalisation of images into the graph.")
     ] = False
+    half: Annotated[bool, Option(("--half",), "Write the ONNX file in float16, and measure what that costs.")] = False
+    opset: Opset = None
     model: Network = None
     block: OwnBlock = None
     data_root: Annotated[
@@ -92,6 +95,7 @@ class QuantizeOptions:
     per_tensor: Annotated[
         bool, Option(("--per-tensor",), "One scale for all weights of a layer, not one a channel.")
     ] = False
+    opset: Opset = None
     dataset: DatasetName = None
     data_root: DataRoot = None
     split: Split = "test"
