@@ -21,6 +21,7 @@ from repan_cli.commands.options import (
     QuantizeOptions,
 )
 from repan_cli.config import names
+from repan_cli.config.advice import unusual, without_effect
 from repan_cli.config.conventions import (
     ARTIFACT_ENDINGS,
     FOLDER_FORMATS,
@@ -40,6 +41,7 @@ from repan_cli.runs.trackers import TRACKERS
 from repan_cli.session import sources
 from repan_cli.system.files import write_bytes, write_folder
 from repan_cli.system.launcher import own_rank, restarts
+from repan_cli.system.notices import warn
 from repan_cli.system.packages import ONNX_PACKAGES, need
 from repan_cli.system.user_code import names_a_file
 from repan_cli.system.weight_files import no_checkpoint, split_key
@@ -73,6 +75,9 @@ def _check_training(command: str, resolved: Resolved | str, *_: Any) -> None:
     _check_network(config)
     for phase in (config, baseline_phase(config)):
         _check_phase(phase)
+    asked = {**resolved.own, **resolved.given}
+    for text in (*unusual(config), *without_effect(config, asked, cycles=command == "cycle")):
+        warn(text)
 
 
 def _check_dry_run(command: str, resolved: Resolved, *_: Any) -> None:

@@ -33,7 +33,7 @@ from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
 from repan_cli.system.files import make_folder, to_json
 from repan_cli.system.notices import warn
-from repan_cli.system.text import by_reason, count, percent
+from repan_cli.system.text import by_reason, count, percent, quoted
 
 FILE_TOLERANCE = 1e-4
 """Bound on the relative error of a file's network in float32; ten times the network's own rounding where that is more.
@@ -256,9 +256,9 @@ def _use(wanted: Target, form: str, card: ModelCard) -> str:
         return f'onnxruntime.InferenceSession("{target}").run(None, {{"{onnx_file.INPUT}": images}})'
     if target.suffix == ".pt2":
         return f'torch.export.load("{target}").module()(images)'
-    own = f" --model {card.model}" if user_file.names_a_file(card.model) else ""
+    own = f" --model {quoted(card.model)}" if user_file.names_a_file(card.model) else ""
     if form == "conv":
-        return f"repan {'evaluate' if card.knows_its_data else 'info'} {target}{own}"
+        return f"repan {'evaluate' if card.knows_its_data else 'info'} {quoted(target)}{own}"
     weights = (
         f'safetensors.torch.load_file("{target}")'
         if target.suffix == ".safetensors"

@@ -25,7 +25,7 @@ from repan_cli.session import artifact_images
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.device import start_runtime
 from repan_cli.system.files import make_folder, to_json, write_bytes
-from repan_cli.system.text import count, percent
+from repan_cli.system.text import count, percent, quoted
 from repan_cli.training.scoring import agreement, examine
 
 BATCH = 64
@@ -115,4 +115,4 @@ def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth])
     print_table(["", *titles, "loss", "size"], rows, to_stderr=True)
     tell(f"both name the same class for {percent(result['agreement'])} % of the images")
     tell(f"wrote            {result['out']}")
-    tell(f"next             repan evaluate {result['out']}")
+    tell(f"next             repan evaluate {quoted(result['out'])}")

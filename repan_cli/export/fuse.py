@@ -23,7 +23,8 @@ from repan_cli.models.outputs import Leaves, difference, differences, leaves
 from repan_cli.models.probe import CEILING, NUDGE, Probe, copied
 from repan_cli.models.rebuild import load
 from repan_cli.system.images import ImagesLike, first_batch
-from repan_cli.system.text import first_line
+from repan_cli.system.notices import doing
+from repan_cli.system.text import count, first_line
 
 TOLERANCE = 1e-10
 """Bound on the relative error in float64: a right merge is at 1e-15, a wrong one at 1e-2."""
@@ -110,7 +111,8 @@ def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, 
         raise InputError(f"the network does not run on images of shape {shape}: {first_line(error)}") from error
     if not blocks and not found.changes:
         raise InputError("there is nothing to merge: no block, and no BN behind a convolution")
-    merged, found, errors = _proven(exact, found, _few(images, EXACT_IMAGES).double())
+    with doing(f"proving the merged network equal in float64, {count(len(blocks) + len(found.changes), 'place')}"):
+        merged, found, errors = _proven(exact, found, _few(images, EXACT_IMAGES).double())
     report = _report_of(merged, exact, found, images, errors, began)
     before = report_of(model) or Expansion(NATIVE, (), {})
     set_report(merged, dataclasses.replace(before, changes=(*before.changes, *found.changes)))
