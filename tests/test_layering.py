@@ -24,6 +24,7 @@ ROWS = [
     ["session"],
     ["commands"],
     ["cli"],
+    ["door"],
 ]
 """From the bottom up. A room may import rooms of the rows below it, never of its own row."""
 

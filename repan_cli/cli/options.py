@@ -11,7 +11,7 @@ import typer
 
 from repan_cli import config
 from repan_cli.cli import completion
-from repan_cli.commands.options import Argument, Option, declared
+from repan_cli.commands.declaration import Argument, Option, declared
 
 
 def signature_of(options: type) -> inspect.Signature:
