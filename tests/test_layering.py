@@ -21,7 +21,7 @@ ROWS = [
     ["data", "models", "runs"],
     ["training", "export", "compare"],
     ["display"],
-    ["session"],
+    ["session", "integrations"],
     ["commands"],
     ["cli"],
     ["door"],
