@@ -15,6 +15,7 @@ import repan_cli
 from repan_cli.cli.dispatch import dispatch, fail
 from repan_cli.cli.options import filled, signature_of
 from repan_cli.cli.training import train
+from repan_cli.cli.words import as_typed
 from repan_cli.commands import options
 from repan_cli.commands.option import shortcuts
 from repan_cli.config.conventions import SPLITS
@@ -290,7 +291,7 @@ def main() -> None:
             setattr(styles, name, style)
     _accept_any_text()
     try:
-        code = app(standalone_mode=False)
+        code = app(as_typed(sys.argv[1:]), standalone_mode=False)
     except Exception as error:
         if not hasattr(error, "format_message"):  # of Click's errors of usage, wherever Typer has its Click from
             raise
