@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from repan_cli.anneal.restart import restart
-    from repan_cli.blocks import reparameterize, set_attach_rate
+    from repan_cli.blocks import register_block, reparameterize, set_attach_rate
     from repan_cli.export.fuse import fuse
     from repan_cli.models.expand import expand
     from repan_cli.models.rebuild import load
@@ -21,12 +21,22 @@ _DOORS = {
     "expand": "repan_cli.models",
     "fuse": "repan_cli.export",
     "load": "repan_cli.models",
+    "register_block": "repan_cli.blocks",
     "reparameterize": "repan_cli.blocks",
     "restart": "repan_cli.anneal.restart",
     "set_attach_rate": "repan_cli.blocks",
 }
 
-__all__ = ["__version__", "expand", "fuse", "load", "reparameterize", "restart", "set_attach_rate"]
+__all__ = [
+    "__version__",
+    "expand",
+    "fuse",
+    "load",
+    "register_block",
+    "reparameterize",
+    "restart",
+    "set_attach_rate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,13 +33,13 @@ def run(options: EvaluateOptions) -> None:
     """Score a network in float32; `fused` merges it, with proof, and scores both forms side by side."""
     if options.out:
         _make_folder(options.out)
-    artifact = open_artifact(options.checkpoint, options.model)
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     check_finite(artifact.network)
     machine = start_runtime(options.device, "fp32")
     data = artifact_images.load(
         artifact, options.dataset, options.data_root, split=options.split, order=options.classes
     )
-    images = eval_loader(data, options.split, machine, share=artifact.preparation.share)
+    images = eval_loader(data, options.split, machine, crop=artifact.preparation.crop)
     networks = {artifact.form: artifact.network}
     if options.fused and artifact.form != FUSED:
         batch = next(images.batches(export.PROOF_IMAGES)).images

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from repan_cli import checkpoint, export, models
 from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard, Structure
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.commands.early import Content, Target, fuse_targets
 from repan_cli.commands.options import FuseOptions
-from repan_cli.config.conventions import FOLDER_FORMATS, FORMATS, GRAPH_FORMATS, WEIGHT_FORMATS
+from repan_cli.config.conventions import GRAPH_FORMATS, WEIGHT_FORMATS
+from repan_cli.config.names import TIMM, TORCHVISION
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError, MergeError
 from repan_cli.export import model_card, onnx_file, pt2_file, timm_folder
@@ -26,43 +28,15 @@ from repan_cli.export.fuse import check_finite, untrained_norms
 from repan_cli.export.trace import Normalized, trace
 from repan_cli.models import user_file
 from repan_cli.models.changes import changes_of
-from repan_cli.models.create import TIMM, TORCHVISION
-from repan_cli.registry import did_you_mean
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
-from repan_cli.system.files import to_json, write_bytes, write_folder
+from repan_cli.system.files import make_folder, to_json
 from repan_cli.system.notices import warn
-from repan_cli.system.packages import need
 from repan_cli.system.text import count
-
-FORMS = ("conv", "conv-bn")
 
 FILE_TOLERANCE = 1e-4
 """Bound on the relative error of a file's network in float32; ten times the network's own rounding where that is more.
 A file that computes something else is beyond 1e-2."""
-
-
-Content = bytes | dict[str, bytes]
-"""The content of a file; of a folder that of its files, by name."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A file, or a folder, to write in a format."""
-
-    kind: str
-    path: Path
-
-    @property
-    def is_folder(self) -> bool:
-        return self.kind in FOLDER_FORMATS
-
-    def write(self, content: Content, path: Path | None = None) -> None:
-        """Write it, or a copy of it at `path`."""
-        if isinstance(content, dict):
-            write_folder(path or self.path, content)
-        else:
-            write_bytes(path or self.path, content)
 
 
 @dataclass(frozen=True)
@@ -80,9 +54,8 @@ class Written:
 
 def run(options: FuseOptions) -> None:
     """Write a merged network, once for every format. Nothing is written unless everything agrees."""
-    targets = _targets(options.checkpoint, options.out, options.formats, overwrite=options.overwrite)
-    _check_wishes(targets, options.form, with_normalize=options.with_normalize)
-    artifact = open_artifact(options.checkpoint, options.model)
+    targets = fuse_targets(options)
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     _check_mergeable(artifact, targets, options.form)
     images, seen = _images(artifact, options.data_root)
     fused, report = _merged(artifact, images)
@@ -95,6 +68,7 @@ def run(options: FuseOptions) -> None:
     contents = [job.content(target, options.form) for target in targets]
     written = [job.verified(*each, options.form) for each in zip(targets, contents, strict=True)]
     for target, content in zip(targets, contents, strict=True):
+        make_folder(target.path)
         target.write(content)
     facts = {"out": [str(target.path) for target in targets], **proof}
     facts |= {"images": seen, "files": [dataclasses.asdict(file) for file in written]}
@@ -105,50 +79,6 @@ def run(options: FuseOptions) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- before anything is done
-
-
-def _targets(source: str, out: Path | None, formats: Sequence[str], *, overwrite: bool) -> list[Target]:
-    path = Path(source)
-    if out and out.is_dir():
-        raise InputError(f"{out} is a folder: name a file in it")
-    ending = out.suffix.removeprefix(".") if out else ""
-    endings = formats or [ending or "pt"]
-    for wanted in endings:
-        if wanted not in FORMATS:
-            raise InputError(
-                f"cannot write the format '{wanted}'{did_you_mean(wanted, FORMATS)}: choose {', '.join(FORMATS)}"
-            )
-    stem = out.with_suffix("") if out and ending in FORMATS else out or _default_stem(path)
-    targets = [
-        Target(wanted, stem.with_name(f"{stem.name}{'_' if wanted in FOLDER_FORMATS else '.'}{wanted}"))
-        for wanted in dict.fromkeys(endings)
-    ]
-    for target in (each.path for each in targets):
-        if not target.parent.is_dir():
-            raise InputError(f"no folder {target.parent} to write {target.name} into")
-        if target.resolve() == path.resolve():
-            raise InputError(f"{target} is the checkpoint itself: give another --out")
-        if target.exists() and not overwrite:
-            raise InputError(f"{target} exists already: give another --out, or --overwrite")
-    return targets
-
-
-def _default_stem(path: Path) -> Path:
-    if path.is_dir():
-        return path / "best_fused"
-    return path.with_name(f"{path.stem}_fused") if path.is_file() else Path(f"{path.name.rpartition(':')[2]}_fused")
-
-
-def _check_wishes(targets: Sequence[Target], form: str, *, with_normalize: bool) -> None:
-    endings = {target.kind for target in targets}
-    if form not in FORMS:
-        raise InputError(f"--form {form} is none of {', '.join(FORMS)}")
-    if form == "conv-bn" and endings - set(WEIGHT_FORMATS):
-        raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
-    if with_normalize and endings - set(GRAPH_FORMATS):
-        raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
-    if "onnx" in endings:
-        need("writing ONNX", "onnx", *onnx_file.PACKAGES)
 
 
 def _check_mergeable(artifact: Artifact, targets: Sequence[Target], form: str) -> None:
@@ -216,7 +146,7 @@ class _Job:
 
     def _for_timm(self) -> dict[str, bytes]:
         saved = timm_folder.network_of_timm(self.fused, self.result.card, self.source)
-        share, resized = timm_folder.crop_share(saved.card), timm_folder.is_resized(saved.card)
+        share, resized = timm_folder.crop_share(saved.card), self.artifact.preparation.resized
         text = model_card.readme(saved.card, self.source, proof=self.proof, crop_share=share, resized=resized)
         return timm_folder.files(saved, text)
 

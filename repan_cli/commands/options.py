@@ -30,6 +30,9 @@ Network = Annotated[
     str | None,
     Option(("--model", "-m"), "The network of others' weights, or your own, file.py:function.", "NAME"),
 ]
+OwnBlock = Annotated[
+    str | None, Option(("--block",), "Your own block of a network that has it, file.py:function.", "NAME")
+]
 Device = Annotated[str, Option(("--device",), "auto, cpu, cuda or cuda:N.", "NAME")]
 DatasetName = Annotated[
     str | None, Option(("--dataset", "-d"), "Another data set than it was trained on.", "NAME", setting="data.name")
@@ -69,6 +72,7 @@ class FuseOptions:
         bool, Option(("--with-normalize",), "Put the normalisation of images into the graph.")
     ] = False
     model: Network = None
+    block: OwnBlock = None
     data_root: Annotated[
         str | None, Option(("--data-root",), "Where its data lie, to compare on real images.", "FOLDER")
     ] = None
@@ -93,6 +97,7 @@ class QuantizeOptions:
     split: Split = "test"
     classes: ClassOrder = None
     model: Network = None
+    block: OwnBlock = None
     overwrite: Overwrite = False
     as_json: AsJson = False
 
@@ -115,6 +120,7 @@ class PredictOptions:
     images: Annotated[tuple[Path, ...], Argument("IMAGES...", "Image files, or folders of them.")]
     top: Annotated[int, Option(("--top",), "How many classes to name.", "K")] = 5
     model: Network = None
+    block: OwnBlock = None
     device: Device = "auto"
     as_json: AsJson = False
 
@@ -154,6 +160,7 @@ class EvaluateOptions:
     classes: ClassOrder = None
     fused: Annotated[bool, Option(("--fused",), "Merge it, and show both forms side by side.")] = False
     model: Network = None
+    block: OwnBlock = None
     out: Annotated[Path | None, Option(("--out", "-o"), "Write confusion.csv, .png and classes.csv.", "FOLDER")] = None
     device: Device = "auto"
     as_json: AsJson = False
@@ -165,6 +172,7 @@ class InfoOptions:
 
     checkpoint: Checkpoint
     model: Network = None
+    block: OwnBlock = None
     as_json: AsJson = False
 
 

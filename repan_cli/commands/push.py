@@ -13,6 +13,7 @@ from repan_cli.session import hub_folder
 from repan_cli.session.artifact import open_artifact
 from repan_cli.system.files import to_json
 from repan_cli.system.text import first_line
+from repan_cli.system.weight_files import HUB_CONFIG, in_hub_folder
 
 README = "README.md"
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -23,15 +24,13 @@ def run(options: PushOptions) -> None:
     folder = options.folder
     if not NAME.fullmatch(options.name):
         raise InputError(f"'{options.name}' is no name on the Hub: give ORG/NAME, such as someone/my-network")
-    weights = hub_folder.weights_in(folder)
+    weights = in_hub_folder(folder)
     if weights is None:
         raise InputError(f"{folder} is no folder for the Hub: 'repan fuse FILE --format timm' writes one")
     if hub_folder.described(weights) is None:
-        raise InputError(
-            f"{folder / hub_folder.CONFIG} names no network of timm's: 'repan fuse FILE --format timm' writes it"
-        )
+        raise InputError(f"{folder / HUB_CONFIG} names no network of timm's: 'repan fuse FILE --format timm' writes it")
     open_artifact(str(weights))
-    files = [weights.name, hub_folder.CONFIG, *([README] if (folder / README).is_file() else [])]
+    files = [weights.name, HUB_CONFIG, *([README] if (folder / README).is_file() else [])]
     address = _upload(folder, files, options.name, private=options.private)
     result = {"name": options.name, "address": address, "files": files}
     if options.as_json:

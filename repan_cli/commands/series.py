@@ -28,6 +28,7 @@ from repan_cli.system.launcher import own_rank, rank_count
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
 from repan_cli.system.text import count, percent
+from repan_cli.system.user_code import names_a_file
 
 MAY_CHANGE = set(resume.MAY_CHANGE) - {"cycle.count", "teacher.name"}
 """Settings that may be others in a series that goes on: runs that are only begun then have nothing to check them by."""
@@ -120,11 +121,15 @@ def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
     """Return the settings that the runs of a series share, with what may change. Raises InputError for what may not."""
     stored = config.resolve(command, str(path / "config.yaml"), {})
     before, asked = config.flatten(stored.config), config.typed(given)
-    network = stored.config.model.name
+    network, block = stored.config.model.name, stored.config.block.name
     may_change = MAY_CHANGE
-    if network and models.user_file.names_a_file(network):  # which is named again, wherever it is now
+    if network and names_a_file(network):  # which is named again, wherever it is now
         models.check_given(network, asked.get("model.name"), str(path))
-        may_change = MAY_CHANGE | {"model.name"}
+        may_change = may_change | {"model.name"}
+    if names_a_file(block):
+        if "block.name" not in asked:
+            raise InputError(models.own_block.how_to_give(str(block), str(path)))
+        may_change = may_change | {"block.name"}
     for key, value in asked.items():
         if key not in may_change and value != before.get(key):
             raise InputError(f"{key} cannot change in a series that goes on (it was {before.get(key)}): begin another")
@@ -164,9 +169,7 @@ def _make(series: Series, member: Member, given: Layer, ready: Session | None) -
         if any((path / name).exists() for name in (runs.LAST, runs.PREVIOUS)):
             if runs.state_of(path) == control.WAITING:
                 tell(f"goes on from the end of the baseline of {path.name.removeprefix(control.PREFIX)}")
-            network = series.resolved.config.model.name
-            own = {"model.name": network} if network and models.user_file.names_a_file(network) else {}
-            resume.run(series.command, str(path), {**given, **own}, as_json=False)
+            resume.run(series.command, str(path), {**given, **_own_code(series)}, as_json=False)
             return
         runs.discard_unsaved(path)
         resolved = series.of(member)
@@ -192,9 +195,16 @@ def _stop_between_runs(series: Series, signals: StopSignals) -> None:
 
 
 def _how(series: Series) -> str:
-    name = series.resolved.config.model.name
-    own = f" --model {name}" if name and models.user_file.names_a_file(name) else ""
+    words = {"model.name": "--model", "block.name": "--block"}
+    own = "".join(f" {words[key]} {name}" for key, name in _own_code(series).items())
     return f"go on with: repan {series.command} --resume {series.path}{own}"
+
+
+def _own_code(series: Series) -> dict[str, str]:
+    """Return the settings that name a person's own network and block, which their checkpoints are read with."""
+    shared = series.resolved.config
+    names = {"model.name": shared.model.name, "block.name": shared.block.name}
+    return {key: name for key, name in names.items() if name and names_a_file(name)}
 
 
 # ---------------------------------------------------------------------------------------------- the end

@@ -35,6 +35,10 @@ ARM_FILE = "arm.yaml"
 """The file of an arm's settings, beside the folders of its runs: `repan COMMAND -c ARM_FILE` makes such a run."""
 
 
+OWN_CODE = ("model.name", "block.name")
+"""Settings that may name a function in a file, `file.py:function`."""
+
+
 @dataclass(frozen=True)
 class Study:
     """The runs of a grid's arms below the folder `out`, with the settings `given` by the command line on top."""
@@ -53,9 +57,13 @@ class Study:
         words = tuple(f"{key}={text}" for key, text in arm.read_by(self.given).items())
         file = self.out / arm.name / ARM_FILE
         begin = (arm.command, "-c", str(file), "--seed", str(seed), "--out", str(folder), *words)
-        network = str({**arm.layer, **self.given}.get("model.name", ""))
-        own = () if ".py:" not in network or "model.name" in self.given else (f"model.name={network}",)
+        own = tuple(f"{key}={name}" for key in OWN_CODE if (name := self._own(arm, key)))
         return Job(f"{arm.name} seed {seed}", folder, begin, (arm.command, "--resume", str(folder), *words, *own))
+
+    def _own(self, arm: Arm, key: str) -> str | None:
+        """Return the name of a person's own network or block of an arm, which a resume is given again."""
+        name = None if key in self.given else arm.layer.get(key)
+        return str(name) if name and ".py:" in str(name) else None
 
 
 def run(options: StudyOptions) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from repan_cli.config.conventions import DATASET_PREFIXES
 from repan_cli.config.files import find_preset, presets, read_file
 from repan_cli.config.schema import Layer
 from repan_cli.config.settings import OVERLAY, PREVIOUS, RECIPES, SCHEMA, Config, baseline_phase, from_flat
@@ -60,12 +61,29 @@ def _unknown_key(key: str) -> str:
 
 def _section_problems(config: Config) -> Iterator[str]:
     yield from config.model.problems()
+    yield from config.block.problems()
     yield from config.data.problems()
     yield from config.optim.problems()
     yield from config.cycle.problems()
     yield from config.teacher.problems()
     yield from config.problems()
     yield from (f"baseline: {problem}" for problem in baseline_phase(config).optim.problems())
+
+
+def folder_as_data(layer: Layer) -> Layer:
+    """Return a layer that names a folder as its data set, as `folder` with this root. Raises InputError for two."""
+    name = layer.get("data.name")
+    if not isinstance(name, str) or not is_folder_of_data(name):
+        return layer
+    if layer.get("data.root") is not None:
+        raise InputError(f"data.name={name} is a folder, and data.root={layer['data.root']} another: give one of them")
+    return {**layer, "data.name": "folder", "data.root": name}
+
+
+def is_folder_of_data(name: str) -> bool:
+    """Tell whether a name of a data set is none that is known, but a folder that is there."""
+    known = name in RECIPES or name.partition("/")[0] in DATASET_PREFIXES
+    return not known and bool(name) and Path(name).expanduser().is_dir()
 
 
 def baseline_layer(layer: Layer) -> dict[str, Any]:
@@ -93,6 +111,7 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
     Without a file the recipe of the data set is read, where there is one. `train` reads the baseline of a file of
     cycles.
     """
+    given = folder_as_data(given)
     if file is None:
         file = RECIPES.get(str(given.get("data.name")))
     path = find_preset(file) if file else None
@@ -104,6 +123,7 @@ def resolve_layer(command: str, layer: Layer, given: Layer, *, source: str) -> R
 
     Raises InputError for settings that the command does not read, and where a data set, network or teacher is missing.
     """
+    layer, given = folder_as_data(layer), folder_as_data(given)
     if command == "train":
         refuse(given, ("teacher.",), "has no effect in 'repan train': give it to 'repan distill'")
         layer = {key: text for key, text in layer.items() if not key.startswith(("teacher.", "baseline.teacher."))}

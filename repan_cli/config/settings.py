@@ -6,7 +6,6 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from repan_cli.config.conventions import SMALL_IMAGE, WEIGHT_ENDINGS
@@ -48,7 +47,9 @@ class ModelConfig:
 @dataclass(frozen=True)
 class BlockConfig:
     name: str | None = setting(
-        None, "Block family, see 'repan list blocks'; null: the network's own blocks where it has them, else repvgg."
+        None,
+        "Block family, see 'repan list blocks', or your own as file.py:function; null: the network's own blocks where "
+        "it has them, else repvgg.",
     )
     kernel: tuple[int, ...] = setting(
         (), "Kernel sizes of the convolutions that become blocks, such as [3,5]; [] is all above 1.", low=1
@@ -57,6 +58,10 @@ class BlockConfig:
     exclude: tuple[str, ...] = setting((), "No convolutions whose names match one of these globs.")
     limit: int | None = setting(None, "At most this many blocks, those with the most weights first.", low=1)
     branches: int | None = setting(None, "Number of k x k side branches (mobileone; null is 3).", low=1)
+
+    def problems(self) -> Iterator[str]:
+        if (self.name or "").endswith(".py"):
+            yield f"block.name={self.name} needs the function in it that returns the branches: {self.name}:FUNCTION"
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,6 @@ class DataConfig:
     def problems(self) -> Iterator[str]:
         if self.channels == 2 or (self.channels or 0) > 3:
             yield f"data.channels={self.channels} is neither 1 nor 3"
-        if self.name and self.name not in RECIPES and Path(self.name).is_dir():
-            yield f"data.name={self.name} is a folder: give --dataset folder --data-root {self.name}"
 
 
 @dataclass(frozen=True)

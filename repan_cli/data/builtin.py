@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from repan_cli.config.conventions import LARGE_IMAGE
+from repan_cli.config.conventions import DATASET_PREFIXES, LARGE_IMAGE
 from repan_cli.data import pickled_arrays
 from repan_cli.data.folders import load_folders
 from repan_cli.data.image_files import UnreadableImageError, as_mode
@@ -226,7 +226,7 @@ def _load_noise(root: Path, reading: ReadOptions) -> RawDataset:
 
 # ---------------------------------------------------------------------------------------------- timm's own names
 
-IN_ORDER = ("wds", "tfds", "hfids")
+IN_ORDER = DATASET_PREFIXES[2:]
 """timm's data sets that can only be read from the front: nothing can be held out of them, nor an epoch repeated."""
 
 
@@ -307,7 +307,7 @@ def _timm_spec(name: str) -> DatasetSpec:
     return DatasetSpec(f"timm's {name}", _load_timm(name), IMAGENET_MEAN, IMAGENET_STD, image_size=LARGE_IMAGE)
 
 
-PREFIXES.update(dict.fromkeys(("hfds", "torch", *IN_ORDER), _timm_spec))
+PREFIXES.update(dict.fromkeys(DATASET_PREFIXES, _timm_spec))
 
 
 # ---------------------------------------------------------------------------------------------- specifications

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from repan_cli import config
-from repan_cli.data import image_files
+from repan_cli.data import class_folders, image_files
 from repan_cli.data.subset import first_classes, first_images, stratified
 from repan_cli.data.types import (
     DATASETS,
@@ -105,9 +105,12 @@ def _with_test_part(name: str, root: Path, raw: RawDataset, fraction: float, see
     drawn = stratified(train.labels, fraction, seed)
     if not drawn.any():
         raise InputError(f"{root} has one training image a class, and no val or test part: nothing can be reported")
+    flat = name == "folder" and not class_folders.named_parts(root)
+    lacks = f"{root} has no parts" if flat else f"neither {root / 'val'} nor {root / 'test'}"
+    of = "images" if flat else f"training images of {name}"
     warn(
-        f"neither {root / 'val'} nor {root / 'test'}: {drawn.sum():,} of the {len(drawn):,} training images of {name} "
-        "are drawn as its test part (data.test_fraction, data.split_seed)"
+        f"{lacks}: {drawn.sum():,} of the {len(drawn):,} {of} are drawn as its test part, evenly over the classes "
+        "(data.test_fraction, data.split_seed)"
     )
     parts = {"train": train.take(~drawn), "test": train.take(drawn)}
     return raw._replace(parts=parts), _digest_of_split(drawn, train.labels, "")
@@ -145,6 +148,19 @@ def settings_of(data: config.DataConfig) -> dict[str, Any]:
         "split_seed": data.split_seed,
         "class_order": data.class_order,
     }
+
+
+def check_name(name: str) -> None:
+    """Raise InputError for an unknown data set."""
+    _specification(name)
+
+
+def check(name: str, root: str | Path) -> None:
+    """Raise InputError for an unknown data set, and for image folders that are not there. Reads no image."""
+    check_name(name)
+    folder = {"folder": Path(root), "imagenet": Path(root) / "imagenet"}.get(name)
+    if folder is not None:
+        class_folders.training_folder(folder, class_folders.parts_in(folder))
 
 
 def _specification(name: str) -> DatasetSpec:

@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from repan_cli.blocks import NATIVE, rep_blocks, reparameterize
 from repan_cli.blocks.kernel import BatchNorm, running_stats
@@ -20,6 +20,8 @@ from repan_cli.errors import InputError, MergeError
 from repan_cli.models.changes import EVERYTHING, Expansion, apply, report_of, set_report
 from repan_cli.models.expand import plan
 from repan_cli.models.probe import CEILING, NUDGE, copied
+from repan_cli.models.rebuild import load
+from repan_cli.system.images import ImagesLike, first_batch
 
 TOLERANCE = 1e-10
 """Bound on the relative error in float64: a right merge is at 1e-15, a wrong one at 1e-2."""
@@ -62,13 +64,15 @@ def count_parameters(model: nn.Module) -> int:
 @torch.no_grad()
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Multiply-accumulates of convolutions and matrix products for one image (1, C, H, W)."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton where that is installed
+
     with FlopCounterMode(display=False) as counter:
         model(image)
     return counter.get_total_flops() // 2
 
 
 @torch.no_grad()
-def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
+def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, FuseReport]:
     """A merged float32 copy of a network on the CPU, in eval mode, and the proof that it is equal.
 
     Every block becomes its convolution, and every convolution outside of blocks takes in the BN that reads it. The
@@ -77,14 +81,18 @@ def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
     reported beside it.
 
     Args:
-        model: a network with blocks, or with convolutions followed by a BN; it is left as it is.
-        images: a batch (N, C, H, W) to compare on, on the CPU.
+        model: a network with blocks, or with convolutions followed by a BN, which is left as it is; or what `load`
+            takes, a file or the folder of a run.
+        images: images (N, C, H, W) to compare on, a batch of a loader, or the loader, whose first batch is taken.
 
     Returns the network, whose `repan_report` says how it was made of a plain one, and the report.
 
     Raises MergeError when they disagree, InputError when there is nothing to merge or a weight is not finite.
     """
     began = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        model = load(model)
+    images = first_batch(images).detach().cpu().float()
     check_finite(model)
     exact = copied(model).cpu().float().double().eval()
     blocks = [name for name, _ in rep_blocks(exact)]

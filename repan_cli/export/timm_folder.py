@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from repan_cli import checkpoint, models
 from repan_cli.blocks import NATIVE
 from repan_cli.checkpoint.card import MULTI_BRANCH, PLAIN, ModelCard, Structure
 from repan_cli.checkpoint.format import Checkpoint
-from repan_cli.data.preprocess import CROP_SHARE, Preparation
+from repan_cli.config.conventions import CENTER, CROP_SHARE, INTERPOLATION, is_resized
+from repan_cli.config.names import TIMM
 from repan_cli.errors import InputError
 from repan_cli.export.conv_bn import as_plain
 from repan_cli.models.changes import changes_of
-from repan_cli.models.create import TIMM
 from repan_cli.system.files import to_json
 
 WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
@@ -77,9 +76,9 @@ def config_of(card: ModelCard) -> dict[str, Any]:
             "custom_load": False,
             "input_size": [card.in_chans, card.image_size, card.image_size],
             "fixed_input_size": False,
-            "interpolation": "bicubic",
+            "interpolation": card.interpolation or INTERPOLATION,
             "crop_pct": crop_share(card),
-            "crop_mode": "center",
+            "crop_mode": card.crop_mode or CENTER,
             "mean": list(card.mean),
             "std": list(card.std),
             "num_classes": len(card.classes),
@@ -90,20 +89,11 @@ def config_of(card: ModelCard) -> dict[str, Any]:
     return content if card.in_chans == 3 else {**content, "model_args": {"in_chans": card.in_chans}}
 
 
-def is_resized(card: ModelCard) -> bool:
-    """Tell whether the shorter side of an image is resized and the middle taken; else a square of it is resized."""
-    return Preparation.crops(card.config.get("data.crop", "auto"), card.image_size)
-
-
 def crop_share(card: ModelCard) -> float:
-    """Return the share from which timm, which rounds down, gets the side that images are resized to."""
-    if not is_resized(card):
+    """Return the share of the resized picture's side that is looked at: 1 where a whole square of it is resized."""
+    if not is_resized(card.config.get("data.crop", "auto"), card.image_size):
         return 1.0
-    side = round(card.image_size / (CROP_SHARE if card.crop_share is None else card.crop_share))
-    share = card.image_size / side
-    while math.floor(card.image_size / share) < side:
-        share = math.nextafter(share, 0)
-    return share
+    return CROP_SHARE if card.crop_share is None else card.crop_share
 
 
 def open_by_timm(folder: Path) -> nn.Module:

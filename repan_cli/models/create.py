@@ -12,12 +12,12 @@ from torch import nn
 
 from repan_cli.blocks import NATIVE, check_family
 from repan_cli.config.conventions import SMALL_IMAGE
+from repan_cli.config.names import ALIASES, SMALL, TIMM, TORCHVISION, unknown_model
 from repan_cli.errors import InputError
 from repan_cli.models import mobilenet_cifar, repvgg_cifar, resnet_cifar, user_file
 from repan_cli.models.expand import DEFAULT_FAMILY
 from repan_cli.models.foreign import load_foreign
 from repan_cli.models.inspect import classifier_layers
-from repan_cli.registry import did_you_mean
 from repan_cli.system.text import first_line
 
 BUILT_OF_BLOCKS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
@@ -27,13 +27,8 @@ BUILTIN: tuple[str, ...] = (*BUILT_OF_BLOCKS, *resnet_cifar.default_cfgs, *mobil
 """The networks of this package."""
 
 
-TIMM, TORCHVISION = "timm:", "torchvision:"
-ALIASES = {"repvgg": "repvgg_a1", "mobilenetv1": "mobilenetv1_100"}
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 """torchvision's networks that return more than logits in train mode, unless told not to."""
-
-SMALL = {"mobilenetv1_100": "mobilenetv1"}
-"""Names whose network for small images is called otherwise."""
 
 
 def resolve(name: str, image_size: int) -> str:
@@ -74,7 +69,7 @@ def _with_tag(name: str) -> str:
 
 def _known(name: str, choices: list[str]) -> str:
     if name not in choices:
-        raise InputError(f"unknown model '{name}'{did_you_mean(name, choices) or '; repan list models shows all'}")
+        raise unknown_model(name, choices)
     return name
 
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli import checkpoint, models
-from repan_cli.blocks import rep_blocks
+from repan_cli.blocks import rep_blocks, use_block
 from repan_cli.checkpoint.card import RunState
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.settings import Config, replace
 from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
 from repan_cli.export.fuse import check_finite
-from repan_cli.models import Expansion, Selection, probe, user_file
+from repan_cli.models import Expansion, Selection, own_block, probe, user_file
 from repan_cli.models.inspect import classifier_layers
 from repan_cli.models.probe import PROBE_IMAGES
 from repan_cli.session import hub_folder
@@ -56,6 +56,7 @@ class Network:
 
 def build(command: str, config: Config, dataset: Dataset) -> Network:
     """Build the network that a configuration describes. Raises InputError for one that cannot be had or used."""
+    use_block(config.block.name)
     weights = checkpoint.load_any(hub_folder.file_of(config.model.init)) if config.model.init else None
     name = _full_name(config, dataset, weights)
     torch.manual_seed(seed_for("weights", config.run.seed))
@@ -158,6 +159,7 @@ def _take(model: nn.Module, weights: Mapping[str, Tensor], config: Config) -> bo
 def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -> Network:
     """Build the network of one of repan's checkpoints; one without side branches may grow those of another family."""
     source = _source(config)
+    saved = _with_own_blocks(config, saved, source)
     _check_origin(config, dataset, name, saved)
     card = dataclasses.replace(saved.card, classes=tuple(dataset.classes))
     model = models.build_untrained(dataclasses.replace(saved, card=card), source, name)
@@ -179,6 +181,13 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
     return Network(model, name, expansion, saved.card.structure.native, True, new_classifier)
 
 
+def _with_own_blocks(config: Config, saved: Checkpoint, source: str) -> Checkpoint:
+    """Return a checkpoint that names blocks of a person's own as the settings do."""
+    if not own_block.needed(saved.card):
+        return saved
+    return dataclasses.replace(saved, card=models.given_again(saved.card, config.block.name, source))
+
+
 def _other_names(classes: Sequence[str], saved: Checkpoint) -> str:
     """Say how classes differ of which there are as many."""
     if len(classes) != len(saved.card.classes):
@@ -196,6 +205,7 @@ def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Netw
         )
     name = config.model.name
     assert name is not None, "a run that goes on has the full name of its network"
+    saved = _with_own_blocks(config, saved, "the run")
     model = models.build_untrained(saved, "the run", name)
     checkpoint.load_weights(model, saved.weights, "the run")
     native = saved.card.structure.native

@@ -205,10 +205,9 @@ def _stopped(
     folder.status("preempted" if asked else "interrupted")
     with warned("no curves.png"):
         draw(session, folder, display)
-    own = f" --model {session.user_model}" if session.user_model else ""
     ranks = session.training.runtime.ranks
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
-    how = f"go on with: {command} {session.command} --resume {folder.path}{own}"
+    how = f"go on with: {command} {session.command} --resume {folder.path}{session.own_code}"
     if not saved:
         return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}")
     if asked:

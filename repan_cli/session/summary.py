@@ -120,7 +120,7 @@ def conclude(session: Session, folder: runs.RunDirectory, display: Display, summ
     with warned("no curves.png"):
         draw(session, folder, display)
     with warned("the run is done, but its report could not be shown"):
-        _report(folder, display, summary, session.user_model)
+        _report(folder, display, summary, session)
 
 
 @contextlib.contextmanager
@@ -159,7 +159,7 @@ def _sampling_error(test: dict[str, Any]) -> float:
     return 100 * math.sqrt(share * (1 - share) / test["images"])
 
 
-def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], user_model: str | None) -> None:
+def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], session: Session) -> None:
     """Show the end of a run: a row a phase, the chosen weights, the merged network, the files."""
     test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
     records = read_metrics(folder / "metrics.jsonl")
@@ -190,5 +190,5 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     rows["files"] = str(folder.path)
     display.say()
     display.facts(rows)
-    own = f" --model {user_model}" if user_model else ""
+    own = session.own_code if not fused else f" --model {session.user_model}" if session.user_model else ""
     display.command("next", f"repan evaluate {folder / (fused['out'] if fused else chosen['file'])}{own}")

@@ -146,7 +146,7 @@ def find_teacher(settings: config.TeacherConfig, dataset: Dataset) -> TeacherMod
     channels.
     """
     name = hub_folder.file_of(_name_in(settings))
-    weights = checkpoint.load_any(name) if checkpoint.split_key(name)[0].is_file() else None
+    weights = checkpoint.load_any(name) if checkpoint.split_key(name)[0].exists() else None
     if weights is None:
         found = _pretrained(name, dataset)
     elif isinstance(weights, Checkpoint):

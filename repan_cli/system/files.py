@@ -53,6 +53,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         name.replace(path)
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder of a file that is to be written. Raises InputError where none can be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create the folder {path.parent}: {error.strerror}; give another --out") from None
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file as `write_atomically` does, with this content."""
     write_atomically(path, lambda file: file.write(content))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 
 
@@ -32,6 +33,11 @@ SPARKLINE_WIDTH = 60
 NAMES_SHOWN = 6
 
 SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def quoted(path: object) -> str:
+    """Return a path or a word as a shell takes it, for commands that are printed to be copied."""
+    return shlex.quote(str(path))
 
 
 def percent(value: float | None) -> str:
