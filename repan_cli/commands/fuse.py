@@ -146,9 +146,7 @@ class _Job:
 
     def _for_timm(self) -> dict[str, bytes]:
         saved = timm_folder.network_of_timm(self.fused, self.result.card, self.source)
-        share, resized = timm_folder.crop_share(saved.card), self.artifact.preparation.resized
-        text = model_card.readme(saved.card, self.source, proof=self.proof, crop_share=share, resized=resized)
-        return timm_folder.files(saved, text)
+        return timm_folder.files(saved, model_card.readme(saved.card, self.source, proof=self.proof))
 
     def _plain(self) -> Checkpoint:
         """Return the weights in the places of the plain network."""
