@@ -129,8 +129,9 @@ def test_presets_it_names_exist():
     assert offered - set(config.presets()) == {"reference/repvgg_cifar10_distill", "reference/acb_imagenet_cycle"}
 
 
-def test_python_works(workplace, monkeypatch):
+def test_python_works(capsys, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
+    assert run(capsys, "fuse", "runs/demo/best.pt", "-o", "plain.onnx", "--overwrite")[0] == 0
     monkeypatch.setattr(FAMILIES, "_entries", dict(FAMILIES._entries))  # a page adds a family
     pieces = blocks("python")
     assert pieces

@@ -17,7 +17,7 @@ from repan_cli.cli.options import filled, signature_of
 from repan_cli.cli.training import train
 from repan_cli.cli.words import as_typed
 from repan_cli.commands import options
-from repan_cli.commands.declaration import shortcuts
+from repan_cli.commands.option import shortcuts
 from repan_cli.config.conventions import SPLITS
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
@@ -141,6 +141,19 @@ COMMANDS = {
     """,
         "Deployment",
         "quantize",
+    ),
+    "push": Command(
+        options.PushOptions,
+        """Upload a folder of 'repan fuse --format timm' to the Hugging Face Hub.
+
+    Examples:
+
+    [bold]repan push plain_timm someone/my-network[/bold]
+
+    [bold]repan push plain_timm someone/my-network --private --json[/bold]
+    """,
+        "Deployment",
+        "push",
     ),
     "predict": Command(
         options.PredictOptions,

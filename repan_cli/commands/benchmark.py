@@ -18,6 +18,7 @@ from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint.card import FUSED
 from repan_cli.commands.options import BenchmarkOptions
 from repan_cli.config.conventions import ARTIFACT_ENDINGS
+from repan_cli.config.names import names_a_repository
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
@@ -92,7 +93,8 @@ class _Form:
 
 def _artifact(source: str, model: str | None, image_size: int | None, block: str | None) -> Artifact:
     """Open the network of a file, or build the one of a name, with fresh weights, expanded."""
-    if Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS:
+    is_file = Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS
+    if is_file or names_a_repository(source):
         if block is not None and not names_a_file(block):
             raise InputError("--block is for a network by its name, or for blocks of your own: a file has its blocks")
         return open_artifact(source, model, block=block)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from repan_cli.commands.declaration import Argument, Option
+from repan_cli.commands.option import Argument, Option
 
 WHAT, HOW_LONG, RUN = "What is trained", "How long, how fast", "The run"
 """Headings under which the help of the training commands lists their options."""
+
 
 # ---------------------------------------------------------------------------------------------- shared
 
@@ -46,6 +47,7 @@ ClassOrder = Annotated[
 Split = Annotated[str, Option(("--split",), "test, val or train.", "PART", "splits")]
 Overwrite = Annotated[bool, Option(("--overwrite",), "Replace files that exist.")]
 AsJson = Annotated[bool, Option(("--json",), "Print the result as JSON on stdout.")]
+Opset = Annotated[int | None, Option(("--opset",), "Version of ONNX's operators, for older runtimes; default 18.", "N")]
 Block = Annotated[str | None, Option(("--block",), metavar="NAME", setting="block.name", panel=WHAT)]
 
 
@@ -62,7 +64,7 @@ class FuseOptions:
     ] = None
     formats: Annotated[
         tuple[str, ...],
-        Option(("--format", "-f"), "pt, safetensors, onnx or pt2; several: -f pt -f onnx.", "FORMAT", "formats"),
+        Option(("--format", "-f"), "pt, safetensors, onnx, pt2 or timm; several: -f pt -f onnx.", "FORMAT", "formats"),
     ] = ()
     form: Annotated[
         str, Option(("--form",), "conv; or conv-bn, which loads into the plain timm network.", "FORM", "forms")
@@ -70,6 +72,8 @@ class FuseOptions:
     with_normalize: Annotated[
         bool, Option(("--with-normalize",), "Put the normalisation of images into the graph.")
     ] = False
+    half: Annotated[bool, Option(("--half",), "Write the ONNX file in float16, and measure what that costs.")] = False
+    opset: Opset = None
     model: Network = None
     block: OwnBlock = None
     data_root: Annotated[
@@ -91,6 +95,7 @@ class QuantizeOptions:
     per_tensor: Annotated[
         bool, Option(("--per-tensor",), "One scale for all weights of a layer, not one a channel.")
     ] = False
+    opset: Opset = None
     dataset: DatasetName = None
     data_root: DataRoot = None
     split: Split = "test"
@@ -98,6 +103,16 @@ class QuantizeOptions:
     model: Network = None
     block: OwnBlock = None
     overwrite: Overwrite = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Options of `repan push`."""
+
+    folder: Annotated[Path, Argument("FOLDER", "What 'repan fuse --format timm' wrote.")]
+    name: Annotated[str, Argument("ORG/NAME", "Its name on the Hub.")]
+    private: Annotated[bool, Option(("--private",), "A new repository is seen by its owners alone.")] = False
     as_json: AsJson = False
 
 

@@ -27,7 +27,7 @@ from repan_cli.system.files import read_json, to_json
 from repan_cli.system.launcher import own_rank, rank_count
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
-from repan_cli.system.text import count, percent
+from repan_cli.system.text import count, percent, quoted
 from repan_cli.system.user_code import names_a_file
 
 MAY_CHANGE = set(resume.MAY_CHANGE) - {"cycle.count", "teacher.name"}
@@ -183,7 +183,7 @@ def _make(series: Series, member: Member, given: Layer, ready: Session | None) -
     except KeyboardInterrupt:
         raise InterruptedRunError(f"interrupted before {member.name} began; {_how(series)}", series.path) from None
     except (InterruptedRunError, PreemptedRunError) as stop:
-        of_all = f"{member.name}: " + str(stop).replace(f"--resume {path}", f"--resume {series.path}")
+        of_all = f"{member.name}: " + str(stop).replace(f"--resume {quoted(path)}", f"--resume {quoted(series.path)}")
         if isinstance(stop, InterruptedRunError):
             raise InterruptedRunError(of_all, series.path) from None
         raise PreemptedRunError(of_all) from None
@@ -198,8 +198,8 @@ def _stop_between_runs(series: Series, signals: StopSignals) -> None:
 
 def _how(series: Series) -> str:
     words = {"model.name": "--model", "block.name": "--block"}
-    own = "".join(f" {words[key]} {name}" for key, name in _own_code(series).items())
-    return f"go on with: repan {series.command} --resume {series.path}{own}"
+    own = "".join(f" {words[key]} {quoted(name)}" for key, name in _own_code(series).items())
+    return f"go on with: repan {series.command} --resume {quoted(series.path)}{own}"
 
 
 def _own_code(series: Series) -> dict[str, str]:
@@ -261,7 +261,7 @@ def _report(series: Series, comparison: Comparison, made: dict[str, Result]) -> 
                 f"the end of the last cycle {percent(result.last_test_top1)}, {noted['last_gain']:+.2f}"
             )
     tell(f"page: {series.path / 'comparison.html'}")
-    tell(f"next: repan compare {series.path}")
+    tell(f"next: repan compare {quoted(series.path)}")
 
 
 def _as_data(series: Series, comparison: Comparison, made: dict[str, Result]) -> dict[str, Any]:

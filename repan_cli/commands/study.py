@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from repan_cli import config
-from repan_cli.commands.declaration import shortcuts
+from repan_cli.commands.option import shortcuts
 from repan_cli.commands.options import StudyOptions
 from repan_cli.compare import page, table
 from repan_cli.compare.groups import Comparison, as_data, compare
@@ -29,7 +29,7 @@ from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.launcher import rank_count
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
-from repan_cli.system.text import count
+from repan_cli.system.text import count, quoted
 
 ARM_FILE = "arm.yaml"
 """The file of an arm's settings, beside the folders of its runs: `repan COMMAND -c ARM_FILE` makes such a run."""
@@ -133,7 +133,7 @@ def _write_arms(study: Study) -> None:
                     f"arm {arm.name}: {key} is {layer.get(key, 'not set')}, but its runs in {path.parent} were made "
                     f"with {before.get(key, 'the default')}: give another --out"
                 )
-        header = f"# {arm.about}\n# Command  repan {arm.command} -c {path}\n\n"
+        header = f"# {arm.about}\n# Command  repan {arm.command} -c {quoted(path)}\n\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

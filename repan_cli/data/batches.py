@@ -194,7 +194,7 @@ class Loader(ABC):
             images = _blank(images, _rectangles(numbers, self.augmentation.erase, self.size))
         if self.mix is not None:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed_for("mix", *position))
+                torch.default_generator.manual_seed(seed_for("mix", *position))
                 images, labels = self.mix(images, labels)
             images = images.contiguous(memory_format=self.memory_format)
         return batch._replace(images=images, labels=labels)

@@ -17,6 +17,7 @@ from repan_cli import checkpoint, models
 from repan_cli.blocks import rep_blocks, use_block
 from repan_cli.checkpoint.card import RunState
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.config.conventions import LARGE_IMAGE
 from repan_cli.config.settings import Config, replace
 from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
@@ -54,10 +55,34 @@ class Network:
         return self.trained and not self.new_classifier
 
 
-def build(command: str, config: Config, dataset: Dataset) -> Network:
-    """Build the network that a configuration describes. Raises InputError for one that cannot be had or used."""
+def read_weights(config: Config) -> Weights:
+    """Read the weights to start from, where a file of them is given."""
+    return checkpoint.load_any(hub_folder.file_of(config.model.init)) if config.model.init else None
+
+
+def wanted_size(config: Config, weights: Weights) -> int:
+    """Return the side of the images that the network is made for, or was trained on."""
+    if isinstance(weights, Checkpoint):
+        return weights.card.image_size
+    told = (
+        hub_folder.described(checkpoint.split_key(hub_folder.file_of(_source(config)))[0])
+        if weights is not None
+        else None
+    )
+    if told is not None and "input_size" in told.images:
+        return int(told.images["input_size"][-1])
+    name = config.model.name or (told.network if told is not None else None)
+    size = models.wanted_size(name) if name is not None else None
+    return LARGE_IMAGE if size is None else size
+
+
+def build(command: str, config: Config, dataset: Dataset, weights: Weights = None) -> Network:
+    """Build the network that a configuration describes, from `weights` where it starts from a file of them.
+
+    Raises InputError for one that cannot be had or used.
+    """
     use_block(config.block.name)
-    weights = checkpoint.load_any(_file_of(config.model.init)) if config.model.init else None
+    weights = read_weights(config) if weights is None else weights
     name = _full_name(config, dataset, weights)
     torch.manual_seed(seed_for("weights", config.run.seed))
     if isinstance(weights, Checkpoint):
@@ -89,13 +114,6 @@ def noise(dataset: Dataset) -> Tensor:
     return probe.noise(PROBE_IMAGES, dataset.channels, dataset.image_size, dataset.image_size)
 
 
-def _file_of(init: str) -> str:
-    """Return the file, with its key, of the weights to start from, which may be a folder of the Hub."""
-    path, key = checkpoint.split_key(init)
-    weights = hub_folder.weights_in(path) if path.is_dir() else None
-    return init if weights is None else f"{weights}::{key}" if key else str(weights)
-
-
 def _source(config: Config) -> str:
     """Return the file of the weights to start from."""
     assert config.model.init is not None, "the weights were read from this file"
@@ -108,7 +126,7 @@ def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
     if isinstance(weights, Checkpoint):
         models.check_given(weights.card.model, None, _source(config))
         return weights.card.model
-    told = hub_folder.described(checkpoint.split_key(_file_of(_source(config)))[0])
+    told = hub_folder.described(checkpoint.split_key(hub_folder.file_of(_source(config)))[0])
     if told is not None:
         return told.network
     raise InputError(f"{config.model.init} does not say which network it is of: give --model NAME")

@@ -17,7 +17,7 @@ from repan_cli.config.settings import Config
 from repan_cli.display.console import tell
 from repan_cli.errors import InputError
 from repan_cli.models import own_block, user_file
-from repan_cli.session import runner
+from repan_cli.session import data_place, runner
 from repan_cli.session.agreement import file_of_first_rank
 from repan_cli.session.build import Session, prepare, surroundings
 from repan_cli.session.network import state_of
@@ -25,11 +25,11 @@ from repan_cli.system.files import read_json
 from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import warn
 from repan_cli.system.ranks import join_ranks, joined, of_first_rank
-from repan_cli.system.text import count
+from repan_cli.system.text import count, quoted
 
-MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "run.threads", "teacher.name")
-"""Settings that may differ in a resumed run. They do not change the result, but for the last bits by `run.threads`; a
-teacher must be the same one."""
+MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "data.on_error", "run.threads", "teacher.name")
+"""Settings that may differ in a resumed run. They do not change the result, but for the last bits by `run.threads` and
+images that cannot be read any more by `data.on_error`; a teacher must be the same one."""
 
 
 def run(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
@@ -97,7 +97,7 @@ def _conclude(session: Session, folder: runs.RunDirectory) -> None:
         return
     open_ended = session.command == "cycle" and cycle.lr == "restart"
     more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if open_ended else ""
-    begin = f"; begin another run from its weights with --init {path / runs.LAST}"
+    begin = f"; begin another run from its weights with --init {quoted(path / runs.LAST)}"
     raise InputError(f"{path} is finished{more or begin}")
 
 
@@ -120,7 +120,7 @@ def newest_state(path: Path) -> tuple[Path, Checkpoint]:
         for problem in problems:
             warn(f"{problem}: going on from {file.name}")
         return file, saved
-    begin = f"begin anew with -c {path / 'config.yaml'} --out NEW"
+    begin = f"begin anew with -c {quoted(path / 'config.yaml')} --out NEW"
     raise InputError(f"{path} holds no state to resume from ({'; '.join(problems)}): {begin}")
 
 
@@ -144,7 +144,7 @@ def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
         )
     begun = state_of(saved, str(path)).progress["phase"]
     _check_cycles(whole, asked.get("cycle.count", whole.cycle.count), begun)
-    changed = {key: asked[key] for key in MAY_CHANGE if key in asked}
+    changed = {"data.root": data_place.found(saved.card), **{key: asked[key] for key in MAY_CHANGE if key in asked}}
     own = asked.get("model.name") if user_file.names_a_file(saved.card.model) else None
     models.check_given(saved.card.model, own, str(path))
     block = asked.get("block.name", saved.card.block)

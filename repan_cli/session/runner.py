@@ -28,12 +28,14 @@ from repan_cli.errors import (
 )
 from repan_cli.session import mosaic
 from repan_cli.session.build import Session, prepare
+from repan_cli.session.pace import PaceWatch
 from repan_cli.session.recorder import Record, pool, saves_at
 from repan_cli.session.summary import conclude, draw, finish, header, warned
 from repan_cli.system.device import describe_machine
 from repan_cli.system.files import to_json
 from repan_cli.system.ranks import leave_ranks, summed
 from repan_cli.system.signals import StopSignals
+from repan_cli.system.text import quoted
 from repan_cli.training.events import Event, StepEnd
 from repan_cli.training.listeners import announce
 from repan_cli.training.loop import fit
@@ -96,7 +98,7 @@ def carry_out(
     pulse = runs.Heartbeat(folder.beat, seconds=runs.HEARTBEAT)
     pulse.start()
     try:
-        with StopSignals() as signals:
+        with StopSignals(lambda number: display.say(_heard(number))) as signals:
             try:
                 _train(session, record, display, signals, fresh=begun is None)
                 finish(session, folder, display, record)
@@ -121,6 +123,13 @@ def carry_out(
         print(to_json(record.summary))
 
 
+def _heard(number: int) -> str:
+    """Say at once that a signal was heard."""
+    name = signal.Signals(number).name
+    again = "; once more leaves at once, without saving" if number == signal.SIGINT else ""
+    return f"{'Ctrl-C' if number == signal.SIGINT else name}: finishing the step, then saving{again}"
+
+
 def _train(session: Session, record: Record, display: Display, signals: StopSignals, *, fresh: bool) -> None:
     """Train through the plan and note what happens. Raises StoppedError when a signal asks to, with the state saved."""
     hear(session.training, signals)
@@ -130,12 +139,14 @@ def _train(session: Session, record: Record, display: Display, signals: StopSign
     if math.isfinite(session.training.progress.best_top1):  # of the weights it began with, or before a stop
         display.position.best = session.training.progress.best_top1
     told = False
+    pace = PaceWatch(session.config.data.batch_size, threads=torch.get_num_threads())
     try:
         with display:
             for event in fit(session.training):
                 record.take(event)
                 display.show(event)
                 announce(event)
+                pace.take(event)
                 if session.training.graphs and session.training.graphs.refused and not told:
                     told = True
                     display.say(f"steps run one by one: no CUDA graph ({session.training.graphs.refused})")
@@ -227,7 +238,7 @@ def _stopped(
         draw(session, folder, display, summary)
     ranks = session.training.runtime.ranks
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
-    how = f"go on with: {command} {session.command} --resume {folder.path}{session.own_code}"
+    how = f"go on with: {command} {session.command} --resume {quoted(folder.path)}{session.own_code}"
     if not saved:
         return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}", folder.path)
     if asked:

@@ -27,7 +27,7 @@ def function_of(name: str, *, what: str) -> Callable[..., Any]:
     such function.
     """
     path, _, function = name.rpartition(":")
-    module = _imported(Path(path), what)
+    module = _imported(Path(path).expanduser(), what)
     found = getattr(module, function, None)
     if not callable(found):
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -1,4 +1,4 @@
-"""Declare the options and arguments of commands, and read the declarations. Imports neither torch nor Typer."""
+"""The declaration of a command's options and arguments, which `commands.options` is made of."""
 
 from __future__ import annotations
 
