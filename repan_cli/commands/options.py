@@ -123,6 +123,9 @@ class PredictOptions:
     checkpoint: Checkpoint
     images: Annotated[tuple[Path, ...], Argument("IMAGES...", "Image files, or folders of them.")]
     top: Annotated[int, Option(("--top",), "How many classes to name.", "K")] = 5
+    save: Annotated[
+        Path | None, Option(("--save",), "Write the pictures with their classes below them, and a table.", "FOLDER")
+    ] = None
     model: Network = None
     block: OwnBlock = None
     device: Device = "auto"

@@ -107,10 +107,8 @@ class Restarts:
         network = self.network_in(model)
         number = sorted(set(self.epochs)).index(epoch) + 1
         modes = {module: module.training for module in network.modules()}
-        with generators_kept(), torch.no_grad():
-            average_buffers(
-                [each for each in network.buffers() if each.is_floating_point()]
-            )  # which ranks may have each their own
+        with generators_kept(), torch.no_grad():  # statistics of BN may be others in each process
+            average_buffers([buffer for buffer in network.buffers() if buffer.is_floating_point()])
             images = list(self._images(loader, number))
             probe = first_batch(images).to(next(network.parameters()).device)
             before = _logits(network, probe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -15,6 +16,7 @@ import torch
 from repan_cli import runs
 from repan_cli.config.files import dump
 from repan_cli.config.resolve import Resolved
+from repan_cli.data.batches import Batch
 from repan_cli.display.console import Display
 from repan_cli.errors import (
     DivergedError,
@@ -24,6 +26,7 @@ from repan_cli.errors import (
     PreemptedRunError,
     StoppedError,
 )
+from repan_cli.session import mosaic
 from repan_cli.session.build import Session, prepare
 from repan_cli.session.pace import PaceWatch
 from repan_cli.session.recorder import Record, pool, saves_at
@@ -103,7 +106,8 @@ def carry_out(
                 conclude(session, folder, display, record.summary)
             except (KeyboardInterrupt, StoppedError) as end:
                 signals.leaving = True
-                raise _stopped(session, folder, display, signals, saved=isinstance(end, StoppedError)) from None
+                at_once = not isinstance(end, StoppedError)
+                raise _stopped(session, record, display, signals, saved=not at_once) from None
     except (InterruptedRunError, PreemptedRunError) as stop:
         display.note(str(stop))
         raise
@@ -131,6 +135,7 @@ def _train(session: Session, record: Record, display: Display, signals: StopSign
     hear(session.training, signals)
     if fresh:
         record.open()
+        session.training.train.first = functools.partial(_draw_first, session, record.folder)
     if math.isfinite(session.training.progress.best_top1):  # of the weights it began with, or before a stop
         display.position.best = session.training.progress.best_top1
     told = False
@@ -140,8 +145,8 @@ def _train(session: Session, record: Record, display: Display, signals: StopSign
             for event in fit(session.training):
                 record.take(event)
                 display.show(event)
-                pace.take(event)
                 announce(event)
+                pace.take(event)
                 if session.training.graphs and session.training.graphs.refused and not told:
                     told = True
                     display.say(f"steps run one by one: no CUDA graph ({session.training.graphs.refused})")
@@ -153,6 +158,12 @@ def _train(session: Session, record: Record, display: Display, signals: StopSign
             record.save_last()
         leave_ranks()
         raise
+
+
+def _draw_first(session: Session, folder: runs.RunDirectory, batch: Batch) -> None:
+    """Draw the first training batch of a run, which it draws no random number for."""
+    with warned(f"no {mosaic.NAME}"):
+        mosaic.draw(session, folder, batch)
 
 
 def hear(training: Training, signals: StopSignals) -> None:
@@ -217,13 +228,14 @@ def _stops(session: Session, event: Event, signals: StopSignals) -> bool:
 
 
 def _stopped(
-    session: Session, folder: runs.RunDirectory, display: Display, signals: StopSignals, *, saved: bool
+    session: Session, record: Record, display: Display, signals: StopSignals, *, saved: bool
 ) -> InterruptedRunError | PreemptedRunError:
     """Leave the run so that it can go on, and say how."""
+    folder, summary = record.folder, record.summary
     asked = None if signals.received == signal.SIGINT else signals.received
     folder.status("preempted" if asked else "interrupted")
     with warned("no curves.png"):
-        draw(session, folder, display)
+        draw(session, folder, display, summary)
     ranks = session.training.runtime.ranks
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
     how = f"go on with: {command} {session.command} --resume {quoted(folder.path)}{session.own_code}"

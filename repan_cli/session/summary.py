@@ -120,7 +120,7 @@ def conclude(session: Session, folder: runs.RunDirectory, display: Display, summ
     with warned("the run is done, but status.json does not say so; a resume mends that"):
         folder.status("done")
     with warned("no curves.png"):
-        draw(session, folder, display)
+        draw(session, folder, display, summary)
     with warned("the run is done, but its report could not be shown"):
         _report(folder, display, summary, session)
 
@@ -147,12 +147,19 @@ def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model
     return {"out": "fused.pt", **dataclasses.asdict(report), "test_top1": _score(session, fused)["top1"]}
 
 
-def draw(session: Session, folder: runs.RunDirectory, display: Display) -> None:
+def draw(session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
+    """Draw the course of a run, with test top-1 at the ends of its phases, as far as they are over."""
     title = (f"repan {session.command}", *session.names, f"seed {session.config.run.seed}")
     if not plots.available():
         display.say(f"no curves.png: {plots.HOW_TO_GET}")
     elif records := read_metrics(folder / "metrics.jsonl"):
-        plots.draw_curves(records, folder / "curves.png", title=", ".join(title))
+        plots.draw_curves(records, folder / "curves.png", title=", ".join(title), tests=_tests(summary))
+
+
+def _tests(summary: dict[str, Any]) -> dict[int, float]:
+    """Return test top-1 at the end of each phase that is over, by its cycle."""
+    baseline = {0: summary["baseline"]["test_top1"]} if summary["baseline"] else {}
+    return {**baseline, **{row["cycle"]: row["test_top1"] for row in summary["cycles"]}}
 
 
 def _sampling_error(test: dict[str, Any]) -> float:
