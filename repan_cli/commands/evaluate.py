@@ -19,7 +19,7 @@ from repan_cli.session import artifact_images
 from repan_cli.session.artifact import open_artifact
 from repan_cli.system.device import start_runtime
 from repan_cli.system.files import to_json, write_bytes
-from repan_cli.system.notices import warn
+from repan_cli.system.notices import doing, warn
 from repan_cli.system.text import percent
 from repan_cli.training.evaluation import eval_batch
 from repan_cli.training.scoring import Details, agreement, examine, worst_confusions
@@ -33,20 +33,22 @@ def run(options: EvaluateOptions) -> None:
     """Score a network in float32; `fused` merges it, with proof, and scores both forms side by side."""
     if options.out:
         _make_folder(options.out)
-    artifact = open_artifact(options.checkpoint, options.model)
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     check_finite(artifact.network)
     machine = start_runtime(options.device, "fp32")
-    data = artifact_images.load(
-        artifact, options.dataset, options.data_root, split=options.split, order=options.classes
-    )
-    images = eval_loader(data, options.split, machine, share=artifact.preparation.share)
+    with doing("reading the data"):
+        data = artifact_images.load(
+            artifact, options.dataset, options.data_root, split=options.split, order=options.classes
+        )
+    images = eval_loader(data, options.split, machine, crop=artifact.preparation.crop)
     networks = {artifact.form: artifact.network}
     if options.fused and artifact.form != FUSED:
         batch = next(images.batches(export.PROOF_IMAGES)).images
         networks[FUSED] = export.fuse(artifact.network, batch.cpu())[0]
     found = {}
     for form, network in networks.items():
-        found[form], size = examine(machine.place(network), images, len(data.classes))
+        with doing(f"scoring {images.count:,} images, {form}"):
+            found[form], size = examine(machine.place(network), images, len(data.classes))
         if size < eval_batch(images):
             warn(f"memory sufficed for batches of {size} images only, which took longer")
     how = {"runtime": artifact.runtime, "precision": artifact.card.precision or "float32"}

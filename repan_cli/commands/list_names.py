@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from repan_cli.commands.options import ListOptions
+from repan_cli.config import names
 from repan_cli.config.files import presets
 from repan_cli.config.grid import grids, read_grid
 from repan_cli.config.schema import as_text
@@ -17,6 +18,7 @@ from repan_cli.errors import InputError
 from repan_cli.registry import Registry, did_you_mean
 from repan_cli.runs.trackers import TRACKERS
 from repan_cli.system.files import to_json
+from repan_cli.training.schedules import SCHEDULES
 
 Facts = dict[str, Any]
 Rows = dict[str, str] | dict[str, Facts]
@@ -26,21 +28,14 @@ KINDS: Registry[Callable[[], Rows]] = Registry("kind of name")
 
 @KINDS.register("models")
 def _models() -> Rows:
-    import timm  # here and below: most kinds of names are listed without PyTorch
-
-    from repan_cli import models
-    from repan_cli.models import catalog
-
-    ours = {name: f"{timm.model_entrypoint(name).__doc__} Cycles, fuses." for name in models.BUILTIN}
-    known = catalog.table()
-    return {**ours, **{name: known[name].describe() if name in known else "" for name in catalog.names()}}
+    ours = {name: f"{text} Cycles, fuses." for name, text in names.builtin().items()}
+    known = names.catalog()
+    return {**ours, **{name: known[name].describe() if name in known else "" for name in names.foreign()}}
 
 
 @KINDS.register("blocks")
 def _blocks() -> Rows:
-    from repan_cli.blocks import FAMILIES
-
-    return {name: FAMILIES[name].text for name in FAMILIES}
+    return dict(names.blocks())
 
 
 @KINDS.register("datasets")
@@ -52,16 +47,12 @@ def _datasets() -> Rows:
 
 @KINDS.register("schedules")
 def _schedules() -> Rows:
-    from repan_cli.training.schedules import SCHEDULES
-
     return {name: inspect.getdoc(SCHEDULES[name]) or "" for name in SCHEDULES}
 
 
 @KINDS.register("optimizers")
 def _optimizers() -> Rows:
-    import timm.optim
-
-    return {name: timm.optim.get_optimizer_info(name).description for name in map(str, timm.optim.list_optimizers())}
+    return dict(names.optimizers())
 
 
 @KINDS.register("presets")
@@ -97,7 +88,7 @@ def _trackers() -> Rows:
 
 def _look(name: str) -> str:
     """Say what can be done with a network that the table of this version does not have yet."""
-    from repan_cli.models import catalog
+    from repan_cli.models import catalog  # every other name is listed without PyTorch
 
     try:
         return catalog.look(name).describe()

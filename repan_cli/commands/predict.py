@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from repan_cli.commands.early import images_in
 from repan_cli.commands.options import PredictOptions
-from repan_cli.data.class_folders import EXTENSIONS, files_below, is_image
 from repan_cli.data.image_files import UnreadableImageError
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
@@ -31,8 +31,8 @@ def run(options: PredictOptions) -> None:
     """
     if options.top < 1:
         raise InputError(f"--top {options.top}: at least one class is named")
-    files = list(_files(options.images))
-    artifact = open_artifact(options.checkpoint, options.model)
+    files = list(images_in(options.images))
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     check_finite(artifact.network)
     machine = start_runtime(options.device, "fp32")
     machine.place(artifact.network)
@@ -48,20 +48,6 @@ def run(options: PredictOptions) -> None:
         for line in unreadable[:-1]:
             warn(line)
         raise InputError(f"{unreadable[-1]}; {count(len(rows), 'other image')} could be read")
-
-
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    """Yield the images that are named, and those in folders, sorted. Raises InputError where there is none."""
-    for path in paths:
-        if path.is_dir():
-            found = [file for file in files_below(path) if is_image(file)]
-            if not found:
-                raise InputError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
-            yield from found
-        elif path.exists():
-            yield path
-        else:
-            raise InputError(f"no image {path}")
 
 
 @torch.no_grad()

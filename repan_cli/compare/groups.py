@@ -183,7 +183,16 @@ def compare(
     chosen, doubts = _controls(members, controls or {})
     groups = _labelled([members[number] for number in dict.fromkeys((*chosen, *range(len(members))))])
     named = _named_by_folder(groups) if by_folder else groups
-    return Comparison(named, (*warnings, *doubts), len(chosen))
+    return Comparison(named, (*warnings, *doubts, *_unequal_lengths(named)), len(chosen))
+
+
+def _unequal_lengths(groups: Sequence[Group]) -> list[str]:
+    """Say that groups trained for different numbers of epochs, where they did."""
+    lengths = sorted({group.cost().epochs for group in groups})
+    if len(lengths) < 2:
+        return []
+    told = " and ".join(f"{length:g}" for length in (lengths[0], lengths[-1]))
+    return [f"these runs are of unequal length, {told} epochs: a difference may come from that alone"]
 
 
 def _kind(result: Result) -> tuple[Any, ...]:

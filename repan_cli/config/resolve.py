@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from repan_cli.config.conventions import DATASET_PREFIXES
 from repan_cli.config.files import find_preset, presets, read_file
 from repan_cli.config.schema import Layer
 from repan_cli.config.settings import OVERLAY, PREVIOUS, RECIPES, SCHEMA, Config, baseline_phase, from_flat
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
-from repan_cli.system.text import on_one_line
+from repan_cli.system.text import at_home, on_one_line
 
 # ---------------------------------------------------------------------------------------------- building
 
@@ -60,12 +62,29 @@ def _unknown_key(key: str) -> str:
 
 def _section_problems(config: Config) -> Iterator[str]:
     yield from config.model.problems()
+    yield from config.block.problems()
     yield from config.data.problems()
     yield from config.optim.problems()
     yield from config.cycle.problems()
     yield from config.teacher.problems()
     yield from config.problems()
     yield from (f"baseline: {problem}" for problem in baseline_phase(config).optim.problems())
+
+
+def folder_as_data(layer: Layer) -> Layer:
+    """Return a layer that names a folder as its data set, as `folder` with this root. Raises InputError for two."""
+    name = layer.get("data.name")
+    if not isinstance(name, str) or not is_folder_of_data(name):
+        return layer
+    if layer.get("data.root") is not None:
+        raise InputError(f"data.name={name} is a folder, and data.root={layer['data.root']} another: give one of them")
+    return {**layer, "data.name": "folder", "data.root": at_home(name)}
+
+
+def is_folder_of_data(name: str) -> bool:
+    """Tell whether a name of a data set is none that is known, but a folder that is there."""
+    known = name in RECIPES or name.partition("/")[0] in DATASET_PREFIXES
+    return not known and bool(name) and Path(at_home(name)).is_dir()
 
 
 def baseline_layer(layer: Layer) -> dict[str, Any]:
@@ -80,11 +99,14 @@ def baseline_layer(layer: Layer) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration, a line that says where it came from, and what of it the command line gave."""
+    """A configuration, a line that says where it came from, what of it the command line gave, and what a person's `own`
+    file.
+    """
 
     config: Config
     source: str
     given: Layer = field(default_factory=dict)
+    own: Layer = field(default_factory=dict)
 
 
 def resolve(command: str, file: str | None, given: Layer) -> Resolved:
@@ -93,10 +115,19 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
     Without a file the recipe of the data set is read, where there is one. `train` reads the baseline of a file of
     cycles.
     """
+    given = folder_as_data(given)
     if file is None:
         file = RECIPES.get(str(given.get("data.name")))
     path = find_preset(file) if file else None
-    return resolve_layer(command, read_file(path) if path else {}, given, source=_shown(path))
+    layer = read_file(path) if path else {}
+    found = resolve_layer(command, layer, given, source=_shown(path))
+    return found if path in presets().values() else dataclasses.replace(found, own=_changed(layer))
+
+
+def _changed(layer: Layer) -> Layer:
+    """Return the settings of a file that are not the default: the config.yaml of a run holds all there are."""
+    known = {key: text for key, text in layer.items() if key in SCHEMA}
+    return {key: known[key] for key, value in typed(known).items() if value != SCHEMA[key].default}
 
 
 def resolve_layer(command: str, layer: Layer, given: Layer, *, source: str) -> Resolved:
@@ -104,6 +135,7 @@ def resolve_layer(command: str, layer: Layer, given: Layer, *, source: str) -> R
 
     Raises InputError for settings that the command does not read, and where a data set, network or teacher is missing.
     """
+    layer, given = folder_as_data(layer), folder_as_data(given)
     if command == "train":
         refuse(given, ("teacher.",), "has no effect in 'repan train': give it to 'repan distill'")
         layer = {key: text for key, text in layer.items() if not key.startswith(("teacher.", "baseline.teacher."))}

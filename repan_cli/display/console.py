@@ -13,7 +13,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -22,9 +22,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from repan_cli.display.activity import Activity
 from repan_cli.display.live import Position, View, figures
+from repan_cli.display.notebook import NotebookLive
 from repan_cli.runs.directory import Heartbeat
-from repan_cli.system.notices import LOGGER
+from repan_cli.system.notices import LOGGER, watched_by
 from repan_cli.system.text import duration, percent, shown
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, LossLog, StepEnd
 
@@ -88,19 +90,28 @@ class Display:
         self.pulse = Heartbeat(self.speak, seconds=5)
         self.spoke = self.began = time.monotonic()
 
-    def _live(self) -> Live | None:
+    def _live(self) -> Live | NotebookLive | None:
         """None where nothing can be redrawn: in a file, a pipe, a dumb terminal."""
+        if self.console.is_jupyter:
+            return NotebookLive(self.view)
         if not self.console.is_terminal or self.console.is_dumb_terminal:
             return None
         return Live(self.view, console=self.console, refresh_per_second=REFRESHES, transient=True)
 
     def __enter__(self) -> Display:
         self.position.doing = "starting"
+        self.watching = watched_by(self.busy)
+        self.watching.__enter__()
         (self.live or self.pulse).start()
         return self
 
     def __exit__(self, *failure: object) -> None:
         (self.live or self.pulse).stop()
+        self.watching.__exit__(None, None, None)
+
+    def busy(self, what: str | None) -> None:
+        """Show what is being done in place of the count of steps."""
+        self.position.doing = what or ""
 
     def speak(self) -> None:
         """Say where the run is when nothing was said for a while, as there is no live display."""
@@ -121,7 +132,9 @@ class Display:
         self.console.print(text, soft_wrap=not isinstance(text, Table), markup=False)
         self.spoke = time.monotonic()
         if self.log:
-            Console(file=self.log, width=120, no_color=True).print(text, soft_wrap=True, markup=False)
+            Console(file=self.log, width=120, no_color=True, force_jupyter=False).print(
+                text, soft_wrap=True, markup=False
+            )
             self.log.flush()
 
     def note(self, text: str) -> None:
@@ -263,6 +276,13 @@ class _NoticeHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         line = Text.assemble(("Warning: ", WARNING), shown(record.getMessage()))
         on_stderr().print(line, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def showing_activity() -> Iterator[None]:
+    """Show meanwhile what takes long."""
+    with watched_by(Activity(on_stderr())):
+        yield
 
 
 def show_notices() -> None:

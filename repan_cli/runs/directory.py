@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import weakref
@@ -20,6 +21,7 @@ from typing import IO, Any
 import repan_cli
 from repan_cli.errors import InputError, OutOfSpaceError
 from repan_cli.system.files import flush, read_json, temporary_file, to_json, write_atomically
+from repan_cli.system.text import quoted
 
 PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "scipy", "pillow", "typer", "rich")
 
@@ -208,7 +210,7 @@ def _goes_on(path: Path) -> bool:
 
 
 def existing(path: Path) -> str:
-    mend = f"go on with --resume {path}, or give another --out" if _goes_on(path) else "give another --out"
+    mend = f"go on with --resume {quoted(path)}, or give another --out" if _goes_on(path) else "give another --out"
     return f"the run directory {path} exists already; nothing was touched: {mend}"
 
 
@@ -239,7 +241,8 @@ def _command(path: Path) -> str:
     with contextlib.suppress(InputError, LookupError, TypeError):
         if (path / SERIES).exists():
             return str(read_json(path / SERIES)["command"])
-        return str(read_json(path / "env.json")["argv"][0])
+        facts = read_json(path / "env.json")
+        return str(facts.get("command") or facts["argv"][0])
     return path.parent.name
 
 
@@ -272,7 +275,7 @@ def check_free(path: str | None) -> None:
 
 def claim_default(command: str, *names: str) -> Path:
     """Make runs/<command>/<date-time>-<names>, with a number behind it where two runs begin in one second."""
-    stem = "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), *(name.replace(":", "-") for name in names)])
+    stem = "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), *map(_in_a_name, names)])
     for path in _numbered(Path("runs") / command / stem[:MOST_NAME]):
         try:
             path.mkdir(parents=True)
@@ -284,6 +287,13 @@ def claim_default(command: str, *names: str) -> Path:
             raise InputError(f"cannot create the run directory {path}: {error.strerror}; give --out") from None
         return path
     raise AssertionError("numbers do not end")
+
+
+def _in_a_name(name: str) -> str:
+    """Return a name as a part of a folder's: of a file of a person's own without its folders."""
+    file, colon, function = name.rpartition(".py:")
+    short = f"{Path(file).name}-{function}" if colon else name
+    return short.replace(":", "-").replace("/", "-")
 
 
 MOST_NAME = 200
@@ -303,9 +313,18 @@ def now() -> str:
 
 
 def software() -> dict[str, Any]:
-    """Versions and command line, for env.json."""
+    """Versions, command line, and where it was typed, for env.json."""
     versions = {"repan": repan_cli.__version__}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    return {"time": now(), "argv": sys.argv[1:], "versions": versions}
+    return {"time": now(), "argv": sys.argv[1:], "cwd": str(Path.cwd()), "git": git_commit(), "versions": versions}
+
+
+def git_commit() -> str | None:
+    """Return the commit of the folder that a command is typed in; None outside of git's."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.SubprocessError):  # no git, or one that hangs
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None

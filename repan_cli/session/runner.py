@@ -25,13 +25,16 @@ from repan_cli.errors import (
     StoppedError,
 )
 from repan_cli.session.build import Session, prepare
+from repan_cli.session.pace import PaceWatch
 from repan_cli.session.recorder import Record, pool, saves_at
 from repan_cli.session.summary import conclude, draw, finish, header, warned
 from repan_cli.system.device import describe_machine
 from repan_cli.system.files import to_json
 from repan_cli.system.ranks import leave_ranks, summed
 from repan_cli.system.signals import StopSignals
+from repan_cli.system.text import quoted
 from repan_cli.training.events import Event, StepEnd
+from repan_cli.training.listeners import announce
 from repan_cli.training.loop import fit
 from repan_cli.training.run import Training
 
@@ -43,24 +46,30 @@ ALONE_AFTER = 5
 """Seconds after which one of several ranks that waits for images stops without the others."""
 
 
-def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
-    """Prepare, train, merge, and report. Of several ranks only the first writes and reports."""
+def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
+    """Prepare, train, merge, and report. Of several ranks only the first writes and reports.
+
+    Returns the run directory, of the first rank.
+    """
     session = prepare(command, resolved)
     if session.training.runtime.rank:
         follow(session)
-    else:
-        begin(session, resolved, as_json=as_json)
+        return None
+    return begin(session, resolved, as_json=as_json)
 
 
-def begin(session: Session, resolved: Resolved, *, as_json: bool) -> None:
-    """Make the run directory of a run that is ready, and carry it out."""
+def begin(session: Session, resolved: Resolved, *, as_json: bool) -> Path:
+    """Make the run directory of a run that is ready, and carry it out. Returns the directory."""
     command, config = session.command, session.config
     path = Path(config.run.out) if config.run.out else runs.claim_default(command, *session.names)
     with runs.RunDirectory(path, reopen=not config.run.out) as folder:
         session.training.task_of.folder = folder.path
         folder.write_text("config.yaml", dump(config, cycles=command == "cycle"))
-        folder.write_json("env.json", {**runs.software(), **describe_machine(session.training.runtime)})
+        folder.write_json(
+            "env.json", {**runs.software(), "command": command, **describe_machine(session.training.runtime)}
+        )
         carry_out(session, folder, resolved, as_json=as_json)
+    return path
 
 
 def carry_out(
@@ -86,7 +95,7 @@ def carry_out(
     pulse = runs.Heartbeat(folder.beat, seconds=runs.HEARTBEAT)
     pulse.start()
     try:
-        with StopSignals() as signals:
+        with StopSignals(lambda number: display.say(_heard(number))) as signals:
             try:
                 _train(session, record, display, signals, fresh=begun is None)
                 finish(session, folder, display, record)
@@ -110,6 +119,13 @@ def carry_out(
         print(to_json(record.summary))
 
 
+def _heard(number: int) -> str:
+    """Say at once that a signal was heard."""
+    name = signal.Signals(number).name
+    again = "; once more leaves at once, without saving" if number == signal.SIGINT else ""
+    return f"{'Ctrl-C' if number == signal.SIGINT else name}: finishing the step, then saving{again}"
+
+
 def _train(session: Session, record: Record, display: Display, signals: StopSignals, *, fresh: bool) -> None:
     """Train through the plan and note what happens. Raises StoppedError when a signal asks to, with the state saved."""
     hear(session.training, signals)
@@ -118,11 +134,14 @@ def _train(session: Session, record: Record, display: Display, signals: StopSign
     if math.isfinite(session.training.progress.best_top1):  # of the weights it began with, or before a stop
         display.position.best = session.training.progress.best_top1
     told = False
+    pace = PaceWatch(session.config.data.batch_size, threads=torch.get_num_threads())
     try:
         with display:
             for event in fit(session.training):
                 record.take(event)
                 display.show(event)
+                pace.take(event)
+                announce(event)
                 if session.training.graphs and session.training.graphs.refused and not told:
                     told = True
                     display.say(f"steps run one by one: no CUDA graph ({session.training.graphs.refused})")
@@ -205,12 +224,11 @@ def _stopped(
     folder.status("preempted" if asked else "interrupted")
     with warned("no curves.png"):
         draw(session, folder, display)
-    own = f" --model {session.user_model}" if session.user_model else ""
     ranks = session.training.runtime.ranks
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
-    how = f"go on with: {command} {session.command} --resume {folder.path}{own}"
+    how = f"go on with: {command} {session.command} --resume {quoted(folder.path)}{session.own_code}"
     if not saved:
-        return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}")
+        return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}", folder.path)
     if asked:
         return PreemptedRunError(f"stopped by {signal.Signals(asked).name}, everything is saved; {how}")
-    return InterruptedRunError(f"interrupted, everything is saved; {how}")
+    return InterruptedRunError(f"interrupted, everything is saved; {how}", folder.path)

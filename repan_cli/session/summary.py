@@ -23,8 +23,8 @@ from repan_cli.runs.trackers import read_metrics
 from repan_cli.session.build import Session
 from repan_cli.session.network import describe_blocks
 from repan_cli.session.recorder import Record, chosen_file
-from repan_cli.system.notices import warn
-from repan_cli.system.text import count, duration, first_line, percent, sparkline
+from repan_cli.system.notices import doing, warn
+from repan_cli.system.text import count, duration, first_line, percent, quoted, sparkline
 from repan_cli.training.evaluation import evaluate
 from repan_cli.training.plan import Phase
 from repan_cli.training.run import Training
@@ -103,9 +103,11 @@ def finish(session: Session, folder: runs.RunDirectory, display: Display, record
     if source.name == runs.LAST and math.isfinite(session.training.progress.best_top1):
         summary["chosen"]["note"] = "best.pt is gone: these are the last weights, not the best ones by validation"
         warn(f"{folder.path}: {summary['chosen']['note']}")
-    summary["test"] = _score(session, model)
+    with doing("scoring the test images"):
+        summary["test"] = _score(session, model)
     try:
-        summary["fused"] = _fuse(session, folder, chosen, model)
+        with doing("merging"):
+            summary["fused"] = _fuse(session, folder, chosen, model)
     except InputError as error:  # a network without anything to merge
         display.say(f"no fused.pt: {error}")
     summary["seconds"] = record.seconds
@@ -120,7 +122,7 @@ def conclude(session: Session, folder: runs.RunDirectory, display: Display, summ
     with warned("no curves.png"):
         draw(session, folder, display)
     with warned("the run is done, but its report could not be shown"):
-        _report(folder, display, summary, session.user_model)
+        _report(folder, display, summary, session)
 
 
 @contextlib.contextmanager
@@ -159,7 +161,7 @@ def _sampling_error(test: dict[str, Any]) -> float:
     return 100 * math.sqrt(share * (1 - share) / test["images"])
 
 
-def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], user_model: str | None) -> None:
+def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], session: Session) -> None:
     """Show the end of a run: a row a phase, the chosen weights, the merged network, the files."""
     test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
     records = read_metrics(folder / "metrics.jsonl")
@@ -190,5 +192,5 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     rows["files"] = str(folder.path)
     display.say()
     display.facts(rows)
-    own = f" --model {user_model}" if user_model else ""
-    display.command("next", f"repan evaluate {folder / (fused['out'] if fused else chosen['file'])}{own}")
+    own = session.own_code if not fused else f" --model {quoted(session.user_model)}" if session.user_model else ""
+    display.command("next", f"repan evaluate {quoted(folder / (fused['out'] if fused else chosen['file']))}{own}")

@@ -1,0 +1,155 @@
+"""Watch one pass of a network for who adds images, and who reads what a convolution returns or is made of."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from repan_cli.blocks.kernel import BatchNorm
+
+SIDES = 4
+"""Dimensions of a batch of images."""
+
+ADDS = ("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__", "sum", "mean")
+LINEAR = ("conv2d", "batch_norm", "avg_pool2d", "pad", "contiguous")
+"""Functions whose results, added to each other, are a sum of branches."""
+
+MARK = "_repan_from"
+
+
+@dataclass
+class Observed:
+    """The findings of one pass, by the names of modules.
+
+    `adders` add images in their own forward; True where all that they add comes from linear layers. `readers` counts
+    the calls that read the output of a convolution, `uses` those outside of a layer that read its tensors.
+    `arguments` is the number that a module was given, -1 where one was given by name.
+    """
+
+    adders: dict[str, bool] = field(default_factory=dict)
+    readers: Counter[str] = field(default_factory=Counter)
+    uses: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    arguments: dict[str, int] = field(default_factory=dict)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, found: Observed, model: nn.Module) -> None:
+        super().__init__()
+        self.found = found
+        self.stack: list[str] = []
+        self.owners = {
+            id(tensor): name
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Conv2d, BatchNorm))
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        }
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [*_tensors(args), *_tensors(kwargs.values())]
+        marks = [vars(each).get(MARK) if hasattr(each, "__dict__") else None for each in given]
+        result = function(*args, **kwargs)
+        if not isinstance(result, (Tensor, list, tuple)):
+            return result
+        self._count(given, marks, moved=not any(result is each for each in given))
+        name = getattr(function, "__name__", "")
+        if isinstance(result, Tensor) and result.ndim == SIDES:
+            images = [mark for each, mark in zip(given, marks, strict=True) if each.ndim >= SIDES]
+            if name in ADDS and images:
+                linear = all(mark is not None for mark in images) and (len(images) > 1 or name in ("sum", "mean"))
+                where = self.stack[-1] if self.stack else ""
+                self.found.adders[where] = self.found.adders.get(where, False) or linear
+            if name in LINEAR or (name in ADDS and images and all(mark is not None for mark in images)):
+                vars(result)[MARK] = ("", 0)
+        return result
+
+    def _count(self, given: list[Tensor], marks: list[Any], *, moved: bool) -> None:
+        """Count the reads of one call; one that returns what it was given reads nothing."""
+        for each, mark in zip(given, marks, strict=True):
+            if moved and mark is not None and mark[0] and mark[1] == each._version:
+                self.found.readers[mark[0]] += 1
+            owner = self.owners.get(id(each))
+            if owner is not None and owner != (self.stack[-1] if self.stack else ""):
+                self.found.uses[owner] += 1
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+@torch.no_grad()
+def observe(model: nn.Module, images: Tensor) -> Observed:
+    """Watch one pass of a network in eval mode."""
+    found = Observed()
+    watch = _Watch(found, model)
+    with _hooked(model, watch), watch:
+        model(images)
+    return found
+
+
+@contextmanager
+def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
+    def before(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            watch.stack.append(name)
+            watch.found.calls[name] += 1
+            watch.found.arguments[name] = -1 if kwargs else len(args)
+
+        return enter
+
+    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            while watch.stack and watch.stack.pop() != name:
+                pass
+            if isinstance(module, nn.Conv2d) and isinstance(output, Tensor):
+                vars(output)[MARK] = (name, output._version)
+
+        return leave
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        hooks.append(module.register_forward_hook(after(name)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ---------------------------------------------------------------------------------------------- without arithmetic
+
+
+def without_arithmetic(model: nn.Module, images: Tensor, look: Callable[[nn.Module, Tensor], Any]) -> Any:
+    """Return what `look` returns for a network and images: on the meta device, where that can be, else as they are."""
+    try:
+        return look(twin(model, "meta"), images.to("meta"))
+    except Exception:  # whatever a network does with tensors that hold nothing
+        return look(model, images)
+
+
+def twin(model: nn.Module, device: str | None = None) -> nn.Module:
+    """Return a copy of a network on the same tensors, or with tensors of the same shapes on another device."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {id(each): each if device is None else _moved(each, device) for each in tensors}
+    return copy.deepcopy(model, memo)
+
+
+def _moved(tensor: Tensor, device: str) -> Tensor:
+    moved = tensor.detach().to(device)
+    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
