@@ -233,10 +233,14 @@ class ListOptions:
     kind: Annotated[
         str,
         Argument(
-            "KIND", "models, blocks, datasets, optimizers, presets, schedules, settings, studies or trackers.", "kinds"
+            "KIND",
+            "models, blocks, datasets, optimizers, presets, runs, schedules, settings, studies or trackers.",
+            "kinds",
         ),
     ]
-    pattern: Annotated[str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'.")] = None
+    pattern: Annotated[
+        str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'; of runs, a folder.")
+    ] = None
     as_json: AsJson = False
 
 

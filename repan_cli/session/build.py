@@ -207,12 +207,12 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
     for phase in plan:
         SCHEDULES[phase.optim.schedule]  # an unknown one is an error before the first step
     train = train_loader(dataset, config.data, machine)
-    if config.data.batch_size > train.count:
-        warn(f"data.batch_size={config.data.batch_size}, and {train.count:,} training images: an epoch is one step")
     ema = _average(network.model, config.ema)
     task_of = PhaseTasks(ema.module if ema else network.model, dataset, train, machine)
     with doing("preparing the teacher"):
         task_of.prepare(plan)
+    if config.data.batch_size > train.count:
+        warn(f"data.batch_size={config.data.batch_size}, and {train.count:,} training images: an epoch is one step")
     optimizer = build_optimizer(network.model, config.optim)
     val = eval_loader(dataset, "val", machine, config.data.workers) if dataset.val else None
     test = eval_loader(dataset, "test", machine, config.data.workers)

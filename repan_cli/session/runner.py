@@ -90,7 +90,13 @@ def carry_out(
     training = session.training
     epochs = {phase.cycle: phase.epochs for phase in training.plan}
     steps = training.train.steps(session.config.data.batch_size)
-    display = Display(epochs=epochs, steps=steps, log=folder / "log.txt", compiles=session.config.run.compile == "on")
+    display = Display(
+        epochs=epochs,
+        steps=steps,
+        log=folder / "log.txt",
+        compiles=session.config.run.compile == "on",
+        ramps=any(phase.attach_rate(0.0) not in (None, 1.0) for phase in training.plan),
+    )
     display.facts({**header(session, resolved), "run": str(folder.path)})
     record = Record(session, folder, begun)
     for tracker in record.requested:
