@@ -10,7 +10,7 @@ from repan_cli.checkpoint.format import (
     save,
     sealed,
 )
-from repan_cli.checkpoint.reading import check_seal, load, load_any
+from repan_cli.checkpoint.reading import check_seal, chosen_in, load, load_any
 from repan_cli.checkpoint.weights import load_weights
 from repan_cli.system.weight_files import split_key
 
@@ -23,6 +23,7 @@ __all__ = [
     "capture",
     "capture_fused",
     "check_seal",
+    "chosen_in",
     "header",
     "load",
     "load_any",

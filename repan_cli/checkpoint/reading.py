@@ -52,6 +52,20 @@ EXPORTS = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load"}
 """Files of networks that are no checkpoints, and what opens them."""
 
 
+def chosen_in(path: str | Path) -> Path:
+    """Return the file that a path means: of the folder of a run the best weights, else the last.
+
+    Raises InputError for a folder without either.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
+    for name in ("best.pt", "last.pt"):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{path} is a folder without best.pt or last.pt: name a file in it")
+
+
 def load(path: str | Path) -> Checkpoint:
     """Read and verify a checkpoint, from `.pt` or `.safetensors`.
 

@@ -15,7 +15,9 @@ from repan_cli.cli.dispatch import dispatch, fail
 from repan_cli.cli.options import filled, signature_of
 from repan_cli.cli.streams import accept_any_text, open_streams, say
 from repan_cli.cli.training import train
+from repan_cli.cli.words import as_typed
 from repan_cli.commands import options
+from repan_cli.commands.option import shortcuts
 from repan_cli.config.conventions import SPLITS
 from repan_cli.errors import InputError, RepanError
 from repan_cli.registry import did_you_mean
@@ -139,6 +141,19 @@ COMMANDS = {
     """,
         "Deployment",
         "quantize",
+    ),
+    "push": Command(
+        options.PushOptions,
+        """Upload a folder of 'repan fuse --format timm' to the Hugging Face Hub.
+
+    Examples:
+
+    [bold]repan push plain_timm someone/my-network[/bold]
+
+    [bold]repan push plain_timm someone/my-network --private --json[/bold]
+    """,
+        "Deployment",
+        "push",
     ),
     "predict": Command(
         options.PredictOptions,
@@ -279,7 +294,7 @@ def main() -> None:
     open_streams()
     _accept_any_text()
     try:
-        code = app(standalone_mode=False)
+        code = app(as_typed(sys.argv[1:]), standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         code = 0
@@ -335,7 +350,7 @@ def _usage(error: Any) -> int:
 def _mend(error: Any, message: str) -> str:
     option = getattr(error, "option_name", None) or ""
     command = next((word for word in sys.argv[1:] if word in COMMANDS), None)
-    elsewhere = option.removeprefix("--").replace("-", "_") in options.shortcuts(options.CycleOptions)
+    elsewhere = option.removeprefix("--").replace("-", "_") in shortcuts(options.CycleOptions)
     if getattr(error, "possibilities", None) is not None and elsewhere:
         return f": it belongs to other commands than 'repan {command}', such as 'repan cycle'"
     hint = did_you_mean(option, getattr(error, "possibilities", None) or ())

@@ -6,7 +6,9 @@ A command checks again what it opens; nothing here opens more than the first byt
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,16 @@ from repan_cli.commands.options import (
 )
 from repan_cli.config import names
 from repan_cli.config.advice import unusual, without_effect
-from repan_cli.config.conventions import ARTIFACT_ENDINGS, FORMATS, GRAPH_FORMATS, WEIGHT_ENDINGS
+from repan_cli.config.conventions import (
+    ARTIFACT_ENDINGS,
+    FOLDER_FORMATS,
+    FORMATS,
+    GRAPH_FORMATS,
+    INT8_OPSETS,
+    OPSETS,
+    WEIGHT_ENDINGS,
+    WEIGHT_FORMATS,
+)
 from repan_cli.config.resolve import Resolved
 from repan_cli.config.settings import PREVIOUS, Config, baseline_phase, replace
 from repan_cli.data import class_folders, datasets
@@ -29,9 +40,11 @@ from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
 from repan_cli.runs.trackers import TRACKERS
 from repan_cli.session import sources
+from repan_cli.system.files import write_bytes, write_folder
 from repan_cli.system.launcher import own_rank, restarts
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import ONNX_PACKAGES, need
+from repan_cli.system.user_code import names_a_file
 from repan_cli.system.weight_files import no_checkpoint, split_key
 from repan_cli.training.schedules import SCHEDULES
 
@@ -78,8 +91,14 @@ def _check_network(config: Config) -> None:
     if config.model.name is not None:
         names.check_model(config.model.name)
     _check_weights(config.model.init)
-    if config.block.name is not None and not names.names_a_file(config.block.name):
-        _check_known("block family", config.block.name, names.blocks())
+    if config.block.name is not None and not names_a_file(config.block.name):
+        _check_known("block family", config.block.name, {**names.blocks(), **_registered_blocks()})
+
+
+def _registered_blocks() -> dict[str, str]:
+    """Return the block families that this process has registered, if it has loaded any."""
+    families = getattr(sys.modules.get("repan_cli.blocks.families"), "FAMILIES", ())
+    return dict.fromkeys(families, "")
 
 
 def _check_phase(phase: Config) -> None:
@@ -91,7 +110,7 @@ def _check_phase(phase: Config) -> None:
     teacher = phase.teacher
     if teacher.model is not None:
         names.check_model(teacher.model)
-    if teacher.name in (None, PREVIOUS):
+    if teacher.name in (None, PREVIOUS) or names.names_a_repository(teacher.name or ""):
         return
     assert teacher.name is not None, "which was looked at"
     if Path(split_key(teacher.name)[0]).exists():
@@ -103,7 +122,7 @@ def _check_phase(phase: Config) -> None:
 
 
 def _check_weights(source: str | None) -> None:
-    if source is None:
+    if source is None or names.names_a_repository(source):
         return
     path = split_key(source)[0]
     if not path.exists():
@@ -121,7 +140,8 @@ def _check_known(kind: str, name: str, known: Mapping[str, str]) -> None:
 
 
 def _check_info(options: InfoOptions) -> None:
-    info_source(options.checkpoint)
+    if not names.names_a_repository(options.checkpoint):
+        info_source(options.checkpoint)
     if options.model is not None:
         names.check_model(options.model)
 
@@ -178,7 +198,7 @@ def images_in(paths: Sequence[Path]) -> Iterator[Path]:
 
 def _check_benchmark(options: BenchmarkOptions) -> None:
     source = options.checkpoint
-    if Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS:
+    if names.names_a_repository(source) or Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS:
         sources.check(source, options.model)
     else:
         names.check_model(source)
@@ -192,8 +212,31 @@ def _check_fuse(options: FuseOptions) -> None:
     sources.check(options.checkpoint, options.model)
 
 
-def fuse_targets(options: FuseOptions) -> list[Path]:
-    """Return the files that a merged network is written into. Raises InputError for what cannot be written."""
+Content = bytes | dict[str, bytes]
+"""The content of a file; of a folder that of its files, by name."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file, or a folder, to write in a format."""
+
+    kind: str
+    path: Path
+
+    @property
+    def is_folder(self) -> bool:
+        return self.kind in FOLDER_FORMATS
+
+    def write(self, content: Content, path: Path | None = None) -> None:
+        """Write it, or a copy of it at `path`."""
+        if isinstance(content, dict):
+            write_folder(path or self.path, content)
+        else:
+            write_bytes(path or self.path, content)
+
+
+def fuse_targets(options: FuseOptions) -> list[Target]:
+    """Return what a merged network is written into. Raises InputError for what cannot be written."""
     path, out = Path(options.checkpoint), options.out
     if out and out.is_dir():
         raise InputError(f"{out} is a folder: name a file in it")
@@ -206,12 +249,15 @@ def fuse_targets(options: FuseOptions) -> list[Path]:
     if ending in FORMATS and ending not in endings:
         raise InputError(f"--out {out} ends in .{ending}, but --format is {', '.join(endings)}: let them agree")
     stem = out.with_suffix("") if out and ending in FORMATS else out or _default_stem(path)
-    targets = [stem.with_name(f"{stem.name}.{wanted}") for wanted in dict.fromkeys(endings)]
-    for target in targets:
+    targets = [
+        Target(wanted, stem.with_name(f"{stem.name}{'_' if wanted in FOLDER_FORMATS else '.'}{wanted}"))
+        for wanted in dict.fromkeys(endings)
+    ]
+    for target in (each.path for each in targets):
         if target.resolve() == path.resolve():
             raise InputError(f"{target} is the checkpoint itself: give another --out")
         check_writable(target, overwrite=options.overwrite)
-    _check_form({*endings}, options.form, with_normalize=options.with_normalize)
+    _check_form({*endings}, options)
     return targets
 
 
@@ -230,15 +276,26 @@ def _default_stem(path: Path) -> Path:
     return path.with_name(f"{path.stem}_fused") if path.is_file() else Path(f"{path.name.rpartition(':')[2]}_fused")
 
 
-def _check_form(endings: set[str], form: str, *, with_normalize: bool) -> None:
+def _check_form(endings: set[str], options: FuseOptions) -> None:
+    form = options.form
     if form not in FORMS:
         raise InputError(f"--form {form} is none of {', '.join(FORMS)}")
-    if form == "conv-bn" and endings & set(GRAPH_FORMATS):
+    if form == "conv-bn" and endings - set(WEIGHT_FORMATS):
         raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
-    if with_normalize and endings - set(GRAPH_FORMATS):
+    if options.half and endings != {"onnx"}:
+        raise InputError("--half is for ONNX files: use --format onnx")
+    if options.opset is not None and "onnx" not in endings:
+        raise InputError("--opset is for ONNX files: use --format onnx")
+    _check_opset(options.opset, OPSETS)
+    if options.with_normalize and endings - set(GRAPH_FORMATS):
         raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
     if "onnx" in endings:
         need("writing ONNX", "onnx", *ONNX_PACKAGES)
+
+
+def _check_opset(opset: int | None, offered: range) -> None:
+    if opset is not None and opset not in offered:
+        raise InputError(f"--opset {opset} is not offered here: choose from {offered[0]} to {offered[-1]}")
 
 
 def _check_quantize(options: QuantizeOptions) -> None:
@@ -256,6 +313,7 @@ def quantize_target(options: QuantizeOptions) -> Path:
     if target.suffix != ".onnx":
         raise InputError(f"--out {target}: int8 is written as ONNX, name a file that ends in .onnx")
     check_writable(target, overwrite=options.overwrite)
+    _check_opset(options.opset, INT8_OPSETS)
     if options.images < 1:
         raise InputError(f"--images {options.images}: at least one is needed to calibrate")
     return target

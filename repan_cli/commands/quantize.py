@@ -12,6 +12,7 @@ from repan_cli import checkpoint, export
 from repan_cli.checkpoint.card import FUSED
 from repan_cli.commands.early import quantize_target
 from repan_cli.commands.options import QuantizeOptions
+from repan_cli.config.conventions import OPSET
 from repan_cli.data.batches import Loader
 from repan_cli.data.build import eval_loader
 from repan_cli.display.console import print_table, tell
@@ -34,21 +35,22 @@ SHOWN = 8
 def run(options: QuantizeOptions) -> None:
     """Merge a network, look at its layers, write it in int8, score both. Only training images calibrate."""
     target = quantize_target(options)
-    artifact = open_artifact(options.checkpoint, options.model)
+    opset = OPSET if options.opset is None else options.opset
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     if artifact.runtime != "PyTorch":
         raise InputError(f"{artifact.source} is exported already: quantise the checkpoint that it came from")
     check_finite(artifact.network)
     machine = start_runtime("cpu", "fp32")
     data = artifact_images.load(artifact, options.dataset, options.data_root, split=None, order=options.classes)
     network, saved = _merged(artifact, artifact_images.noise(artifact))
-    training = eval_loader(data, "train", machine)
+    training = eval_loader(data, "train", machine, crop=artifact.preparation.crop)
     layers = int8.health(network, _calibration(training, options.images))
     header = checkpoint.header(saved)
-    graph = onnx_file.write(trace(network, artifact_images.noise(artifact), artifact.source), header)
+    graph = onnx_file.write(trace(network, artifact_images.noise(artifact), artifact.source), header, opset)
     card = dataclasses.replace(saved.card, precision="int8")
     header = checkpoint.header(dataclasses.replace(saved, card=card))
     content = int8.quantize(graph, _calibration(training, options.images), header, per_channel=not options.per_tensor)
-    scored = eval_loader(data, options.split, machine)
+    scored = eval_loader(data, options.split, machine, crop=artifact.preparation.crop)
     before, _ = examine(network, scored, len(data.classes))
     after, _ = examine(onnx_file.OnnxNetwork(content), scored, len(data.classes))
     make_folder(target)

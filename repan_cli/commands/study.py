@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from repan_cli import config
-from repan_cli.commands.options import StudyOptions, shortcuts
+from repan_cli.commands.option import shortcuts
+from repan_cli.commands.options import StudyOptions
 from repan_cli.compare import page, table
 from repan_cli.compare.groups import Comparison, as_data, compare
 from repan_cli.compare.results import read_all
@@ -32,6 +33,10 @@ from repan_cli.system.text import count, quoted
 
 ARM_FILE = "arm.yaml"
 """The file of an arm's settings, beside the folders of its runs: `repan COMMAND -c ARM_FILE` makes such a run."""
+
+
+OWN_CODE = ("model.name", "block.name")
+"""Settings that may name a function in a file, `file.py:function`."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,13 @@ class Study:
         words = tuple(f"{key}={text}" for key, text in arm.read_by(self.given).items())
         file = self.out / arm.name / ARM_FILE
         begin = (arm.command, "-c", str(file), "--seed", str(seed), "--out", str(folder), *words)
-        network = str({**arm.layer, **self.given}.get("model.name", ""))
-        own = () if ".py:" not in network or "model.name" in self.given else (f"model.name={network}",)
+        own = tuple(f"{key}={name}" for key in OWN_CODE if (name := self._own(arm, key)))
         return Job(f"{arm.name} seed {seed}", folder, begin, (arm.command, "--resume", str(folder), *words, *own))
+
+    def _own(self, arm: Arm, key: str) -> str | None:
+        """Return the name of a person's own network or block of an arm, which a resume is given again."""
+        name = None if key in self.given else arm.layer.get(key)
+        return str(name) if name and ".py:" in str(name) else None
 
 
 def run(options: StudyOptions) -> None:

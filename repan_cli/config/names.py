@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
+from repan_cli.system.user_code import names_a_file
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -27,10 +28,15 @@ SMALL = {"mobilenetv1_100": "mobilenetv1"}
 """Names whose network for small images is called otherwise."""
 
 
-def names_a_file(name: str) -> bool:
-    """Tell whether a name means a function in a person's own file: `net.py:build`."""
-    path, colon, _ = name.rpartition(":")
-    return bool(colon) and path.endswith(".py")
+REPOSITORY = re.compile(
+    r"(?:timm:)?hf[-_]hub:(?!timm/)(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(?P<key>::.+)?"
+)
+"""The name of a repository of the Hub that is not timm's own, as `hf-hub:ORG/NAME` or `hf-hub:ORG/NAME@REVISION`."""
+
+
+def names_a_repository(source: str) -> bool:
+    """Tell whether a source is a name on the Hub, and not one of timm's own networks there."""
+    return REPOSITORY.fullmatch(source) is not None
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -113,7 +119,7 @@ def check_model(name: str) -> None:
     if names_a_file(name):
         path = Path(name.rpartition(":")[0]).expanduser()
         if not path.is_file():
-            raise no_network_file(path)
+            raise InputError(f"no file {path} to take a network from")
         return
     if name.startswith(TORCHVISION):
         known = [TORCHVISION + each for each in of_torchvision()]
@@ -130,10 +136,6 @@ def check_model(name: str) -> None:
     full = ALIASES.get(name, name)
     if full not in builtin() and f"{SMALL.get(full, full)}_cifar" not in builtin():
         raise unknown_model(name, list(dict.fromkeys([*ALIASES, *builtin(), *theirs])))
-
-
-def no_network_file(path: Path) -> InputError:
-    return InputError(f"no file {path} to take a network from")
 
 
 # ---------------------------------------------------------------------------------------------- other names

@@ -90,6 +90,7 @@ def _unknown_key(key: str) -> str:
 
 def _section_problems(config: Config) -> Iterator[str]:
     yield from config.model.problems()
+    yield from config.block.problems()
     yield from config.data.problems()
     yield from config.optim.problems()
     yield from config.cycle.problems()

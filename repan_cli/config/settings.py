@@ -54,7 +54,9 @@ class ModelConfig:
 @dataclass(frozen=True)
 class BlockConfig:
     name: str | None = setting(
-        None, "Block family, see 'repan list blocks'; null: the network's own blocks where it has them, else repvgg."
+        None,
+        "Block family, see 'repan list blocks', or your own as file.py:function; null: the network's own blocks where "
+        "it has them, else repvgg.",
     )
     kernel: tuple[int, ...] = setting(
         (), "Kernel sizes of the convolutions that become blocks, such as [3,5]; [] is all above 1.", low=1
@@ -63,6 +65,10 @@ class BlockConfig:
     exclude: tuple[str, ...] = setting((), "No convolutions whose names match one of these globs.")
     limit: int | None = setting(None, "At most this many blocks, those with the most weights first.", low=1)
     branches: int | None = setting(None, "Number of k x k side branches (mobileone; null is 3).", low=1)
+
+    def problems(self) -> Iterator[str]:
+        if (self.name or "").endswith(".py"):
+            yield f"block.name={self.name} needs the function in it that returns the branches: {self.name}:FUNCTION"
 
 
 @dataclass(frozen=True)

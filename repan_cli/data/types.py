@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from repan_cli.config.conventions import SMALL_IMAGE
+from repan_cli.config.conventions import is_resized
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
 
@@ -90,7 +90,7 @@ class ReadOptions:
 
     def streams(self, size: int) -> bool:
         """Tell whether images of this side are read one by one, a part of each resized; others live in memory."""
-        return self.crop == "resized" or (self.crop == "auto" and size > SMALL_IMAGE)
+        return is_resized(self.crop, size)
 
 
 @dataclass(frozen=True)

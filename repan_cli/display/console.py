@@ -24,6 +24,7 @@ from rich.text import Text
 
 from repan_cli.display.activity import Activity
 from repan_cli.display.live import Position, View, figures
+from repan_cli.display.notebook import NotebookLive
 from repan_cli.runs.directory import Heartbeat
 from repan_cli.system.notices import LOGGER, watched_by
 from repan_cli.system.text import duration, percent, shown
@@ -96,8 +97,10 @@ class Display:
         self.pulse = Heartbeat(self.speak, seconds=5)
         self.spoke = self.began = time.monotonic()
 
-    def _live(self) -> Live | None:
+    def _live(self) -> Live | NotebookLive | None:
         """None where nothing can be redrawn: in a file, a pipe, a dumb terminal."""
+        if self.console.is_jupyter:
+            return NotebookLive(self.view)
         if not self.console.is_terminal or self.console.is_dumb_terminal:
             return None
         return Live(self.view, console=self.console, refresh_per_second=REFRESHES, transient=True)
@@ -136,7 +139,9 @@ class Display:
         self.console.print(text, soft_wrap=not isinstance(text, Table), markup=False)
         self.spoke = time.monotonic()
         if self.log:
-            Console(file=self.log, width=120, no_color=True).print(text, soft_wrap=True, markup=False)
+            Console(file=self.log, width=120, no_color=True, force_jupyter=False).print(
+                text, soft_wrap=True, markup=False
+            )
             self.log.flush()
 
     def note(self, text: str) -> None:

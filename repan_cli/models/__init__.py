@@ -7,6 +7,7 @@ from repan_cli.models.create import BUILT_OF_BLOCKS, BUILTIN, create, has_new_cl
 from repan_cli.models.expand import expand, plan
 from repan_cli.models.foreign import load_foreign
 from repan_cli.models.inspect import form_of
+from repan_cli.models.own_block import given_again
 from repan_cli.models.rebuild import build_untrained, check_given, load, rebuild
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "create",
     "expand",
     "form_of",
+    "given_again",
     "has_new_classifier",
     "load",
     "load_foreign",

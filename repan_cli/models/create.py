@@ -48,7 +48,7 @@ def resolve(name: str, image_size: int) -> str:
         return _known(name, [TORCHVISION + known for known in torchvision.models.list_models(torchvision.models)])
     name = re.sub(rf"^(?:{TIMM})?hf[-_]hub:timm/", TIMM, name)
     if name.removeprefix(TIMM).startswith(("hf-hub:", "hf_hub:")):
-        raise InputError(f"{name} is not timm's own: fetch its folder ('hf download'), and give that instead of a name")
+        raise InputError(f"{name} is not the name of a network: it is given in the place of a file, or as --init")
     if timm.is_model(tagged := name.removeprefix(TIMM)) and "." in tagged:
         return TIMM + _with_tag(tagged)
     if name.startswith(TIMM):

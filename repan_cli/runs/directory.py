@@ -241,7 +241,8 @@ def command_of(path: Path) -> str:
     with contextlib.suppress(InputError, LookupError, TypeError):
         if (path / SERIES).exists():
             return str(read_json(path / SERIES)["command"])
-        return str(read_json(path / "env.json")["argv"][0])
+        facts = read_json(path / "env.json")
+        return str(facts.get("command") or facts["argv"][0])
     return path.parent.name
 
 
@@ -274,7 +275,7 @@ def check_free(path: str | None) -> None:
 
 def claim_default(command: str, *names: str) -> Path:
     """Make runs/<command>/<date-time>-<names>, with a number behind it where two runs begin in one second."""
-    stem = "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), *(name.replace(":", "-") for name in names)])
+    stem = "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), *map(_in_a_name, names)])
     for path in _numbered(Path("runs") / command / stem[:MOST_NAME]):
         try:
             path.mkdir(parents=True)
@@ -286,6 +287,13 @@ def claim_default(command: str, *names: str) -> Path:
             raise InputError(f"cannot create the run directory {path}: {error.strerror}; give --out") from None
         return path
     raise AssertionError("numbers do not end")
+
+
+def _in_a_name(name: str) -> str:
+    """Return a name as a part of a folder's: of a file of a person's own without its folders."""
+    file, colon, function = name.rpartition(".py:")
+    short = f"{Path(file).name}-{function}" if colon else name
+    return short.replace(":", "-").replace("/", "-")
 
 
 MOST_NAME = 200

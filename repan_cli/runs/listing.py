@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from repan_cli.config.files import read_file
-from repan_cli.config.names import names_a_file
 from repan_cli.errors import InputError
 from repan_cli.runs.directory import HEARTBEAT, SERIES, command_of, goes_on
 from repan_cli.runs.trackers import read_metrics
 from repan_cli.system.files import read_json
 from repan_cli.system.text import quoted
+from repan_cli.system.user_code import names_a_file
 
 KILLED, UNKNOWN = "killed", "not known"
 

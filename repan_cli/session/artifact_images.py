@@ -124,7 +124,8 @@ def noise(artifact: Artifact) -> Tensor:
 def real_images(artifact: Artifact, root: str | None, count: int) -> tuple[Tensor | None, str]:
     """Read some images of a network's own data, (n, C, H, W), normalised; where there are none here, tell why.
 
-    Of image folders one image a class is read, from the test part where there is one. Nothing is downloaded.
+    Of image folders as many images of each class are read, from the test part where there is one, of no more than
+    `count` classes. Nothing is downloaded.
     """
     if not artifact.card.knows_its_data:
         return None, "its data are not known"
@@ -156,5 +157,7 @@ def _of_memory(artifact: Artifact, arguments: dict[str, Any], count: int) -> Ten
 def _of_folders(artifact: Artifact, folder: Path, count: int) -> Tensor:
     parts = class_folders.part_folders(folder)
     part = next(parts[name] for name in SPLITS if name in parts)
-    firsts = [class_folders.first_image(each) for each in [*class_folders.class_folders(part).values()][:count]]
-    return torch.stack([artifact.preparation.file(path) for path in firsts])
+    folders = [*class_folders.class_folders(part).values()][:count]
+    each = max(1, count // len(folders))
+    chosen = [path for folder in folders for path in class_folders.first_images(folder, each)]
+    return torch.stack([artifact.preparation.file(path) for path in chosen])

@@ -55,6 +55,8 @@ from repan_cli.system.device import Runtime, start_runtime, use_threads
 from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import doing, warn
 from repan_cli.system.ranks import first_on_each_machine
+from repan_cli.system.text import quoted
+from repan_cli.system.user_code import names_a_file
 from repan_cli.training.cuda_graphs import CudaRecorder, Graphs
 from repan_cli.training.evaluation import Score, eval_batch, evaluate
 from repan_cli.training.optim import build_optimizer, can_be_recorded
@@ -83,6 +85,13 @@ class Session:
     def user_model(self) -> str | None:
         """Return the name `file.py:function` of a person's own network, which its checkpoints are read with."""
         return self.network.name if user_file.names_a_file(self.network.name) else None
+
+    @property
+    def own_code(self) -> str:
+        """Return the options that name a person's own network and blocks, which its checkpoints are read with."""
+        family = self.network.expansion.family
+        block = f" --block {quoted(family)}" if names_a_file(family) else ""
+        return (f" --model {quoted(self.user_model)}" if self.user_model else "") + block
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -258,7 +267,6 @@ def _graphs(config: Config, machine: Runtime, optimizer: torch.optim.Optimizer) 
     reasons = {
         f"the device is {machine.device.type}": machine.device.type != "cuda",
         "there are several processes": machine.ranks > 1,
-        "the loss scaler of run.precision=fp16 decides on the host": machine.precision == "fp16",
         f"optim.name={config.optim.name} decides on the host": not can_be_recorded(optimizer),
     }
     why = next((reason for reason, holds in reasons.items() if holds), None)

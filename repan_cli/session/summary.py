@@ -128,9 +128,9 @@ def conclude(session: Session, folder: runs.RunDirectory, display: Display, summ
     with warned("the run is done, but status.json does not say so; a resume mends that"):
         folder.status("done")
     with warned("no curves.png"):
-        draw(session, folder, display)
+        draw(session, folder, display, summary)
     with warned("the run is done, but its report could not be shown"):
-        _report(folder, display, summary, session.user_model)
+        _report(folder, display, summary, session)
 
 
 @contextlib.contextmanager
@@ -155,12 +155,19 @@ def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model
     return {"out": "fused.pt", **dataclasses.asdict(report), "test_top1": _score(session, fused)["top1"]}
 
 
-def draw(session: Session, folder: runs.RunDirectory, display: Display) -> None:
+def draw(session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
+    """Draw the course of a run, with test top-1 at the ends of its phases, as far as they are over."""
     title = (f"repan {session.command}", *session.names, f"seed {session.config.run.seed}")
     if not plots.available():
         display.say(f"no curves.png: {plots.HOW_TO_GET}")
     elif records := read_metrics(folder / "metrics.jsonl"):
-        plots.draw_curves(records, folder / "curves.png", title=", ".join(title))
+        plots.draw_curves(records, folder / "curves.png", title=", ".join(title), tests=_tests(summary))
+
+
+def _tests(summary: dict[str, Any]) -> dict[int, float]:
+    """Return test top-1 at the end of each phase that is over, by its cycle."""
+    baseline = {0: summary["baseline"]["test_top1"]} if summary["baseline"] else {}
+    return {**baseline, **{row["cycle"]: row["test_top1"] for row in summary["cycles"]}}
 
 
 def _sampling_error(test: dict[str, Any]) -> float:
@@ -169,7 +176,7 @@ def _sampling_error(test: dict[str, Any]) -> float:
     return 100 * math.sqrt(share * (1 - share) / test["images"])
 
 
-def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], user_model: str | None) -> None:
+def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], session: Session) -> None:
     """Show the end of a run: a row a phase, the chosen weights, the merged network, the files."""
     test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
     records = read_metrics(folder / "metrics.jsonl")
@@ -200,5 +207,5 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     rows["files"] = str(folder.path)
     display.say()
     display.facts(rows)
-    own = f" --model {quoted(user_model)}" if user_model else ""
+    own = session.own_code if not fused else f" --model {quoted(session.user_model)}" if session.user_model else ""
     display.command("next", f"repan evaluate {quoted(folder / (fused['out'] if fused else chosen['file']))}{own}")

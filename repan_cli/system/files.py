@@ -66,6 +66,29 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write files, by their names in a folder, which appears with all of them; in one that exists each is replaced."""
+    if path.is_dir():
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path / name, content)
+        return
+    try:
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}."))
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        aside.chmod(0o777 & ~_umask())
+        write_folder(aside, files)
+        aside.replace(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _flush_folder(path.parent)
+
+
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     """Open a file beside `path` for writing, with its name; it is gone where something fails.

@@ -18,7 +18,7 @@ from repan_cli.data.batches import Batch
 from repan_cli.errors import DivergedError, StoppedError
 from repan_cli.runs import felt
 from repan_cli.system.notices import doing
-from repan_cli.system.seeding import generator_for, seed_for
+from repan_cli.system.seeding import generator_for, seed_for, seed_generators
 from repan_cli.training import optim
 from repan_cli.training.evaluation import Score, eval_batch, evaluate
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, LossLog, StepEnd
@@ -210,7 +210,7 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, No
     for group in _groups(task.prepared(batches), run.accumulate):
         elapsed = epoch - 1 + progress.step / steps
         lr, rate = _position(phase, elapsed)
-        torch.manual_seed(seed_for("step", run.seed, phase.cycle, epoch, progress.step))
+        seed_generators(run.runtime.device, seed_for("step", run.seed, phase.cycle, epoch, progress.step))
         update(run, phase, task, group, elapsed)
         before, progress.step = progress.step, progress.step + len(group)
         if before < FIRST_STEPS <= progress.step or progress.step == steps < FIRST_STEPS:
