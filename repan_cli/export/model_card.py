@@ -11,6 +11,7 @@ from typing import Any
 import repan_cli
 from repan_cli import config
 from repan_cli.checkpoint.card import MULTI_BRANCH, ModelCard
+from repan_cli.checkpoint.preprocessing import preprocessing
 from repan_cli.config.conventions import SAME_RESULT
 from repan_cli.errors import InputError
 
@@ -79,14 +80,13 @@ gives the merged one.
 """
 
 
-def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any], crop_share: float, resized: bool) -> str:
+def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any], resized: bool) -> str:
     """Return the text of a card.
 
     Args:
         card: the description of the network as it is saved.
         source: the file that it was merged from, as it was typed.
         proof: the figures of the merging, a `FuseReport` as a dictionary, or nothing.
-        crop_share: the part of the side of a resized image that is kept.
         resized: whether the shorter side of an image is resized, and not a square cut out of it.
     """
     name, _, _ = card.model.rpartition(":")[2].partition(".")
@@ -95,8 +95,9 @@ def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any], crop_share
     side, classes = card.image_size, len(card.classes)
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (card.mean, card.std))
     colour = "RGB" if card.in_chans == 3 else "grey"
+    words = str(preprocessing(card)["preprocessing"])
     what = (
-        f"The shorter side is resized, bicubic, so that the middle of {side} x {side} pixels is {crop_share:.4g} of it."
+        f"{words[0].upper()}{words[1:]}."
         if resized
         else f"Images of {side} x {side} pixels are taken as they are. Others are cut to a square and resized: repan "
         "averages pixels where the side is a whole multiple, timm resizes them bicubic, which gives other logits."
