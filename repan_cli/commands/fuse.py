@@ -40,8 +40,8 @@ FILE_TOLERANCE = 1e-4
 A file that computes something else is beyond 1e-2."""
 
 
-HALF_IMAGES, BATCH = 256, 32
-"""Images of a network's data on which float16 is compared, and so many at once."""
+HALF_IMAGES, HALF_NOISE, BATCH = 256, 64, 32
+"""Images of a network's data on which float16 is compared, those of noise where there are none, and so many at once."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class _Job:
     def _compare_half(self, network: nn.Module) -> half.HalfReport:
         """Compare on images of the network's data where they are at hand, else on noise."""
         real, _ = real_images(self.artifact, self.options.data_root, HALF_IMAGES)
-        images = self.images if real is None else real
+        images = noise(self.artifact, HALF_NOISE) if real is None else real
         batches = ((self._given(part), part) for part in images.split(BATCH))
         return half.compare(network, self.fused, batches, real=real is not None)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from repan_cli import checkpoint, models, runs
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.checkpoint.preprocessing import preprocessing
 from repan_cli.commands.early import info_source
 from repan_cli.commands.options import InfoOptions
 from repan_cli.config.conventions import GRAPH_ENDINGS
@@ -79,6 +80,7 @@ def _ours(path: Path, saved: Checkpoint, network: str | None, block: str | None)
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved.weights.values())
     return {
         **meta,
+        "preprocessing": preprocessing(saved.card)["preprocessing"],
         **({"needs": " ".join(needs)} if needs else {}),
         **_state_of_run(path),
         "parameters": sum(p.numel() for p in model.parameters()) if model else None,
@@ -121,6 +123,7 @@ def _exported(path: Path) -> dict[str, Any]:
     if written is not None:
         card, digest = written
         more = {key: value for key, value in card.as_meta().items() if key not in ("config", "structure")}
+        more["preprocessing"] = preprocessing(card)["preprocessing"]
         facts |= {**more, "digest": digest, "config": dict(card.config)}
     if onnx is not None:
         return facts | ({"changed": onnx.change} if onnx.change else {}) | _graph(onnx)

@@ -122,7 +122,8 @@ class OnnxFile:
     @property
     def header(self) -> str | None:
         """Return the description that repan wrote into it."""
-        return next((entry.value for entry in self.model.metadata_props if entry.key == HEADER), None)
+        found: str | None = {entry.key: entry.value for entry in self.model.metadata_props}.get(HEADER)
+        return found
 
     def network(self) -> OnnxNetwork:
         """Return its network. ONNX Runtime gets the bytes that were checked. Raises InputError where it cannot."""

@@ -123,7 +123,7 @@ def written_in(header: str | None) -> tuple[ModelCard, str] | None:
     try:
         told = json.loads(header) if header else None
         return (ModelCard.from_meta(told["meta"]), str(told["digest"])) if told else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
