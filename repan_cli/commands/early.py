@@ -26,6 +26,7 @@ from repan_cli.config.conventions import (
     FOLDER_FORMATS,
     FORMATS,
     GRAPH_FORMATS,
+    RUNTIME_FORMATS,
     WEIGHT_ENDINGS,
     WEIGHT_FORMATS,
 )
@@ -38,7 +39,7 @@ from repan_cli.runs.trackers import TRACKERS
 from repan_cli.session import sources
 from repan_cli.system.files import write_bytes, write_folder
 from repan_cli.system.launcher import own_rank, restarts
-from repan_cli.system.packages import ONNX_PACKAGES, need
+from repan_cli.system.packages import ONNX_PACKAGES, need, need_runtime
 from repan_cli.system.user_code import names_a_file
 from repan_cli.system.weight_files import no_checkpoint, split_key
 from repan_cli.training.schedules import SCHEDULES
@@ -267,8 +268,11 @@ def _check_form(endings: set[str], form: str, *, with_normalize: bool) -> None:
         raise InputError(f"--form {form} is none of {', '.join(FORMS)}")
     if form == "conv-bn" and endings - set(WEIGHT_FORMATS):
         raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
-    if with_normalize and endings - set(GRAPH_FORMATS):
+    if with_normalize and endings - {*GRAPH_FORMATS, *RUNTIME_FORMATS}:
         raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
+    for kind in RUNTIME_FORMATS:
+        if kind in endings:
+            need_runtime(kind)
     if "onnx" in endings:
         need("writing ONNX", "onnx", *ONNX_PACKAGES)
 

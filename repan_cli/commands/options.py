@@ -45,6 +45,7 @@ ClassOrder = Annotated[
     ),
 ]
 Split = Annotated[str, Option(("--split",), "test, val or train.", "PART", "splits")]
+TrustCode = Annotated[bool, Option(("--trust-code",), "Run the code that a TorchScript file holds.")]
 Overwrite = Annotated[bool, Option(("--overwrite",), "Replace files that exist.")]
 AsJson = Annotated[bool, Option(("--json",), "Print the result as JSON on stdout.")]
 Block = Annotated[str | None, Option(("--block",), metavar="NAME", setting="block.name", panel=WHAT)]
@@ -63,7 +64,12 @@ class FuseOptions:
     ] = None
     formats: Annotated[
         tuple[str, ...],
-        Option(("--format", "-f"), "pt, safetensors, onnx, pt2 or timm; several: -f pt -f onnx.", "FORMAT", "formats"),
+        Option(
+            ("--format", "-f"),
+            "pt, safetensors, onnx, pt2, timm, torchscript, openvino, ncnn, tflite or coreml; several: -f pt -f onnx.",
+            "FORMAT",
+            "formats",
+        ),
     ] = ()
     form: Annotated[
         str, Option(("--form",), "conv; or conv-bn, which loads into the plain timm network.", "FORM", "forms")
@@ -71,6 +77,7 @@ class FuseOptions:
     with_normalize: Annotated[
         bool, Option(("--with-normalize",), "Put the normalisation of images into the graph.")
     ] = False
+    unproven: Annotated[bool, Option(("--unproven",), "Write what this machine cannot run, too: Core ML.")] = False
     model: Network = None
     block: OwnBlock = None
     data_root: Annotated[
@@ -121,6 +128,7 @@ class PredictOptions:
     top: Annotated[int, Option(("--top",), "How many classes to name.", "K")] = 5
     model: Network = None
     block: OwnBlock = None
+    trust_code: TrustCode = False
     device: Device = "auto"
     as_json: AsJson = False
 
@@ -145,6 +153,7 @@ class BenchmarkOptions:
     precision: Annotated[str, Option(("--precision",), "fp32, bf16, fp16 or auto.", "P")] = "fp32"
     compiled: Annotated[bool, Option(("--compile",), "Time torch.compile, too.")] = False
     model: Network = None
+    trust_code: TrustCode = False
     device: Device = "auto"
     as_json: AsJson = False
 
@@ -162,6 +171,7 @@ class EvaluateOptions:
     model: Network = None
     block: OwnBlock = None
     out: Annotated[Path | None, Option(("--out", "-o"), "Write confusion.csv, .png and classes.csv.", "FOLDER")] = None
+    trust_code: TrustCode = False
     device: Device = "auto"
     as_json: AsJson = False
 
