@@ -171,10 +171,36 @@ def saved_own(path, name):
     return model
 
 
+BRANCHES = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.head((self.a(x) + self.b(x)).relu().mean((2, 3)))
+
+def build(num_classes, in_chans):
+    return Net(num_classes)
+"""
+
+
 def test_conv_bn_where_there_is_no_such_place(capsys, tmp_path):
-    saved_own(tmp_path / "net.pt", "timm:fastvit_t8")
-    assert "timm merges it in its own way" in one_line(capsys, "fuse", tmp_path / "net.pt", "--form", "conv-bn")
-    assert [path.name for path in tmp_path.iterdir()] == ["net.pt"]
+    """A network that adds branches itself has a place for each of them, none for their sum."""
+    (tmp_path / "net.py").write_text(BRANCHES)
+    given, out = f"{tmp_path / 'net.py'}:build", tmp_path / "plain.safetensors"
+    torch.save(models.create(given, num_classes=10, in_chans=3).state_dict(), tmp_path / "net.pth")
+    words = ["fuse", tmp_path / "net.pth", "--model", given, "--out", out]
+    assert "it keeps its branches" in one_line(capsys, *words, "--form", "conv-bn")
+    assert not out.exists()
+    code, _, err = run(capsys, *words)
+    assert code == 0, err
+    assert "merged 1 block of" in err
+    found = repan_cli.load(out, given)
+    assert {*found.state_dict()} == {"head.weight", "head.bias", "a.weight", "a.bias"}
 
 
 @pytest.mark.soak

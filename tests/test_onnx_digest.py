@@ -13,7 +13,7 @@ from torch import nn
 from repan_cli import checkpoint
 from repan_cli.checkpoint.format import CHECKSUM, DIGITS, Checkpoint, sealed
 from repan_cli.errors import InputError
-from repan_cli.export import onnx_digest, onnx_file
+from repan_cli.export import onnx_file
 from repan_cli.session.artifact import open_artifact
 from repan_cli.system.packages import missing
 
@@ -167,17 +167,11 @@ def test_other_programs_are_told_something_else(ours, monkeypatch):
 
 
 def test_every_flipped_bit_of_ours_is_found(ours):
-    """Beyond the words around the check sum itself, which leave the rest to be compared by content."""
     content = ours.read_bytes()
-    around = range(len(content) - len(onnx_digest.END) - DIGITS - len(CHECKSUM) - 4, len(content))
-    for place in range(0, len(content), 7):
+    for place in {*range(0, len(content), 7), *range(len(content) - 100, len(content))}:
         ours.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        try:
-            found = onnx_file.read(ours)
-        except InputError:
-            continue
-        assert place in around
-        assert onnx_digest.digests_of(found.model, {}).weights == onnx_digest.digests_of(built(), {}).weights
+        with pytest.raises(InputError, match="is damaged"):
+            onnx_file.read(ours)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3])

@@ -1,15 +1,19 @@
 """Folders of photographs as people have them: classes without parts, a root one level off, sizes of all kinds."""
 
+import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from support import one_line, write_folders
+from support import StopAt, one_line, run, write_folders
 
-from repan_cli import config
+from repan_cli import checkpoint, config, models
 from repan_cli.data import class_folders, datasets
 from repan_cli.errors import InputError
+from repan_cli.runs import directory
 
 
 def flat(root, classes=("ant", "bee"), *, images=10, size=16):
@@ -103,3 +107,122 @@ def test_a_folder_is_a_data_set(tmp_path, monkeypatch, capsys):
 def test_the_names_of_parts_are_no_classes(tmp_path):
     flat(tmp_path / "photos", ("ant", "train"))
     assert not class_folders.is_flat(tmp_path / "photos")
+
+
+# ---------------------------------------------------------------------------------------------- the size of images
+
+
+def mixed(root):
+    """Write photographs of sizes of their own: no two classes begin alike."""
+    for name, size in (("ant", (90, 70)), ("bee", (200, 240))):
+        (root / name).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (size[0] + number, size[1]), (number, 0, 0)).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_photographs_get_the_size_of_the_network_whatever_comes_first(tmp_path, seed):
+    data = datasets.load("folder", mixed(tmp_path), network_size=224, split_seed=seed)
+    assert data.image_size == 224
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("timm:resnet18", 224), ("resnet18", 224), ("repvgg", 224), ("repvgg_a1_cifar", 32), ("resnet110", 32)),
+        *(("torchvision:inception_v3", 299), ("timm:resnet18d.ra4_e3600_r224_in1k", 224), ("net.py:build", None)),
+    ],
+)
+def test_the_size_that_a_network_is_made_for(name, size):
+    assert models.wanted_size(name) == size
+
+
+def test_small_pictures_of_one_size_keep_it(tmp_path):
+    flat(tmp_path / "small", size=20)
+    assert datasets.load("folder", tmp_path / "small", network_size=224).image_size == 20
+    flat(tmp_path / "large", size=80)
+    assert datasets.load("folder", tmp_path / "large", network_size=32).image_size == 32
+    assert datasets.load("folder", tmp_path / "large", network_size=32, image_size=40).image_size == 40
+
+
+def test_a_run_on_photographs_has_the_size_of_its_network(tmp_path, capsys):
+    words = ("train", "--model", "repvgg_a0_cifar", "--dataset", mixed(tmp_path / "photos"), "--epochs", "1", "--out")
+    code, _, err = run(capsys, *words, tmp_path / "run", "data.batch_size=4", "optim.lr=0.01")
+    assert code == 0, err
+    card = checkpoint.load(tmp_path / "run" / "last.pt").card
+    assert (card.model, card.image_size) == ("repvgg_a0_cifar", 32)
+    assert "images of 32x32" in " ".join(err.split())
+    assert run(capsys, "evaluate", tmp_path / "run")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------- from other folders
+
+SMALL = ("--model", "repvgg_a0_cifar", "--epochs", "2", "data.batch_size=8", "optim.lr=0.01", "data.image_size=8")
+
+
+def stopped(capsys, *words):
+    """Begin a run, and stop it after some steps of its first epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        StopAt(patch, 2)
+        code, _, err = run(capsys, "train", *SMALL, *words)
+    assert code == 75, err
+
+
+def test_data_are_found_again_from_another_folder(tmp_path, monkeypatch, capsys, few_blocks):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    flat(tmp_path / "here" / "photos")
+    stopped(capsys, "--dataset", "photos", "--out", "my run")
+    card = checkpoint.load("my run/last.pt").card
+    assert card.config["data.root"] == "photos"
+    env = json.loads(Path("my run/env.json").read_text())
+    assert env["cwd"] == str(tmp_path / "here")
+    assert env["git"] is None
+    monkeypatch.chdir(tmp_path / "there")
+    code, _, err = run(capsys, "train", "--resume", tmp_path / "here" / "my run")
+    assert code == 0, err
+    assert "repan evaluate '" in err  # a path with a space, quoted
+    assert run(capsys, "evaluate", tmp_path / "here" / "my run" / "fused.pt")[0] == 0
+
+
+def test_the_commit_of_the_folder_is_noted():
+    assert re.fullmatch(r"[0-9a-f]{40}", directory.git_commit() or "")
+
+
+@pytest.mark.parametrize("harm", ["header", "pixels"])
+def test_images_that_break_are_skipped_as_the_message_advises(tmp_path, monkeypatch, capsys, few_blocks, harm):
+    monkeypatch.chdir(tmp_path)
+    flat(tmp_path / "photos")
+    stopped(capsys, "--dataset", "photos", "--out", "run", "data.crop=resized")
+    train = datasets.load("folder", "photos", image_size=8, crop="resized").train
+    path = Path(train.read.name(int(train.index[-1])))
+    path.write_bytes(b"no image" if harm == "header" else path.read_bytes()[:400])
+    arguments = ("train", "--resume", "run")
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert f"cannot read the image {path}" in err
+    assert "data.on_error=skip" in err
+    code, _, err = run(capsys, *arguments, "data.on_error=skip")
+    assert code == 0, err
+
+
+def test_the_home_folder_is_known_in_every_path(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flat(tmp_path / "photos")
+    Path(tmp_path / "mine.yaml").write_text("base: ~/other.yaml\ndata:\n  root: ~/photos\n  name: folder\n")
+    Path(tmp_path / "other.yaml").write_text("model:\n  name: ~/net.py:build\nteacher:\n  name: ~/t.pt\n")
+    found = config.resolve("distill", "~/mine.yaml", {"run.out": "~/run"}).config
+    assert found.data.root == str(tmp_path / "photos")
+    assert found.model.name == str(tmp_path / "net.py:build")
+    assert (found.teacher.name, found.run.out) == (str(tmp_path / "t.pt"), str(tmp_path / "run"))
+    assert config.resolve("train", None, {"data.name": "~/photos", "model.name": "repvgg"}).config.data.root == str(
+        tmp_path / "photos"
+    )
+    (tmp_path / "old").mkdir()
+    begin = ("train", "--model=repvgg", "--dataset=digits")
+    assert f"{tmp_path}/old exists already" in one_line(capsys, *begin, "--out=~/old")
+    assert f"no file {tmp_path}/gone.pt" in one_line(capsys, "info", "~/gone.pt")
+    assert f"no run directory {tmp_path}/gone" in one_line(capsys, "train", "--resume=~/gone")
+    assert f"unknown setting 'x' in {tmp_path}" not in one_line(capsys, *begin, "--config=~/gone.yaml")

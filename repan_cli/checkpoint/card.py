@@ -20,7 +20,7 @@ FORMS = (MULTI_BRANCH, FUSED, PLAIN)
 """Forms of a network: with side branches, merged, or built without any."""
 
 MOST_CHANNELS, LARGEST_IMAGE = 4096, 2**16
-CHANGE_KINDS = ("adapt", "expand", "grow")
+CHANGE_KINDS = ("adapt", "expand", "grow", "merge")
 
 
 class Change(NamedTuple):
@@ -28,8 +28,9 @@ class Change(NamedTuple):
 
     `adapt` makes blocks of timm's own multi-branch module `name`; `expand` one of the convolution `name` and the BN
     `norm`, if it has one (else it gets a bias, if it has none); `grow` gives the block `name`, which has no side
-    branch, those of a family; `copies` is the number of branches, for the families that let choose. `family` is None
-    for `adapt` alone.
+    branch, those of a family; `copies` is the number of branches, for the families that let choose. `merge` puts one
+    convolution, `norm` by its name in there, in the place of a sum of branches that the module `name` adds itself.
+    `family` is None for `adapt` and `merge`.
     """
 
     kind: str
@@ -82,10 +83,10 @@ class ModelCard:
     `model` is the full name, as `models.resolve` gives it, `block` the family of its blocks, `form` one of `FORMS`.
     `mean` and `std` are those of each channel, of images in [0, 1]; with `normalizes` the network itself applies them.
     `crop_share` is the part of the side of a resized image that is kept, by `crop_mode` and `interpolation`, where they
-    are not the usual ones. `config` holds the settings of the run by
-    dotted key, `metrics` its figures at this point, `teachers` the digests of its teachers, `surroundings` what the
-    last bits may depend on. The digests tell which images were held out, and how all images are labelled. What a file
-    does not say is None.
+    are not the usual ones. `config` holds the settings of the run by dotted key, `metrics` its figures at this point,
+    `teachers` the digests of its teachers, `surroundings` what the last bits may depend on, `float16` what a file in
+    that precision lost. The digests tell which images were held out, and how all images are labelled. What a file does
+    not say is None.
     """
 
     model: str
@@ -107,6 +108,7 @@ class ModelCard:
     interpolation: str | None = None
     normalizes: bool | None = None
     precision: str | None = None
+    float16: Mapping[str, Any] | None = None
     fused_from: str | None = None
     repan: str | None = None
     command: str | None = None
@@ -157,8 +159,8 @@ class ModelCard:
 NEEDED = ("model", "block", "form", "structure", "classes", "in_chans", "image_size", "mean", "std")
 WRITTEN = (*NEEDED, "config", "split_digest", "cycle", "epoch", "metrics")
 IF_KNOWN = (
-    *("crop_share", "crop_mode", "interpolation", "normalizes", "precision", "fused_from", "repan", "command"),
-    *("labels_digest", "surroundings", "teachers"),
+    *("crop_share", "crop_mode", "interpolation", "normalizes", "precision", "float16", "fused_from", "repan"),
+    *("command", "labels_digest", "surroundings", "teachers"),
 )
 OF_RUNS = ("progress", "begun", "finished")
 
@@ -230,6 +232,7 @@ FITS: dict[str, Fits] = {
     "interpolation": lambda value: isinstance(value, str) and value in INTERPOLATIONS,
     "normalizes": lambda value: isinstance(value, bool),
     "precision": _text,
+    "float16": _mapping,
     "fused_from": _text,
     "repan": _text,
     "command": _text,

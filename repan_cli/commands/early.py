@@ -6,6 +6,7 @@ A command checks again what it opens; nothing here opens more than the first byt
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,14 @@ from repan_cli.commands.options import (
     QuantizeOptions,
 )
 from repan_cli.config import names
+from repan_cli.config.advice import unusual, without_effect
 from repan_cli.config.conventions import (
     ARTIFACT_ENDINGS,
     FOLDER_FORMATS,
     FORMATS,
     GRAPH_FORMATS,
+    INT8_OPSETS,
+    OPSETS,
     RUNTIME_FORMATS,
     WEIGHT_ENDINGS,
     WEIGHT_FORMATS,
@@ -39,6 +43,7 @@ from repan_cli.runs.trackers import TRACKERS
 from repan_cli.session import sources
 from repan_cli.system.files import write_bytes, write_folder
 from repan_cli.system.launcher import own_rank, restarts
+from repan_cli.system.notices import warn
 from repan_cli.system.packages import ONNX_PACKAGES, need, need_runtime
 from repan_cli.system.user_code import names_a_file
 from repan_cli.system.weight_files import no_checkpoint, split_key
@@ -72,6 +77,9 @@ def _check_training(command: str, resolved: Resolved | str, *_: Any) -> None:
     _check_network(config)
     for phase in (config, baseline_phase(config)):
         _check_phase(phase)
+    asked = {**resolved.own, **resolved.given}
+    for text in (*unusual(config), *without_effect(config, asked, cycles=command == "cycle")):
+        warn(text)
 
 
 def _check_dry_run(command: str, resolved: Resolved, *_: Any) -> None:
@@ -85,7 +93,13 @@ def _check_network(config: Config) -> None:
         names.check_model(config.model.name)
     _check_weights(config.model.init)
     if config.block.name is not None and not names_a_file(config.block.name):
-        _check_known("block family", config.block.name, names.blocks())
+        _check_known("block family", config.block.name, {**names.blocks(), **_registered_blocks()})
+
+
+def _registered_blocks() -> dict[str, str]:
+    """Return the block families that this process has registered, if it has loaded any."""
+    families = getattr(sys.modules.get("repan_cli.blocks.families"), "FAMILIES", ())
+    return dict.fromkeys(families, "")
 
 
 def _check_phase(phase: Config) -> None:
@@ -244,7 +258,7 @@ def fuse_targets(options: FuseOptions) -> list[Target]:
         if target.resolve() == path.resolve():
             raise InputError(f"{target} is the checkpoint itself: give another --out")
         check_writable(target, overwrite=options.overwrite)
-    _check_form({*endings}, options.form, with_normalize=options.with_normalize)
+    _check_form({*endings}, options)
     return targets
 
 
@@ -263,18 +277,29 @@ def _default_stem(path: Path) -> Path:
     return path.with_name(f"{path.stem}_fused") if path.is_file() else Path(f"{path.name.rpartition(':')[2]}_fused")
 
 
-def _check_form(endings: set[str], form: str, *, with_normalize: bool) -> None:
+def _check_form(endings: set[str], options: FuseOptions) -> None:
+    form = options.form
     if form not in FORMS:
         raise InputError(f"--form {form} is none of {', '.join(FORMS)}")
     if form == "conv-bn" and endings - set(WEIGHT_FORMATS):
         raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
-    if with_normalize and endings - {*GRAPH_FORMATS, *RUNTIME_FORMATS}:
+    if options.half and endings != {"onnx"}:
+        raise InputError("--half is for ONNX files: use --format onnx")
+    if options.opset is not None and "onnx" not in endings:
+        raise InputError("--opset is for ONNX files: use --format onnx")
+    _check_opset(options.opset, OPSETS)
+    if options.with_normalize and endings - {*GRAPH_FORMATS, *RUNTIME_FORMATS}:
         raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
     for kind in RUNTIME_FORMATS:
         if kind in endings:
             need_runtime(kind)
     if "onnx" in endings:
         need("writing ONNX", "onnx", *ONNX_PACKAGES)
+
+
+def _check_opset(opset: int | None, offered: range) -> None:
+    if opset is not None and opset not in offered:
+        raise InputError(f"--opset {opset} is not offered here: choose from {offered[0]} to {offered[-1]}")
 
 
 def _check_quantize(options: QuantizeOptions) -> None:
@@ -292,6 +317,7 @@ def quantize_target(options: QuantizeOptions) -> Path:
     if target.suffix != ".onnx":
         raise InputError(f"--out {target}: int8 is written as ONNX, name a file that ends in .onnx")
     check_writable(target, overwrite=options.overwrite)
+    _check_opset(options.opset, INT8_OPSETS)
     if options.images < 1:
         raise InputError(f"--images {options.images}: at least one is needed to calibrate")
     return target

@@ -6,23 +6,24 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from repan_cli import checkpoint, export, models
 from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard, Structure
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.commands.early import Content, Target, fuse_targets
 from repan_cli.commands.options import FuseOptions
-from repan_cli.config.conventions import GRAPH_FORMATS, RUNTIME_FORMATS, WEIGHT_FORMATS
+from repan_cli.config.conventions import GRAPH_FORMATS, OPSET, RUNTIME_FORMATS, WEIGHT_FORMATS
 from repan_cli.config.names import TIMM, TORCHVISION
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError, MergeError
-from repan_cli.export import model_card, onnx_file, pt2_file, runtimes, timm_folder
+from repan_cli.export import half, model_card, onnx_file, pt2_file, runtimes, timm_folder
 from repan_cli.export.conv_bn import as_plain
 from repan_cli.export.fuse import check_finite, untrained_norms
 from repan_cli.export.trace import Normalized, trace
@@ -32,11 +33,15 @@ from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
 from repan_cli.system.files import make_folder, to_json
 from repan_cli.system.notices import warn
-from repan_cli.system.text import count
+from repan_cli.system.text import by_reason, count, percent, quoted
 
 FILE_TOLERANCE = 1e-4
 """Bound on the relative error of a file's network in float32; ten times the network's own rounding where that is more.
 A file that computes something else is beyond 1e-2."""
+
+
+HALF_IMAGES, BATCH = 256, 32
+"""Images of a network's data on which float16 is compared, and so many at once."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def run(options: FuseOptions) -> None:
     )
     bound = max(FILE_TOLERANCE, 10 * (report.rel_error_fp32 if report else 0.0))
     proof = dataclasses.asdict(report) if report else {}
-    job = _Job(options.checkpoint, artifact, fused, result, images, options.model, options.with_normalize, bound, proof)
+    job = _Job(artifact, fused, result, images, options, bound, proof)
     contents = [job.content(target, options.form) for target in targets]
     written = [job.verified(*each, options.form) for each in zip(targets, contents, strict=True)]
     for target, content in zip(targets, contents, strict=True):
@@ -73,6 +78,7 @@ def run(options: FuseOptions) -> None:
         target.write(content)
     facts = {"out": [str(target.path) for target in targets], **proof}
     facts |= {"images": seen, "files": [dataclasses.asdict(file) for file in written]}
+    facts |= {"float16": dataclasses.asdict(job.half_report)} if options.half else {}
     if options.as_json:
         print(to_json(facts))
     else:
@@ -127,15 +133,14 @@ def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, export.FuseR
 class _Job:
     """A merged network on its way into files."""
 
-    source: str
     artifact: Artifact
     fused: nn.Module
     result: Checkpoint
     images: Tensor
-    model: str | None
-    with_normalize: bool
+    options: FuseOptions
     bound: float
     proof: dict[str, Any]
+    measured: list[half.HalfReport] = field(default_factory=list)
 
     def content(self, target: Target, form: str) -> Content:
         """Return the bytes of a file, or of a folder's. Raises InputError for what its format cannot hold."""
@@ -145,15 +150,13 @@ class _Job:
         if target.kind == "timm":
             return self._for_timm()
         network, card = self.fused, self.result.card
-        if self.with_normalize:
+        if self.options.with_normalize:
             network, card = Normalized(network, card.mean, card.std), dataclasses.replace(card, normalizes=True)
-        header = checkpoint.header(dataclasses.replace(self.result, card=card))
         if target.kind in RUNTIME_FORMATS:
-            return self._for_runtime(target.kind, network, header)
+            return self._for_runtime(target.kind, network, self._header(card))
         program = trace(network, self.images, self.artifact.source)
-        write = onnx_file.write if target.kind == "onnx" else pt2_file.write
         try:
-            return write(program, header)
+            return self._onnx(program, card) if target.kind == "onnx" else pt2_file.write(program, self._header(card))
         except InputError as error:
             raise InputError(f"{self.artifact.source} {error}") from error
 
@@ -165,8 +168,37 @@ class _Job:
         return runtimes.contents(name, runtimes.KINDS[name].convert(job), header)
 
     def _for_timm(self) -> dict[str, bytes]:
-        saved = timm_folder.network_of_timm(self.fused, self.result.card, self.source)
-        return timm_folder.files(saved, model_card.readme(saved.card, self.source, proof=self.proof))
+        saved = timm_folder.network_of_timm(self.fused, self.result.card, self.options.checkpoint)
+        return timm_folder.files(saved, model_card.readme(saved.card, self.options.checkpoint, proof=self.proof))
+
+    def _onnx(self, program: ExportedProgram, card: ModelCard) -> bytes:
+        opset = OPSET if self.options.opset is None else self.options.opset
+        if not self.options.half:
+            return onnx_file.write(program, self._header(card), opset)
+        _ = self.half_bound  # which refuses a network that float16 cannot hold
+        model = half.as_half(onnx_file.model_of(program, opset))
+        self.measured.append(self._compare_half(onnx_file.OnnxNetwork(model.SerializeToString())))
+        card = dataclasses.replace(card, precision="float16", float16=dataclasses.asdict(self.half_report))
+        return onnx_file.seal(model, self._header(card))
+
+    def _header(self, card: ModelCard) -> dict[str, Any]:
+        return checkpoint.header(dataclasses.replace(self.result, card=card))
+
+    def _compare_half(self, network: nn.Module) -> half.HalfReport:
+        """Compare on images of the network's data where they are at hand, else on noise."""
+        real, _ = real_images(self.artifact, self.options.data_root, HALF_IMAGES)
+        images = self.images if real is None else real
+        batches = ((self._given(part), part) for part in images.split(BATCH))
+        return half.compare(network, self.fused, batches, real=real is not None)
+
+    @functools.cached_property
+    def half_bound(self) -> float:
+        return half.bound(self.fused, self.images, self.artifact.source)
+
+    @property
+    def half_report(self) -> half.HalfReport:
+        """Return the cost of float16, once that file was made."""
+        return self.measured[0]
 
     def _plain(self) -> Checkpoint:
         """Return the weights in the places of the plain network."""
@@ -174,10 +206,11 @@ class _Job:
         structure = card.structure
         block = "plain" if structure.native else None
         native = {"block": block, "branches": None} if block else {}
-        name = card.model if self.model is None or not user_file.names_a_file(card.model) else self.model
+        given = self.options.model
+        name = card.model if given is None or not user_file.names_a_file(card.model) else given
         blank = models.create(name, num_classes=len(card.classes), in_chans=card.in_chans, block=block)
         network = as_plain(self.fused, blank)
-        own = tuple(change for change in structure.changes if change[0] == "adapt")
+        own = tuple(change for change in structure.changes if change.kind in ("adapt", "merge"))
         plain = Structure(own, {}, native)
         form = FUSED if own else PLAIN
         return checkpoint.capture(network, dataclasses.replace(card, block="plain", structure=plain, form=form))
@@ -189,7 +222,7 @@ class _Job:
             target.write(content, copy)
             network, opened_by = self._opened(target.kind, copy)
             error = None if network is None else self._error(network)
-        if error is not None and not error <= self.bound:
+        if error is not None and not error <= (self.half_bound if self.options.half else self.bound):
             raise MergeError(
                 f"{target.path} would not compute what the network does: relative error {error:.1e}; not written"
             )
@@ -203,22 +236,26 @@ class _Job:
             return None, f"nothing: {reason}"
         if kind == "timm":
             return timm_folder.open_by_timm(copy), "timm"
-        model = self.model if user_file.names_a_file(self.result.card.model) else None
+        model = self.options.model if user_file.names_a_file(self.result.card.model) else None
         opened = open_artifact(str(copy), model, trusted=True)
         return opened.network, opened.runtime
 
     @torch.no_grad()
     def _error(self, network: nn.Module) -> float:
         """Return the larger relative error of two, in batches of two sizes."""
-        given = self.images
-        if self.with_normalize:
-            mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (self.result.card.mean, self.result.card.std))
-            given = given * std + mean
+        given = self._given(self.images)
         found = network(given), network(given[:1])
         return max(
             export.relative_error(each, wanted)
             for each, wanted in zip(found, (self.expected, self.expected[:1]), strict=True)
         )
+
+    def _given(self, images: Tensor) -> Tensor:
+        """Return normalised images as the graph takes them."""
+        if not self.options.with_normalize:
+            return images
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (self.result.card.mean, self.result.card.std))
+        return images * std + mean
 
     @functools.cached_property
     @torch.no_grad()
@@ -238,9 +275,9 @@ def _use(wanted: Target, form: str, card: ModelCard) -> str:
         return f'onnxruntime.InferenceSession("{target}").run(None, {{"{onnx_file.INPUT}": images}})'
     if target.suffix == ".pt2":
         return f'torch.export.load("{target}").module()(images)'
-    own = f" --model {card.model}" if user_file.names_a_file(card.model) else ""
+    own = f" --model {quoted(card.model)}" if user_file.names_a_file(card.model) else ""
     if form == "conv":
-        return f"repan {'evaluate' if card.knows_its_data else 'info'} {target}{own}"
+        return f"repan {'evaluate' if card.knows_its_data else 'info'} {quoted(target)}{own}"
     weights = (
         f'safetensors.torch.load_file("{target}")'
         if target.suffix == ".safetensors"
@@ -271,6 +308,8 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
     if "blocks" in facts:
         folded = f", folded {count(facts['folded'], 'BN')} outside of blocks" if facts["folded"] else ""
         tell(f"merged {count(facts['blocks'], 'block')} of {source}{folded} in {facts['seconds']:.2f} s")
+        for names, reason in by_reason(facts["left"]):
+            tell(f"left alone      {names}: {reason}")
         double, single = facts["rel_error_fp64"], facts["rel_error_fp32"]
         tell(f"relative error  {double:.1e} in float64 (bound {export.TOLERANCE:.0e}), {single:.1e} in float32")
         tell(f"parameters      {facts['params_before']:,} before, {facts['params_after']:,} after")
@@ -283,6 +322,8 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
         for file in facts["files"]
     ]
     print_table(["wrote", "size", "agrees", "opened by"], rows, to_stderr=True)
+    if "float16" in facts:
+        tell(f"float16         {_cost(facts['float16'])}")
     for file in facts["files"]:
         tell(f"use             {file['use']}")
     for count_of in dict.fromkeys(filter(None, (_batch_of(file["format"]) for file in facts["files"]))):
@@ -294,6 +335,13 @@ def _batch_of(kind: str) -> str | None:
     if kind in RUNTIME_FORMATS:
         return "any N" if runtimes.KINDS[kind].any_batch else "one at a time"
     return "any N" if kind in GRAPH_FORMATS else None
+
+
+def _cost(facts: dict[str, Any]) -> str:
+    """Say what float16 costs."""
+    seen = f"{facts['images']} {'real images' if facts['real'] else 'images of noise'}"
+    same = percent(100 * facts["top1_agreement"])
+    return f"relative error {facts['rel_error']:.1e}, the same class for {same} % of {seen}"
 
 
 def _agreement(error: float | None) -> str:

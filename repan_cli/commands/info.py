@@ -25,7 +25,7 @@ from repan_cli.models.author_names import form_in
 from repan_cli.session import hub_folder
 from repan_cli.session.artifact import open_artifact, written_in
 from repan_cli.system.files import to_json
-from repan_cli.system.text import by_reason
+from repan_cli.system.text import by_reason, quoted
 from repan_cli.system.weight_files import RUNTIME_DESCRIPTION
 
 
@@ -107,7 +107,7 @@ def _state_of_run(path: Path) -> dict[str, str]:
     state = runs.state_of(path.parent)
     if state is None:
         return {}
-    return {"run": state if state == "done" else f"{state}; --resume {path.parent} goes on with it"}
+    return {"run": state if state == "done" else f"{state}; --resume {quoted(path.parent)} goes on with it"}
 
 
 def _describe(conv: nn.Conv2d) -> str:

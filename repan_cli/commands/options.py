@@ -48,6 +48,7 @@ Split = Annotated[str, Option(("--split",), "test, val or train.", "PART", "spli
 TrustCode = Annotated[bool, Option(("--trust-code",), "Run the code that a TorchScript file holds.")]
 Overwrite = Annotated[bool, Option(("--overwrite",), "Replace files that exist.")]
 AsJson = Annotated[bool, Option(("--json",), "Print the result as JSON on stdout.")]
+Opset = Annotated[int | None, Option(("--opset",), "Version of ONNX's operators, for older runtimes; default 18.", "N")]
 Block = Annotated[str | None, Option(("--block",), metavar="NAME", setting="block.name", panel=WHAT)]
 
 
@@ -78,6 +79,8 @@ class FuseOptions:
         bool, Option(("--with-normalize",), "Put the normalisation of images into the graph.")
     ] = False
     unproven: Annotated[bool, Option(("--unproven",), "Write what this machine cannot run, too: Core ML.")] = False
+    half: Annotated[bool, Option(("--half",), "Write the ONNX file in float16, and measure what that costs.")] = False
+    opset: Opset = None
     model: Network = None
     block: OwnBlock = None
     data_root: Annotated[
@@ -99,6 +102,7 @@ class QuantizeOptions:
     per_tensor: Annotated[
         bool, Option(("--per-tensor",), "One scale for all weights of a layer, not one a channel.")
     ] = False
+    opset: Opset = None
     dataset: DatasetName = None
     data_root: DataRoot = None
     split: Split = "test"
@@ -126,6 +130,9 @@ class PredictOptions:
     checkpoint: Checkpoint
     images: Annotated[tuple[Path, ...], Argument("IMAGES...", "Image files, or folders of them.")]
     top: Annotated[int, Option(("--top",), "How many classes to name.", "K")] = 5
+    save: Annotated[
+        Path | None, Option(("--save",), "Write the pictures with their classes below them, and a table.", "FOLDER")
+    ] = None
     model: Network = None
     block: OwnBlock = None
     trust_code: TrustCode = False
@@ -236,10 +243,14 @@ class ListOptions:
     kind: Annotated[
         str,
         Argument(
-            "KIND", "models, blocks, datasets, optimizers, presets, schedules, settings, studies or trackers.", "kinds"
+            "KIND",
+            "models, blocks, datasets, optimizers, presets, runs, schedules, settings, studies or trackers.",
+            "kinds",
         ),
     ]
-    pattern: Annotated[str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'.")] = None
+    pattern: Annotated[
+        str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'; of runs, a folder.")
+    ] = None
     as_json: AsJson = False
 
 

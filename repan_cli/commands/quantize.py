@@ -12,6 +12,7 @@ from repan_cli import checkpoint, export
 from repan_cli.checkpoint.card import FUSED
 from repan_cli.commands.early import quantize_target
 from repan_cli.commands.options import QuantizeOptions
+from repan_cli.config.conventions import OPSET
 from repan_cli.data.batches import Loader
 from repan_cli.data.build import eval_loader
 from repan_cli.display.console import print_table, tell
@@ -24,7 +25,7 @@ from repan_cli.session import artifact_images
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.device import start_runtime
 from repan_cli.system.files import make_folder, to_json, write_bytes
-from repan_cli.system.text import count, percent
+from repan_cli.system.text import count, percent, quoted
 from repan_cli.training.scoring import agreement, examine
 
 BATCH = 64
@@ -34,6 +35,7 @@ SHOWN = 8
 def run(options: QuantizeOptions) -> None:
     """Merge a network, look at its layers, write it in int8, score both. Only training images calibrate."""
     target = quantize_target(options)
+    opset = OPSET if options.opset is None else options.opset
     artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     if artifact.runtime != "PyTorch":
         raise InputError(f"{artifact.source} is exported already: quantise the checkpoint that it came from")
@@ -44,7 +46,7 @@ def run(options: QuantizeOptions) -> None:
     training = eval_loader(data, "train", machine, crop=artifact.preparation.crop)
     layers = int8.health(network, _calibration(training, options.images))
     header = checkpoint.header(saved)
-    graph = onnx_file.write(trace(network, artifact_images.noise(artifact), artifact.source), header)
+    graph = onnx_file.write(trace(network, artifact_images.noise(artifact), artifact.source), header, opset)
     card = dataclasses.replace(saved.card, precision="int8")
     header = checkpoint.header(dataclasses.replace(saved, card=card))
     content = int8.quantize(graph, _calibration(training, options.images), header, per_channel=not options.per_tensor)
@@ -113,4 +115,4 @@ def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth])
     print_table(["", *titles, "loss", "size"], rows, to_stderr=True)
     tell(f"both name the same class for {percent(result['agreement'])} % of the images")
     tell(f"wrote            {result['out']}")
-    tell(f"next             repan evaluate {result['out']}")
+    tell(f"next             repan evaluate {quoted(result['out'])}")

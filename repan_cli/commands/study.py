@@ -29,7 +29,7 @@ from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.launcher import rank_count
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
-from repan_cli.system.text import count
+from repan_cli.system.text import count, quoted
 
 ARM_FILE = "arm.yaml"
 """The file of an arm's settings, beside the folders of its runs: `repan COMMAND -c ARM_FILE` makes such a run."""
@@ -74,6 +74,7 @@ def run(options: StudyOptions) -> None:
     """
     study, grid = _read(options)
     jobs = study.jobs()
+    _tell_of_removed(study, grid)
     if options.dry_run:
         _preview(study, grid, jobs, as_json=options.as_json)
         return
@@ -133,12 +134,19 @@ def _write_arms(study: Study) -> None:
                     f"arm {arm.name}: {key} is {layer.get(key, 'not set')}, but its runs in {path.parent} were made "
                     f"with {before.get(key, 'the default')}: give another --out"
                 )
-        header = f"# {arm.about}\n# Command  repan {arm.command} -c {path}\n\n"
+        header = f"# {arm.about}\n# Command  repan {arm.command} -c {quoted(path)}\n\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot create {path.parent}: {error.strerror}; give another --out") from None
         write_bytes(path, (header + yaml.safe_dump(layer, sort_keys=False, allow_unicode=True)).encode())
+
+
+def _tell_of_removed(study: Study, grid: Grid) -> None:
+    """Say which arms have runs in the study's folder, but stand in the grid no more."""
+    there = sorted(path.parent.name for path in study.out.glob(f"*/{ARM_FILE}"))
+    if removed := [name for name in there if name not in grid.arms]:
+        warn(f"{study.out} holds runs of {', '.join(removed)}, no arms of {grid.path} any more: they are left out")
 
 
 def _preview(study: Study, grid: Grid, jobs: Sequence[Job], *, as_json: bool) -> None:

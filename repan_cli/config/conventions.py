@@ -45,6 +45,16 @@ SAME_RESULT = frozenset(
 """Settings that do not change what a run computes: a resumed run, and a study that goes on, may have others."""
 
 
+OPSET = 18
+"""The version that torch.onnx writes, and that files have where none is asked for."""
+
+OPSETS = range(11, 22)
+"""The versions that are offered, each tried in ONNX Runtime by a test."""
+
+INT8_OPSETS = range(13, OPSETS.stop)
+"""The versions of these that have a scale for each channel."""
+
+
 def is_resized(crop: str, size: int) -> bool:
     """Tell whether images of this side are resized and a part of them taken, given the setting `data.crop`.
 

@@ -27,11 +27,15 @@ POLICIES = ("autoaugment", "randaugment", "trivialaugment")
 @dataclass(frozen=True)
 class ModelConfig:
     name: str | None = setting(
-        None, "Network: repvgg, repvgg_a1_cifar, timm:NAME, torchvision:NAME, or your own as file.py:function."
+        None,
+        "Network: repvgg, repvgg_a1_cifar, timm:NAME, torchvision:NAME, or your own as file.py:function.",
+        path=True,
     )
     pretrained: bool = setting(False, "Start from the weights that timm or torchvision offers for the network.")
     init: str | None = setting(
-        None, "File of weights to start from, repan's or others'; cycle then skips the baseline if its classes fit."
+        None,
+        "File of weights to start from, repan's or others'; cycle then skips the baseline if its classes fit.",
+        path=True,
     )
 
     def problems(self) -> Iterator[str]:
@@ -66,9 +70,14 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: str | None = setting(None, "Data set, see 'repan list datasets'.")
-    root: str = setting("data", "Folder of the data sets; ROOT/NAME is read (for 'folder': ROOT itself).")
-    image_size: int | None = setting(None, "Side of the images in pixels; null takes the data set's own.", low=4)
+    name: str | None = setting(None, "Data set, see 'repan list datasets'.", path=True)
+    root: str = setting("data", "Folder of the data sets; ROOT/NAME is read (for 'folder': ROOT itself).", path=True)
+    image_size: int | None = setting(
+        None,
+        "Side of the images in pixels; null takes the data set's own, of image folders the network's, unless all "
+        "pictures are small squares of one size.",
+        low=4,
+    )
     batch_size: int = setting(128, "Images a training step.", low=2)
     val_fraction: float = setting(
         0.1, "Part of the training set held out to choose by; 0 trains on everything.", low=0, high=0.9
@@ -81,6 +90,7 @@ class DataConfig:
         "text",
         "Order of the classes of image folders: text, or that of a classes.txt beside the parts; natural, 2 before 10; "
         "a file with a name a line.",
+        path=True,
     )
     channels: int | None = setting(None, "1 reads images in grey, 3 in colour; null takes the data set's own.", low=1)
     classes: int | None = setting(
@@ -220,8 +230,9 @@ class TeacherConfig:
         None,
         "Teacher: a file of weights, timm:NAME or torchvision:NAME (pretrained), or previous (in cycle: the merged "
         "network of the cycle before).",
+        path=True,
     )
-    model: str | None = setting(None, "Network of a teacher's file that is not repan's.")
+    model: str | None = setting(None, "Network of a teacher's file that is not repan's.", path=True)
     alpha: float = setting(0.5, "Share of the distillation loss; the rest is the cross-entropy.", low=0, high=1)
     temperature: float = setting(4.0, "Temperature of the distillation loss.", above=0)
     image_size: int | None = setting(None, "Side of the images that the teacher sees; null is its own.", low=4)
@@ -271,7 +282,7 @@ class RunConfig:
         "A training step as one CUDA graph: auto, on a GPU where that can be; on; off.",
         choices=("auto", "on", "off"),
     )
-    out: str | None = setting(None, "Run directory; by default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.")
+    out: str | None = setting(None, "Run directory; by default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.", path=True)
     log_every: int = setting(20, "Training steps between two looks at the loss (a host-device sync each).", low=1)
     save_every: int | None = setting(
         None, "Training steps between two saves inside an epoch; null saves at its end, and when asked to stop.", low=1

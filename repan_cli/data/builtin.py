@@ -35,7 +35,7 @@ from repan_cli.data.types import (
 )
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
-from repan_cli.system.text import first_line
+from repan_cli.system.text import first_line, quoted
 
 DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -87,7 +87,7 @@ def _from_torchvision(
                     path.rmdir()
             where = f"put its files or {{train,test}}/<class>/*.png into {root / folder}, or give --data-root"
             raise InputError(f"{folder} is not under {root} and cannot be downloaded ({error}); {where}") from None
-        classes, _ = read(found["train"])
+        classes = read(found["train"]).classes
         return RawDataset(classes, {name: read(part).parts["all"] for name, part in found.items()})
 
     return load
@@ -202,7 +202,7 @@ def _load_imagenet(root: Path, reading: ReadOptions) -> RawDataset:
     if len(raw.classes) != IMAGENET_CLASSES:
         raise InputError(
             f"{root / 'imagenet'} holds {len(raw.classes)} of ImageNet's {IMAGENET_CLASSES} classes: half-downloaded? "
-            f"A part of it is trained on with --dataset folder --data-root {root / 'imagenet'}"
+            f"A part of it is trained on with --dataset folder --data-root {quoted(root / 'imagenet')}"
         )
     return raw
 
@@ -314,7 +314,7 @@ PREFIXES.update(dict.fromkeys(DATASET_PREFIXES, _timm_spec))
 
 DATASETS.register("folder")(
     DatasetSpec(
-        "your own images: ROOT/train/<class>/*, ROOT/{val,test}/<class>/*", load_folders, IMAGENET_MEAN, IMAGENET_STD
+        "your own images: ROOT/<class>/*, or ROOT/{train,val,test}/<class>/*", load_folders, IMAGENET_MEAN, IMAGENET_STD
     )
 )
 

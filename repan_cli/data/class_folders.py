@@ -260,10 +260,11 @@ def names_in(file: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------- images
 
 
-def first_image(folders: Sequence[Path]) -> Path:
-    """Return an image file of a class. Raises InputError where it has none."""
-    found = next((path for folder in folders for path in files_below(folder) if is_image(path)), None)
-    if found is None:
+def first_images(folders: Sequence[Path], count: int) -> list[Path]:
+    """Return up to `count` image files of a class. Raises InputError where it has none."""
+    there = (path for folder in folders for path in files_below(folder) if is_image(path))
+    found = [*itertools.islice(there, count)]
+    if not found:
         raise InputError(f"{folders[0]} holds no images ({', '.join(sorted(EXTENSIONS))})")
     return found
 

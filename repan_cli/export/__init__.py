@@ -9,8 +9,8 @@ from repan_cli.export.fuse import (
     count_macs,
     count_parameters,
     fuse,
-    relative_error,
 )
+from repan_cli.models.outputs import relative_error
 
 __all__ = [
     "PROOF_IMAGES",

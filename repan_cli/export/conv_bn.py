@@ -38,7 +38,7 @@ def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
     """
     report = report_of(fused)
     changes = report.changes if report else ()
-    if any(change.kind == "adapt" for change in changes):
+    if any(change.kind in ("adapt", "merge") for change in changes):
         plain = timm.utils.reparameterize_model(plain)
     plain.eval()
     places = _places(changes, plain)
@@ -64,7 +64,8 @@ def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
 
 def _no_place(name: str) -> InputError:
     return InputError(
-        f"--form conv-bn: the plain network has other layers at {name}, timm merges it in its own way; use --form conv"
+        f"--form conv-bn: the plain network has other layers at {name}: it keeps its branches, or timm merges it in "
+        "its own way; use --form conv"
     )
 
 

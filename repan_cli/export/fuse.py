@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from repan_cli.blocks import NATIVE, rep_blocks, reparameterize
+from repan_cli.blocks import NATIVE, RepBlock, rep_blocks, reparameterize
 from repan_cli.blocks.kernel import BatchNorm, running_stats
 from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError, MergeError
-from repan_cli.models.changes import EVERYTHING, Expansion, apply, report_of, set_report
-from repan_cli.models.expand import plan
-from repan_cli.models.probe import CEILING, NUDGE, copied
-from repan_cli.models.rebuild import load
+from repan_cli.models.changes import Expansion, apply, report_of, set_report
+from repan_cli.models.linear_ops import BranchSum
+from repan_cli.models.merging import MergePlan, place_of, plan_merge
+from repan_cli.models.observing import twin, without_arithmetic
+from repan_cli.models.outputs import Leaves, difference, differences, leaves
+from repan_cli.models.probe import CEILING, NUDGE, Probe, copied, noise
+from repan_cli.models.rebuild import NothingIsDrawn, load
 from repan_cli.system.images import ImagesLike, first_batch
+from repan_cli.system.notices import doing
+from repan_cli.system.text import count, first_line
 
 TOLERANCE = 1e-10
 """Bound on the relative error in float64: a right merge is at 1e-15, a wrong one at 1e-2."""
@@ -31,13 +34,23 @@ PROOF_IMAGES = 8
 
 EXACT_IMAGES = 2
 
+PROOF_SIDE = 64
+"""Images with longer sides are cut to this for the proof in float64: it takes a twelfth of the time at 224 pixels."""
+
+SINGLE_IMAGES = 2
+"""Images of all that the error in float32 is measured on, whole."""
+
+SUSPICIOUS = 1e-3
+"""Error in float32 from which on whole images are compared in float64, too: right merges are at 1e-6."""
+
 
 @dataclass(frozen=True)
 class FuseReport:
     """The agreement of the merged network with the one it came from, and what it saves.
 
-    `folded` counts the convolutions outside of blocks that took in the BN behind them. `gmacs` are the billions of
-    multiplications that convolutions and matrix products make of one image.
+    `blocks` counts the blocks and other sums of branches that became one convolution, `folded` the convolutions outside
+    of them that took in the BN behind them. `left` tells, by the name of a layer, what stays and why. `gmacs` are the
+    billions of multiplications that convolutions and matrix products make of one image.
     """
 
     rel_error_fp64: float
@@ -49,12 +62,7 @@ class FuseReport:
     gmacs_before: float
     gmacs_after: float
     seconds: float
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value expected."""
-    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-    return ((found - expected).abs().max() / scale).item()
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -64,25 +72,30 @@ def count_parameters(model: nn.Module) -> int:
 @torch.no_grad()
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Multiply-accumulates of convolutions and matrix products for one image (1, C, H, W)."""
+    return _counted(model, image)[1]
+
+
+def _counted(model: nn.Module, image: Tensor) -> tuple[Leaves, int]:
     from torch.utils.flop_counter import FlopCounterMode  # which imports Triton where that is installed
 
     with FlopCounterMode(display=False) as counter:
-        model(image)
-    return counter.get_total_flops() // 2
+        found = leaves(model(image))
+    return found, counter.get_total_flops() // 2
 
 
 @torch.no_grad()
 def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, FuseReport]:
     """A merged float32 copy of a network on the CPU, in eval mode, and the proof that it is equal.
 
-    Every block becomes its convolution, and every convolution outside of blocks takes in the BN that reads it. The
-    proof runs on float64 copies whose merged kernels are not rounded: every block on the input it gets, and the logits,
-    must agree to `TOLERANCE` relative (logits of an ill-conditioned network to what `NUDGE` does). The float32 error is
+    Every block becomes its convolution, and so does every sum of convolutions, BN, average pooling and the like of one
+    value, whoever wrote it; every other convolution takes in the BN that reads it. The proof runs on float64 copies
+    whose merged kernels are not rounded: every block on the input it gets, and all that the network returns, must agree
+    to `TOLERANCE` relative (what an ill-conditioned network returns to what `NUDGE` does). The float32 error is
     reported beside it.
 
     Args:
         model: a network with blocks, or with convolutions followed by a BN, which is left as it is; or what `load`
-            takes, a file or the folder of a run.
+            takes, a file or the folder of a run. It may return a tensor, or dictionaries, lists and tuples of them.
         images: images (N, C, H, W) to compare on, a batch of a loader, or the loader, whose first batch is taken.
 
     Returns the network, whose `repan_report` says how it was made of a plain one, and the report.
@@ -96,31 +109,48 @@ def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, 
     check_finite(model)
     exact = copied(model).cpu().float().double().eval()
     blocks = [name for name, _ in rep_blocks(exact)]
-    merged = reparameterize(copy.deepcopy(exact))
-    folds = [change for change in _foldable(merged, images) if change.name not in blocks]
-    if not blocks and not folds:
+    try:
+        found = plan_merge(exact, images.double())
+    except Exception as error:  # whatever a network does with such images
+        shape = "x".join(map(str, images.shape))
+        raise InputError(f"the network does not run on images of shape {shape}: {first_line(error)}") from error
+    if not blocks and not found.changes:
         raise InputError("there is nothing to merge: no block, and no BN behind a convolution")
-    apply(merged, folds)
-    reparameterize(merged)
-    own = [change for change in folds if change.kind == "adapt"]
-    blocked = copy.deepcopy(exact)
-    apply(blocked, own)  # so that every block can be watched
-    blocks = [name for name, _ in rep_blocks(blocked)]
-    error = _error_in_float64(exact, blocked, merged, _few(images).double())
-    merged, model = merged.float(), exact.float()
-    single = relative_error(merged(images), model(images))
+    small = _cut(found.adapted, _few(images, EXACT_IMAGES).double())
+    with doing(f"proving the merged network equal in float64, {count(len(blocks) + len(found.changes), 'place')}"):
+        merged, found, errors = _proven(exact, found, small)
+    report = _report_of(merged, exact, found, images, errors, began)
+    if not report.rel_error_fp32 <= SUSPICIOUS and small.shape[-2:] != images.shape[-2:]:
+        merged, found, errors = _proven(exact.double(), found, _few(images, EXACT_IMAGES).double())
+        report = _report_of(merged, exact, found, images, errors, began)
     before = report_of(model) or Expansion(NATIVE, (), {})
-    set_report(merged, dataclasses.replace(before, changes=(*before.changes, *folds)))
-    return merged, FuseReport(
-        rel_error_fp64=error,
+    set_report(merged, dataclasses.replace(before, changes=(*before.changes, *found.changes)))
+    return merged, report
+
+
+def _report_of(
+    merged: nn.Module, exact: nn.Module, found: MergePlan, images: Tensor, errors: Errors, began: float
+) -> FuseReport:
+    """Round both networks to float32, in place, and compare them."""
+    folded = {place_of(change) for change in found.folds}
+    merged.float()
+    exact.float()
+    some = _few(images, SINGLE_IMAGES)
+    (wanted, macs), (found_one, macs_after) = (_counted(model, some[:1]) for model in (exact, merged))
+    single = difference(found_one, wanted)
+    if len(some) > 1:
+        single = max(single, difference(_outputs(merged, some[1:]), _outputs(exact, some[1:])))
+    return FuseReport(
+        rel_error_fp64=max([*errors.of_blocks.values(), *errors.of_outputs.values()], default=0.0),
         rel_error_fp32=single,
-        blocks=len(blocks),
-        folded=len(folds) - len(own),
-        params_before=count_parameters(model),
+        blocks=len(errors.of_blocks.keys() - folded),
+        folded=len(folded),
+        params_before=count_parameters(exact),
         params_after=count_parameters(merged),
-        gmacs_before=count_macs(model, images[:1]) / 1e9,
-        gmacs_after=count_macs(merged, images[:1]) / 1e9,
+        gmacs_before=macs / 1e9,
+        gmacs_after=macs_after / 1e9,
         seconds=time.perf_counter() - began,
+        left=found.left,
     )
 
 
@@ -146,52 +176,132 @@ def _is_untrained(norm: BatchNorm) -> bool:
     return bool(not mean.any() and (var == 1).all() and (norm.weight is None or norm.weight.any()))
 
 
-def _few(images: Tensor) -> Tensor:
+def _few(images: Tensor, number: int) -> Tensor:
     """Some images from all over the batch."""
-    return images[:: -(-len(images) // EXACT_IMAGES)]
+    return images[:: -(-len(images) // number)]
 
 
-def _foldable(merged: nn.Module, images: Tensor) -> list[Change]:
-    """The convolutions that a BN reads: as blocks without side branches they merge as all do."""
-    if not any(isinstance(module, BatchNorm) for module in merged.modules()):
-        return []
-    found = plan(merged, images[:1], family="plain", selection=EVERYTHING)
-    return [change for change in found.changes if change.kind == "adapt" or change.norm]
+def _cut(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the middle of images that are large, where the network runs on it."""
+    height, width = images.shape[-2:]
+    rows, columns = (max(0, side - PROOF_SIDE) // 2 for side in (height, width))
+    middle = images[..., rows : rows + PROOF_SIDE, columns : columns + PROOF_SIDE]
+    try:
+        without_arithmetic(model, middle[:1], lambda net, some: net(some))
+    except Exception:  # whatever a network does with images of another size
+        return images
+    return middle
 
 
-def _error_in_float64(model: nn.Module, blocked: nn.Module, merged: nn.Module, images: Tensor) -> float:
-    """The largest relative error of a block, or of the logits; `blocked` is the network with all blocks as such."""
-    convs, expected = dict(merged.named_modules()), model(images)
-    with _recorded(blocked) as calls:
-        blocked(images)
-    worst = max((_checked(name, convs[name](x), y, TOLERANCE) for name, x, y in calls), default=0.0)
-    found, bound = merged(images), TOLERANCE
-    if relative_error(found, expected) > TOLERANCE:
-        bound = min(max(TOLERANCE, relative_error(model(images * (1 + NUDGE)), expected)), CEILING)
-    return max(worst, _checked("the logits", found, expected, bound))
+# ---------------------------------------------------------------------------------------------- the proof
 
 
-def _checked(name: str, found: Tensor, wanted: Tensor, bound: float) -> float:
-    error = relative_error(found, wanted)
-    if not error <= bound:  # also catches nan
-        raise MergeError(
-            f"merging changed the function at {name}: relative error {error:.1e} in float64; nothing was written"
-        )
-    return error
+@dataclass(frozen=True)
+class Errors:
+    """The relative errors of a merged network in float64.
+
+    `of_blocks` are those of each block on the input it gets, by name, `of_outputs` those of all that the network
+    returns, and `problem` is what is wrong with these.
+    """
+
+    of_blocks: Mapping[str, float]
+    of_outputs: Mapping[str, float]
+    problem: MergeError | None
 
 
-@contextmanager
-def _recorded(model: nn.Module) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """Collect name, input and output of every block that is called meanwhile."""
-    calls: list[tuple[str, Tensor, Tensor]] = []
+def _proven(exact: nn.Module, found: MergePlan, images: Tensor) -> tuple[nn.Module, MergePlan, Errors]:
+    """Return the merged network in float64, the plan less what would change the function, and the errors.
+
+    Raises MergeError where a block that the network has, or one of timm's own, does not merge right.
+    """
+    expected, searched = _outputs(exact, images), False
+    while True:
+        merged = _merged(found)
+        errors = _errors(exact, merged, found, images, expected)
+        wrong = {name: error for name, error in errors.of_blocks.items() if not error <= TOLERANCE}
+        chosen = {place_of(change) for change in (*found.sums, *found.folds)}
+        for name in wrong.keys() - chosen:
+            raise _changed(name, wrong[name])
+        if wrong:
+            found = found.without(dict.fromkeys(wrong, NOT_THE_SAME))
+        elif errors.problem is None:
+            return merged, found, errors
+        elif searched or not chosen:
+            raise errors.problem
+        else:
+            found, searched = _searched(exact, found, images), True
+
+
+NOT_THE_SAME = "as one convolution it changes the network's function"
+
+
+def _merged(found: MergePlan) -> nn.Module:
+    with NothingIsDrawn():
+        merged = twin(found.adapted, blocks=RepBlock.reparameterize)
+        return reparameterize(apply(merged, (*found.sums, *found.folds)))
+
+
+def _searched(exact: nn.Module, found: MergePlan, images: Tensor) -> MergePlan:
+    """Return the plan without the changes that alone or together change the function, found by trying."""
+    left: dict[str, str] = {}
+    probe = Probe(exact, images)
+    kept: list[Change] = []
+    for changes in (found.own, found.sums, found.folds):
+        kept += probe.keep(changes, after=kept, left=left)
+    wrong = {place_of(change): left.get(change.name, NOT_THE_SAME) for change in found.changes if change not in kept}
+    return found.without(wrong)
+
+
+def _errors(exact: nn.Module, merged: nn.Module, found: MergePlan, images: Tensor, expected: Leaves) -> Errors:
+    """Compare a merged network with the one it came from, each block and all outputs."""
+    blocked, errors = twin(found.adapted, blocks=lambda block: block), dict[str, float]()
+    with NothingIsDrawn():
+        blocked = apply(apply(blocked, found.sums, whole=True), found.folds)
+    convs = {name: conv for name, conv in merged.named_modules() if isinstance(conv, nn.Conv2d)}
+
+    def check(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def compare(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            given, wanted = inputs[0], output
+            if min(given.shape[-2:]) < _reach(convs[name]):  # else some of its weights may never have met the images
+                given = noise(1, given.shape[1], *(2 * [_reach(convs[name])])).double()
+                wanted = type(block).forward(block, given)
+            for x, y in ((inputs[0], output), (given, wanted))[: 1 + (given is not inputs[0])]:
+                errors[name] = max(difference(leaves(convs[name](x)), leaves(y)), errors.get(name, 0.0))
+
+        return compare
+
     hooks = [
-        block.register_forward_hook(
-            lambda _, inputs, output, name=name: calls.append((name, inputs[0].clone(), output.clone()))
-        )
-        for name, block in rep_blocks(model)
+        block.register_forward_hook(check(name))
+        for name, block in blocked.named_modules()
+        if isinstance(block, (RepBlock, BranchSum)) and name in convs
     ]
     try:
-        yield calls
+        blocked(images)
+        outputs = dict(differences(_outputs(merged, images), expected))
+    except Exception as error:  # whatever a network does without a layer that it had
+        problem = MergeError(f"merging broke the network: {first_line(error)}; nothing was written")
+        return Errors(errors, {}, problem)
     finally:
         for hook in hooks:
             hook.remove()
+    wrong = {name: error for name, error in outputs.items() if not error <= TOLERANCE}
+    if wrong:
+        nudged = difference(_outputs(exact, images * (1 + NUDGE)), expected)
+        wrong = {name: error for name, error in wrong.items() if not error <= min(nudged, CEILING)}
+    problems = [_changed(f"the output {name}" if name else "the logits", error) for name, error in wrong.items()]
+    return Errors(errors, outputs, next(iter(problems), None))
+
+
+def _reach(conv: nn.Conv2d) -> int:
+    """Return the side of the smallest image whose every pixel but the borders' meets the whole kernel."""
+    return max(d * (k - 1) + s for d, k, s in zip(conv.dilation, conv.kernel_size, conv.stride, strict=True)) + 1
+
+
+def _outputs(model: nn.Module, images: Tensor) -> Leaves:
+    return leaves(model(images))
+
+
+def _changed(name: str, error: float) -> MergeError:
+    return MergeError(
+        f"merging changed the function at {name}: relative error {error:.1e} in float64; nothing was written"
+    )

@@ -89,12 +89,15 @@ def change_of(path: Path, content: bytes, model: Any) -> str | None:
 def _fits(path: Path, content: bytes, *, earlier: bool) -> bool:
     """Tell whether a file ends with a check sum that fits. Raises InputError where it ends with one that does not.
 
-    `earlier`: in the place where version 0.1 wrote it.
+    Its mark or the bytes behind it show that there is one: either may be damaged. `earlier`: in the place where version
+    0.1 wrote it.
     """
     for end in (END, b"") if earlier else (END,):
         place = len(content) - len(end) - DIGITS
-        if place >= len(CHECKSUM) and content.endswith(end) and content[:place].endswith(CHECKSUM):
-            if sum_around(io.BytesIO(content), place) == content[place : place + DIGITS]:
+        marked, ended = place > 0 and content[:place].endswith(CHECKSUM), bool(end) and content.endswith(end)
+        if marked or ended:
+            whole = marked and content.endswith(end)
+            if whole and sum_around(io.BytesIO(content), place) == content[place : place + DIGITS]:
                 return True
             raise InputError(f"{path} is damaged: its bytes do not match its check sum; use another copy")
     return False

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from repan_cli.checkpoint.preprocessing import as_texts
+from repan_cli.config.conventions import OPSET
 from repan_cli.errors import InputError
 from repan_cli.export.onnx_digest import HEADER, change_of, serialized
-from repan_cli.export.opset import OPSET, at_opset
+from repan_cli.export.opset import at_opset
 from repan_cli.export.trace import quiet
 from repan_cli.system.files import to_json
 from repan_cli.system.packages import ONNX_PACKAGES, need

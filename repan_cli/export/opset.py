@@ -1,29 +1,22 @@
 """ONNX graphs for older runtimes: the same operators, in an earlier version of ONNX's set of them.
 
-onnx converts most; below 14 it lacks steps in which an operator only lost types, which are taken here.
+onnx converts most. It lacks steps in which an operator only lost types or an input that is not used; these are taken
+here, and checked: an operator is declared to be of an earlier version where it has the same inputs, attributes and
+defaults there.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
+from repan_cli.config.conventions import OPSET, OPSETS
 from repan_cli.errors import InputError
 from repan_cli.system.text import first_line
 
-OPSET = 18
-"""The version that torch.onnx writes, and that files have where none is asked for."""
-
-OPSETS = range(11, 22)
-"""The versions that are offered, each tried in ONNX Runtime by a test."""
-
 CONVERTED = 14
 """The lowest version that onnx converts the operators of image networks to."""
-
-
-def check_opset(opset: int) -> None:
-    """Raise InputError for a version that is not offered."""
-    if opset not in OPSETS:
-        raise InputError(f"--opset {opset} is not offered: choose from {OPSETS[0]} to {OPSETS[-1]}")
 
 
 def at_opset(model: Any, opset: int) -> Any:
@@ -50,32 +43,73 @@ def _can_hold(model: Any, opset: int) -> bool:
 
 
 def _converted(model: Any, opset: int) -> Any:
+    """Return a model at another opset: converted by onnx, or relabelled, or first the one and then the other."""
     import onnx
     from onnx import version_converter
 
-    model = version_converter.convert_version(model, max(opset, CONVERTED))
-    if opset < CONVERTED:
-        _relabel(model, opset)
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    def relabelled(given: Any, since: int) -> Any:
+        return _relabelled(copy.deepcopy(given), since, opset)
+
+    ways: list[Callable[[], Any]] = [lambda: relabelled(model, OPSET)]
+    if opset >= CONVERTED:
+        ways.insert(0, lambda: version_converter.convert_version(model, opset))
+    else:
+        ways.append(lambda: relabelled(version_converter.convert_version(model, CONVERTED), CONVERTED))
+    problems = []
+    for way in ways:
+        try:
+            found = way()
+            onnx.checker.check_model(found, full_check=True)
+            return found
+        except Exception as error:
+            problems.append(error)
+    raise problems[0]
 
 
-def _relabel(model: Any, opset: int) -> None:
+def _relabelled(model: Any, since: int, opset: int) -> Any:
     """Declare an opset in which a model's operators differ in types alone. Raises ValueError where they do not."""
     from onnx import defs
 
-    _replace_hard_swish(model.graph)
+    if since < opset:
+        raise ValueError("no operator of a later version")
+    if opset < CONVERTED:
+        _replace_hard_swish(model.graph)
+    constants = {each.name: each for each in model.graph.initializer}
     for node in model.graph.node:
-        since, before = (defs.get_schema(node.op_type, version, node.domain) for version in (CONVERTED, opset))
-        known = {name: _default(attribute) for name, attribute in before.attributes.items()}
-        new = {name: _default(attribute) for name, attribute in since.attributes.items()}
-        used = {given.name for given in node.attribute}
-        same_inputs = [each.name for each in since.inputs] == [each.name for each in before.inputs]
-        if not same_inputs or used - known.keys() or any(new.get(name) != value for name, value in known.items()):
-            raise ValueError(f"{node.op_type} was another operator in it")
+        try:
+            now, before = (defs.get_schema(node.op_type, version, node.domain) for version in (since, opset))
+        except defs.SchemaError:
+            raise ValueError(f"{node.op_type} is not in it") from None
+        _axes_as_attribute(node, before, constants)
+        _check_same(node, now, before)
     for each in model.opset_import:
         if each.domain in ("", "ai.onnx"):
             each.version = opset
+    return model
+
+
+def _check_same(node: Any, now: Any, before: Any) -> None:
+    """Raise ValueError where a node uses what an earlier version of its operator has not, or has otherwise."""
+    inputs = [[each.name.removeprefix("input_") for each in schema.inputs] for schema in (now, before)]
+    count = min(len(node.input), len(inputs[0]))  # the last one may stand for any number
+    defaults = [{name: _default(each) for name, each in schema.attributes.items()} for schema in (now, before)]
+    shared = defaults[0].keys() & defaults[1].keys()
+    if (
+        inputs[0][:count] != inputs[1][:count]
+        or {given.name for given in node.attribute} - defaults[1].keys()
+        or any(defaults[0][name] != defaults[1][name] for name in shared)
+    ):
+        raise ValueError(f"{node.op_type} was another operator in it")
+
+
+def _axes_as_attribute(node: Any, before: Any, constants: dict[str, Any]) -> None:
+    """Give a node its axes as earlier versions of its operator take them, where they are constant."""
+    from onnx import helper, numpy_helper
+
+    if "axes" in before.attributes and len(before.inputs) == 1 and len(node.input) == 2 and node.input[1] in constants:
+        axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
+        del node.input[1]
+        node.attribute.append(helper.make_attribute("axes", axes))
 
 
 def _default(attribute: Any) -> tuple[bool, bytes]:

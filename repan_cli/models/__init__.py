@@ -3,7 +3,7 @@
 from repan_cli.checkpoint.card import Change
 from repan_cli.config.conventions import SMALL_IMAGE
 from repan_cli.models.changes import Expansion, Selection, apply, summary
-from repan_cli.models.create import BUILT_OF_BLOCKS, BUILTIN, create, has_new_classifier, resolve
+from repan_cli.models.create import BUILT_OF_BLOCKS, BUILTIN, create, has_new_classifier, resolve, wanted_size
 from repan_cli.models.expand import expand, plan
 from repan_cli.models.foreign import load_foreign
 from repan_cli.models.inspect import form_of
@@ -34,4 +34,5 @@ __all__ = [
     "resnet_cifar",
     "resolve",
     "summary",
+    "wanted_size",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from repan_cli.blocks import NATIVE, RepBlock, block_around, reinit_branches
 from repan_cli.blocks.kernel import BatchNorm
 from repan_cli.checkpoint.card import Change, ModelCard, Structure
 from repan_cli.errors import InputError
+from repan_cli.models.sums import merge
 from repan_cli.models.timm_blocks import adapt, split_norm
 
 
@@ -122,18 +124,32 @@ def set_report(model: nn.Module, report: Expansion) -> None:
 # ---------------------------------------------------------------------------------------------- carrying out
 
 
-def apply(model: nn.Module, changes: Iterable[Change], *, attach: str = "ramp") -> None:
-    """Make the changes in a network, in place. Fresh branches draw from the global generator."""
-    for change in changes:
-        module = model.get_submodule(change.name)
-        if change.kind == "adapt":
-            _put(model, change.name, adapt(module))
+def apply(model: nn.Module, changes: Iterable[Change], *, attach: str = "ramp", whole: bool = False) -> nn.Module:
+    """Make the changes in a network, in place, and return it. Fresh branches draw from the global generator.
+
+    Sums of branches become convolutions, or with `whole` layers by themselves; a network that itself adds them is
+    returned as another.
+    """
+    for (kind, name), same in itertools.groupby(changes, key=lambda change: change[:2]):
+        module = model.get_submodule(name)
+        if kind == "merge":
+            places = [change.norm for change in same if change.norm is not None]
+            model = put(model, name, merge(module, places, whole=whole))
             continue
-        block = _block_of(model, module, change)
-        _put(model, change.name, block)
-        norm = block.trunk.batch_norm
-        zero_start = norm is not None and not norm.weight.any()
-        reinit_branches(block, "zero-gamma" if attach == "one" and zero_start else attach)
+        for change in same:
+            _make_block(model, model.get_submodule(name), change, attach)
+    return model
+
+
+def _make_block(model: nn.Module, module: nn.Module, change: Change, attach: str) -> None:
+    if change.kind == "adapt":
+        put(model, change.name, adapt(module))
+        return
+    block = _block_of(model, module, change)
+    put(model, change.name, block)
+    norm = block.trunk.batch_norm
+    zero_start = norm is not None and not norm.weight.any()
+    reinit_branches(block, "zero-gamma" if attach == "one" and zero_start else attach)
 
 
 def _block_of(model: nn.Module, module: nn.Module, change: Change) -> RepBlock:
@@ -148,12 +164,16 @@ def _block_of(model: nn.Module, module: nn.Module, change: Change) -> RepBlock:
         conv = cast("nn.Conv2d", module)
         if change.norm is not None:
             norm, rest = split_norm(model.get_submodule(change.norm))
-            _put(model, change.norm, rest.train(norm.training))
+            put(model, change.norm, rest.train(norm.training))
         elif conv.bias is None:  # the branches' BN will want one when they are merged
             conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
     return block_around(conv, norm, change.family, copies=change.copies)
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put a module in the place of another, and return the network, which '' replaces."""
     parent, _, leaf = name.rpartition(".")
+    if not leaf:
+        return module
     setattr(model.get_submodule(parent), leaf, module)
+    return model

@@ -11,13 +11,14 @@ import torchvision
 from torch import nn
 
 from repan_cli.blocks import NATIVE, check_family
-from repan_cli.config.conventions import SMALL_IMAGE
+from repan_cli.config.conventions import LARGE_IMAGE, SMALL_IMAGE
 from repan_cli.config.names import ALIASES, SMALL, TIMM, TORCHVISION, unknown_model
 from repan_cli.errors import InputError
 from repan_cli.models import mobilenet_cifar, repvgg_cifar, resnet_cifar, user_file
 from repan_cli.models.expand import DEFAULT_FAMILY
 from repan_cli.models.foreign import load_foreign
 from repan_cli.models.inspect import classifier_layers
+from repan_cli.system.notices import doing
 from repan_cli.system.text import first_line
 
 BUILT_OF_BLOCKS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
@@ -26,6 +27,9 @@ BUILT_OF_BLOCKS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
 BUILTIN: tuple[str, ...] = (*BUILT_OF_BLOCKS, *resnet_cifar.default_cfgs, *mobilenet_cifar.default_cfgs)
 """The networks of this package."""
 
+
+OWN_IMAGE = 32
+"""Side in pixels that the networks of this package are made for."""
 
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 """torchvision's networks that return more than logits in train mode, unless told not to."""
@@ -56,6 +60,26 @@ def resolve(name: str, image_size: int) -> str:
     if full in BUILTIN:
         return full
     return TIMM + _known(full, list(dict.fromkeys([*ALIASES, *BUILTIN, *timm.list_models()])))
+
+
+def wanted_size(name: str) -> int | None:
+    """Return the side of the images that a network is made for; None for a person's own, which does not say.
+
+    A short name means timm's, as on large images, or the network for small images where there is no other.
+    """
+    if user_file.names_a_file(name):
+        return None
+    try:
+        full = resolve(name, LARGE_IMAGE)
+    except InputError:
+        full = resolve(name, SMALL_IMAGE)
+    if full in BUILTIN:
+        return OWN_IMAGE
+    if full.startswith(TORCHVISION):
+        preset = torchvision.models.get_model_weights(full.removeprefix(TORCHVISION)).DEFAULT.transforms()
+        return int(preset.crop_size[0])
+    known = timm.get_pretrained_cfg(full.removeprefix(TIMM), allow_unregistered=True)
+    return int(known.input_size[-1]) if known is not None else LARGE_IMAGE
 
 
 def _with_tag(name: str) -> str:
@@ -111,7 +135,8 @@ def _timm(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
         raise InputError(f"timm has no pretrained weights of {short}; give a file of weights with --init")
     try:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which would tell of every attempt
-        return timm.create_model(short, pretrained=pretrained, **kwargs)
+        with doing(f"fetching the weights of {short}" if pretrained else f"building {short}"):
+            return timm.create_model(short, pretrained=pretrained, **kwargs)
     except Exception as error:
         if not pretrained:
             raise
@@ -128,9 +153,10 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
     model = torchvision.models.get_model(short, weights=None, num_classes=num_classes, **auxiliary)
     if pretrained:
         try:
-            weights = torchvision.models.get_model_weights(short).DEFAULT.get_state_dict(
-                progress=False, check_hash=True
-            )
+            with doing(f"fetching the weights of {short}"):
+                weights = torchvision.models.get_model_weights(short).DEFAULT.get_state_dict(
+                    progress=False, check_hash=True
+                )
         except Exception as error:
             raise _not_fetched(short, error) from error
         main = {key: value for key, value in weights.items() if not (auxiliary and key.lower().startswith("aux"))}

@@ -16,6 +16,7 @@ from repan_cli.blocks.kernel import BatchNorm, running_stats
 from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError
 from repan_cli.models.changes import apply
+from repan_cli.models.outputs import difference, leaves
 from repan_cli.system.text import first_line
 
 TOLERANCE = 1e-10
@@ -92,31 +93,30 @@ class Probe:
         self.images = images[:PROBE_IMAGES].detach().cpu().double()
         try:
             _disturb(self.model, self.images)
-            self.expected = _tensors(self.model(self.images))
-            again = _tensors(self.model(self.images))
-            elsewhere = _tensors(self.model(torch.zeros_like(self.images)))
-            nudged = _tensors(self.model(self.images * (1 + NUDGE)))
+            self.expected = leaves(self.model(self.images))
+            again = leaves(self.model(self.images))
+            elsewhere = leaves(self.model(torch.zeros_like(self.images)))
+            nudged = leaves(self.model(self.images * (1 + NUDGE)))
         except Exception as error:
             shape = "x".join(map(str, self.images.shape))
             raise InputError(
                 f"the network does not run on images of shape {shape} in float64: {first_line(error)}"
             ) from error
-        self.bound = min(max(TOLERANCE, _difference(nudged, self.expected)), CEILING)
-        if not all(tensor.isfinite().all() for tensor in self.expected):
+        self.bound = min(max(TOLERANCE, difference(nudged, self.expected)), CEILING)
+        if not all(tensor.isfinite().all() for tensor in self.expected.values()):
             raise InputError("the network's output is not finite, so nothing can be compared")
-        if _difference(again, self.expected) > TOLERANCE:
+        if difference(again, self.expected) > TOLERANCE:
             raise InputError(
                 "the network gives two outputs for the same images in eval mode, so nothing can be compared"
             )
-        if not _difference(elsewhere, self.expected) > TOLERANCE:
+        if not difference(elsewhere, self.expected) > TOLERANCE:
             raise InputError("the network's output does not depend on its images, so nothing can be compared")
 
     def changed(self, changes: Iterable[Change]) -> nn.Module:
         """A copy with changes made. Leaves the global generator as it was."""
         model = copy.deepcopy(self.model)
         with torch.random.fork_rng(devices=[]):
-            apply(model, changes)
-        return model
+            return apply(model, changes)
 
     def keep(self, changes: list[Change], *, after: list[Change], left: dict[str, str]) -> list[Change]:
         """Return those of `changes`, made after others, that keep the function; the others' reasons go into `left`."""
@@ -144,10 +144,10 @@ class Probe:
         except ValueError as error:
             return str(error)
         try:
-            found = _tensors(model(self.images))
+            found = leaves(model(self.images))
         except Exception as error:  # whatever a network does with what was its convolution
             return f"as a block it fails: {first_line(error)}"
-        if not _difference(found, self.expected) <= self.bound:
+        if not difference(found, self.expected) <= self.bound:
             return "as a block it changes the network's function"
         return None
 
@@ -194,22 +194,3 @@ def _disturb(model: nn.Module, images: Tensor) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The floating tensors in what a network returns."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
-
-
-def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest relative difference; infinite where the shapes differ."""
-    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
-        return float("inf")
-    tiny = torch.finfo(torch.float64).tiny
-    errors = [
-        ((a - b).abs().max() / b.abs().max().clamp_min(tiny)).item() for a, b in zip(found, expected, strict=True)
-    ]
-    return max(errors, default=0.0) if not any(error != error for error in errors) else float("inf")

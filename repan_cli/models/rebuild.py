@@ -88,7 +88,7 @@ def _build(card: ModelCard, source: str, network: nn.Module | str | None) -> nn.
         name = _own_or_stored(card.model, network, source)
         model = create(name, num_classes=len(card.classes), in_chans=card.in_chans, **native)
     try:
-        apply(model, changes)
+        model = apply(model, changes)
     except AttributeError as error:
         raise InputError(f"{source} does not fit the network: it lacks a layer ({error})") from None
     set_report(model, expansion)
@@ -124,14 +124,15 @@ def rebuild(
     `source` names the file in errors; `network` and `block` as for `build_untrained`. Raises InputError when the
     weights do not fit the network that the file describes.
     """
-    drawn = _is_of_a_person(saved.card, network)  # what a person's own does with its weights is not known
-    with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else _NothingIsDrawn():
+    merges = any(change.kind == "merge" for change in saved.card.structure.changes)
+    drawn = merges or _is_of_a_person(saved.card, network)  # what a person's own does with its weights is not known
+    with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else NothingIsDrawn():
         model = build_untrained(saved, source, network, block)
     checkpoint.load_weights(model, saved.weights, source)
     return model.eval()
 
 
-class _NothingIsDrawn(TorchFunctionMode):
+class NothingIsDrawn(TorchFunctionMode):
     """Leaves fresh weights as the memory is, where all of them will be replaced: drawing 25 million takes 0.3 s."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -7,6 +7,7 @@ convolution, so that a fused network has timm's own deployed form, names include
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from timm.layers import BatchNormAct2d
@@ -173,6 +174,31 @@ def _adapt_repghost(module: nn.Module) -> nn.Module:
     module.cheap_operation = _block([layer], module.get_submodule("fusion_bn.0"))
     module.fusion_conv, module.fusion_bn = nn.Sequential(), nn.Sequential()
     return module
+
+
+# ---------------------------------------------------------------------------------------------- sums of blocks
+
+PLACE = "reparam_conv"
+"""timm's name of the merged convolution."""
+
+SUMS = {
+    ("timm.models.fastvit", "RepMixer"): ("mixer", "norm", "layer_scale"),
+    ("timm.models.fastvit", "RepConditionalPosEnc"): ("pos_enc",),
+}
+"""Modules of timm's that are one sum as a whole, with what timm drops of them when it merges them."""
+
+
+def has_place_for_merged(module: nn.Module) -> bool:
+    """Tell whether a module of timm's is one sum as a whole, and knows a merged form."""
+    return _class_of(module) in SUMS
+
+
+def with_merged(module: nn.Module, conv: nn.Module) -> nn.Module:
+    """Return such a module in its merged form; the given one is left as it is."""
+    merged = copy.copy(module)
+    merged.__dict__["_modules"] = dict(module._modules)
+    setattr(merged, PLACE, conv)
+    return _without(merged, *SUMS[_class_of(module)])
 
 
 def _without(module: nn.Module, *names: str) -> nn.Module:

@@ -36,7 +36,7 @@ from repan_cli.models.inspect import classifier_layers, wanted_images
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.session import hub_folder
 from repan_cli.session.sources import file_of
-from repan_cli.system.notices import warn
+from repan_cli.system.notices import doing, warn
 from repan_cli.system.weight_files import RUNTIME_DESCRIPTION
 
 OUR_IMAGE, OUR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
@@ -119,11 +119,12 @@ def open_artifact(
         return Artifact(str(path), program, _described(path, pt2_file.header(path)), "torch.export")
     if path.name == RUNTIME_DESCRIPTION:
         return _of_runtime(path, trusted=trusted)
-    content = checkpoint.load_any(path if key is None else f"{path}::{key}")
-    if isinstance(content, Checkpoint):
-        network = models.rebuild(content, str(path), model, block)
-        return Artifact(str(path), network, content.card, saved=content)
-    return _foreign(path, content, model)
+    with doing(f"loading {path}"):
+        content = checkpoint.load_any(path if key is None else f"{path}::{key}")
+        if isinstance(content, Checkpoint):
+            network = models.rebuild(content, str(path), model, block)
+            return Artifact(str(path), network, content.card, saved=content)
+        return _foreign(path, content, model)
 
 
 def _of_runtime(description: Path, *, trusted: bool) -> Artifact:

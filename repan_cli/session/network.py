@@ -17,6 +17,7 @@ from repan_cli import checkpoint, models
 from repan_cli.blocks import rep_blocks, use_block
 from repan_cli.checkpoint.card import RunState
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.config.conventions import LARGE_IMAGE
 from repan_cli.config.settings import Config, replace
 from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
@@ -28,7 +29,7 @@ from repan_cli.session import hub_folder
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
 from repan_cli.system.seeding import seed_for
-from repan_cli.system.text import count, first_line
+from repan_cli.system.text import count, first_line, quoted
 
 Weights = Checkpoint | Mapping[str, Tensor] | None
 
@@ -54,10 +55,34 @@ class Network:
         return self.trained and not self.new_classifier
 
 
-def build(command: str, config: Config, dataset: Dataset) -> Network:
-    """Build the network that a configuration describes. Raises InputError for one that cannot be had or used."""
+def read_weights(config: Config) -> Weights:
+    """Read the weights to start from, where a file of them is given."""
+    return checkpoint.load_any(hub_folder.file_of(config.model.init)) if config.model.init else None
+
+
+def wanted_size(config: Config, weights: Weights) -> int:
+    """Return the side of the images that the network is made for, or was trained on."""
+    if isinstance(weights, Checkpoint):
+        return weights.card.image_size
+    told = (
+        hub_folder.described(checkpoint.split_key(hub_folder.file_of(_source(config)))[0])
+        if weights is not None
+        else None
+    )
+    if told is not None and "input_size" in told.images:
+        return int(told.images["input_size"][-1])
+    name = config.model.name or (told.network if told is not None else None)
+    size = models.wanted_size(name) if name is not None else None
+    return LARGE_IMAGE if size is None else size
+
+
+def build(command: str, config: Config, dataset: Dataset, weights: Weights = None) -> Network:
+    """Build the network that a configuration describes, from `weights` where it starts from a file of them.
+
+    Raises InputError for one that cannot be had or used.
+    """
     use_block(config.block.name)
-    weights = checkpoint.load_any(hub_folder.file_of(config.model.init)) if config.model.init else None
+    weights = read_weights(config) if weights is None else weights
     name = _full_name(config, dataset, weights)
     torch.manual_seed(seed_for("weights", config.run.seed))
     if isinstance(weights, Checkpoint):
@@ -225,7 +250,8 @@ def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint
     card, source = saved.card, _source(config)
     if card.form == checkpoint.FUSED:
         raise InputError(
-            f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run"
+            f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run; or as a "
+            f"plain network, from the file that 'repan fuse {quoted(source)} --form conv-bn' writes, with --model"
         )
     if card.model != name and not (user_file.names_a_file(name) and user_file.names_a_file(card.model)):
         raise InputError(f"{source} holds the network {card.model}, not {name}: give --model as it was trained")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
+from repan_cli.system.notices import warn_once
+from repan_cli.system.text import quoted
 
 DOWNLOAD = "download the file itself"
 
@@ -62,14 +64,22 @@ def file_in(folder: Path) -> Path:
     """Return the file that a run's folder, or one of the Hub, stands for. Raises InputError for any other folder."""
     for name in OF_A_RUN:
         if (folder / name).is_file():
+            if name != OF_A_RUN[0] and (folder / "metrics.jsonl").is_file() and _chose(folder):
+                warn_once(f"{folder} has lost its best.pt: {name} is taken, its last weights, not the best ones")
             return folder / name
     if (weights := in_hub_folder(folder)) is not None:
         return weights
     if (folder / RUNTIME_DESCRIPTION).is_file():
         return folder / RUNTIME_DESCRIPTION
     inside = [str(best.parent) for name in OF_A_RUN for best in sorted(folder.glob(f"*/{name}"))]
-    mend = f": the runs are in it, such as {inside[0]}" if inside else ": name a file in it"
+    mend = f": the runs are in it, such as {quoted(inside[0])}" if inside else ": name a file in it"
     raise InputError(f"{folder} is a folder without best.pt or last.pt{mend}")
+
+
+def _chose(folder: Path) -> bool:
+    """Tell whether a run had a validation part to choose its best weights by, as its first epoch tells."""
+    with (folder / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file:
+        return '"val_top1": null' not in file.readline(4096)
 
 
 def no_checkpoint(path: Path) -> str:
@@ -90,7 +100,7 @@ def refuse_text(path: Path) -> None:
         if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
             raise InputError(f"{path} {what}")
     if path.suffix in SETTINGS and _is_text(start):
-        raise InputError(f"{path} holds settings, not a network: give it to a training command, as -c {path}")
+        raise InputError(f"{path} holds settings, not a network: give it to a training command, as -c {quoted(path)}")
     if _is_text(start):
         raise InputError(f"{path} is text, not a network: give a file of weights, or a run's folder")
 

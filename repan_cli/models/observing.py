@@ -1,0 +1,178 @@
+"""Watch one pass of a network for who adds images, and who reads what a convolution returns or is made of."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from repan_cli.blocks import RepBlock, rep_blocks
+from repan_cli.blocks.kernel import BatchNorm
+from repan_cli.models.probe import Sightings, watch
+
+Found = TypeVar("Found")
+
+SIDES = 4
+"""Dimensions of a batch of images."""
+
+ADDS = ("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__", "sum", "mean")
+LINEAR = ("conv2d", "batch_norm", "avg_pool2d", "pad", "contiguous")
+"""Functions whose results, added to each other, are a sum of branches."""
+
+MARK = "_repan_from"
+
+
+@dataclass
+class Observed:
+    """The findings of one pass, by the names of modules.
+
+    `adders` add images in their own forward; True where all that they add comes from linear layers. `readers` counts
+    the calls that read the output of a convolution, `uses` those outside of a layer that read its tensors.
+    `arguments` is the number that a module was given, -1 where one was given by name.
+    """
+
+    adders: dict[str, bool] = field(default_factory=dict)
+    readers: Counter[str] = field(default_factory=Counter)
+    uses: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    arguments: dict[str, int] = field(default_factory=dict)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, found: Observed, model: nn.Module) -> None:
+        super().__init__()
+        self.found = found
+        self.stack: list[str] = []
+        self.owners = {
+            id(tensor): name
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Conv2d, BatchNorm))
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        }
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [*_tensors(args), *_tensors(kwargs.values())]
+        marks = [vars(each).get(MARK) if hasattr(each, "__dict__") else None for each in given]
+        result = function(*args, **kwargs)
+        if not isinstance(result, (Tensor, list, tuple)):
+            return result
+        self._count(given, marks, moved=not any(result is each for each in given))
+        name = getattr(function, "__name__", "")
+        if isinstance(result, Tensor) and result.ndim == SIDES:
+            images = [mark for each, mark in zip(given, marks, strict=True) if each.ndim >= SIDES]
+            if name in ADDS and images:
+                linear = all(mark is not None for mark in images) and (len(images) > 1 or name in ("sum", "mean"))
+                where = self.stack[-1] if self.stack else ""
+                self.found.adders[where] = self.found.adders.get(where, False) or linear
+            if name in LINEAR or (name in ADDS and images and all(mark is not None for mark in images)):
+                vars(result)[MARK] = ("", 0)
+        return result
+
+    def _count(self, given: list[Tensor], marks: list[Any], *, moved: bool) -> None:
+        """Count the reads of one call; one that returns what it was given reads nothing."""
+        for each, mark in zip(given, marks, strict=True):
+            if moved and mark is not None and mark[0] and mark[1] == each._version:
+                self.found.readers[mark[0]] += 1
+            owner = self.owners.get(id(each))
+            if owner is not None and owner != (self.stack[-1] if self.stack else ""):
+                self.found.uses[owner] += 1
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+@torch.no_grad()
+def observe(model: nn.Module, images: Tensor) -> tuple[Observed, Sightings]:
+    """Watch one pass of a network in eval mode."""
+    found = Observed()
+    mode = _Watch(found, model)
+    with _hooked(model, mode), mode:
+        return found, watch(model, images)
+
+
+@contextmanager
+def _hooked(model: nn.Module, mode: _Watch) -> Iterator[None]:
+    def before(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            mode.stack.append(name)
+            mode.found.calls[name] += 1
+            mode.found.arguments[name] = -1 if kwargs else len(args)
+
+        return enter
+
+    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            while mode.stack and mode.stack.pop() != name:
+                pass
+            if isinstance(module, nn.Conv2d) and isinstance(output, Tensor):
+                vars(output)[MARK] = (name, output._version)
+
+        return leave
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        hooks.append(module.register_forward_hook(after(name)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ---------------------------------------------------------------------------------------------- without arithmetic
+
+
+def without_arithmetic(model: nn.Module, images: Tensor, look: Callable[[nn.Module, Tensor], Found]) -> Found:
+    """Return what `look` returns for a network, with blocks as convolutions, and images.
+
+    It looks at the meta device where that can be, else at one with tensors of zeros.
+    """
+    try:
+        return look(twin(model, "meta", blocks=_as_convolution), images.to("meta"))
+    except Exception:  # whatever a network does with tensors that hold nothing
+        return look(twin(model, blocks=RepBlock.reparameterize), images)
+
+
+def _as_convolution(block: RepBlock) -> nn.Module:
+    """Return a convolution on the meta device of the shape of a block's."""
+    conv = block.trunk.conv
+    shape = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+    size = (conv.in_channels, conv.out_channels, conv.kernel_size)
+    plain = nn.Conv2d(*size, **shape, padding_mode=conv.padding_mode, device="meta", dtype=conv.weight.dtype)  # type: ignore[arg-type]
+    return plain.train(block.training)
+
+
+def twin(
+    model: nn.Module, device: str | None = None, *, blocks: Callable[[RepBlock], nn.Module] | None = None
+) -> nn.Module:
+    """Return a copy of a network on the same tensors, or with tensors of the same shapes on another device.
+
+    `blocks` tells what stands in the place of each block.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {id(each): each if device is None else _moved(each, device) for each in tensors}
+    if blocks is not None:
+        memo |= {id(block): blocks(block) for _, block in rep_blocks(model)}
+    copied: nn.Module = copy.deepcopy(model, memo)
+    return copied
+
+
+def _moved(tensor: Tensor, device: str) -> Tensor:
+    moved = tensor.detach().to(device)
+    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
