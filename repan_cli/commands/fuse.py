@@ -19,11 +19,11 @@ from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard, Structure
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.commands.early import Content, Target, fuse_targets
 from repan_cli.commands.options import FuseOptions
-from repan_cli.config.conventions import GRAPH_FORMATS, OPSET, WEIGHT_FORMATS
+from repan_cli.config.conventions import GRAPH_FORMATS, OPSET, RUNTIME_FORMATS, WEIGHT_FORMATS
 from repan_cli.config.names import TIMM, TORCHVISION
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError, MergeError
-from repan_cli.export import half, model_card, onnx_file, pt2_file, timm_folder
+from repan_cli.export import half, model_card, onnx_file, pt2_file, runtimes, timm_folder
 from repan_cli.export.conv_bn import as_plain
 from repan_cli.export.fuse import check_finite, untrained_norms
 from repan_cli.export.trace import Normalized, trace
@@ -52,7 +52,7 @@ class Written:
     format: str
     form: str
     bytes: int
-    rel_error: float
+    rel_error: float | None
     opened_by: str
     use: str
 
@@ -60,6 +60,7 @@ class Written:
 def run(options: FuseOptions) -> None:
     """Write a merged network, once for every format. Nothing is written unless everything agrees."""
     targets = fuse_targets(options)
+    _check_provable(targets, unproven=options.unproven)
     artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     _check_mergeable(artifact, targets, options.form)
     images, seen = _images(artifact, options.data_root)
@@ -85,6 +86,16 @@ def run(options: FuseOptions) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- before anything is done
+
+
+def _check_provable(targets: Sequence[Target], *, unproven: bool) -> None:
+    """Raise InputError for a format that cannot be run here, unless it may be written without a proof."""
+    for target in targets:
+        reason = runtimes.KINDS[target.kind].why_not() if target.kind in RUNTIME_FORMATS else None
+        if reason and not unproven:
+            raise InputError(
+                f"--format {target.kind} cannot be proven here: {reason}; --unproven writes it all the same"
+            )
 
 
 def _check_mergeable(artifact: Artifact, targets: Sequence[Target], form: str) -> None:
@@ -141,11 +152,20 @@ class _Job:
         network, card = self.fused, self.result.card
         if self.options.with_normalize:
             network, card = Normalized(network, card.mean, card.std), dataclasses.replace(card, normalizes=True)
+        if target.kind in RUNTIME_FORMATS:
+            return self._for_runtime(target.kind, network, self._header(card))
         program = trace(network, self.images, self.artifact.source)
         try:
             return self._onnx(program, card) if target.kind == "onnx" else pt2_file.write(program, self._header(card))
         except InputError as error:
             raise InputError(f"{self.artifact.source} {error}") from error
+
+    def _for_runtime(self, name: str, network: nn.Module, header: dict[str, Any]) -> dict[str, bytes]:
+        source = self.artifact.source
+        job = runtimes.Conversion(
+            network, self.images, source, lambda: onnx_file.write(trace(network, self.images, source), header)
+        )
+        return runtimes.contents(name, runtimes.KINDS[name].convert(job), header)
 
     def _for_timm(self) -> dict[str, bytes]:
         saved = timm_folder.network_of_timm(self.fused, self.result.card, self.options.checkpoint)
@@ -201,8 +221,8 @@ class _Job:
             copy = Path(folder) / f"copy{target.path.suffix}"
             target.write(content, copy)
             network, opened_by = self._opened(target.kind, copy)
-            error = self._error(network)
-        if not error <= (self.half_bound if self.options.half else self.bound):
+            error = None if network is None else self._error(network)
+        if error is not None and not error <= (self.half_bound if self.options.half else self.bound):
             raise MergeError(
                 f"{target.path} would not compute what the network does: relative error {error:.1e}; not written"
             )
@@ -210,13 +230,14 @@ class _Job:
         use = _use(target, form, self.result.card)
         return Written(str(target.path), target.kind, form, size, error, opened_by, use)
 
-    def _opened(self, kind: str, copy: Path) -> tuple[nn.Module, str]:
-        """Open what was written, as its readers do: the network, and what opened it."""
+    def _opened(self, kind: str, copy: Path) -> tuple[nn.Module | None, str]:
+        """Open what was written, as its readers do: the network, and what opened it; None where it cannot run here."""
+        if kind in RUNTIME_FORMATS and (reason := runtimes.KINDS[kind].why_not()):
+            return None, f"nothing: {reason}"
         if kind == "timm":
             return timm_folder.open_by_timm(copy), "timm"
-        opened = open_artifact(
-            str(copy), self.options.model if user_file.names_a_file(self.result.card.model) else None
-        )
+        model = self.options.model if user_file.names_a_file(self.result.card.model) else None
+        opened = open_artifact(str(copy), model, trusted=True)
         return opened.network, opened.runtime
 
     @torch.no_grad()
@@ -248,6 +269,8 @@ def _use(wanted: Target, form: str, card: ModelCard) -> str:
     target = wanted.path
     if wanted.kind == "timm":
         return f'timm.create_model("local-dir:{target}", pretrained=True)'
+    if wanted.kind in RUNTIME_FORMATS:
+        return runtimes.KINDS[wanted.kind].use.format(folder=target)
     if target.suffix == ".onnx":
         return f'onnxruntime.InferenceSession("{target}").run(None, {{"{onnx_file.INPUT}": images}})'
     if target.suffix == ".pt2":
@@ -303,8 +326,15 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
         tell(f"float16         {_cost(facts['float16'])}")
     for file in facts["files"]:
         tell(f"use             {file['use']}")
-    if any(file["format"] in GRAPH_FORMATS for file in facts["files"]):
-        tell(f"images          {_input(artifact, with_normalize=with_normalize)}")
+    for count_of in dict.fromkeys(filter(None, (_batch_of(file["format"]) for file in facts["files"]))):
+        tell(f"images          {_input(artifact, count_of, with_normalize=with_normalize)}")
+
+
+def _batch_of(kind: str) -> str | None:
+    """Say how many images a graph takes at once; None for a format that is no graph."""
+    if kind in RUNTIME_FORMATS:
+        return "any N" if runtimes.KINDS[kind].any_batch else "one at a time"
+    return "any N" if kind in GRAPH_FORMATS else None
 
 
 def _cost(facts: dict[str, Any]) -> str:
@@ -314,14 +344,16 @@ def _cost(facts: dict[str, Any]) -> str:
     return f"relative error {facts['rel_error']:.1e}, the same class for {same} % of {seen}"
 
 
-def _agreement(error: float) -> str:
+def _agreement(error: float | None) -> str:
+    if error is None:
+        return "not proven"
     return "to the bit" if error == 0 else f"to {error:.0e}"
 
 
-def _input(artifact: Artifact, *, with_normalize: bool) -> str:
+def _input(artifact: Artifact, batch: str, *, with_normalize: bool) -> str:
     """Describe the images that a graph takes."""
     card = artifact.card
-    shape = f"float32 (N, {card.in_chans}, {card.image_size}, {card.image_size}), any N"
+    shape = f"float32 (N, {card.in_chans}, {card.image_size}, {card.image_size}), {batch}"
     if with_normalize:
         return f"{shape}, values from 0 to 1"
     mean, std = ("/".join(f"{value:.4g}" for value in each) for each in (card.mean, card.std))

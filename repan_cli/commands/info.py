@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +20,14 @@ from repan_cli.config.conventions import GRAPH_ENDINGS
 from repan_cli.config.settings import SCHEMA
 from repan_cli.display.console import print_table
 from repan_cli.errors import InputError
-from repan_cli.export import onnx_file, pt2_file
+from repan_cli.export import onnx_file, pt2_file, runtimes
 from repan_cli.models import own_block, user_file
 from repan_cli.models.author_names import form_in
 from repan_cli.session import hub_folder
 from repan_cli.session.artifact import open_artifact, written_in
 from repan_cli.system.files import to_json
 from repan_cli.system.text import by_reason, quoted
+from repan_cli.system.weight_files import RUNTIME_DESCRIPTION
 
 
 def run(options: InfoOptions) -> None:
@@ -57,6 +59,8 @@ def describe(
     """Return the facts in plain types. Raises InputError for a file that is damaged, or no file of a network."""
     if path.suffix in GRAPH_ENDINGS:
         return _exported(path)
+    if path.name == RUNTIME_DESCRIPTION:
+        return _of_runtime(path)
     source = str(path) if key is None else f"{path}::{key}"
     content = checkpoint.load_any(source)
     if isinstance(content, Checkpoint):
@@ -111,6 +115,18 @@ def _state_of_run(path: Path) -> dict[str, str]:
 def _describe(conv: nn.Conv2d) -> str:
     size, stride = ("x".join(map(str, pair)) for pair in (conv.kernel_size, conv.stride))
     return f"{size}, {conv.in_channels} to {conv.out_channels} channels, stride {stride}"
+
+
+def _of_runtime(description: Path) -> dict[str, Any]:
+    """Describe the folder of another program's files, which are not run."""
+    name, text = runtimes.opened(description, runtimes.KINDS)
+    written = written_in(text)
+    if written is None:
+        raise InputError(f"{description} is damaged, or was not written by repan fuse; use another copy")
+    card, digest = written
+    more = {key: value for key, value in card.as_meta().items() if key not in ("config", "structure")}
+    files = {file: (description.parent / file).stat().st_size for file in json.loads(text)["files"]}
+    return {"format": name, "files": files, **more, "digest": digest, "config": dict(card.config)}
 
 
 def _exported(path: Path) -> dict[str, Any]:
