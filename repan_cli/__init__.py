@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from repan_cli.anneal.restart import restart
-    from repan_cli.blocks import reparameterize, set_attach_rate
+    from repan_cli.blocks import register_block, reparameterize, set_attach_rate
+    from repan_cli.door import Summary, cycle, distill, train
     from repan_cli.export.fuse import fuse
     from repan_cli.models.expand import expand
     from repan_cli.models.rebuild import load
@@ -18,15 +19,33 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _DOORS = {
+    "Summary": "repan_cli.door",
+    "cycle": "repan_cli.door",
+    "distill": "repan_cli.door",
     "expand": "repan_cli.models",
     "fuse": "repan_cli.export",
     "load": "repan_cli.models",
+    "register_block": "repan_cli.blocks",
     "reparameterize": "repan_cli.blocks",
     "restart": "repan_cli.anneal.restart",
     "set_attach_rate": "repan_cli.blocks",
+    "train": "repan_cli.door",
 }
 
-__all__ = ["__version__", "expand", "fuse", "load", "reparameterize", "restart", "set_attach_rate"]
+__all__ = [
+    "Summary",
+    "__version__",
+    "cycle",
+    "distill",
+    "expand",
+    "fuse",
+    "load",
+    "register_block",
+    "reparameterize",
+    "restart",
+    "set_attach_rate",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,10 @@ class Registry(Generic[T]):
 
         return enter
 
+    def put(self, name: str, thing: T) -> None:
+        """Enter a thing under a name, in place of one that had it."""
+        self._entries[name] = thing
+
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
             hint = did_you_mean(name, self._entries) or f"; there are {', '.join(self._entries)}"

@@ -5,6 +5,7 @@ graph would miss, such as a number that the host put in or a tensor that has bee
 """
 
 import torch
+from support import Counted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -49,3 +50,17 @@ class Tapes:
         with Tape() as tape:
             result = work()
         return tape.replay, result
+
+
+class Counts(Tapes):
+    """A recorder that counts the operators of its latest recording, and whose replay does nothing.
+
+    A tape holds on to all results, so that PyTorch copies gradients which it would otherwise take over: what a graph
+    would hold is counted without one.
+    """
+
+    def record(self, work):
+        with Counted() as counted:
+            result = work()
+        self.calls = counted.calls
+        return lambda: None, result

@@ -21,7 +21,7 @@ from repan_cli.training.plan import Phase, cycle_plan, training_plan
 RULES = ("calibrate", "running", "reset")
 
 
-def images(seed: int = 0, count: int = 256) -> torch.Tensor:
+def images(seed: int = 0, count: int = 64) -> torch.Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
@@ -59,7 +59,7 @@ def test_calibrate_keeps_the_function_in_train_mode(family, trunk_scale, attach)
     model = trained(family)
     x = images()
     expected = model(x)
-    restart(model, images=[x[:100], x[100:]], attach=attach, trunk_scale=trunk_scale)
+    restart(model, images=[x[:25], x[25:]], attach=attach, trunk_scale=trunk_scale)
     assert relative(model.train()(x), expected) < 1e-3
 
 
@@ -76,10 +76,11 @@ def test_the_function_is_kept_through_22_blocks_as_well(family):
     exact = double(x.double())
     assert restart(double, images=[x.double()]).blocks == 22
     assert relative(double.eval()(x.double()), exact) < 1e-9
-    restart(model, images=[x[:100], x[100:]])
+    restart(model, images=[x[:25], x[25:]])
     assert relative(model.train()(x), expected) < 1e-3
 
 
+@pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("rule", RULES)
 @torch.no_grad()
 def test_a_norm_after_the_sum_keeps_the_function_in_both_modes_under_every_rule(rule):

@@ -17,7 +17,8 @@ from support import DIGITS, ROOT, one_line, repan, run, write_folders
 import repan_cli
 from repan_cli import checkpoint, config
 from repan_cli.commands import version
-from repan_cli.commands.options import CycleOptions, shortcuts
+from repan_cli.commands.option import shortcuts
+from repan_cli.commands.options import CycleOptions
 from repan_cli.display.plots import draw_curves
 
 # ---------------------------------------------------------------------------------------------- a whole run
@@ -25,9 +26,11 @@ from repan_cli.display.plots import draw_curves
 
 def test_a_run_directory_holds_what_it_promises(cycle_run):
     names = {path.name for path in cycle_run.folder.iterdir()}
-    files = "config.yaml env.json metrics.jsonl metrics.csv summary.json status.json log.txt curves.png .lock"
+    files = (
+        "config.yaml env.json metrics.jsonl metrics.csv summary.json status.json log.txt curves.png images.png .lock"
+    )
     weights = "last.pt last_previous.pt best.pt fused.pt cycle_00.pt cycle_01.pt cycle_02.pt"
-    assert names == {*files.split(), *weights.split()}
+    assert names == {*files.split(), *weights.split(), "curves.png", "images.png"}
     assert json.loads((cycle_run.folder / "status.json").read_text())["state"] == "done"
     assert "torch" in json.loads((cycle_run.folder / "env.json").read_text())["versions"]
 
@@ -98,7 +101,7 @@ def test_curves_are_drawn(cycle_run):
 def test_curves_of_the_shortest_runs(tmp_path, epochs, val):
     record = {"loss": 1.0, "val_loss": val, "train_top1": 40.0, "val_top1": val, "lr": 0.1, "attach_rate": 1.0}
     records = [{**record, "cycle": number % 2, "epoch": 1} for number in range(epochs)]
-    draw_curves(records, tmp_path / "curves.png", title="short")
+    draw_curves(records, tmp_path / "curves.png", title="short", tests={0: 50.0})
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
@@ -339,7 +342,10 @@ def test_gpus_are_those_of_the_driver(monkeypatch):
         ((*DIGITS, "block.exclude=*"), "leave no block to restart"),
         (("--model", "resnet18", "--dataset", "digits", "block.include=layer9.*"), "no convolution is named"),
         (("--model", "net.py:build", "--dataset", "digits"), "no file net.py"),
-        (("--model", "repvgg", "--dataset", "folder", "--data-root", "nowhere"), "no folder nowhere/train"),
+        (
+            ("--model", "repvgg", "--dataset", "folder", "--data-root", "nowhere"),
+            "no folder nowhere: expected",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, monkeypatch, words, says):
@@ -397,6 +403,8 @@ def test_places_that_cannot_be_written(capsys, cycle_run, tmp_path):
     other.write_text("years of work")
     assert "exists already: give another --out, or --overwrite" in one_line(capsys, "fuse", last, "-o", other)
     assert other.read_text() == "years of work"
+    copy = tmp_path / "new" / "folder" / "trained.pt"
+    assert run(capsys, "fuse", last, "-o", copy)[0] == 0
     copy = shutil.copy(last, tmp_path / "trained.pt")
     assert "exists already: give another --out, or --overwrite" in one_line(capsys, "fuse", last, "-o", copy)
     assert checkpoint.load(copy).card.form == "multi-branch"
@@ -407,7 +415,7 @@ def test_places_that_cannot_be_written(capsys, cycle_run, tmp_path):
 def test_bad_words_for_fuse_evaluate_and_list(capsys, cycle_run, tmp_path):
     last = cycle_run.folder / "last.pt"
     assert "cannot write the format 'onx'" in one_line(capsys, "fuse", last, "-f", "onx")
-    assert "no folder" in one_line(capsys, "fuse", last, "-o", tmp_path / "none" / "a.pt")
+    assert "a.onnx ends in .onnx, but --format is pt" in one_line(capsys, "fuse", last, "-o", "a.onnx", "-f", "pt")
     assert "is the checkpoint itself" in one_line(capsys, "fuse", last, "-o", last)
     assert "--split tset is none of test, val, train; did you mean test" in one_line(
         capsys, "evaluate", last, "--split", "tset"

@@ -4,6 +4,7 @@ A tape takes the place of a CUDA graph, see `tapes`.
 """
 
 import dataclasses
+import itertools
 from collections import Counter
 
 import pytest
@@ -101,7 +102,8 @@ def test_recorded_updates_give_the_same_losses(digits, case):
 
     eager, recorded = pair(digits, make)
     agree(eager, recorded)
-    assert recorded.graphs.recorded == 3, "whole and ragged batches of training, and validation"
+    ramps = case != "zero-gamma"
+    assert recorded.graphs.recorded == (5 if ramps else 3), "whole and ragged batches by attach rates, and validation"
 
 
 def test_bfloat16_too(digits):
@@ -110,6 +112,31 @@ def test_bfloat16_too(digits):
 
     eager, recorded = pair(digits, make)
     assert losses(recorded) == pytest.approx(losses(eager), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("case", "steps"),
+    [("zero-gamma", 6), *(pytest.param(case, None, marks=pytest.mark.soak) for case in ("zero-gamma", "frozen trunk"))],
+)
+def test_float16_whose_scale_falls_and_grows_is_recorded(digits, case, steps):
+    """From a scale at which gradients overflow: skipped updates, and what the scaler counts, are recorded, too."""
+
+    def make(**options):
+        phases = plan(**SHORT, **CASES[case])
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=2)
+        half = Runtime(CPU, "fp16")
+        return training(digits, phases, runtime=half, batch_size=80, log_every=1, scaler=scaler, **options)
+
+    eager, recorded = pair(digits, make)
+    scales = [[], []]
+    for run, seen in zip((eager, recorded), scales, strict=True):
+        ends = (event for event in fit(run) if isinstance(event, StepEnd))
+        seen += [run.scaler.get_scale() for _ in itertools.islice(ends, steps)]
+    assert scales[0] == scales[1]
+    assert min(scales[0]) < 2.0**18
+    assert any(later > earlier for earlier, later in itertools.pairwise(scales[0]))
+    for name, value in eager.model.state_dict().items():
+        torch.testing.assert_close(recorded.model.state_dict()[name], value, rtol=1e-2, atol=1e-2, msg=name)
 
 
 @pytest.mark.parametrize("how", ["cached", "live"])
@@ -134,14 +161,17 @@ def test_a_weight_average_and_accumulated_batches(digits):
         torch.testing.assert_close(recorded.ema.module.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_no_cycle_after_the_first_records_anything(digits):
-    run = training(digits, plan(**THREE, cycle__freeze_trunk="true"), batch_size=80, graphs=Graphs(Tapes()))
+@pytest.mark.parametrize(("attach", "expected"), [("zero-gamma", [1, 3, 3, 3]), ("ramp", [1, 4, 5, 5])])
+def test_later_cycles_record_nothing(digits, attach, expected):
+    phases = plan(**THREE, cycle__freeze_trunk="true", cycle__attach=attach)
+    run = training(digits, phases, batch_size=80, graphs=Graphs(Tapes()))
     counts = [run.graphs.recorded for event in fit(run) if isinstance(event, CycleEnd)]
-    assert counts == [1, 3, 3, 3]
+    assert counts == expected
 
 
 def test_other_rules_are_another_recording(digits):
-    phases = plan(**THREE, optim__weight_decay="0.1", **{"baseline__optim__weight_decay": "0"})
+    rules = {"optim__weight_decay": "0.1", "baseline__optim__weight_decay": "0"}
+    phases = plan(**THREE, **rules, cycle__attach="zero-gamma")
     run = training(digits, phases, batch_size=80, graphs=Graphs(Tapes()))
     counts = [run.graphs.recorded for event in fit(run) if isinstance(event, CycleEnd)]
     assert counts == [1, 4, 4, 4]
@@ -210,9 +240,9 @@ def test_what_cannot_be_recorded_is_done_as_it_is(digits):
     [
         (Runtime(CPU, "fp32"), {}, "the device is cpu"),
         (Runtime(torch.device("cuda"), "bf16", ranks=2), {}, "there are several processes"),
-        (Runtime(torch.device("cuda"), "fp16"), {}, "the loss scaler of run.precision=fp16 decides on the host"),
         (Runtime(torch.device("cuda"), "bf16"), {"optim.name": "adamw"}, "optim.name=adamw decides on the host"),
         (Runtime(torch.device("cuda"), "bf16"), {}, None),
+        (Runtime(torch.device("cuda"), "fp16"), {}, None),
     ],
 )
 def test_where_updates_are_recorded(monkeypatch, machine, given, why):

@@ -116,7 +116,7 @@ def test_names_with_the_tag_of_their_weights():
     assert models.resolve("timm:hf_hub:timm/fastvit_t8.apple_in1k", 224) == "timm:fastvit_t8.apple_in1k"
     with pytest.raises(InputError, match=r"no weights 'a9_in1k' of resnet18: it has .*a1_in1k"):
         models.resolve("timm:resnet18.a9_in1k", 224)
-    with pytest.raises(InputError, match=r"fetch its folder"):
+    with pytest.raises(InputError, match=r"is given in the place of a file"):
         models.resolve("hf-hub:someone/theirs", 224)
 
 

@@ -85,9 +85,9 @@ def test_calibration_is_asked_for_the_training_part_alone(capsys, few_blocks, sm
     asked = []
     original = build.eval_loader
 
-    def watched(data, part, machine):
+    def watched(data, part, machine, **more):
         asked.append(part)
-        return original(data, part, machine)
+        return original(data, part, machine, **more)
 
     monkeypatch.setattr(quantize, "eval_loader", watched)
     assert run(capsys, "quantize", small_run.folder, "-o", tmp_path / "a.onnx", "--split", "val")[0] == 0

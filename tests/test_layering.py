@@ -21,9 +21,10 @@ ROWS = [
     ["data", "models", "runs"],
     ["training", "export", "compare"],
     ["display"],
-    ["session"],
+    ["session", "integrations"],
     ["commands"],
     ["cli"],
+    ["door"],
 ]
 """From the bottom up. A room may import rooms of the rows below it, never of its own row."""
 
@@ -32,6 +33,9 @@ LIGHT = {"cli", "config", "registry", "errors", "runs", "display", "compare"}
 
 LIGHT_FILES = {
     *(f"repan_cli.system.{name}" for name in ("files", "host", "launcher", "notices", "packages", "signals", "text")),
+    *(f"repan_cli.{name}" for name in ("commands.early", "session.sources", "session.hub_folder")),
+    *("repan_cli.system.lean", "repan_cli.system.weight_files", "repan_cli.training.schedules"),
+    "repan_cli.system.user_code",
     "repan_cli.training.events",
 }
 

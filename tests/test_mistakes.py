@@ -64,8 +64,12 @@ MISTAKES = [
     ("train -m repvgg", r"no data set: give --dataset NAME, see 'repan list datasets'"),
     # data
     ("train -m repvgg -d cifar-100", r"unknown data set 'cifar-100'; did you mean cifar100"),
-    ("train -m repvgg -d photos", r"data.name=photos is a folder: give --dataset folder --data-root photos"),
-    ("train -m repvgg -d folder --data-root empty", r"no folder empty/train: expected .*; --data-root names another"),
+    ("train -m repvgg -d empty", r"no folder empty/train, nor classes in empty: expected .*; --data-root names"),
+    ("train -m repvgg -d photos --data-root empty", r"data.name=photos is a folder, and data.root=empty another: give"),
+    (
+        "train -m repvgg -d folder --data-root empty",
+        r"no folder empty/train, nor classes in empty: expected .*; --data-root names another",
+    ),
     ("evaluate best.pt -d folder --data-root photos", r"knows 10 classes, folder has 2"),
     # machine
     (f"train {D} --device gpu", r"unknown device 'gpu'; give auto, cpu, cuda, cuda:N or mps"),
@@ -74,7 +78,7 @@ MISTAKES = [
     (f"train {D} -c recipes/cifer", r"no configuration file or preset 'recipes/cifer'; did you mean recipes/cifar"),
     (f"train {D} -c twice.yaml", r"twice.yaml line 3: the key 'lr' stands twice"),
     (f"train {D} -c best.pt", r"cannot read best.pt: not a text file"),
-    (f"train {D} --init text.pt", r"text.pt is damaged, or no checkpoint at all; use another copy"),
+    (f"train {D} --init text.pt", r"text.pt is text, not a network: give a file of weights, or a run's folder"),
     (
         f"train {D} --init pickled.pt",
         r"pickled.pt .* an object of torch.nn.modules.linear.Linear.*: refused, no code is run; where",

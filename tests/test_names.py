@@ -133,11 +133,11 @@ def desk(tmp_path, monkeypatch, few_blocks):
 @pytest.mark.parametrize(
     "words",
     [
-        *(f"fuse a.pt --out {out}" for out in ("link.pt", "loop.pt", "folder.pt", "/", ".", "/no/a.pt")),
-        *(f"quantize a.pt --out {out}" for out in ("/", "folder.pt", "/no/a.onnx")),
+        *(f"fuse a.pt --out {out}" for out in ("link.pt", "loop.pt", "folder.pt", "/", ".", "mine.pt/a.pt")),
+        *(f"quantize a.pt --out {out}" for out in ("/", "folder.pt", "mine.pt/a.onnx")),
         *(f"evaluate a.pt --out {out}" for out in ("mine.pt", "loop.pt")),
         *(f"train --model repvgg --dataset digits --out {out}" for out in ("link.pt", "loop.pt", "nothing.pt", "/")),
-        *(f"compare runs --html {out}" for out in ("/", "folder.pt", "/no/a.html")),
+        *(f"compare runs --html {out}" for out in ("/", "folder.pt", "/proc/no/a.html")),
         *(f"compare runs --markdown {out}" for out in ("/", "folder.pt")),
     ],
 )

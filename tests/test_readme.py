@@ -8,12 +8,15 @@ import shutil
 import pytest
 import timm
 import torch
+from conftest import FEW
 from PIL import Image
-from support import ROOT, run
+from support import ROOT, captured, run
 
 from repan_cli import config
 from repan_cli.blocks import FAMILIES
 from repan_cli.config.grid import read_grid
+from repan_cli.models import repvgg_cifar
+from repan_cli.system.packages import missing
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
 
@@ -32,6 +35,9 @@ def commands() -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+OPTIONAL = ("lightning", "optuna", "transformers")
+"""Packages of which a page shows the use, and that need not be there."""
+
 NET = """from torch import nn
 
 
@@ -39,6 +45,21 @@ def build(num_classes, in_chans):
     conv, norm = nn.Conv2d(in_chans, 8, 3, bias=False), nn.BatchNorm2d(8)
     return nn.Sequential(conv, norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
 """
+
+
+def own_block(folder):
+    """The block of the manual in its file, and runs with it, of which one is stopped."""
+    piece = next(piece for piece in blocks("python") if "def build(geometry" in piece)
+    (folder / "my_block.py").write_text(piece.partition("repan_cli.register_block(")[0])
+    words = "--model repvgg_a0_cifar --dataset digits --baseline-epochs 1 --epochs 1 --cycles 1 cycle.lr=restart"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(repvgg_cifar, "DEPTHS_A", FEW)
+        code, *texts = captured("cycle", *words.split(), "--block", "my_block.py:build", "--out", "runs/own_block")
+    assert code == 0, texts
+    stopped = folder / "runs" / "own_stopped"
+    shutil.copytree(folder / "runs" / "own_block", stopped)
+    shutil.copy(stopped / "last_previous.pt", stopped / "last.pt")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +72,7 @@ def workplace(small_run, tmp_path_factory):
     (folder / "images").mkdir()
     Image.new("L", (8, 8), 200).save(folder / "images" / "one.png")
     (folder / "net.py").write_text(NET)
+    own_block(folder)
     torch.save(timm.create_model("repvgg_a0", num_classes=3).state_dict(), folder / "theirs.pth")
     for stopped in (folder / "runs" / "stopped", folder / "runs" / "cycle" / "stopped"):
         shutil.copytree(small_run.folder, stopped)
@@ -107,13 +129,17 @@ def test_presets_it_names_exist():
     assert offered - set(config.presets()) == {"reference/repvgg_cifar10_distill", "reference/acb_imagenet_cycle"}
 
 
-def test_python_works(workplace, monkeypatch):
+def test_python_works(capsys, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
+    assert run(capsys, "fuse", "runs/demo/best.pt", "-o", "plain.onnx", "--overwrite")[0] == 0
     monkeypatch.setattr(FAMILIES, "_entries", dict(FAMILIES._entries))  # a page adds a family
     pieces = blocks("python")
     assert pieces
     for piece in pieces:
-        exec(compile(piece, "README", "exec"), {})
+        if not missing(
+            *(package for package in OPTIONAL if f"import {package}" in piece or f"from {package}" in piece)
+        ):
+            exec(compile(piece, "README", "exec"), {})
 
 
 def test_the_changelog_has_this_version():

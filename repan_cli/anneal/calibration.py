@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from repan_cli.anneal.restoration import Moments
 from repan_cli.blocks import RepBlock, rep_blocks
 from repan_cli.blocks.kernel import conv_kernel, exact, running_stats
 from repan_cli.errors import InputError
+from repan_cli.system.images import ImagesLike, image_batches
 from repan_cli.system.ranks import summed
 
 
@@ -62,7 +63,7 @@ class MergedProbe:
         return conv_kernel(self.convs[name])[1]
 
     @torch.no_grad()
-    def run(self, images: Iterable[Tensor | Sequence[Tensor]], seen: Mapping[str, Seen]) -> None:
+    def run(self, images: Iterable[Tensor], seen: Mapping[str, Seen]) -> None:
         """Send batches (N, C, H, W) through, and give what each block reads and writes to what `seen` has for its name.
 
         Raises InputError when a block is not reached.
@@ -79,18 +80,18 @@ class MergedProbe:
         handles = [self.convs[name].register_forward_hook(watch(name)) for name in seen]
         device = next(self.network.parameters()).device
         for batch in images if seen else ():
-            self.network((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+            self.network(batch.to(device))
         for handle in handles:
             handle.remove()
         if missing:
             raise InputError("rule=calibrate and attach=compensated need images that reach every block, and got none")
 
 
-def calibrate(model: nn.Module, images: Iterable[Tensor | Sequence[Tensor]]) -> dict[str, Moments]:
+def calibrate(model: nn.Module, images: ImagesLike) -> dict[str, Moments]:
     """Measure the moments of `conv(x; K)` at every block whose trunk has a BN, by the block's name."""
     probe = MergedProbe(model)
     sums = {name: ChannelSums() for name in probe.with_norm}
-    probe.run(images, {name: _output_to(collect) for name, collect in sums.items()})
+    probe.run(image_batches(images), {name: _output_to(collect) for name, collect in sums.items()})
     return {name: collect.moments(probe.bias(name)) for name, collect in sums.items()}
 
 
@@ -110,7 +111,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def calibrate_branch_norms(
-    probe: MergedProbe, blocks: Mapping[str, RepBlock], images: list[Tensor | Sequence[Tensor]]
+    probe: MergedProbe, blocks: Mapping[str, RepBlock], images: list[Tensor]
 ) -> dict[str, Tensor]:
     """Give the BN layers of all side branches the statistics of their inputs, those that come first in a branch before
     those behind them; gives the standard deviation of each block's output, (C_out,).

@@ -7,7 +7,7 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from repan_cli.blocks import RepBlock, reinit_branches, rep_blocks
 from repan_cli.blocks.kernel import Kernel
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
+from repan_cli.system.images import ImagesLike, image_batches
 
 CHOICES = {
     "rule": ("calibrate", "running", "reset"),
@@ -45,7 +46,7 @@ def restart(
     model: nn.Module,
     *,
     rule: str = "calibrate",
-    images: Iterable[Tensor | Sequence[Tensor]] = (),
+    images: ImagesLike = (),
     attach: str = "ramp",
     branch_init: str = "kaiming",
     trunk_scale: str = "merged",
@@ -61,8 +62,8 @@ def restart(
 
     Args:
         rule: restoration rule: `calibrate`, `running` (as released) or `reset`.
-        images: batches (N, C, H, W) that `calibrate` measures on, 1,000 images or more, as train mode will see them;
-            of a loader's (images, labels) the images are taken.
+        images: images (N, C, H, W) that `calibrate` measures on, 1,000 or more, as train mode will see them: a tensor,
+            a batch, or an iterable of batches such as a loader, of whose (images, labels) the images are taken.
         attach: `ramp` sets the attach rate to 0, `zero-gamma` to 1 with branches that are zero at first, `compensated`
             to 1 with branches as strong as the block, which the trunk makes up for, `one` to 1.
         branch_init: weights of the fresh branches, `kaiming` or `small`.
@@ -79,13 +80,15 @@ def restart(
             raise InputError(
                 f"{key}='{value}' is not a choice{did_you_mean(str(value), choices)}: {', '.join(choices)}"
             )
+    if not isinstance(model, nn.Module):
+        raise InputError(f"restart works in place, on a network, not on {model!r}: load it first, by repan_cli.load")
     model = unwrapped(model)
     blocks = {name: block for name, block in rep_blocks(model) if only is None or name in only}
     if not blocks:
         raise InputError("the network has no re-parameterizable block, so there is nothing to restart")
     before = {name: coordinates_of(block, taken_over=attach != "compensated") for name, block in blocks.items()}
     if attach == "compensated":
-        kernels, moments = _compensated(model, blocks, list(images), branch_init, generator)
+        kernels, moments = _compensated(model, blocks, list(image_batches(images)), branch_init, generator)
     else:
         kernels = {name: block.sum_kernel() for name, block in blocks.items()}
         moments = calibrate(model, images) if rule == "calibrate" else {}
@@ -105,7 +108,7 @@ def restart(
 def _compensated(
     model: nn.Module,
     blocks: Mapping[str, RepBlock],
-    images: list[Tensor | Sequence[Tensor]],
+    images: list[Tensor],
     branch_init: str,
     generator: torch.Generator | None,
 ) -> tuple[dict[str, Kernel], dict[str, Moments]]:

@@ -7,11 +7,13 @@ from repan_cli.blocks.rep_block import (
     RepBlock,
     attach_rates,
     fill_all,
+    known_attached,
     reinit_branches,
     rep_blocks,
     reparameterize,
     set_attach_rate,
 )
+from repan_cli.blocks.user_block import is_own, register_block, use_block
 
 __all__ = [
     "FAMILIES",
@@ -26,10 +28,14 @@ __all__ = [
     "block_around",
     "check_family",
     "fill_all",
+    "is_own",
+    "known_attached",
     "make_block",
+    "register_block",
     "reinit_branches",
     "rep_blocks",
     "reparameterize",
     "set_attach_rate",
     "side_branches",
+    "use_block",
 ]

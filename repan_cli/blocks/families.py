@@ -147,3 +147,7 @@ def qarep(geometry: Geometry) -> list[Branch]:
     """1x1 and a scaled identity without BN, and one BN after the sum: friendly to int8 (QARepVGG, Chu et al. 2022)."""
     identity = [ScaledIdentity(geometry)] if geometry.keeps_shape else []
     return [conv_bn(geometry, (1, 1), norm=False), *identity]
+
+
+SHIPPED = frozenset(FAMILIES)
+"""The families of this package; any other is a person's own, see `user_block`."""

@@ -1,7 +1,6 @@
 """Checkpoints: tensors and plain types only, written atomically, verified by a digest, never unpickled."""
 
 from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard
-from repan_cli.checkpoint.contents import split_key
 from repan_cli.checkpoint.format import (
     Checkpoint,
     as_bytes,
@@ -11,8 +10,9 @@ from repan_cli.checkpoint.format import (
     save,
     sealed,
 )
-from repan_cli.checkpoint.reading import check_seal, load, load_any
+from repan_cli.checkpoint.reading import check_seal, chosen_in, load, load_any
 from repan_cli.checkpoint.weights import load_weights
+from repan_cli.system.weight_files import split_key
 
 __all__ = [
     "FUSED",
@@ -23,6 +23,7 @@ __all__ = [
     "capture",
     "capture_fused",
     "check_seal",
+    "chosen_in",
     "header",
     "load",
     "load_any",

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from repan_cli.config.conventions import CROP_MODES, INTERPOLATIONS
+
 MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
 FORMS = (MULTI_BRANCH, FUSED, PLAIN)
 """Forms of a network: with side branches, merged, or built without any."""
@@ -80,10 +82,11 @@ class ModelCard:
 
     `model` is the full name, as `models.resolve` gives it, `block` the family of its blocks, `form` one of `FORMS`.
     `mean` and `std` are those of each channel, of images in [0, 1]; with `normalizes` the network itself applies them.
-    `crop_share` is the part of the side of a resized image that is kept. `config` holds the settings of the run by
-    dotted key, `metrics` its figures at this point, `teachers` the digests of its teachers, `surroundings` what the
-    last bits may depend on. The digests tell which images were held out, and how all images are labelled. What a file
-    does not say is None.
+    `crop_share` is the part of the side of a resized image that is kept, by `crop_mode` and `interpolation`, where they
+    are not the usual ones. `config` holds the settings of the run by dotted key, `metrics` its figures at this point,
+    `teachers` the digests of its teachers, `surroundings` what the last bits may depend on, `float16` what a file in
+    that precision lost. The digests tell which images were held out, and how all images are labelled. What a file does
+    not say is None.
     """
 
     model: str
@@ -101,8 +104,11 @@ class ModelCard:
     epoch: int | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     crop_share: float | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
     normalizes: bool | None = None
     precision: str | None = None
+    float16: Mapping[str, Any] | None = None
     fused_from: str | None = None
     repan: str | None = None
     command: str | None = None
@@ -153,8 +159,8 @@ class ModelCard:
 NEEDED = ("model", "block", "form", "structure", "classes", "in_chans", "image_size", "mean", "std")
 WRITTEN = (*NEEDED, "config", "split_digest", "cycle", "epoch", "metrics")
 IF_KNOWN = (
-    *("crop_share", "normalizes", "precision", "fused_from", "repan", "command", "labels_digest", "surroundings"),
-    "teachers",
+    *("crop_share", "crop_mode", "interpolation", "normalizes", "precision", "float16", "fused_from", "repan"),
+    *("command", "labels_digest", "surroundings", "teachers"),
 )
 OF_RUNS = ("progress", "begun", "finished")
 
@@ -222,8 +228,11 @@ FITS: dict[str, Fits] = {
     "epoch": _optional(_integer(0, 2**31)),
     "metrics": _mapping,
     "crop_share": lambda value: _number(value) and 0 < value <= 1,
+    "crop_mode": lambda value: isinstance(value, str) and value in CROP_MODES,
+    "interpolation": lambda value: isinstance(value, str) and value in INTERPOLATIONS,
     "normalizes": lambda value: isinstance(value, bool),
     "precision": _text,
+    "float16": _mapping,
     "fused_from": _text,
     "repan": _text,
     "command": _text,

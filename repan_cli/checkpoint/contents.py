@@ -1,4 +1,4 @@
-"""Files of weights as trainers write them: where the weights are, and what a file is that holds none."""
+"""Files of weights as trainers write them: where the weights are."""
 
 from __future__ import annotations
 
@@ -42,14 +42,6 @@ class _Network(NamedTuple):
     @property
     def is_average(self) -> bool:
         return bool(AVERAGE.search(self.key))
-
-
-def split_key(source: str | Path) -> tuple[Path, str | None]:
-    """Return the file that `FILE` or `FILE::KEY` means, and the key."""
-    front, colons, key = str(source).rpartition("::")
-    if not colons or Path(source).is_file():
-        return Path(source), None
-    return Path(front), key
 
 
 # ---------------------------------------------------------------------------------------------- where weights are
@@ -138,46 +130,3 @@ def are_plain(tensors: Iterable[tuple[Any, Any]], path: Path, *, times: int = 1)
 
 TIED = 4
 """Limit of the bytes of all tensors, as a multiple of a foreign file's size. Layers may share tensors."""
-
-
-# ---------------------------------------------------------------------------------------------- what is no weights
-
-DOWNLOAD = "download the file itself"
-
-KINDS: tuple[tuple[bytes, str], ...] = (
-    (rb"version https://git-lfs", "is a Git LFS pointer, not the weights: run 'git lfs pull' where it was cloned"),
-    (rb"\s*<(!doctype|html|head|\?xml|!--)", f"is a web page, not the weights: {DOWNLOAD}, not the page about it"),
-    (rb"\s*\{", f"is JSON text, an index or an answer of a server, not the weights: {DOWNLOAD}"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ\0|7z\xbc\xaf|Rar!", "is a compressed archive: unpack it, and give the file in it"),
-    (rb"\x93NUMPY", "is an array of NumPy's, not weights by name: save a state_dict() with torch.save"),
-    (rb"\x89HDF", "is an HDF5 file, as Keras writes it, and not PyTorch's: save a state_dict() with torch.save"),
-    (rb"GGUF", "is a GGUF file, as llama.cpp reads it, and not PyTorch's: take the .safetensors of the same network"),
-    (rb"....TFL3", "is a TensorFlow Lite file, and not PyTorch's: take the weights it was made of"),
-)
-"""First bytes of files that are often taken for weights, with what they are and how to proceed."""
-
-
-def refuse_other_kinds(path: Path) -> None:
-    """Raise InputError, saying what a file is, where it begins or ends as one of another kind does."""
-    with path.open("rb") as file:
-        start = file.read(4096)
-        file.seek(max(0, path.stat().st_size - 2**16))
-        end = file.read()
-    if not start:
-        raise InputError(f"{path} is empty: was it downloaded, or the disk full?")
-    for pattern, what in KINDS:
-        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
-            raise InputError(f"{path} {what}")
-    if not start.startswith(b"PK\3\4"):
-        return
-    if b"PK\1\2" not in end and b"PK\5\6" not in end:
-        raise InputError(
-            f"{path} does not end with an archive's end record: it is cut off, such as half a download; fetch it again"
-        )
-    if b"/constants.pkl" in end or b"/code/" in end:
-        raise InputError(
-            f"{path} is a TorchScript program, which holds code: refused; save its weights: "
-            f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')"
-        )
-    if b"PK\1\2" in end and b"data.pkl" not in end and b".data/" not in end:
-        raise InputError(f"{path} is a zip archive, but none of torch.save's: unpack it, and give the file in it")

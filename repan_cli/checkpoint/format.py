@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli.checkpoint.card import FUSED, Change, ModelCard
+from repan_cli.checkpoint.preprocessing import as_texts, preprocessing
 from repan_cli.system.files import to_json, write_atomically
 
 FORMAT = 1
@@ -112,7 +113,9 @@ def as_bytes(checkpoint: Checkpoint, suffix: str) -> bytes:
 
 def header(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return everything that a file says beside its weights, in plain types."""
-    return {"version": FORMAT, "digest": checkpoint.digest(), "meta": checkpoint.card.as_meta()}
+    card = checkpoint.card
+    described = {"version": FORMAT, "digest": checkpoint.digest(), "meta": card.as_meta()}
+    return {**described, "preprocessing": preprocessing(card)}  # the last for others to read, made of the second
 
 
 def _as_pt(checkpoint: Checkpoint) -> bytes:
@@ -125,12 +128,19 @@ def _as_pt(checkpoint: Checkpoint) -> bytes:
 
 
 def _as_safetensors(checkpoint: Checkpoint) -> bytes:
-    seal = CHECKSUM.decode() + "0" * DIGITS
-    # one entry only: safetensors writes several in random order, and equal content must give equal bytes
-    buffer = io.BytesIO(
-        safetensors.torch.save(checkpoint.weights, {"repan": to_json({"seal": seal, **header(checkpoint)})})
-    )
-    return sealed(buffer, buffer.getvalue().index(CHECKSUM) + len(CHECKSUM))
+    described = {"seal": CHECKSUM.decode() + "0" * DIGITS, **header(checkpoint)}
+    texts = as_texts(described.pop("preprocessing"))
+    content = _with_metadata(safetensors.torch.save(checkpoint.weights), {"repan": to_json(described), **texts})
+    return sealed(io.BytesIO(content), content.index(CHECKSUM) + len(CHECKSUM))
+
+
+def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Return a `.safetensors` file with metadata in this order; safetensors itself writes them in a random one."""
+    length = int.from_bytes(content[:8], "little")
+    listed = json.loads(content[8 : 8 + length])
+    text = json.dumps({"__metadata__": metadata, **listed}, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def sealed(buffer: io.BytesIO, place: int) -> bytes:

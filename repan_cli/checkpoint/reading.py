@@ -22,9 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 from repan_cli.checkpoint.archive import Archive
 from repan_cli.checkpoint.card import ModelCard
-from repan_cli.checkpoint.contents import are_plain, foreign_weights, refuse_other_kinds, split_key
+from repan_cli.checkpoint.contents import are_plain, foreign_weights
 from repan_cli.checkpoint.format import CHECKSUM, CONTENT, DIGITS, FORMAT, Checkpoint, has_digest, sum_around
 from repan_cli.errors import InputError
+from repan_cli.system.weight_files import file_in, no_checkpoint, refuse_other_kinds, split_key
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
 PLAIN_TYPES: list[Any] = [
@@ -51,6 +52,20 @@ EXPORTS = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load"}
 """Files of networks that are no checkpoints, and what opens them."""
 
 
+def chosen_in(path: str | Path) -> Path:
+    """Return the file that a path means: of the folder of a run the best weights, else the last.
+
+    Raises InputError for a folder without either.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
+    for name in ("best.pt", "last.pt"):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{path} is a folder without best.pt or last.pt: name a file in it")
+
+
 def load(path: str | Path) -> Checkpoint:
     """Read and verify a checkpoint, from `.pt` or `.safetensors`.
 
@@ -66,12 +81,13 @@ def load_any(source: str | Path) -> Checkpoint | dict[str, Tensor]:
     """A checkpoint of repan's, verified, or the weights by name in a file of others.
 
     Of others' files, `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors`, all that trainers wrap weights into is opened;
-    `FILE::KEY` says which of several networks is meant. Raises InputError, naming the file, when it is missing,
-    damaged, or holds no weights.
+    `FILE::KEY` says which of several networks is meant; a run's folder means its best weights. Raises InputError,
+    naming the file, when it is missing, damaged, or holds no weights.
     """
     path, key = split_key(source)
+    path = file_in(path) if path.is_dir() else path
     if not path.is_file():
-        raise InputError(f"no checkpoint {path}" + (": it is a folder; name a file in it" if path.is_dir() else ""))
+        raise InputError(no_checkpoint(path))
     if path.suffix in EXPORTS:
         raise InputError(f"{path} is an export: {EXPORTS[path.suffix]} opens it, and repan evaluate, predict and info")
     try:

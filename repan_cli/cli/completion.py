@@ -1,23 +1,19 @@
 """Complete words in the shell: names, settings and their values, runs and checkpoints.
 
-A keypress must not wait for torch: names are read from tables, and from the sources that register them.
+A keypress must not wait for torch: `config.names` reads names from tables and sources.
 """
 
 from __future__ import annotations
 
-import csv
-import importlib.util
 import os
-import re
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from repan_cli import config
+from repan_cli.config import names
 from repan_cli.config.conventions import ARTIFACT_ENDINGS, FORMATS, SPLITS
 from repan_cli.config.grid import grids as shipped_grids
-
-PACKAGE = Path(__file__).parents[1]
 
 DEEPEST, MOST = 4, 200
 """Levels below the folder that was typed in which files are looked for, and the number that is offered at most."""
@@ -25,8 +21,7 @@ DEEPEST, MOST = 4, 200
 
 def models(start: str = "") -> list[str]:
     """Offer short names and ours; once a letter is typed also others', with prefix and without."""
-    with (PACKAGE / "models" / "catalog.csv").open(encoding="utf-8", newline="") as file:
-        full = [row[0] for row in csv.reader(file)]
+    full = list(names.catalog())
     ours = [name for name in full if ":" not in name]
     short = [name.removesuffix("_cifar") for name in ours]
     if not start:
@@ -35,7 +30,7 @@ def models(start: str = "") -> list[str]:
 
 
 def blocks() -> list[str]:
-    return _registered(PACKAGE / "blocks" / "families.py", r'^@family\("(\w+)"')
+    return list(names.blocks())
 
 
 def datasets() -> list[str]:
@@ -43,18 +38,14 @@ def datasets() -> list[str]:
 
 
 def schedules() -> list[str]:
-    return _registered(PACKAGE / "training" / "schedules.py", r'^@SCHEDULES\.register\("(\w+)"')
+    from repan_cli.training.schedules import SCHEDULES
+
+    return list(SCHEDULES)
 
 
 def optimizers() -> list[str]:
     """Return the optimizers of the timm that is installed."""
-    found = importlib.util.find_spec("timm")
-    source = Path(found.origin).parent / "optim" / "_optim_factory.py" if found and found.origin else None
-    return _registered(source, r"\bname='(\w+)'") if source and source.exists() else ["sgd", "adamw"]
-
-
-def _registered(source: Path, pattern: str) -> list[str]:
-    return re.findall(pattern, source.read_text(encoding="utf-8"), re.M)
+    return list(names.optimizers()) or ["sgd", "adamw"]
 
 
 def trackers() -> list[str]:

@@ -23,6 +23,7 @@ from repan_cli.errors import (
     lost_rank,
 )
 from repan_cli.system.launcher import own_rank, rank_count
+from repan_cli.system.lean import lean_imports
 from repan_cli.system.text import first_line, shown
 
 WITHOUT_TORCH = ("list_names", "version", "compare", "study")
@@ -32,10 +33,13 @@ WITHOUT_TORCH = ("list_names", "version", "compare", "study")
 def dispatch(module: str, *arguments: Any, entry: str = "run", **options: Any) -> None:
     """Import a command's module and run it; an error becomes its lines on stderr and its exit code."""
     try:
-        importlib.import_module("repan_cli.display.console").show_notices()
-        with _loading(module):
+        console = importlib.import_module("repan_cli.display.console")
+        console.show_notices()
+        importlib.import_module("repan_cli.commands.early").check(module, *arguments)
+        with _loading(module), lean_imports():
             command = importlib.import_module(f"repan_cli.commands.{module}")
-        getattr(command, entry)(*arguments, **options)
+        with console.showing_activity():
+            getattr(command, entry)(*arguments, **options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

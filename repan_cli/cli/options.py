@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
 from repan_cli import config
 from repan_cli.cli import completion
-from repan_cli.commands.options import Argument, Option, declared
+from repan_cli.commands.option import Argument, Option, declared
+from repan_cli.system.text import at_home
 
 
 def signature_of(options: type) -> inspect.Signature:
@@ -38,8 +40,15 @@ def filled(options: type, given: dict[str, Any]) -> Any:
     """Return the dataclass of options that hold what Typer was given."""
     values = {}
     for name, kind, _, _ in declared(options):
-        values[name] = tuple(given[name] or ()) if get_origin(kind) is tuple else given[name]
+        many = get_origin(kind) is tuple
+        values[name] = tuple(map(_at_home, given[name] or ())) if many else _at_home(given[name])
     return options(**values)
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, Path):
+        return Path(at_home(str(value)))
+    return at_home(value) if isinstance(value, str) else value
 
 
 def _argument(how: Argument) -> Any:

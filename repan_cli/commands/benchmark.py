@@ -18,6 +18,7 @@ from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint.card import FUSED
 from repan_cli.commands.options import BenchmarkOptions
 from repan_cli.config.conventions import ARTIFACT_ENDINGS
+from repan_cli.config.names import names_a_repository
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
@@ -31,8 +32,9 @@ from repan_cli.system.files import to_json
 from repan_cli.system.host import processor
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import missing
-from repan_cli.system.text import first_line
+from repan_cli.system.text import count, first_line
 from repan_cli.system.timing import Timing, interleaved
+from repan_cli.system.user_code import names_a_file
 
 BATCHES = (1, 32, 128)
 COMPILED, ONNX = "compiled", "ONNX Runtime"
@@ -91,10 +93,11 @@ class _Form:
 
 def _artifact(source: str, model: str | None, image_size: int | None, block: str | None) -> Artifact:
     """Open the network of a file, or build the one of a name, with fresh weights, expanded."""
-    if Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS:
-        if block is not None:
-            raise InputError("--block is for a network by its name: a file has its blocks")
-        return open_artifact(source, model)
+    is_file = Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS
+    if is_file or names_a_repository(source):
+        if block is not None and not names_a_file(block):
+            raise InputError("--block is for a network by its name, or for blocks of your own: a file has its blocks")
+        return open_artifact(source, model, block=block)
     name = models.resolve(source, image_size or models.SMALL_IMAGE)
     native = block if name in models.BUILT_OF_BLOCKS else None
     artifact = open_artifact(name, pretrained=False, block=native)
@@ -269,7 +272,7 @@ def _machine(machine: Runtime) -> dict[str, Any]:
 def _report(result: dict[str, Any]) -> None:
     tell(f"{result['model']}, {result['block']} blocks, images of {result['image_size']}x{result['image_size']}")
     gpu = result["gpu"] or result["processor"]
-    tell(f"{gpu}, {result['threads']} threads, {result['precision']}; PyTorch {result['versions']['torch']}")
+    tell(f"{gpu}, {count(result['threads'], 'thread')}, {result['precision']}; PyTorch {result['versions']['torch']}")
     sizes = [
         (each["form"], f"{each['parameters']:,}", f"{each['gmacs']:.3g}")
         for each in result["forms"]

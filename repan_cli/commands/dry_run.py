@@ -21,6 +21,7 @@ from repan_cli.session.build import Session, prepare
 from repan_cli.session.network import describe_blocks
 from repan_cli.system.device import peak_memory
 from repan_cli.system.files import to_json
+from repan_cli.system.notices import doing
 from repan_cli.system.text import by_reason, count, duration, some
 from repan_cli.system.timing import wait
 from repan_cli.training.cuda_graphs import WARM_UPS
@@ -37,7 +38,11 @@ def run(command: str, resolved: Resolved, *, runs: int = 1, as_json: bool) -> No
     """Build a run, or the first of several, try each of its parts, say what it will be and how long it will take."""
     config = dataclasses.replace(resolved.config, run=dataclasses.replace(resolved.config.run, out=None))
     session = prepare(command, dataclasses.replace(resolved, config=config))
-    facts = {**_network(session), **_merge(session), **_restart(session), **_evaluation(session), **_steps(session)}
+    facts = _network(session)
+    parts = {"merging": _merge, "a restart": _restart, "scoring": _evaluation, "training steps": _steps}
+    for name, part in parts.items():
+        with doing(f"dry run: trying {name}"):
+            facts |= part(session)
     facts["peak_memory_bytes"] = peak_memory(session.training.runtime.device)
     facts["estimated_seconds"] = _estimate(session, facts)
     facts["runs"] = runs

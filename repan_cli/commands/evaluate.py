@@ -19,7 +19,7 @@ from repan_cli.session import artifact_images
 from repan_cli.session.artifact import open_artifact
 from repan_cli.system.device import start_runtime
 from repan_cli.system.files import to_json, write_bytes
-from repan_cli.system.notices import warn
+from repan_cli.system.notices import doing, warn
 from repan_cli.system.text import percent
 from repan_cli.training.evaluation import eval_batch
 from repan_cli.training.scoring import Details, agreement, examine, worst_confusions
@@ -33,26 +33,29 @@ def run(options: EvaluateOptions) -> None:
     """Score a network in float32; `fused` merges it, with proof, and scores both forms side by side."""
     if options.out:
         _make_folder(options.out)
-    artifact = open_artifact(options.checkpoint, options.model)
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     check_finite(artifact.network)
     machine = start_runtime(options.device, "fp32")
-    data = artifact_images.load(
-        artifact, options.dataset, options.data_root, split=options.split, order=options.classes
-    )
-    images = eval_loader(data, options.split, machine, share=artifact.preparation.share)
+    with doing("reading the data"):
+        data = artifact_images.load(
+            artifact, options.dataset, options.data_root, split=options.split, order=options.classes
+        )
+    images = eval_loader(data, options.split, machine, crop=artifact.preparation.crop)
     networks = {artifact.form: artifact.network}
     if options.fused and artifact.form != FUSED:
         batch = next(images.batches(export.PROOF_IMAGES)).images
         networks[FUSED] = export.fuse(artifact.network, batch.cpu())[0]
     found = {}
     for form, network in networks.items():
-        found[form], size = examine(machine.place(network), images, len(data.classes))
+        with doing(f"scoring {images.count:,} images, {form}"):
+            found[form], size = examine(machine.place(network), images, len(data.classes))
         if size < eval_batch(images):
             warn(f"memory sufficed for batches of {size} images only, which took longer")
     how = {"runtime": artifact.runtime, "precision": artifact.card.precision or "float32"}
     result = _result(found, data.classes) | {"dataset": data.name, "split": options.split, **how}
     if options.out:
-        result["out"] = _write(options.out, found[result["form"]], data.classes)
+        title = _title(options.checkpoint, result)
+        result["out"] = _write(options.out, found[result["form"]], data.classes, title)
     if options.as_json:
         print(to_json(result))
     else:
@@ -84,7 +87,13 @@ def _figures(details: Details) -> dict[str, Any]:
     return {**details.score.figures(), "calibration_error": details.calibration_error}
 
 
-def _write(folder: Path, details: Details, classes: tuple[str, ...]) -> list[str]:
+def _title(source: str, result: dict[str, Any]) -> str:
+    """Say what a picture shows: the network, the images, their number, and the accuracy."""
+    images = f"{result['images']:,} {result['split']} images of {result['dataset']}"
+    return f"{source} ({result['form']}) on {images}: top-1 {percent(result['top1'])} %"
+
+
+def _write(folder: Path, details: Details, classes: tuple[str, ...], title: str) -> list[str]:
     """Write tables and picture. Returns the names of the files."""
     many = len(classes) > MOST_IN_A_TABLE
     if many:
@@ -113,7 +122,9 @@ def _write(folder: Path, details: Details, classes: tuple[str, ...]) -> list[str
         tell(f"confusion.csv has a line a pair, and there is no confusion.png: {len(classes):,} classes are too many")
         return written
     if plots.available():
-        plots.draw_confusion(counts, classes, folder / "confusion.png")
+        lacking = plots.draw_confusion(counts, classes, folder / "confusion.png", title=title)
+        if lacking:
+            warn(f"confusion.png: no font here has {' '.join(lacking[:10])}, which is drawn as a box; install one")
         return [*written, str(folder / "confusion.png")]
     tell(f"no confusion.png: {plots.HOW_TO_GET}")
     return written

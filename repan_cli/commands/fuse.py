@@ -6,45 +6,47 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from repan_cli import checkpoint, export, models
 from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard, Structure
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.commands.early import Content, Target, fuse_targets
 from repan_cli.commands.options import FuseOptions
-from repan_cli.config.conventions import FORMATS, GRAPH_FORMATS, WEIGHT_FORMATS
+from repan_cli.config.conventions import GRAPH_FORMATS, OPSET, WEIGHT_FORMATS
+from repan_cli.config.names import TIMM, TORCHVISION
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError, MergeError
-from repan_cli.export import onnx_file, pt2_file
+from repan_cli.export import half, model_card, onnx_file, pt2_file, timm_folder
 from repan_cli.export.conv_bn import as_plain
 from repan_cli.export.fuse import check_finite, untrained_norms
 from repan_cli.export.trace import Normalized, trace
 from repan_cli.models import user_file
 from repan_cli.models.changes import changes_of
-from repan_cli.models.create import TIMM, TORCHVISION
-from repan_cli.registry import did_you_mean
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
-from repan_cli.system.files import to_json, write_bytes
+from repan_cli.system.files import make_folder, to_json
 from repan_cli.system.notices import warn
-from repan_cli.system.packages import need
-from repan_cli.system.text import by_reason, count
-
-FORMS = ("conv", "conv-bn")
+from repan_cli.system.text import by_reason, count, percent, quoted
 
 FILE_TOLERANCE = 1e-4
 """Bound on the relative error of a file's network in float32; ten times the network's own rounding where that is more.
 A file that computes something else is beyond 1e-2."""
 
 
+HALF_IMAGES, BATCH = 256, 32
+"""Images of a network's data on which float16 is compared, and so many at once."""
+
+
 @dataclass(frozen=True)
 class Written:
-    """A file, with the error of its network against the merged one, what opened it to see, and how it is used."""
+    """A file or folder, with the error of its network against the merged one, what opened it, and how it is used."""
 
     path: str
     format: str
@@ -57,9 +59,8 @@ class Written:
 
 def run(options: FuseOptions) -> None:
     """Write a merged network, once for every format. Nothing is written unless everything agrees."""
-    targets = _targets(options.checkpoint, options.out, options.formats, overwrite=options.overwrite)
-    _check_wishes(targets, options.form, with_normalize=options.with_normalize)
-    artifact = open_artifact(options.checkpoint, options.model)
+    targets = fuse_targets(options)
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     _check_mergeable(artifact, targets, options.form)
     images, seen = _images(artifact, options.data_root)
     fused, report = _merged(artifact, images)
@@ -67,13 +68,16 @@ def run(options: FuseOptions) -> None:
         checkpoint.capture_fused(fused, artifact.checkpoint(), changes_of(fused)) if report else artifact.checkpoint()
     )
     bound = max(FILE_TOLERANCE, 10 * (report.rel_error_fp32 if report else 0.0))
-    job = _Job(artifact, fused, result, images, options.model, options.with_normalize, bound)
+    proof = dataclasses.asdict(report) if report else {}
+    job = _Job(artifact, fused, result, images, options, bound, proof)
     contents = [job.content(target, options.form) for target in targets]
     written = [job.verified(*each, options.form) for each in zip(targets, contents, strict=True)]
     for target, content in zip(targets, contents, strict=True):
-        write_bytes(target, content)
-    facts = {"out": [str(target) for target in targets], **(dataclasses.asdict(report) if report else {})}
+        make_folder(target.path)
+        target.write(content)
+    facts = {"out": [str(target.path) for target in targets], **proof}
     facts |= {"images": seen, "files": [dataclasses.asdict(file) for file in written]}
+    facts |= {"float16": dataclasses.asdict(job.half_report)} if options.half else {}
     if options.as_json:
         print(to_json(facts))
     else:
@@ -83,52 +87,11 @@ def run(options: FuseOptions) -> None:
 # ---------------------------------------------------------------------------------------------- before anything is done
 
 
-def _targets(source: str, out: Path | None, formats: Sequence[str], *, overwrite: bool) -> list[Path]:
-    path = Path(source)
-    if out and out.is_dir():
-        raise InputError(f"{out} is a folder: name a file in it")
-    ending = out.suffix.removeprefix(".") if out else ""
-    endings = formats or [ending or "pt"]
-    for wanted in endings:
-        if wanted not in FORMATS:
-            raise InputError(
-                f"cannot write the format '{wanted}'{did_you_mean(wanted, FORMATS)}: choose {', '.join(FORMATS)}"
-            )
-    stem = out.with_suffix("") if out and ending in FORMATS else out or _default_stem(path)
-    targets = [stem.with_name(f"{stem.name}.{wanted}") for wanted in dict.fromkeys(endings)]
-    for target in targets:
-        if not target.parent.is_dir():
-            raise InputError(f"no folder {target.parent} to write {target.name} into")
-        if target.resolve() == path.resolve():
-            raise InputError(f"{target} is the checkpoint itself: give another --out")
-        if target.exists() and not overwrite:
-            raise InputError(f"{target} exists already: give another --out, or --overwrite")
-    return targets
-
-
-def _default_stem(path: Path) -> Path:
-    if path.is_dir():
-        return path / "best_fused"
-    return path.with_name(f"{path.stem}_fused") if path.is_file() else Path(f"{path.name.rpartition(':')[2]}_fused")
-
-
-def _check_wishes(targets: Sequence[Path], form: str, *, with_normalize: bool) -> None:
-    endings = {target.suffix.removeprefix(".") for target in targets}
-    if form not in FORMS:
-        raise InputError(f"--form {form} is none of {', '.join(FORMS)}")
-    if form == "conv-bn" and endings & set(GRAPH_FORMATS):
-        raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
-    if with_normalize and endings - set(GRAPH_FORMATS):
-        raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
-    if "onnx" in endings:
-        need("writing ONNX", "onnx", *onnx_file.PACKAGES)
-
-
-def _check_mergeable(artifact: Artifact, targets: Sequence[Path], form: str) -> None:
+def _check_mergeable(artifact: Artifact, targets: Sequence[Target], form: str) -> None:
     if artifact.runtime != "PyTorch":
         raise InputError(f"{artifact.source} is exported already: fuse the checkpoint that it came from")
-    written = all(target.suffix.removeprefix(".") in WEIGHT_FORMATS for target in targets)
-    if artifact.form == FUSED and written and form == "conv" and "pt" in {target.suffix[1:] for target in targets}:
+    kinds = {target.kind for target in targets}
+    if artifact.form == FUSED and kinds <= set(WEIGHT_FORMATS) and form == "conv" and "pt" in kinds:
         raise InputError(
             f"{artifact.source} is fused already; --format onnx, pt2 or safetensors writes it in another way"
         )
@@ -163,25 +126,59 @@ class _Job:
     fused: nn.Module
     result: Checkpoint
     images: Tensor
-    model: str | None
-    with_normalize: bool
+    options: FuseOptions
     bound: float
+    proof: dict[str, Any]
+    measured: list[half.HalfReport] = field(default_factory=list)
 
-    def content(self, target: Path, form: str) -> bytes:
-        """Return the bytes of a file. Raises InputError for what its format cannot hold."""
-        if target.suffix.removeprefix(".") in WEIGHT_FORMATS:
+    def content(self, target: Target, form: str) -> Content:
+        """Return the bytes of a file, or of a folder's. Raises InputError for what its format cannot hold."""
+        if target.kind in WEIGHT_FORMATS:
             saved = self._plain() if form == "conv-bn" else self.result
-            return checkpoint.as_bytes(saved, target.suffix)
+            return checkpoint.as_bytes(saved, target.path.suffix)
+        if target.kind == "timm":
+            return self._for_timm()
         network, card = self.fused, self.result.card
-        if self.with_normalize:
+        if self.options.with_normalize:
             network, card = Normalized(network, card.mean, card.std), dataclasses.replace(card, normalizes=True)
-        header = checkpoint.header(dataclasses.replace(self.result, card=card))
         program = trace(network, self.images, self.artifact.source)
-        write = onnx_file.write if target.suffix == ".onnx" else pt2_file.write
         try:
-            return write(program, header)
+            return self._onnx(program, card) if target.kind == "onnx" else pt2_file.write(program, self._header(card))
         except InputError as error:
             raise InputError(f"{self.artifact.source} {error}") from error
+
+    def _for_timm(self) -> dict[str, bytes]:
+        saved = timm_folder.network_of_timm(self.fused, self.result.card, self.options.checkpoint)
+        return timm_folder.files(saved, model_card.readme(saved.card, self.options.checkpoint, proof=self.proof))
+
+    def _onnx(self, program: ExportedProgram, card: ModelCard) -> bytes:
+        opset = OPSET if self.options.opset is None else self.options.opset
+        if not self.options.half:
+            return onnx_file.write(program, self._header(card), opset)
+        _ = self.half_bound  # which refuses a network that float16 cannot hold
+        model = half.as_half(onnx_file.model_of(program, opset))
+        self.measured.append(self._compare_half(onnx_file.OnnxNetwork(model.SerializeToString())))
+        card = dataclasses.replace(card, precision="float16", float16=dataclasses.asdict(self.half_report))
+        return onnx_file.seal(model, self._header(card))
+
+    def _header(self, card: ModelCard) -> dict[str, Any]:
+        return checkpoint.header(dataclasses.replace(self.result, card=card))
+
+    def _compare_half(self, network: nn.Module) -> half.HalfReport:
+        """Compare on images of the network's data where they are at hand, else on noise."""
+        real, _ = real_images(self.artifact, self.options.data_root, HALF_IMAGES)
+        images = self.images if real is None else real
+        batches = ((self._given(part), part) for part in images.split(BATCH))
+        return half.compare(network, self.fused, batches, real=real is not None)
+
+    @functools.cached_property
+    def half_bound(self) -> float:
+        return half.bound(self.fused, self.images, self.artifact.source)
+
+    @property
+    def half_report(self) -> half.HalfReport:
+        """Return the cost of float16, once that file was made."""
+        return self.measured[0]
 
     def _plain(self) -> Checkpoint:
         """Return the weights in the places of the plain network."""
@@ -189,7 +186,8 @@ class _Job:
         structure = card.structure
         block = "plain" if structure.native else None
         native = {"block": block, "branches": None} if block else {}
-        name = card.model if self.model is None or not user_file.names_a_file(card.model) else self.model
+        given = self.options.model
+        name = card.model if given is None or not user_file.names_a_file(card.model) else given
         blank = models.create(name, num_classes=len(card.classes), in_chans=card.in_chans, block=block)
         network = as_plain(self.fused, blank)
         own = tuple(change for change in structure.changes if change.kind in ("adapt", "merge"))
@@ -197,33 +195,46 @@ class _Job:
         form = FUSED if own else PLAIN
         return checkpoint.capture(network, dataclasses.replace(card, block="plain", structure=plain, form=form))
 
-    def verified(self, target: Path, content: bytes, form: str) -> Written:
+    def verified(self, target: Target, content: Content, form: str) -> Written:
         """Open a file as anybody would, and describe it. Raises MergeError when its network computes something else."""
         with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / f"copy{target.suffix}"
-            copy.write_bytes(content)
-            opened = open_artifact(str(copy), self.model if user_file.names_a_file(self.result.card.model) else None)
-            error = self._error(opened.network)
-        if not error <= self.bound:
+            copy = Path(folder) / f"copy{target.path.suffix}"
+            target.write(content, copy)
+            network, opened_by = self._opened(target.kind, copy)
+            error = self._error(network)
+        if not error <= (self.half_bound if self.options.half else self.bound):
             raise MergeError(
-                f"{target} would not compute what the network does: relative error {error:.1e}; not written"
+                f"{target.path} would not compute what the network does: relative error {error:.1e}; not written"
             )
-        kind = target.suffix.removeprefix(".")
+        size = sum(map(len, content.values())) if isinstance(content, dict) else len(content)
         use = _use(target, form, self.result.card)
-        return Written(str(target), kind, form, len(content), error, opened.runtime, use)
+        return Written(str(target.path), target.kind, form, size, error, opened_by, use)
+
+    def _opened(self, kind: str, copy: Path) -> tuple[nn.Module, str]:
+        """Open what was written, as its readers do: the network, and what opened it."""
+        if kind == "timm":
+            return timm_folder.open_by_timm(copy), "timm"
+        opened = open_artifact(
+            str(copy), self.options.model if user_file.names_a_file(self.result.card.model) else None
+        )
+        return opened.network, opened.runtime
 
     @torch.no_grad()
     def _error(self, network: nn.Module) -> float:
         """Return the larger relative error of two, in batches of two sizes."""
-        given = self.images
-        if self.with_normalize:
-            mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (self.result.card.mean, self.result.card.std))
-            given = given * std + mean
+        given = self._given(self.images)
         found = network(given), network(given[:1])
         return max(
             export.relative_error(each, wanted)
             for each, wanted in zip(found, (self.expected, self.expected[:1]), strict=True)
         )
+
+    def _given(self, images: Tensor) -> Tensor:
+        """Return normalised images as the graph takes them."""
+        if not self.options.with_normalize:
+            return images
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (self.result.card.mean, self.result.card.std))
+        return images * std + mean
 
     @functools.cached_property
     @torch.no_grad()
@@ -232,15 +243,18 @@ class _Job:
         return self.fused(self.images)
 
 
-def _use(target: Path, form: str, card: ModelCard) -> str:
+def _use(wanted: Target, form: str, card: ModelCard) -> str:
     """Return the line of code, or the command, that uses a file."""
+    target = wanted.path
+    if wanted.kind == "timm":
+        return f'timm.create_model("local-dir:{target}", pretrained=True)'
     if target.suffix == ".onnx":
         return f'onnxruntime.InferenceSession("{target}").run(None, {{"{onnx_file.INPUT}": images}})'
     if target.suffix == ".pt2":
         return f'torch.export.load("{target}").module()(images)'
-    own = f" --model {card.model}" if user_file.names_a_file(card.model) else ""
+    own = f" --model {quoted(card.model)}" if user_file.names_a_file(card.model) else ""
     if form == "conv":
-        return f"repan {'evaluate' if card.knows_its_data else 'info'} {target}{own}"
+        return f"repan {'evaluate' if card.knows_its_data else 'info'} {quoted(target)}{own}"
     weights = (
         f'safetensors.torch.load_file("{target}")'
         if target.suffix == ".safetensors"
@@ -285,10 +299,19 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
         for file in facts["files"]
     ]
     print_table(["wrote", "size", "agrees", "opened by"], rows, to_stderr=True)
+    if "float16" in facts:
+        tell(f"float16         {_cost(facts['float16'])}")
     for file in facts["files"]:
         tell(f"use             {file['use']}")
     if any(file["format"] in GRAPH_FORMATS for file in facts["files"]):
         tell(f"images          {_input(artifact, with_normalize=with_normalize)}")
+
+
+def _cost(facts: dict[str, Any]) -> str:
+    """Say what float16 costs."""
+    seen = f"{facts['images']} {'real images' if facts['real'] else 'images of noise'}"
+    same = percent(100 * facts["top1_agreement"])
+    return f"relative error {facts['rel_error']:.1e}, the same class for {same} % of {seen}"
 
 
 def _agreement(error: float) -> str:

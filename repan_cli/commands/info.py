@@ -12,27 +12,25 @@ from torch import Tensor, nn
 from repan_cli import checkpoint, models, runs
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.commands.early import info_source
 from repan_cli.commands.options import InfoOptions
 from repan_cli.config.conventions import GRAPH_ENDINGS
 from repan_cli.config.settings import SCHEMA
 from repan_cli.display.console import print_table
 from repan_cli.errors import InputError
-from repan_cli.export import onnx_file
-from repan_cli.models import user_file
+from repan_cli.export import onnx_file, pt2_file
+from repan_cli.models import own_block, user_file
 from repan_cli.models.author_names import form_in
-from repan_cli.session.artifact import file_of, open_artifact, written_into
+from repan_cli.session import hub_folder
+from repan_cli.session.artifact import open_artifact, written_in
 from repan_cli.system.files import to_json
-from repan_cli.system.packages import need
-from repan_cli.system.text import by_reason
+from repan_cli.system.text import by_reason, quoted
 
 
 def run(options: InfoOptions) -> None:
     """Describe a file: network, form, blocks, classes, where in its run it was saved, figures, settings, digest."""
-    plain, key = checkpoint.split_key(options.checkpoint)
-    path = file_of(str(plain))
-    if path is None:
-        raise InputError(f"no file {options.checkpoint}; repan list models {options.checkpoint} tells of networks")
-    facts = describe(path, options.model, key)
+    path, key = info_source(hub_folder.fetched(options.checkpoint))
+    facts = describe(path, options.model, key, options.block)
     if options.as_json:
         print(to_json(facts))
         return
@@ -52,23 +50,27 @@ def _is_changed(key: str, value: Any) -> bool:
     return key not in SCHEMA or value != (list(default) if isinstance(default, tuple) else default)
 
 
-def describe(path: Path, network: str | None = None, key: str | None = None) -> dict[str, Any]:
+def describe(
+    path: Path, network: str | None = None, key: str | None = None, block: str | None = None
+) -> dict[str, Any]:
     """Return the facts in plain types. Raises InputError for a file that is damaged, or no file of a network."""
     if path.suffix in GRAPH_ENDINGS:
         return _exported(path)
     source = str(path) if key is None else f"{path}::{key}"
     content = checkpoint.load_any(source)
-    return _ours(path, content, network) if isinstance(content, Checkpoint) else _theirs(source, content, network)
+    if isinstance(content, Checkpoint):
+        return _ours(path, content, network, block)
+    return _theirs(source, content, network)
 
 
-def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
+def _ours(path: Path, saved: Checkpoint, network: str | None, block: str | None) -> dict[str, Any]:
     """Describe a checkpoint of repan's.
 
     `layers` maps the name of each block to its family and shape. `left_alone` maps the name of each other convolution
     to the reason why it is no block.
     """
-    hidden = network is None and user_file.names_a_file(saved.card.model)  # a person's own is not imported
-    model = None if hidden else models.rebuild(saved, str(path), network)
+    needs = _needs(saved, network, block)  # a person's own is not imported
+    model = None if needs else models.rebuild(saved, str(path), network, block)
     blocks = dict(rep_blocks(model)) if model else {}
     broken = _not_finite(saved.weights)
     layers = {name: f"{block.family}, {_describe(block.trunk.conv)}" for name, block in blocks.items()}
@@ -77,6 +79,7 @@ def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved.weights.values())
     return {
         **meta,
+        **({"needs": " ".join(needs)} if needs else {}),
         **_state_of_run(path),
         "parameters": sum(p.numel() for p in model.parameters()) if model else None,
         "bytes": size,
@@ -89,12 +92,18 @@ def _ours(path: Path, saved: Checkpoint, network: str | None) -> dict[str, Any]:
     }
 
 
+def _needs(saved: Checkpoint, network: str | None, block: str | None) -> list[str]:
+    """Return the options that a file has to be opened with, and that are not given."""
+    own = [f"--model {saved.card.model}"] if network is None and user_file.names_a_file(saved.card.model) else []
+    return own + ([f"--block {name}" for name in own_block.missing(saved.card)] if block is None else [])
+
+
 def _state_of_run(path: Path) -> dict[str, str]:
     """Tell whether the run that a file belongs to is done, and how it goes on; empty for a file outside of runs."""
     state = runs.state_of(path.parent)
     if state is None:
         return {}
-    return {"run": state if state == "done" else f"{state}; --resume {path.parent} goes on with it"}
+    return {"run": state if state == "done" else f"{state}; --resume {quoted(path.parent)} goes on with it"}
 
 
 def _describe(conv: nn.Conv2d) -> str:
@@ -104,24 +113,26 @@ def _describe(conv: nn.Conv2d) -> str:
 
 def _exported(path: Path) -> dict[str, Any]:
     """Describe an `.onnx` or `.pt2` file. Of others' only `.onnx` files are described."""
-    checkpoint.check_seal(path)
-    written = written_into(path)
+    onnx = onnx_file.read(path) if path.suffix == ".onnx" else None
+    if onnx is None:
+        checkpoint.check_seal(path)
+    written = written_in(onnx.header if onnx else pt2_file.header(path))
     facts: dict[str, Any] = {"format": path.suffix.removeprefix("."), "bytes": path.stat().st_size}
     if written is not None:
-        open_artifact(str(path))
         card, digest = written
         more = {key: value for key, value in card.as_meta().items() if key not in ("config", "structure")}
         facts |= {**more, "digest": digest, "config": dict(card.config)}
-    elif path.suffix == ".pt2":
+    if onnx is not None:
+        return facts | ({"changed": onnx.change} if onnx.change else {}) | _graph(onnx)
+    if written is None:
         raise InputError(f"{path} was not written by repan fuse, and is not opened: such files can run code")
-    return facts | (_graph(path) if path.suffix == ".onnx" else {})
+    open_artifact(str(path))
+    return facts
 
 
-def _graph(path: Path) -> dict[str, Any]:
+def _graph(file: onnx_file.OnnxFile) -> dict[str, Any]:
     """Return what an ONNX graph says of itself."""
-    need("opening ONNX", "onnx", "onnx", "onnxruntime")
-    session = onnx_file.open_file(path).session
-    model = onnx_file.graph(path)
+    session, model = file.network().session, file.model
     operators = Counter(node.op_type for node in model.graph.node)
     return {
         "opset": {each.domain or "onnx": each.version for each in model.opset_import},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from repan_cli.commands.options import ListOptions
+from repan_cli.config import names
 from repan_cli.config.files import presets
 from repan_cli.config.grid import grids, read_grid
 from repan_cli.config.schema import as_text
@@ -15,8 +18,11 @@ from repan_cli.config.settings import OVERLAY, SCHEMA
 from repan_cli.display.console import print_table
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry, did_you_mean
+from repan_cli.runs.listing import Run, runs_below
 from repan_cli.runs.trackers import TRACKERS
 from repan_cli.system.files import to_json
+from repan_cli.system.text import count, duration, percent
+from repan_cli.training.schedules import SCHEDULES
 
 Facts = dict[str, Any]
 Rows = dict[str, str] | dict[str, Facts]
@@ -26,21 +32,14 @@ KINDS: Registry[Callable[[], Rows]] = Registry("kind of name")
 
 @KINDS.register("models")
 def _models() -> Rows:
-    import timm  # here and below: most kinds of names are listed without PyTorch
-
-    from repan_cli import models
-    from repan_cli.models import catalog
-
-    ours = {name: f"{timm.model_entrypoint(name).__doc__} Cycles, fuses." for name in models.BUILTIN}
-    known = catalog.table()
-    return {**ours, **{name: known[name].describe() if name in known else "" for name in catalog.names()}}
+    ours = {name: f"{text} Cycles, fuses." for name, text in names.builtin().items()}
+    known = names.catalog()
+    return {**ours, **{name: known[name].describe() if name in known else "" for name in names.foreign()}}
 
 
 @KINDS.register("blocks")
 def _blocks() -> Rows:
-    from repan_cli.blocks import FAMILIES
-
-    return {name: FAMILIES[name].text for name in FAMILIES}
+    return dict(names.blocks())
 
 
 @KINDS.register("datasets")
@@ -52,16 +51,12 @@ def _datasets() -> Rows:
 
 @KINDS.register("schedules")
 def _schedules() -> Rows:
-    from repan_cli.training.schedules import SCHEDULES
-
     return {name: inspect.getdoc(SCHEDULES[name]) or "" for name in SCHEDULES}
 
 
 @KINDS.register("optimizers")
 def _optimizers() -> Rows:
-    import timm.optim
-
-    return {name: timm.optim.get_optimizer_info(name).description for name in map(str, timm.optim.list_optimizers())}
+    return dict(names.optimizers())
 
 
 @KINDS.register("presets")
@@ -97,7 +92,7 @@ def _trackers() -> Rows:
 
 def _look(name: str) -> str:
     """Say what can be done with a network that the table of this version does not have yet."""
-    from repan_cli.models import catalog
+    from repan_cli.models import catalog  # every other name is listed without PyTorch
 
     try:
         return catalog.look(name).describe()
@@ -105,8 +100,47 @@ def _look(name: str) -> str:
         return "not known before it is built: try --dry-run"
 
 
+RUNS = "runs"
+
+
+@KINDS.register(RUNS)
+def _runs() -> Rows:
+    return {str(each.path): _facts(each) for each in runs_below(Path("runs"))}
+
+
+def _facts(run: Run) -> Facts:
+    return dataclasses.asdict(run) | {"path": str(run.path)}
+
+
+def _list_runs(options: ListOptions) -> None:
+    """Print the runs below `runs`, or below the folder that is given in place of a glob."""
+    place = Path(options.pattern) if options.pattern and Path(options.pattern).is_dir() else None
+    found = runs_below(place or Path("runs"))
+    if options.pattern and place is None:
+        found = [each for each in found if fnmatch.fnmatch(str(each.path), f"*{options.pattern}*")]
+    if options.as_json:
+        print(to_json({str(each.path): _facts(each) for each in found}))
+        return
+    if not found:
+        which = f" match '{options.pattern}'" if options.pattern and not place else ""
+        raise InputError(f"no runs below {place or 'runs'}{which}; a folder in place of a glob is looked through")
+    titles = ["run", "command", "state", "val best", "test", "age", "go on with"]
+    print_table(titles, (_run_row(each) for each in found))
+
+
+def _run_row(run: Run) -> tuple[str, ...]:
+    age = duration(run.age) if run.age < DAY else count(int(run.age // DAY), "day")
+    return str(run.path), run.command, run.state, percent(run.best), percent(run.test), age, run.go_on
+
+
+DAY = 24 * 3600
+
+
 def run(options: ListOptions) -> None:
     """Print the names of one kind that match a glob; without one, others' models are counted instead of listed."""
+    if options.kind == RUNS:
+        _list_runs(options)
+        return
     rows = KINDS[options.kind]()
     if options.pattern:
         shown = {name: text for name, text in rows.items() if fnmatch.fnmatch(name, options.pattern)}

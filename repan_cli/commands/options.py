@@ -6,52 +6,14 @@ Python fills the same dataclass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated
+
+from repan_cli.commands.option import Argument, Option
 
 WHAT, HOW_LONG, RUN = "What is trained", "How long, how fast", "The run"
 """Headings under which the help of the training commands lists their options."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """The declaration of an option: how it is typed, and its help.
-
-    `offers` names the function of `cli.completion` that completes its value. `setting` is the key of the setting that
-    it is a shortcut for, which then gives help and completion where they are not given here.
-    """
-
-    flags: tuple[str, ...] = ()
-    help: str = ""
-    metavar: str | None = None
-    offers: str | None = None
-    setting: str | None = None
-    panel: str | None = None
-
-
-@dataclass(frozen=True)
-class Argument:
-    """The declaration of an argument: how it is typed, and its help."""
-
-    metavar: str
-    help: str
-    offers: str | None = None
-
-
-def declared(options: type) -> Iterator[tuple[str, Any, Option | Argument, Any]]:
-    """Yield name, type, declaration and default of each field of a dataclass of options, in the order of its help."""
-    hints = get_type_hints(options, include_extras=True)
-    for entry in fields(options):
-        kind, how = get_args(hints[entry.name])
-        yield entry.name, kind, how, entry.default
-
-
-def shortcuts(options: type) -> dict[str, str]:
-    """Return the settings that options are shortcuts for, by the name of the option."""
-    named = ((name, how) for name, _, how, _ in declared(options) if isinstance(how, Option))
-    return {name: how.setting for name, how in named if how.setting is not None}
 
 
 # ---------------------------------------------------------------------------------------------- shared
@@ -68,6 +30,9 @@ Network = Annotated[
     str | None,
     Option(("--model", "-m"), "The network of others' weights, or your own, file.py:function.", "NAME"),
 ]
+OwnBlock = Annotated[
+    str | None, Option(("--block",), "Your own block of a network that has it, file.py:function.", "NAME")
+]
 Device = Annotated[str, Option(("--device",), "auto, cpu, cuda or cuda:N.", "NAME")]
 DatasetName = Annotated[
     str | None, Option(("--dataset", "-d"), "Another data set than it was trained on.", "NAME", setting="data.name")
@@ -82,6 +47,7 @@ ClassOrder = Annotated[
 Split = Annotated[str, Option(("--split",), "test, val or train.", "PART", "splits")]
 Overwrite = Annotated[bool, Option(("--overwrite",), "Replace files that exist.")]
 AsJson = Annotated[bool, Option(("--json",), "Print the result as JSON on stdout.")]
+Opset = Annotated[int | None, Option(("--opset",), "Version of ONNX's operators, for older runtimes; default 18.", "N")]
 Block = Annotated[str | None, Option(("--block",), metavar="NAME", setting="block.name", panel=WHAT)]
 
 
@@ -98,7 +64,7 @@ class FuseOptions:
     ] = None
     formats: Annotated[
         tuple[str, ...],
-        Option(("--format", "-f"), "pt, safetensors, onnx or pt2; several: -f pt -f onnx.", "FORMAT", "formats"),
+        Option(("--format", "-f"), "pt, safetensors, onnx, pt2 or timm; several: -f pt -f onnx.", "FORMAT", "formats"),
     ] = ()
     form: Annotated[
         str, Option(("--form",), "conv; or conv-bn, which loads into the plain timm network.", "FORM", "forms")
@@ -106,7 +72,10 @@ class FuseOptions:
     with_normalize: Annotated[
         bool, Option(("--with-normalize",), "Put the normalisation of images into the graph.")
     ] = False
+    half: Annotated[bool, Option(("--half",), "Write the ONNX file in float16, and measure what that costs.")] = False
+    opset: Opset = None
     model: Network = None
+    block: OwnBlock = None
     data_root: Annotated[
         str | None, Option(("--data-root",), "Where its data lie, to compare on real images.", "FOLDER")
     ] = None
@@ -126,12 +95,24 @@ class QuantizeOptions:
     per_tensor: Annotated[
         bool, Option(("--per-tensor",), "One scale for all weights of a layer, not one a channel.")
     ] = False
+    opset: Opset = None
     dataset: DatasetName = None
     data_root: DataRoot = None
     split: Split = "test"
     classes: ClassOrder = None
     model: Network = None
+    block: OwnBlock = None
     overwrite: Overwrite = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Options of `repan push`."""
+
+    folder: Annotated[Path, Argument("FOLDER", "What 'repan fuse --format timm' wrote.")]
+    name: Annotated[str, Argument("ORG/NAME", "Its name on the Hub.")]
+    private: Annotated[bool, Option(("--private",), "A new repository is seen by its owners alone.")] = False
     as_json: AsJson = False
 
 
@@ -142,7 +123,11 @@ class PredictOptions:
     checkpoint: Checkpoint
     images: Annotated[tuple[Path, ...], Argument("IMAGES...", "Image files, or folders of them.")]
     top: Annotated[int, Option(("--top",), "How many classes to name.", "K")] = 5
+    save: Annotated[
+        Path | None, Option(("--save",), "Write the pictures with their classes below them, and a table.", "FOLDER")
+    ] = None
     model: Network = None
+    block: OwnBlock = None
     device: Device = "auto"
     as_json: AsJson = False
 
@@ -182,6 +167,7 @@ class EvaluateOptions:
     classes: ClassOrder = None
     fused: Annotated[bool, Option(("--fused",), "Merge it, and show both forms side by side.")] = False
     model: Network = None
+    block: OwnBlock = None
     out: Annotated[Path | None, Option(("--out", "-o"), "Write confusion.csv, .png and classes.csv.", "FOLDER")] = None
     device: Device = "auto"
     as_json: AsJson = False
@@ -193,6 +179,7 @@ class InfoOptions:
 
     checkpoint: Checkpoint
     model: Network = None
+    block: OwnBlock = None
     as_json: AsJson = False
 
 
@@ -246,10 +233,14 @@ class ListOptions:
     kind: Annotated[
         str,
         Argument(
-            "KIND", "models, blocks, datasets, optimizers, presets, schedules, settings, studies or trackers.", "kinds"
+            "KIND",
+            "models, blocks, datasets, optimizers, presets, runs, schedules, settings, studies or trackers.",
+            "kinds",
         ),
     ]
-    pattern: Annotated[str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'.")] = None
+    pattern: Annotated[
+        str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'; of runs, a folder.")
+    ] = None
     as_json: AsJson = False
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from repan_cli import checkpoint, export
 from repan_cli.checkpoint.card import FUSED
+from repan_cli.commands.early import quantize_target
 from repan_cli.commands.options import QuantizeOptions
+from repan_cli.config.conventions import OPSET
 from repan_cli.data.batches import Loader
 from repan_cli.data.build import eval_loader
 from repan_cli.display.console import print_table, tell
@@ -23,9 +24,8 @@ from repan_cli.models.changes import changes_of
 from repan_cli.session import artifact_images
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.device import start_runtime
-from repan_cli.system.files import to_json, write_bytes
-from repan_cli.system.packages import need
-from repan_cli.system.text import count, percent
+from repan_cli.system.files import make_folder, to_json, write_bytes
+from repan_cli.system.text import count, percent, quoted
 from repan_cli.training.scoring import agreement, examine
 
 BATCH = 64
@@ -34,27 +34,26 @@ SHOWN = 8
 
 def run(options: QuantizeOptions) -> None:
     """Merge a network, look at its layers, write it in int8, score both. Only training images calibrate."""
-    need("int8", "onnx", *onnx_file.PACKAGES)
-    target = _target(options.checkpoint, options.out, overwrite=options.overwrite)
-    if options.images < 1:
-        raise InputError(f"--images {options.images}: at least one is needed to calibrate")
-    artifact = open_artifact(options.checkpoint, options.model)
+    target = quantize_target(options)
+    opset = OPSET if options.opset is None else options.opset
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     if artifact.runtime != "PyTorch":
         raise InputError(f"{artifact.source} is exported already: quantise the checkpoint that it came from")
     check_finite(artifact.network)
     machine = start_runtime("cpu", "fp32")
     data = artifact_images.load(artifact, options.dataset, options.data_root, split=None, order=options.classes)
     network, saved = _merged(artifact, artifact_images.noise(artifact))
-    training = eval_loader(data, "train", machine)
+    training = eval_loader(data, "train", machine, crop=artifact.preparation.crop)
     layers = int8.health(network, _calibration(training, options.images))
     header = checkpoint.header(saved)
-    graph = onnx_file.write(trace(network, artifact_images.noise(artifact), artifact.source), header)
+    graph = onnx_file.write(trace(network, artifact_images.noise(artifact), artifact.source), header, opset)
     card = dataclasses.replace(saved.card, precision="int8")
     header = checkpoint.header(dataclasses.replace(saved, card=card))
     content = int8.quantize(graph, _calibration(training, options.images), header, per_channel=not options.per_tensor)
-    scored = eval_loader(data, options.split, machine)
+    scored = eval_loader(data, options.split, machine, crop=artifact.preparation.crop)
     before, _ = examine(network, scored, len(data.classes))
     after, _ = examine(onnx_file.OnnxNetwork(content), scored, len(data.classes))
+    make_folder(target)
     write_bytes(target, content)
     result = {
         "out": str(target),
@@ -71,19 +70,6 @@ def run(options: QuantizeOptions) -> None:
         print(to_json(result))
     else:
         _report(options.checkpoint, result, layers)
-
-
-def _target(source: str, out: Path | None, *, overwrite: bool) -> Path:
-    path = Path(source)
-    folder, stem = (path, "best") if path.is_dir() else (path.parent, path.stem.rpartition(":")[2])
-    target = out or folder / f"{stem}_int8.onnx"
-    if target.suffix != ".onnx":
-        raise InputError(f"--out {target}: int8 is written as ONNX, name a file that ends in .onnx")
-    if not target.parent.is_dir():
-        raise InputError(f"no folder {target.parent} to write {target.name} into")
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} exists already: give another --out, or --overwrite")
-    return target
 
 
 def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, checkpoint.Checkpoint]:
@@ -129,4 +115,4 @@ def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth])
     print_table(["", *titles, "loss", "size"], rows, to_stderr=True)
     tell(f"both name the same class for {percent(result['agreement'])} % of the images")
     tell(f"wrote            {result['out']}")
-    tell(f"next             repan evaluate {result['out']}")
+    tell(f"next             repan evaluate {quoted(result['out'])}")

@@ -27,7 +27,8 @@ from repan_cli.system.files import read_json, to_json
 from repan_cli.system.launcher import own_rank, rank_count
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
-from repan_cli.system.text import count, percent
+from repan_cli.system.text import count, percent, quoted
+from repan_cli.system.user_code import names_a_file
 
 MAY_CHANGE = set(resume.MAY_CHANGE) - {"cycle.count", "teacher.name"}
 """Settings that may be others in a series that goes on: runs that are only begun then have nothing to check them by."""
@@ -69,8 +70,8 @@ class Series:
 # ---------------------------------------------------------------------------------------------- to begin, to go on
 
 
-def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_control: bool, as_json: bool) -> None:
-    """Train with each seed, with a control also without restarts, and compare."""
+def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_control: bool, as_json: bool) -> Path:
+    """Train with each seed, with a control also without restarts, and compare. Returns the folder of all."""
     refuse(resolved, with_control=with_control)
     out = resolved.config.run.out
     runs.check_free(out)
@@ -84,6 +85,7 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
         about = {"command": command, "seeds": seeds, "control": with_control, "settings": resolved.source}
         folder.write_json(runs.SERIES, about)
         _carry_out(series, folder, {}, ready, as_json=as_json)
+    return path
 
 
 def refuse(resolved: Resolved, *, with_control: bool) -> None:
@@ -96,16 +98,14 @@ def refuse(resolved: Resolved, *, with_control: bool) -> None:
         raise InputError("cycle.restart=none is what --control adds: give one")
 
 
-def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> None:
-    """Go on with a run, or with those of a series that are not finished."""
+def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
+    """Go on with a run, or with those of a series that are not finished. Returns its folder, on the first rank."""
     if own_rank():  # the first of several ranks finds the run, and sends it
-        resume.run(command, name, given, as_json=as_json)
-        return
+        return resume.run(command, name, given, as_json=as_json)
     path = runs.find(command, name)
     about = runs.read_series(path)
     if about is None:
-        resume.run(command, name, given, as_json=as_json)
-        return
+        return resume.run(command, name, given, as_json=as_json)
     if about["command"] != command:
         raise InputError(f"{path} is a series of 'repan {about['command']}': resume it with that command")
     resolved = _settings_of(command, path, given)
@@ -114,17 +114,22 @@ def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> None:
     with runs.RunDirectory(path, reopen=True) as folder:
         series = Series(command, path, resolved, tuple(about["seeds"]), about["control"])
         _carry_out(series, folder, given, [], as_json=as_json)
+    return path
 
 
 def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
     """Return the settings that the runs of a series share, with what may change. Raises InputError for what may not."""
     stored = config.resolve(command, str(path / "config.yaml"), {})
     before, asked = config.flatten(stored.config), config.typed(given)
-    network = stored.config.model.name
+    network, block = stored.config.model.name, stored.config.block.name
     may_change = MAY_CHANGE
-    if network and models.user_file.names_a_file(network):  # which is named again, wherever it is now
+    if network and names_a_file(network):  # which is named again, wherever it is now
         models.check_given(network, asked.get("model.name"), str(path))
-        may_change = MAY_CHANGE | {"model.name"}
+        may_change = may_change | {"model.name"}
+    if names_a_file(block):
+        if "block.name" not in asked:
+            raise InputError(models.own_block.how_to_give(str(block), str(path)))
+        may_change = may_change | {"block.name"}
     for key, value in asked.items():
         if key not in may_change and value != before.get(key):
             raise InputError(f"{key} cannot change in a series that goes on (it was {before.get(key)}): begin another")
@@ -164,9 +169,7 @@ def _make(series: Series, member: Member, given: Layer, ready: Session | None) -
         if any((path / name).exists() for name in (runs.LAST, runs.PREVIOUS)):
             if runs.state_of(path) == control.WAITING:
                 tell(f"goes on from the end of the baseline of {path.name.removeprefix(control.PREFIX)}")
-            network = series.resolved.config.model.name
-            own = {"model.name": network} if network and models.user_file.names_a_file(network) else {}
-            resume.run(series.command, str(path), {**given, **own}, as_json=False)
+            resume.run(series.command, str(path), {**given, **_own_code(series)}, as_json=False)
             return
         runs.discard_unsaved(path)
         resolved = series.of(member)
@@ -178,23 +181,32 @@ def _make(series: Series, member: Member, given: Layer, ready: Session | None) -
     except DivergedError as error:
         warn(f"{member.name} diverged: {error}")
     except KeyboardInterrupt:
-        raise InterruptedRunError(f"interrupted before {member.name} began; {_how(series)}") from None
+        raise InterruptedRunError(f"interrupted before {member.name} began; {_how(series)}", series.path) from None
     except (InterruptedRunError, PreemptedRunError) as stop:
-        of_all = str(stop).replace(f"--resume {path}", f"--resume {series.path}")
-        raise type(stop)(f"{member.name}: {of_all}") from None
+        of_all = f"{member.name}: " + str(stop).replace(f"--resume {quoted(path)}", f"--resume {quoted(series.path)}")
+        if isinstance(stop, InterruptedRunError):
+            raise InterruptedRunError(of_all, series.path) from None
+        raise PreemptedRunError(of_all) from None
 
 
 def _stop_between_runs(series: Series, signals: StopSignals) -> None:
     if signals.received == signal.SIGINT:
-        raise InterruptedRunError(f"interrupted between two runs; {_how(series)}")
+        raise InterruptedRunError(f"interrupted between two runs; {_how(series)}", series.path)
     if signals.received:
         raise PreemptedRunError(f"stopped by {signal.Signals(signals.received).name}; {_how(series)}")
 
 
 def _how(series: Series) -> str:
-    name = series.resolved.config.model.name
-    own = f" --model {name}" if name and models.user_file.names_a_file(name) else ""
-    return f"go on with: repan {series.command} --resume {series.path}{own}"
+    words = {"model.name": "--model", "block.name": "--block"}
+    own = "".join(f" {words[key]} {quoted(name)}" for key, name in _own_code(series).items())
+    return f"go on with: repan {series.command} --resume {quoted(series.path)}{own}"
+
+
+def _own_code(series: Series) -> dict[str, str]:
+    """Return the settings that name a person's own network and block, which their checkpoints are read with."""
+    shared = series.resolved.config
+    names = {"model.name": shared.model.name, "block.name": shared.block.name}
+    return {key: name for key, name in names.items() if name and names_a_file(name)}
 
 
 # ---------------------------------------------------------------------------------------------- the end
@@ -249,7 +261,7 @@ def _report(series: Series, comparison: Comparison, made: dict[str, Result]) -> 
                 f"the end of the last cycle {percent(result.last_test_top1)}, {noted['last_gain']:+.2f}"
             )
     tell(f"page: {series.path / 'comparison.html'}")
-    tell(f"next: repan compare {series.path}")
+    tell(f"next: repan compare {quoted(series.path)}")
 
 
 def _as_data(series: Series, comparison: Comparison, made: dict[str, Result]) -> dict[str, Any]:

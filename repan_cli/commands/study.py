@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from repan_cli import config
-from repan_cli.commands.options import StudyOptions, shortcuts
+from repan_cli.commands.option import shortcuts
+from repan_cli.commands.options import StudyOptions
 from repan_cli.compare import page, table
 from repan_cli.compare.groups import Comparison, as_data, compare
 from repan_cli.compare.results import read_all
@@ -28,10 +29,14 @@ from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.launcher import rank_count
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
-from repan_cli.system.text import count
+from repan_cli.system.text import count, quoted
 
 ARM_FILE = "arm.yaml"
 """The file of an arm's settings, beside the folders of its runs: `repan COMMAND -c ARM_FILE` makes such a run."""
+
+
+OWN_CODE = ("model.name", "block.name")
+"""Settings that may name a function in a file, `file.py:function`."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,13 @@ class Study:
         words = tuple(f"{key}={text}" for key, text in arm.read_by(self.given).items())
         file = self.out / arm.name / ARM_FILE
         begin = (arm.command, "-c", str(file), "--seed", str(seed), "--out", str(folder), *words)
-        network = str({**arm.layer, **self.given}.get("model.name", ""))
-        own = () if ".py:" not in network or "model.name" in self.given else (f"model.name={network}",)
+        own = tuple(f"{key}={name}" for key in OWN_CODE if (name := self._own(arm, key)))
         return Job(f"{arm.name} seed {seed}", folder, begin, (arm.command, "--resume", str(folder), *words, *own))
+
+    def _own(self, arm: Arm, key: str) -> str | None:
+        """Return the name of a person's own network or block of an arm, which a resume is given again."""
+        name = None if key in self.given else arm.layer.get(key)
+        return str(name) if name and ".py:" in str(name) else None
 
 
 def run(options: StudyOptions) -> None:
@@ -65,6 +74,7 @@ def run(options: StudyOptions) -> None:
     """
     study, grid = _read(options)
     jobs = study.jobs()
+    _tell_of_removed(study, grid)
     if options.dry_run:
         _preview(study, grid, jobs, as_json=options.as_json)
         return
@@ -124,12 +134,19 @@ def _write_arms(study: Study) -> None:
                     f"arm {arm.name}: {key} is {layer.get(key, 'not set')}, but its runs in {path.parent} were made "
                     f"with {before.get(key, 'the default')}: give another --out"
                 )
-        header = f"# {arm.about}\n# Command  repan {arm.command} -c {path}\n\n"
+        header = f"# {arm.about}\n# Command  repan {arm.command} -c {quoted(path)}\n\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot create {path.parent}: {error.strerror}; give another --out") from None
         write_bytes(path, (header + yaml.safe_dump(layer, sort_keys=False, allow_unicode=True)).encode())
+
+
+def _tell_of_removed(study: Study, grid: Grid) -> None:
+    """Say which arms have runs in the study's folder, but stand in the grid no more."""
+    there = sorted(path.parent.name for path in study.out.glob(f"*/{ARM_FILE}"))
+    if removed := [name for name in there if name not in grid.arms]:
+        warn(f"{study.out} holds runs of {', '.join(removed)}, no arms of {grid.path} any more: they are left out")
 
 
 def _preview(study: Study, grid: Grid, jobs: Sequence[Job], *, as_json: bool) -> None:

@@ -6,7 +6,7 @@ wins: defaults < `base:` file < `-c` file < command line.
 """
 
 from repan_cli.config.files import dump, find_preset, parse_assignments, parse_yaml, presets, read_file
-from repan_cli.config.resolve import Resolved, build, resolve, typed
+from repan_cli.config.resolve import Resolved, build, is_folder_of_data, resolve, typed
 from repan_cli.config.schema import Layer, as_text
 from repan_cli.config.settings import (
     OVERLAY,
@@ -53,6 +53,7 @@ __all__ = [
     "find_preset",
     "flatten",
     "from_flat",
+    "is_folder_of_data",
     "parse_assignments",
     "parse_yaml",
     "presets",

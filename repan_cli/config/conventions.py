@@ -6,8 +6,9 @@ SPLITS = ("test", "val", "train")
 """The parts of a data set, in the order in which they are offered and looked for."""
 
 WEIGHT_FORMATS, GRAPH_FORMATS = ("pt", "safetensors"), ("onnx", "pt2")
-FORMATS = (*WEIGHT_FORMATS, *GRAPH_FORMATS)
-"""The formats that repan writes: weights, and graphs that run without it."""
+FOLDER_FORMATS = ("timm",)
+FORMATS = (*WEIGHT_FORMATS, *GRAPH_FORMATS, *FOLDER_FORMATS)
+"""The formats that repan writes: weights, graphs that run without it, and folders for other programs."""
 
 GRAPH_ENDINGS = (".onnx", ".pt2")
 WEIGHT_ENDINGS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
@@ -16,8 +17,23 @@ WEIGHT_ENDINGS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
 ARTIFACT_ENDINGS = (*WEIGHT_ENDINGS, *GRAPH_ENDINGS)
 """Endings of all files that hold a network."""
 
+DATASET_PREFIXES = ("hfds", "torch", "wds", "tfds", "hfids")
+"""Words before the slash in the names of data sets that timm opens."""
+
 SMALL_IMAGE = 64
 """Up to this side in pixels images live in memory, and short names of networks mean ours."""
+
+CROP_SHARE = 0.875
+"""Side of the part that is looked at, of a resized image, where a network does not say otherwise."""
+
+CENTER, SQUASH, BORDER = "center", "squash", "border"
+CROP_MODES = (CENTER, SQUASH, BORDER)
+"""How large images become square, as timm does: the shorter side is resized and the middle taken; both sides are; the
+longer side is, and a border added."""
+
+INTERPOLATION = "bicubic"
+INTERPOLATIONS = (INTERPOLATION, "bilinear", "nearest", "box", "hamming", "lanczos")
+"""Pillow's filters, the usual one first."""
 
 LARGE_IMAGE = 224
 """Side in pixels that networks and data sets for ImageNet are made for."""
@@ -26,3 +42,21 @@ SAME_RESULT = frozenset(
     {"data.root", "data.workers", "run.device", "run.graph", "run.log_every", "run.save_every", "run.trackers"}
 )
 """Settings that do not change what a run computes: a resumed run, and a study that goes on, may have others."""
+
+
+OPSET = 18
+"""The version that torch.onnx writes, and that files have where none is asked for."""
+
+OPSETS = range(11, 22)
+"""The versions that are offered, each tried in ONNX Runtime by a test."""
+
+INT8_OPSETS = range(13, OPSETS.stop)
+"""The versions of these that have a scale for each channel."""
+
+
+def is_resized(crop: str, size: int) -> bool:
+    """Tell whether images of this side are resized and a part of them taken, given the setting `data.crop`.
+
+    Others are cropped to a square and resized to their side at once.
+    """
+    return crop == "resized" or (crop == "auto" and size > SMALL_IMAGE)

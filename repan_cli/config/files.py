@@ -12,7 +12,7 @@ import yaml
 from repan_cli.config.settings import SCHEMA, Config, flatten
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
-from repan_cli.system.text import on_one_line
+from repan_cli.system.text import at_home, on_one_line
 
 # ---------------------------------------------------------------------------------------------- reading
 
@@ -104,6 +104,7 @@ def presets() -> dict[str, Path]:
 
 def find_preset(name: str, *, near: Path | None = None) -> Path:
     """The file that `name` means: a path, a path beside the file `near`, or the name of a shipped preset."""
+    name = at_home(name)
     for path in (Path(name), *([near.parent / name] if near else [])):
         with contextlib.suppress(OSError):  # a name that is too long for one
             if path.is_file():
@@ -111,7 +112,9 @@ def find_preset(name: str, *, near: Path | None = None) -> Path:
     shipped = presets()
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
-    hint = did_you_mean(name, shipped) or "; 'repan list presets' shows those that ship with repan"
+    inside = [known for known in shipped if name.removesuffix(".yaml").lower() in known.rpartition("/")[2].split("_")]
+    meant = f"; did you mean {' or '.join(inside)}?" if inside else did_you_mean(name, shipped)
+    hint = meant or "; 'repan list presets' shows those that ship with repan"
     raise InputError(f"no configuration file or preset '{name}'{hint}")
 
 

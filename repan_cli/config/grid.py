@@ -18,6 +18,7 @@ from repan_cli.config.resolve import Resolved, resolve_layer
 from repan_cli.config.schema import Layer
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
+from repan_cli.system.text import at_home
 
 FOLDER = "studies"
 """The folder of the grids that ship with repan, beside those of the presets."""
@@ -79,6 +80,7 @@ def grids() -> dict[str, Path]:
 
 def find_grid(name: str) -> Path:
     """Return the file that `name` means: a path, or the name of a shipped grid. Raises InputError."""
+    name = at_home(name)
     if Path(name).is_file():
         return Path(name)
     shipped = grids()

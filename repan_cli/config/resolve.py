@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from repan_cli.config.conventions import DATASET_PREFIXES
 from repan_cli.config.files import find_preset, presets, read_file
 from repan_cli.config.schema import Layer
 from repan_cli.config.settings import OVERLAY, PREVIOUS, RECIPES, SCHEMA, Config, baseline_phase, from_flat
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
-from repan_cli.system.text import on_one_line
+from repan_cli.system.text import at_home, on_one_line
 
 # ---------------------------------------------------------------------------------------------- building
 
@@ -49,23 +51,68 @@ def typed(*layers: Layer) -> dict[str, Any]:
     return values
 
 
+OTHER_WORDS = {
+    **dict.fromkeys(("cycles", "num_cycles", "n_cycles"), "cycle.count"),
+    **dict.fromkeys(("dataset", "data_set"), "data.name"),
+    **dict.fromkeys(("data_root", "data_dir", "data_path"), "data.root"),
+    **dict.fromkeys(("batch", "bs", "batchsize"), "data.batch_size"),
+    **dict.fromkeys(("img_size", "imgsz", "resolution"), "data.image_size"),
+    **dict.fromkeys(("learning_rate", "base_lr"), "optim.lr"),
+    **dict.fromkeys(("wd", "decay_rate"), "optim.weight_decay"),
+    **dict.fromkeys(("optimizer", "opt"), "optim.name"),
+    **dict.fromkeys(("scheduler", "lr_schedule", "sched"), "optim.schedule"),
+    **dict.fromkeys(("warmup", "warmup_epoch"), "optim.warmup_epochs"),
+    **dict.fromkeys(("num_epochs", "max_epochs", "n_epochs"), "epochs"),
+    **dict.fromkeys(("arch", "architecture", "backbone", "network"), "model.name"),
+    **dict.fromkeys(("weights", "checkpoint"), "model.init"),
+    **dict.fromkeys(("gpu", "gpus", "accelerator"), "run.device"),
+    **dict.fromkeys(("num_workers", "n_workers"), "data.workers"),
+    **dict.fromkeys(("out_dir", "output", "output_dir", "save_dir"), "run.out"),
+    **dict.fromkeys(("logger", "loggers"), "run.trackers"),
+    "amp": "run.precision",
+}
+"""Words that others have for our settings."""
+
+SEVERAL = 3
+"""Settings that are suggested at most."""
+
+
 def _unknown_key(key: str) -> str:
     sections = {known.partition(".")[0] for known in SCHEMA if "." in known} | {"baseline"}
     if key in sections:
         return f"{key} is a section: give {key}.SETTING=VALUE, see 'repan list settings \"{key}.*\"'"
-    same = [known for known in SCHEMA if known.rpartition(".")[2] == key]
+    leaf = key.rpartition(".")[2].lower()
+    same = [known for known in SCHEMA if known.rpartition(".")[2] == leaf]
+    same = same[:SEVERAL] or [OTHER_WORDS[leaf]] * (leaf in OTHER_WORDS)
     hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, [*SCHEMA, *OVERLAY])
     return f"unknown setting '{key}'{hint or '; see repan list settings'}"
 
 
 def _section_problems(config: Config) -> Iterator[str]:
     yield from config.model.problems()
+    yield from config.block.problems()
     yield from config.data.problems()
     yield from config.optim.problems()
     yield from config.cycle.problems()
     yield from config.teacher.problems()
     yield from config.problems()
     yield from (f"baseline: {problem}" for problem in baseline_phase(config).optim.problems())
+
+
+def folder_as_data(layer: Layer) -> Layer:
+    """Return a layer that names a folder as its data set, as `folder` with this root. Raises InputError for two."""
+    name = layer.get("data.name")
+    if not isinstance(name, str) or not is_folder_of_data(name):
+        return layer
+    if layer.get("data.root") is not None:
+        raise InputError(f"data.name={name} is a folder, and data.root={layer['data.root']} another: give one of them")
+    return {**layer, "data.name": "folder", "data.root": at_home(name)}
+
+
+def is_folder_of_data(name: str) -> bool:
+    """Tell whether a name of a data set is none that is known, but a folder that is there."""
+    known = name in RECIPES or name.partition("/")[0] in DATASET_PREFIXES
+    return not known and bool(name) and Path(at_home(name)).is_dir()
 
 
 def baseline_layer(layer: Layer) -> dict[str, Any]:
@@ -80,11 +127,14 @@ def baseline_layer(layer: Layer) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration, a line that says where it came from, and what of it the command line gave."""
+    """A configuration, a line that says where it came from, what of it the command line gave, and what a person's `own`
+    file.
+    """
 
     config: Config
     source: str
     given: Layer = field(default_factory=dict)
+    own: Layer = field(default_factory=dict)
 
 
 def resolve(command: str, file: str | None, given: Layer) -> Resolved:
@@ -93,10 +143,19 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
     Without a file the recipe of the data set is read, where there is one. `train` reads the baseline of a file of
     cycles.
     """
+    given = folder_as_data(given)
     if file is None:
         file = RECIPES.get(str(given.get("data.name")))
     path = find_preset(file) if file else None
-    return resolve_layer(command, read_file(path) if path else {}, given, source=_shown(path))
+    layer = read_file(path) if path else {}
+    found = resolve_layer(command, layer, given, source=_shown(path))
+    return found if path in presets().values() else dataclasses.replace(found, own=_changed(layer))
+
+
+def _changed(layer: Layer) -> Layer:
+    """Return the settings of a file that are not the default: the config.yaml of a run holds all there are."""
+    known = {key: text for key, text in layer.items() if key in SCHEMA}
+    return {key: known[key] for key, value in typed(known).items() if value != SCHEMA[key].default}
 
 
 def resolve_layer(command: str, layer: Layer, given: Layer, *, source: str) -> Resolved:
@@ -104,6 +163,7 @@ def resolve_layer(command: str, layer: Layer, given: Layer, *, source: str) -> R
 
     Raises InputError for settings that the command does not read, and where a data set, network or teacher is missing.
     """
+    layer, given = folder_as_data(layer), folder_as_data(given)
     if command == "train":
         refuse(given, ("teacher.",), "has no effect in 'repan train': give it to 'repan distill'")
         layer = {key: text for key, text in layer.items() if not key.startswith(("teacher.", "baseline.teacher."))}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from repan_cli.registry import did_you_mean
+from repan_cli.system.text import at_home
 
 SWITCHES = {"true": "on", "yes": "on", "false": "off", "no": "off"}
 """Other words for the choices on and off."""
@@ -26,9 +27,13 @@ def setting(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    path: bool = False,
 ) -> Any:
-    """A dataclass field with its text, and its bounds: low <= value, above < value, value <= high."""
-    metadata = {"text": text, "choices": choices, "low": low, "above": above, "high": high}
+    """A dataclass field with its text, and its bounds: low <= value, above < value, value <= high.
+
+    The value of a `path` may begin with '~'.
+    """
+    metadata = {"text": text, "choices": choices, "low": low, "above": above, "high": high, "path": path}
     return field(default=default, metadata=metadata)
 
 
@@ -44,6 +49,7 @@ class Setting:
     low: float | None
     above: float | None
     high: float | None
+    path: bool
 
     def parse(self, text: Any) -> Any:
         """The value that `text` (a string, or a list of them) means. Raises ValueError with what is wrong."""
@@ -66,7 +72,7 @@ class Setting:
     def _parse_one(self, kind: type, text: Any) -> Any:
         if not isinstance(text, str):
             raise ValueError(f"expected one value, not {text!r}")
-        value = _PARSERS[kind](text.strip())
+        value = _PARSERS[kind](at_home(text.strip()) if self.path else text.strip())
         if "on" in self.choices:
             value = SWITCHES.get(value, value)
         self._check_bounds(value)
@@ -93,9 +99,10 @@ def _optional(kind: Any) -> tuple[Any, bool]:
 
 
 def _parts(text: Any) -> list[Any]:
-    """The elements of a list: YAML's own, or `[a,b]` or `a,b` as text."""
+    """The elements of a list: YAML's own, or `[a,b]` or `a,b` as text, also as Python writes it."""
     if isinstance(text, str):
-        text = [part for part in text.strip().removeprefix("[").removesuffix("]").split(",") if part.strip()]
+        text = [part.strip(" '\"") for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
+        text = [part for part in text if part]
     return text or []
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from repan_cli.config.conventions import SMALL_IMAGE, WEIGHT_ENDINGS
@@ -28,11 +27,15 @@ POLICIES = ("autoaugment", "randaugment", "trivialaugment")
 @dataclass(frozen=True)
 class ModelConfig:
     name: str | None = setting(
-        None, "Network: repvgg, repvgg_a1_cifar, timm:NAME, torchvision:NAME, or your own as file.py:function."
+        None,
+        "Network: repvgg, repvgg_a1_cifar, timm:NAME, torchvision:NAME, or your own as file.py:function.",
+        path=True,
     )
     pretrained: bool = setting(False, "Start from the weights that timm or torchvision offers for the network.")
     init: str | None = setting(
-        None, "File of weights to start from, repan's or others'; cycle then skips the baseline if its classes fit."
+        None,
+        "File of weights to start from, repan's or others'; cycle then skips the baseline if its classes fit.",
+        path=True,
     )
 
     def problems(self) -> Iterator[str]:
@@ -48,7 +51,9 @@ class ModelConfig:
 @dataclass(frozen=True)
 class BlockConfig:
     name: str | None = setting(
-        None, "Block family, see 'repan list blocks'; null: the network's own blocks where it has them, else repvgg."
+        None,
+        "Block family, see 'repan list blocks', or your own as file.py:function; null: the network's own blocks where "
+        "it has them, else repvgg.",
     )
     kernel: tuple[int, ...] = setting(
         (), "Kernel sizes of the convolutions that become blocks, such as [3,5]; [] is all above 1.", low=1
@@ -58,12 +63,21 @@ class BlockConfig:
     limit: int | None = setting(None, "At most this many blocks, those with the most weights first.", low=1)
     branches: int | None = setting(None, "Number of k x k side branches (mobileone; null is 3).", low=1)
 
+    def problems(self) -> Iterator[str]:
+        if (self.name or "").endswith(".py"):
+            yield f"block.name={self.name} needs the function in it that returns the branches: {self.name}:FUNCTION"
+
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: str | None = setting(None, "Data set, see 'repan list datasets'.")
-    root: str = setting("data", "Folder of the data sets; ROOT/NAME is read (for 'folder': ROOT itself).")
-    image_size: int | None = setting(None, "Side of the images in pixels; null takes the data set's own.", low=4)
+    name: str | None = setting(None, "Data set, see 'repan list datasets'.", path=True)
+    root: str = setting("data", "Folder of the data sets; ROOT/NAME is read (for 'folder': ROOT itself).", path=True)
+    image_size: int | None = setting(
+        None,
+        "Side of the images in pixels; null takes the data set's own, of image folders the network's, unless all "
+        "pictures are small squares of one size.",
+        low=4,
+    )
     batch_size: int = setting(128, "Images a training step.", low=2)
     val_fraction: float = setting(
         0.1, "Part of the training set held out to choose by; 0 trains on everything.", low=0, high=0.9
@@ -76,6 +90,7 @@ class DataConfig:
         "text",
         "Order of the classes of image folders: text, or that of a classes.txt beside the parts; natural, 2 before 10; "
         "a file with a name a line.",
+        path=True,
     )
     channels: int | None = setting(None, "1 reads images in grey, 3 in colour; null takes the data set's own.", low=1)
     classes: int | None = setting(
@@ -116,8 +131,6 @@ class DataConfig:
     def problems(self) -> Iterator[str]:
         if self.channels == 2 or (self.channels or 0) > 3:
             yield f"data.channels={self.channels} is neither 1 nor 3"
-        if self.name and self.name not in RECIPES and Path(self.name).is_dir():
-            yield f"data.name={self.name} is a folder: give --dataset folder --data-root {self.name}"
 
 
 @dataclass(frozen=True)
@@ -217,8 +230,9 @@ class TeacherConfig:
         None,
         "Teacher: a file of weights, timm:NAME or torchvision:NAME (pretrained), or previous (in cycle: the merged "
         "network of the cycle before).",
+        path=True,
     )
-    model: str | None = setting(None, "Network of a teacher's file that is not repan's.")
+    model: str | None = setting(None, "Network of a teacher's file that is not repan's.", path=True)
     alpha: float = setting(0.5, "Share of the distillation loss; the rest is the cross-entropy.", low=0, high=1)
     temperature: float = setting(4.0, "Temperature of the distillation loss.", above=0)
     image_size: int | None = setting(None, "Side of the images that the teacher sees; null is its own.", low=4)
@@ -268,7 +282,7 @@ class RunConfig:
         "A training step as one CUDA graph: auto, on a GPU where that can be; on; off.",
         choices=("auto", "on", "off"),
     )
-    out: str | None = setting(None, "Run directory; by default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.")
+    out: str | None = setting(None, "Run directory; by default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.", path=True)
     log_every: int = setting(20, "Training steps between two looks at the loss (a host-device sync each).", low=1)
     save_every: int | None = setting(
         None, "Training steps between two saves inside an epoch; null saves at its end, and when asked to stop.", low=1

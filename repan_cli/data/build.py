@@ -7,7 +7,7 @@ from typing import Any
 from repan_cli import config
 from repan_cli.data.batches import Augmentation, Loader
 from repan_cli.data.in_memory import InMemoryLoader
-from repan_cli.data.preprocess import CROP_SHARE
+from repan_cli.data.preprocess import MiddleCrop
 from repan_cli.data.streaming import StreamingLoader, default_workers
 from repan_cli.data.types import ArrayImages, Dataset, Part
 from repan_cli.errors import InputError
@@ -27,13 +27,13 @@ def train_loader(dataset: Dataset, data: config.DataConfig, machine: Runtime) ->
 
 
 def eval_loader(
-    dataset: Dataset, part: str, machine: Runtime, workers: int | None = None, share: float = CROP_SHARE
+    dataset: Dataset, part: str, machine: Runtime, workers: int | None = None, crop: MiddleCrop | None = None
 ) -> Loader:
-    """The images of a part as they are, to be scored; of resized ones `share` of the side."""
+    """The images of a part as they are, to be scored; of resized ones the part `crop`, or the usual one."""
     images, options = dataset.part(part), _options(dataset, machine)
     if isinstance(images, ArrayImages):
         return InMemoryLoader(images, **options)
-    return _streamed(dataset, images, machine, workers, share=share, **options)
+    return _streamed(dataset, images, machine, workers, crop=crop, **options)
 
 
 def _options(dataset: Dataset, machine: Runtime, **more: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from repan_cli.config.conventions import LARGE_IMAGE
+from repan_cli.config.conventions import DATASET_PREFIXES, LARGE_IMAGE
 from repan_cli.data import pickled_arrays
 from repan_cli.data.folders import load_folders
 from repan_cli.data.image_files import UnreadableImageError, as_mode
@@ -35,7 +35,7 @@ from repan_cli.data.types import (
 )
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
-from repan_cli.system.text import first_line
+from repan_cli.system.text import first_line, quoted
 
 DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -87,7 +87,7 @@ def _from_torchvision(
                     path.rmdir()
             where = f"put its files or {{train,test}}/<class>/*.png into {root / folder}, or give --data-root"
             raise InputError(f"{folder} is not under {root} and cannot be downloaded ({error}); {where}") from None
-        classes, _ = read(found["train"])
+        classes = read(found["train"]).classes
         return RawDataset(classes, {name: read(part).parts["all"] for name, part in found.items()})
 
     return load
@@ -202,7 +202,7 @@ def _load_imagenet(root: Path, reading: ReadOptions) -> RawDataset:
     if len(raw.classes) != IMAGENET_CLASSES:
         raise InputError(
             f"{root / 'imagenet'} holds {len(raw.classes)} of ImageNet's {IMAGENET_CLASSES} classes: half-downloaded? "
-            f"A part of it is trained on with --dataset folder --data-root {root / 'imagenet'}"
+            f"A part of it is trained on with --dataset folder --data-root {quoted(root / 'imagenet')}"
         )
     return raw
 
@@ -226,7 +226,7 @@ def _load_noise(root: Path, reading: ReadOptions) -> RawDataset:
 
 # ---------------------------------------------------------------------------------------------- timm's own names
 
-IN_ORDER = ("wds", "tfds", "hfids")
+IN_ORDER = DATASET_PREFIXES[2:]
 """timm's data sets that can only be read from the front: nothing can be held out of them, nor an epoch repeated."""
 
 
@@ -307,14 +307,14 @@ def _timm_spec(name: str) -> DatasetSpec:
     return DatasetSpec(f"timm's {name}", _load_timm(name), IMAGENET_MEAN, IMAGENET_STD, image_size=LARGE_IMAGE)
 
 
-PREFIXES.update(dict.fromkeys(("hfds", "torch", *IN_ORDER), _timm_spec))
+PREFIXES.update(dict.fromkeys(DATASET_PREFIXES, _timm_spec))
 
 
 # ---------------------------------------------------------------------------------------------- specifications
 
 DATASETS.register("folder")(
     DatasetSpec(
-        "your own images: ROOT/train/<class>/*, ROOT/{val,test}/<class>/*", load_folders, IMAGENET_MEAN, IMAGENET_STD
+        "your own images: ROOT/<class>/*, or ROOT/{train,val,test}/<class>/*", load_folders, IMAGENET_MEAN, IMAGENET_STD
     )
 )
 

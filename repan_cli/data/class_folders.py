@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import unicodedata
@@ -18,6 +19,7 @@ from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
 from repan_cli.system.notices import warn
 from repan_cli.system.text import count as count_of
+from repan_cli.system.text import quoted
 
 EXTENSIONS = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff"),
@@ -83,30 +85,107 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def part_folders(root: Path) -> dict[str, Path]:
-    """Return the folders of the parts that a set has. Raises InputError where there is no part twice or at all."""
-    known = {name: part for part, names in PARTS.items() for name in names}
-    folders = [entry for entry in _entries(root) if entry.is_dir()] if root.is_dir() else []
+    """Return what `parts_in` does, with a warning of other folders beside the parts."""
+    if named_parts(root) and (strange := [folder.name for folder in _folders(root) if part_of(folder) is None]):
+        warn(f"{count_of(len(strange), 'folder')} of {root} no part of a data set, left out: {_some(strange)}")
+    return parts_in(root)
+
+
+def parts_in(root: Path) -> dict[str, Path]:
+    """Return the folders of the parts that a set has; class folders without parts are its training part.
+
+    Raises InputError where there is a part twice.
+    """
+    return named_parts(root) or ({"train": root} if is_flat(root) else {})
+
+
+def named_parts(root: Path) -> dict[str, Path]:
+    """Return the folders of a set that are called as parts are. Raises InputError where there is a part twice."""
     found: dict[str, Path] = {}
-    for folder in folders:
-        part = known.get(folder.name.lower())
+    for folder in _folders(root):
+        part = part_of(folder)
         if part in found:
             raise InputError(f"{found[part]} and {folder} are the same part of a data set: keep one of them")
         if part is not None:
             found[part] = folder
-    strange = [folder.name for folder in folders if folder.name.lower() not in known]
-    if found and strange:
-        warn(f"{count_of(len(strange), 'folder')} of {root} no part of a data set, left out: {_some(strange)}")
     return {part: found[part] for part in PARTS if part in found}
 
 
+def part_of(folder: Path) -> str | None:
+    """Return the part of a set that a folder is called as."""
+    return next((part for part, names in PARTS.items() if folder.name.lower() in names), None)
+
+
+def is_flat(root: Path) -> bool:
+    """Tell whether a folder holds classes without parts: folders of images, at least two, none of them with parts."""
+    folders = _folders(root)
+    return (
+        len(folders) > 1
+        and part_of(root) is None
+        and not named_parts(root)
+        and not any(named_parts(folder) for folder in folders)
+        and any(_holds_images(folder) for folder in folders[:MOST_ASIDE])
+    )
+
+
+def _is_set(folder: Path) -> bool:
+    parts = named_parts(folder)
+    return len(_folders(parts["train"])) > 1 if "train" in parts else is_flat(folder)
+
+
+def _holds_images(folder: Path) -> bool:
+    """Tell whether there are images among the first files in and below a folder."""
+    files = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
+    return any(is_image(file) for file in itertools.islice(files, MOST_FILES))
+
+
+MOST_FILES, MOST_ASIDE = 1000, 50
+"""Files of a folder, and folders, that are looked at to see what it holds."""
+
+
 def training_folder(root: Path, parts: dict[str, Path]) -> Path:
-    """Return the folder of the training part. Raises InputError where there is none."""
-    if "train" not in parts:
-        raise InputError(
-            f"no folder {root / 'train'}: expected {root}/train/<class>/* and {root}/test/<class>/* (or val); "
-            "--data-root names another place"
-        )
-    return parts["train"]
+    """Return the folder of the training part. Raises InputError, with the folder that may be meant, where none is."""
+    if "train" in parts:
+        return parts["train"]
+    if not root.is_dir():
+        raise InputError(f"no folder {root}: expected {EXPECTED.format(root)}; --data-root names another place")
+    if (meant := _meant(root)) is not None:
+        raise InputError(f"{root} is no data set of image folders; did you mean --data-root {quoted(meant)}?")
+    loose = next((entry for entry in _entries(root) if is_image(entry)), None)
+    if loose:
+        raise InputError(f"{root} holds {loose.name} and no class folders: expected {EXPECTED.format(root)}")
+    raise InputError(
+        f"no folder {root / 'train'}, nor classes in {root}: expected {EXPECTED.format(root)}; --data-root names "
+        "another place"
+    )
+
+
+EXPECTED = "{0}/train/<class>/* and {0}/test/<class>/* (or val), or {0}/<class>/*"
+
+
+def _meant(root: Path) -> Path | None:
+    """Return the folder of a data set that lies around a folder, or in it, some levels away."""
+    top = root.resolve()
+    for place in (top, top.parent):  # a part, or a class of one
+        if place in named_parts(place.parent).values():
+            return _as_typed(place.parent, root)
+    if not _folders(root) and is_flat(top.parent):
+        return _as_typed(top.parent, root)
+    first = _folders(root)[:MOST_ASIDE]
+    inside = [*first, *(each for folder in first for each in _folders(folder)[:MOST_ASIDE])]
+    return next((folder for folder in inside if _is_set(folder)), None)
+
+
+def _as_typed(folder: Path, root: Path) -> Path:
+    """Return a folder around `root` as a path like that: relative where it is, and leads there."""
+    for parent in (root.parent, root.parent.parent):
+        if parent.resolve() == folder:
+            return parent
+    return folder
+
+
+def _folders(root: Path) -> list[Path]:
+    return [entry for entry in _entries(root) if entry.is_dir()] if root.is_dir() else []
 
 
 def _some(names: Sequence[str]) -> str:
@@ -181,10 +260,11 @@ def names_in(file: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------- images
 
 
-def first_image(folders: Sequence[Path]) -> Path:
-    """Return an image file of a class. Raises InputError where it has none."""
-    found = next((path for folder in folders for path in files_below(folder) if is_image(path)), None)
-    if found is None:
+def first_images(folders: Sequence[Path], count: int) -> list[Path]:
+    """Return up to `count` image files of a class. Raises InputError where it has none."""
+    there = (path for folder in folders for path in files_below(folder) if is_image(path))
+    found = [*itertools.islice(there, count)]
+    if not found:
         raise InputError(f"{folders[0]} holds no images ({', '.join(sorted(EXTENSIONS))})")
     return found
 

@@ -8,7 +8,6 @@ images) or read from where it lies when it is asked for (`LazyImages`).
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from repan_cli import config
-from repan_cli.data import image_files
+from repan_cli.data import class_folders, image_files
 from repan_cli.data.subset import first_classes, first_images, stratified
 from repan_cli.data.types import (
     DATASETS,
@@ -56,6 +55,8 @@ def load(
     class_order: str | Sequence[str] = "text",
     only: str | None = None,
     download: bool = True,
+    network_size: int | None = None,
+    keep: bool = False,
 ) -> Dataset:
     """Read a data set, or a part of it, and hold out its validation part.
 
@@ -64,13 +65,21 @@ def load(
     `val_fraction` of the training set, stratified and drawn by `split_seed` alone, is held out; where it has neither,
     `test_fraction` before that is the test set. `class_order` is that of the classes of a folder set; with `only` just
     that part of it is read, and the others are empty. `download` allows to fetch a set that is not there.
+    `keep` leaves it to the loader to skip images. `network_size`: of folders whose images have no size of their own.
     """
     spec = _specification(name)
     mean, std = _statistics(spec, channels)
-    reading = ReadOptions(image_size or spec.image_size, len(mean), crop, on_error == "skip", classes or 10, download)
-    order = class_order if isinstance(class_order, str) else tuple(class_order)
-    reading = dataclasses.replace(reading, order=order, only=only)
-    raw, drawn = spec.load(Path(root), reading), ""
+    reading = ReadOptions(
+        *(image_size or spec.image_size, len(mean), crop),
+        skip=on_error == "skip",
+        classes=classes or 10,
+        download=download,
+        order=class_order if isinstance(class_order, str) else tuple(class_order),
+        only=only,
+        network_size=network_size,
+        keep=keep,
+    )
+    raw, digest = spec.load(Path(root), reading), ""
     _check_labels(name, raw)
     if classes is not None and classes != len(raw.classes):
         raw = first_classes(name, raw, classes)
@@ -78,25 +87,28 @@ def load(
         return _alone(name, spec, raw, reading, (mean, std), only)
     _warn_of_empty_classes(name, raw)
     if raw.parts.keys() == {"train"}:
-        raw, drawn = _with_test_part(name, Path(root), raw, test_fraction, split_seed)
+        raw, digest = _with_test_part(name, Path(root), raw, test_fraction, split_seed)
     if per_class is not None:
         raw = first_images(raw, per_class)
     parts = {part: _fitted(images, reading) for part, images in raw.parts.items()}
     train, val, test = parts["train"], parts.get("val"), parts.get("test")
-    digest = drawn
     if test is None:
         val, test = None, parts["val"]
     if val is None and val_fraction > 0:
-        held_out = stratified(train.labels, val_fraction, split_seed)
-        if not held_out.any():
-            raise InputError(
-                f"with one training image a class none of {name} can be held out: set data.val_fraction=0, or "
-                "data.per_class above 1"
-            )
-        digest = _digest_of_split(held_out, train.labels, drawn)
-        train, val = train.take(~held_out), train.take(held_out)
-    size = train.images.shape[1] if isinstance(train, ArrayImages) else reading.image_size or _side(train)
-    return Dataset(name, raw.classes, mean, std, spec.flip, spec.policy, size, train, val, test, digest)
+        train, val, digest = _with_validation_part(name, train, val_fraction, split_seed, digest)
+    look = (mean, std, spec.flip, spec.policy, _size(train, raw, reading))
+    return Dataset(name, raw.classes, *look, train, val, test, digest)
+
+
+def _with_validation_part(name: str, train: Part, fraction: float, seed: int, before: str) -> tuple[Part, Part, str]:
+    """Hold a validation part out of the training part; returns both, and the digest of all draws."""
+    held_out = stratified(train.labels, fraction, seed)
+    if not held_out.any():
+        raise InputError(
+            f"with one training image a class none of {name} can be held out: set data.val_fraction=0, or "
+            "data.per_class above 1"
+        )
+    return train.take(~held_out), train.take(held_out), _digest_of_split(held_out, train.labels, before)
 
 
 def _with_test_part(name: str, root: Path, raw: RawDataset, fraction: float, seed: int) -> tuple[RawDataset, str]:
@@ -105,9 +117,12 @@ def _with_test_part(name: str, root: Path, raw: RawDataset, fraction: float, see
     drawn = stratified(train.labels, fraction, seed)
     if not drawn.any():
         raise InputError(f"{root} has one training image a class, and no val or test part: nothing can be reported")
+    flat = name == "folder" and not class_folders.named_parts(root)
+    lacks = f"{root} has no parts" if flat else f"neither {root / 'val'} nor {root / 'test'}"
+    of = "images" if flat else f"training images of {name}"
     warn(
-        f"neither {root / 'val'} nor {root / 'test'}: {drawn.sum():,} of the {len(drawn):,} training images of {name} "
-        "are drawn as its test part (data.test_fraction, data.split_seed)"
+        f"{lacks}: {drawn.sum():,} of the {len(drawn):,} {of} are drawn as its test part, evenly over the classes "
+        "(data.test_fraction, data.split_seed)"
     )
     parts = {"train": train.take(~drawn), "test": train.take(drawn)}
     return raw._replace(parts=parts), _digest_of_split(drawn, train.labels, "")
@@ -125,7 +140,7 @@ def _alone(
     part = _fitted(raw.parts[only], reading)
     empty = part.take(np.zeros(len(part.labels), dtype=bool))
     train, val, test = (part if each == only else empty for each in ("train", "val", "test"))
-    size = part.images.shape[1] if isinstance(part, ArrayImages) else reading.image_size or _side(part)
+    size = _size(part, raw, reading)
     return Dataset(name, raw.classes, *look, spec.flip, spec.policy, size, train, val, test, "")
 
 
@@ -145,6 +160,19 @@ def settings_of(data: config.DataConfig) -> dict[str, Any]:
         "split_seed": data.split_seed,
         "class_order": data.class_order,
     }
+
+
+def check_name(name: str) -> None:
+    """Raise InputError for an unknown data set."""
+    _specification(name)
+
+
+def check(name: str, root: str | Path) -> None:
+    """Raise InputError for an unknown data set, and for image folders that are not there. Reads no image."""
+    check_name(name)
+    folder = {"folder": Path(root), "imagenet": Path(root) / "imagenet"}.get(name)
+    if folder is not None:
+        class_folders.training_folder(folder, class_folders.parts_in(folder))
 
 
 def _specification(name: str) -> DatasetSpec:
@@ -199,5 +227,8 @@ def _with_channels(images: Pixels, channels: int) -> Pixels:
     return np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
 
 
-def _side(part: LazyImages) -> int:
-    return part.read(int(part.index[0])).width
+def _size(part: Part, raw: RawDataset, reading: ReadOptions) -> int:
+    """Return the side of the images of a part."""
+    if isinstance(part, ArrayImages):
+        return int(part.images.shape[1])
+    return reading.image_size or raw.image_size or part.read(int(part.index[0])).width

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
+from repan_cli.config.conventions import SMALL_IMAGE
 from repan_cli.data import class_folders, image_files
 from repan_cli.data.image_files import UnreadableImageError
 from repan_cli.data.types import ArrayImages, Labels, LazyImages, Part, Pixels, RawDataset, ReadOptions
@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 LARGEST_RESIDENT = 16 * 2**30
 LOOKED_AT = 200_000
+MEND = "; data.on_error=skip leaves such training images out"
 
 
 def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
@@ -37,7 +38,7 @@ def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
         part: class_folders.list_images(folder, classes, whole=reading.only is None) for part, folder in folders.items()
     }
     class_folders.tell_of_others(root, iter(listed.values()))
-    size = reading.image_size or image_files.own_size(next(iter(listed.values())).paths[0], reading.channels)
+    size = reading.image_size or _side(listed.values(), reading)
     parts: dict[str, Part] = {}
     for part, (paths, labels, _) in listed.items():
         skip = reading.skip and part == "train"
@@ -45,7 +46,19 @@ def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
             parts[part] = _pictures(paths, labels, reading, skip=skip, whole=part != "train")
         else:
             parts[part] = _read_images(paths, labels, size, reading, skip=skip)
-    return RawDataset(classes, parts)
+    return RawDataset(classes, parts, size)
+
+
+def _side(listed: Iterable[class_folders.Listed], reading: ReadOptions) -> int:
+    """Return the side of images for which none is set: their own where all are small, square and alike, else that of
+    the network. Raises InputError where neither is known.
+    """
+    own = image_files.common_side(path for part in listed for path in part.paths)
+    if isinstance(own, int) and (own <= SMALL_IMAGE or reading.network_size is None):
+        return own
+    if reading.network_size is None:
+        raise InputError(str(own))
+    return reading.network_size
 
 
 def _classes(root: Path, folders: dict[str, Path], reading: ReadOptions) -> tuple[str, ...]:
@@ -73,10 +86,9 @@ def _read_images(paths: list[Path], labels: Labels, size: int, reading: ReadOpti
             f"{len(paths):,} images of {size} pixels do not fit in memory: set a smaller data.image_size, or "
             "data.crop=resized, which reads them one by one"
         )
-    crop = reading.image_size is not None
 
     def read(index: int) -> Pixels:
-        return np.asarray(_at_size(paths[index], size, reading.channels, crop=crop))
+        return np.asarray(image_files.square(image_files.open_image(paths[index], reading.channels), size))
 
     images = _outcomes(read, len(paths), skip=skip)
     kept = np.array([image is not None for image in images])
@@ -84,18 +96,9 @@ def _read_images(paths: list[Path], labels: Labels, size: int, reading: ReadOpti
     return ArrayImages(stacked.reshape(-1, size, size, reading.channels), labels[kept])
 
 
-def _at_size(path: Path, size: int, channels: int, *, crop: bool) -> Image.Image:
-    image = image_files.open_image(path, channels)
-    if not crop and image.size != (size, size):
-        raise InputError(
-            f"{path} is {image.width}x{image.height} pixels, others are {size}x{size}: set data.image_size"
-        )
-    return image_files.square(image, size)
-
-
 def _pictures(paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: bool, whole: bool) -> LazyImages:
     """Files to be read when they are asked for; looked at now, unless there are very many: their headers, or, as a run
-    must not fail at its end, `whole` images.
+    must not fail at its end, `whole` images. Training images are not looked at where the loader is to skip them.
     """
 
     def look(index: int) -> bool:
@@ -103,13 +106,18 @@ def _pictures(paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: 
         return True
 
     kept = np.ones(len(paths), dtype=bool)
-    if len(paths) <= LOOKED_AT:
-        kept = np.array([found is not None for found in _outcomes(look, len(paths), skip=skip)])
+    if len(paths) <= LOOKED_AT and (whole or not reading.keep):
+        kept = np.array(
+            [found is not None for found in _outcomes(look, len(paths), skip=skip, mend="" if whole else MEND)]
+        )
     return LazyImages(image_files.FileReader(paths, reading.channels), labels[kept], np.flatnonzero(kept))
 
 
-def _outcomes(read: Callable[[int], T], count: int, *, skip: bool) -> list[T | None]:
-    """Return what `read` gives for each number; with `skip` None for images that cannot be read, and a warning."""
+def _outcomes(read: Callable[[int], T], count: int, *, skip: bool, mend: str = "") -> list[T | None]:
+    """Return what `read` gives for each number; with `skip` None for images that cannot be read, and a warning.
+
+    `mend` ends the error of images that must be read.
+    """
     failed = []
 
     def outcome(index: int) -> T | None:
@@ -123,7 +131,7 @@ def _outcomes(read: Callable[[int], T], count: int, *, skip: bool) -> list[T | N
         found = list(pool.map(outcome, range(count)))
     if failed and not skip:
         more = f" (and {count_of(len(failed) - 1, 'other')})" if len(failed) > 1 else ""
-        raise UnreadableImageError(f"{failed[0]}{more}")
+        raise UnreadableImageError(f"{failed[0]}{more}{mend}")
     if failed:
         warn(f"{len(failed)} of {count:,} training images cannot be read and are left out; one of them: {failed[0]}")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -78,14 +78,29 @@ def square(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(image, (size, size), Image.Resampling.BOX if whole else Image.Resampling.BICUBIC)
 
 
-def own_size(path: Path, channels: int) -> int:
-    """The side of a square picture. Raises InputError for one that is not square."""
-    image = open_image(path, channels)
-    if image.width != image.height:
-        raise InputError(
-            f"{path} is {image.width}x{image.height} pixels: set data.image_size, images are cropped to a square"
-        )
-    return image.width
+def size_in(path: Path) -> tuple[int, int]:
+    """Width and height of the picture in a file, from its header. Raises UnreadableImageError."""
+    with _opened(path) as image:
+        return image.size
+
+
+def common_side(paths: Iterable[Path]) -> int | str:
+    """The side of square pictures that are all of one size; else what differs, in words.
+
+    Pictures that cannot be read have none. The first that differs ends the search.
+    """
+    side = None
+    for path in paths:
+        try:
+            width, height = size_in(path)
+        except UnreadableImageError:
+            continue
+        if width != height:
+            return f"{path} is {width}x{height} pixels: set data.image_size, images are cropped to a square"
+        if side not in (None, width):
+            return f"{path} is {width}x{height} pixels, others are {side}x{side}: set data.image_size"
+        side = width
+    return side or "no image can be read"
 
 
 class FileReader:

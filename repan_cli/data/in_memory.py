@@ -49,8 +49,15 @@ class InMemoryLoader(Loader):
 
     def gather(self, index: Tensor, views: Tensor) -> Tensor:
         """The given views of the given images, float32 (B, C, H, W), normalised."""
-        crop, mirrored = views // 2, (views % 2).bool()
-        batch = self.windows[index, crop // self.side, crop % self.side]
+        return self._cut(index, *self._places(views))
+
+    def _places(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return row and column of the crops of views, and which of them are mirrored."""
+        crop = views // 2
+        return crop // self.side, crop % self.side, (views % 2).bool()
+
+    def _cut(self, index: Tensor, row: Tensor, column: Tensor, mirrored: Tensor) -> Tensor:
+        batch = self.windows[index, row, column]
         if self.augmentation.flip:
             batch = torch.where(mirrored.view(-1, 1, 1, 1), batch.flip(2), batch)
         normalised = torch.addcmul(self.shift, batch.float(), self.scale)
@@ -61,10 +68,11 @@ class InMemoryLoader(Loader):
         return next(self._gathered(index, views, [len(index)]))
 
     def _gathered(self, order: Tensor, views: Tensor, sizes: list[int]) -> Iterator[Batch]:
-        """Batches of such sizes; all indices go to the device at once, as each time is a host-device sync."""
-        parts = (order, views, order.to(self.device), views.to(self.device))
-        for index, view, here, look in zip(*(part.split(sizes) for part in parts), strict=True):
-            yield Batch(self.gather(here, look), self.labels[here], index, view)
+        """Batches of such sizes; all numbers go to the device at once, as each time is a host-device sync."""
+        here = order.to(self.device)
+        parts = (order, views, here, *self._places(views.to(self.device)))
+        for index, view, rows, *place in zip(*(part.split(sizes) for part in parts), strict=True):
+            yield Batch(self._cut(rows, *place), self.labels[rows], index, view)
 
     def _training(self, rows: Sequence[Tensor], plan: EpochPlan, position: tuple[int, ...]) -> Iterator[Batch]:
         order = torch.cat([*rows, torch.empty(0, dtype=torch.long)])

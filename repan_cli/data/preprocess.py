@@ -5,25 +5,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from repan_cli.config.conventions import CENTER, CROP_SHARE, INTERPOLATION
 from repan_cli.data import image_files
-from repan_cli.data.types import ReadOptions
 
-CROP_SHARE = 0.875
-"""Side of the part that is looked at, of the resized picture."""
+
+@dataclass(frozen=True)
+class MiddleCrop:
+    """The part of a large picture that is looked at outside of training, as timm takes it.
+
+    `share` is the part of the side of the resized picture, `mode` one of `CROP_MODES`, `fill` the color of a border,
+    each channel from 0 to 1.
+    """
+
+    share: float = CROP_SHARE
+    mode: str = CENTER
+    interpolation: str = INTERPOLATION
+    fill: tuple[float, ...] = (0.0, 0.0, 0.0)
+
+    def transform(self, size: int) -> transforms.Compose:
+        """Return the steps from a picture to a uint8 tensor (C, size, size)."""
+        whole = timm.data.create_transform(
+            size,
+            is_training=False,
+            use_prefetcher=True,  # which leaves the normalisation to others
+            interpolation=self.interpolation,
+            mean=self.fill,  # of which a border is
+            crop_pct=self.share,
+            crop_mode=self.mode,
+        )
+        return transforms.Compose([*whole.transforms[:-1], functional.pil_to_tensor])
 
 
 @dataclass(frozen=True)
 class Preparation:
     """Side, channels and normalisation of a network's images.
 
-    `resized`: of large pictures the shorter side is resized and the middle taken, `share` of it; small ones are cropped
-    to a square and resized.
+    `resized`: of large pictures a part is taken, `crop`; small ones are cropped to a square and resized.
     """
 
     size: int
@@ -31,18 +55,13 @@ class Preparation:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resized: bool
-    share: float = CROP_SHARE
-
-    @staticmethod
-    def crops(crop: str, size: int) -> bool:
-        """Tell whether the setting `data.crop` means that images of this side are resized."""
-        return ReadOptions(crop=crop).streams(size)
+    crop: MiddleCrop = MiddleCrop()
 
     def picture(self, image: Image.Image) -> Tensor:
         """(C, H, W) in uint8."""
         if not self.resized:
             return functional.pil_to_tensor(image_files.square(image, self.size))
-        return middle(self.size, self.share)(image)
+        return self.crop.transform(self.size)(image)
 
     def file(self, path: Path) -> Tensor:
         """The image in a file, (C, H, W) normalised. Raises UnreadableImageError naming it."""
@@ -52,9 +71,3 @@ class Preparation:
         """uint8 (..., C, H, W) to float32, values from 0 to 1 less the mean, over std."""
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (image.float() / 255 - mean) / std
-
-
-def middle(size: int, share: float = CROP_SHARE) -> transforms.Compose:
-    """A picture resized, bicubic, its middle taken, as a uint8 tensor."""
-    resize = transforms.Resize(round(size / share), transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([resize, transforms.CenterCrop(size), functional.pil_to_tensor])

@@ -20,7 +20,7 @@ from torchvision.transforms import functional
 from repan_cli.data.batches import Batch, EpochPlan, Loader
 from repan_cli.data.image_files import ArrayReader
 from repan_cli.data.policies import policy
-from repan_cli.data.preprocess import CROP_SHARE, middle
+from repan_cli.data.preprocess import MiddleCrop
 from repan_cli.data.types import ArrayImages, LazyImages, Part
 from repan_cli.data.workers import Samples, check_room, loading
 from repan_cli.errors import InputError
@@ -40,7 +40,7 @@ class StreamingLoader(Loader):
         policy_of: what its AutoAugment policy was found for.
         workers: processes that load; 0 is this one.
         skip: leave out training images that cannot be read.
-        share: how much of a resized image is looked at where it is only scored, as a part of its side.
+        crop: the part of a resized image that is looked at where it is only scored.
         **options: as for `Loader`.
     """
 
@@ -52,14 +52,14 @@ class StreamingLoader(Loader):
         policy_of: str = "imagenet",
         workers: int = 0,
         skip: bool = False,
-        share: float = CROP_SHARE,
+        crop: MiddleCrop | None = None,
         **options: Any,
     ) -> None:
         super().__init__(count=len(part.labels), **options)
         if isinstance(part, ArrayImages):
             part = LazyImages(ArrayReader(part.images), part.labels, np.arange(len(part.labels)))
         self.part, self.resized, self.policy_of = part, resized, policy_of
-        self.workers, self.skip, self.share = workers, skip, share
+        self.workers, self.skip, self.crop = workers, skip, crop or MiddleCrop()
         self.skipped: set[str] = set()
 
     @property
@@ -120,7 +120,7 @@ class StreamingLoader(Loader):
     def _plain_transform(self) -> Any:
         if not self.resized:
             return functional.pil_to_tensor
-        return middle(self.size, self.share)
+        return self.crop.transform(self.size)
 
 
 def default_workers(device: torch.device) -> int:

@@ -20,7 +20,7 @@ def first_classes(name: str, raw: RawDataset, count: int) -> RawDataset:
     for part, images in parts.items():
         if not len(images.labels):
             raise InputError(f"data.classes={count} leaves no image in the {part} part of {name}: give more")
-    return RawDataset(tuple(raw.classes[number] for number in chosen), parts)
+    return raw._replace(classes=tuple(raw.classes[number] for number in chosen), parts=parts)
 
 
 def _renumbered(part: Part, numbers: Labels) -> Part:

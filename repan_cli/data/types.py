@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from repan_cli.config.conventions import SMALL_IMAGE
+from repan_cli.config.conventions import is_resized
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
 
@@ -59,32 +59,38 @@ Part = ArrayImages | LazyImages
 
 
 class RawDataset(NamedTuple):
+    """Classes and parts as they were read; `image_size` is the side that images without one of their own get."""
+
     classes: tuple[str, ...]
     parts: dict[str, Part]
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)
 class ReadOptions:
     """The way in which images are to be read.
 
-    `image_size` None is their own, `channels` 1 or 3; `crop` as the setting `data.crop`; `skip` leaves out training
-    images that cannot be read; `classes` is the number of those of synthetic data. With `download` false nothing is
-    fetched and no folder is made. `order` is that of the classes of image folders, as the setting `data.class_order`,
-    or a list of them; `only` names the one part of image folders that is to be read.
+    `image_size` None is their own, else `network_size`, that of the network; `channels` 1 or 3; `crop` as the
+    setting `data.crop`; `skip` leaves out training images that cannot be read, `keep` leaves that to the loader;
+    `classes` is the number of those of synthetic data. With `download` false nothing is fetched and no folder is
+    made. `order` is that of the classes of image folders, as the setting `data.class_order`, or a list of them;
+    `only` names the one part of image folders that is to be read.
     """
 
     image_size: int | None = None
     channels: int = 3
     crop: str = "auto"
     skip: bool = False
+    keep: bool = False
     classes: int = 10
     download: bool = True
     order: str | tuple[str, ...] = "text"
     only: str | None = None
+    network_size: int | None = None
 
     def streams(self, size: int) -> bool:
         """Tell whether images of this side are read one by one, a part of each resized; others live in memory."""
-        return self.crop == "resized" or (self.crop == "auto" and size > SMALL_IMAGE)
+        return is_resized(self.crop, size)
 
 
 @dataclass(frozen=True)

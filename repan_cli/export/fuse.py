@@ -6,10 +6,10 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from repan_cli.blocks import NATIVE, RepBlock, rep_blocks, reparameterize
 from repan_cli.blocks.kernel import BatchNorm, running_stats
@@ -19,9 +19,11 @@ from repan_cli.models.changes import Expansion, apply, report_of, set_report
 from repan_cli.models.merging import MergePlan, place_of, plan_merge
 from repan_cli.models.outputs import difference, leaves
 from repan_cli.models.probe import Probe, copied
-from repan_cli.models.rebuild import NothingIsDrawn
+from repan_cli.models.rebuild import NothingIsDrawn, load
 from repan_cli.models.twins import cut, twin
-from repan_cli.system.text import first_line
+from repan_cli.system.images import ImagesLike, first_batch
+from repan_cli.system.notices import doing
+from repan_cli.system.text import count, first_line
 
 PROOF_IMAGES = 8
 """Images of a kind (random, real) that a merge is proven on; in float64, which takes longer, `EXACT_IMAGES` of all."""
@@ -63,13 +65,15 @@ def count_parameters(model: nn.Module) -> int:
 @torch.no_grad()
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Multiply-accumulates of convolutions and matrix products for one image (1, C, H, W)."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton where that is installed
+
     with FlopCounterMode(display=False) as counter:
         model(image)
     return counter.get_total_flops() // 2
 
 
 @torch.no_grad()
-def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
+def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, FuseReport]:
     """A merged float32 copy of a network on the CPU, in eval mode, and the proof that it is equal.
 
     Every block becomes its convolution, and so does every sum of convolutions, BN, average pooling and the like of one
@@ -79,15 +83,18 @@ def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
     reported beside it.
 
     Args:
-        model: a network with blocks, or with convolutions followed by a BN; it is left as it is. It may return a
-            tensor, or dictionaries, lists and tuples of them.
-        images: a batch (N, C, H, W) to compare on, on the CPU.
+        model: a network with blocks, or with convolutions followed by a BN, which is left as it is; or what `load`
+            takes, a file or the folder of a run. It may return a tensor, or dictionaries, lists and tuples of them.
+        images: images (N, C, H, W) to compare on, a batch of a loader, or the loader, whose first batch is taken.
 
     Returns the network, whose `repan_report` says how it was made of a plain one, and the report.
 
     Raises MergeError when they disagree, InputError when there is nothing to merge or a weight is not finite.
     """
     began = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        model = load(model)
+    images = first_batch(images).detach().cpu().float()
     check_finite(model)
     exact = copied(model).cpu().float().double().eval()
     blocks = [name for name, _ in rep_blocks(exact)]
@@ -99,7 +106,8 @@ def fuse(model: nn.Module, images: Tensor) -> tuple[nn.Module, FuseReport]:
     if not blocks and not found.changes:
         raise InputError("there is nothing to merge: no block, and no BN behind a convolution")
     small = cut(found.adapted, _few(images, EXACT_IMAGES).double())
-    merged, found, errors = _proven(exact, found, small)
+    with doing(f"proving the merged network equal in float64, {count(len(blocks) + len(found.changes), 'place')}"):
+        merged, found, errors = _proven(exact, found, small)
     report = _report_of(merged, exact, found, images, errors, began)
     if not report.rel_error_fp32 <= SUSPICIOUS and small.shape[-2:] != images.shape[-2:]:
         merged, found, errors = _proven(exact.double(), found, _few(images, EXACT_IMAGES).double())
@@ -113,6 +121,8 @@ def _report_of(
     merged: nn.Module, exact: nn.Module, found: MergePlan, images: Tensor, errors: Errors, began: float
 ) -> FuseReport:
     """Round both networks to float32, in place, and compare them."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton where that is installed
+
     folded = {place_of(change) for change in found.folds}
     merged.float()
     exact.float()

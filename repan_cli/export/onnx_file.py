@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,30 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from repan_cli import checkpoint
-from repan_cli.checkpoint.card import ModelCard
-from repan_cli.checkpoint.format import CHECKSUM, DIGITS
+from repan_cli.checkpoint.preprocessing import as_texts
+from repan_cli.config.conventions import OPSET
 from repan_cli.errors import InputError
+from repan_cli.export.onnx_digest import HEADER, change_of, serialized
+from repan_cli.export.opset import at_opset
 from repan_cli.export.trace import quiet
 from repan_cli.system.files import to_json
-from repan_cli.system.packages import need
+from repan_cli.system.packages import ONNX_PACKAGES, need
 from repan_cli.system.text import first_line
 
-OPSET = 18
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PACKAGES = ONNX_PACKAGES
 
 
-def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:
-    """The file of a graph, with a description in its metadata: `classes` for everybody, `repan` for this program.
+def write(program: ExportedProgram, header: dict[str, Any], opset: int = OPSET) -> bytes:
+    """The file of a graph, with a description in its metadata: plain entries for everybody, `repan` for this program.
 
-    Raises InputError for an operator that ONNX does not have.
+    Raises InputError for an operator that ONNX does not have, or not in that version.
     """
+    return seal(model_of(program, opset), header)
+
+
+def model_of(program: ExportedProgram, opset: int = OPSET) -> Any:
+    """Return the model of a graph, without a description. Raises InputError as `write` does."""
     need("writing ONNX", "onnx", *PACKAGES)
     try:
         with quiet():
@@ -39,7 +44,7 @@ def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:
     except Exception as error:
         raise InputError(f"cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
     assert exported is not None, "the exporter by dynamo returns a program"
-    return seal(exported.model_proto, header)
+    return at_opset(exported.model_proto, opset)
 
 
 def seal(model: Any, header: dict[str, Any]) -> bytes:
@@ -52,21 +57,15 @@ def seal(model: Any, header: dict[str, Any]) -> bytes:
         for side in value.type.tensor_type.shape.dim:
             if re.fullmatch(r"s\d+", side.dim_param):  # the exporter's name of the only size that is free
                 side.dim_param = BATCH
-    entries = {
-        "classes": to_json(ModelCard.from_meta(header["meta"]).classes),
-        "repan": to_json(header, sort_keys=True),
-        "seal": CHECKSUM.decode() + "0" * DIGITS,  # the last bytes of the file
-    }
-    for key, value in entries.items():
-        model.metadata_props.add(key=key, value=value)
-    content = model.SerializeToString(deterministic=True)
-    return checkpoint.sealed(io.BytesIO(content), len(content) - DIGITS)
+    described = dict(header)
+    texts = as_texts(described.pop("preprocessing"))
+    return serialized(model, {**texts, HEADER: to_json(described, sort_keys=True)})
 
 
 class OnnxNetwork(nn.Module):
     """The network in an `.onnx` file, run by ONNX Runtime: (N, C, H, W) to logits (N, classes), on the CPU.
 
-    `threads` as torch's where it is not given.
+    Other programs may have made it one of float16, or of one batch size. `threads` as torch's where it is not given.
     """
 
     def __init__(self, content: bytes | Path, threads: int | None = None) -> None:
@@ -79,34 +78,87 @@ class OnnxNetwork(nn.Module):
         options.log_severity_level = 3
         source = content if isinstance(content, bytes) else str(content)
         self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        self.input = self.session.get_inputs()[0].name
+        given = self.session.get_inputs()[0]
+        self.input = given.name
+        self.dtype = torch.float16 if given.type == "tensor(float16)" else torch.float32
+        self.batch = given.shape[0] if given.shape and isinstance(given.shape[0], int) else None
 
     def forward(self, images: Tensor) -> Tensor:
+        ready = images.detach().cpu().to(self.dtype).contiguous()
+        if self.batch is None or len(ready) == self.batch:
+            logits = self._run(ready)
+        else:
+            parts = [self._run(_filled(part, self.batch))[: len(part)] for part in ready.split(self.batch)]
+            logits = torch.cat(parts)
+        return logits.to(images.device)
+
+    def _run(self, images: Tensor) -> Tensor:
         try:
-            found = self.session.run(None, {self.input: images.detach().cpu().float().contiguous().numpy()})
+            found = self.session.run(None, {self.input: images.numpy()})[0]
         except Exception as error:
             raise InputError(f"ONNX Runtime cannot run the network: {first_line(error)}") from None
-        return torch.from_numpy(found[0]).to(images.device)
+        logits = torch.from_numpy(found)
+        return logits.float() if logits.dtype == torch.float16 else logits
+
+
+def _filled(images: Tensor, batch: int) -> Tensor:
+    """Return a batch of that size, the last image repeated."""
+    return torch.cat([images, images[-1:].expand(batch - len(images), *images.shape[1:])]).contiguous()
 
 
 LOOPS = ("Loop", "Scan")
 """Operators by which a file of some bytes may compute for ever; no exporter writes them for an image classifier."""
 
 
-def header(path: Path) -> str | None:
-    """The description that repan wrote into a file."""
-    return next((entry.value for entry in graph(path).metadata_props if entry.key == "repan"), None)
+@dataclass(frozen=True)
+class OnnxFile:
+    """A file that was read once and found fit to run: its bytes, its model, and how another program changed it."""
+
+    path: Path
+    content: bytes
+    model: Any
+    change: str | None
+
+    @property
+    def header(self) -> str | None:
+        """Return the description that repan wrote into it."""
+        return next((entry.value for entry in self.model.metadata_props if entry.key == HEADER), None)
+
+    def network(self) -> OnnxNetwork:
+        """Return its network. ONNX Runtime gets the bytes that were checked. Raises InputError where it cannot."""
+        need("opening ONNX", "onnx", "onnx", "onnxruntime")
+        try:
+            return OnnxNetwork(self.content)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{self.path} cannot be opened by ONNX Runtime: {first_line(error)}") from None
 
 
-def graph(path: Path) -> Any:
-    """The model of a file, parsed and not run. Raises InputError for one that reads other files, or may never end."""
+def read(path: Path) -> OnnxFile:
+    """Read a file without running it.
+
+    Raises InputError for one that is damaged or no ONNX file, reads other files, or may never end.
+    """
     need("opening ONNX", "onnx", "onnx")
     import onnx
 
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        model = onnx.load_model_from_string(content)
     except Exception as error:
         raise InputError(f"{path} is damaged, or no ONNX file: {first_line(error)}") from None
+    _refuse_unfit(path, model)
+    return OnnxFile(path, content, model, change_of(path, content, model))
+
+
+def _refuse_unfit(path: Path, model: Any) -> None:
+    """Raise InputError for a model that reads other files, or may never end."""
+    from onnx import TensorProto
+
     pending = [model.graph, *model.functions]
     while pending:
         part = pending.pop()
@@ -119,18 +171,22 @@ def graph(path: Path) -> Any:
             for given in node.attribute:
                 pending += [*([given.g] if given.HasField("g") else ()), *given.graphs]
                 stored += [*([given.t] if given.HasField("t") else ()), *given.tensors]
-        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in stored):
+                for sparse in (given.sparse_tensor, *given.sparse_tensors):
+                    stored += [sparse.values, sparse.indices]
+        if any(tensor.data_location == TensorProto.EXTERNAL for tensor in stored):
             raise InputError(f"{path} reads weights from other files: refused; save it as one file")
-    return model
+
+
+def header(path: Path) -> str | None:
+    """Return the description that repan wrote into a file. Raises InputError as `read` does."""
+    return read(path).header
+
+
+def graph(path: Path) -> Any:
+    """Return the model of a file, parsed and not run. Raises InputError as `read` does."""
+    return read(path).model
 
 
 def open_file(path: Path) -> OnnxNetwork:
-    """The network in a file. Raises InputError when it is damaged or no ONNX file, and as `graph` does."""
-    need("opening ONNX", "onnx", "onnx", "onnxruntime")
-    graph(path)
-    try:
-        return OnnxNetwork(path)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path} cannot be opened by ONNX Runtime: {first_line(error)}") from None
+    """Return the network in a file. Raises InputError as `read` does, and where ONNX Runtime cannot open it."""
+    return read(path).network()

@@ -3,10 +3,11 @@
 from repan_cli.checkpoint.card import Change
 from repan_cli.config.conventions import SMALL_IMAGE
 from repan_cli.models.changes import Expansion, Selection, apply, summary
-from repan_cli.models.create import BUILT_OF_BLOCKS, BUILTIN, create, has_new_classifier, resolve
+from repan_cli.models.create import BUILT_OF_BLOCKS, BUILTIN, create, has_new_classifier, resolve, wanted_size
 from repan_cli.models.expand import expand, plan
 from repan_cli.models.foreign import load_foreign
 from repan_cli.models.inspect import form_of
+from repan_cli.models.own_block import given_again
 from repan_cli.models.rebuild import build_untrained, check_given, load, rebuild
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "create",
     "expand",
     "form_of",
+    "given_again",
     "has_new_classifier",
     "load",
     "load_foreign",
@@ -32,4 +34,5 @@ __all__ = [
     "resnet_cifar",
     "resolve",
     "summary",
+    "wanted_size",
 ]

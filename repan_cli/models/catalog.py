@@ -12,7 +12,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import timm
 import torch
@@ -21,53 +20,15 @@ from torch import nn
 
 from repan_cli.blocks import RepBlock
 from repan_cli.config.conventions import LARGE_IMAGE
+from repan_cli.config.names import TIMM, TORCHVISION, Support, foreign
 from repan_cli.models.changes import Selection
-from repan_cli.models.create import BUILTIN, TIMM, TORCHVISION
+from repan_cli.models.create import BUILTIN
 from repan_cli.models.expand import to_expand
 from repan_cli.models.probe import watch
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.system.notices import warn
 
 TABLE = Path(__file__).with_name("catalog.csv")
-
-
-class Support(NamedTuple):
-    """The number of multi-branch blocks that a network has of its own, of its convolutions that become blocks by
-    default, and of convolutions that a BN reads.
-    """
-
-    own: int
-    convs: int
-    pairs: int
-
-    @property
-    def cycles(self) -> bool:
-        return bool(self.own or self.convs)
-
-    @property
-    def fuses(self) -> bool:
-        return bool(self.own or self.convs or self.pairs)
-
-    def describe(self) -> str:
-        if self.cycles:
-            what = f"{self.own} blocks of its own" if self.own else f"{self.convs} convolution{'s' * (self.convs > 1)}"
-            return f"cycles ({what}), fuses"
-        return f"fuses only ({self.pairs} BN to fold)" if self.fuses else "trains only"
-
-
-def names() -> list[str]:
-    """All networks that are not ours, by their full names."""
-    foreign = [name for name in timm.list_models() if name not in BUILTIN]
-    return [
-        *(TIMM + name for name in foreign),
-        *(TORCHVISION + name for name in torchvision.models.list_models(torchvision.models)),
-    ]
-
-
-def table() -> dict[str, Support]:
-    """The networks that were looked at when this version was made."""
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        return {row[0]: Support(*map(int, row[1:])) for row in csv.reader(file)}
 
 
 def look(name: str) -> Support:
@@ -97,7 +58,7 @@ def _on_meta(name: str) -> tuple[nn.Module, int, int]:
 
 def _rows() -> Iterator[tuple[str, int, int, int]]:
     logging.getLogger("timm").setLevel(logging.ERROR)
-    for name in (*BUILTIN, *names()):
+    for name in (*BUILTIN, *foreign()):
         try:
             yield (name, *look(name))
         except Exception as error:

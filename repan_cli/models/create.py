@@ -11,13 +11,14 @@ import torchvision
 from torch import nn
 
 from repan_cli.blocks import NATIVE, check_family
-from repan_cli.config.conventions import SMALL_IMAGE
+from repan_cli.config.conventions import LARGE_IMAGE, SMALL_IMAGE
+from repan_cli.config.names import ALIASES, SMALL, TIMM, TORCHVISION, unknown_model
 from repan_cli.errors import InputError
 from repan_cli.models import mobilenet_cifar, repvgg_cifar, resnet_cifar, user_file
 from repan_cli.models.expand import DEFAULT_FAMILY
 from repan_cli.models.foreign import load_foreign
 from repan_cli.models.inspect import classifier_layers
-from repan_cli.registry import did_you_mean
+from repan_cli.system.notices import doing
 from repan_cli.system.text import first_line
 
 BUILT_OF_BLOCKS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
@@ -27,13 +28,11 @@ BUILTIN: tuple[str, ...] = (*BUILT_OF_BLOCKS, *resnet_cifar.default_cfgs, *mobil
 """The networks of this package."""
 
 
-TIMM, TORCHVISION = "timm:", "torchvision:"
-ALIASES = {"repvgg": "repvgg_a1", "mobilenetv1": "mobilenetv1_100"}
+OWN_IMAGE = 32
+"""Side in pixels that the networks of this package are made for."""
+
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 """torchvision's networks that return more than logits in train mode, unless told not to."""
-
-SMALL = {"mobilenetv1_100": "mobilenetv1"}
-"""Names whose network for small images is called otherwise."""
 
 
 def resolve(name: str, image_size: int) -> str:
@@ -49,7 +48,7 @@ def resolve(name: str, image_size: int) -> str:
         return _known(name, [TORCHVISION + known for known in torchvision.models.list_models(torchvision.models)])
     name = re.sub(rf"^(?:{TIMM})?hf[-_]hub:timm/", TIMM, name)
     if name.removeprefix(TIMM).startswith(("hf-hub:", "hf_hub:")):
-        raise InputError(f"{name} is not timm's own: fetch its folder ('hf download'), and give that instead of a name")
+        raise InputError(f"{name} is not the name of a network: it is given in the place of a file, or as --init")
     if timm.is_model(tagged := name.removeprefix(TIMM)) and "." in tagged:
         return TIMM + _with_tag(tagged)
     if name.startswith(TIMM):
@@ -63,6 +62,26 @@ def resolve(name: str, image_size: int) -> str:
     return TIMM + _known(full, list(dict.fromkeys([*ALIASES, *BUILTIN, *timm.list_models()])))
 
 
+def wanted_size(name: str) -> int | None:
+    """Return the side of the images that a network is made for; None for a person's own, which does not say.
+
+    A short name means timm's, as on large images, or the network for small images where there is no other.
+    """
+    if user_file.names_a_file(name):
+        return None
+    try:
+        full = resolve(name, LARGE_IMAGE)
+    except InputError:
+        full = resolve(name, SMALL_IMAGE)
+    if full in BUILTIN:
+        return OWN_IMAGE
+    if full.startswith(TORCHVISION):
+        preset = torchvision.models.get_model_weights(full.removeprefix(TORCHVISION)).DEFAULT.transforms()
+        return int(preset.crop_size[0])
+    known = timm.get_pretrained_cfg(full.removeprefix(TIMM), allow_unregistered=True)
+    return int(known.input_size[-1]) if known is not None else LARGE_IMAGE
+
+
 def _with_tag(name: str) -> str:
     """Return a name of timm's with the tag of its pretrained weights. Raises InputError for a tag that is none."""
     short, _, tag = name.partition(".")
@@ -74,7 +93,7 @@ def _with_tag(name: str) -> str:
 
 def _known(name: str, choices: list[str]) -> str:
     if name not in choices:
-        raise InputError(f"unknown model '{name}'{did_you_mean(name, choices) or '; repan list models shows all'}")
+        raise unknown_model(name, choices)
     return name
 
 
@@ -116,7 +135,8 @@ def _timm(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
         raise InputError(f"timm has no pretrained weights of {short}; give a file of weights with --init")
     try:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which would tell of every attempt
-        return timm.create_model(short, pretrained=pretrained, **kwargs)
+        with doing(f"fetching the weights of {short}" if pretrained else f"building {short}"):
+            return timm.create_model(short, pretrained=pretrained, **kwargs)
     except Exception as error:
         if not pretrained:
             raise
@@ -133,9 +153,10 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
     model = torchvision.models.get_model(short, weights=None, num_classes=num_classes, **auxiliary)
     if pretrained:
         try:
-            weights = torchvision.models.get_model_weights(short).DEFAULT.get_state_dict(
-                progress=False, check_hash=True
-            )
+            with doing(f"fetching the weights of {short}"):
+                weights = torchvision.models.get_model_weights(short).DEFAULT.get_state_dict(
+                    progress=False, check_hash=True
+                )
         except Exception as error:
             raise _not_fetched(short, error) from error
         main = {key: value for key, value in weights.items() if not (auxiliary and key.lower().startswith("aux"))}

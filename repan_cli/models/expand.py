@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from repan_cli.blocks import NATIVE, Geometry, check_family, rep_blocks
+from repan_cli.blocks import NATIVE, Geometry, check_family, rep_blocks, use_block
 from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError
 from repan_cli.models.changes import Expansion, NotChosen, Selection, apply, report_of, set_report, summary
 from repan_cli.models.probe import Probe, Sightings, watch
 from repan_cli.models.timm_blocks import check_norm, is_own_block
 from repan_cli.registry import did_you_mean
+from repan_cli.system.images import ImagesLike, first_batch
 
 DEFAULT_FAMILY = "repvgg"
 
@@ -29,7 +30,7 @@ def expand(
     model: nn.Module,
     block: str | None = None,
     *,
-    images: Tensor,
+    images: ImagesLike,
     kernel: tuple[int, ...] = (),
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
@@ -43,8 +44,9 @@ def expand(
     the `changes`, and in `left` why other convolutions are left alone.
 
     Args:
-        block: block family; None takes the network's own multi-branch blocks where it has them, elsewhere repvgg.
-        images: a batch (N, C, H, W) that the network runs on; noise will do.
+        block: block family, one of your own by the name that it is registered with or as `file.py:function`; None
+            takes the network's own multi-branch blocks where it has them, elsewhere repvgg.
+        images: images (N, C, H, W) that the network runs on, noise will do; or a batch of a loader, or the loader.
         kernel: sizes of the kernels that become blocks; an empty tuple takes every size above 1x1.
         include: globs of the layers that become blocks; none means all.
         exclude: globs of the layers that are left alone.
@@ -55,8 +57,10 @@ def expand(
 
     Raises InputError when no convolution can become a block.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expand works in place, on a network, not on {model!r}: load it first, by repan_cli.load")
     selection = Selection(kernel, include, exclude, limit)
-    expansion = plan(model, images, family=block, selection=selection, copies=branches)
+    expansion = plan(model, first_batch(images), family=use_block(block), selection=selection, copies=branches)
     if not expansion.changes and not any(rep_blocks(model)):
         raise InputError(f"no convolution of the network can become a block: {summary(expansion.left)}")
     apply(model, expansion.changes, attach=attach)

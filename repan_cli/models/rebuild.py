@@ -20,7 +20,7 @@ from repan_cli.blocks import reparameterize
 from repan_cli.checkpoint.card import FUSED, Change, ModelCard
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.errors import InputError
-from repan_cli.models import user_file
+from repan_cli.models import own_block, user_file
 from repan_cli.models.changes import Expansion, apply, set_report
 from repan_cli.models.create import create
 
@@ -32,16 +32,23 @@ LEAST_BYTES, LEAST_TENSORS = 2**26, 2**12
 """Bytes and tensors that every network may have, however small its file."""
 
 
-def build_untrained(saved: Checkpoint, source: str, network: nn.Module | str | None = None) -> nn.Module:
+def build_untrained(
+    saved: Checkpoint, source: str, network: nn.Module | str | None = None, block: str | None = None
+) -> nn.Module:
     """The network that a checkpoint describes, in its form, with fresh weights.
 
-    A person's own network is given again as `network`, the plain module or its name: a path in a file is never
-    imported by itself. Raises InputError where it is missing, or the network is far larger than the weights: a file of
-    some bytes fills no memory by the name of a giant.
+    A person's own network is given again as `network`, the plain module or its name, and their own block family as
+    `block`: a path in a file is never imported by itself. Raises InputError where it is missing, or the network is far
+    larger than the weights: a file of some bytes fills no memory by the name of a giant.
     """
-    own = isinstance(network, nn.Module) or user_file.names_a_file(saved.card.model)
-    with contextlib.nullcontext() if own else _no_larger_than(saved.weights, source):
-        return _build(saved.card, source, network)
+    card = own_block.given_again(saved.card, block, source)
+    with contextlib.nullcontext() if _is_of_a_person(card, network) else _no_larger_than(saved.weights, source):
+        return _build(card, source, network)
+
+
+def _is_of_a_person(card: ModelCard, network: nn.Module | str | None) -> bool:
+    """Tell whether a network is built by a person's own code."""
+    return isinstance(network, nn.Module) or user_file.names_a_file(card.model) or bool(own_block.needed(card))
 
 
 @contextlib.contextmanager
@@ -109,16 +116,18 @@ def _own_or_stored(stored: str, given: str | None, source: str) -> str:
     return stored
 
 
-def rebuild(saved: Checkpoint, source: str, network: nn.Module | str | None = None) -> nn.Module:
+def rebuild(
+    saved: Checkpoint, source: str, network: nn.Module | str | None = None, block: str | None = None
+) -> nn.Module:
     """The network in a checkpoint, multi-branch or fused as it was saved, on the CPU in eval mode.
 
-    `source` names the file in errors; `network` as for `build_untrained`. Raises InputError when the weights do
-    not fit the network that the file describes.
+    `source` names the file in errors; `network` and `block` as for `build_untrained`. Raises InputError when the
+    weights do not fit the network that the file describes.
     """
     merges = any(change.kind == "merge" for change in saved.card.structure.changes)
-    drawn = merges or user_file.names_a_file(saved.card.model)  # what a person's own does with its weights is not known
+    drawn = merges or _is_of_a_person(saved.card, network)  # what a person's own does with its weights is not known
     with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else NothingIsDrawn():
-        model = build_untrained(saved, source, network)
+        model = build_untrained(saved, source, network, block)
     checkpoint.load_weights(model, saved.weights, source)
     return model.eval()
 
@@ -132,13 +141,15 @@ class NothingIsDrawn(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def load(path: str | Path, model: nn.Module | str | None = None) -> nn.Module:
+def load(path: str | Path, model: nn.Module | str | None = None, *, block: str | None = None) -> nn.Module:
     """A ready network from any file repan wrote, fused or not, in eval mode on the CPU.
 
     Args:
-        path: a `.pt` or `.safetensors` file that repan wrote.
+        path: a `.pt` or `.safetensors` file that repan wrote, or the folder of a run, whose best weights are taken.
         model: for a network of your own, the plain module as it was before training, or its name `file.py:function`.
+        block: for blocks of your own, their name `file.py:function`, where they are not registered.
 
     Raises InputError, naming the file, when it is damaged, not repan's, or does not fit the network.
     """
-    return rebuild(checkpoint.load(path), str(path), model)
+    file = checkpoint.chosen_in(path)
+    return rebuild(checkpoint.load(file), str(file), model, block)

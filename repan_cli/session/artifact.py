@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,22 +12,31 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from repan_cli import checkpoint, models, runs
-from repan_cli.blocks import NATIVE, rep_blocks
+from repan_cli import checkpoint, models
+from repan_cli.blocks import NATIVE, rep_blocks, use_block
 from repan_cli.checkpoint.card import MULTI_BRANCH, PLAIN, ModelCard
 from repan_cli.checkpoint.format import Checkpoint
-from repan_cli.config.conventions import ARTIFACT_ENDINGS, LARGE_IMAGE
-from repan_cli.data.preprocess import CROP_SHARE, Preparation
+from repan_cli.config.conventions import (
+    CENTER,
+    CROP_MODES,
+    CROP_SHARE,
+    INTERPOLATION,
+    INTERPOLATIONS,
+    LARGE_IMAGE,
+    is_resized,
+)
+from repan_cli.config.names import TIMM
+from repan_cli.data.preprocess import MiddleCrop, Preparation
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file, pt2_file
 from repan_cli.models import user_file
 from repan_cli.models.changes import Expansion
-from repan_cli.models.create import TIMM
 from repan_cli.models.foreign import fit
 from repan_cli.models.inspect import classifier_layers, wanted_images
 from repan_cli.models.timm_blocks import is_own_block
-from repan_cli.registry import did_you_mean
 from repan_cli.session import hub_folder
+from repan_cli.session.sources import file_of
+from repan_cli.system.notices import doing, warn
 
 OUR_IMAGE, OUR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
 
@@ -57,8 +67,13 @@ class Artifact:
             channels=card.in_chans,
             mean=(0.0,) * card.in_chans if card.normalizes else card.mean,
             std=(1.0,) * card.in_chans if card.normalizes else card.std,
-            resized=Preparation.crops(card.config.get("data.crop", "auto"), card.image_size),
-            share=CROP_SHARE if card.crop_share is None else card.crop_share,
+            resized=is_resized(card.config.get("data.crop", "auto"), card.image_size),
+            crop=MiddleCrop(
+                share=CROP_SHARE if card.crop_share is None else card.crop_share,
+                mode=card.crop_mode or CENTER,
+                interpolation=card.interpolation or INTERPOLATION,
+                fill=card.mean,
+            ),
         )
 
     def checkpoint(self) -> Checkpoint:
@@ -72,64 +87,53 @@ def open_artifact(
     """Open the network in a file or a run directory, or the pretrained one of a name.
 
     Args:
-        source: a file that repan wrote, weights of others (with `model`), a run directory, or a network's name.
+        source: a file that repan wrote, weights of others (with `model`), a run directory, a network's name, or
+            `hf-hub:ORG/NAME`.
         model: the network that weights of others are of, or a person's own, `file.py:function`.
         pretrained: whether a network by its name gets the weights that timm or torchvision offers.
-        block: the block family of a network by its name, where that is built of blocks.
+        block: the block family of a network by its name, where that is built of blocks; of a file with blocks of a
+            person's own their family, `file.py:function`.
 
     Raises InputError, naming the source, when it is missing or damaged, or does not say which network it is of.
     """
-    plain, key = checkpoint.split_key(source)
+    plain, key = checkpoint.split_key(hub_folder.fetched(source))
     path = file_of(str(plain))
     if path is None:
         return _named(source, pretrained=pretrained, block=block)
     if path.suffix == ".onnx":
-        network: nn.Module = onnx_file.open_file(_checked(path))
-        return Artifact(str(path), network, _described(path), "ONNX Runtime")
+        file = onnx_file.read(path)
+        card = _described(path, file.header)
+        if file.change:
+            warn(f"{path} was {file.change}")
+        return Artifact(str(path), file.network(), card, "ONNX Runtime")
     if path.suffix == ".pt2":
-        network = pt2_file.open_file(_checked(path))
-        return Artifact(str(path), network, _described(path), "torch.export")
-    content = checkpoint.load_any(path if key is None else f"{path}::{key}")
-    if isinstance(content, Checkpoint):
-        return Artifact(str(path), models.rebuild(content, str(path), model), content.card, saved=content)
-    return _foreign(path, content, model)
+        checkpoint.check_seal(path)
+        program = pt2_file.open_file(path)
+        return Artifact(str(path), program, _described(path, pt2_file.header(path)), "torch.export")
+    with doing(f"loading {path}"):
+        content = checkpoint.load_any(path if key is None else f"{path}::{key}")
+        if isinstance(content, Checkpoint):
+            network = models.rebuild(content, str(path), model, block)
+            return Artifact(str(path), network, content.card, saved=content)
+        return _foreign(path, content, model)
 
 
-def file_of(source: str) -> Path | None:
-    """Return the file that a person means; None where it is the name of a network."""
-    path = Path(source)
-    if path.is_dir():
-        for name in ("best.pt", runs.LAST):
-            if (path / name).is_file():
-                return path / name
-        if (weights := hub_folder.weights_in(path)) is not None:
-            return weights
-        raise InputError(f"{source} is a folder without best.pt or last.pt: name a file in it")
-    if path.is_file():
-        return path
-    if path.suffix in ARTIFACT_ENDINGS or len(path.parts) > 1:
-        beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(f"no file {source}{did_you_mean(str(path), beside)}")
-    return None
-
-
-def _checked(path: Path) -> Path:
-    checkpoint.check_seal(path)
-    return path
-
-
-def written_into(path: Path) -> tuple[ModelCard, str] | None:
-    """Return the card and the digest that repan wrote into an exported file; None where it did not write the file."""
-    text = onnx_file.header(path) if path.suffix == ".onnx" else pt2_file.header(path)
+def written_in(header: str | None) -> tuple[ModelCard, str] | None:
+    """Return the card and the digest in the header of an exported file; None where repan did not write it."""
     try:
-        header = json.loads(text) if text else None
-        return (ModelCard.from_meta(header["meta"]), str(header["digest"])) if header else None
+        told = json.loads(header) if header else None
+        return (ModelCard.from_meta(told["meta"]), str(told["digest"])) if told else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _described(path: Path) -> ModelCard:
-    written = written_into(path)
+def written_into(path: Path) -> tuple[ModelCard, str] | None:
+    """Return the card and the digest in an exported file, which is not run; None where repan did not write it."""
+    return written_in(onnx_file.header(path) if path.suffix == ".onnx" else pt2_file.header(path))
+
+
+def _described(path: Path, header: str | None) -> ModelCard:
+    written = written_in(header)
     if written is None:
         raise InputError(f"{path} was not written by repan fuse, so its classes and images are not known")
     return written[0]
@@ -141,6 +145,7 @@ def _described(path: Path) -> ModelCard:
 def _named(name: str, *, pretrained: bool, block: str | None) -> Artifact:
     if user_file.names_a_file(name):
         raise InputError(f"{name} is a network without weights: give the file of its weights, and this as --model")
+    use_block(block)
     full = models.resolve(name, LARGE_IMAGE)
     if full in models.BUILTIN and pretrained:
         raise InputError(f"{full} is a network without weights: train it, then give its checkpoint")
@@ -200,11 +205,23 @@ def _as_artifact(source: str, full: str, model: nn.Module, described: hub_folder
         classes=_names(classes, described),
         in_chans=channels,
         image_size=OUR_IMAGE if full in models.BUILTIN else wanted.get("input_size", (LARGE_IMAGE,))[-1],
-        mean=tuple(wanted.get("mean", timm.data.IMAGENET_DEFAULT_MEAN))[:channels],
-        std=tuple(wanted.get("std", timm.data.IMAGENET_DEFAULT_STD))[:channels],
+        mean=_of_channels(wanted.get("mean", timm.data.IMAGENET_DEFAULT_MEAN), channels),
+        std=_of_channels(wanted.get("std", timm.data.IMAGENET_DEFAULT_STD), channels),
         crop_share=wanted.get("crop_pct", CROP_SHARE),
+        crop_mode=_unusual(wanted.get("crop_mode"), CROP_MODES),
+        interpolation=_unusual(wanted.get("interpolation"), INTERPOLATIONS),
     )
     return Artifact(source, model, card)
+
+
+def _of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return a figure for each channel, from the first again where there are more channels than figures."""
+    return tuple(itertools.islice(itertools.cycle(values), channels))
+
+
+def _unusual(value: object, known: Sequence[str]) -> str | None:
+    """Return a fact that is known and not the first one, the usual one, which files do not tell."""
+    return value if isinstance(value, str) and value in known[1:] else None
 
 
 def _names(count: int, described: hub_folder.Described | None) -> tuple[str, ...]:

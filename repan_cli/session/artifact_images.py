@@ -17,12 +17,11 @@ from repan_cli.data import class_folders, datasets
 from repan_cli.data.types import ArrayImages, Dataset
 from repan_cli.errors import InputError
 from repan_cli.models import probe
+from repan_cli.session import data_place
 from repan_cli.session.artifact import Artifact, are_of_imagenet
 from repan_cli.session.network import check_classes
 from repan_cli.system.notices import warn
 from repan_cli.system.text import first_line
-
-WITHOUT_FILES = ("digits", "synthetic")
 
 
 def load(
@@ -41,6 +40,8 @@ def load(
     Raises InputError when the network names none, or the classes are not the network's.
     """
     card = artifact.card
+    if dataset is not None and root is None and config.is_folder_of_data(dataset):
+        dataset, root = "folder", dataset
     if dataset is None and not card.knows_its_data:
         raise InputError(f"{artifact.source} does not say which data it is for: give --dataset and --data-root")
     arguments = settings(artifact, dataset, root)
@@ -106,7 +107,7 @@ def settings(artifact: Artifact, dataset: str | None = None, root: str | None = 
         typed = config.typed(stored)
     except InputError as error:
         raise InputError(f"{artifact.source} describes its data with {first_line(error)}") from None
-    arguments = datasets.settings_of(config.replace(config.Config(), typed).data)
+    arguments = datasets.settings_of(config.replace(config.Config(), typed).data) | {"root": data_place.found(card)}
     arguments["download"] = dataset is not None
     asked = {"name": dataset, "root": root, "image_size": card.image_size, "channels": card.in_chans}
     if dataset not in (None, arguments["name"]):  # the part that it was trained on is one of its own data
@@ -123,13 +124,14 @@ def noise(artifact: Artifact) -> Tensor:
 def real_images(artifact: Artifact, root: str | None, count: int) -> tuple[Tensor | None, str]:
     """Read some images of a network's own data, (n, C, H, W), normalised; where there are none here, tell why.
 
-    Of image folders one image a class is read, from the test part where there is one. Nothing is downloaded.
+    Of image folders as many images of each class are read, from the test part where there is one, of no more than
+    `count` classes. Nothing is downloaded.
     """
     if not artifact.card.knows_its_data:
         return None, "its data are not known"
     arguments = settings(artifact, None, root)
     try:
-        if arguments["name"] in WITHOUT_FILES:
+        if arguments["name"] in data_place.WITHOUT_FILES:
             return _of_memory(artifact, arguments, count), ""
         folder = Path(arguments["root"])
         folder = folder if arguments["name"] == "folder" else folder / arguments["name"]
@@ -155,5 +157,7 @@ def _of_memory(artifact: Artifact, arguments: dict[str, Any], count: int) -> Ten
 def _of_folders(artifact: Artifact, folder: Path, count: int) -> Tensor:
     parts = class_folders.part_folders(folder)
     part = next(parts[name] for name in SPLITS if name in parts)
-    firsts = [class_folders.first_image(each) for each in [*class_folders.class_folders(part).values()][:count]]
-    return torch.stack([artifact.preparation.file(path) for path in firsts])
+    folders = [*class_folders.class_folders(part).values()][:count]
+    each = max(1, count // len(folders))
+    chosen = [path for folder in folders for path in class_folders.first_images(folder, each)]
+    return torch.stack([artifact.preparation.file(path) for path in chosen])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,22 +36,27 @@ from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
 from repan_cli.models import user_file
 from repan_cli.runs import trackers
+from repan_cli.session import data_place
 from repan_cli.session.agreement import agree_on_images, agree_on_network, agree_on_position, agree_on_settings
 from repan_cli.session.network import (
     Network,
     build,
     noise,
+    read_weights,
     resolve_names,
     restarted,
     restore_network,
     safe_precision,
     state_of,
+    wanted_size,
 )
 from repan_cli.session.teachers import PhaseTasks
 from repan_cli.system.device import Runtime, start_runtime, use_threads
 from repan_cli.system.launcher import own_rank
-from repan_cli.system.notices import warn
+from repan_cli.system.notices import doing, warn
 from repan_cli.system.ranks import first_on_each_machine
+from repan_cli.system.text import quoted
+from repan_cli.system.user_code import names_a_file
 from repan_cli.training.cuda_graphs import CudaRecorder, Graphs
 from repan_cli.training.evaluation import Score, eval_batch, evaluate
 from repan_cli.training.optim import build_optimizer, can_be_recorded
@@ -82,6 +87,13 @@ class Session:
         return self.network.name if user_file.names_a_file(self.network.name) else None
 
     @property
+    def own_code(self) -> str:
+        """Return the options that name a person's own network and blocks, which its checkpoints are read with."""
+        family = self.network.expansion.family
+        block = f" --block {quoted(family)}" if names_a_file(family) else ""
+        return (f" --model {quoted(self.user_model)}" if self.user_model else "") + block
+
+    @property
     def names(self) -> tuple[str, str, str]:
         """Return the full names of the network and its block family, and the name of the data set."""
         return self.network.name, self.network.expansion.family, self.dataset.name
@@ -107,7 +119,7 @@ class Session:
             repan=repan_cli.__version__,
             command=self.command,
             labels_digest=data.labels_digest,
-            surroundings=surroundings(self.training.runtime),
+            surroundings={**surroundings(self.training.runtime), **data_place.noted(self.config)},
             teachers=dict(self.training.task_of.digests),
         )
 
@@ -134,9 +146,14 @@ def prepare(
             "images, as BN cannot train on one"
         )
     agree_on_settings(config)
-    dataset = first_on_each_machine(lambda: load_dataset(config))
-    agree_on_images(dataset)
-    network = build(command, config, dataset) if saved is None else restore_network(config, dataset, saved)
+    with doing(f"reading the weights {config.model.init}"):
+        weights = read_weights(config) if saved is None else None
+    size = wanted_size(config, weights) if saved is None else saved.card.image_size
+    with doing(f"reading the data set {config.data.name}"):
+        dataset = first_on_each_machine(lambda: load_dataset(config, size, saved))
+        agree_on_images(dataset)
+    with doing(f"building the network {config.model.name or ''}"):
+        network = build(command, config, dataset, weights) if saved is None else restore_network(config, dataset, saved)
     if network.finished:
         refuse(resolved.given, ("baseline.",), "has no effect here: the weights that were given are the baseline")
     machine = safe_precision(machine, network, dataset, chosen=config.run.precision)
@@ -170,8 +187,16 @@ def surroundings(machine: Runtime) -> dict[str, Any]:
     }
 
 
-def load_dataset(config: Config) -> Dataset:
-    return datasets.load(**datasets.settings_of(config.data))
+def load_dataset(config: Config, network_size: int | None, saved: Checkpoint | None = None) -> Dataset:
+    """Read the data of a run. Image folders without a size of their own get that of the network.
+
+    A run that goes on with `data.on_error=skip`, and had begun with all images, keeps their places.
+    """
+    arguments = {**datasets.settings_of(config.data), "network_size": network_size}
+    data = datasets.load(**arguments)
+    if saved is None or config.data.on_error == "stop" or data.labels_digest == saved.card.labels_digest:
+        return data
+    return datasets.load(**arguments, keep=True)
 
 
 def _training(command: str, config: Config, dataset: Dataset, network: Network, machine: Runtime) -> Training:
@@ -184,7 +209,10 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
     train = train_loader(dataset, config.data, machine)
     ema = _average(network.model, config.ema)
     task_of = PhaseTasks(ema.module if ema else network.model, dataset, train, machine)
-    task_of.prepare(plan)
+    with doing("preparing the teacher"):
+        task_of.prepare(plan)
+    if config.data.batch_size > train.count:
+        warn(f"data.batch_size={config.data.batch_size}, and {train.count:,} training images: an epoch is one step")
     optimizer = build_optimizer(network.model, config.optim)
     val = eval_loader(dataset, "val", machine, config.data.workers) if dataset.val else None
     test = eval_loader(dataset, "test", machine, config.data.workers)
@@ -238,7 +266,6 @@ def _graphs(config: Config, machine: Runtime, optimizer: torch.optim.Optimizer) 
     reasons = {
         f"the device is {machine.device.type}": machine.device.type != "cuda",
         "there are several processes": machine.ranks > 1,
-        "the loss scaler of run.precision=fp16 decides on the host": machine.precision == "fp16",
         f"optim.name={config.optim.name} decides on the host": not can_be_recorded(optimizer),
     }
     why = next((reason for reason, holds in reasons.items() if holds), None)
@@ -292,5 +319,10 @@ def _score_start(training: Training) -> dict[str, Any]:
     def score(images: Loader) -> Score:
         return evaluate(training.model, images)
 
+    with doing("scoring the weights that it starts from"):
+        return _scored(training, score)
+
+
+def _scored(training: Training, score: Callable[[Loader], Score]) -> dict[str, Any]:
     top1 = score(training.val).top1 if training.val else None
     return {"top1": top1, "test_top1": score(training.test).top1, "seconds": 0.0}

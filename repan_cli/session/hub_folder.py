@@ -1,22 +1,22 @@
-"""Folders as the Hub has them: weights, and a `config.json` that says which network they are of."""
+"""Folders as the Hub has them, there or here: weights, and a `config.json` that says which network they are of."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
-
-from repan_cli.models.create import TIMM
+from repan_cli import checkpoint
+from repan_cli.config.conventions import CROP_MODES, INTERPOLATIONS
+from repan_cli.config.names import REPOSITORY, TIMM, of_timm
+from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
-
-CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth")
-"""Under which names a folder of the Hub has its weights, the first of them first."""
+from repan_cli.system.text import first_line
+from repan_cli.system.weight_files import HUB_CONFIG, HUB_WEIGHTS, file_in
 
 LONGEST = 2**24
 """Bytes of a description that is read, enough for the names of 100,000 classes."""
@@ -26,7 +26,8 @@ LONGEST = 2**24
 class Described:
     """The content of a `config.json`; None stands for a fact that is not given.
 
-    `network` is the full name of a timm network. `images` is its preparation: input_size, mean, std, crop_pct.
+    `network` is the full name of a timm network. `images` is its preparation: input_size, mean, std, crop_pct,
+    crop_mode, interpolation.
     """
 
     network: str
@@ -34,15 +35,55 @@ class Described:
     classes: tuple[str, ...] | None
 
 
-def weights_in(folder: Path) -> Path | None:
-    """Return the file of weights in a folder of the Hub."""
-    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    return found[0] if found and (folder / CONFIG).is_file() else None
+def fetched(source: str) -> str:
+    """Return the source with a name on the Hub replaced by the folder that its files were fetched into.
+
+    Files that were fetched before are taken from the cache of huggingface_hub where the network cannot be reached.
+    Raises InputError, with the reason, for a repository that cannot be had or holds no network.
+    """
+    named = REPOSITORY.fullmatch(source)
+    if named is None:
+        return source
+    from huggingface_hub import errors, hf_hub_download
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which would tell of every attempt
+    name, revision = named["name"], named["revision"]
+    try:
+        config = Path(hf_hub_download(name, HUB_CONFIG, revision=revision))
+        for weights in HUB_WEIGHTS:
+            try:
+                hf_hub_download(name, weights, revision=revision)
+            except errors.EntryNotFoundError:
+                continue
+            return f"{config.parent}{named['key'] or ''}"
+    except errors.LocalEntryNotFoundError as error:
+        raise InputError(f"cannot fetch {source}: the Hub is not reached ({first_line(error)})") from error
+    except errors.EntryNotFoundError as error:
+        raise InputError(
+            f"{source} holds no {HUB_CONFIG} that says which network it is: fetch its weights, give --model NAME"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot fetch {source} ({first_line(error)}); 'hf auth login' opens what is private"
+        ) from error
+    raise InputError(f"{source} holds none of {', '.join(HUB_WEIGHTS)}")
+
+
+def file_of(source: str) -> str:
+    """Return the file of weights, with its key, where a source is a folder or a name on the Hub.
+
+    Any other source is returned as it is.
+    """
+    source = fetched(source)
+    path, key = checkpoint.split_key(source)
+    if not path.is_dir():
+        return source
+    return f"{file_in(path)}::{key}" if key else str(file_in(path))
 
 
 def described(weights: Path) -> Described | None:
     """Read the description beside a file of weights; None where there is none of a network of timm's."""
-    file = weights.parent / CONFIG
+    file = weights.parent / HUB_CONFIG
     if not file.is_file() or file.stat().st_size > LONGEST:
         return None
     try:
@@ -51,7 +92,7 @@ def described(weights: Path) -> Described | None:
         warn(f"{file} is not read: {type(error).__name__}; what it says of {weights.name} is not known")
         return None
     architecture = content.get("architecture") if isinstance(content, dict) else None
-    if not isinstance(architecture, str) or architecture not in set(timm.list_models()):
+    if not isinstance(architecture, str) or architecture not in of_timm():
         return None
     images = content.get("pretrained_cfg")
     images = images if isinstance(images, dict) else content
@@ -74,6 +115,8 @@ FITS: dict[str, Callable[[Any], bool]] = {
     "mean": lambda value: _numbers(value, 1, 3),
     "std": lambda value: _numbers(value, 1, 3) and all(each > 0 for each in value),
     "crop_pct": lambda value: _is_number(value) and 0 < value <= 1,
+    "crop_mode": lambda value: isinstance(value, str) and value in CROP_MODES,
+    "interpolation": lambda value: isinstance(value, str) and value in INTERPOLATIONS,
 }
 """The facts that are read from a description, each with a check of its kind."""
 

@@ -14,21 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli import checkpoint, models
-from repan_cli.blocks import rep_blocks
+from repan_cli.blocks import rep_blocks, use_block
 from repan_cli.checkpoint.card import RunState
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.config.conventions import LARGE_IMAGE
 from repan_cli.config.settings import Config, replace
 from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
 from repan_cli.export.fuse import check_finite
-from repan_cli.models import Expansion, Selection, probe, user_file
+from repan_cli.models import Expansion, Selection, own_block, probe, user_file
 from repan_cli.models.inspect import classifier_layers
 from repan_cli.models.probe import PROBE_IMAGES
 from repan_cli.session import hub_folder
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
 from repan_cli.system.seeding import seed_for
-from repan_cli.system.text import count, first_line
+from repan_cli.system.text import count, first_line, quoted
 
 Weights = Checkpoint | Mapping[str, Tensor] | None
 
@@ -54,9 +55,34 @@ class Network:
         return self.trained and not self.new_classifier
 
 
-def build(command: str, config: Config, dataset: Dataset) -> Network:
-    """Build the network that a configuration describes. Raises InputError for one that cannot be had or used."""
-    weights = checkpoint.load_any(_file_of(config.model.init)) if config.model.init else None
+def read_weights(config: Config) -> Weights:
+    """Read the weights to start from, where a file of them is given."""
+    return checkpoint.load_any(hub_folder.file_of(config.model.init)) if config.model.init else None
+
+
+def wanted_size(config: Config, weights: Weights) -> int:
+    """Return the side of the images that the network is made for, or was trained on."""
+    if isinstance(weights, Checkpoint):
+        return weights.card.image_size
+    told = (
+        hub_folder.described(checkpoint.split_key(hub_folder.file_of(_source(config)))[0])
+        if weights is not None
+        else None
+    )
+    if told is not None and "input_size" in told.images:
+        return int(told.images["input_size"][-1])
+    name = config.model.name or (told.network if told is not None else None)
+    size = models.wanted_size(name) if name is not None else None
+    return LARGE_IMAGE if size is None else size
+
+
+def build(command: str, config: Config, dataset: Dataset, weights: Weights = None) -> Network:
+    """Build the network that a configuration describes, from `weights` where it starts from a file of them.
+
+    Raises InputError for one that cannot be had or used.
+    """
+    use_block(config.block.name)
+    weights = read_weights(config) if weights is None else weights
     name = _full_name(config, dataset, weights)
     torch.manual_seed(seed_for("weights", config.run.seed))
     if isinstance(weights, Checkpoint):
@@ -88,13 +114,6 @@ def noise(dataset: Dataset) -> Tensor:
     return probe.noise(PROBE_IMAGES, dataset.channels, dataset.image_size, dataset.image_size)
 
 
-def _file_of(init: str) -> str:
-    """Return the file, with its key, of the weights to start from, which may be a folder of the Hub."""
-    path, key = checkpoint.split_key(init)
-    weights = hub_folder.weights_in(path) if path.is_dir() else None
-    return init if weights is None else f"{weights}::{key}" if key else str(weights)
-
-
 def _source(config: Config) -> str:
     """Return the file of the weights to start from."""
     assert config.model.init is not None, "the weights were read from this file"
@@ -107,7 +126,7 @@ def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
     if isinstance(weights, Checkpoint):
         models.check_given(weights.card.model, None, _source(config))
         return weights.card.model
-    told = hub_folder.described(checkpoint.split_key(_file_of(_source(config)))[0])
+    told = hub_folder.described(checkpoint.split_key(hub_folder.file_of(_source(config)))[0])
     if told is not None:
         return told.network
     raise InputError(f"{config.model.init} does not say which network it is of: give --model NAME")
@@ -165,6 +184,7 @@ def _take(model: nn.Module, weights: Mapping[str, Tensor], config: Config) -> bo
 def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -> Network:
     """Build the network of one of repan's checkpoints; one without side branches may grow those of another family."""
     source = _source(config)
+    saved = _with_own_blocks(config, saved, source)
     _check_origin(config, dataset, name, saved)
     card = dataclasses.replace(saved.card, classes=tuple(dataset.classes))
     model = models.build_untrained(dataclasses.replace(saved, card=card), source, name)
@@ -186,6 +206,13 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
     return Network(model, name, expansion, saved.card.structure.native, True, new_classifier)
 
 
+def _with_own_blocks(config: Config, saved: Checkpoint, source: str) -> Checkpoint:
+    """Return a checkpoint that names blocks of a person's own as the settings do."""
+    if not own_block.needed(saved.card):
+        return saved
+    return dataclasses.replace(saved, card=models.given_again(saved.card, config.block.name, source))
+
+
 def _other_names(classes: Sequence[str], saved: Checkpoint) -> str:
     """Say how classes differ of which there are as many."""
     if len(classes) != len(saved.card.classes):
@@ -203,6 +230,7 @@ def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Netw
         )
     name = config.model.name
     assert name is not None, "a run that goes on has the full name of its network"
+    saved = _with_own_blocks(config, saved, "the run")
     model = models.build_untrained(saved, "the run", name)
     checkpoint.load_weights(model, saved.weights, "the run")
     native = saved.card.structure.native
@@ -222,7 +250,8 @@ def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint
     card, source = saved.card, _source(config)
     if card.form == checkpoint.FUSED:
         raise InputError(
-            f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run"
+            f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run; or as a "
+            f"plain network, from the file that 'repan fuse {quoted(source)} --form conv-bn' writes, with --model"
         )
     if card.model != name and not (user_file.names_a_file(name) and user_file.names_a_file(card.model)):
         raise InputError(f"{source} holds the network {card.model}, not {name}: give --model as it was trained")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from repan_cli import checkpoint, config, models, runs
+from repan_cli.blocks import is_own
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.conventions import SAME_RESULT
 from repan_cli.config.files import read_file
@@ -15,8 +16,8 @@ from repan_cli.config.schema import Layer
 from repan_cli.config.settings import Config
 from repan_cli.display.console import tell
 from repan_cli.errors import InputError
-from repan_cli.models import user_file
-from repan_cli.session import runner
+from repan_cli.models import own_block, user_file
+from repan_cli.session import data_place, runner
 from repan_cli.session.agreement import file_of_first_rank
 from repan_cli.session.build import Session, prepare, surroundings
 from repan_cli.session.network import state_of
@@ -24,19 +25,21 @@ from repan_cli.system.files import read_json
 from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import warn
 from repan_cli.system.ranks import join_ranks, joined, of_first_rank
-from repan_cli.system.text import count
+from repan_cli.system.text import count, quoted
 
-MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "run.threads", "teacher.name")
-"""Settings that may differ in a resumed run. They do not change the result, but for the last bits by `run.threads`; a
-teacher must be the same one."""
+MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "data.on_error", "run.threads", "teacher.name")
+"""Settings that may differ in a resumed run. They do not change the result, but for the last bits by `run.threads` and
+images that cannot be read any more by `data.on_error`; a teacher must be the same one."""
 
 
-def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
-    """Go on with a run of `command`. Raises InputError for one that cannot be."""
+def run(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
+    """Go on with a run of `command`, and return its directory, on the first rank. Raises InputError for one that cannot
+    be.
+    """
     join_ranks(str(given.get("run.device", "auto")))
     if own_rank():
         _follow(command, given)
-        return
+        return None
     path = runs.find(command, name)
     with runs.RunDirectory(path, reopen=True) as folder:
         source, saved = newest_state(path)
@@ -47,12 +50,13 @@ def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
         session, resolved = _again(command, given, path, source, saved)
         if _has_results(session, path):
             _conclude(session, folder)
-            return
+            return path
         _warn_of_edits(saved, path)
         _warn_of_changes(saved, surroundings(session.training.runtime))
         if source.name == runs.PREVIOUS:
             _set_aside(path / runs.LAST)
         runner.carry_out(session, folder, resolved, begun=state_of(saved, str(path)).begun, as_json=as_json)
+    return path
 
 
 def _follow(command: str, given: Layer) -> None:
@@ -93,7 +97,7 @@ def _conclude(session: Session, folder: runs.RunDirectory) -> None:
         return
     open_ended = session.command == "cycle" and cycle.lr == "restart"
     more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if open_ended else ""
-    begin = f"; begin another run from its weights with --init {path / runs.LAST}"
+    begin = f"; begin another run from its weights with --init {quoted(path / runs.LAST)}"
     raise InputError(f"{path} is finished{more or begin}")
 
 
@@ -116,7 +120,7 @@ def newest_state(path: Path) -> tuple[Path, Checkpoint]:
         for problem in problems:
             warn(f"{problem}: going on from {file.name}")
         return file, saved
-    begin = f"begin anew with -c {path / 'config.yaml'} --out NEW"
+    begin = f"begin anew with -c {quoted(path / 'config.yaml')} --out NEW"
     raise InputError(f"{path} holds no state to resume from ({'; '.join(problems)}): {begin}")
 
 
@@ -131,7 +135,7 @@ def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
     stored, asked = saved.card.config, config.typed(given)
     whole = config.from_flat(stored)
     for key, value in asked.items():
-        same = _same_network(saved, value) if key == "model.name" else value == stored.get(key)
+        same = _same(saved, key, value)
         if same or key in MAY_CHANGE:
             continue
         raise InputError(
@@ -140,10 +144,23 @@ def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
         )
     begun = state_of(saved, str(path)).progress["phase"]
     _check_cycles(whole, asked.get("cycle.count", whole.cycle.count), begun)
-    changed = {key: asked[key] for key in MAY_CHANGE if key in asked}
+    changed = {"data.root": data_place.found(saved.card), **{key: asked[key] for key in MAY_CHANGE if key in asked}}
     own = asked.get("model.name") if user_file.names_a_file(saved.card.model) else None
     models.check_given(saved.card.model, own, str(path))
-    return config.replace(whole, {**changed, "model.name": own or saved.card.model, "run.out": str(path)})
+    block = asked.get("block.name", saved.card.block)
+    if own_block.needed(saved.card):
+        models.given_again(saved.card, asked.get("block.name"), str(path))
+    names = {"model.name": own or saved.card.model, "block.name": block}
+    return config.replace(whole, {**changed, **names, "run.out": str(path)})
+
+
+def _same(saved: Checkpoint, key: str, value: object) -> bool:
+    """Tell whether a setting that was given means what the run has."""
+    if key == "model.name":
+        return _same_network(saved, str(value))
+    if key == "block.name" and own_block.needed(saved.card):
+        return is_own(str(value))  # told by its weights, wherever its file is now
+    return bool(value == saved.card.config.get(key))
 
 
 def _same_network(saved: Checkpoint, given: str) -> bool:

@@ -23,8 +23,8 @@ from repan_cli.runs.trackers import read_metrics
 from repan_cli.session.build import Session
 from repan_cli.session.network import describe_blocks
 from repan_cli.session.recorder import Record, chosen_file
-from repan_cli.system.notices import warn
-from repan_cli.system.text import count, duration, first_line, percent, sparkline
+from repan_cli.system.notices import doing, warn
+from repan_cli.system.text import count, duration, first_line, percent, quoted, some, sparkline
 from repan_cli.training.evaluation import evaluate
 from repan_cli.training.plan import Phase
 from repan_cli.training.run import Training
@@ -42,12 +42,20 @@ def header(session: Session, resolved: Resolved) -> dict[str, str]:
     return {
         f"repan {session.command}": f"{network}: {blocks}, {export.count_parameters(training.model):,} parameters",
         "data": f"{data.name}: {counts} images of {size}, {len(data.classes)} classes",
+        **_describe_classes(session),
         **_describe_augmentation(training.train),
         "plan": _describe_plan(training.plan),
         **_describe_teacher(training),
         "device": training.runtime.describe() + (", a step is one CUDA graph" if training.graphs else ""),
         "settings": resolved.source,
     }
+
+
+def _describe_classes(session: Session) -> dict[str, str]:
+    """Name the classes of image folders in their order, which is that of the network's outputs."""
+    if session.dataset.name != "folder":
+        return {}
+    return {"classes": f"{some(list(session.dataset.classes))} (data.class_order={session.config.data.class_order})"}
 
 
 def _describe_augmentation(train: Loader) -> dict[str, str]:
@@ -103,9 +111,11 @@ def finish(session: Session, folder: runs.RunDirectory, display: Display, record
     if source.name == runs.LAST and math.isfinite(session.training.progress.best_top1):
         summary["chosen"]["note"] = "best.pt is gone: these are the last weights, not the best ones by validation"
         warn(f"{folder.path}: {summary['chosen']['note']}")
-    summary["test"] = _score(session, model)
+    with doing("scoring the test images"):
+        summary["test"] = _score(session, model)
     try:
-        summary["fused"] = _fuse(session, folder, chosen, model)
+        with doing("merging"):
+            summary["fused"] = _fuse(session, folder, chosen, model)
     except InputError as error:  # a network without anything to merge
         display.say(f"no fused.pt: {error}")
     summary["seconds"] = record.seconds
@@ -118,9 +128,9 @@ def conclude(session: Session, folder: runs.RunDirectory, display: Display, summ
     with warned("the run is done, but status.json does not say so; a resume mends that"):
         folder.status("done")
     with warned("no curves.png"):
-        draw(session, folder, display)
+        draw(session, folder, display, summary)
     with warned("the run is done, but its report could not be shown"):
-        _report(folder, display, summary, session.user_model)
+        _report(folder, display, summary, session)
 
 
 @contextlib.contextmanager
@@ -145,12 +155,19 @@ def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model
     return {"out": "fused.pt", **dataclasses.asdict(report), "test_top1": _score(session, fused)["top1"]}
 
 
-def draw(session: Session, folder: runs.RunDirectory, display: Display) -> None:
+def draw(session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
+    """Draw the course of a run, with test top-1 at the ends of its phases, as far as they are over."""
     title = (f"repan {session.command}", *session.names, f"seed {session.config.run.seed}")
     if not plots.available():
         display.say(f"no curves.png: {plots.HOW_TO_GET}")
     elif records := read_metrics(folder / "metrics.jsonl"):
-        plots.draw_curves(records, folder / "curves.png", title=", ".join(title))
+        plots.draw_curves(records, folder / "curves.png", title=", ".join(title), tests=_tests(summary))
+
+
+def _tests(summary: dict[str, Any]) -> dict[int, float]:
+    """Return test top-1 at the end of each phase that is over, by its cycle."""
+    baseline = {0: summary["baseline"]["test_top1"]} if summary["baseline"] else {}
+    return {**baseline, **{row["cycle"]: row["test_top1"] for row in summary["cycles"]}}
 
 
 def _sampling_error(test: dict[str, Any]) -> float:
@@ -159,7 +176,7 @@ def _sampling_error(test: dict[str, Any]) -> float:
     return 100 * math.sqrt(share * (1 - share) / test["images"])
 
 
-def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], user_model: str | None) -> None:
+def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], session: Session) -> None:
     """Show the end of a run: a row a phase, the chosen weights, the merged network, the files."""
     test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
     records = read_metrics(folder / "metrics.jsonl")
@@ -190,5 +207,5 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     rows["files"] = str(folder.path)
     display.say()
     display.facts(rows)
-    own = f" --model {user_model}" if user_model else ""
-    display.command("next", f"repan evaluate {folder / (fused['out'] if fused else chosen['file'])}{own}")
+    own = session.own_code if not fused else f" --model {quoted(session.user_model)}" if session.user_model else ""
+    display.command("next", f"repan evaluate {quoted(folder / (fused['out'] if fused else chosen['file']))}{own}")

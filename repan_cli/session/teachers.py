@@ -20,10 +20,12 @@ from repan_cli.errors import InputError
 from repan_cli.export.fuse import check_finite
 from repan_cli.models.inspect import wanted_images
 from repan_cli.models.probe import noise
+from repan_cli.session import hub_folder
 from repan_cli.session.agreement import file_of_first_rank
 from repan_cli.session.network import check_classes
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
+from repan_cli.system.user_code import names_a_file
 from repan_cli.training.evaluation import eval_batch
 from repan_cli.training.plan import Phase
 from repan_cli.training.tasks import Classification, Distillation, Task
@@ -144,8 +146,8 @@ def find_teacher(settings: config.TeacherConfig, dataset: Dataset) -> TeacherMod
     Raises InputError when there is none, when it does not know exactly the classes of the data, or reads other
     channels.
     """
-    name = _name_in(settings)
-    weights = checkpoint.load_any(name) if checkpoint.split_key(name)[0].is_file() else None
+    name = hub_folder.file_of(_name_in(settings))
+    weights = checkpoint.load_any(name) if checkpoint.split_key(name)[0].exists() else None
     if weights is None:
         found = _pretrained(name, dataset)
     elif isinstance(weights, Checkpoint):
@@ -159,6 +161,11 @@ def find_teacher(settings: config.TeacherConfig, dataset: Dataset) -> TeacherMod
 
 def _ours(name: str, settings: config.TeacherConfig, dataset: Dataset, saved: Checkpoint) -> TeacherModel:
     card = saved.card
+    if names_a_file(card.model) and settings.model is None:
+        raise InputError(
+            f"the teacher {name} holds a network of your own, {card.model}: give teacher.model={card.model} (no file "
+            "is imported by itself)"
+        )
     check_classes(f"the teacher {name}", card.classes, dataset)
     if card.in_chans != dataset.channels:
         raise InputError(f"the teacher {name} reads {card.in_chans} channels, {dataset.name} has {dataset.channels}")
@@ -169,13 +176,18 @@ def _ours(name: str, settings: config.TeacherConfig, dataset: Dataset, saved: Ch
 
 
 def _theirs(name: str, settings: config.TeacherConfig, dataset: Dataset, weights: Mapping[str, Tensor]) -> TeacherModel:
-    if settings.model is None:
+    told = hub_folder.described(checkpoint.split_key(name)[0])
+    if settings.model is None and told is None:
         raise InputError(f"{name} does not say which network it is of: give teacher.model=NAME")
-    size = settings.image_size or dataset.image_size
-    full = models.resolve(settings.model, size)
+    images = told.images if told is not None else {}
+    if told is not None and told.classes is not None:
+        check_classes(f"the teacher {name}", told.classes, dataset)
+    size = settings.image_size or images.get("input_size", (dataset.image_size,))[-1]
+    full = told.network if settings.model is None and told is not None else models.resolve(settings.model or "", size)
+    mean, std = (tuple(images.get(key, usual)) for key, usual in (("mean", dataset.mean), ("std", dataset.std)))
     model = models.create(full, num_classes=len(dataset.classes), in_chans=dataset.channels)
     models.load_foreign(model, weights, f"the teacher {name}")
-    return TeacherModel(model, View(size, dataset.mean, dataset.std), digest_of(weights_of(model)), full)
+    return TeacherModel(model, View(size, mean, std), digest_of(weights_of(model)), full)
 
 
 def _pretrained(name: str, dataset: Dataset) -> TeacherModel:

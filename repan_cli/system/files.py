@@ -53,9 +53,40 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         name.replace(path)
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder of a file that is to be written. Raises InputError where none can be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create the folder {path.parent}: {error.strerror}; give another --out") from None
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file as `write_atomically` does, with this content."""
     write_atomically(path, lambda file: file.write(content))
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write files, by their names in a folder, which appears with all of them; in one that exists each is replaced."""
+    if path.is_dir():
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path / name, content)
+        return
+    try:
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}."))
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        aside.chmod(0o777 & ~_umask())
+        write_folder(aside, files)
+        aside.replace(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _flush_folder(path.parent)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
-"""Notices for people, from rooms that do not print: records of the standard library's logging.
+"""Notices for people, from rooms that do not print: records of the standard library's logging, and what is being done.
 
 `display.console.show_notices` prints them; where nobody calls it, Python prints warnings on stderr by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable, Iterator
 
 from repan_cli.system.launcher import own_rank
 
@@ -16,3 +18,46 @@ def warn(text: str) -> None:
     """Send a warning, from the first of several ranks alone."""
     if own_rank() == 0:
         LOGGER.warning("%s", text)
+
+
+_DOING: list[str] = []
+_WATCHERS: list[Callable[[str | None], None]] = []
+_SAID: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+    """Send a warning that this process has not sent yet."""
+    if text not in _SAID:
+        _SAID.add(text)
+        warn(text)
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Tell whoever watches what is being done meanwhile: something that may take long and says nothing by itself."""
+    _DOING.append(what)
+    _tell_watchers()
+    try:
+        yield
+    finally:
+        _DOING.pop()
+        _tell_watchers()
+
+
+@contextlib.contextmanager
+def watched_by(watcher: Callable[[str | None], None]) -> Iterator[None]:
+    """Let a function know what is being done, and None when it is done; of several the last one to come is told."""
+    if _WATCHERS:
+        _WATCHERS[-1](None)
+    _WATCHERS.append(watcher)
+    try:
+        yield
+    finally:
+        watcher(None)
+        _WATCHERS.remove(watcher)
+        _tell_watchers()
+
+
+def _tell_watchers() -> None:
+    if _WATCHERS and own_rank() == 0:
+        _WATCHERS[-1](_DOING[-1] if _DOING else None)

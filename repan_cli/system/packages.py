@@ -6,6 +6,9 @@ import importlib.util
 
 from repan_cli.errors import InputError
 
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+"""The packages by which ONNX files are written and proven."""
+
 
 def missing(*packages: str) -> list[str]:
     """Return the packages that are not installed, importing none."""

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from repan_cli.errors import InputError, LostRankError
 from repan_cli.system.files import to_json
@@ -216,12 +216,9 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def average_buffers(model: nn.Module) -> None:
+def average_buffers(buffers: list[Tensor]) -> None:
     """Give every rank the mean of all ranks' running statistics: means of means stay means, whenever it is done."""
-    if not joined():  # said first: to look through a network takes longer than to launch a recorded step
-        return
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    if not buffers:
+    if not buffers or not joined():
         return
     flat = torch.cat([buffer.flatten().float() for buffer in buffers])
     distributed.all_reduce(flat)

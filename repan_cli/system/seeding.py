@@ -12,6 +12,19 @@ def seed_for(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seed the generators of the CPU and of a device.
+
+    `torch.manual_seed` gives the same, but seeds those of all kinds of device, and formats a stack trace for each kind
+    that is not there: 0.1 ms a step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 def generator_for(*parts: int | str) -> torch.Generator:
     """A CPU generator seeded by position: the same draws whatever ran before."""
     return torch.Generator().manual_seed(seed_for(*parts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -14,10 +15,12 @@ class StopSignals:
     """While it is entered, STOP_SIGNALS ask the run to stop; a second SIGINT raises KeyboardInterrupt.
 
     Calling it says whether one has come; `received` is the first. Once the process is `leaving`, it hears no more. One
-    that is entered inside another knows what that has heard, and tells it what it hears.
+    that is entered inside another knows what that has heard, and tells it what it hears. `heard` is called with the
+    first, in a thread of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heard: Callable[[int], object] | None = None) -> None:
+        self.heard = heard
         self.received: int | None = None
         self.leaving = False
         self._outer: StopSignals | None = None
@@ -39,6 +42,8 @@ class StopSignals:
     def _take(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT and not self.leaving:
             raise KeyboardInterrupt
+        if self.heard and self.received is None and not self.leaving:  # a handler may have interrupted a print
+            threading.Thread(target=self.heard, args=(number,), daemon=True).start()
         self.received = self.received or number
         if self._outer:
             self._outer.received = self._outer.received or number

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 
 def on_one_line(text: str) -> str:
@@ -32,6 +34,21 @@ SPARKLINE_WIDTH = 60
 NAMES_SHOWN = 6
 
 SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def at_home(path: str) -> str:
+    """Return a path with the home folder in place of a '~' that it begins with: shells leave that of --out=~/x."""
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:  # there is no such user
+        return path
+
+
+def quoted(path: object) -> str:
+    """Return a path or a word as a shell takes it, for commands that are printed to be copied."""
+    return shlex.quote(str(path))
 
 
 def percent(value: float | None) -> str:

@@ -17,7 +17,8 @@ from repan_cli.config.settings import CycleConfig
 from repan_cli.data.batches import Batch
 from repan_cli.errors import DivergedError, StoppedError
 from repan_cli.runs import felt
-from repan_cli.system.seeding import generator_for, seed_for
+from repan_cli.system.notices import doing
+from repan_cli.system.seeding import generator_for, seed_for, seed_generators
 from repan_cli.training import optim
 from repan_cli.training.evaluation import Score, eval_batch, evaluate
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, LossLog, StepEnd
@@ -110,15 +111,18 @@ def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
         run.progress.begun = True
         return CycleStart(0)
     run.progress.whole, began = False, time.perf_counter()
-    before = _look(run, phase, task)
-    report = _restart(run, phase.cycle, phase.restart) if phase.restart else RestartReport(blocks=0)
+    with doing("scoring before"):
+        before = _look(run, phase, task)
+    with doing("regrowing"):
+        report = _restart(run, phase.cycle, phase.restart) if phase.restart else RestartReport(blocks=0)
     if phase.carries_momentum:
         optim.carry_momentum(run.optimizer, report.changes)
     else:
         optim.zero_momentum(run.optimizer)
     if run.ema:
         run.ema.set(run.model)  # type: ignore[no-untyped-call] # timm's
-    after = _look(run, phase, task)
+    with doing("scoring after"):
+        after = _look(run, phase, task)
     run.progress.begun = run.progress.whole = True
     run.progress.seconds = time.perf_counter() - began
     return CycleStart(
@@ -203,7 +207,7 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, No
     for group in _groups(task.prepared(batches), run.accumulate):
         elapsed = epoch - 1 + progress.step / steps
         lr, rate = _position(phase, elapsed)
-        torch.manual_seed(seed_for("step", run.seed, phase.cycle, epoch, progress.step))
+        seed_generators(run.runtime.device, seed_for("step", run.seed, phase.cycle, epoch, progress.step))
         update(run, phase, task, group, elapsed)
         before, progress.step = progress.step, progress.step + len(group)
         if before < FIRST_STEPS <= progress.step or progress.step == steps < FIRST_STEPS:

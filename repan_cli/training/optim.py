@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import timm.optim
 import torch
 from torch import Tensor, nn
 
 from repan_cli.anneal.coordinates import CoordinateChange
 from repan_cli.blocks import rep_blocks
+from repan_cli.config.names import unknown_optimizer
 from repan_cli.config.settings import OptimConfig
-from repan_cli.errors import InputError
 from repan_cli.models.inspect import classifier_layers
-from repan_cli.registry import did_you_mean
 
 SGD = "sgd"
 """The default; others are timm's."""
@@ -45,11 +43,11 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
     if optim.name == SGD:
         optimizer = torch.optim.SGD(groups, lr=optim.lr, fused=True)
     else:
+        import timm.optim  # which imports the compiler for one of them
+
         known = [str(name) for name in timm.optim.list_optimizers()]
         if optim.name not in known:
-            raise InputError(
-                f"unknown optimizer '{optim.name}'{did_you_mean(optim.name, known)}; see repan list optimizers"
-            )
+            raise unknown_optimizer(optim.name, known)
         optimizer = timm.optim.create_optimizer_v2(groups, opt=optim.name, lr=optim.lr, momentum=optim.momentum)
     apply_settings(optimizer, optim)
     return optimizer

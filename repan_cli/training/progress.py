@@ -60,14 +60,16 @@ class Totals:
 
     def mean_loss(self) -> float:
         """Over all ranks. Raises DivergedError when it is not finite, or an update was left out."""
-        loss, images = summed(torch.stack([self.loss, torch.full_like(self.loss, self.images)])).tolist()
-        self.check()
-        return loss / images
+        loss, skipped, images = summed(
+            torch.stack([self.loss, self.skipped, torch.full_like(self.loss, self.images)])
+        ).tolist()
+        _check(loss, skipped)
+        return float(loss / images)
 
     def check(self) -> None:
         """Raises DivergedError when the loss is not finite, or an update was left out; asks no other rank."""
-        if self.skipped.item() or not math.isfinite(self.loss.item()):
-            raise DivergedError("the loss or a gradient is no longer finite; lower optim.lr, or set optim.clip")
+        loss, _, skipped = self.sums.tolist()
+        _check(loss, skipped)
 
     def top1(self) -> float:
         """In percent."""
@@ -84,6 +86,11 @@ class Totals:
         self.sums = torch.stack([loss, correct, self.skipped])
         self.noted = summed(self.noted) * (rank == 0)
         self.images = int(images.item())
+
+
+def _check(loss: float, skipped: float) -> None:
+    if skipped or not math.isfinite(loss):
+        raise DivergedError("the loss or a gradient is no longer finite; lower optim.lr, or set optim.clip")
 
 
 @dataclass

@@ -11,10 +11,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repan_cli.blocks import attach_rates
+from repan_cli.blocks import RepBlock, attach_rates, rep_blocks
 from repan_cli.data.batches import Loader
 from repan_cli.system.device import Runtime
-from repan_cli.training import optim
+from repan_cli.training import casts, optim
+from repan_cli.training.average import WeightAverage
 from repan_cli.training.cuda_graphs import Graphs
 from repan_cli.training.plan import Phase
 from repan_cli.training.progress import Progress
@@ -30,7 +31,8 @@ class Training:
     out to choose by. `restarted` names the blocks that restart; None is all. `wrapped` is the network as training
     calls it, compiled for one; None is the network itself. `ema`: a weight average that is scored in its stead.
     `accumulate`: how many batches an update takes. `graphs`: where updates are recorded and replayed; None does them as
-    they are. `stop` is asked wherever the run may take long without an event.
+    they are. `stop` is asked wherever the run may take long without an event. `rates_are_one` holds the answer of
+    `read_attach_rates` as the phase `rates_of` began.
     """
 
     model: nn.Module
@@ -52,6 +54,8 @@ class Training:
     progress: Progress = field(default_factory=Progress)
     graphs: Graphs | None = None
     stop: Callable[[], bool] = bool
+    rates_of: Phase | None = field(default=None, init=False)
+    rates_are_one: tuple[bool, bool] = field(default=(False, False), init=False)
 
     def __post_init__(self) -> None:
         if self.graphs is not None:
@@ -61,6 +65,42 @@ class Training:
     def attach_rates(self) -> list[Tensor]:
         """Return the attach rates of the blocks that restart."""
         return attach_rates(self.model, only=self.restarted)
+
+    @cached_property
+    def blocks(self) -> list[RepBlock]:
+        return [block for _, block in rep_blocks(self.model)]
+
+    def read_attach_rates(self) -> tuple[bool, bool]:
+        """Tell whether the attach rates of the blocks that restart are 1, and those of the others: it is a sync."""
+        steered = {id(rate) for rate in self.attach_rates}
+        others = [block.attach_rate for block in self.blocks if id(block.attach_rate) not in steered]
+        here, there = (all(rate == 1 for rate in _numbers(rates)) for rates in (self.attach_rates, others))
+        return here, there
+
+    @property
+    def compiled(self) -> bool:
+        return hasattr(self.called, "_orig_mod")
+
+    @cached_property
+    def cast(self) -> list[nn.Module]:
+        """The layers whose weights a recorded step casts together."""
+        return casts.layers(self.model)
+
+    @cached_property
+    def average(self) -> WeightAverage | None:
+        return None if self.ema is None else WeightAverage(self.ema, self.model)
+
+    @cached_property
+    def average_share(self) -> Tensor | None:
+        """On the device the share of each step in the weight average, for recorded updates of a run that has one."""
+        if self.graphs is None or self.average is None or self.average.coarse:
+            return None
+        return torch.zeros((), device=self.runtime.device)
+
+    @cached_property
+    def statistics(self) -> list[Tensor]:
+        """The buffers whose mean over the ranks is taken with every step."""
+        return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
     @cached_property
     def trunk_live(self) -> Tensor | None:
@@ -85,3 +125,8 @@ class Training:
     def scored(self) -> nn.Module:
         """The network whose accuracy counts and that is saved."""
         return self.ema.module if self.ema else self.model
+
+
+def _numbers(rates: list[Tensor]) -> list[float]:
+    found: list[float] = torch.stack(rates).tolist() if rates else []
+    return found

@@ -8,16 +8,16 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from repan_cli.blocks import attach_rates, fill_all
+from repan_cli.blocks import fill_all, known_attached
 from repan_cli.blocks.kernel import BatchNorm
 from repan_cli.data.batches import Batch
 from repan_cli.system.ranks import average_buffers
-from repan_cli.training import optim
+from repan_cli.training import casts, optim
 from repan_cli.training.cuda_graphs import Inputs
 from repan_cli.training.plan import Phase
 from repan_cli.training.run import Training
@@ -26,23 +26,51 @@ from repan_cli.training.tasks import Task
 
 def update(run: Training, phase: Phase, task: Task, group: list[Batch], elapsed: float) -> None:
     """One step of the optimizer, `elapsed` epochs into the phase, on the mean loss over the images of `group`."""
-    frozen = phase.trunk_is_frozen(elapsed)
-    optim.set_learning_rate(run.optimizer, phase.learning_rate(elapsed), frozen=frozen)
+    how = _how(run, phase, elapsed)
+    optim.set_learning_rate(run.optimizer, phase.learning_rate(elapsed), frozen=how.frozen)
     if (rate := phase.attach_rate(elapsed)) is not None:
         fill_all(run.attach_rates, rate)
-    work = functools.partial(_compute, run, phase, task, frozen, _images_of_all_ranks(run, group), len(group))
+    work = functools.partial(_compute, run, phase, task, how, _images_of_all_ranks(run, group), len(group))
     inputs = tuple(part for batch in group for part in batch.computed_on())
     if run.graphs is None:
         sums = work(inputs)
     else:
         if run.trunk_live is not None:
-            run.trunk_live.fill_(not frozen)
-        sums = run.graphs(("update", *(part.shape for part in inputs)), work, inputs)
+            run.trunk_live.fill_(not how.frozen)
+        if run.average_share is not None:
+            assert run.average is not None, "it has a share of each step"
+            run.average_share.fill_(run.average.share(_steps_in(run, elapsed)))
+        sums = run.graphs(("update", how.attached, *(part.shape for part in inputs)), work, inputs)
     assert run.progress.totals is not None, "an epoch is under way"
     run.progress.totals.add(sums, sum(len(batch.images) for batch in group))
-    average_buffers(run.model)
-    if run.ema:
-        _average(run, run.ema, elapsed)
+    if run.runtime.ranks > 1:
+        average_buffers(run.statistics)
+    if run.average is not None and run.average_share is None:
+        run.average.take(_steps_in(run, elapsed))
+
+
+class _How(NamedTuple):
+    """How an update is made: with trunks that stay as they are, with branches that are known to be fully attached."""
+
+    frozen: bool
+    attached: bool
+
+
+def _how(run: Training, phase: Phase, elapsed: float) -> _How:
+    """Say how the update is made. The device is asked for its attach rates in a phase's first update alone."""
+    if run.rates_of is not phase:
+        run.rates_of, run.rates_are_one = phase, run.read_attach_rates()
+    steered, others = run.rates_are_one
+    rate = phase.attach_rate(elapsed)
+    # compiled networks fuse the rate into other work, and would be compiled anew
+    attached = others and (steered if rate is None else rate == 1) and not run.compiled
+    return _How(phase.trunk_is_frozen(elapsed), attached)
+
+
+def _steps_in(run: Training, elapsed: float) -> int:
+    """Count the updates of the phase, with the one that is `elapsed` epochs into it."""
+    batches = round(elapsed * run.train.steps(run.batch_size))
+    return batches // run.accumulate + 1
 
 
 def recorded_as(phase: Phase, task: Task) -> Hashable:
@@ -61,13 +89,11 @@ def storage(run: Training) -> frozenset[int]:
     return frozenset(each.data_ptr() for each in tensors if torch.is_tensor(each))
 
 
-def _compute(
-    run: Training, phase: Phase, task: Task, frozen: bool, images: int, batches: int, inputs: Inputs
-) -> Tensor:
+def _compute(run: Training, phase: Phase, task: Task, how: _How, images: int, batches: int, inputs: Inputs) -> Tensor:
     """Do the device's part of an update, for the parts of some batches with so many images on all ranks.
 
     Gives sums over the group, (3,): loss, correct, and 1 if the update was skipped. A recorded step does not look at
-    `frozen` but at `run.trunk_live`.
+    `how.frozen` but at `run.trunk_live`.
     """
     run.optimizer.zero_grad(set_to_none=True)
     count = len(inputs) // batches
@@ -77,13 +103,21 @@ def _compute(
         batch = Batch.of(inputs[number * count : (number + 1) * count])
         alone = run.runtime.ranks > 1 and number + 1 < batches  # gradients are exchanged with the last batch
         with _without_exchange(run.called) if alone else contextlib.nullcontext(), run.runtime.training():
-            with run.runtime.autocast(), _counted_at_once(run.norms):
+            with (
+                run.runtime.autocast(),
+                _counted_at_once(run.norms),
+                _cast(run),
+                known_attached(run.blocks, how.attached),
+            ):
                 loss, logits = task(_called(run, batch), batch)
             share = len(batch.images) * run.runtime.ranks / images  # gradients are averaged over ranks
             run.scaler.scale(loss * share).backward()
         losses.append(loss.detach() * len(batch.images))
         correct.append((logits.detach().argmax(1) == batch.classes()).sum())
-    return torch.stack([_sum(losses), _sum(correct), _step(run, phase, frozen)])
+    left_out = _step(run, phase, how.frozen)
+    if run.average is not None and run.average_share is not None:
+        run.average.follow(run.average_share)
+    return torch.stack([_sum(losses), _sum(correct), left_out])
 
 
 def _sum(values: list[Tensor]) -> Tensor:
@@ -107,6 +141,12 @@ def _called(run: Training, batch: Batch) -> nn.Module:
     return getattr(run.called, "_orig_mod", run.called) if ragged else run.called
 
 
+def _cast(run: Training) -> contextlib.AbstractContextManager[None]:
+    """Cast all weights together, in the autocast that is on, where a step is recorded; see `casts`."""
+    recorded = run.graphs is not None and torch.is_autocast_enabled(run.runtime.device.type)
+    return casts.at_once(run.cast) if recorded and not run.compiled else contextlib.nullcontext()
+
+
 def _step(run: Training, phase: Phase, frozen: bool) -> Tensor:
     """Change the weights by their gradients; gives whether that was left out, 0 or 1."""
     if run.trunk_live is not None:
@@ -119,8 +159,9 @@ def _step(run: Training, phase: Phase, frozen: bool) -> Tensor:
     if run.scaler.is_enabled():
         run.scaler.step(run.optimizer)
         run.scaler.update()
-        return torch.zeros((), device=norm.device)
-    left_out = optim.step_if_finite(run.optimizer, norm)
+        left_out = torch.zeros((), device=norm.device)
+    else:
+        left_out = optim.step_if_finite(run.optimizer, norm)
     if run.trunk_live is not None:
         optim.mask_trunk_momentum(run.optimizer, run.trunk_live)
     return left_out
@@ -150,10 +191,3 @@ def _images_of_all_ranks(run: Training, group: list[Batch]) -> int:
         return images
     first, last = run.progress.step, run.progress.step + len(group)
     return min(last * run.batch_size, run.train.count) - first * run.batch_size
-
-
-def _average(run: Training, ema: ModelEmaV3, elapsed: float) -> None:
-    """Take the step into the weight average, whose blocks are attached as the network's are."""
-    batches = round(elapsed * run.train.steps(run.batch_size))
-    ema.update(run.model, step=batches // run.accumulate + 1)
-    torch._foreach_copy_(attach_rates(ema.module), attach_rates(run.model))

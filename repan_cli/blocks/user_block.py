@@ -1,0 +1,52 @@
+"""Block families of a person's own: a function that returns branches, registered by name or named `file.py:function`.
+
+A family is checked before it is entered, see `block_check`. No name in a file is imported by itself: only what a person
+gives is, by `use_block`.
+"""
+
+from __future__ import annotations
+
+from repan_cli.blocks.block_check import check
+from repan_cli.blocks.families import FAMILIES, NATIVE, SHIPPED, BranchesOf, Family
+from repan_cli.errors import InputError
+from repan_cli.system.user_code import function_of, names_a_file
+
+UNNAMED = "a block family of a person's own"
+
+
+def is_own(name: str | None) -> bool:
+    """Tell whether a name is that of a person's own block family, registered or not."""
+    return name is not None and name != NATIVE and name not in SHIPPED
+
+
+def register_block(name: str, build: BranchesOf) -> None:
+    """Enter a block family of your own: from now on its name works wherever a family is named.
+
+    The same name may be registered again, such as in a notebook; networks that are built keep their branches.
+
+    Args:
+        name: name of the family; those of this package are taken.
+        build: takes the `Geometry` of a block's trunk and returns a list of fresh side branches, see
+            `blocks.branches.Branch`. It may raise ValueError, with the reason, for a geometry that it does not suit.
+
+    Raises InputError where the branches do not merge exactly, for any kernel, stride, padding, dilation, number of
+    groups or channels, or lack a part of what training asks of a branch.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(f"register_block needs a name for the family, got {name!r}")
+    if not is_own(name):
+        raise InputError(f"the block family {name} is part of repan: take another name")
+    if not callable(build):
+        raise InputError(f"register_block('{name}', ...) needs a function of a geometry, got {type(build).__name__}")
+    check(name, build)
+    FAMILIES.put(name, Family(build, " ".join((build.__doc__ or UNNAMED).split())))
+
+
+def use_block(name: str | None) -> str | None:
+    """Return the name of a family that a person gave; one that names a function in a file is imported and registered.
+
+    Raises InputError, in a line, when the file has no such function, or for branches that do not merge exactly.
+    """
+    if name is not None and names_a_file(name):
+        register_block(name, function_of(name, what="a block family"))
+    return name

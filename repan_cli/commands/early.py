@@ -1,0 +1,332 @@
+"""Say what is wrong with a command before PyTorch is loaded: missing files, unknown names, folders that exist already.
+
+A command checks again what it opens; nothing here opens more than the first bytes of a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repan_cli import runs
+from repan_cli.commands.options import (
+    BenchmarkOptions,
+    EvaluateOptions,
+    FuseOptions,
+    InfoOptions,
+    PredictOptions,
+    QuantizeOptions,
+)
+from repan_cli.config import names
+from repan_cli.config.advice import unusual, without_effect
+from repan_cli.config.conventions import (
+    ARTIFACT_ENDINGS,
+    FOLDER_FORMATS,
+    FORMATS,
+    GRAPH_FORMATS,
+    INT8_OPSETS,
+    OPSETS,
+    WEIGHT_ENDINGS,
+    WEIGHT_FORMATS,
+)
+from repan_cli.config.resolve import Resolved
+from repan_cli.config.settings import PREVIOUS, Config, baseline_phase, replace
+from repan_cli.data import class_folders, datasets
+from repan_cli.errors import InputError
+from repan_cli.registry import did_you_mean
+from repan_cli.runs.trackers import TRACKERS
+from repan_cli.session import sources
+from repan_cli.system.files import write_bytes, write_folder
+from repan_cli.system.launcher import own_rank, restarts
+from repan_cli.system.notices import warn
+from repan_cli.system.packages import ONNX_PACKAGES, need
+from repan_cli.system.user_code import names_a_file
+from repan_cli.system.weight_files import no_checkpoint, split_key
+from repan_cli.training.schedules import SCHEDULES
+
+FORMS = ("conv", "conv-bn")
+
+
+def check(module: str, *arguments: Any) -> None:
+    """Raise InputError for what cannot be of a command, given what its `run` is given."""
+    if module in CHECKS:
+        CHECKS[module](*arguments)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def _check_training(command: str, resolved: Resolved | str, *_: Any) -> None:
+    """Check a run that is to begin, by its settings, or the one that `--resume` names."""
+    if isinstance(resolved, str):
+        if own_rank() == 0:
+            runs.find(command, resolved)
+        return
+    config = resolved.config
+    if own_rank() == 0 and not restarts():
+        runs.check_free(config.run.out)
+    for name in config.run.trackers:
+        TRACKERS[name]
+    assert config.data.name is not None, "resolve has refused that"
+    datasets.check(config.data.name, config.data.root)
+    _check_network(config)
+    for phase in (config, baseline_phase(config)):
+        _check_phase(phase)
+    asked = {**resolved.own, **resolved.given}
+    for text in (*unusual(config), *without_effect(config, asked, cycles=command == "cycle")):
+        warn(text)
+
+
+def _check_dry_run(command: str, resolved: Resolved, *_: Any) -> None:
+    """Check the settings of a run that is tried: a run directory may be there."""
+    config = replace(resolved.config, {"run.out": None})
+    _check_training(command, dataclasses.replace(resolved, config=config))
+
+
+def _check_network(config: Config) -> None:
+    if config.model.name is not None:
+        names.check_model(config.model.name)
+    _check_weights(config.model.init)
+    if config.block.name is not None and not names_a_file(config.block.name):
+        _check_known("block family", config.block.name, {**names.blocks(), **_registered_blocks()})
+
+
+def _registered_blocks() -> dict[str, str]:
+    """Return the block families that this process has registered, if it has loaded any."""
+    families = getattr(sys.modules.get("repan_cli.blocks.families"), "FAMILIES", ())
+    return dict.fromkeys(families, "")
+
+
+def _check_phase(phase: Config) -> None:
+    """Check what a phase of training names: schedule, optimizer, teacher."""
+    SCHEDULES[phase.optim.schedule]
+    known = names.optimizers()
+    if known and phase.optim.name not in known:
+        raise names.unknown_optimizer(phase.optim.name, list(known))
+    teacher = phase.teacher
+    if teacher.model is not None:
+        names.check_model(teacher.model)
+    if teacher.name in (None, PREVIOUS) or names.names_a_repository(teacher.name or ""):
+        return
+    assert teacher.name is not None, "which was looked at"
+    if Path(split_key(teacher.name)[0]).exists():
+        _check_weights(teacher.name)
+    elif Path(teacher.name).suffix in WEIGHT_ENDINGS:
+        raise InputError(f"no teacher's file {teacher.name}")
+    else:
+        names.check_model(teacher.name)
+
+
+def _check_weights(source: str | None) -> None:
+    if source is None or names.names_a_repository(source):
+        return
+    path = split_key(source)[0]
+    if not path.exists():
+        raise InputError(no_checkpoint(path))
+    sources.check(source)
+
+
+def _check_known(kind: str, name: str, known: Mapping[str, str]) -> None:
+    if name not in known:
+        hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+        raise InputError(f"unknown {kind} '{name}'{hint}")
+
+
+# ---------------------------------------------------------------------------------------------- networks and files
+
+
+def _check_info(options: InfoOptions) -> None:
+    if not names.names_a_repository(options.checkpoint):
+        info_source(options.checkpoint)
+    if options.model is not None:
+        names.check_model(options.model)
+
+
+def info_source(source: str) -> tuple[Path, str | None]:
+    """Return the file that is to be described, and the key in it. Raises InputError for one that is no network's."""
+    plain, key = split_key(source)
+    path = sources.file_of(str(plain))
+    if path is None:
+        known = any(source.removeprefix("timm:") in each for each in (names.builtin(), names.of_timm(), names.ALIASES))
+        raise InputError(f"no file {source}" + (f"; repan list models {source} tells of networks" if known else ""))
+    sources.check(str(path))
+    return path, key
+
+
+def _check_evaluate(options: EvaluateOptions) -> None:
+    if options.out and options.out.exists() and not options.out.is_dir():
+        raise InputError(f"--out {options.out} is a file: name a folder for the tables")
+    sources.check(options.checkpoint, options.model)
+    _check_data(options.dataset, options.data_root)
+
+
+def _check_data(name: str | None, root: str | None) -> None:
+    """Check the data that are asked for by name, where their place is known, too."""
+    if name is None:
+        return
+    if root is not None and name != "folder":
+        datasets.check(name, root)
+    elif name != "folder":
+        datasets.check_name(name)
+
+
+def _check_predict(options: PredictOptions) -> None:
+    if options.top < 1:
+        raise InputError(f"--top {options.top}: at least one class is named")
+    for _ in images_in(options.images):
+        pass
+    sources.check(options.checkpoint, options.model)
+
+
+def images_in(paths: Sequence[Path]) -> Iterator[Path]:
+    """Yield the images that are named, and those in folders, sorted. Raises InputError where there is none."""
+    for path in paths:
+        if path.is_dir():
+            found = [file for file in class_folders.files_below(path) if class_folders.is_image(file)]
+            if not found:
+                raise InputError(f"{path} holds no images ({', '.join(sorted(class_folders.EXTENSIONS))})")
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise InputError(f"no image {path}")
+
+
+def _check_benchmark(options: BenchmarkOptions) -> None:
+    source = options.checkpoint
+    if names.names_a_repository(source) or Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS:
+        sources.check(source, options.model)
+    else:
+        names.check_model(source)
+
+
+# ---------------------------------------------------------------------------------------------- files to be written
+
+
+def _check_fuse(options: FuseOptions) -> None:
+    fuse_targets(options)
+    sources.check(options.checkpoint, options.model)
+
+
+Content = bytes | dict[str, bytes]
+"""The content of a file; of a folder that of its files, by name."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file, or a folder, to write in a format."""
+
+    kind: str
+    path: Path
+
+    @property
+    def is_folder(self) -> bool:
+        return self.kind in FOLDER_FORMATS
+
+    def write(self, content: Content, path: Path | None = None) -> None:
+        """Write it, or a copy of it at `path`."""
+        if isinstance(content, dict):
+            write_folder(path or self.path, content)
+        else:
+            write_bytes(path or self.path, content)
+
+
+def fuse_targets(options: FuseOptions) -> list[Target]:
+    """Return what a merged network is written into. Raises InputError for what cannot be written."""
+    path, out = Path(options.checkpoint), options.out
+    if out and out.is_dir():
+        raise InputError(f"{out} is a folder: name a file in it")
+    ending = out.suffix.removeprefix(".") if out else ""
+    endings = options.formats or (ending or "pt",)
+    for wanted in endings:
+        if wanted not in FORMATS:
+            hint = did_you_mean(wanted, FORMATS)
+            raise InputError(f"cannot write the format '{wanted}'{hint}: choose {', '.join(FORMATS)}")
+    if ending in FORMATS and ending not in endings:
+        raise InputError(f"--out {out} ends in .{ending}, but --format is {', '.join(endings)}: let them agree")
+    stem = out.with_suffix("") if out and ending in FORMATS else out or _default_stem(path)
+    targets = [
+        Target(wanted, stem.with_name(f"{stem.name}{'_' if wanted in FOLDER_FORMATS else '.'}{wanted}"))
+        for wanted in dict.fromkeys(endings)
+    ]
+    for target in (each.path for each in targets):
+        if target.resolve() == path.resolve():
+            raise InputError(f"{target} is the checkpoint itself: give another --out")
+        check_writable(target, overwrite=options.overwrite)
+    _check_form({*endings}, options)
+    return targets
+
+
+def check_writable(target: Path, *, overwrite: bool) -> None:
+    """Raise InputError for a file that exists already, and for one whose folder cannot be made."""
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"no folder {target.parent} to write {target.name} into: {above} is a file")
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} exists already: give another --out, or --overwrite")
+
+
+def _default_stem(path: Path) -> Path:
+    if path.is_dir():
+        return path / "best_fused"
+    return path.with_name(f"{path.stem}_fused") if path.is_file() else Path(f"{path.name.rpartition(':')[2]}_fused")
+
+
+def _check_form(endings: set[str], options: FuseOptions) -> None:
+    form = options.form
+    if form not in FORMS:
+        raise InputError(f"--form {form} is none of {', '.join(FORMS)}")
+    if form == "conv-bn" and endings - set(WEIGHT_FORMATS):
+        raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
+    if options.half and endings != {"onnx"}:
+        raise InputError("--half is for ONNX files: use --format onnx")
+    if options.opset is not None and "onnx" not in endings:
+        raise InputError("--opset is for ONNX files: use --format onnx")
+    _check_opset(options.opset, OPSETS)
+    if options.with_normalize and endings - set(GRAPH_FORMATS):
+        raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
+    if "onnx" in endings:
+        need("writing ONNX", "onnx", *ONNX_PACKAGES)
+
+
+def _check_opset(opset: int | None, offered: range) -> None:
+    if opset is not None and opset not in offered:
+        raise InputError(f"--opset {opset} is not offered here: choose from {offered[0]} to {offered[-1]}")
+
+
+def _check_quantize(options: QuantizeOptions) -> None:
+    quantize_target(options)
+    sources.check(options.checkpoint, options.model)
+    _check_data(options.dataset, options.data_root)
+
+
+def quantize_target(options: QuantizeOptions) -> Path:
+    """Return the file that an int8 network is written into. Raises InputError for what cannot be written."""
+    need("int8", "onnx", *ONNX_PACKAGES)
+    path = Path(options.checkpoint)
+    folder, stem = (path, "best") if path.is_dir() else (path.parent, path.stem.rpartition(":")[2])
+    target = options.out or folder / f"{stem}_int8.onnx"
+    if target.suffix != ".onnx":
+        raise InputError(f"--out {target}: int8 is written as ONNX, name a file that ends in .onnx")
+    check_writable(target, overwrite=options.overwrite)
+    _check_opset(options.opset, INT8_OPSETS)
+    if options.images < 1:
+        raise InputError(f"--images {options.images}: at least one is needed to calibrate")
+    return target
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "train": _check_training,
+    "series": _check_training,
+    "dry_run": _check_dry_run,
+    "info": _check_info,
+    "evaluate": _check_evaluate,
+    "predict": _check_predict,
+    "benchmark": _check_benchmark,
+    "fuse": _check_fuse,
+    "quantize": _check_quantize,
+}

@@ -1,0 +1,57 @@
+"""Say what of a run's settings is out of the ordinary, or has no effect: nothing is wrong, but few want it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from repan_cli.config.settings import Config, baseline_phase
+
+ADAPTIVE = ("adam", "nadam", "radam", "adan", "adabelief", "lion", "lamb", "sophia", "rmsprop", "adopt")
+"""Beginnings of the names of optimizers whose steps are as large as their rate, whatever the gradient is."""
+
+LARGE_RATE, USUAL_RATE = 0.02, 0.001
+
+OF_RESTARTS = (
+    *("rule", "calibration_images", "attach", "attach_epochs", "freeze_trunk", "branch_init", "trunk_scale"),
+    "momentum",
+)
+"""Settings of `cycle` that only a restart reads."""
+
+
+def unusual(config: Config) -> Iterator[str]:
+    """Yield what few want."""
+    phases = {"optim": config.optim, "baseline.optim": baseline_phase(config).optim}
+    said = set()
+    for key, optim in phases.items():
+        if optim.name.startswith(ADAPTIVE) and optim.lr > LARGE_RATE and (optim.name, optim.lr) not in said:
+            said.add((optim.name, optim.lr))
+            yield f"{key}.lr={optim.lr:g} is far above what {optim.name} usually takes, about {USUAL_RATE}"
+
+
+def without_effect(config: Config, given: Mapping[str, Any], *, cycles: bool) -> Iterator[str]:
+    """Yield the settings that were given, and that the others leave without effect, each with the reason."""
+    for key in given:
+        why = _why_not(config, key, cycles=cycles)
+        if why is not None:
+            yield f"{key} has no effect {why}"
+
+
+def _why_not(config: Config, key: str, *, cycles: bool) -> str | None:
+    section, _, name = key.rpartition(".")
+    cycle = config.cycle
+    if section == "cycle" and cycles:
+        if cycle.restart == "none" and name in OF_RESTARTS:
+            return "with cycle.restart=none"
+        if name == "attach_epochs" and cycle.attach != "ramp" and not cycle.freeze_trunk:
+            return f"with cycle.attach={cycle.attach}, which has no ramp"
+        if name == "calibration_images" and cycle.rule != "calibrate":
+            return f"with cycle.rule={cycle.rule}"
+    taught = config.teacher.name or config.baseline.get("teacher.name")
+    if section == "teacher" and name != "name" and not taught:
+        return "without a teacher: give --teacher"
+    if key == "ema.decay" and not config.ema.enabled:
+        return "while ema.enabled is false"
+    if key in ("optim.nesterov", "optim.momentum") and config.optim.name.startswith(ADAPTIVE):
+        return f"on optim.name={config.optim.name}"
+    return None

@@ -1,0 +1,205 @@
+"""Digests of an `.onnx` file: they tell a damaged file from one that another program saved again, or changed.
+
+A file as repan wrote it ends with a check sum of its bytes. Its place is one that no other program gives it, so a file
+that was saved again does not end so; then the digests of what the file holds decide, which do not depend on how it is
+serialised. Neither says who wrote a file: anybody can make them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from repan_cli.checkpoint.archive import printable
+from repan_cli.checkpoint.format import CHECKSUM, DIGITS, sealed, sum_around
+from repan_cli.errors import InputError
+from repan_cli.system.files import to_json
+
+HEADER, DIGESTS, SEAL = "repan", "repan.digests", "seal"
+"""The keys of the metadata that hold the description of the network, the digests and the check sum."""
+
+END = b"\x0a\x04" + SEAL.encode()
+"""The last bytes of a file: the key of the last entry, behind its value. Other programs write the key first."""
+
+METADATA = (14 << 3) | 2
+"""The tag of an entry of the metadata in a serialised model."""
+
+
+@dataclass(frozen=True)
+class Digests:
+    """SHA-256 of the parts of a model.
+
+    `graph` covers operators, connections, types and shapes, but no names of nodes and no documentation; `weights` the
+    numbers of all tensors; `header` the description that repan reads; `facts` the other metadata that repan wrote.
+    `producer` is the program that the file names.
+    """
+
+    graph: str
+    weights: str
+    header: str
+    facts: str
+    producer: str
+
+
+def serialized(model: Any, entries: Mapping[str, str]) -> bytes:
+    """Return the file of a model with these entries as its metadata, its digests, and a check sum at the end."""
+    del model.metadata_props[:]
+    for key, value in entries.items():
+        model.metadata_props.add(key=key, value=value)
+    digests = to_json({**asdict(digests_of(model, entries)), "keys": list(entries)})
+    model.metadata_props.add(key=DIGESTS, value=digests)
+    seal = CHECKSUM + b"0" * DIGITS
+    entry = b"\x12" + bytes([len(seal)]) + seal + END
+    content = model.SerializeToString(deterministic=True) + bytes([METADATA, len(entry)]) + entry
+    return sealed(io.BytesIO(content), len(content) - len(END) - DIGITS)
+
+
+def change_of(path: Path, content: bytes, model: Any) -> str | None:
+    """Tell how a file differs from what repan wrote; None where it does not, or repan did not write it.
+
+    Raises InputError for a file that is damaged: one with a check sum that does not fit, or, where another program
+    saved it, with other weights in the same graph, or another description.
+    """
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    if _fits(path, content, earlier=DIGESTS not in metadata) or HEADER not in metadata:
+        return None
+    by = f"changed since repan wrote it, by {_producer(model, metadata)}"
+    if DIGESTS not in metadata:  # by an earlier version, which ended with its check sum
+        return by
+    try:
+        told = json.loads(metadata[DIGESTS])
+        keys, told = told.pop("keys"), Digests(**told)
+        found = digests_of(model, {key: metadata.get(key, "") for key in keys})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{path} is damaged: its digests are none; use another copy") from None
+    if found.header != told.header:
+        raise InputError(f"{path} is damaged: its description is not the one that repan wrote; use another copy")
+    if found.graph == told.graph and found.weights != told.weights:
+        raise InputError(f"{path} is damaged: its graph holds other weights than repan wrote; use another copy")
+    if found.graph != told.graph:
+        return by
+    return f"{by}: it tells other programs otherwise how images are prepared" if found.facts != told.facts else None
+
+
+def _fits(path: Path, content: bytes, *, earlier: bool) -> bool:
+    """Tell whether a file ends with a check sum that fits. Raises InputError where it ends with one that does not.
+
+    Its mark or the bytes behind it show that there is one: either may be damaged. `earlier`: in the place where version
+    0.1 wrote it.
+    """
+    for end in (END, b"") if earlier else (END,):
+        place = len(content) - len(end) - DIGITS
+        marked, ended = place > 0 and content[:place].endswith(CHECKSUM), bool(end) and content.endswith(end)
+        if marked or ended:
+            whole = marked and content.endswith(end)
+            if whole and sum_around(io.BytesIO(content), place) == content[place : place + DIGITS]:
+                return True
+            raise InputError(f"{path} is damaged: its bytes do not match its check sum; use another copy")
+    return False
+
+
+def _producer(model: Any, metadata: Mapping[str, str]) -> str:
+    """Name the program that changed a file: the one it names, or the one that left notes in its metadata."""
+    named = _named(model)
+    try:
+        told = json.loads(metadata.get(DIGESTS, "{}"))
+        wrote, known = told.get("producer", named), {*told.get("keys", ()), HEADER, DIGESTS, SEAL}
+    except (ValueError, TypeError, AttributeError):
+        return "another program"
+    if named and named != wrote:
+        return printable(named)
+    notes = [key.partition(".")[0] for key in metadata if key not in known and "." in key]
+    return printable(notes[0]) if notes else "another program"
+
+
+def _named(model: Any) -> str:
+    return f"{model.producer_name} {model.producer_version}".strip()
+
+
+# ---------------------------------------------------------------------------------------------- what a model holds
+
+
+def digests_of(model: Any, entries: Mapping[str, str]) -> Digests:
+    """Return the digests of a model with this metadata of repan's."""
+    walk = _Walk()
+    walk.model(model)
+    facts = {key: value for key, value in entries.items() if key != HEADER}
+    return Digests(
+        walk.structure.hexdigest(),
+        walk.weights.hexdigest(),
+        hashlib.sha256(entries.get(HEADER, "").encode()).hexdigest(),
+        hashlib.sha256(to_json(facts, sort_keys=True).encode()).hexdigest(),
+        _named(model),
+    )
+
+
+class _Walk:
+    """Takes the parts of a model into two sums, in an order that its serialisation does not change."""
+
+    def __init__(self) -> None:
+        self.structure, self.weights = hashlib.sha256(), hashlib.sha256()
+
+    def _note(self, *words: object) -> None:
+        self.structure.update(repr(words).encode())
+
+    def model(self, model: Any) -> None:
+        self._note(*sorted((each.domain or "ai.onnx", each.version) for each in model.opset_import))
+        self._graph(model.graph)
+        for function in sorted(model.functions, key=lambda each: (each.domain, each.name)):
+            self._note("function", function.domain, function.name, *function.input, *function.output)
+            self._note(*function.attribute, *sorted((each.domain, each.version) for each in function.opset_import))
+            self._messages(function.attribute_proto)
+            self._nodes(function.node)
+        self._messages(model.training_info)
+
+    def _graph(self, graph: Any) -> None:
+        for value in (*graph.input, "to", *graph.output):
+            self._note(value if isinstance(value, str) else (value.name, _serialized(value.type)))
+        for tensor in sorted(graph.initializer, key=lambda each: each.name):
+            self._tensor(tensor)
+        self._messages(graph.sparse_initializer)
+        self._nodes(graph.node)
+
+    def _nodes(self, nodes: Iterable[Any]) -> None:
+        for node in nodes:
+            self._note("node", node.domain or "ai.onnx", node.op_type, *node.input, "to", *node.output)
+            for given in sorted(node.attribute, key=lambda each: each.name):
+                self._attribute(given)
+
+    def _attribute(self, given: Any) -> None:
+        self._note(given.name, given.type, given.ref_attr_name, given.f, given.i, given.s)
+        self._note(*given.floats, "", *given.ints, "", *given.strings)
+        for tensor in (*([given.t] if given.HasField("t") else ()), *given.tensors):
+            self._tensor(tensor)
+        for graph in (*([given.g] if given.HasField("g") else ()), *given.graphs):
+            self._graph(graph)
+        self._messages([given.sparse_tensor, *given.sparse_tensors, given.tp, *given.type_protos])
+
+    def _tensor(self, tensor: Any) -> None:
+        self._note(tensor.name, tensor.data_type, *tensor.dims)
+        self.weights.update(_numbers(tensor))
+
+    def _messages(self, messages: Iterable[Any]) -> None:
+        for message in messages:
+            self._note(_serialized(message))
+
+
+def _serialized(message: Any) -> bytes:
+    return message.SerializeToString(deterministic=True)
+
+
+def _numbers(tensor: Any) -> bytes:
+    """Return the numbers of a tensor as bytes, however it stores them."""
+    from onnx import numpy_helper
+
+    if tensor.string_data:
+        return b"\0".join(tensor.string_data)
+    try:
+        return numpy_helper.to_array(tensor).tobytes()
+    except Exception:  # it has no numbers that fit its shape, or is of a type that NumPy lacks
+        return _serialized(tensor)

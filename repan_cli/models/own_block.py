@@ -1,0 +1,65 @@
+"""Block families of a person's own in checkpoints: which a file needs, and the one that is given for it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from repan_cli.blocks import FAMILIES, is_own, use_block
+from repan_cli.checkpoint.card import FUSED, ModelCard
+from repan_cli.errors import InputError
+from repan_cli.system.user_code import names_a_file
+
+
+def needed(card: ModelCard) -> list[str]:
+    """Return the families of a person's own that a network is built with; a merged one has no branches."""
+    if card.form == FUSED:
+        return []
+    named = [change.family for change in card.structure.changes] + [card.structure.native.get("block")]
+    return [name for name in dict.fromkeys(named) if name is not None and is_own(name)]
+
+
+def missing(card: ModelCard) -> list[str]:
+    """Return those that are not registered in this process."""
+    return [name for name in needed(card) if name not in FAMILIES]
+
+
+def given_again(card: ModelCard, block: str | None, source: str) -> ModelCard:
+    """Return the description of a network with the block family that a person gave in the place of their own in it.
+
+    A family by a path in a file is never imported by itself. Raises InputError, naming the file that is needed, where
+    a family is neither registered nor given; where one is given and none is needed.
+    """
+    own = needed(card)
+    if block is None or not is_own(block):
+        if lacking := missing(card):
+            raise InputError(how_to_give(lacking[0], source))
+        return card
+    if not own:
+        if card.form == FUSED:  # whose branches are gone
+            return card
+        raise InputError(f"{source} holds blocks of the family {card.block}: --block {block} is for blocks of your own")
+    name = use_block(block)
+    replaced = own if len(own) == 1 else missing(card)
+    if len(replaced) > 1:
+        many = " and ".join(replaced)
+        raise InputError(f"{source} holds blocks of several families of your own: repan_cli.register_block {many}")
+    return renamed(card, {old: name or old for old in replaced})
+
+
+def how_to_give(name: str, source: str) -> str:
+    """Return the error of a file that needs a block family which nobody has given."""
+    how = f"--block {name}" if names_a_file(name) else "--block FILE.py:FUNCTION, or repan_cli.register_block"
+    return f"{source} holds blocks of your own, {name}: give {how} (no file is imported by itself)"
+
+
+def renamed(card: ModelCard, names: dict[str, str]) -> ModelCard:
+    """Return a description with other names for some families."""
+    structure = card.structure
+    changes = tuple(
+        change._replace(family=names.get(change.family or "", change.family)) for change in structure.changes
+    )
+    native = {**structure.native}
+    if native.get("block") in names:
+        native["block"] = names[native["block"]]
+    structure = dataclasses.replace(structure, changes=changes, native=native)
+    return dataclasses.replace(card, block=names.get(card.block or "", card.block), structure=structure)

@@ -1,0 +1,61 @@
+"""Notice when a run becomes many times slower than it was, as it does where other processes take its cores."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from repan_cli.system import host
+from repan_cli.system.notices import warn
+from repan_cli.training.events import Event, LossLog, StepEnd
+
+WINDOW, SLOW, RECOVERED = 15.0, 0.25, 0.5
+"""Seconds that are looked at together; the share of the best pace that is a collapse, and that which ends it."""
+
+
+class PaceWatch:
+    """Watches the steps of a run. Time between epochs does not count.
+
+    `now` tells the time in seconds.
+    """
+
+    def __init__(self, batch_size: int, *, threads: int, now: Callable[[], float] = time.monotonic) -> None:
+        self.batch_size, self.threads, self.now = batch_size, threads, now
+        self.best = 0.0
+        self.collapsed = False
+        self._last: tuple[int, float] | None = None
+        self._steps, self._seconds, self._slow = 0, 0.0, 0
+
+    def take(self, event: Event) -> None:
+        """Look at an event. A collapse that lasts for two windows is a warning, once until the pace recovers."""
+        if isinstance(event, LossLog):
+            return
+        if not isinstance(event, StepEnd):
+            self._last = None
+            return
+        moment = self.now()
+        if self._last is not None and event.step > self._last[0]:
+            self._steps += event.step - self._last[0]
+            self._seconds += moment - self._last[1]
+        self._last = (event.step, moment)
+        if self._seconds >= WINDOW:
+            self._judge(self._steps * self.batch_size / self._seconds)
+            self._steps, self._seconds = 0, 0.0
+
+    def _judge(self, speed: float) -> None:
+        self._slow = self._slow + 1 if speed < SLOW * self.best else 0
+        if self._slow >= 2 and not self.collapsed:
+            self.collapsed = True
+            warn(f"{speed:,.0f} images/s, {self.best:,.0f} before: {self._why()}")
+        elif speed > RECOVERED * self.best:
+            self.collapsed = False
+        self.best = max(self.best, speed)
+
+    def _why(self) -> str:
+        cores = host.usable_cores()
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        if load <= cores:
+            return "the machine is slower, or waits for its disk"
+        fewer = "; with run.threads=1 on --resume it may be faster" if self.threads > 1 else ""
+        return f"other processes use the cores (load {load:.1f}, {cores} cores){fewer}"

@@ -1,0 +1,81 @@
+"""Import PyTorch's companions without what they bring along and repan seldom calls.
+
+timm imports wandb, for one function that logs, and torchvision and timm import torch._dynamo, the compiler, for one
+check and one decorator. Both together take longer than PyTorch itself. For the process of a command, which nobody else
+has code in, they are put off until somebody really asks for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from types import FunctionType, ModuleType
+from typing import Any
+
+COMPILER = "torch._dynamo"
+LOGGERS = ("wandb",)
+"""Packages that timm logs to where they are installed. Trackers import them for themselves, later."""
+
+
+@contextlib.contextmanager
+def lean_imports() -> Iterator[None]:
+    """Put off the compiler and hide the packages of loggers while others are imported.
+
+    Where the compiler is loaded already nothing is put off. Whatever of it is asked for beside the check and the
+    decorator loads it at once.
+    """
+    hidden = [name for name in LOGGERS if name not in sys.modules]
+    put_off = {} if COMPILER in sys.modules else _put_off()
+    sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type] # None: an import of it is an ImportError
+    sys.modules |= put_off
+    try:
+        yield
+    finally:
+        for name in hidden:
+            if sys.modules.get(name) is None:
+                sys.modules.pop(name, None)
+        _take_away(put_off)
+
+
+def _put_off() -> dict[str, ModuleType]:
+    """Return the stand-ins for the compiler, and for the part of it that torchvision asks."""
+    compiler, utils = _PutOff(COMPILER), _PutOff(f"{COMPILER}.utils")
+    stand_ins: dict[str, ModuleType] = {compiler.__name__: compiler, utils.__name__: utils}
+    compiler.__path__ = []
+    compiler.load = utils.load = lambda: _take_away(stand_ins)
+    compiler.disable = _disable  # type: ignore[attr-defined]
+    utils.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
+    return stand_ins
+
+
+def _take_away(stand_ins: dict[str, ModuleType]) -> None:
+    for name, module in stand_ins.items():
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+
+
+class _PutOff(ModuleType):
+    """Stands for a module until something of it is asked for that it does not have."""
+
+    load: Callable[[], None]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        self.load()
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _disable(function: Any = None, recursive: bool = True, **_: Any) -> Any:
+    """Decorate as `torch.compiler.disable` does, but load the compiler at the first call: PyTorch's own way."""
+    if function is not None and not isinstance(function, FunctionType):  # a class or a module is changed at once
+        sys.modules[COMPILER].load()
+        return importlib.import_module(COMPILER).disable(function, recursive)
+    return sys.modules["torch"]._disable_dynamo(function, recursive)
+
+
+def _is_compile_supported(device_type: str) -> Any:
+    """Ask the compiler itself, whenever torchvision wants to know."""
+    return importlib.import_module(f"{COMPILER}.utils").is_compile_supported(device_type)

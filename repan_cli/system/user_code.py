@@ -1,0 +1,62 @@
+"""Functions from a person's own Python file, named `file.py:function`. A name in a checkpoint is never imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from repan_cli.errors import InputError
+from repan_cli.registry import did_you_mean
+from repan_cli.system.text import first_line
+
+
+def names_a_file(name: str | None) -> bool:
+    """Tell whether a name means a function in a file: `net.py:build`."""
+    path, colon, _ = (name or "").rpartition(":")
+    return bool(colon) and path.endswith(".py")
+
+
+def function_of(name: str, *, what: str) -> Callable[..., Any]:
+    """Return the function (or class) that `file.py:function` names; its file is run.
+
+    `what` says in errors what it was to make. Raises InputError, in a line, when the file does not import or has no
+    such function.
+    """
+    path, _, function = name.rpartition(":")
+    module = _imported(Path(path).expanduser(), what)
+    found = getattr(module, function, None)
+    if not callable(found):
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise InputError(f"{path} has no function '{function}'{did_you_mean(function, own)}")
+    return found
+
+
+def _imported(path: Path, what: str) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"no file {path} to take {what} from")
+    spec = importlib.util.spec_from_file_location(f"repan_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, "every name that ends in .py has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling look it up
+    if str(path.resolve().parent) not in sys.path:
+        sys.path.append(str(path.resolve().parent))  # so that it finds the files beside it
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"cannot import {path}: {described(error, str(path))}") from error
+    return module
+
+
+def described(error: BaseException, path: str) -> str:
+    """Tell an error in a line, with the last line of the file that it passed through."""
+    line, trace = None, error.__traceback__
+    while trace:
+        if Path(trace.tb_frame.f_code.co_filename).resolve() == Path(path).resolve():
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    what = f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
+    return what + (f" (line {line})" if line else "")

@@ -1,0 +1,138 @@
+"""Files of weights, without PyTorch: which one a person means, and what a file is that holds none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from repan_cli.errors import InputError
+from repan_cli.registry import did_you_mean
+from repan_cli.system.notices import warn_once
+from repan_cli.system.text import quoted
+
+DOWNLOAD = "download the file itself"
+
+KINDS: tuple[tuple[bytes, str], ...] = (
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the weights: run 'git lfs pull' where it was cloned"),
+    (rb"\s*<(!doctype|html|head|\?xml|!--)", f"is a web page, not the weights: {DOWNLOAD}, not the page about it"),
+    (rb"\s*\{", f"is JSON text, an index or an answer of a server, not the weights: {DOWNLOAD}"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ\0|7z\xbc\xaf|Rar!", "is a compressed archive: unpack it, and give the file in it"),
+    (rb"\x93NUMPY", "is an array of NumPy's, not weights by name: save a state_dict() with torch.save"),
+    (rb"\x89HDF", "is an HDF5 file, as Keras writes it, and not PyTorch's: save a state_dict() with torch.save"),
+    (rb"GGUF", "is a GGUF file, as llama.cpp reads it, and not PyTorch's: take the .safetensors of the same network"),
+    (
+        rb"\x89PNG|\xff\xd8\xff|GIF8|BM....\0{4}|RIFF....WEBP",
+        "is an image: repan predict NETWORK IMAGE",
+    ),
+    (rb"%PDF", f"is a PDF document, not the weights: {DOWNLOAD}"),
+    (rb"....TFL3", "is a TensorFlow Lite file, and not PyTorch's: take the weights it was made of"),
+)
+"""First bytes of files that are often taken for weights, with what they are and how to proceed."""
+
+LOOKED_AT = 4096
+"""Bytes at the start of a file that tell its kind."""
+
+SETTINGS = (".yaml", ".yml")
+
+
+OF_A_RUN = ("best.pt", "last.pt")
+"""The files of a run that stand for it, the first of them first."""
+
+HUB_CONFIG = "config.json"
+HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth")
+"""Under which names a folder of the Hub has its description and its weights, the first of them first."""
+
+
+def split_key(source: str | Path) -> tuple[Path, str | None]:
+    """Return the file that `FILE` or `FILE::KEY` means, and the key."""
+    front, colons, key = str(source).rpartition("::")
+    if not colons or Path(source).is_file():
+        return Path(source), None
+    return Path(front), key
+
+
+def in_hub_folder(folder: Path) -> Path | None:
+    """Return the file of weights in a folder of the Hub."""
+    found = [folder / name for name in HUB_WEIGHTS if (folder / name).is_file()]
+    return found[0] if found and (folder / HUB_CONFIG).is_file() else None
+
+
+def file_in(folder: Path) -> Path:
+    """Return the file that a run's folder, or one of the Hub, stands for. Raises InputError for any other folder."""
+    for name in OF_A_RUN:
+        if (folder / name).is_file():
+            if name != OF_A_RUN[0] and (folder / "metrics.jsonl").is_file() and _chose(folder):
+                warn_once(f"{folder} has lost its best.pt: {name} is taken, its last weights, not the best ones")
+            return folder / name
+    if (weights := in_hub_folder(folder)) is not None:
+        return weights
+    inside = [str(best.parent) for name in OF_A_RUN for best in sorted(folder.glob(f"*/{name}"))]
+    mend = f": the runs are in it, such as {quoted(inside[0])}" if inside else ": name a file in it"
+    raise InputError(f"{folder} is a folder without best.pt or last.pt{mend}")
+
+
+def _chose(folder: Path) -> bool:
+    """Tell whether a run had a validation part to choose its best weights by, as its first epoch tells."""
+    with (folder / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file:
+        return '"val_top1": null' not in file.readline(4096)
+
+
+def no_checkpoint(path: Path) -> str:
+    """Say that there is no such file of weights, and which others are near."""
+    beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    if path.exists():
+        return f"{path} is no regular file: name a file of weights, or a run's folder"
+    return f"no checkpoint {path}{did_you_mean(str(path), beside)}"
+
+
+def refuse_text(path: Path) -> None:
+    """Raise InputError, saying what a file is, where its first bytes are those of another kind than weights."""
+    with path.open("rb") as file:
+        start = file.read(LOOKED_AT)
+    if not start:
+        raise InputError(f"{path} is empty: was it downloaded, or the disk full?")
+    for pattern, what in KINDS:
+        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
+            raise InputError(f"{path} {what}")
+    if path.suffix in SETTINGS and _is_text(start):
+        raise InputError(f"{path} holds settings, not a network: give it to a training command, as -c {quoted(path)}")
+    if _is_text(start):
+        raise InputError(f"{path} is text, not a network: give a file of weights, or a run's folder")
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        text = start[:-3].decode("utf-8") if len(start) == LOOKED_AT else start.decode("utf-8")
+    except UnicodeDecodeError as error:
+        text = "" if error.start < len(start) - 3 else start[: error.start].decode("utf-8")
+    return bool(text) and all(sign.isprintable() or sign in "\n\r\t\f\ufeff" for sign in text)
+
+
+def may_be_weights(path: Path) -> bool:
+    """Tell whether a file begins as weights do: an archive, a pickle, or the header of a safetensors file."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    header = int.from_bytes(start[:8], "little")
+    return start.startswith((b"PK", b"\x80")) or (start[8:] == b"{" and 8 + header <= path.stat().st_size)
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Raise InputError, saying what a file is, where it begins or ends as one of another kind does."""
+    refuse_text(path)
+    with path.open("rb") as file:
+        start = file.read(4)
+        file.seek(max(0, path.stat().st_size - 2**16))
+        end = file.read()
+    if not start.startswith(b"PK\3\4"):
+        return
+    if b"PK\1\2" not in end and b"PK\5\6" not in end:
+        raise InputError(
+            f"{path} does not end with an archive's end record: it is cut off, such as half a download; fetch it again"
+        )
+    if b"/constants.pkl" in end or b"/code/" in end:
+        raise InputError(
+            f"{path} is a TorchScript program, which holds code: refused; save its weights: "
+            f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')"
+        )
+    if b"PK\1\2" in end and b"data.pkl" not in end and b".data/" not in end:
+        raise InputError(f"{path} is a zip archive, but none of torch.save's: unpack it, and give the file in it")

@@ -1,0 +1,218 @@
+"""What takes long shows itself, what is out of the ordinary is said, and a signal is answered at once."""
+
+import contextlib
+import io
+import os
+import signal
+import threading
+import time
+
+import pytest
+from rich.console import Console
+from support import run, write_run
+
+from repan_cli import config
+from repan_cli.config.advice import unusual, without_effect
+from repan_cli.display.activity import Activity
+from repan_cli.errors import InputError
+from repan_cli.session import pace
+from repan_cli.system import notices
+from repan_cli.system.signals import StopSignals
+from repan_cli.system.weight_files import file_in
+from repan_cli.training.events import CycleEnd, Epoch, LossLog, StepEnd
+
+DIGITS = {"model.name": "repvgg", "data.name": "digits"}
+
+
+def advice(command="cycle", **given):
+    given = {key.replace("__", "."): value for key, value in given.items()}
+    found = config.resolve(command, None, {**DIGITS, **given}).config
+    return [*unusual(found), *without_effect(found, given, cycles=command == "cycle")]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"optim__name": "adamw", "baseline__optim__lr": "0.1"}, "lr=0.1 is far above what adamw usually takes"),
+        ({"cycle__attach_epochs": "2"}, "cycle.attach_epochs has no effect with cycle.attach=zero-gamma, which has no"),
+        ({"teacher__alpha": "0.9"}, "teacher.alpha has no effect without a teacher"),
+        ({"ema__decay": "0.9"}, "ema.decay has no effect while ema.enabled is false"),
+        ({"cycle__restart": "none", "cycle__rule": "running"}, "cycle.rule has no effect with cycle.restart=none"),
+        ({"cycle__rule": "reset", "cycle__calibration_images": "9"}, "cycle.calibration_images has no effect with"),
+        (
+            {"optim__name": "lion", "optim__lr": "0.001", "baseline__optim__lr": "0.001", "optim__momentum": "0.5"},
+            "optim.momentum has no effect on optim.name=lion",
+        ),
+    ],
+)
+def test_what_few_want_is_said(given, said):
+    assert any(said in line for line in advice(**given)), advice(**given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"optim__name": "adamw", "optim__lr": "0.001", "baseline__optim__lr": "0.001"},
+        {"cycle__attach": "ramp", "cycle__attach_epochs": "2"},
+        {"cycle__freeze_trunk": "true", "cycle__attach_epochs": "2"},
+        {"teacher__name": "previous", "teacher__alpha": "0.9"},
+        {"ema__enabled": "true", "ema__decay": "0.9"},
+        {"cycle__rule": "running"},
+        {"cycle__restart": "none", "cycle__lr": "continuous", "cycle__reseed": "same"},
+    ],
+)
+def test_what_has_its_effect_is_not(given):
+    assert not advice(**given)
+
+
+def test_the_settings_of_ones_own_file_are_looked_at_but_no_defaults(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: recipes/digits\nema:\n  decay: 0.5\ncycle:\n  attach_epochs: 5.0\n")
+    found = config.resolve("cycle", str(mine), DIGITS)
+    assert found.own["ema.decay"] == "0.5"
+    assert "cycle.attach_epochs" not in found.own
+    assert not config.resolve("cycle", "recipes/digits", DIGITS).own
+
+
+def test_warnings_come_before_a_run_begins(capsys):
+    words = ("train", "--model", "repvgg_a0_cifar", "--dataset", "digits", "ema.decay=0.5", "run.device=cuda:99")
+    _, _, err = run(capsys, *words)
+    assert "Warning: ema.decay has no effect while ema.enabled is false" in err
+
+
+def test_groups_of_unequal_length_are_said(tmp_path, capsys):
+    write_run(tmp_path / "long", cycle__count="1")
+    write_run(tmp_path / "short", val=(50.0, 60.0, 70.0, 69.0, 68.0, 67.0), cycle__rule="reset")
+    _, _, err = run(capsys, "compare", tmp_path)
+    assert "of unequal length, 4 and 6 epochs" in " ".join(err.split())
+
+
+def test_a_run_that_lost_its_best_weights_says_so(tmp_path, caplog):
+    (tmp_path / "last.pt").write_bytes(b"x")
+    (tmp_path / "metrics.jsonl").write_text('{"cycle": 0, "val_top1": 50.0}\n')
+    assert file_in(tmp_path).name == "last.pt"
+    assert "has lost its best.pt: last.pt is taken" in caplog.text
+    caplog.clear()
+    (tmp_path / "metrics.jsonl").write_text('{"cycle": 0, "val_top1": null}\n')
+    assert file_in(tmp_path).name == "last.pt"
+    assert not caplog.text
+
+
+def test_a_folder_of_runs_is_answered_with_one_of_them(tmp_path):
+    (tmp_path / "seed_0").mkdir()
+    (tmp_path / "seed_0" / "best.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"the runs are in it, such as .*seed_0"):
+        file_in(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- what takes long
+
+
+def said_by(console):
+    return console.file.getvalue()
+
+
+def test_a_file_gets_a_line_when_something_takes_long(monkeypatch):
+    monkeypatch.setattr("repan_cli.display.activity.PATIENCE", 0.05)
+    console = Console(file=io.StringIO())
+    with notices.watched_by(Activity(console)):
+        with notices.doing("reading the data"):
+            pass
+        assert not said_by(console)
+        with notices.doing("building the network"):
+            time.sleep(0.3)
+    assert said_by(console).startswith("building the network ... ")
+    assert said_by(console).count("\n") == 1
+
+
+def test_a_terminal_shows_what_is_being_done_and_takes_it_back(monkeypatch):
+    monkeypatch.setattr("repan_cli.display.activity.AT_ONCE", 0.01)
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    with notices.watched_by(Activity(console)), notices.doing("proving the merged network"):
+        time.sleep(0.3)
+    assert "proving the merged network ... 0." in said_by(console)
+    assert "\x1b[2K" in said_by(console).rpartition("proving")[2]  # the line is gone again
+
+
+def test_the_innermost_activity_is_shown_and_the_last_watcher_told():
+    first, second = [], []
+    in_place = (notices.watched_by(first.append), notices.doing("outer"), notices.doing("inner"))
+    with contextlib.ExitStack() as entered:
+        for each in (*in_place, notices.watched_by(second.append), notices.doing("innermost")):
+            entered.enter_context(each)
+    assert not notices._DOING
+    assert first[:3] == ["outer", "inner", None]
+    assert second[0] == "innermost"
+    assert first[-1] is None
+
+
+def test_a_signal_is_answered_at_once_in_a_thread_of_its_own():
+    heard = []
+
+    def hear(number):
+        heard.append((number, threading.current_thread() is threading.main_thread()))
+
+    with StopSignals(hear) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(100):
+            if heard:
+                break
+            time.sleep(0.01)
+    assert heard == [(signal.SIGTERM, False)]
+    assert signals.received == signal.SIGTERM
+
+
+# ---------------------------------------------------------------------------------------------- pace
+
+
+class Clock:
+    def __init__(self):
+        self.moment = 0.0
+
+    def __call__(self):
+        return self.moment
+
+
+def epoch(watch, clock, seconds_a_step, steps=20):
+    for step in range(1, steps + 1):
+        clock.moment += seconds_a_step
+        watch.take(StepEnd(0, 1, step))
+        if step % 5 == 0:
+            watch.take(LossLog(0, 1, step, 1.0, 0.1, 1.0, 10.0))
+    clock.moment += 1000  # scoring
+    watch.take(Epoch(0, 1, 1, 1, 1, 1, 1, 0.1, 1, 1, False, steps, None, None, None))
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    monkeypatch.setattr(pace.host, "usable_cores", lambda: 2)
+    monkeypatch.setattr(pace.os, "getloadavg", lambda: (7.5, 0, 0), raising=False)
+    clock = Clock()
+    return pace.PaceWatch(32, threads=2, now=clock), clock
+
+
+def test_a_collapse_of_the_pace_is_said_once_until_it_recovers(watch, caplog):
+    watch, clock = watch
+    for _ in range(3):
+        epoch(watch, clock, 1.0)
+    assert not caplog.text
+    for _ in range(4):
+        epoch(watch, clock, 10.0)
+    assert caplog.text.count("images/s, 32 before: other processes use the cores (load 7.5, 2 cores)") == 1
+    assert "run.threads=1 on --resume" in caplog.text
+    for _ in range(3):
+        epoch(watch, clock, 1.0)
+    epoch(watch, clock, 10.0)
+    assert caplog.text.count("images/s, 32 before") == 2
+
+
+def test_what_is_slow_for_a_moment_or_a_little_is_not(watch, caplog):
+    watch, clock = watch
+    epoch(watch, clock, 1.0)
+    epoch(watch, clock, 3.0)
+    epoch(watch, clock, 80.0, steps=2)
+    watch.take(CycleEnd(0, 1, 1, 1, 1, 1))
+    epoch(watch, clock, 1.0)
+    assert not caplog.text
