@@ -17,8 +17,8 @@ from repan_cli.errors import InputError
 from repan_cli.export.proof import TOLERANCE, Errors, changed, errors_of
 from repan_cli.models.changes import Expansion, apply, report_of, set_report
 from repan_cli.models.merging import MergePlan, place_of, plan_merge
-from repan_cli.models.outputs import difference, leaves
-from repan_cli.models.probe import Probe, copied
+from repan_cli.models.outputs import Leaves, difference, leaves
+from repan_cli.models.probe import copied
 from repan_cli.models.rebuild import NothingIsDrawn, load
 from repan_cli.models.twins import cut, twin
 from repan_cli.system.images import ImagesLike, first_batch
@@ -197,7 +197,7 @@ def _proven(exact: nn.Module, found: MergePlan, images: Tensor) -> tuple[nn.Modu
         elif searched or not chosen:
             raise errors.problem
         else:
-            found, searched = _searched(exact, found, images), True
+            found, searched = _searched(exact, found, images, expected), True
 
 
 NOT_THE_SAME = "as one convolution it changes the network's function"
@@ -209,12 +209,18 @@ def _merged(found: MergePlan) -> nn.Module:
         return reparameterize(apply(merged, (*found.sums, *found.folds)))
 
 
-def _searched(exact: nn.Module, found: MergePlan, images: Tensor) -> MergePlan:
-    """Return the plan without the changes that alone or together change the function, found by trying."""
-    left: dict[str, str] = {}
-    probe = Probe(exact, images)
-    kept = [*found.own]
-    for changes in (found.sums, found.folds):
-        kept += probe.keep(changes, after=kept, left=left)
-    wrong = {place_of(change): left.get(change.name, NOT_THE_SAME) for change in found.changes if change not in kept}
-    return found.without(wrong)
+def _searched(exact: nn.Module, found: MergePlan, images: Tensor, expected: Leaves) -> MergePlan:
+    """Return the plan without the changes that alone or together change the function, found by trying halves."""
+    kept: set[str] = set()
+    names = [place_of(change) for change in (*found.sums, *found.folds)]
+    pending = [names]
+    while pending:
+        tried = pending.pop()
+        others = set(names) - kept - set(tried)
+        plan = found.without(dict.fromkeys(others, NOT_THE_SAME))
+        if errors_of(_merged(plan), exact, plan, images, expected).problem is None:
+            kept |= set(tried)
+        elif len(tried) > 1:
+            middle = len(tried) // 2
+            pending += [tried[middle:], tried[:middle]]
+    return found.without(dict.fromkeys([name for name in names if name not in kept], NOT_THE_SAME))
