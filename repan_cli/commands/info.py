@@ -24,7 +24,7 @@ from repan_cli.export import onnx_file, pt2_file, runtimes
 from repan_cli.models import own_block, user_file
 from repan_cli.models.author_names import form_in
 from repan_cli.session import hub_folder
-from repan_cli.session.artifact import open_artifact, written_in
+from repan_cli.session.artifact import open_artifact, open_weights, written_in
 from repan_cli.system.files import to_json
 from repan_cli.system.text import by_reason, quoted
 from repan_cli.system.weight_files import RUNTIME_DESCRIPTION
@@ -65,7 +65,7 @@ def describe(
     content = checkpoint.load_any(source)
     if isinstance(content, Checkpoint):
         return _ours(path, content, network, block)
-    return _theirs(source, content, network)
+    return _theirs(path, content, network)
 
 
 def _ours(path: Path, saved: Checkpoint, network: str | None, block: str | None) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _graph(file: onnx_file.OnnxFile) -> dict[str, Any]:
     }
 
 
-def _theirs(source: str, weights: Mapping[str, Tensor], network: str | None) -> dict[str, Any]:
+def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> dict[str, Any]:
     """Describe weights that repan did not write. Given the name of a network, check that they fit it."""
     matrices = [name for name, value in weights.items() if value.ndim in (2, 4) and name.endswith("weight")]
     facts: dict[str, Any] = {
@@ -182,7 +182,7 @@ def _theirs(source: str, weights: Mapping[str, Tensor], network: str | None) -> 
             "last layer": f"{matrices[-1]} {tuple(last.shape)}",
         }
     if network is not None:
-        card = open_artifact(source, network).card
+        card = open_weights(path, weights, network).card
         facts |= {"fits": card.model, "classes": len(card.classes), "in_chans": card.in_chans}
     return facts
 
