@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from repan_cli.cli import training
+from repan_cli.commands import early
 from repan_cli.commands.option import declared
 from repan_cli.commands.options import CycleOptions, TrainOptions
 from repan_cli.config.schema import as_text
@@ -115,8 +116,12 @@ def _run(
     made: list[Path | None] = []
 
     def call(module: str, *arguments: Any, entry: str = "run", **chosen: Any) -> None:
-        importlib.import_module("repan_cli.display.console").show_notices()
-        made.append(getattr(importlib.import_module(f"repan_cli.commands.{module}"), entry)(*arguments, **chosen))
+        console = importlib.import_module("repan_cli.display.console")
+        console.show_notices()
+        early.check(module, *arguments)
+        found = importlib.import_module(f"repan_cli.commands.{module}")
+        with console.showing_activity():
+            made.append(getattr(found, entry)(*arguments, **chosen))
 
     filled = _options(command, options, given)
     with _as_before(), listening(_epochs(on_epoch)) if on_epoch else contextlib.nullcontext():

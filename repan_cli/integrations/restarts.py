@@ -47,7 +47,10 @@ class Restarts:
 
     Args:
         epochs: before which epochs, counted from 0, blocks restart; 0 is allowed for networks that are trained already.
-        rule, attach, branch_init, trunk_scale: as for `repan_cli.restart`.
+        rule: restoration rule, as for `repan_cli.restart`.
+        attach: how fresh branches come in, as for `repan_cli.restart`.
+        branch_init: weights of the fresh branches, as for `repan_cli.restart`.
+        trunk_scale: scale of the trunk's weights, as for `repan_cli.restart`.
         attach_epochs: with `attach="ramp"`, the epochs in which the attach rate grows from 0 to 1.
         momentum: the optimizer's memory after a restart: `zero`, or `carry` it over into what trunks have become.
         calibration_images: training images that `calibrate` measures on, of all processes together.
@@ -107,10 +110,8 @@ class Restarts:
         network = self.network_in(model)
         number = sorted(set(self.epochs)).index(epoch) + 1
         modes = {module: module.training for module in network.modules()}
-        with generators_kept(), torch.no_grad():
-            average_buffers(
-                [each for each in network.buffers() if each.is_floating_point()]
-            )  # which ranks may have each their own
+        with generators_kept(), torch.no_grad():  # statistics of BN may be others in each process
+            average_buffers([buffer for buffer in network.buffers() if buffer.is_floating_point()])
             images = list(self._images(loader, number))
             probe = first_batch(images).to(next(network.parameters()).device)
             before = _logits(network, probe)

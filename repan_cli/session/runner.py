@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -15,6 +16,7 @@ import torch
 from repan_cli import runs
 from repan_cli.config.files import dump
 from repan_cli.config.resolve import Resolved
+from repan_cli.data.batches import Batch
 from repan_cli.display.console import Display
 from repan_cli.errors import (
     DivergedError,
@@ -24,15 +26,16 @@ from repan_cli.errors import (
     PreemptedRunError,
     StoppedError,
 )
+from repan_cli.session import mosaic
 from repan_cli.session.build import Session, prepare
-from repan_cli.session.pace import PaceWatch
+from repan_cli.session.pace import PaceWatch, TimeLimit
 from repan_cli.session.recorder import Record, pool, saves_at
 from repan_cli.session.summary import conclude, draw, finish, header, warned
 from repan_cli.system.device import describe_machine
 from repan_cli.system.files import to_json
 from repan_cli.system.ranks import leave_ranks, summed
 from repan_cli.system.signals import StopSignals
-from repan_cli.system.text import quoted
+from repan_cli.system.text import count, quoted
 from repan_cli.training.events import Event, StepEnd
 from repan_cli.training.listeners import announce
 from repan_cli.training.loop import fit
@@ -84,10 +87,16 @@ def carry_out(
 
     Raises InterruptedRunError on Ctrl-C and PreemptedRunError when another signal asks to stop, with everything saved.
     """
-    training = session.training
+    training, limit = session.training, TimeLimit(session.config.run.max_hours)
     epochs = {phase.cycle: phase.epochs for phase in training.plan}
     steps = training.train.steps(session.config.data.batch_size)
-    display = Display(epochs=epochs, steps=steps, log=folder / "log.txt", compiles=session.config.run.compile == "on")
+    display = Display(
+        epochs=epochs,
+        steps=steps,
+        log=folder / "log.txt",
+        compiles=session.config.run.compile == "on",
+        ramps=any(phase.attach_rate(0.0) not in (None, 1.0) for phase in training.plan),
+    )
     display.facts({**header(session, resolved), "run": str(folder.path)})
     record = Record(session, folder, begun)
     for tracker in record.requested:
@@ -97,13 +106,14 @@ def carry_out(
     try:
         with StopSignals(lambda number: display.say(_heard(number))) as signals:
             try:
-                _train(session, record, display, signals, fresh=begun is None)
+                _train(session, record, display, signals, limit, fresh=begun is None)
                 finish(session, folder, display, record)
                 signals.leaving = True  # it has its results: nothing can undo that
                 conclude(session, folder, display, record.summary)
             except (KeyboardInterrupt, StoppedError) as end:
                 signals.leaving = True
-                raise _stopped(session, folder, display, signals, saved=isinstance(end, StoppedError)) from None
+                at_once = not isinstance(end, StoppedError)
+                raise _stopped(session, record, display, signals, saved=not at_once) from None
     except (InterruptedRunError, PreemptedRunError) as stop:
         display.note(str(stop))
         raise
@@ -126,11 +136,14 @@ def _heard(number: int) -> str:
     return f"{'Ctrl-C' if number == signal.SIGINT else name}: finishing the step, then saving{again}"
 
 
-def _train(session: Session, record: Record, display: Display, signals: StopSignals, *, fresh: bool) -> None:
+def _train(
+    session: Session, record: Record, display: Display, signals: StopSignals, limit: TimeLimit, *, fresh: bool
+) -> None:
     """Train through the plan and note what happens. Raises StoppedError when a signal asks to, with the state saved."""
     hear(session.training, signals)
     if fresh:
         record.open()
+        session.training.train.first = functools.partial(_draw_first, session, record.folder)
     if math.isfinite(session.training.progress.best_top1):  # of the weights it began with, or before a stop
         display.position.best = session.training.progress.best_top1
     told = False
@@ -140,19 +153,31 @@ def _train(session: Session, record: Record, display: Display, signals: StopSign
             for event in fit(session.training):
                 record.take(event)
                 display.show(event)
-                pace.take(event)
                 announce(event)
+                pace.take(event)
                 if session.training.graphs and session.training.graphs.refused and not told:
                     told = True
                     display.say(f"steps run one by one: no CUDA graph ({session.training.graphs.refused})")
+                if limit.passed() and not signals.received:
+                    signals.received, signals.reason = signal.SIGTERM, str(limit)
                 if _stops(session, event, signals):
                     raise StoppedError
+        if session.training.out_of_patience:
+            epochs = count(session.training.progress.since_best, "epoch")
+            display.say(f"ended after {epochs} without a better validation top-1 (run.patience)")
+            record.summary["ended_early"] = True
         leave_ranks()  # what follows is for the first alone
     except StoppedError:
         if session.training.progress.whole:  # in the middle of a restart what the last epoch saved is the state
             record.save_last()
         leave_ranks()
         raise
+
+
+def _draw_first(session: Session, folder: runs.RunDirectory, batch: Batch) -> None:
+    """Draw the first training batch of a run, which it draws no random number for."""
+    with warned(f"no {mosaic.NAME}"):
+        mosaic.draw(session, folder, batch)
 
 
 def hear(training: Training, signals: StopSignals) -> None:
@@ -217,18 +242,20 @@ def _stops(session: Session, event: Event, signals: StopSignals) -> bool:
 
 
 def _stopped(
-    session: Session, folder: runs.RunDirectory, display: Display, signals: StopSignals, *, saved: bool
+    session: Session, record: Record, display: Display, signals: StopSignals, *, saved: bool
 ) -> InterruptedRunError | PreemptedRunError:
     """Leave the run so that it can go on, and say how."""
+    folder, summary = record.folder, record.summary
     asked = None if signals.received == signal.SIGINT else signals.received
     folder.status("preempted" if asked else "interrupted")
     with warned("no curves.png"):
-        draw(session, folder, display)
+        draw(session, folder, display, summary)
     ranks = session.training.runtime.ranks
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
     how = f"go on with: {command} {session.command} --resume {quoted(folder.path)}{session.own_code}"
     if not saved:
         return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}", folder.path)
     if asked:
-        return PreemptedRunError(f"stopped by {signal.Signals(asked).name}, everything is saved; {how}")
+        reason = signals.reason or f"by {signal.Signals(asked).name}"
+        return PreemptedRunError(f"stopped {reason}, everything is saved; {how}")
     return InterruptedRunError(f"interrupted, everything is saved; {how}", folder.path)
