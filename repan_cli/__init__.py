@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from repan_cli.anneal.restart import restart
     from repan_cli.blocks import register_block, reparameterize, set_attach_rate
+    from repan_cli.door import Summary, cycle, distill, train
     from repan_cli.export.fuse import fuse
     from repan_cli.models.expand import expand
     from repan_cli.models.rebuild import load
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _DOORS = {
+    "Summary": "repan_cli.door",
+    "cycle": "repan_cli.door",
+    "distill": "repan_cli.door",
     "expand": "repan_cli.models",
     "fuse": "repan_cli.export",
     "load": "repan_cli.models",
@@ -25,10 +29,14 @@ _DOORS = {
     "reparameterize": "repan_cli.blocks",
     "restart": "repan_cli.anneal.restart",
     "set_attach_rate": "repan_cli.blocks",
+    "train": "repan_cli.door",
 }
 
 __all__ = [
+    "Summary",
     "__version__",
+    "cycle",
+    "distill",
     "expand",
     "fuse",
     "load",
@@ -36,6 +44,7 @@ __all__ = [
     "reparameterize",
     "restart",
     "set_attach_rate",
+    "train",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 
 class RepanError(Exception):
@@ -72,9 +73,13 @@ class StuckLoaderError(RepanError):
 
 
 class InterruptedRunError(RepanError):
-    """Ctrl-C."""
+    """Ctrl-C. `path` is the folder of what can go on, where there is one."""
 
     exit_code = 130
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class PreemptedRunError(RepanError):

@@ -60,7 +60,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
 def _no_curves() -> Iterator[None]:
     """Leave curves.png undrawn by commands in this process: Matplotlib takes as long as a short run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "draw_curves", lambda records, target, *, title: None)
+        patch.setattr(plots, "draw_curves", lambda records, target, **options: None)
         yield
 
 

@@ -26,9 +26,11 @@ from repan_cli.display.plots import draw_curves
 
 def test_a_run_directory_holds_what_it_promises(cycle_run):
     names = {path.name for path in cycle_run.folder.iterdir()}
-    files = "config.yaml env.json metrics.jsonl metrics.csv summary.json status.json log.txt curves.png .lock"
+    files = (
+        "config.yaml env.json metrics.jsonl metrics.csv summary.json status.json log.txt curves.png images.png .lock"
+    )
     weights = "last.pt last_previous.pt best.pt fused.pt cycle_00.pt cycle_01.pt cycle_02.pt"
-    assert names == {*files.split(), *weights.split()}
+    assert names == {*files.split(), *weights.split(), "curves.png", "images.png"}
     assert json.loads((cycle_run.folder / "status.json").read_text())["state"] == "done"
     assert "torch" in json.loads((cycle_run.folder / "env.json").read_text())["versions"]
 
@@ -99,7 +101,7 @@ def test_curves_are_drawn(cycle_run):
 def test_curves_of_the_shortest_runs(tmp_path, epochs, val):
     record = {"loss": 1.0, "val_loss": val, "train_top1": 40.0, "val_top1": val, "lr": 0.1, "attach_rate": 1.0}
     records = [{**record, "cycle": number % 2, "epoch": 1} for number in range(epochs)]
-    draw_curves(records, tmp_path / "curves.png", title="short")
+    draw_curves(records, tmp_path / "curves.png", title="short", tests={0: 50.0})
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 

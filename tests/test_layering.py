@@ -21,9 +21,10 @@ ROWS = [
     ["data", "models", "runs"],
     ["training", "export", "compare"],
     ["display"],
-    ["session"],
+    ["session", "integrations"],
     ["commands"],
     ["cli"],
+    ["door"],
 ]
 """From the bottom up. A room may import rooms of the rows below it, never of its own row."""
 

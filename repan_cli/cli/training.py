@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from repan_cli import config
 from repan_cli.cli.dispatch import dispatch, fail
@@ -13,8 +14,17 @@ from repan_cli.errors import InputError, RepanError
 from repan_cli.system.launcher import rank_count, restarts
 
 
-def train(command: str, options: TrainOptions | CycleOptions) -> None:
-    """Resolve the settings, then begin a run, several, or a dry run, or go on with one."""
+def train(
+    command: str,
+    options: TrainOptions | CycleOptions,
+    *,
+    dispatch: Callable[..., None] = dispatch,
+    fail: Callable[[Exception], NoReturn] = fail,
+) -> None:
+    """Resolve the settings, then begin a run, several, or a dry run, or go on with one.
+
+    `dispatch` calls a command's module and `fail` takes errors: here as a process does, from Python as functions do.
+    """
     control = isinstance(options, CycleOptions) and options.control
     resume = options.resume
     numbers: tuple[int, ...] = ()

@@ -32,7 +32,7 @@ from repan_cli.system.files import to_json
 from repan_cli.system.host import processor
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import missing
-from repan_cli.system.text import first_line
+from repan_cli.system.text import count, first_line
 from repan_cli.system.timing import Timing, interleaved
 from repan_cli.system.user_code import names_a_file
 
@@ -272,7 +272,7 @@ def _machine(machine: Runtime) -> dict[str, Any]:
 def _report(result: dict[str, Any]) -> None:
     tell(f"{result['model']}, {result['block']} blocks, images of {result['image_size']}x{result['image_size']}")
     gpu = result["gpu"] or result["processor"]
-    tell(f"{gpu}, {result['threads']} threads, {result['precision']}; PyTorch {result['versions']['torch']}")
+    tell(f"{gpu}, {count(result['threads'], 'thread')}, {result['precision']}; PyTorch {result['versions']['torch']}")
     sizes = [
         (each["form"], f"{each['parameters']:,}", f"{each['gmacs']:.3g}")
         for each in result["forms"]

@@ -6,6 +6,7 @@ A command checks again what it opens; nothing here opens more than the first byt
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,13 @@ def _check_network(config: Config) -> None:
         names.check_model(config.model.name)
     _check_weights(config.model.init)
     if config.block.name is not None and not names_a_file(config.block.name):
-        _check_known("block family", config.block.name, names.blocks())
+        _check_known("block family", config.block.name, {**names.blocks(), **_registered_blocks()})
+
+
+def _registered_blocks() -> dict[str, str]:
+    """Return the block families that this process has registered, if it has loaded any."""
+    families = getattr(sys.modules.get("repan_cli.blocks.families"), "FAMILIES", ())
+    return dict.fromkeys(families, "")
 
 
 def _check_phase(phase: Config) -> None:

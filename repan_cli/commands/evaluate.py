@@ -54,7 +54,8 @@ def run(options: EvaluateOptions) -> None:
     how = {"runtime": artifact.runtime, "precision": artifact.card.precision or "float32"}
     result = _result(found, data.classes) | {"dataset": data.name, "split": options.split, **how}
     if options.out:
-        result["out"] = _write(options.out, found[result["form"]], data.classes)
+        title = _title(options.checkpoint, result)
+        result["out"] = _write(options.out, found[result["form"]], data.classes, title)
     if options.as_json:
         print(to_json(result))
     else:
@@ -86,7 +87,13 @@ def _figures(details: Details) -> dict[str, Any]:
     return {**details.score.figures(), "calibration_error": details.calibration_error}
 
 
-def _write(folder: Path, details: Details, classes: tuple[str, ...]) -> list[str]:
+def _title(source: str, result: dict[str, Any]) -> str:
+    """Say what a picture shows: the network, the images, their number, and the accuracy."""
+    images = f"{result['images']:,} {result['split']} images of {result['dataset']}"
+    return f"{source} ({result['form']}) on {images}: top-1 {percent(result['top1'])} %"
+
+
+def _write(folder: Path, details: Details, classes: tuple[str, ...], title: str) -> list[str]:
     """Write tables and picture. Returns the names of the files."""
     many = len(classes) > MOST_IN_A_TABLE
     if many:
@@ -115,7 +122,9 @@ def _write(folder: Path, details: Details, classes: tuple[str, ...]) -> list[str
         tell(f"confusion.csv has a line a pair, and there is no confusion.png: {len(classes):,} classes are too many")
         return written
     if plots.available():
-        plots.draw_confusion(counts, classes, folder / "confusion.png")
+        lacking = plots.draw_confusion(counts, classes, folder / "confusion.png", title=title)
+        if lacking:
+            warn(f"confusion.png: no font here has {' '.join(lacking[:10])}, which is drawn as a box; install one")
         return [*written, str(folder / "confusion.png")]
     tell(f"no confusion.png: {plots.HOW_TO_GET}")
     return written

@@ -149,9 +149,7 @@ class _Job:
 
     def _for_timm(self) -> dict[str, bytes]:
         saved = timm_folder.network_of_timm(self.fused, self.result.card, self.options.checkpoint)
-        resized = self.artifact.preparation.resized
-        text = model_card.readme(saved.card, self.options.checkpoint, proof=self.proof, resized=resized)
-        return timm_folder.files(saved, text)
+        return timm_folder.files(saved, model_card.readme(saved.card, self.options.checkpoint, proof=self.proof))
 
     def _onnx(self, program: ExportedProgram, card: ModelCard) -> bytes:
         opset = OPSET if self.options.opset is None else self.options.opset

@@ -123,6 +123,9 @@ class PredictOptions:
     checkpoint: Checkpoint
     images: Annotated[tuple[Path, ...], Argument("IMAGES...", "Image files, or folders of them.")]
     top: Annotated[int, Option(("--top",), "How many classes to name.", "K")] = 5
+    save: Annotated[
+        Path | None, Option(("--save",), "Write the pictures with their classes below them, and a table.", "FOLDER")
+    ] = None
     model: Network = None
     block: OwnBlock = None
     device: Device = "auto"
@@ -230,10 +233,14 @@ class ListOptions:
     kind: Annotated[
         str,
         Argument(
-            "KIND", "models, blocks, datasets, optimizers, presets, schedules, settings, studies or trackers.", "kinds"
+            "KIND",
+            "models, blocks, datasets, optimizers, presets, runs, schedules, settings, studies or trackers.",
+            "kinds",
         ),
     ]
-    pattern: Annotated[str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'.")] = None
+    pattern: Annotated[
+        str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'; of runs, a folder.")
+    ] = None
     as_json: AsJson = False
 
 

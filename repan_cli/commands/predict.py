@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,16 @@ import torch
 
 from repan_cli.commands.early import images_in
 from repan_cli.commands.options import PredictOptions
-from repan_cli.data.image_files import UnreadableImageError
+from repan_cli.data.image_files import UnreadableImageError, open_image
+from repan_cli.display import pictures
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
 from repan_cli.export.fuse import check_finite
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.device import Runtime, start_runtime
-from repan_cli.system.files import to_json
+from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.notices import warn
-from repan_cli.system.text import count
+from repan_cli.system.text import count, some
 from repan_cli.training.evaluation import check_logits
 
 BATCH = 32
@@ -32,6 +36,7 @@ def run(options: PredictOptions) -> None:
     if options.top < 1:
         raise InputError(f"--top {options.top}: at least one class is named")
     files = list(images_in(options.images))
+    targets = _targets(options.save, files) if options.save else {}
     artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     check_finite(artifact.network)
     machine = start_runtime(options.device, "fp32")
@@ -40,14 +45,66 @@ def run(options: PredictOptions) -> None:
     unreadable: list[str] = []
     for start in range(0, len(files), BATCH):
         rows += _predicted(artifact, files[start : start + BATCH], options.top, machine, unreadable)
+    if options.save:
+        _save(options.save, rows, targets)
     if options.as_json:
         print(to_json(rows))
     elif rows:
         _report(artifact, rows)
     if unreadable:
-        for line in unreadable[:-1]:
+        for line in unreadable:
             warn(line)
-        raise InputError(f"{unreadable[-1]}; {count(len(rows), 'other image')} could be read")
+        named = some([line.removeprefix("cannot read the image ").partition(": ")[0] for line in unreadable])
+        answered = f"the other {count(len(rows), 'image')} answered" if rows else "no image answered"
+        raise InputError(f"{len(unreadable)} of {count(len(files), 'image')} could not be read: {named}; {answered}")
+
+
+TABLE = "predictions.csv"
+MOST_SAID = 10
+SIDE, LETTERS, LINES = 384, 15, 3
+"""Longer side of a picture that is written, in pixels; height of the letters below it, and lines at most."""
+
+
+def _targets(folder: Path, files: Sequence[Path]) -> dict[Path, Path]:
+    """Return the file that each picture is written to, and make the folder.
+
+    Raises InputError where one is there already, and where the folder cannot be made.
+    """
+    taken: set[str] = set()
+    targets: dict[Path, Path] = {}
+    for file in files:
+        names = (f"{file.stem}{f'_{number}' if number else ''}.png" for number in itertools.count())
+        name = next(name for name in names if name.lower() not in taken)  # some systems do not tell A from a
+        taken.add(name.lower())
+        targets[file] = folder / name
+    for target in (*targets.values(), folder / TABLE):
+        if target.exists():
+            raise InputError(f"{target} exists already: give another --save")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create the folder {folder}: {error.strerror}; give another --save") from None
+    return targets
+
+
+def _save(folder: Path, rows: Sequence[dict[str, Any]], targets: Mapping[Path, Path]) -> None:
+    """Write each picture with its most probable classes below it, and a table of all."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["image", "picture", "class", "probability"])
+    for row in rows:
+        source, classes = Path(row["image"]), row["classes"]
+        target = targets[source]
+        lines = tuple(f"{each['class']} {100 * each['probability']:.1f} %" for each in classes[:LINES])
+        image = pictures.resized(open_image(source, 3), SIDE)
+        content = io.BytesIO()
+        pictures.with_caption(pictures.Captioned(image, lines), size=LETTERS, width=SIDE // 2).save(content, "PNG")
+        write_bytes(target, content.getvalue())
+        table.writerow([row["image"], target.name, classes[0]["class"], classes[0]["probability"]])
+    write_bytes(folder / TABLE, text.getvalue().encode())
+    if boxes := pictures.lacking(each["class"] for row in rows for each in row["classes"][:LINES]):
+        warn(f"no font here has {' '.join(boxes[:MOST_SAID])}, which pictures show as boxes: install one that has")
+    tell(f"wrote {count(len(rows), 'picture')} and {TABLE} into {folder}")
 
 
 @torch.no_grad()

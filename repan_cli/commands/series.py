@@ -70,8 +70,8 @@ class Series:
 # ---------------------------------------------------------------------------------------------- to begin, to go on
 
 
-def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_control: bool, as_json: bool) -> None:
-    """Train with each seed, with a control also without restarts, and compare."""
+def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_control: bool, as_json: bool) -> Path:
+    """Train with each seed, with a control also without restarts, and compare. Returns the folder of all."""
     refuse(resolved, with_control=with_control)
     out = resolved.config.run.out
     runs.check_free(out)
@@ -85,6 +85,7 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
         about = {"command": command, "seeds": seeds, "control": with_control, "settings": resolved.source}
         folder.write_json(runs.SERIES, about)
         _carry_out(series, folder, {}, ready, as_json=as_json)
+    return path
 
 
 def refuse(resolved: Resolved, *, with_control: bool) -> None:
@@ -97,16 +98,14 @@ def refuse(resolved: Resolved, *, with_control: bool) -> None:
         raise InputError("cycle.restart=none is what --control adds: give one")
 
 
-def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> None:
-    """Go on with a run, or with those of a series that are not finished."""
+def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
+    """Go on with a run, or with those of a series that are not finished. Returns its folder, on the first rank."""
     if own_rank():  # the first of several ranks finds the run, and sends it
-        resume.run(command, name, given, as_json=as_json)
-        return
+        return resume.run(command, name, given, as_json=as_json)
     path = runs.find(command, name)
     about = runs.read_series(path)
     if about is None:
-        resume.run(command, name, given, as_json=as_json)
-        return
+        return resume.run(command, name, given, as_json=as_json)
     if about["command"] != command:
         raise InputError(f"{path} is a series of 'repan {about['command']}': resume it with that command")
     resolved = _settings_of(command, path, given)
@@ -115,6 +114,7 @@ def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> None:
     with runs.RunDirectory(path, reopen=True) as folder:
         series = Series(command, path, resolved, tuple(about["seeds"]), about["control"])
         _carry_out(series, folder, given, [], as_json=as_json)
+    return path
 
 
 def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
@@ -181,15 +181,17 @@ def _make(series: Series, member: Member, given: Layer, ready: Session | None) -
     except DivergedError as error:
         warn(f"{member.name} diverged: {error}")
     except KeyboardInterrupt:
-        raise InterruptedRunError(f"interrupted before {member.name} began; {_how(series)}") from None
+        raise InterruptedRunError(f"interrupted before {member.name} began; {_how(series)}", series.path) from None
     except (InterruptedRunError, PreemptedRunError) as stop:
-        of_all = str(stop).replace(f"--resume {quoted(path)}", f"--resume {quoted(series.path)}")
-        raise type(stop)(f"{member.name}: {of_all}") from None
+        of_all = f"{member.name}: " + str(stop).replace(f"--resume {quoted(path)}", f"--resume {quoted(series.path)}")
+        if isinstance(stop, InterruptedRunError):
+            raise InterruptedRunError(of_all, series.path) from None
+        raise PreemptedRunError(of_all) from None
 
 
 def _stop_between_runs(series: Series, signals: StopSignals) -> None:
     if signals.received == signal.SIGINT:
-        raise InterruptedRunError(f"interrupted between two runs; {_how(series)}")
+        raise InterruptedRunError(f"interrupted between two runs; {_how(series)}", series.path)
     if signals.received:
         raise PreemptedRunError(f"stopped by {signal.Signals(signals.received).name}; {_how(series)}")
 

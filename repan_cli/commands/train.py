@@ -11,16 +11,15 @@ from repan_cli.system.launcher import rank_count, restarts
 from repan_cli.system.ranks import gathered, join_ranks
 
 
-def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
-    """Begin a run; of several ranks that torchrun has begun anew, go on with it."""
+def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
+    """Begin a run; of several ranks that torchrun has begun anew, go on with it. Returns the run directory."""
     out = resolved.config.run.out
     if rank_count() > 1:
         join_ranks(resolved.config.run.device)
         if _begun_before(out):
             assert out is not None, "a run without a folder cannot be begun anew"
-            resume.run(command, out, {}, as_json=as_json)
-            return
-    runner.run(command, resolved, as_json=as_json)
+            return resume.run(command, out, {}, as_json=as_json)
+    return runner.run(command, resolved, as_json=as_json)
 
 
 def _begun_before(out: str | None) -> bool:

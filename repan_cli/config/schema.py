@@ -99,9 +99,10 @@ def _optional(kind: Any) -> tuple[Any, bool]:
 
 
 def _parts(text: Any) -> list[Any]:
-    """The elements of a list: YAML's own, or `[a,b]` or `a,b` as text."""
+    """The elements of a list: YAML's own, or `[a,b]` or `a,b` as text, also as Python writes it."""
     if isinstance(text, str):
-        text = [part for part in text.strip().removeprefix("[").removesuffix("]").split(",") if part.strip()]
+        text = [part.strip(" '\"") for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
+        text = [part for part in text if part]
     return text or []
 
 

@@ -127,6 +127,7 @@ class Loader(ABC):
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
         self.mix = _mix(augmentation, classes)
         self.stop: Callable[[], bool] = bool  # asked while a batch is waited for
+        self.first: Callable[[Batch], None] | None = None  # is shown the next training batch, once
 
     @property
     def unnumbered(self) -> str | None:
@@ -144,7 +145,11 @@ class Loader(ABC):
         rows = [row.tensor_split(self.ranks)[self.rank] for row in plan.order.split(batch_size)]
         rows = rows[: self.steps(batch_size)]
         for step, batch in enumerate(self._training(rows[first:], plan, position), start=first):
-            yield self._finished(batch, plan, (*position, step))
+            batch = self._finished(batch, plan, (*position, step))
+            if self.first is not None:
+                look, self.first = self.first, None
+                look(batch)
+            yield batch
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[Batch]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from repan_cli.system.text import shown
+
 HOW_TO_GET = "it needs matplotlib, pip install 'repan-cli[plot]'"
 MOST_NAMES, FEW = 8, 20
+BOXES = "Last Resort"
+"""The font that has every letter, all of them as boxes."""
+
 MOST_NAMED = 40
 """Classes that have room for their names beside a picture."""
 
@@ -17,22 +24,28 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw_curves(records: list[dict[str, Any]], target: Path, *, title: str) -> None:
-    """Draw the records of a metrics.jsonl, at least one, into a PNG: panels for accuracy, loss and both rates.
+def draw_curves(
+    records: list[dict[str, Any]], target: Path, *, title: str, tests: Mapping[int, float] | None = None
+) -> None:
+    """Draw the records of a metrics.jsonl, at least one, into a PNG: panels for accuracy, loss, and rates that change.
 
-    A star marks the best epoch, dotted lines where cycles begin.
+    A star marks the best epoch, diamonds the test top-1 at the end of each cycle in `tests`, dotted lines where cycles
+    begin.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
     from matplotlib.ticker import LogLocator
 
     epochs = range(1, len(records) + 1)
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
-    accuracy, loss, rates = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1.3))
-    figure.suptitle(title, fontsize=11)
+    changing = [key for key in RATES if _changes(records, key)]
+    panels = 3 if changing else 2
+    figure = Figure(figsize=(9, 7.5 if changing else 6), layout="constrained")
+    accuracy, loss, *rates = figure.subplots(panels, 1, sharex=True, height_ratios=(3, 2, 1.3)[:panels])
+    figure.suptitle(title, fontsize=11, parse_math=False)
 
     _line(accuracy, epochs, records, "train_top1", "training (augmented)", "tab:gray")
     _line(accuracy, epochs, records, "val_top1", "validation", "tab:blue")
     _mark_best(accuracy, records)
+    _mark_tests(accuracy, records, tests or {})
     accuracy.set_ylabel("top-1, %")
     _line(loss, epochs, records, "loss", "training", "tab:gray")
     _line(loss, epochs, records, "val_loss", "validation", "tab:blue")
@@ -40,20 +53,45 @@ def draw_curves(records: list[dict[str, Any]], target: Path, *, title: str) -> N
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter("")
-    _line(rates, epochs, records, "lr", "learning rate", "tab:red")
-    rates.set(xlabel="epoch")
-    rates.set_ylabel("learning rate", color="tab:red")
-    rates.xaxis.get_major_locator().set_params(integer=True)
-    attach = rates.twinx()
-    _line(attach, epochs, records, "attach_rate", "attach rate", "tab:blue", linestyle="--")
-    attach.set(ylim=(-0.08, 1.08))
-    attach.set_ylabel("attach rate (dashed)", color="tab:blue")
-
-    for axes in (accuracy, loss, rates):
+    if changing:
+        _draw_rates(rates[0], epochs, records, changing)
+    drawn = [accuracy, loss, *rates]
+    drawn[-1].set(xlabel="epoch")
+    drawn[-1].xaxis.get_major_locator().set_params(integer=True)
+    for axes in drawn:
         axes.grid(alpha=0.25)
-    _mark_cycles(records, [accuracy, loss, rates])
+    _mark_cycles(records, drawn)
     accuracy.legend(loc="lower right", frameon=False)
     figure.savefig(target, dpi=110)
+
+
+RATES = {"lr": ("learning rate", "tab:red", "-"), "attach_rate": ("attach rate", "tab:blue", "--")}
+"""Label, colour and style of what may be constant over a whole run, and is not drawn then."""
+
+
+def _changes(records: list[dict[str, Any]], key: str) -> bool:
+    return len({record[key] for record in records}) > 1
+
+
+def _draw_rates(axes: Any, epochs: Sequence[int], records: list[dict[str, Any]], changing: Sequence[str]) -> None:
+    """Draw the rates that change; of two each has its own axis."""
+    for number, key in enumerate(changing):
+        label, color, style = RATES[key]
+        panel = axes if number == 0 else axes.twinx()
+        _line(panel, epochs, records, key, label, color, linestyle=style)
+        panel.set_ylabel(label + (" (dashed)" if style == "--" else ""), color=color)
+        if key == "attach_rate":
+            panel.set(ylim=(-0.08, 1.08))
+
+
+def _mark_tests(axes: Any, records: list[dict[str, Any]], tests: Mapping[int, float]) -> None:
+    """Mark test top-1 at the last epoch of each cycle that has any."""
+    numbers = [record["cycle"] for record in records]
+    ends = {cycle: len(numbers) - numbers[::-1].index(cycle) for cycle in tests if cycle in numbers}
+    if ends:
+        style = {"marker": "D", "markersize": 6, "color": "tab:orange", "linestyle": "none"}
+        label = f"test, at the end of {'a phase' if len(set(numbers)) > 1 else 'the run'}"
+        axes.plot([*ends.values()], [tests[cycle] for cycle in ends], label=label, **style)
 
 
 def _mark_best(axes: Any, records: list[dict[str, Any]]) -> None:
@@ -105,9 +143,17 @@ def _line(
         )
 
 
-def draw_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], target: Path) -> None:
-    """Draw how often each class (rows) was taken for which (columns), in percent of its images, into a PNG."""
+def draw_confusion(
+    counts: Sequence[Sequence[int]], classes: Sequence[str], target: Path, *, title: str = ""
+) -> list[str]:
+    """Draw how often each class (rows) was taken for which (columns), in percent of its images, into a PNG.
+
+    Returns the letters of the names that no font here has.
+    """
     from matplotlib.figure import Figure
+
+    classes = [shown(name, but="") for name in classes]
+    fonts, lacking = _fonts_for("".join([*classes, title]))
 
     shares = [[100 * count / max(sum(row), 1) for count in row] for row in counts]
     named = len(classes) <= MOST_NAMED
@@ -116,9 +162,11 @@ def draw_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], targ
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
     axes.set(xlabel="taken for", ylabel="class")
+    words: dict[str, Any] = {"parse_math": False, "fontfamily": fonts}  # a class may be called $x$
+    figure.suptitle("\n".join(textwrap.wrap(shown(title, but=""), round(10 * side))), fontsize=11, **words)
     if named:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xticks(range(len(classes)), classes, rotation=90, **words)
+        axes.set_yticks(range(len(classes)), classes, **words)
     if len(classes) <= MOST_NAMED // 2:
         for row, values in enumerate(shares):
             for column, share in enumerate(values):
@@ -126,4 +174,38 @@ def draw_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], targ
                     color = "white" if share > 55 else "black"
                     axes.text(column, row, str(counts[row][column]), ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(picture, label="% of the class", shrink=0.8)
-    figure.savefig(target, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # which `lacking` says in words
+        figure.savefig(target, dpi=110)
+    return lacking
+
+
+def _fonts_for(text: str) -> tuple[list[str], list[str]]:
+    """Return the families of fonts that have all letters of a text, Matplotlib's own first, and the letters that none
+    has.
+    """
+    from matplotlib import font_manager
+
+    families = ["DejaVu Sans"]
+    missing = {letter for letter in text if not letter.isspace()}
+    missing -= _letters(font_manager.findfont(families[0]), missing)
+    for entry in font_manager.fontManager.ttflist if missing else ():
+        if entry.name.startswith(BOXES):
+            continue
+        if found := _letters(entry.fname, missing):
+            families.append(entry.name)
+            missing -= found
+        if not missing:
+            break
+    return families, sorted(missing)
+
+
+def _letters(file: str, wanted: set[str]) -> set[str]:
+    """Return which letters a font has; none of a file that cannot be read."""
+    from matplotlib import font_manager
+
+    try:
+        font = font_manager.get_font(file)
+        return {letter for letter in wanted if font.get_char_index(ord(letter))}
+    except (OSError, RuntimeError):
+        return set()

@@ -50,6 +50,11 @@ def trace(network: nn.Module, images: Tensor, name: str) -> ExportedProgram:
             program = torch.export.export(network, (images[:2].contiguous(),), dynamic_shapes=({0: Dim("batch")},))
     except Exception as error:
         raise InputError(f"{name} cannot be exported as a graph: {first_line(error)}") from error
+    return without_places(program)
+
+
+def without_places(program: ExportedProgram) -> ExportedProgram:
+    """Remove what a graph tells of the Python code that it came from, in place."""
     for node in program.graph.nodes:
         for key in ABOUT_PYTHON:
             node.meta.pop(key, None)

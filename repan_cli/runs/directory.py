@@ -204,13 +204,13 @@ def read_series(path: Path) -> dict[str, Any] | None:
         raise InputError(f"{path / SERIES} is damaged: resume the runs in {path} one by one") from None
 
 
-def _goes_on(path: Path) -> bool:
+def goes_on(path: Path) -> bool:
     """Tell whether a folder holds something to go on from: what was killed before it had any state does not."""
     return any((path / name).exists() for name in (LAST, PREVIOUS, SERIES))
 
 
 def existing(path: Path) -> str:
-    mend = f"go on with --resume {quoted(path)}, or give another --out" if _goes_on(path) else "give another --out"
+    mend = f"go on with --resume {quoted(path)}, or give another --out" if goes_on(path) else "give another --out"
     return f"the run directory {path} exists already; nothing was touched: {mend}"
 
 
@@ -230,18 +230,19 @@ def _latest(command: str) -> Path:
     """Return the newest unfinished run of a command anywhere below `runs`; the newest one where all are finished."""
     begun = [path.parent for path in Path("runs").rglob("config.yaml")]
     of_series = {path.parent for path in Path("runs").rglob(SERIES)}
-    found = [path for path in begun if _goes_on(path) and path.parent not in of_series and _command(path) == command]
+    found = [path for path in begun if goes_on(path) and path.parent not in of_series and command_of(path) == command]
     if not found:
         raise InputError(f"no run of 'repan {command}' under runs: name its directory")
     return max(found, key=lambda path: (state_of(path) != "done", (path / "config.yaml").stat().st_mtime))
 
 
-def _command(path: Path) -> str:
+def command_of(path: Path) -> str:
     """Return the command that a run is one of, as its files tell, else by the folder that it is in."""
     with contextlib.suppress(InputError, LookupError, TypeError):
         if (path / SERIES).exists():
             return str(read_json(path / SERIES)["command"])
-        return str(read_json(path / "env.json")["argv"][0])
+        facts = read_json(path / "env.json")
+        return str(facts.get("command") or facts["argv"][0])
     return path.parent.name
 
 
@@ -258,7 +259,7 @@ def discard_unsaved(path: Path) -> None:
 
     Raises InputError where the run still lives, and where the folder holds results.
     """
-    if not path.exists() or _goes_on(path):
+    if not path.exists() or goes_on(path):
         return
     if (path / "summary.json").exists():
         raise InputError(f"{path} holds a summary but no state to continue from: move it away, or keep it as done")
@@ -274,7 +275,7 @@ def check_free(path: str | None) -> None:
 
 def claim_default(command: str, *names: str) -> Path:
     """Make runs/<command>/<date-time>-<names>, with a number behind it where two runs begin in one second."""
-    stem = "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), *(name.replace(":", "-") for name in names)])
+    stem = "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), *map(_in_a_name, names)])
     for path in _numbered(Path("runs") / command / stem[:MOST_NAME]):
         try:
             path.mkdir(parents=True)
@@ -286,6 +287,13 @@ def claim_default(command: str, *names: str) -> Path:
             raise InputError(f"cannot create the run directory {path}: {error.strerror}; give --out") from None
         return path
     raise AssertionError("numbers do not end")
+
+
+def _in_a_name(name: str) -> str:
+    """Return a name as a part of a folder's: of a file of a person's own without its folders."""
+    file, colon, function = name.rpartition(".py:")
+    short = f"{Path(file).name}-{function}" if colon else name
+    return short.replace(":", "-").replace("/", "-")
 
 
 MOST_NAME = 200

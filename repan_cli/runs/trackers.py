@@ -225,7 +225,9 @@ class WeightsAndBiases:
 
         kept = run.folder / "wandb_id.txt"
         if not kept.exists():
-            write_atomically(kept, lambda file: file.write(uuid.uuid4().hex[:8].encode()))
+            of_sweep = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+            own = of_sweep or uuid.uuid4().hex[:8]  # the agent of a sweep has named the run
+            write_atomically(kept, lambda file: file.write(own.encode()))
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "repan"),
             name=os.environ.get("WANDB_NAME", run.folder.name),

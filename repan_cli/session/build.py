@@ -55,6 +55,7 @@ from repan_cli.system.device import Runtime, start_runtime, use_threads
 from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import doing, warn
 from repan_cli.system.ranks import first_on_each_machine
+from repan_cli.system.text import quoted
 from repan_cli.system.user_code import names_a_file
 from repan_cli.training.cuda_graphs import CudaRecorder, Graphs
 from repan_cli.training.evaluation import Score, eval_batch, evaluate
@@ -89,8 +90,8 @@ class Session:
     def own_code(self) -> str:
         """Return the options that name a person's own network and blocks, which its checkpoints are read with."""
         family = self.network.expansion.family
-        block = f" --block {family}" if names_a_file(family) else ""
-        return (f" --model {self.user_model}" if self.user_model else "") + block
+        block = f" --block {quoted(family)}" if names_a_file(family) else ""
+        return (f" --model {quoted(self.user_model)}" if self.user_model else "") + block
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -206,12 +207,12 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
     for phase in plan:
         SCHEDULES[phase.optim.schedule]  # an unknown one is an error before the first step
     train = train_loader(dataset, config.data, machine)
-    if config.data.batch_size > train.count:
-        warn(f"data.batch_size={config.data.batch_size}, and {train.count:,} training images: an epoch is one step")
     ema = _average(network.model, config.ema)
     task_of = PhaseTasks(ema.module if ema else network.model, dataset, train, machine)
     with doing("preparing the teacher"):
         task_of.prepare(plan)
+    if config.data.batch_size > train.count:
+        warn(f"data.batch_size={config.data.batch_size}, and {train.count:,} training images: an epoch is one step")
     optimizer = build_optimizer(network.model, config.optim)
     val = eval_loader(dataset, "val", machine, config.data.workers) if dataset.val else None
     test = eval_loader(dataset, "test", machine, config.data.workers)

@@ -32,12 +32,14 @@ MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "data.on_error", "run.threads
 images that cannot be read any more by `data.on_error`; a teacher must be the same one."""
 
 
-def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
-    """Go on with a run of `command`. Raises InputError for one that cannot be."""
+def run(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
+    """Go on with a run of `command`, and return its directory, on the first rank. Raises InputError for one that cannot
+    be.
+    """
     join_ranks(str(given.get("run.device", "auto")))
     if own_rank():
         _follow(command, given)
-        return
+        return None
     path = runs.find(command, name)
     with runs.RunDirectory(path, reopen=True) as folder:
         source, saved = newest_state(path)
@@ -48,12 +50,13 @@ def run(command: str, name: str, given: Layer, *, as_json: bool) -> None:
         session, resolved = _again(command, given, path, source, saved)
         if _has_results(session, path):
             _conclude(session, folder)
-            return
+            return path
         _warn_of_edits(saved, path)
         _warn_of_changes(saved, surroundings(session.training.runtime))
         if source.name == runs.PREVIOUS:
             _set_aside(path / runs.LAST)
         runner.carry_out(session, folder, resolved, begun=state_of(saved, str(path)).begun, as_json=as_json)
+    return path
 
 
 def _follow(command: str, given: Layer) -> None:

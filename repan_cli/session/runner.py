@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -15,6 +16,7 @@ import torch
 from repan_cli import runs
 from repan_cli.config.files import dump
 from repan_cli.config.resolve import Resolved
+from repan_cli.data.batches import Batch
 from repan_cli.display.console import Display
 from repan_cli.errors import (
     DivergedError,
@@ -24,6 +26,7 @@ from repan_cli.errors import (
     PreemptedRunError,
     StoppedError,
 )
+from repan_cli.session import mosaic
 from repan_cli.session.build import Session, prepare
 from repan_cli.session.pace import PaceWatch
 from repan_cli.session.recorder import Record, pool, saves_at
@@ -34,6 +37,7 @@ from repan_cli.system.ranks import leave_ranks, summed
 from repan_cli.system.signals import StopSignals
 from repan_cli.system.text import quoted
 from repan_cli.training.events import Event, StepEnd
+from repan_cli.training.listeners import announce
 from repan_cli.training.loop import fit
 from repan_cli.training.run import Training
 
@@ -45,24 +49,30 @@ ALONE_AFTER = 5
 """Seconds after which one of several ranks that waits for images stops without the others."""
 
 
-def run(command: str, resolved: Resolved, *, as_json: bool) -> None:
-    """Prepare, train, merge, and report. Of several ranks only the first writes and reports."""
+def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
+    """Prepare, train, merge, and report. Of several ranks only the first writes and reports.
+
+    Returns the run directory, of the first rank.
+    """
     session = prepare(command, resolved)
     if session.training.runtime.rank:
         follow(session)
-    else:
-        begin(session, resolved, as_json=as_json)
+        return None
+    return begin(session, resolved, as_json=as_json)
 
 
-def begin(session: Session, resolved: Resolved, *, as_json: bool) -> None:
-    """Make the run directory of a run that is ready, and carry it out."""
+def begin(session: Session, resolved: Resolved, *, as_json: bool) -> Path:
+    """Make the run directory of a run that is ready, and carry it out. Returns the directory."""
     command, config = session.command, session.config
     path = Path(config.run.out) if config.run.out else runs.claim_default(command, *session.names)
     with runs.RunDirectory(path, reopen=not config.run.out) as folder:
         session.training.task_of.folder = folder.path
         folder.write_text("config.yaml", dump(config, cycles=command == "cycle"))
-        folder.write_json("env.json", {**runs.software(), **describe_machine(session.training.runtime)})
+        folder.write_json(
+            "env.json", {**runs.software(), "command": command, **describe_machine(session.training.runtime)}
+        )
         carry_out(session, folder, resolved, as_json=as_json)
+    return path
 
 
 def carry_out(
@@ -80,7 +90,13 @@ def carry_out(
     training = session.training
     epochs = {phase.cycle: phase.epochs for phase in training.plan}
     steps = training.train.steps(session.config.data.batch_size)
-    display = Display(epochs=epochs, steps=steps, log=folder / "log.txt", compiles=session.config.run.compile == "on")
+    display = Display(
+        epochs=epochs,
+        steps=steps,
+        log=folder / "log.txt",
+        compiles=session.config.run.compile == "on",
+        ramps=any(phase.attach_rate(0.0) not in (None, 1.0) for phase in training.plan),
+    )
     display.facts({**header(session, resolved), "run": str(folder.path)})
     record = Record(session, folder, begun)
     for tracker in record.requested:
@@ -96,7 +112,8 @@ def carry_out(
                 conclude(session, folder, display, record.summary)
             except (KeyboardInterrupt, StoppedError) as end:
                 signals.leaving = True
-                raise _stopped(session, folder, display, signals, saved=isinstance(end, StoppedError)) from None
+                at_once = not isinstance(end, StoppedError)
+                raise _stopped(session, record, display, signals, saved=not at_once) from None
     except (InterruptedRunError, PreemptedRunError) as stop:
         display.note(str(stop))
         raise
@@ -124,6 +141,7 @@ def _train(session: Session, record: Record, display: Display, signals: StopSign
     hear(session.training, signals)
     if fresh:
         record.open()
+        session.training.train.first = functools.partial(_draw_first, session, record.folder)
     if math.isfinite(session.training.progress.best_top1):  # of the weights it began with, or before a stop
         display.position.best = session.training.progress.best_top1
     told = False
@@ -133,6 +151,7 @@ def _train(session: Session, record: Record, display: Display, signals: StopSign
             for event in fit(session.training):
                 record.take(event)
                 display.show(event)
+                announce(event)
                 pace.take(event)
                 if session.training.graphs and session.training.graphs.refused and not told:
                     told = True
@@ -145,6 +164,12 @@ def _train(session: Session, record: Record, display: Display, signals: StopSign
             record.save_last()
         leave_ranks()
         raise
+
+
+def _draw_first(session: Session, folder: runs.RunDirectory, batch: Batch) -> None:
+    """Draw the first training batch of a run, which it draws no random number for."""
+    with warned(f"no {mosaic.NAME}"):
+        mosaic.draw(session, folder, batch)
 
 
 def hear(training: Training, signals: StopSignals) -> None:
@@ -209,18 +234,19 @@ def _stops(session: Session, event: Event, signals: StopSignals) -> bool:
 
 
 def _stopped(
-    session: Session, folder: runs.RunDirectory, display: Display, signals: StopSignals, *, saved: bool
+    session: Session, record: Record, display: Display, signals: StopSignals, *, saved: bool
 ) -> InterruptedRunError | PreemptedRunError:
     """Leave the run so that it can go on, and say how."""
+    folder, summary = record.folder, record.summary
     asked = None if signals.received == signal.SIGINT else signals.received
     folder.status("preempted" if asked else "interrupted")
     with warned("no curves.png"):
-        draw(session, folder, display)
+        draw(session, folder, display, summary)
     ranks = session.training.runtime.ranks
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
     how = f"go on with: {command} {session.command} --resume {quoted(folder.path)}{session.own_code}"
     if not saved:
-        return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}")
+        return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}", folder.path)
     if asked:
         return PreemptedRunError(f"stopped by {signal.Signals(asked).name}, everything is saved; {how}")
-    return InterruptedRunError(f"interrupted, everything is saved; {how}")
+    return InterruptedRunError(f"interrupted, everything is saved; {how}", folder.path)

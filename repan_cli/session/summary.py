@@ -24,7 +24,7 @@ from repan_cli.session.build import Session
 from repan_cli.session.network import describe_blocks
 from repan_cli.session.recorder import Record, chosen_file
 from repan_cli.system.notices import doing, warn
-from repan_cli.system.text import count, duration, first_line, percent, quoted, sparkline
+from repan_cli.system.text import count, duration, first_line, percent, quoted, some, sparkline
 from repan_cli.training.evaluation import evaluate
 from repan_cli.training.plan import Phase
 from repan_cli.training.run import Training
@@ -42,12 +42,20 @@ def header(session: Session, resolved: Resolved) -> dict[str, str]:
     return {
         f"repan {session.command}": f"{network}: {blocks}, {export.count_parameters(training.model):,} parameters",
         "data": f"{data.name}: {counts} images of {size}, {len(data.classes)} classes",
+        **_describe_classes(session),
         **_describe_augmentation(training.train),
         "plan": _describe_plan(training.plan),
         **_describe_teacher(training),
         "device": training.runtime.describe() + (", a step is one CUDA graph" if training.graphs else ""),
         "settings": resolved.source,
     }
+
+
+def _describe_classes(session: Session) -> dict[str, str]:
+    """Name the classes of image folders in their order, which is that of the network's outputs."""
+    if session.dataset.name != "folder":
+        return {}
+    return {"classes": f"{some(list(session.dataset.classes))} (data.class_order={session.config.data.class_order})"}
 
 
 def _describe_augmentation(train: Loader) -> dict[str, str]:
@@ -120,7 +128,7 @@ def conclude(session: Session, folder: runs.RunDirectory, display: Display, summ
     with warned("the run is done, but status.json does not say so; a resume mends that"):
         folder.status("done")
     with warned("no curves.png"):
-        draw(session, folder, display)
+        draw(session, folder, display, summary)
     with warned("the run is done, but its report could not be shown"):
         _report(folder, display, summary, session)
 
@@ -147,12 +155,19 @@ def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model
     return {"out": "fused.pt", **dataclasses.asdict(report), "test_top1": _score(session, fused)["top1"]}
 
 
-def draw(session: Session, folder: runs.RunDirectory, display: Display) -> None:
+def draw(session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
+    """Draw the course of a run, with test top-1 at the ends of its phases, as far as they are over."""
     title = (f"repan {session.command}", *session.names, f"seed {session.config.run.seed}")
     if not plots.available():
         display.say(f"no curves.png: {plots.HOW_TO_GET}")
     elif records := read_metrics(folder / "metrics.jsonl"):
-        plots.draw_curves(records, folder / "curves.png", title=", ".join(title))
+        plots.draw_curves(records, folder / "curves.png", title=", ".join(title), tests=_tests(summary))
+
+
+def _tests(summary: dict[str, Any]) -> dict[int, float]:
+    """Return test top-1 at the end of each phase that is over, by its cycle."""
+    baseline = {0: summary["baseline"]["test_top1"]} if summary["baseline"] else {}
+    return {**baseline, **{row["cycle"]: row["test_top1"] for row in summary["cycles"]}}
 
 
 def _sampling_error(test: dict[str, Any]) -> float:

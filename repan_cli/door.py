@@ -1,0 +1,233 @@
+"""The training commands as functions: `repan_cli.train`, `distill` and `cycle` run what the commands run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from repan_cli.cli import training
+from repan_cli.commands import early
+from repan_cli.commands.option import declared
+from repan_cli.commands.options import CycleOptions, TrainOptions
+from repan_cli.config.schema import as_text
+from repan_cli.config.settings import OVERLAY, SCHEMA
+from repan_cli.errors import InputError, InterruptedRunError
+from repan_cli.registry import did_you_mean
+from repan_cli.runs.trackers import read_metrics
+from repan_cli.system.notices import LOGGER
+from repan_cli.training.events import Epoch, Event
+from repan_cli.training.listeners import listening
+
+FOR_PROCESSES = ("print_config", "dry_run", "as_json")
+"""Options that print, and so belong to the command line alone."""
+
+RENAMED = {"config": "config_file"}
+"""Options that are called otherwise here."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The results of a run, or with `seeds` or `control` of several, which `runs` then holds.
+
+    `figures` is what its summary.json says, of several runs their comparison.json. Of several processes only the first
+    has any.
+    """
+
+    path: Path
+    figures: Mapping[str, Any] = field(repr=False)
+    runs: tuple[Summary, ...] = field(default=(), repr=False)
+
+    @property
+    def test_top1(self) -> float:
+        """Return the test top-1, in percent, of the network that validation chose; of several runs their mean."""
+        found = [float(run.figures["test"]["top1"]) for run in self.runs or (self,)]
+        return sum(found) / len(found)
+
+    @property
+    def val_top1(self) -> float | None:
+        """Return the best validation top-1, in percent; None where nothing was held out. Of several runs their mean."""
+        found = [_best(run.path) for run in self.runs or (self,)]
+        return None if None in found else sum(value for value in found if value is not None) / len(found)
+
+    @property
+    def best(self) -> Path:
+        """Return the multi-branch checkpoint that validation chose."""
+        return self.path / str(self.figures["chosen"]["file"])
+
+    @property
+    def fused(self) -> Path | None:
+        """Return the merged network's file; None where there was nothing to merge."""
+        return self.path / str(self.figures["fused"]["out"]) if "fused" in self.figures else None
+
+
+def _best(path: Path) -> float | None:
+    scores = [record["val_top1"] for record in read_metrics(path / "metrics.jsonl")]
+    return max((score for score in scores if score is not None), default=None)
+
+
+OnEpoch = Callable[[Epoch], None]
+
+
+def train(
+    model: str | None = None, dataset: str | None = None, *, on_epoch: OnEpoch | None = None, **settings: Any
+) -> Summary:
+    """Train a network plainly, as `repan train` does, and return its results.
+
+    Args:
+        model: name of the network, as on the command line; `file.py:function` for your own.
+        dataset: name of the data set.
+        on_epoch: called with the figures of each epoch, a `training.events.Epoch`. What it raises ends the run.
+        settings: options of the command by their names, such as `epochs`, `lr`, `batch_size`, `seed`, `out`, `resume`,
+            `seeds=[0, 1]` or `config="recipes/cifar"`; any setting by its key, as `**{"optim.lr": 0.1}`, a section as
+            a mapping, `optim={"lr": 0.1}`, or with underscores, `optim__lr=0.1`.
+
+    Raises InputError for what cannot be used; KeyboardInterrupt when interrupted, with everything saved and the call
+    that goes on in its message; DivergedError when the loss stops being finite.
+    """
+    return _run("train", TrainOptions, on_epoch, {"model": model, "dataset": dataset, **settings})
+
+
+def distill(
+    model: str | None = None, dataset: str | None = None, *, on_epoch: OnEpoch | None = None, **settings: Any
+) -> Summary:
+    """Train a network with a teacher, as `repan distill` does: give `teacher`. All else is as for `train`."""
+    return _run("distill", TrainOptions, on_epoch, {"model": model, "dataset": dataset, **settings})
+
+
+def cycle(
+    model: str | None = None, dataset: str | None = None, *, on_epoch: OnEpoch | None = None, **settings: Any
+) -> Summary:
+    """Train by RepAn, a baseline and annealing cycles, as `repan cycle` does.
+
+    All else is as for `train`, with the options of that command: `baseline_epochs`, `cycles`, `control=True` and more.
+    """
+    return _run("cycle", CycleOptions, on_epoch, {"model": model, "dataset": dataset, **settings})
+
+
+def _run(
+    command: str, options: type[TrainOptions | CycleOptions], on_epoch: OnEpoch | None, given: Mapping[str, Any]
+) -> Summary:
+    made: list[Path | None] = []
+
+    def call(module: str, *arguments: Any, entry: str = "run", **chosen: Any) -> None:
+        console = importlib.import_module("repan_cli.display.console")
+        console.show_notices()
+        early.check(module, *arguments)
+        found = importlib.import_module(f"repan_cli.commands.{module}")
+        with console.showing_activity():
+            made.append(getattr(found, entry)(*arguments, **chosen))
+
+    filled = _options(command, options, given)
+    with _as_before(), listening(_epochs(on_epoch)) if on_epoch else contextlib.nullcontext():
+        try:
+            training.train(command, filled, dispatch=call, fail=_raise)
+        except InterruptedRunError as stop:
+            raise KeyboardInterrupt(_how(command, stop)) from None
+    path = made[-1]
+    return Summary(Path(), {}) if path is None else read_summary(path)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+def _epochs(on_epoch: OnEpoch) -> Callable[[Event], None]:
+    return lambda event: on_epoch(event) if isinstance(event, Epoch) else None
+
+
+def _how(command: str, stop: InterruptedRunError) -> str:
+    here = f"; from Python by repan_cli.{command}(resume={str(stop.path)!r})" if stop.path else ""
+    return f"{stop}{here}"
+
+
+@contextlib.contextmanager
+def _as_before() -> Iterator[None]:
+    """Leave the process as it was: PyTorch's generators, threads and precision, and where warnings go."""
+    import torch
+
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    allowed = matmul.allow_tf32, cudnn.allow_tf32
+    handlers, propagate = list(LOGGER.handlers), LOGGER.propagate
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        torch.set_num_threads(threads)
+        if gpus is not None:
+            torch.cuda.set_rng_state_all(gpus)
+        matmul.allow_tf32, cudnn.allow_tf32 = allowed
+        LOGGER.handlers[:], LOGGER.propagate = handlers, propagate
+
+
+# ---------------------------------------------------------------------------------------------- what is given
+
+
+def _options(
+    command: str, options: type[TrainOptions | CycleOptions], given: Mapping[str, Any]
+) -> TrainOptions | CycleOptions:
+    """Return the options of a command that Python's names and values mean. Raises InputError for an unknown name."""
+    names = {name for name, *_ in declared(options)} - {"settings", *FOR_PROCESSES}
+    chosen: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for name, value in given.items():
+        option = RENAMED.get(name, name)
+        if option in names:
+            chosen[option] = _option_value(name, value)
+        else:
+            settings |= _setting(command, name, value, sorted(names | RENAMED.keys() - RENAMED.values()))
+    return options(settings=tuple(f"{key}={_text(key, value)}" for key, value in settings.items()), **chosen)
+
+
+def _option_value(name: str, value: Any) -> Any:
+    """Return what would have been typed for an option; None and False leave it out."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    if isinstance(value, (str, os.PathLike, int, float)) or hasattr(value, "item"):  # also NumPy's numbers
+        return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+    mend = (
+        "give its name; a network of your own is 'file.py:function'" if name == "model" else "give what one would type"
+    )
+    raise InputError(f"{name} cannot be a {type(value).__name__}: {mend}")
+
+
+def _setting(command: str, name: str, value: Any, names: list[str]) -> dict[str, Any]:
+    """Return the settings that an argument means: one by its key, or those of a section."""
+    key = name.replace("__", ".")
+    if isinstance(value, Mapping):
+        inner = (_setting(command, f"{key}.{part}", each, names) for part, each in value.items())
+        return {found: each for some in inner for found, each in some.items()}
+    if "." in key or key in SCHEMA:
+        return {key: value}
+    same = [known for known in [*SCHEMA, *OVERLAY] if known.rpartition(".")[2] == key and known in SCHEMA]
+    hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, names)
+    raise InputError(f"repan_cli.{command} has no argument '{name}'{hint or '; see repan list settings'}")
+
+
+def _text(key: str, value: Any) -> str:
+    if isinstance(value, (str, bool, int, float, list, tuple)) or value is None:
+        return as_text(value)
+    return str(value)
+
+
+def read_summary(path: Path) -> Summary:
+    """Read the results of a finished run, or of several in one folder."""
+    if not (path / "series.json").exists():
+        return Summary(path, _json(path / "summary.json"))
+    members = sorted(file.parent for file in path.glob("seed_*/summary.json"))
+    return Summary(path, _json(path / "comparison.json"), tuple(map(read_summary, members)))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(content, dict), "repan has written it"
+    return content

@@ -1,0 +1,278 @@
+"""`repan_cli.train`, `distill` and `cycle`: what the commands run, from Python, notebooks and sweeps."""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from support import ROOT, assert_same, one_line, run
+
+import repan_cli
+from repan_cli.cli.words import as_typed
+from repan_cli.commands.options import CycleOptions, TrainOptions
+from repan_cli.display import console
+from repan_cli.display.notebook import NotebookLive
+from repan_cli.door import _options
+from repan_cli.errors import InputError
+from repan_cli.system.notices import LOGGER
+from repan_cli.training.events import Epoch
+
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
+NET = {"model": "repvgg_a0_cifar", "dataset": "digits"}
+QUICK = {"epochs": 1, "batch_size": 128, "data": {"per_class": 20}, "run.precision": "fp32", "optim__warmup_epochs": 0}
+WORDS = ("--epochs", 1, "--batch-size", 128, "data.per_class=20", "run.precision=fp32", "optim.warmup_epochs=0")
+
+
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_run_from_python_is_that_of_the_command_to_the_bit(capsys, tmp_path):
+    code, _, err = run(capsys, "train", "--model", NET["model"], "--dataset", "digits", *WORDS, "--out", tmp_path / "a")
+    assert code == 0, err
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    before, epochs = (handlers(), torch.get_num_threads(), list(LOGGER.handlers)), []
+    summary = repan_cli.train(**NET, **QUICK, out=tmp_path / "b", on_epoch=epochs.append)
+    assert torch.equal(torch.rand(3), expected), "the caller's generator is left alone"
+    assert (handlers(), torch.get_num_threads(), list(LOGGER.handlers)) == before
+    settings = [yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in "ab"]
+    assert {**settings[0]["run"], "out": None} == {**settings[1]["run"], "out": None}
+    assert_same(tmp_path / "b", tmp_path / "a")
+    assert [type(epoch) for epoch in epochs] == [Epoch]
+    assert summary.val_top1 == epochs[0].val_top1
+    assert summary.path == tmp_path / "b"
+    assert summary.figures == json.loads((tmp_path / "b" / "summary.json").read_text())
+    assert summary.test_top1 == summary.figures["test"]["top1"]
+    assert summary.best == tmp_path / "b" / "best.pt"
+    assert repan_cli.load(summary.fused)(torch.randn(1, 1, 8, 8)).shape == (1, 10)
+    assert capsys.readouterr().out == "", "what is said goes to stderr"
+
+
+def test_several_seeds_are_a_summary_of_summaries(tmp_path):
+    summary = repan_cli.cycle(
+        **NET, **QUICK, seeds=[3, 4], cycles=1, baseline_epochs=1, lr=0.01, cycle={"lr": "restart"}, out=tmp_path / "a"
+    )
+    assert [each.figures["seed"] for each in summary.runs] == [3, 4]
+    assert summary.test_top1 == pytest.approx(sum(each.test_top1 for each in summary.runs) / 2)
+    assert summary.figures["groups"]
+    with pytest.raises(InputError, match="is finished"):
+        repan_cli.cycle(resume=summary.runs[0].path)
+
+
+def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path):
+    before, stopped = handlers(), []
+
+    def stop(epoch):
+        if not stopped:
+            stopped.append(epoch)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    given = {**NET, **QUICK, "epochs": 3, "out": tmp_path / "a"}
+    with pytest.raises(KeyboardInterrupt, match=re.escape(f"repan_cli.train(resume={str(tmp_path / 'a')!r})")) as error:
+        repan_cli.train(**given, on_epoch=stop)
+    assert "everything is saved" in str(error.value)
+    assert handlers() == before
+    assert json.loads((tmp_path / "a" / "status.json").read_text())["state"] == "interrupted"
+    summary = repan_cli.train(resume=tmp_path / "a")
+    whole = repan_cli.train(**{**given, "out": tmp_path / "b"})
+    assert summary.test_top1 == whole.test_top1
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_what_a_listener_raises_ends_the_run_and_nothing_else(tmp_path):
+    class Pruned(Exception):
+        pass
+
+    def prune(epoch):
+        raise Pruned
+
+    with pytest.raises(Pruned):
+        repan_cli.train(**NET, **QUICK, out=tmp_path / "a", on_epoch=prune)
+    assert json.loads((tmp_path / "a" / "status.json").read_text())["state"] == "failed"
+    assert repan_cli.train(resume=tmp_path / "a").test_top1 > 0, "it heard no more"
+
+
+def test_it_runs_in_any_thread(tmp_path):
+    found = []
+    worker = threading.Thread(target=lambda: found.append(repan_cli.train(**NET, **QUICK, out=tmp_path / "a")))
+    worker.start()
+    worker.join()
+    assert found[0].figures["command"] == "train"
+
+
+@pytest.mark.parametrize(
+    ("given", "words", "shortcuts"),
+    [
+        ({"optim": {"lr": 0.1}, "data__cutout": 2}, ("optim.lr=0.1", "data.cutout=2"), {}),
+        ({"baseline": {"optim": {"lr": 0.1}, "epochs": 2}}, ("baseline.optim.lr=0.1", "baseline.epochs=2"), {}),
+        ({"block.kernel": (3, 5), "block__name": None}, ("block.kernel=[3,5]", "block.name=null"), {}),
+        ({"optim.nesterov": False, "optim.lr": np.float64(0.5)}, ("optim.nesterov=false", "optim.lr=0.5"), {}),
+        ({"lr": np.float32(0.5), "seeds": (1, 2), "config": "recipes/cifar"}, (), {"lr": "0.5", "seeds": "1,2"}),
+        ({"pretrained": True, "teacher": None}, (), {"pretrained": True, "teacher": None}),
+    ],
+)
+def test_values_become_what_one_would_type(given, words, shortcuts):
+    options = _options("cycle", CycleOptions, given)
+    assert options.settings == words
+    assert {name: getattr(options, name) for name in shortcuts} == shortcuts
+    assert options.config_file == given.get("config")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"epochz": 3}, "repan_cli.train has no argument 'epochz'; did you mean epochs?"),
+        ({"weight_decay": 1}, "did you mean optim.weight_decay?"),
+        ({"dry_run": True}, "no argument 'dry_run'"),
+        ({"cycles": 2}, "no argument 'cycles'"),
+        ({"optim": {"lrr": 1}}, "unknown setting 'optim.lrr'; did you mean optim.lr"),
+        ({"model": torch.nn.Linear(1, 1)}, "model cannot be a Linear.*'file.py:function'"),
+        ({"lr": 0.1, "optim.lr": 0.2}, "--lr and optim.lr= are the same setting"),
+        ({"model": "nonsense"}, "nonsense"),
+        ({"dataset": None}, "no data set"),
+    ],
+)
+def test_what_cannot_be_used_is_an_input_error(tmp_path, monkeypatch, given, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=says):
+        repan_cli.train(**{**NET, **given})
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- notebooks
+
+
+class Handle:
+    def __init__(self, first):
+        self.shown = [first]
+
+    def update(self, html):
+        self.shown.append(html)
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """What a notebook would show, as Rich and repan see one: IPython itself is no part of the tests."""
+    shown = []
+
+    def display(thing, **options):
+        shown.append(thing)
+        return Handle(thing) if options else None
+
+    module = types.ModuleType("IPython.display")
+    module.display, module.HTML = display, lambda text: text
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    console.on_stderr.cache_clear()
+    yield shown
+    console.on_stderr.cache_clear()
+
+
+def test_a_notebook_shows_where_the_run_is_and_leaves_the_lines(notebook, tmp_path):
+    display = console.Display(epochs={0: 2}, steps=10, log=tmp_path / "log.txt")
+    assert isinstance(display.live, NotebookLive)
+    with display:
+        display.say("hello")
+        display.live.refresh()
+    assert "epoch 1/2" in display.live.handle.shown[1]
+    assert display.live.handle.shown[-1] == "", "what was live is gone at the end"
+    assert (tmp_path / "log.txt").read_text() == "hello\n"
+    lines = [thing for thing in notebook if "hello" in str(getattr(thing, "text", thing))]
+    assert len(lines) == 1, "once, and not again for log.txt"
+
+
+# ---------------------------------------------------------------------------------------------- sweeps
+
+
+SWEEP = yaml.safe_load(
+    next(block for block in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), re.S))
+)
+CHOSEN = {"optim.lr": 0.05, "optim.weight_decay": 1e-05, "data.cutout": 2, "batch_size": 64, "pretrained": False}
+FORMS = ("args", "args_no_equals", "args_no_hyphens", "args_no_boolean_flags")
+
+
+def words_of_agent(form, chosen):
+    """The command line that W&B's agent starts, by its own code."""
+    sweeps = pytest.importorskip("wandb.sdk.launch.sweeps.utils", reason="needs wandb")
+    forms = sweeps.create_sweep_command_args({"args": {name: {"value": value} for name, value in chosen.items()}})
+    words = []
+    for word in sweeps.create_sweep_command(list(SWEEP["command"])):
+        words += forms[form] if word == "${args}" else [word]
+    return words[1:]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_agent_of_wandb_may_write_arguments_as_it_likes(capsys, form):
+    chosen = {key: value for key, value in CHOSEN.items() if "." in key} if form == "args_no_hyphens" else CHOSEN
+    code, out, err = run(capsys, *words_of_agent(form, chosen), "--print-config")
+    assert code == 0, err
+    settings = yaml.safe_load(out)
+    assert settings["optim"]["lr"] == 0.05
+    assert settings["optim"]["weight_decay"] == 1e-05
+    assert settings["data"]["cutout"] == 2
+    assert settings["run"]["trackers"] == ["wandb"]
+    assert "batch_size" not in chosen or settings["data"]["batch_size"] == 64
+
+
+def test_the_sweep_of_the_manual_runs_offline(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "abc123"}.items():
+        monkeypatch.setenv(name, value)
+    assert SWEEP["metric"]["name"] == "epoch/val_top1"
+    words = [*words_of_agent("args", {"optim.lr": 0.05, "batch_size": 128}), "--epochs=1", "data.per_class=20"]
+    wandb = sys.modules.get("wandb") or pytest.importorskip("wandb")
+    try:
+        code, out, err = run(capsys, *words, "--out=run")
+    finally:
+        wandb.teardown()  # which keeps those variables otherwise
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["test"]["images"] == 359
+    assert (tmp_path / "run" / "wandb_id.txt").read_text() == "abc123"
+
+
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        (["train", "--lr=0.1"], ["train", "--lr=0.1"]),
+        (["train", "--optim.lr=0.1"], ["train", "optim.lr=0.1"]),
+        (["train", "--optim.lr", "0.1", "--seed", "1"], ["train", "optim.lr=0.1", "--seed", "1"]),
+        (
+            ["cycle", "--baseline.optim.lr=1", "--baseline_epochs=2"],
+            ["cycle", "baseline.optim.lr=1", "--baseline-epochs=2"],
+        ),
+        (["train", "--pretrained=True", "--dry_run=false"], ["train", "--pretrained"]),
+        (["train", "--pretrained", "False", "--json", "true"], ["train", "--json"]),
+        (["train", "--pretrained", "--json", "epochs=1"], ["train", "--pretrained", "--json", "epochs=1"]),
+        (["train", "--epochs", "3", "--epochs=3"], ["train", "--epochs", "3", "--epochs=3"]),
+        (["train", "--", "--optim.lr=0.1"], ["train", "--", "--optim.lr=0.1"]),
+        (["fuse", "--optim.lr=0.1"], ["fuse", "--optim.lr=0.1"]),
+        (["train", "--no_such=1"], ["train", "--no_such=1"]),
+        ([], []),
+    ],
+)
+def test_words_become_what_a_person_would_type(words, typed):
+    assert as_typed(words) == typed
+
+
+def test_an_unknown_setting_in_that_form_is_named(capsys):
+    words = ("train", "--model", "repvgg", "--dataset", "digits", "--optim.lrr=1")
+    assert "unknown setting 'optim.lrr'; did you mean optim.lr" in one_line(capsys, *words)
+
+
+def test_lists_come_as_python_writes_them():
+    from repan_cli.config import SCHEMA
+
+    assert SCHEMA["block.kernel"].parse("[3, 5]") == (3, 5)
+    assert SCHEMA["run.trackers"].parse("['tensorboard', \"wandb\"]") == ("tensorboard", "wandb")
+    assert TrainOptions().settings == ()
