@@ -93,8 +93,15 @@ def _check_network(config: Config) -> None:
     if config.model.name is not None:
         names.check_model(config.model.name)
     _check_weights(config.model.init)
-    if config.block.name is not None and not names_a_file(config.block.name):
-        _check_known("block family", config.block.name, {**names.blocks(), **_registered_blocks()})
+    if config.block.name is not None:
+        _check_block(config.block.name)
+
+
+def _check_block(name: str) -> None:
+    if not names_a_file(name):
+        _check_known("block family", name, {**names.blocks(), **_registered_blocks()})
+    elif not (path := Path(name.rpartition(":")[0])).is_file():
+        raise InputError(f"no file {path} to take a block family from")
 
 
 def _registered_blocks() -> dict[str, str]:

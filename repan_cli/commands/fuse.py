@@ -29,6 +29,7 @@ from repan_cli.export.fuse import check_finite, untrained_norms
 from repan_cli.export.trace import Normalized, trace
 from repan_cli.models import user_file
 from repan_cli.models.changes import changes_of
+from repan_cli.models.outputs import difference, leaves
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
 from repan_cli.system.files import make_folder, to_json
@@ -40,8 +41,8 @@ FILE_TOLERANCE = 1e-4
 A file that computes something else is beyond 1e-2."""
 
 
-HALF_IMAGES, BATCH = 256, 32
-"""Images of a network's data on which float16 is compared, and so many at once."""
+HALF_IMAGES, HALF_NOISE, BATCH = 256, 64, 32
+"""Images of a network's data on which float16 is compared, those of noise where there are none, and so many at once."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class _Job:
     def _compare_half(self, network: nn.Module) -> half.HalfReport:
         """Compare on images of the network's data where they are at hand, else on noise."""
         real, _ = real_images(self.artifact, self.options.data_root, HALF_IMAGES)
-        images = self.images if real is None else real
+        images = noise(self.artifact, HALF_NOISE) if real is None else real
         batches = ((self._given(part), part) for part in images.split(BATCH))
         return half.compare(network, self.fused, batches, real=real is not None)
 
@@ -245,10 +246,7 @@ class _Job:
         """Return the larger relative error of two, in batches of two sizes."""
         given = self._given(self.images)
         found = network(given), network(given[:1])
-        return max(
-            export.relative_error(each, wanted)
-            for each, wanted in zip(found, (self.expected, self.expected[:1]), strict=True)
-        )
+        return max(difference(leaves(each), leaves(wanted)) for each, wanted in zip(found, self.expected, strict=True))
 
     def _given(self, images: Tensor) -> Tensor:
         """Return normalised images as the graph takes them."""
@@ -259,9 +257,9 @@ class _Job:
 
     @functools.cached_property
     @torch.no_grad()
-    def expected(self) -> Tensor:
-        """Return the logits of the merged network for the images."""
-        return self.fused(self.images)
+    def expected(self) -> tuple[Any, Any]:
+        """Return what the merged network returns for the images, and for the first of them."""
+        return self.fused(self.images), self.fused(self.images[:1])
 
 
 def _use(wanted: Target, form: str, card: ModelCard) -> str:

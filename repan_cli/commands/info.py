@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from repan_cli import checkpoint, models, runs
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.checkpoint.preprocessing import preprocessing
 from repan_cli.commands.early import info_source
 from repan_cli.commands.options import InfoOptions
 from repan_cli.config.conventions import GRAPH_ENDINGS
@@ -23,7 +24,7 @@ from repan_cli.export import onnx_file, pt2_file, runtimes
 from repan_cli.models import own_block, user_file
 from repan_cli.models.author_names import form_in
 from repan_cli.session import hub_folder
-from repan_cli.session.artifact import open_artifact, written_in
+from repan_cli.session.artifact import open_artifact, open_weights, written_in
 from repan_cli.system.files import to_json
 from repan_cli.system.text import by_reason, quoted
 from repan_cli.system.weight_files import RUNTIME_DESCRIPTION
@@ -64,7 +65,7 @@ def describe(
     content = checkpoint.load_any(source)
     if isinstance(content, Checkpoint):
         return _ours(path, content, network, block)
-    return _theirs(source, content, network)
+    return _theirs(path, content, network)
 
 
 def _ours(path: Path, saved: Checkpoint, network: str | None, block: str | None) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def _ours(path: Path, saved: Checkpoint, network: str | None, block: str | None)
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved.weights.values())
     return {
         **meta,
+        "preprocessing": preprocessing(saved.card)["preprocessing"],
         **({"needs": " ".join(needs)} if needs else {}),
         **_state_of_run(path),
         "parameters": sum(p.numel() for p in model.parameters()) if model else None,
@@ -137,6 +139,7 @@ def _exported(path: Path) -> dict[str, Any]:
     if written is not None:
         card, digest = written
         more = {key: value for key, value in card.as_meta().items() if key not in ("config", "structure")}
+        more["preprocessing"] = preprocessing(card)["preprocessing"]
         facts |= {**more, "digest": digest, "config": dict(card.config)}
     if onnx is not None:
         return facts | ({"changed": onnx.change} if onnx.change else {}) | _graph(onnx)
@@ -159,7 +162,7 @@ def _graph(file: onnx_file.OnnxFile) -> dict[str, Any]:
     }
 
 
-def _theirs(source: str, weights: Mapping[str, Tensor], network: str | None) -> dict[str, Any]:
+def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> dict[str, Any]:
     """Describe weights that repan did not write. Given the name of a network, check that they fit it."""
     matrices = [name for name, value in weights.items() if value.ndim in (2, 4) and name.endswith("weight")]
     facts: dict[str, Any] = {
@@ -179,7 +182,7 @@ def _theirs(source: str, weights: Mapping[str, Tensor], network: str | None) -> 
             "last layer": f"{matrices[-1]} {tuple(last.shape)}",
         }
     if network is not None:
-        card = open_artifact(source, network).card
+        card = open_weights(path, weights, network).card
         facts |= {"fits": card.model, "classes": len(card.classes), "in_chans": card.in_chans}
     return facts
 

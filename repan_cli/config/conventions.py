@@ -40,7 +40,10 @@ LARGE_IMAGE = 224
 """Side in pixels that networks and data sets for ImageNet are made for."""
 
 SAME_RESULT = frozenset(
-    {"data.root", "data.workers", "run.device", "run.graph", "run.log_every", "run.save_every", "run.trackers"}
+    {
+        *("data.root", "data.workers", "run.device", "run.graph", "run.log_every", "run.max_hours", "run.save_every"),
+        "run.trackers",
+    }
 )
 """Settings that do not change what a run computes: a resumed run, and a study that goes on, may have others."""
 

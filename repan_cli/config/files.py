@@ -169,5 +169,5 @@ def dump(config: Config, *, cycles: bool = True) -> str:
         node = tree
         for part in path:
             node = node.setdefault(part, {})
-        node[leaf] = value
+        node[leaf] = SCHEMA[key].shown(value) if key in SCHEMA else value
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=False, allow_unicode=True)

@@ -83,7 +83,7 @@ def _unknown_key(key: str) -> str:
         return f"{key} is a section: give {key}.SETTING=VALUE, see 'repan list settings \"{key}.*\"'"
     leaf = key.rpartition(".")[2].lower()
     same = [known for known in SCHEMA if known.rpartition(".")[2] == leaf]
-    same = same[:SEVERAL] or [OTHER_WORDS[leaf]] * (leaf in OTHER_WORDS)
+    same = same[:SEVERAL] or ([OTHER_WORDS[leaf]] if leaf in OTHER_WORDS else [])
     hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, [*SCHEMA, *OVERLAY])
     return f"unknown setting '{key}'{hint or '; see repan list settings'}"
 

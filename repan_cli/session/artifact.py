@@ -124,7 +124,7 @@ def open_artifact(
         if isinstance(content, Checkpoint):
             network = models.rebuild(content, str(path), model, block)
             return Artifact(str(path), network, content.card, saved=content)
-        return _foreign(path, content, model)
+        return open_weights(path, content, model)
 
 
 def _of_runtime(description: Path, *, trusted: bool) -> Artifact:
@@ -142,7 +142,7 @@ def written_in(header: str | None) -> tuple[ModelCard, str] | None:
     try:
         told = json.loads(header) if header else None
         return (ModelCard.from_meta(told["meta"]), str(told["digest"])) if told else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -180,7 +180,7 @@ def _classes_of(full: str) -> int:
     return cfg.num_classes if cfg is not None and full.startswith(TIMM) else IMAGENET_CLASSES
 
 
-def _foreign(path: Path, weights: Mapping[str, Tensor], name: str | None) -> Artifact:
+def open_weights(path: Path, weights: Mapping[str, Tensor], name: str | None) -> Artifact:
     """Load weights of others into the network that they are said to be of.
 
     The shapes of the weights tell how many classes and channels the network has.
