@@ -5,17 +5,25 @@ import json
 
 import pytest
 import torch
-from support import one_line, run, small_net
+from support import card_of, one_line, relative, run, small_net
 from torch import nn
 
+from repan_cli import checkpoint
 from repan_cli.blocks import reparameterize
 from repan_cli.commands import quantize
 from repan_cli.data import build
-from repan_cli.export import int8
+from repan_cli.export import int8, onnx_file
+from repan_cli.export.trace import trace
+from repan_cli.system import timing
 from repan_cli.system.packages import missing
 
 pytestmark = pytest.mark.skipif(bool(missing("onnx", "onnxscript", "onnxruntime")), reason="the onnx extra is missing")
 X = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _short_timings(monkeypatch):
+    monkeypatch.setattr(quantize, "SECONDS", 0.0)
 
 
 def test_rounding_to_256_levels():
@@ -92,3 +100,110 @@ def test_calibration_is_asked_for_the_training_part_alone(capsys, few_blocks, sm
     monkeypatch.setattr(quantize, "eval_loader", watched)
     assert run(capsys, "quantize", small_run.folder, "-o", tmp_path / "a.onnx", "--split", "val")[0] == 0
     assert asked == ["train", "val"]
+
+
+# ---------------------------------------------------------------------------------------------- for other programs
+
+
+@pytest.fixture
+def graph():
+    """A merged network of convolutions and a linear layer, and its file in float32."""
+    model = reparameterize(small_net("repvgg"))
+    header = checkpoint.header(checkpoint.capture(model, card_of(model)))
+    return model, onnx_file.write(trace(model, X, "net"), header), header
+
+
+def quantized(graph, **more):
+    import onnx
+
+    content = int8.quantize(graph[1], [X], graph[2], per_channel=True, **more)
+    return content, onnx.load_from_string(content)
+
+
+def zero_points(model):
+    import onnx
+
+    values = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            yield node, values.get(node.input[0]), values[node.input[2]]
+
+
+def test_tensorrt_gets_what_it_takes(few_blocks, graph):
+    """Signed and symmetric: no zero point but 0, no bias in 32 bits."""
+    content, model = quantized(graph, target="tensorrt")
+    found = list(zero_points(model))
+    assert len(found) > 10
+    for node, constant, zero in found:
+        assert zero.dtype == "int8", node.name
+        assert not zero.any(), node.name
+        assert constant is None or constant.dtype != "int32", node.name
+    assert relative(onnx_file.OnnxNetwork(content)(X), graph[0](X)) < 0.3
+    ort = list(zero_points(quantized(graph)[1]))
+    assert any(zero.any() for _, _, zero in ort)  # which TensorRT refuses
+    assert any(constant is not None and constant.dtype == "int32" for _, constant, _ in ort)
+
+
+@pytest.mark.parametrize("target", int8.TARGETS)
+def test_no_sets_of_operators_are_left_that_nothing_uses(few_blocks, graph, target):
+    _, model = quantized(graph, target=target)
+    assert [entry.domain for entry in model.opset_import] == [""]
+
+
+def test_layers_can_be_left_out(few_blocks, graph):
+    names = [name for name, layer in graph[0].named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    whole, none = quantized(graph)[0], quantized(graph, left_out=names)[0]
+    wanted = graph[0](X)
+    assert relative(onnx_file.OnnxNetwork(none)(X), wanted) < 0.2 * relative(onnx_file.OnnxNetwork(whole)(X), wanted)
+    some = quantized(graph, left_out=names[:1])[1]
+    (conv,) = [node for node in some.graph.node if node.op_type == "Conv" and node.input[1] == f"{names[0]}.weight"]
+    assert conv.input[2] == f"{names[0]}.bias"
+
+
+@pytest.mark.skipif(bool(missing("openvino")), reason="openvino is not installed")
+def test_openvino_runs_its_file(few_blocks, graph):
+    from repan_cli.export.runtimes.openvino_files import OpenVinoNetwork
+
+    content, _ = quantized(graph, target="openvino")
+    assert relative(OpenVinoNetwork(content)(X), onnx_file.OnnxNetwork(content)(X)) < 0.1
+
+
+def test_what_int8_costs_and_brings_is_told(capsys, few_blocks, small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "interleaved", lambda cases, seconds: dict(zip(cases, (fast, slow), strict=True)))
+    fast, slow = timing.Timing(0.001, 0.001, 0.001, 5), timing.Timing(0.002, 0.002, 0.002, 5)
+    words = ("quantize", small_run.folder / "best.pt", "--images", "64", "--overwrite", "-o", tmp_path / "a.onnx")
+    code, _, err = run(capsys, *words)
+    assert code == 0, err
+    assert "1.00 ms in float32, 2.00 ms in int8 (0.50x), by ONNX Runtime here" in err
+    assert "int8 is 2.0x slower than float32 by ONNX Runtime on this machine" in err
+    fast, slow = slow, fast
+    assert "slower" not in run(capsys, *words)[2]
+    code, _, err = run(capsys, *words, "--target", "tensorrt")
+    assert "not timed: TensorRT is not here" in err
+
+
+def test_layers_are_left_out_until_it_is_good_enough(capsys, few_blocks, small_run, tmp_path, monkeypatch):
+    judged = []
+    original = int8.quantize
+
+    def spoiled(content, batches, header, *, left_out=(), **more):
+        judged.append(tuple(left_out))
+        bad = [batch * 1e-3 for batch in batches] if len(left_out) < 4 else batches  # scales that clip everything
+        return original(content, bad, header, left_out=left_out, **more)
+
+    monkeypatch.setattr(int8, "quantize", spoiled)
+    words = ("quantize", small_run.folder / "best.pt", "--images", "64", "-o", tmp_path / "a.onnx", "--json")
+    code, out, err = run(capsys, *words, "--max-drop", "3")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [len(names) for names in judged] == [0, 1, 2, 4]
+    assert found["left_out"] == list(judged[-1])
+    order = sorted(found["layers"], key=lambda layer: min(layer["weight_sqnr_per_channel"], layer["input_sqnr"]))
+    assert found["left_out"] == [layer["name"] for layer in order[:4]]
+    assert found["float32"]["top1"] - found["int8"]["top1"] < 5
+
+
+def test_bad_words(capsys, small_run, tmp_path):
+    words = ("quantize", small_run.folder / "best.pt", "-o", tmp_path / "a.onnx")
+    assert "--target trt is none of ort, tensorrt, openvino" in one_line(capsys, *words, "--target", "trt")
+    assert "--max-drop -1: give points of top-1 accuracy" in one_line(capsys, *words, "--max-drop", "-1")

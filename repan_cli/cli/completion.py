@@ -12,7 +12,7 @@ from pathlib import Path
 
 from repan_cli import config
 from repan_cli.config import names
-from repan_cli.config.conventions import ARTIFACT_ENDINGS, FORMATS, SPLITS
+from repan_cli.config.conventions import ARTIFACT_ENDINGS, FORMATS, INT8_TARGETS, SPLITS
 from repan_cli.config.grid import grids as shipped_grids
 
 DEEPEST, MOST = 4, 200
@@ -70,6 +70,10 @@ def splits() -> list[str]:
 
 def formats() -> list[str]:
     return list(FORMATS)
+
+
+def int8_targets() -> list[str]:
+    return list(INT8_TARGETS)
 
 
 def forms() -> list[str]:

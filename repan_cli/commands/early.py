@@ -29,6 +29,7 @@ from repan_cli.config.conventions import (
     FORMATS,
     GRAPH_FORMATS,
     INT8_OPSETS,
+    INT8_TARGETS,
     OPSETS,
     RUNTIME_FORMATS,
     WEIGHT_ENDINGS,
@@ -327,6 +328,13 @@ def quantize_target(options: QuantizeOptions) -> Path:
     _check_opset(options.opset, INT8_OPSETS)
     if options.images < 1:
         raise InputError(f"--images {options.images}: at least one is needed to calibrate")
+    if options.target not in INT8_TARGETS:
+        hint = did_you_mean(options.target, INT8_TARGETS)
+        raise InputError(f"--target {options.target} is none of {', '.join(INT8_TARGETS)}{hint}")
+    if options.target == "openvino":
+        need_runtime("openvino")
+    if options.max_drop is not None and not options.max_drop >= 0:
+        raise InputError(f"--max-drop {options.max_drop:g}: give points of top-1 accuracy, 0 or more")
     return target
 
 

@@ -102,6 +102,10 @@ class QuantizeOptions:
     per_tensor: Annotated[
         bool, Option(("--per-tensor",), "One scale for all weights of a layer, not one a channel.")
     ] = False
+    target: Annotated[str, Option(("--target",), "ort, tensorrt or openvino.", "PROGRAM", "int8_targets")] = "ort"
+    max_drop: Annotated[
+        float | None, Option(("--max-drop",), "Leave out the worst layers until top-1 falls by no more.", "POINTS")
+    ] = None
     opset: Opset = None
     dataset: DatasetName = None
     data_root: DataRoot = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,17 +21,26 @@ from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
 from repan_cli.export import int8, onnx_file
 from repan_cli.export.fuse import check_finite
+from repan_cli.export.runtimes.openvino_files import OpenVinoNetwork
 from repan_cli.export.trace import trace
 from repan_cli.models.changes import changes_of
 from repan_cli.session import artifact_images
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.device import start_runtime
 from repan_cli.system.files import make_folder, to_json, write_bytes
+from repan_cli.system.notices import warn
 from repan_cli.system.text import count, percent, quoted
+from repan_cli.system.timing import interleaved
 from repan_cli.training.scoring import agreement, examine
 
 BATCH = 64
 SHOWN = 8
+
+SECONDS = 0.5
+"""The time that each file is timed for."""
+
+SLOWER = 0.95
+"""A speedup below this is told as a slowdown: timings of equal networks differ by some percent."""
 
 
 def run(options: QuantizeOptions) -> None:
@@ -48,18 +59,26 @@ def run(options: QuantizeOptions) -> None:
     header = checkpoint.header(saved)
     graph = onnx_file.write(trace(network, artifact_images.noise(artifact), artifact.source), header, opset)
     card = dataclasses.replace(saved.card, precision="int8")
-    header = checkpoint.header(dataclasses.replace(saved, card=card))
-    content = int8.quantize(graph, _calibration(training, options.images), header, per_channel=not options.per_tensor)
+    job = _Job(options, graph, checkpoint.header(dataclasses.replace(saved, card=card)), training)
+    content = job.content(())
+    left_out: tuple[str, ...] = ()
+    if options.max_drop is not None:
+        judge = eval_loader(data, "val" if data.val is not None else "train", machine, crop=artifact.preparation.crop)
+        content, left_out = job.within(options.max_drop, content, layers, network, judge, len(data.classes))
     scored = eval_loader(data, options.split, machine, crop=artifact.preparation.crop)
     before, _ = examine(network, scored, len(data.classes))
-    after, _ = examine(onnx_file.OnnxNetwork(content), scored, len(data.classes))
+    after, _ = examine(job.opened(content), scored, len(data.classes))
+    latency = job.latency(content, artifact_images.noise(artifact)[:1])
     make_folder(target)
     write_bytes(target, content)
     result = {
         "out": str(target),
+        "target": options.target,
         "float32": {**before.score.figures(), "bytes": len(graph)},
         "int8": {**after.score.figures(), "bytes": len(content)},
         "agreement": agreement(before, after),
+        "latency": latency,
+        "left_out": list(left_out),
         "per_channel": not options.per_tensor,
         "calibration_images": min(options.images, training.count),
         "dataset": data.name,
@@ -70,6 +89,66 @@ def run(options: QuantizeOptions) -> None:
         print(to_json(result))
     else:
         _report(options.checkpoint, result, layers)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A network on its way to int8: its file in float32, the description of the new one, and training images."""
+
+    options: QuantizeOptions
+    graph: bytes
+    header: dict[str, Any]
+    training: Loader
+
+    def content(self, left_out: Sequence[str]) -> bytes:
+        """Return the file in int8, with some layers left in float32."""
+        return int8.quantize(
+            self.graph,
+            _calibration(self.training, self.options.images),
+            self.header,
+            per_channel=not self.options.per_tensor,
+            target=self.options.target,
+            left_out=left_out,
+        )
+
+    def opened(self, content: bytes) -> nn.Module:
+        """Return the network in a file, run by the program that it is for; TensorRT's by ONNX Runtime."""
+        return OpenVinoNetwork(content) if self.options.target == int8.OPENVINO else onnx_file.OnnxNetwork(content)
+
+    def within(
+        self,
+        most: float,
+        content: bytes,
+        layers: Sequence[int8.LayerHealth],
+        network: nn.Module,
+        judge: Loader,
+        classes: int,
+    ) -> tuple[bytes, tuple[str, ...]]:
+        """Leave out the layers that lose most, 1, 2, 4 and so on, until top-1 falls by no more than `most` points.
+
+        `judge` gives images that the network is not scored on. Returns the file, and the names of the layers.
+        """
+        per_channel = not self.options.per_tensor
+        worst = [each.name for each in sorted(layers, key=lambda layer: layer.worst(per_channel=per_channel))]
+        wanted = examine(network, judge, classes)[0].score.figures()["top1"]
+        left: tuple[str, ...] = ()
+        while (drop := wanted - examine(self.opened(content), judge, classes)[0].score.figures()["top1"]) > most:
+            if len(left) == len(worst):
+                break
+            left = tuple(worst[: max(1, 2 * len(left))])
+            content = self.content(left)
+        if drop > most:
+            warn(f"with every layer left out top-1 still falls by {drop:.2f} points: more than --max-drop {most:g}")
+        return content, left
+
+    def latency(self, content: bytes, image: Tensor) -> dict[str, float] | None:
+        """Time both files in turns on one image; None for a program that is not here."""
+        if self.options.target == int8.TENSORRT:
+            return None
+        networks = {"float32": self.opened(self.graph), "int8": self.opened(content)}
+        cases = {name: functools.partial(network, image) for name, network in networks.items()}
+        found = {name: 1000 * timing.median for name, timing in interleaved(cases, seconds=SECONDS).items()}
+        return {**found, "speedup": found["float32"] / found["int8"]}
 
 
 def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, checkpoint.Checkpoint]:
@@ -90,6 +169,7 @@ def _calibration(source: Loader, images: int) -> Iterator[Tensor]:
             images -= len(batch.images)
 
 
+PROGRAMS = {int8.ORT: "ONNX Runtime", int8.TENSORRT: "TensorRT", int8.OPENVINO: "OpenVINO"}
 RANKS = {"top1": "top-1 %", "top5": "top-5 %"}
 
 
@@ -113,6 +193,21 @@ def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth])
     ]
     titles = [title for name, title in RANKS.items() if name in result["int8"]]
     print_table(["", *titles, "loss", "size"], rows, to_stderr=True)
+    if result["left_out"]:
+        tell(f"in float32       {count(len(result['left_out']), 'layer')}: {', '.join(result['left_out'])}")
+    _report_latency(result)
     tell(f"both name the same class for {percent(result['agreement'])} % of the images")
     tell(f"wrote            {result['out']}")
     tell(f"next             repan evaluate {quoted(result['out'])}")
+
+
+def _report_latency(result: dict[str, Any]) -> None:
+    """Say how fast both files are, and warn where int8 does not pay."""
+    found, program = result["latency"], PROGRAMS[result["target"]]
+    if found is None:
+        tell(f"one image        not timed: {program} is not here")
+        return
+    single, small, ratio = found["float32"], found["int8"], found["speedup"]
+    tell(f"one image        {single:.2f} ms in float32, {small:.2f} ms in int8 ({ratio:.2f}x), by {program} here")
+    if ratio < SLOWER:
+        warn(f"int8 is {1 / ratio:.1f}x slower than float32 by {program} on this machine: take the float32 file")

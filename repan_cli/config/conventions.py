@@ -57,6 +57,9 @@ OPSETS = range(11, 22)
 INT8_OPSETS = range(13, OPSETS.stop)
 """The versions of these that have a scale for each channel."""
 
+INT8_TARGETS = ("ort", "tensorrt", "openvino")
+"""The programs that int8 files are made for: ONNX Runtime, TensorRT, OpenVINO."""
+
 
 def is_resized(crop: str, size: int) -> bool:
     """Tell whether images of this side are resized and a part of them taken, given the setting `data.crop`.

@@ -19,11 +19,31 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from repan_cli.config.conventions import INT8_TARGETS
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
 from repan_cli.export.trace import quiet
 from repan_cli.system.packages import need
 from repan_cli.system.text import first_line
+
+ORT, TENSORRT, OPENVINO = TARGETS = INT8_TARGETS
+"""The programs that an int8 file can be made for."""
+
+EXTRA: Mapping[str, Mapping[str, bool]] = {
+    ORT: {},
+    OPENVINO: {"QuantizeBias": False},
+    TENSORRT: {
+        "ActivationSymmetric": True,
+        "WeightSymmetric": True,
+        "AddQDQPairToWeight": True,
+        "DedicatedQDQPair": True,
+        "QuantizeBias": False,
+    },
+}
+"""The options of ONNX Runtime's quantiser for each. TensorRT takes zero points of 0 alone and biases in float32."""
+
+WITH_WEIGHTS = ("Conv", "Gemm", "MatMul")
+"""The operators that layers become, whose second input is the weight."""
 
 LEVELS = 255
 USUAL = 0.999
@@ -126,7 +146,15 @@ def _ratio(large: Tensor, small: Tensor) -> float:
     return (large / small).item() if small > 0 else math.inf
 
 
-def quantize(content: bytes, batches: Iterable[Tensor], header: dict[str, Any], *, per_channel: bool) -> bytes:
+def quantize(
+    content: bytes,
+    batches: Iterable[Tensor],
+    header: dict[str, Any],
+    *,
+    per_channel: bool,
+    target: str = ORT,
+    left_out: Iterable[str] = (),
+) -> bytes:
     """An `.onnx` file in int8: weights and what layers read, with scales from the smallest and largest values that
     calibration images (N, C, H, W) give.
 
@@ -134,12 +162,15 @@ def quantize(content: bytes, batches: Iterable[Tensor], header: dict[str, Any], 
         content: the file in float32, of `onnx_file.write`.
         header: the description that goes into the new file.
         per_channel: one scale for each output channel of the weights; else one a layer.
+        target: the program that the file is made for, one of `TARGETS`.
+        left_out: the names of layers that stay in float32.
     """
     need("int8", "onnx", *onnx_file.PACKAGES)
     import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    signed = target == TENSORRT
     with tempfile.TemporaryDirectory() as folder, quiet():
         first, ready, done = (Path(folder) / f"{name}.onnx" for name in ("float32", "ready", "int8"))
         first.write_bytes(content)
@@ -150,15 +181,32 @@ def quantize(content: bytes, batches: Iterable[Tensor], header: dict[str, Any], 
                 done,
                 _reader(batches),
                 per_channel=per_channel,
-                activation_type=quantization.QuantType.QUInt8,
+                activation_type=quantization.QuantType.QInt8 if signed else quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
+                nodes_to_exclude=_nodes_of(onnx.load(ready), left_out),
+                extra_options=dict(EXTRA[target]),
             )
         except Exception as error:
             raise InputError(f"ONNX Runtime cannot quantise the network: {first_line(error)}") from error
         model = onnx.load(done)
     model.producer_name, model.producer_version = "repan", ""
     del model.metadata_props[:]
+    _drop_unused_domains(model)
     return onnx_file.seal(model, header)
+
+
+def _nodes_of(model: Any, layers: Iterable[str]) -> list[str]:
+    """Return the names of the nodes that hold the weights of layers."""
+    weights = {f"{name}.weight" for name in layers}
+    return [node.name for node in model.graph.node if node.op_type in WITH_WEIGHTS and weights & {*node.input[1:2]}]
+
+
+def _drop_unused_domains(model: Any) -> None:
+    """Remove the sets of operators that no node is of: other programs refuse those that they do not know."""
+    used = {node.domain for part in (model.graph, *model.functions) for node in part.node} | {""}
+    kept = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
 
 
 def _reader(batches: Iterable[Tensor]) -> Any:
