@@ -14,6 +14,7 @@ from PIL import Image
 from support import card_of, one_line, randomize_norms, relative, run
 
 from repan_cli import checkpoint, export, models
+from repan_cli.data import preprocess
 from repan_cli.errors import InputError
 from repan_cli.export import timm_folder
 from repan_cli.models import expand
@@ -171,6 +172,14 @@ def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no"):
         files.write_folder(tmp_path / "x", {"a": b"1"})
     assert not list(tmp_path.iterdir())
+
+
+def test_timms_rounding_gives_the_same_side():
+    for share in (0.875, 0.95, 0.9, 1.0):
+        for side in range(65, 500, 7):
+            card = card_of(torch.nn.Identity(), block=None, image_size=side, crop_share=share)
+            theirs = timm.data.create_transform(side, crop_pct=timm_folder.crop_share(card)).transforms[0]
+            assert theirs.size == preprocess.MiddleCrop(share).transform(side).transforms[0].size, (side, share)
 
 
 # ---------------------------------------------------------------------------------------------- the Hub

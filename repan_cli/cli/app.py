@@ -170,7 +170,7 @@ COMMANDS = {
     ),
     "benchmark": Command(
         options.BenchmarkOptions,
-        """Time a network: multi-branch, fused, compiled, ONNX Runtime, and a step of training, all in turns.
+        """Time a network: multi-branch, fused, compiled, ONNX Runtime, OpenVINO, and a step of training, in turns.
 
     Examples:
 

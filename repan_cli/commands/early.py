@@ -30,6 +30,7 @@ from repan_cli.config.conventions import (
     GRAPH_FORMATS,
     INT8_OPSETS,
     OPSETS,
+    RUNTIME_FORMATS,
     WEIGHT_ENDINGS,
     WEIGHT_FORMATS,
 )
@@ -43,7 +44,7 @@ from repan_cli.session import sources
 from repan_cli.system.files import write_bytes, write_folder
 from repan_cli.system.launcher import own_rank, restarts
 from repan_cli.system.notices import warn
-from repan_cli.system.packages import ONNX_PACKAGES, need
+from repan_cli.system.packages import ONNX_PACKAGES, need, need_runtime
 from repan_cli.system.user_code import names_a_file
 from repan_cli.system.weight_files import no_checkpoint, split_key
 from repan_cli.training.schedules import SCHEDULES
@@ -91,8 +92,15 @@ def _check_network(config: Config) -> None:
     if config.model.name is not None:
         names.check_model(config.model.name)
     _check_weights(config.model.init)
-    if config.block.name is not None and not names_a_file(config.block.name):
-        _check_known("block family", config.block.name, {**names.blocks(), **_registered_blocks()})
+    if config.block.name is not None:
+        _check_block(config.block.name)
+
+
+def _check_block(name: str) -> None:
+    if not names_a_file(name):
+        _check_known("block family", name, {**names.blocks(), **_registered_blocks()})
+    elif not (path := Path(name.rpartition(":")[0])).is_file():
+        raise InputError(f"no file {path} to take a block family from")
 
 
 def _registered_blocks() -> dict[str, str]:
@@ -287,8 +295,11 @@ def _check_form(endings: set[str], options: FuseOptions) -> None:
     if options.opset is not None and "onnx" not in endings:
         raise InputError("--opset is for ONNX files: use --format onnx")
     _check_opset(options.opset, OPSETS)
-    if options.with_normalize and endings - set(GRAPH_FORMATS):
+    if options.with_normalize and endings - {*GRAPH_FORMATS, *RUNTIME_FORMATS}:
         raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
+    for kind in RUNTIME_FORMATS:
+        if kind in endings:
+            need_runtime(kind)
     if "onnx" in endings:
         need("writing ONNX", "onnx", *ONNX_PACKAGES)
 

@@ -37,7 +37,7 @@ def run(options: PredictOptions) -> None:
         raise InputError(f"--top {options.top}: at least one class is named")
     files = list(images_in(options.images))
     targets = _targets(options.save, files) if options.save else {}
-    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block, trusted=options.trust_code)
     check_finite(artifact.network)
     machine = start_runtime(options.device, "fp32")
     machine.place(artifact.network)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from repan_cli.compare.groups import Comparison, Group
 from repan_cli.compare.statistics import Spread
 from repan_cli.compare.table import about, legend, notes, rows, titles
+from repan_cli.compare.verdict import common_settings, numbered, sampling, verdict
 from repan_cli.system.text import count, duration, percent
 
 # ---------------------------------------------------------------------------------------------- the page
@@ -24,8 +25,10 @@ def render(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> 
     parts = [
         f"<h1>{escape(_title(comparison))}</h1>",
         f"<p class=quiet>{escape(about(comparison))}</p>",
+        f"<p class=verdict>{escape(verdict(comparison))}</p>",
         *(f"<p class=note>{escape(note)}</p>" for note in notes(comparison, left_out)),
-        _section("Results", _table(titles(comparison), rows(comparison)), legend(comparison)),
+        _section("Results", _table(titles(comparison), _numbered(comparison)), *_words(comparison)),
+        *_common_section(comparison),
         *_curves_section(comparison),
         _section("Test top-1, a point a seed", _strip(comparison), "Bars: the mean."),
         _section("Runs", _table(RUN_TITLES, _run_rows(comparison))),
@@ -56,19 +59,40 @@ def _breakable(text: str) -> str:
     return escape(text).replace("/", "/<wbr>")
 
 
-RUN_TITLES = ("run", "seed", "test top-1", "last cycle", "val best", "epochs", "time")
+def _numbered(comparison: Comparison) -> list[tuple[str, ...]]:
+    """Return the rows of the table with the numbers of their groups."""
+    return [(f"{number}. {row[0]}", *row[1:]) for number, row in enumerate(rows(comparison), start=1)]
+
+
+def _words(comparison: Comparison) -> Iterator[str]:
+    """Yield what the figures of the table are, and how exactly the test images tell them."""
+    yield legend(comparison)
+    if (words := sampling(comparison)) is not None:
+        yield words
+
+
+def _common_section(comparison: Comparison) -> Iterator[str]:
+    """Say once what all runs are set to."""
+    if shared := common_settings(comparison):
+        entries = "".join(f"<li><code>{_breakable(f'{key}={value}')}</code>" for key, value in shared.items())
+        words = "Everything else that no configuration names is at its default."
+        yield _section("In all runs", f"<ul class=shared>{entries}</ul>", words)
+
+
+RUN_TITLES = ("run", "configuration", "seed", "test top-1", "last cycle", "val best", "epochs", "time")
 
 
 def _run_rows(comparison: Comparison) -> list[tuple[str, ...]]:
     return [
         (
             str(result.path),
+            str(number),
             str(result.seed),
             *(percent(value) for value in (result.test_top1, result.last_test_top1, result.val_top1)),
             str(result.epochs),
             duration(result.seconds),
         )
-        for group in comparison.groups
+        for number, group in enumerate(comparison.groups, start=1)
         for result in group.results
     ]
 
@@ -77,7 +101,7 @@ def _key(comparison: Comparison) -> str:
     """Draw the legend, which tells the group of each line and point."""
     entries = (
         f'<li><svg width=30 height=12 aria-hidden=true><path d="M1 6H29" class="{_style(n)}"/></svg>'
-        f"{escape(group.label)}{' (control)' if n == 0 and len(comparison.groups) > 1 else ''}"
+        f"{escape(numbered(comparison, group))}{' (control)' if n == 0 and len(comparison.groups) > 1 else ''}"
         for n, group in enumerate(comparison.groups)
     )
     return f"<ul class=key>{''.join(entries)}</ul>"
@@ -242,7 +266,7 @@ def _strip(comparison: Comparison) -> str:
         parts.append(f"<text class=tick x={x(value)} y={bottom + 18} text-anchor=middle>{value:g}</text>")
     for number, (group, spread) in enumerate(zip(comparison.groups, spreads, strict=True)):
         middle = ROW * number + 34
-        parts.append(f"<text class=name x={LEFT} y={middle - 15}>{escape(group.label)}</text>")
+        parts.append(f"<text class=name x={LEFT} y={middle - 15}>{escape(numbered(comparison, group))}</text>")
         if spread.sd is not None:
             parts.append(f'<path class="{_style(number)} mean" d="M{x(spread.mean)} {middle - 10}v20"/>')
         for seed, value in zip(group.seeds, spread.values, strict=True):
@@ -277,6 +301,10 @@ main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1.25rem 3rem; }
 h1 { font-size: 1.6rem; margin: 0; }
 h2 { font-size: 1.15rem; margin: 2.25rem 0 .75rem; }
 p { margin: .5rem 0; max-width: 50rem; }
+.verdict { font-size: 1.1rem; font-weight: 500; margin: 1rem 0; }
+.shared { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: 0; padding: 0;
+  font-size: .85rem; }
+.shared code { overflow-wrap: anywhere; }
 .quiet { color: var(--soft); font-size: .9rem; }
 .note { background: var(--note); padding: .4rem .75rem; border-left: 3px solid var(--c5); overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }

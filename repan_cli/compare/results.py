@@ -21,8 +21,9 @@ from repan_cli.system.text import count
 class Result:
     """A finished run. Accuracies are in percent; `test_top1` is that of the network that validation chose.
 
-    `classes`, `images`, those of an epoch, and `device` are None for runs that did not note them; `records` holds the
-    cycle, the validation top-1, rate and losses of each epoch, the last two as far as they were noted.
+    `classes`, `images`, those of an epoch, `device` and `test_images` are None for runs that did not note them;
+    `records` holds the cycle, the validation top-1, rate and losses of each epoch, the last two as far as they were
+    noted.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Result:
     val_top1: float | None
     seconds: float
     device: str | None
+    test_images: int | None
     records: list[dict[str, Any]]
 
     @property
@@ -170,8 +172,15 @@ def _result(
         val_top1=max((value for value in validation if value is not None), default=None),
         seconds=_finite(float(summary["seconds"])),
         device=_device(machine),
+        test_images=_test_images(summary),
         records=course,
     )
+
+
+def _test_images(summary: Mapping[str, Any]) -> int | None:
+    """Return the number of test images, where a run noted it."""
+    found = summary["test"].get("images") or summary.get("images", {}).get("test")
+    return int(found) if found and int(found) > 0 else None
 
 
 def _record(record: Mapping[str, Any]) -> dict[str, Any]:

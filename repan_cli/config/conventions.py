@@ -6,7 +6,8 @@ SPLITS = ("test", "val", "train")
 """The parts of a data set, in the order in which they are offered and looked for."""
 
 WEIGHT_FORMATS, GRAPH_FORMATS = ("pt", "safetensors"), ("onnx", "pt2")
-FOLDER_FORMATS = ("timm",)
+RUNTIME_FORMATS = ("torchscript", "openvino", "ncnn", "tflite", "coreml")
+FOLDER_FORMATS = ("timm", *RUNTIME_FORMATS)
 FORMATS = (*WEIGHT_FORMATS, *GRAPH_FORMATS, *FOLDER_FORMATS)
 """The formats that repan writes: weights, graphs that run without it, and folders for other programs."""
 

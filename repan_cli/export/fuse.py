@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,29 +13,22 @@ from torch import Tensor, nn
 
 from repan_cli.blocks import NATIVE, RepBlock, rep_blocks, reparameterize
 from repan_cli.blocks.kernel import BatchNorm, running_stats
-from repan_cli.checkpoint.card import Change
-from repan_cli.errors import InputError, MergeError
+from repan_cli.errors import InputError
+from repan_cli.export.proof import TOLERANCE, Errors, changed, errors_of
 from repan_cli.models.changes import Expansion, apply, report_of, set_report
-from repan_cli.models.linear_ops import BranchSum
 from repan_cli.models.merging import MergePlan, place_of, plan_merge
-from repan_cli.models.observing import twin, without_arithmetic
-from repan_cli.models.outputs import Leaves, difference, differences, leaves
-from repan_cli.models.probe import CEILING, NUDGE, Probe, copied, noise
+from repan_cli.models.outputs import Leaves, difference, leaves
+from repan_cli.models.probe import copied
 from repan_cli.models.rebuild import NothingIsDrawn, load
+from repan_cli.models.twins import cut, twin
 from repan_cli.system.images import ImagesLike, first_batch
 from repan_cli.system.notices import doing
 from repan_cli.system.text import count, first_line
-
-TOLERANCE = 1e-10
-"""Bound on the relative error in float64: a right merge is at 1e-15, a wrong one at 1e-2."""
 
 PROOF_IMAGES = 8
 """Images of a kind (random, real) that a merge is proven on; in float64, which takes longer, `EXACT_IMAGES` of all."""
 
 EXACT_IMAGES = 2
-
-PROOF_SIDE = 64
-"""Images with longer sides are cut to this for the proof in float64: it takes a twelfth of the time at 224 pixels."""
 
 SINGLE_IMAGES = 2
 """Images of all that the error in float32 is measured on, whole."""
@@ -72,15 +65,11 @@ def count_parameters(model: nn.Module) -> int:
 @torch.no_grad()
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Multiply-accumulates of convolutions and matrix products for one image (1, C, H, W)."""
-    return _counted(model, image)[1]
-
-
-def _counted(model: nn.Module, image: Tensor) -> tuple[Leaves, int]:
     from torch.utils.flop_counter import FlopCounterMode  # which imports Triton where that is installed
 
     with FlopCounterMode(display=False) as counter:
-        found = leaves(model(image))
-    return found, counter.get_total_flops() // 2
+        model(image)
+    return counter.get_total_flops() // 2
 
 
 @torch.no_grad()
@@ -116,7 +105,7 @@ def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, 
         raise InputError(f"the network does not run on images of shape {shape}: {first_line(error)}") from error
     if not blocks and not found.changes:
         raise InputError("there is nothing to merge: no block, and no BN behind a convolution")
-    small = _cut(found.adapted, _few(images, EXACT_IMAGES).double())
+    small = cut(found.adapted, _few(images, EXACT_IMAGES).double())
     with doing(f"proving the merged network equal in float64, {count(len(blocks) + len(found.changes), 'place')}"):
         merged, found, errors = _proven(exact, found, small)
     report = _report_of(merged, exact, found, images, errors, began)
@@ -132,14 +121,18 @@ def _report_of(
     merged: nn.Module, exact: nn.Module, found: MergePlan, images: Tensor, errors: Errors, began: float
 ) -> FuseReport:
     """Round both networks to float32, in place, and compare them."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton where that is installed
+
     folded = {place_of(change) for change in found.folds}
     merged.float()
     exact.float()
     some = _few(images, SINGLE_IMAGES)
-    (wanted, macs), (found_one, macs_after) = (_counted(model, some[:1]) for model in (exact, merged))
-    single = difference(found_one, wanted)
-    if len(some) > 1:
-        single = max(single, difference(_outputs(merged, some[1:]), _outputs(exact, some[1:])))
+    with FlopCounterMode(display=False) as before:
+        expected = errors.compared(exact, some[:1])
+    with FlopCounterMode(display=False) as after:
+        single = difference(errors.compared(merged, some[:1]), expected)
+    for image in some[1:].split(1):
+        single = max(single, difference(errors.compared(merged, image), errors.compared(exact, image)))
     return FuseReport(
         rel_error_fp64=max([*errors.of_blocks.values(), *errors.of_outputs.values()], default=0.0),
         rel_error_fp32=single,
@@ -147,8 +140,8 @@ def _report_of(
         folded=len(folded),
         params_before=count_parameters(exact),
         params_after=count_parameters(merged),
-        gmacs_before=macs / 1e9,
-        gmacs_after=macs_after / 1e9,
+        gmacs_before=before.get_total_flops() // 2 / 1e9,
+        gmacs_after=after.get_total_flops() // 2 / 1e9,
         seconds=time.perf_counter() - began,
         left=found.left,
     )
@@ -181,32 +174,7 @@ def _few(images: Tensor, number: int) -> Tensor:
     return images[:: -(-len(images) // number)]
 
 
-def _cut(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the middle of images that are large, where the network runs on it."""
-    height, width = images.shape[-2:]
-    rows, columns = (max(0, side - PROOF_SIDE) // 2 for side in (height, width))
-    middle = images[..., rows : rows + PROOF_SIDE, columns : columns + PROOF_SIDE]
-    try:
-        without_arithmetic(model, middle[:1], lambda net, some: net(some))
-    except Exception:  # whatever a network does with images of another size
-        return images
-    return middle
-
-
 # ---------------------------------------------------------------------------------------------- the proof
-
-
-@dataclass(frozen=True)
-class Errors:
-    """The relative errors of a merged network in float64.
-
-    `of_blocks` are those of each block on the input it gets, by name, `of_outputs` those of all that the network
-    returns, and `problem` is what is wrong with these.
-    """
-
-    of_blocks: Mapping[str, float]
-    of_outputs: Mapping[str, float]
-    problem: MergeError | None
 
 
 def _proven(exact: nn.Module, found: MergePlan, images: Tensor) -> tuple[nn.Module, MergePlan, Errors]:
@@ -214,14 +182,14 @@ def _proven(exact: nn.Module, found: MergePlan, images: Tensor) -> tuple[nn.Modu
 
     Raises MergeError where a block that the network has, or one of timm's own, does not merge right.
     """
-    expected, searched = _outputs(exact, images), False
+    expected, searched = leaves(exact(images)), False
     while True:
         merged = _merged(found)
-        errors = _errors(exact, merged, found, images, expected)
+        errors = errors_of(merged, exact, found, images, expected)
         wrong = {name: error for name, error in errors.of_blocks.items() if not error <= TOLERANCE}
         chosen = {place_of(change) for change in (*found.sums, *found.folds)}
         for name in wrong.keys() - chosen:
-            raise _changed(name, wrong[name])
+            raise changed(name, wrong[name])
         if wrong:
             found = found.without(dict.fromkeys(wrong, NOT_THE_SAME))
         elif errors.problem is None:
@@ -229,7 +197,7 @@ def _proven(exact: nn.Module, found: MergePlan, images: Tensor) -> tuple[nn.Modu
         elif searched or not chosen:
             raise errors.problem
         else:
-            found, searched = _searched(exact, found, images), True
+            found, searched = _searched(exact, found, images, expected), True
 
 
 NOT_THE_SAME = "as one convolution it changes the network's function"
@@ -241,67 +209,18 @@ def _merged(found: MergePlan) -> nn.Module:
         return reparameterize(apply(merged, (*found.sums, *found.folds)))
 
 
-def _searched(exact: nn.Module, found: MergePlan, images: Tensor) -> MergePlan:
-    """Return the plan without the changes that alone or together change the function, found by trying."""
-    left: dict[str, str] = {}
-    probe = Probe(exact, images)
-    kept: list[Change] = []
-    for changes in (found.own, found.sums, found.folds):
-        kept += probe.keep(changes, after=kept, left=left)
-    wrong = {place_of(change): left.get(change.name, NOT_THE_SAME) for change in found.changes if change not in kept}
-    return found.without(wrong)
-
-
-def _errors(exact: nn.Module, merged: nn.Module, found: MergePlan, images: Tensor, expected: Leaves) -> Errors:
-    """Compare a merged network with the one it came from, each block and all outputs."""
-    blocked, errors = twin(found.adapted, blocks=lambda block: block), dict[str, float]()
-    with NothingIsDrawn():
-        blocked = apply(apply(blocked, found.sums, whole=True), found.folds)
-    convs = {name: conv for name, conv in merged.named_modules() if isinstance(conv, nn.Conv2d)}
-
-    def check(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def compare(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            given, wanted = inputs[0], output
-            if min(given.shape[-2:]) < _reach(convs[name]):  # else some of its weights may never have met the images
-                given = noise(1, given.shape[1], *(2 * [_reach(convs[name])])).double()
-                wanted = type(block).forward(block, given)
-            for x, y in ((inputs[0], output), (given, wanted))[: 1 + (given is not inputs[0])]:
-                errors[name] = max(difference(leaves(convs[name](x)), leaves(y)), errors.get(name, 0.0))
-
-        return compare
-
-    hooks = [
-        block.register_forward_hook(check(name))
-        for name, block in blocked.named_modules()
-        if isinstance(block, (RepBlock, BranchSum)) and name in convs
-    ]
-    try:
-        blocked(images)
-        outputs = dict(differences(_outputs(merged, images), expected))
-    except Exception as error:  # whatever a network does without a layer that it had
-        problem = MergeError(f"merging broke the network: {first_line(error)}; nothing was written")
-        return Errors(errors, {}, problem)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    wrong = {name: error for name, error in outputs.items() if not error <= TOLERANCE}
-    if wrong:
-        nudged = difference(_outputs(exact, images * (1 + NUDGE)), expected)
-        wrong = {name: error for name, error in wrong.items() if not error <= min(nudged, CEILING)}
-    problems = [_changed(f"the output {name}" if name else "the logits", error) for name, error in wrong.items()]
-    return Errors(errors, outputs, next(iter(problems), None))
-
-
-def _reach(conv: nn.Conv2d) -> int:
-    """Return the side of the smallest image whose every pixel but the borders' meets the whole kernel."""
-    return max(d * (k - 1) + s for d, k, s in zip(conv.dilation, conv.kernel_size, conv.stride, strict=True)) + 1
-
-
-def _outputs(model: nn.Module, images: Tensor) -> Leaves:
-    return leaves(model(images))
-
-
-def _changed(name: str, error: float) -> MergeError:
-    return MergeError(
-        f"merging changed the function at {name}: relative error {error:.1e} in float64; nothing was written"
-    )
+def _searched(exact: nn.Module, found: MergePlan, images: Tensor, expected: Leaves) -> MergePlan:
+    """Return the plan without the changes that alone or together change the function, found by trying halves."""
+    kept: set[str] = set()
+    names = [place_of(change) for change in (*found.sums, *found.folds)]
+    pending = [names]
+    while pending:
+        tried = pending.pop()
+        others = set(names) - kept - set(tried)
+        plan = found.without(dict.fromkeys(others, NOT_THE_SAME))
+        if errors_of(_merged(plan), exact, plan, images, expected).problem is None:
+            kept |= set(tried)
+        elif len(tried) > 1:
+            middle = len(tried) // 2
+            pending += [tried[middle:], tried[:middle]]
+    return found.without(dict.fromkeys([name for name in names if name not in kept], NOT_THE_SAME))

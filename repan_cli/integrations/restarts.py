@@ -47,7 +47,10 @@ class Restarts:
 
     Args:
         epochs: before which epochs, counted from 0, blocks restart; 0 is allowed for networks that are trained already.
-        rule, attach, branch_init, trunk_scale: as for `repan_cli.restart`.
+        rule: restoration rule, as for `repan_cli.restart`.
+        attach: how fresh branches come in, as for `repan_cli.restart`.
+        branch_init: weights of the fresh branches, as for `repan_cli.restart`.
+        trunk_scale: scale of the trunk's weights, as for `repan_cli.restart`.
         attach_epochs: with `attach="ramp"`, the epochs in which the attach rate grows from 0 to 1.
         momentum: the optimizer's memory after a restart: `zero`, or `carry` it over into what trunks have become.
         calibration_images: training images that `calibrate` measures on, of all processes together.

@@ -16,8 +16,9 @@ from repan_cli.checkpoint.card import Change
 from repan_cli.models import sums
 from repan_cli.models.changes import EVERYTHING, apply
 from repan_cli.models.expand import to_expand
-from repan_cli.models.observing import Observed, observe, twin, without_arithmetic
+from repan_cli.models.observing import Observed, observe
 from repan_cli.models.timm_blocks import is_own_block
+from repan_cli.models.twins import twin, without_arithmetic
 
 
 @dataclass

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from repan_cli.blocks import RepBlock, rep_blocks
 from repan_cli.blocks.kernel import BatchNorm
 from repan_cli.models.probe import Sightings, watch
-
-Found = TypeVar("Found")
 
 SIDES = 4
 """Dimensions of a batch of images."""
@@ -132,47 +128,3 @@ def _hooked(model: nn.Module, mode: _Watch) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-# ---------------------------------------------------------------------------------------------- without arithmetic
-
-
-def without_arithmetic(model: nn.Module, images: Tensor, look: Callable[[nn.Module, Tensor], Found]) -> Found:
-    """Return what `look` returns for a network, with blocks as convolutions, and images.
-
-    It looks at the meta device where that can be, else at one with tensors of zeros.
-    """
-    try:
-        return look(twin(model, "meta", blocks=_as_convolution), images.to("meta"))
-    except Exception:  # whatever a network does with tensors that hold nothing
-        return look(twin(model, blocks=RepBlock.reparameterize), images)
-
-
-def _as_convolution(block: RepBlock) -> nn.Module:
-    """Return a convolution on the meta device of the shape of a block's."""
-    conv = block.trunk.conv
-    shape = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
-    size = (conv.in_channels, conv.out_channels, conv.kernel_size)
-    plain = nn.Conv2d(*size, **shape, padding_mode=conv.padding_mode, device="meta", dtype=conv.weight.dtype)  # type: ignore[arg-type]
-    return plain.train(block.training)
-
-
-def twin(
-    model: nn.Module, device: str | None = None, *, blocks: Callable[[RepBlock], nn.Module] | None = None
-) -> nn.Module:
-    """Return a copy of a network on the same tensors, or with tensors of the same shapes on another device.
-
-    `blocks` tells what stands in the place of each block.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    memo: dict[int, Any] = {id(each): each if device is None else _moved(each, device) for each in tensors}
-    if blocks is not None:
-        memo |= {id(block): blocks(block) for _, block in rep_blocks(model)}
-    copied: nn.Module = copy.deepcopy(model, memo)
-    return copied
-
-
-def _moved(tensor: Tensor, device: str) -> Tensor:
-    moved = tensor.detach().to(device)
-    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved

@@ -150,7 +150,7 @@ def _created(config: Config, dataset: Dataset, name: str, weights: Mapping[str, 
     new_classifier = config.model.pretrained and models.has_new_classifier(name, classes)
     trained = weights is not None or config.model.pretrained
     native = _native(name, model, config)
-    multi_branch = weights is not None and any(".trunk." in f".{key}" for key in weights) and not native
+    multi_branch = weights is not None and not native and models.holds_branches(weights, config.block.name)
     if weights is not None and not multi_branch:
         new_classifier = _take(model, weights, config)
     family = native.get("block", config.block.name)

@@ -1,0 +1,142 @@
+"""Say in a sentence what a comparison shows and what it cannot show, and what all its runs have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from repan_cli.compare.groups import WITHOUT_EFFECT, Comparison, Group
+from repan_cli.compare.results import Result
+from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread
+from repan_cli.config.schema import as_text
+from repan_cli.config.settings import SCHEMA
+from repan_cli.system.text import count
+
+ALWAYS = ("model.name", "block.name", "data.name")
+"""Settings that are said of all runs also where they are the defaults."""
+
+
+def numbered(comparison: Comparison, group: Group) -> str:
+    """Return the label of a group with its number in the comparison, by which it is called elsewhere."""
+    return f"{number_of(comparison, group)}. {group.label}"
+
+
+def number_of(comparison: Comparison, group: Group) -> int:
+    """Return the number of a group, from 1, the control."""
+    return 1 + next(place for place, each in enumerate(comparison.groups) if each is group)
+
+
+def verdict(comparison: Comparison) -> str:
+    """Say what the runs show about test top-1: what stands apart from the control, and what does not."""
+    compared = [group for group in comparison.groups if group is not comparison.control]
+    gains = [(group, gain) for group in compared if (gain := comparison.gain(group)) is not None]
+    if not gains:
+        return _alone(comparison.groups)
+    known = [(group, gain) for group, gain in gains if gain.low is not None and gain.high is not None]
+    if not known:
+        best, gain = max(gains, key=lambda each: each[1].mean)
+        return (
+            f"One seed cannot tell: {_called(comparison, best)} ends {_points(gain.mean)} the control, and another "
+            f"seed may turn that round. Give --seeds 0,1,2 or more."
+        )
+    above, below, same = _sorted(known)
+    sentences = [
+        *([f"{_all(comparison, above)} above the control, beyond what seeds explain."] if above else []),
+        *([f"{_all(comparison, below)} below the control, beyond what seeds explain."] if below else []),
+        *([_undecided(comparison, same)] if same else []),
+    ]
+    if len(known) > 1:
+        chance = round(1 / (1 - CONFIDENCE))
+        sentences.append(f"Of {chance} such intervals one misses by chance; here are {len(known)}.")
+    return " ".join(sentences)
+
+
+def _alone(groups: Sequence[Group]) -> str:
+    """Say what groups come to that nothing compares."""
+    spread = Spread.of([value for group in groups[:1] for value in group.by_seed("test_top1").values()])
+    over = f" over {count(len(spread.values), 'seed')}"
+    figure = f"{spread.mean:.2f}" + (f" ± {spread.sd:.2f}{over}" if spread.sd is not None else " from one seed")
+    if len(groups) == 1:
+        return f"Test top-1 {figure}. Nothing to compare with: repan cycle --control trains the same without restarts."
+    return "These configurations are on other data than the control, so that no difference can be told."
+
+
+Known = tuple[Group, Difference]
+
+
+def _sorted(known: Sequence[Known]) -> tuple[list[Known], list[Known], list[Known]]:
+    """Sort differences into those above zero with their whole interval, those below, and the others."""
+    above = [each for each in known if (each[1].low or 0.0) > 0]
+    below = [each for each in known if (each[1].high or 0.0) < 0]
+    return above, below, [each for each in known if each not in above and each not in below]
+
+
+def _all(comparison: Comparison, found: Sequence[Known]) -> str:
+    """Name groups with their intervals, the largest differences first."""
+    largest = sorted(found, key=lambda each: -abs(each[1].mean))
+    named = [f"{_called(comparison, group)} ({_interval(gain)})" for group, gain in largest]
+    return f"{', '.join(named)} {'lies' if len(named) == 1 else 'lie'}"
+
+
+def _undecided(comparison: Comparison, same: Sequence[Known]) -> str:
+    """Say which groups cannot be told from the control, and how large a difference may have been missed."""
+    named = ", ".join(_called(comparison, group) for group, _ in same)
+    widest = max(max(abs(gain.low or 0.0), abs(gain.high or 0.0)) for _, gain in same)
+    return (
+        f"{named} cannot be told from the control: with so many seeds a difference of up to {widest:.2f} points "
+        "would go unseen."
+    )
+
+
+def _called(comparison: Comparison, group: Group) -> str:
+    return f"configuration {number_of(comparison, group)}"
+
+
+def _points(mean: float) -> str:
+    return f"{abs(mean):.2f} points {'above' if mean >= 0 else 'below'}"
+
+
+def _interval(gain: Difference) -> str:
+    return f"{gain.mean:+.2f} points, {CONFIDENCE:.0%} interval {gain.low:+.2f} to {gain.high:+.2f}"
+
+
+# ---------------------------------------------------------------------------------------------- what all share
+
+
+def sampling(comparison: Comparison) -> str | None:
+    """Say how many test images there were, and how exactly they tell the accuracy of one network; None where runs did
+    not note it.
+    """
+    results = _results(comparison)
+    sizes = sorted({result.test_images for result in results if result.test_images})
+    if not sizes:
+        return None
+    errors = []
+    for size in sizes:
+        largest = max(_error(result.test_top1, size) for result in results if result.test_images == size)
+        errors.append(f"± {largest:.2f} points by {count(size, 'test image')}")
+    shared = " All runs share them, so that differences are known better than that." if len(sizes) == 1 else ""
+    return f"Sampling error, one standard deviation of a network's test top-1: {'; '.join(errors)}.{shared}"
+
+
+def _error(top1: float, images: int) -> float:
+    """Return the standard error, in points, of an accuracy in percent that so many images give."""
+    share = top1 / 100
+    return 100 * math.sqrt(max(share * (1 - share), 0.0) / images)
+
+
+def common_settings(comparison: Comparison) -> dict[str, str]:
+    """Return what all runs are set to: network, block, data, and all else that is not the default, as typed."""
+    results = _results(comparison)
+    shared: dict[str, str] = {}
+    for key in SCHEMA:
+        values = {repr(result.settings.get(key)) for result in results}
+        value = results[0].settings.get(key)
+        unusual = key in ALWAYS or value != SCHEMA[key].default
+        if len(values) == 1 and value is not None and unusual and key not in WITHOUT_EFFECT and key != "data.root":
+            shared[key] = as_text(value)
+    return shared
+
+
+def _results(comparison: Comparison) -> list[Result]:
+    return [result for group in comparison.groups for result in group.results]

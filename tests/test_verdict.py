@@ -1,0 +1,103 @@
+"""The sentence of a comparison, the sampling error of its test set, and what all its runs share."""
+
+import json
+import math
+import re
+
+import pytest
+from support import page_of, write_run
+
+from repan_cli.compare.groups import compare
+from repan_cli.compare.results import read_result
+from repan_cli.compare.verdict import common_settings, numbered, sampling, verdict
+
+
+def arms(folder, **points):
+    """Runs of arms with such test figures, a seed each; `none` is the control."""
+    results = []
+    for name, figures in points.items():
+        given = {"cycle__restart": "none"} if name == "none" else {"optim__lr": f"0.{name[-1]}"}
+        for seed, test in enumerate(figures):
+            path = write_run(folder / f"{name}_{seed}", seed, test, **given)
+            summary = json.loads((path / "summary.json").read_text())
+            summary["test"]["images"] = 400
+            (path / "summary.json").write_text(json.dumps(summary))
+            results.append(read_result(path))
+    return compare(results)
+
+
+def test_what_stands_apart_is_named_with_its_interval(tmp_path):
+    said = verdict(arms(tmp_path, none=(70, 71, 72), arm1=(75, 76, 77.1), arm2=(60, 61, 62.1)))
+    first, second, last = re.split(r"(?<=\.) ", said)
+    assert re.fullmatch(r"configuration 2 \(\+5\.03 points, 95% interval .*\) lies above the control, .*\.", first)
+    assert "configuration 3" in second
+    assert "below the control" in second
+    assert last == "Of 20 such intervals one misses by chance; here are 2."
+
+
+def test_what_cannot_be_told_apart_says_how_much_may_hide(tmp_path):
+    comparison = arms(tmp_path, none=(70, 71, 72), arm1=(71, 69, 73))
+    said = verdict(comparison)
+    assert "configuration 2 cannot be told from the control" in said
+    gain = comparison.gain(comparison.groups[1])
+    assert f"up to {max(abs(gain.low), abs(gain.high)):.2f} points" in said
+    assert "misses by chance" not in said, "of one interval there is nothing to say"
+
+
+def test_one_seed_gives_no_verdict(tmp_path):
+    said = verdict(arms(tmp_path, none=(70,), arm1=(72,)))
+    assert said.startswith("One seed cannot tell: configuration 2 ends 2.00 points above the control")
+
+
+@pytest.mark.parametrize(("figures", "says"), [((70,), "70.00 from one seed"), ((70, 72), "71.00 ± 1.41 over 2 seeds")])
+def test_a_single_configuration_is_told_alone(tmp_path, figures, says):
+    assert f"Test top-1 {says}. Nothing to compare with" in verdict(arms(tmp_path, arm1=figures))
+
+
+def test_other_data_are_not_judged(tmp_path):
+    write_run(tmp_path / "a", 0, 70)
+    write_run(tmp_path / "b", 0, 80, dataset="cifar10")
+    assert "on other data" in verdict(compare([read_result(tmp_path / name) for name in "ab"]))
+
+
+def test_the_sampling_error_is_that_of_the_binomial(tmp_path):
+    said = sampling(arms(tmp_path, none=(70,), arm1=(72,)))
+    assert f"± {100 * math.sqrt(0.7 * 0.3 / 400):.2f} points by 400 test images. All runs share them" in said
+    write_run(tmp_path / "old", 0, 70)
+    assert sampling(compare([read_result(tmp_path / "old")])) is None, "of a run that did not note it"
+
+
+@pytest.mark.parametrize("images", [0, -3, None])
+def test_a_number_of_images_that_is_none_is_left_out(tmp_path, images):
+    path = write_run(tmp_path / "a", 0, 70)
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps({**summary, "test": {"top1": 70.0, "images": images}}))
+    assert read_result(path).test_images is None
+
+
+def test_what_all_share_is_said_once(tmp_path):
+    results = [
+        read_result(write_run(tmp_path / str(n), n, 70, optim__lr=f"0.{n + 1}", data__cutout="4")) for n in (0, 1)
+    ]
+    shared = common_settings(compare(results))
+    assert shared["data.cutout"] == "4"
+    assert {"model.name", "block.name", "data.name"} <= shared.keys()
+    assert not {"optim.lr", "run.seed", "run.out", "data.root"} & shared.keys()
+    assert "optim.momentum" not in shared, "a default"
+
+
+def test_the_page_has_all_of_it(capsys, tmp_path):
+    comparison = arms(tmp_path, none=(70, 71, 72), arm1=(75, 76, 77.1))
+    page = page_of(capsys, tmp_path)
+    assert "lies above the control" in page
+    assert "400 test images" in page
+    assert page.count("data.name=cifar100") == 1
+    for group in comparison.groups:
+        assert numbered(comparison, group) in page
+    assert [numbered(comparison, group)[:2] for group in comparison.groups] == ["1.", "2."]
+
+
+def test_unequal_epochs_are_warned_of_on_the_page(capsys, tmp_path):
+    write_run(tmp_path / "a", 0, 70, cycle__restart="none")
+    write_run(tmp_path / "b", 0, 72, val=(50.0, 60.0, 70.0, 69.0, 71.0))
+    assert "unequal length" in page_of(capsys, tmp_path)
