@@ -34,6 +34,7 @@ def test_a_network_by_its_name(capsys):
     assert code == 0, err
     found = json.loads(out)
     forms = ["multi-branch", "fused"] + ([] if missing("onnx", "onnxscript", "onnxruntime") else ["ONNX Runtime"])
+    forms += [] if missing("onnx", "onnxscript", "onnxruntime", "openvino") else ["OpenVINO"]
     assert [row["form"] for row in found["inference"]] == forms * 2
     assert [row["batch"] for row in found["inference"]] == [1] * len(forms) + [3] * len(forms)
     assert [row["form"] for row in found["training"]] == ["multi-branch", "fused"]

@@ -6,7 +6,7 @@ import json
 import pytest
 import timm
 import torch
-from support import CPU, DIGITS, FP32, StopAt, plan, randomize_norms, run, small_net, training
+from support import CPU, DIGITS, FP32, StopAt, metrics, plan, randomize_norms, run, small_net, training
 from tapes import Tapes
 from timm.layers import convert_sync_batchnorm
 from torch import nn
@@ -71,6 +71,38 @@ def test_a_series_records(recorded, capsys, tmp_path):
     """Catches recordings that outlive their run."""
     done(capsys, "train", *DIGITS, *SHORT, "--seeds", "0,1", "--out", tmp_path / "runs")
     assert [graphs.recorded > 0 for graphs in recorded] == [True, True]
+
+
+@pytest.mark.parametrize("cache", ["views", pytest.param("none", marks=pytest.mark.soak)])
+def test_distillation_records_the_losses_of_steps_that_are_not(recorded, small_run, capsys, tmp_path, cache):
+    """Catches a teacher's logits, live or cached, of another batch than the one that is trained on."""
+    words = ("distill", *DIGITS, *SHORT, "--teacher", small_run.folder / "best.pt", f"teacher.cache={cache}")
+    done(capsys, *words, "--out", tmp_path / "recorded")
+    assert recorded[0].recorded == 3, "whole and ragged batches, and validation"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_graphs", lambda *_: None)
+        done(capsys, *words, "--out", tmp_path / "plain")
+    found, expected = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("recorded", "plain"))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_dry_runs_of_other_commands_record(recorded, small_run, capsys, command):
+    teacher = ("--teacher", small_run.folder / "best.pt") if command == "distill" else ()
+    facts = json.loads(done(capsys, command, *DIGITS, *SHORT, *teacher, "--dry-run", "--json"))
+    assert facts["step_seconds"] > 0
+    assert recorded[0].recorded >= 1
+
+
+@pytest.mark.soak
+def test_a_control_with_a_teacher_records(recorded, capsys, tmp_path):
+    """Catches recordings that hold the teacher of the cycle before."""
+    words = ("--teacher", "previous", "--control", "--cycles", "2", "--epochs", "2")
+    done(capsys, *CYCLE[:-6], *words, "--baseline-epochs", "2", "--out", tmp_path / "runs")
+    assert len(recorded) == 2
+    assert all(graphs.recorded >= 3 and graphs.refused is None for graphs in recorded)
+    summaries = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
+    assert [len(summary["cycles"]) for summary in summaries] == [2, 2]
 
 
 # ---------------------------------------------------------------------------------------------- a capture that fails

@@ -192,12 +192,13 @@ def test_a_flipped_weight_of_a_file_saved_again_is_found(capsys, ours, monkeypat
         ("repan", '"digest"', "its description is not the one that repan wrote"),
         ("repan.digests", '"graph"', "its digests are none"),
         ("repan.digests", "{", "its digests are none"),
+        ("repan.digests", None, "its digests are none"),
     ],
 )
 def test_a_changed_description_is_refused(ours, monkeypatch, key, value, says):
     def retold(model):
         entry = next(entry for entry in model.metadata_props if entry.key == key)
-        entry.value = entry.value.replace(value, '"other"')
+        entry.value = "[" * 100_000 if value is None else entry.value.replace(value, '"other"')
         return model
 
     with pytest.raises(InputError, match=f"is damaged: {says}"):

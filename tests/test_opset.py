@@ -32,7 +32,9 @@ class Net(nn.Module):
         x = functional.max_pool2d(functional.hardswish(self.conv(x)), 2)
         x = functional.relu6(functional.pad(x, (1, 1, 1, 1)))
         x = x * functional.hardsigmoid(self.gate(x.mean((2, 3), keepdim=True)))
-        x = functional.silu(self.deep(x)) + functional.gelu(self.deep(x))
+        first, second = self.deep(x).chunk(2, dim=1)
+        some, rest = self.deep(x).split([3, 5], dim=1)
+        x = functional.silu(torch.cat([second, first], 1)) + functional.gelu(torch.cat([rest, some], 1))
         return self.head(torch.cat([functional.adaptive_avg_pool2d(x, 1).flatten(1), x.mean((2, 3))], 1))
 
 

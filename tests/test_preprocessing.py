@@ -14,13 +14,15 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
-from support import ROOT, card_of, run
+from support import FP32, ROOT, card_of, run, write_folders
 from torch import nn
 
 from repan_cli import checkpoint
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.checkpoint.preprocessing import as_texts, preprocessing
+from repan_cli.data import build
 from repan_cli.export import onnx_file
+from repan_cli.session import artifact_images
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.packages import missing
 
@@ -72,6 +74,18 @@ def test_the_other_ways_of_timm(mode, filter_name):
     told = preprocessing(described)
     assert (told["crop_mode"], told["interpolation"], told["resize_size"]) == (mode, filter_name, 106)
     assert told.get("fill") == ([124, 116, 104] if mode == "border" else None)
+
+
+def test_evaluation_sees_what_prediction_sees(tmp_path):
+    """Squashed and bilinear, as the network of a Hub folder may want it."""
+    root = write_folders(tmp_path, parts=("test",), size=(130, 110))
+    described = card(96, crop_share=0.9, crop_mode="squash", interpolation="bilinear")
+    described = dataclasses.replace(described, classes=("ant", "bee"))
+    artifact = artifact_of(described)
+    data = artifact_images.load(artifact, "folder", str(root), split="test")
+    batch = next(build.eval_loader(data, "test", FP32, 0, crop=artifact.preparation.crop).batches(12))
+    for image, path in zip(batch.images, sorted(root.glob("test/*/*.png")), strict=True):
+        assert torch.allclose(image, artifact.preparation.file(path), atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- in every format

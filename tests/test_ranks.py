@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from shared_bn_on_cpu import of_one_process
 from support import ROOT, metrics, run, wait_for
 
 from repan_cli import checkpoint, config
@@ -20,9 +21,9 @@ SMALL = "--model repvgg_a0 --dataset digits data.batch_size=128 run.precision=fp
 EPOCH = 10  # 1,295 images: the 15 behind the last full batch are one more
 
 
-def torchrun(*arguments, restarts=0, **options):
+def torchrun(*arguments, restarts=0, program=("-m", "repan_cli"), **options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launch = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts), "-m", "repan_cli"]
+    launch = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts), *map(str, program)]
     command = [sys.executable, "-m", "torch.distributed.run", *launch, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, **pipes, **options)
@@ -71,6 +72,29 @@ def test_two_ranks_train_as_one_process_whose_bn_sees_the_same_halves(together):
     weights = checkpoint.load(folder / "last.pt").weights
     for name, value in session.training.model.named_parameters():
         assert (weights[name] - value).norm() < 1e-3 * value.norm() + 1e-5, name
+
+
+@pytest.mark.soak
+def test_two_ranks_with_shared_statistics_train_as_one_process(few_blocks, tmp_path, monkeypatch):
+    folder, program = tmp_path / "run", (ROOT / "tests" / "shared_bn_on_cpu.py",)
+    words = ("train", *SMALL[:-1], "0.002", "--epochs", "1", "run.sync_bn=true")
+    code, out = ended(torchrun(*words, "--out", folder, program=program))
+    assert code == 0, out
+    given = {"model.name": "repvgg_a0", "data.name": "digits", "data.batch_size": "128"}
+    given |= {"run.precision": "fp32", "run.seed": "3", "optim.lr": "0.002", "epochs": "1"}
+    session = prepare("train", config.resolve("train", None, given))
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", of_one_process)
+    epoch = next(event for event in fit(session.training) if isinstance(event, Epoch))
+    (found,) = metrics(folder)
+    assert found["first_loss"] == pytest.approx(epoch.first_loss, rel=1e-4)
+    assert found["loss"] == pytest.approx(epoch.loss, rel=1e-4)
+    assert found["val_loss"] == pytest.approx(epoch.val_loss, rel=1e-4), "by running statistics"
+    weights = checkpoint.load(folder / "last.pt").weights
+    own = dict(session.training.model.named_parameters())
+    one, other = (torch.cat([each[name].detach().flatten() for name in own]) for each in (weights, own))
+    assert (one - other).norm() < 1e-4 * other.norm()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["fused"]["rel_error_fp64"] < 1e-10
 
 
 def test_scores_of_two_ranks_are_those_of_one(together, capsys):

@@ -415,7 +415,7 @@ def test_a_full_stdout_is_one_line():
         command = [sys.executable, "-m", "repan_cli", "list", "settings", "--json"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 4
-    assert done.stderr.startswith("Error: no space left")
+    assert done.stderr == "Error: cannot write to stdout: No space left on device\n"
     assert "Traceback" not in done.stderr
 
 

@@ -133,7 +133,7 @@ def test_the_card_has_the_command_of_the_run(small_run, few_blocks):
     from repan_cli.export import model_card
 
     card = checkpoint.load(small_run.folder / "best.pt").card
-    text = model_card.readme(card, str(small_run.folder / "best.pt"), proof={}, crop_share=1.0, resized=False)
+    text = model_card.readme(card, str(small_run.folder / "best.pt"), proof={})
     command = next(line for line in text.splitlines() if line.startswith("repan cycle "))
     assert "model.name=repvgg_a0_cifar data.name=digits" in command
     assert "cycle.lr=restart" in command
@@ -179,7 +179,7 @@ def test_timms_rounding_gives_the_same_side():
         for side in range(65, 500, 7):
             card = card_of(torch.nn.Identity(), block=None, image_size=side, crop_share=share)
             theirs = timm.data.create_transform(side, crop_pct=timm_folder.crop_share(card)).transforms[0]
-            assert theirs.size == preprocess.middle(side, share).transforms[0].size, (side, share)
+            assert theirs.size == preprocess.MiddleCrop(share).transform(side).transforms[0].size, (side, share)
 
 
 # ---------------------------------------------------------------------------------------------- the Hub

@@ -111,6 +111,10 @@ class Archive:
             self._held[name] = content
         return self._held[name]
 
+    def empty(self, name: str) -> None:
+        """Leave an entry without bytes in the new archive."""
+        self.entries[name], self._held[name] = Entry(0, 0, 0), b""
+
     def rewritten(self, from_file: re.Pattern[str]) -> IO[bytes]:
         """A new archive of the same entries, as a file to read from.
 

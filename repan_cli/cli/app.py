@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import os
 import sys
 from typing import Annotated, Any, NamedTuple
@@ -14,12 +13,13 @@ import typer
 import repan_cli
 from repan_cli.cli.dispatch import dispatch, fail
 from repan_cli.cli.options import filled, signature_of
+from repan_cli.cli.streams import accept_any_text, open_streams, say
 from repan_cli.cli.training import train
 from repan_cli.cli.words import as_typed
 from repan_cli.commands import options
 from repan_cli.commands.option import shortcuts
 from repan_cli.config.conventions import SPLITS
-from repan_cli.errors import InputError
+from repan_cli.errors import InputError, RepanError
 from repan_cli.registry import did_you_mean
 from repan_cli.system.text import shown
 
@@ -170,7 +170,7 @@ COMMANDS = {
     ),
     "benchmark": Command(
         options.BenchmarkOptions,
-        """Time a network: multi-branch, fused, compiled, ONNX Runtime, and a step of training, all in turns.
+        """Time a network: multi-branch, fused, compiled, ONNX Runtime, OpenVINO, and a step of training, in turns.
 
     Examples:
 
@@ -248,6 +248,8 @@ COMMANDS = {
     [bold]repan list models[/bold]
 
     [bold]repan list settings 'cycle.*'[/bold]
+
+    [bold]repan list runs[/bold]
     """,
         "Inspection",
         "list_names",
@@ -289,9 +291,17 @@ def main() -> None:
         styles = importlib.import_module("typer.rich_utils")
         for name, style in HELP_STYLES.items():
             setattr(styles, name, style)
+    open_streams()
     _accept_any_text()
     try:
         code = app(as_typed(sys.argv[1:]), standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except RepanError as error:  # of stdout itself: all others were told
+        say(f"Error: {error}")
+        code = error.exit_code
     except Exception as error:
         if not hasattr(error, "format_message"):  # of Click's errors of usage, wherever Typer has its Click from
             raise
@@ -318,10 +328,8 @@ def _leave_children(code: int) -> None:
 
 
 def _accept_any_text() -> None:
-    """Spell out what the terminal's encoding lacks. Names that are no text at all could be written into no file."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    """Refuse names that are no text at all: they could be written into no file."""
+    accept_any_text()
     for word in sys.argv[1:]:
         try:
             word.encode()

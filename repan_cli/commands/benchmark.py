@@ -22,6 +22,7 @@ from repan_cli.config.names import names_a_repository
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
+from repan_cli.export.runtimes.openvino_files import OpenVinoNetwork
 from repan_cli.export.trace import quiet, trace
 from repan_cli.models.changes import report_of
 from repan_cli.models.probe import noise
@@ -31,13 +32,13 @@ from repan_cli.system.device import Runtime, describe_machine, start_runtime
 from repan_cli.system.files import to_json
 from repan_cli.system.host import processor
 from repan_cli.system.notices import warn
-from repan_cli.system.packages import missing
-from repan_cli.system.text import first_line
+from repan_cli.system.packages import RUNTIME_PACKAGES, missing
+from repan_cli.system.text import count, first_line
 from repan_cli.system.timing import Timing, interleaved
 from repan_cli.system.user_code import names_a_file
 
 BATCHES = (1, 32, 128)
-COMPILED, ONNX = "compiled", "ONNX Runtime"
+COMPILED, ONNX, OPENVINO = "compiled", "ONNX Runtime", "OpenVINO"
 
 
 def run(options: BenchmarkOptions) -> None:
@@ -48,7 +49,7 @@ def run(options: BenchmarkOptions) -> None:
     if options.precision == "tf32":
         raise InputError("--precision tf32 is for training alone: give fp32, bf16, fp16 or auto")
     machine = start_runtime(options.device, options.precision)
-    artifact = _artifact(options.checkpoint, options.model, options.image_size, options.block)
+    artifact = _artifact(options)
     size = options.image_size or artifact.card.image_size
     images = noise(2, artifact.card.in_chans, size, size)
     result = {
@@ -91,13 +92,14 @@ class _Form:
         return {"form": self.name, "parameters": self.parameters, "gmacs": self.gmacs}
 
 
-def _artifact(source: str, model: str | None, image_size: int | None, block: str | None) -> Artifact:
+def _artifact(options: BenchmarkOptions) -> Artifact:
     """Open the network of a file, or build the one of a name, with fresh weights, expanded."""
+    source, image_size, block = options.checkpoint, options.image_size, options.block
     is_file = Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS
     if is_file or names_a_repository(source):
         if block is not None and not names_a_file(block):
             raise InputError("--block is for a network by its name, or for blocks of your own: a file has its blocks")
-        return open_artifact(source, model, block=block)
+        return open_artifact(source, options.model, block=block, trusted=options.trust_code)
     name = models.resolve(source, image_size or models.SMALL_IMAGE)
     native = block if name in models.BUILT_OF_BLOCKS else None
     artifact = open_artifact(name, pretrained=False, block=native)
@@ -117,7 +119,7 @@ def _artifact(source: str, model: str | None, image_size: int | None, block: str
 
 
 def _forms(artifact: Artifact, images: Tensor, machine: Runtime, *, compiled: bool) -> list[_Form]:
-    """Return the forms of the network: multi-branch, fused, compiled, ONNX Runtime, as far as there are such."""
+    """Return the forms of the network: multi-branch, fused, compiled, ONNX Runtime, OpenVINO, as far as there are."""
     if artifact.runtime != "PyTorch":
         name = f"{artifact.runtime} {artifact.card.precision or ''}".rstrip()
         return [_Form(name, artifact.network.to(machine.device))]
@@ -141,6 +143,8 @@ def _forms(artifact: Artifact, images: Tensor, machine: Runtime, *, compiled: bo
         with quiet():
             content = onnx_file.write(trace(fused, images, artifact.source), checkpoint.header(saved))
         forms.append(_Form(ONNX, onnx_file.OnnxNetwork(content)))
+        if not missing(*RUNTIME_PACKAGES["openvino"]):
+            forms.append(_Form(OPENVINO, OpenVinoNetwork(content)))
     return forms
 
 
@@ -272,7 +276,7 @@ def _machine(machine: Runtime) -> dict[str, Any]:
 def _report(result: dict[str, Any]) -> None:
     tell(f"{result['model']}, {result['block']} blocks, images of {result['image_size']}x{result['image_size']}")
     gpu = result["gpu"] or result["processor"]
-    tell(f"{gpu}, {result['threads']} threads, {result['precision']}; PyTorch {result['versions']['torch']}")
+    tell(f"{gpu}, {count(result['threads'], 'thread')}, {result['precision']}; PyTorch {result['versions']['torch']}")
     sizes = [
         (each["form"], f"{each['parameters']:,}", f"{each['gmacs']:.3g}")
         for each in result["forms"]

@@ -30,6 +30,7 @@ from repan_cli.config.conventions import (
     GRAPH_FORMATS,
     INT8_OPSETS,
     OPSETS,
+    RUNTIME_FORMATS,
     WEIGHT_ENDINGS,
     WEIGHT_FORMATS,
 )
@@ -43,7 +44,7 @@ from repan_cli.session import sources
 from repan_cli.system.files import write_bytes, write_folder
 from repan_cli.system.launcher import own_rank, restarts
 from repan_cli.system.notices import warn
-from repan_cli.system.packages import ONNX_PACKAGES, need
+from repan_cli.system.packages import ONNX_PACKAGES, need, need_runtime
 from repan_cli.system.user_code import names_a_file
 from repan_cli.system.weight_files import no_checkpoint, split_key
 from repan_cli.training.schedules import SCHEDULES
@@ -294,8 +295,11 @@ def _check_form(endings: set[str], options: FuseOptions) -> None:
     if options.opset is not None and "onnx" not in endings:
         raise InputError("--opset is for ONNX files: use --format onnx")
     _check_opset(options.opset, OPSETS)
-    if options.with_normalize and endings - set(GRAPH_FORMATS):
+    if options.with_normalize and endings - {*GRAPH_FORMATS, *RUNTIME_FORMATS}:
         raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
+    for kind in RUNTIME_FORMATS:
+        if kind in endings:
+            need_runtime(kind)
     if "onnx" in endings:
         need("writing ONNX", "onnx", *ONNX_PACKAGES)
 

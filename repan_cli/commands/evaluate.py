@@ -33,7 +33,7 @@ def run(options: EvaluateOptions) -> None:
     """Score a network in float32; `fused` merges it, with proof, and scores both forms side by side."""
     if options.out:
         _make_folder(options.out)
-    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block, trusted=options.trust_code)
     check_finite(artifact.network)
     machine = start_runtime(options.device, "fp32")
     with doing("reading the data"):

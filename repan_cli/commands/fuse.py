@@ -19,16 +19,17 @@ from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard, Structure
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.commands.early import Content, Target, fuse_targets
 from repan_cli.commands.options import FuseOptions
-from repan_cli.config.conventions import GRAPH_FORMATS, OPSET, WEIGHT_FORMATS
+from repan_cli.config.conventions import GRAPH_FORMATS, OPSET, RUNTIME_FORMATS, WEIGHT_FORMATS
 from repan_cli.config.names import TIMM, TORCHVISION
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import InputError, MergeError
-from repan_cli.export import half, model_card, onnx_file, pt2_file, timm_folder
+from repan_cli.export import half, model_card, onnx_file, pt2_file, runtimes, timm_folder
 from repan_cli.export.conv_bn import as_plain
 from repan_cli.export.fuse import check_finite, untrained_norms
 from repan_cli.export.trace import Normalized, trace
 from repan_cli.models import user_file
 from repan_cli.models.changes import changes_of
+from repan_cli.models.outputs import difference, leaves
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
 from repan_cli.system.files import make_folder, to_json
@@ -40,8 +41,8 @@ FILE_TOLERANCE = 1e-4
 A file that computes something else is beyond 1e-2."""
 
 
-HALF_IMAGES, BATCH = 256, 32
-"""Images of a network's data on which float16 is compared, and so many at once."""
+HALF_IMAGES, HALF_NOISE, BATCH = 256, 64, 32
+"""Images of a network's data on which float16 is compared, those of noise where there are none, and so many at once."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Written:
     format: str
     form: str
     bytes: int
-    rel_error: float
+    rel_error: float | None
     opened_by: str
     use: str
 
@@ -60,6 +61,7 @@ class Written:
 def run(options: FuseOptions) -> None:
     """Write a merged network, once for every format. Nothing is written unless everything agrees."""
     targets = fuse_targets(options)
+    _check_provable(targets, unproven=options.unproven)
     artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     _check_mergeable(artifact, targets, options.form)
     images, seen = _images(artifact, options.data_root)
@@ -85,6 +87,16 @@ def run(options: FuseOptions) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- before anything is done
+
+
+def _check_provable(targets: Sequence[Target], *, unproven: bool) -> None:
+    """Raise InputError for a format that cannot be run here, unless it may be written without a proof."""
+    for target in targets:
+        reason = runtimes.KINDS[target.kind].why_not() if target.kind in RUNTIME_FORMATS else None
+        if reason and not unproven:
+            raise InputError(
+                f"--format {target.kind} cannot be proven here: {reason}; --unproven writes it all the same"
+            )
 
 
 def _check_mergeable(artifact: Artifact, targets: Sequence[Target], form: str) -> None:
@@ -141,19 +153,24 @@ class _Job:
         network, card = self.fused, self.result.card
         if self.options.with_normalize:
             network, card = Normalized(network, card.mean, card.std), dataclasses.replace(card, normalizes=True)
+        if target.kind in RUNTIME_FORMATS:
+            return self._for_runtime(target.kind, network, self._header(card))
         program = trace(network, self.images, self.artifact.source)
         try:
             return self._onnx(program, card) if target.kind == "onnx" else pt2_file.write(program, self._header(card))
         except InputError as error:
             raise InputError(f"{self.artifact.source} {error}") from error
 
+    def _for_runtime(self, name: str, network: nn.Module, header: dict[str, Any]) -> dict[str, bytes]:
+        source = self.artifact.source
+        job = runtimes.Conversion(
+            network, self.images, source, lambda: onnx_file.write(trace(network, self.images, source), header)
+        )
+        return runtimes.contents(name, runtimes.KINDS[name].convert(job), header)
+
     def _for_timm(self) -> dict[str, bytes]:
         saved = timm_folder.network_of_timm(self.fused, self.result.card, self.options.checkpoint)
-        share, resized = timm_folder.crop_share(saved.card), self.artifact.preparation.resized
-        text = model_card.readme(
-            saved.card, self.options.checkpoint, proof=self.proof, crop_share=share, resized=resized
-        )
-        return timm_folder.files(saved, text)
+        return timm_folder.files(saved, model_card.readme(saved.card, self.options.checkpoint, proof=self.proof))
 
     def _onnx(self, program: ExportedProgram, card: ModelCard) -> bytes:
         opset = OPSET if self.options.opset is None else self.options.opset
@@ -171,7 +188,7 @@ class _Job:
     def _compare_half(self, network: nn.Module) -> half.HalfReport:
         """Compare on images of the network's data where they are at hand, else on noise."""
         real, _ = real_images(self.artifact, self.options.data_root, HALF_IMAGES)
-        images = self.images if real is None else real
+        images = noise(self.artifact, HALF_NOISE) if real is None else real
         batches = ((self._given(part), part) for part in images.split(BATCH))
         return half.compare(network, self.fused, batches, real=real is not None)
 
@@ -205,8 +222,8 @@ class _Job:
             copy = Path(folder) / f"copy{target.path.suffix}"
             target.write(content, copy)
             network, opened_by = self._opened(target.kind, copy)
-            error = self._error(network)
-        if not error <= (self.half_bound if self.options.half else self.bound):
+            error = None if network is None else self._error(network)
+        if error is not None and not error <= (self.half_bound if self.options.half else self.bound):
             raise MergeError(
                 f"{target.path} would not compute what the network does: relative error {error:.1e}; not written"
             )
@@ -214,13 +231,14 @@ class _Job:
         use = _use(target, form, self.result.card)
         return Written(str(target.path), target.kind, form, size, error, opened_by, use)
 
-    def _opened(self, kind: str, copy: Path) -> tuple[nn.Module, str]:
-        """Open what was written, as its readers do: the network, and what opened it."""
+    def _opened(self, kind: str, copy: Path) -> tuple[nn.Module | None, str]:
+        """Open what was written, as its readers do: the network, and what opened it; None where it cannot run here."""
+        if kind in RUNTIME_FORMATS and (reason := runtimes.KINDS[kind].why_not()):
+            return None, f"nothing: {reason}"
         if kind == "timm":
             return timm_folder.open_by_timm(copy), "timm"
-        opened = open_artifact(
-            str(copy), self.options.model if user_file.names_a_file(self.result.card.model) else None
-        )
+        model = self.options.model if user_file.names_a_file(self.result.card.model) else None
+        opened = open_artifact(str(copy), model, trusted=True)
         return opened.network, opened.runtime
 
     @torch.no_grad()
@@ -228,10 +246,7 @@ class _Job:
         """Return the larger relative error of two, in batches of two sizes."""
         given = self._given(self.images)
         found = network(given), network(given[:1])
-        return max(
-            export.relative_error(each, wanted)
-            for each, wanted in zip(found, (self.expected, self.expected[:1]), strict=True)
-        )
+        return max(difference(leaves(each), leaves(wanted)) for each, wanted in zip(found, self.expected, strict=True))
 
     def _given(self, images: Tensor) -> Tensor:
         """Return normalised images as the graph takes them."""
@@ -242,9 +257,9 @@ class _Job:
 
     @functools.cached_property
     @torch.no_grad()
-    def expected(self) -> Tensor:
-        """Return the logits of the merged network for the images."""
-        return self.fused(self.images)
+    def expected(self) -> tuple[Any, Any]:
+        """Return what the merged network returns for the images, and for the first of them."""
+        return self.fused(self.images), self.fused(self.images[:1])
 
 
 def _use(wanted: Target, form: str, card: ModelCard) -> str:
@@ -252,6 +267,8 @@ def _use(wanted: Target, form: str, card: ModelCard) -> str:
     target = wanted.path
     if wanted.kind == "timm":
         return f'timm.create_model("local-dir:{target}", pretrained=True)'
+    if wanted.kind in RUNTIME_FORMATS:
+        return runtimes.KINDS[wanted.kind].use.format(folder=target)
     if target.suffix == ".onnx":
         return f'onnxruntime.InferenceSession("{target}").run(None, {{"{onnx_file.INPUT}": images}})'
     if target.suffix == ".pt2":
@@ -307,8 +324,15 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
         tell(f"float16         {_cost(facts['float16'])}")
     for file in facts["files"]:
         tell(f"use             {file['use']}")
-    if any(file["format"] in GRAPH_FORMATS for file in facts["files"]):
-        tell(f"images          {_input(artifact, with_normalize=with_normalize)}")
+    for count_of in dict.fromkeys(filter(None, (_batch_of(file["format"]) for file in facts["files"]))):
+        tell(f"images          {_input(artifact, count_of, with_normalize=with_normalize)}")
+
+
+def _batch_of(kind: str) -> str | None:
+    """Say how many images a graph takes at once; None for a format that is no graph."""
+    if kind in RUNTIME_FORMATS:
+        return "any N" if runtimes.KINDS[kind].any_batch else "one at a time"
+    return "any N" if kind in GRAPH_FORMATS else None
 
 
 def _cost(facts: dict[str, Any]) -> str:
@@ -318,14 +342,16 @@ def _cost(facts: dict[str, Any]) -> str:
     return f"relative error {facts['rel_error']:.1e}, the same class for {same} % of {seen}"
 
 
-def _agreement(error: float) -> str:
+def _agreement(error: float | None) -> str:
+    if error is None:
+        return "not proven"
     return "to the bit" if error == 0 else f"to {error:.0e}"
 
 
-def _input(artifact: Artifact, *, with_normalize: bool) -> str:
+def _input(artifact: Artifact, batch: str, *, with_normalize: bool) -> str:
     """Describe the images that a graph takes."""
     card = artifact.card
-    shape = f"float32 (N, {card.in_chans}, {card.image_size}, {card.image_size}), any N"
+    shape = f"float32 (N, {card.in_chans}, {card.image_size}, {card.image_size}), {batch}"
     if with_normalize:
         return f"{shape}, values from 0 to 1"
     mean, std = ("/".join(f"{value:.4g}" for value in each) for each in (card.mean, card.std))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,19 +13,21 @@ from torch import Tensor, nn
 from repan_cli import checkpoint, models, runs
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.checkpoint.preprocessing import preprocessing
 from repan_cli.commands.early import info_source
 from repan_cli.commands.options import InfoOptions
 from repan_cli.config.conventions import GRAPH_ENDINGS
 from repan_cli.config.settings import SCHEMA
 from repan_cli.display.console import print_table
 from repan_cli.errors import InputError
-from repan_cli.export import onnx_file, pt2_file
+from repan_cli.export import onnx_file, pt2_file, runtimes
 from repan_cli.models import own_block, user_file
 from repan_cli.models.author_names import form_in
 from repan_cli.session import hub_folder
-from repan_cli.session.artifact import open_artifact, written_in
+from repan_cli.session.artifact import open_artifact, open_weights, written_in
 from repan_cli.system.files import to_json
 from repan_cli.system.text import by_reason, quoted
+from repan_cli.system.weight_files import RUNTIME_DESCRIPTION
 
 
 def run(options: InfoOptions) -> None:
@@ -56,11 +59,13 @@ def describe(
     """Return the facts in plain types. Raises InputError for a file that is damaged, or no file of a network."""
     if path.suffix in GRAPH_ENDINGS:
         return _exported(path)
+    if path.name == RUNTIME_DESCRIPTION:
+        return _of_runtime(path)
     source = str(path) if key is None else f"{path}::{key}"
     content = checkpoint.load_any(source)
     if isinstance(content, Checkpoint):
         return _ours(path, content, network, block)
-    return _theirs(source, content, network)
+    return _theirs(path, content, network)
 
 
 def _ours(path: Path, saved: Checkpoint, network: str | None, block: str | None) -> dict[str, Any]:
@@ -79,6 +84,7 @@ def _ours(path: Path, saved: Checkpoint, network: str | None, block: str | None)
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved.weights.values())
     return {
         **meta,
+        "preprocessing": preprocessing(saved.card)["preprocessing"],
         **({"needs": " ".join(needs)} if needs else {}),
         **_state_of_run(path),
         "parameters": sum(p.numel() for p in model.parameters()) if model else None,
@@ -111,6 +117,18 @@ def _describe(conv: nn.Conv2d) -> str:
     return f"{size}, {conv.in_channels} to {conv.out_channels} channels, stride {stride}"
 
 
+def _of_runtime(description: Path) -> dict[str, Any]:
+    """Describe the folder of another program's files, which are not run."""
+    name, text = runtimes.opened(description, runtimes.KINDS)
+    written = written_in(text)
+    if written is None:
+        raise InputError(f"{description} is damaged, or was not written by repan fuse; use another copy")
+    card, digest = written
+    more = {key: value for key, value in card.as_meta().items() if key not in ("config", "structure")}
+    files = {file: (description.parent / file).stat().st_size for file in json.loads(text)["files"]}
+    return {"format": name, "files": files, **more, "digest": digest, "config": dict(card.config)}
+
+
 def _exported(path: Path) -> dict[str, Any]:
     """Describe an `.onnx` or `.pt2` file. Of others' only `.onnx` files are described."""
     onnx = onnx_file.read(path) if path.suffix == ".onnx" else None
@@ -121,6 +139,7 @@ def _exported(path: Path) -> dict[str, Any]:
     if written is not None:
         card, digest = written
         more = {key: value for key, value in card.as_meta().items() if key not in ("config", "structure")}
+        more["preprocessing"] = preprocessing(card)["preprocessing"]
         facts |= {**more, "digest": digest, "config": dict(card.config)}
     if onnx is not None:
         return facts | ({"changed": onnx.change} if onnx.change else {}) | _graph(onnx)
@@ -143,7 +162,7 @@ def _graph(file: onnx_file.OnnxFile) -> dict[str, Any]:
     }
 
 
-def _theirs(source: str, weights: Mapping[str, Tensor], network: str | None) -> dict[str, Any]:
+def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> dict[str, Any]:
     """Describe weights that repan did not write. Given the name of a network, check that they fit it."""
     matrices = [name for name, value in weights.items() if value.ndim in (2, 4) and name.endswith("weight")]
     facts: dict[str, Any] = {
@@ -163,7 +182,7 @@ def _theirs(source: str, weights: Mapping[str, Tensor], network: str | None) -> 
             "last layer": f"{matrices[-1]} {tuple(last.shape)}",
         }
     if network is not None:
-        card = open_artifact(source, network).card
+        card = open_weights(path, weights, network).card
         facts |= {"fits": card.model, "classes": len(card.classes), "in_chans": card.in_chans}
     return facts
 

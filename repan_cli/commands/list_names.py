@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from repan_cli.commands.options import ListOptions
@@ -16,8 +18,10 @@ from repan_cli.config.settings import OVERLAY, SCHEMA
 from repan_cli.display.console import print_table
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry, did_you_mean
+from repan_cli.runs.listing import Run, runs_below
 from repan_cli.runs.trackers import TRACKERS
 from repan_cli.system.files import to_json
+from repan_cli.system.text import count, duration, percent
 from repan_cli.training.schedules import SCHEDULES
 
 Facts = dict[str, Any]
@@ -96,8 +100,47 @@ def _look(name: str) -> str:
         return "not known before it is built: try --dry-run"
 
 
+RUNS = "runs"
+
+
+@KINDS.register(RUNS)
+def _runs() -> Rows:
+    return {str(each.path): _facts(each) for each in runs_below(Path("runs"))}
+
+
+def _facts(run: Run) -> Facts:
+    return dataclasses.asdict(run) | {"path": str(run.path)}
+
+
+def _list_runs(options: ListOptions) -> None:
+    """Print the runs below `runs`, or below the folder that is given in place of a glob."""
+    place = Path(options.pattern) if options.pattern and Path(options.pattern).is_dir() else None
+    found = runs_below(place or Path("runs"))
+    if options.pattern and place is None:
+        found = [each for each in found if fnmatch.fnmatch(str(each.path), f"*{options.pattern}*")]
+    if options.as_json:
+        print(to_json({str(each.path): _facts(each) for each in found}))
+        return
+    if not found:
+        which = f" match '{options.pattern}'" if options.pattern and not place else ""
+        raise InputError(f"no runs below {place or 'runs'}{which}; a folder in place of a glob is looked through")
+    titles = ["run", "command", "state", "val best", "test", "age", "go on with"]
+    print_table(titles, (_run_row(each) for each in found))
+
+
+def _run_row(run: Run) -> tuple[str, ...]:
+    age = duration(run.age) if run.age < DAY else count(int(run.age // DAY), "day")
+    return str(run.path), run.command, run.state, percent(run.best), percent(run.test), age, run.go_on
+
+
+DAY = 24 * 3600
+
+
 def run(options: ListOptions) -> None:
     """Print the names of one kind that match a glob; without one, others' models are counted instead of listed."""
+    if options.kind == RUNS:
+        _list_runs(options)
+        return
     rows = KINDS[options.kind]()
     if options.pattern:
         shown = {name: text for name, text in rows.items() if fnmatch.fnmatch(name, options.pattern)}

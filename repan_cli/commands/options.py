@@ -45,6 +45,7 @@ ClassOrder = Annotated[
     ),
 ]
 Split = Annotated[str, Option(("--split",), "test, val or train.", "PART", "splits")]
+TrustCode = Annotated[bool, Option(("--trust-code",), "Run the code that a TorchScript file holds.")]
 Overwrite = Annotated[bool, Option(("--overwrite",), "Replace files that exist.")]
 AsJson = Annotated[bool, Option(("--json",), "Print the result as JSON on stdout.")]
 Opset = Annotated[int | None, Option(("--opset",), "Version of ONNX's operators, for older runtimes; default 18.", "N")]
@@ -64,7 +65,12 @@ class FuseOptions:
     ] = None
     formats: Annotated[
         tuple[str, ...],
-        Option(("--format", "-f"), "pt, safetensors, onnx, pt2 or timm; several: -f pt -f onnx.", "FORMAT", "formats"),
+        Option(
+            ("--format", "-f"),
+            "pt, safetensors, onnx, pt2, timm, torchscript, openvino, ncnn, tflite or coreml; several: -f pt -f onnx.",
+            "FORMAT",
+            "formats",
+        ),
     ] = ()
     form: Annotated[
         str, Option(("--form",), "conv; or conv-bn, which loads into the plain timm network.", "FORM", "forms")
@@ -72,6 +78,7 @@ class FuseOptions:
     with_normalize: Annotated[
         bool, Option(("--with-normalize",), "Put the normalisation of images into the graph.")
     ] = False
+    unproven: Annotated[bool, Option(("--unproven",), "Write what this machine cannot run, too: Core ML.")] = False
     half: Annotated[bool, Option(("--half",), "Write the ONNX file in float16, and measure what that costs.")] = False
     opset: Opset = None
     model: Network = None
@@ -128,6 +135,7 @@ class PredictOptions:
     ] = None
     model: Network = None
     block: OwnBlock = None
+    trust_code: TrustCode = False
     device: Device = "auto"
     as_json: AsJson = False
 
@@ -152,6 +160,7 @@ class BenchmarkOptions:
     precision: Annotated[str, Option(("--precision",), "fp32, bf16, fp16 or auto.", "P")] = "fp32"
     compiled: Annotated[bool, Option(("--compile",), "Time torch.compile, too.")] = False
     model: Network = None
+    trust_code: TrustCode = False
     device: Device = "auto"
     as_json: AsJson = False
 
@@ -169,6 +178,7 @@ class EvaluateOptions:
     model: Network = None
     block: OwnBlock = None
     out: Annotated[Path | None, Option(("--out", "-o"), "Write confusion.csv, .png and classes.csv.", "FOLDER")] = None
+    trust_code: TrustCode = False
     device: Device = "auto"
     as_json: AsJson = False
 
@@ -233,10 +243,14 @@ class ListOptions:
     kind: Annotated[
         str,
         Argument(
-            "KIND", "models, blocks, datasets, optimizers, presets, schedules, settings, studies or trackers.", "kinds"
+            "KIND",
+            "models, blocks, datasets, optimizers, presets, runs, schedules, settings, studies or trackers.",
+            "kinds",
         ),
     ]
-    pattern: Annotated[str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'.")] = None
+    pattern: Annotated[
+        str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'; of runs, a folder.")
+    ] = None
     as_json: AsJson = False
 
 

@@ -22,7 +22,7 @@ from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.device import Runtime, start_runtime
 from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.notices import warn
-from repan_cli.system.text import count
+from repan_cli.system.text import count, some
 from repan_cli.training.evaluation import check_logits
 
 BATCH = 32
@@ -37,7 +37,7 @@ def run(options: PredictOptions) -> None:
         raise InputError(f"--top {options.top}: at least one class is named")
     files = list(images_in(options.images))
     targets = _targets(options.save, files) if options.save else {}
-    artifact = open_artifact(options.checkpoint, options.model, block=options.block)
+    artifact = open_artifact(options.checkpoint, options.model, block=options.block, trusted=options.trust_code)
     check_finite(artifact.network)
     machine = start_runtime(options.device, "fp32")
     machine.place(artifact.network)
@@ -52,9 +52,11 @@ def run(options: PredictOptions) -> None:
     elif rows:
         _report(artifact, rows)
     if unreadable:
-        for line in unreadable[:-1]:
+        for line in unreadable:
             warn(line)
-        raise InputError(f"{unreadable[-1]}; {count(len(rows), 'other image')} could be read")
+        named = some([line.removeprefix("cannot read the image ").partition(": ")[0] for line in unreadable])
+        answered = f"the other {count(len(rows), 'image')} answered" if rows else "no image answered"
+        raise InputError(f"{len(unreadable)} of {count(len(files), 'image')} could not be read: {named}; {answered}")
 
 
 TABLE = "predictions.csv"

@@ -76,8 +76,9 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
     out = resolved.config.run.out
     runs.check_free(out)
     shared = config.replace(resolved.config, {"run.seed": seeds[0], "run.out": None})
+    ready = [prepare(command, dataclasses.replace(resolved, config=shared))]  # refuses before there is a folder
+    shared = config.replace(shared, {"data.batch_size": ready[0].config.data.batch_size})  # auto is once for all
     resolved = dataclasses.replace(resolved, config=shared)
-    ready = [prepare(command, resolved)]  # what cannot be used is refused before there is a folder
     path = Path(out) if out else runs.claim_default(command, *ready[0].names)
     series = Series(command, path, resolved, seeds, with_control)
     with runs.RunDirectory(series.path, reopen=not out) as folder:

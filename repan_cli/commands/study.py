@@ -74,6 +74,7 @@ def run(options: StudyOptions) -> None:
     """
     study, grid = _read(options)
     jobs = study.jobs()
+    _tell_of_removed(study, grid)
     if options.dry_run:
         _preview(study, grid, jobs, as_json=options.as_json)
         return
@@ -139,6 +140,13 @@ def _write_arms(study: Study) -> None:
         except OSError as error:
             raise InputError(f"cannot create {path.parent}: {error.strerror}; give another --out") from None
         write_bytes(path, (header + yaml.safe_dump(layer, sort_keys=False, allow_unicode=True)).encode())
+
+
+def _tell_of_removed(study: Study, grid: Grid) -> None:
+    """Say which arms have runs in the study's folder, but stand in the grid no more."""
+    there = sorted(path.parent.name for path in study.out.glob(f"*/{ARM_FILE}"))
+    if removed := [name for name in there if name not in grid.arms]:
+        warn(f"{study.out} holds runs of {', '.join(removed)}, no arms of {grid.path} any more: they are left out")
 
 
 def _preview(study: Study, grid: Grid, jobs: Sequence[Job], *, as_json: bool) -> None:

@@ -21,7 +21,7 @@ from repan_cli.runs.directory import PACKAGES
 from repan_cli.system.host import memory_bytes, processor, usable_cores
 from repan_cli.system.text import count
 
-OPTIONAL = ("matplotlib", "scikit-learn", "tensorboard", "wandb", "onnx", "onnxruntime", "datasets")
+OPTIONAL = ("matplotlib", "scikit-learn", "tensorboard", "wandb", "onnx", "onnxruntime", "openvino", "datasets")
 GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
 
 

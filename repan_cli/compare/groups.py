@@ -181,6 +181,10 @@ def compare(
             warnings.append(f"the runs in {runs[0].path.parent} differ in {', '.join(differing)}")
         members.append(tuple(single[seed] for seed in sorted(single)))
     chosen, doubts = _controls(members, controls or {})
+    firsts = [runs[0] for runs in members]
+    keys = _differing(firsts)
+    if untold := sorted(set(keys) - set(_telling(firsts, keys))):
+        warnings.append(f"labels name what tells the groups apart; they also differ in {', '.join(untold)}")
     groups = _labelled([members[number] for number in dict.fromkeys((*chosen, *range(len(members))))])
     named = _named_by_folder(groups) if by_folder else groups
     return Comparison(named, (*warnings, *doubts, *_unequal_lengths(named)), len(chosen))
@@ -254,14 +258,39 @@ def _group_of(word: str, paths: Sequence[Path], members: list[tuple[Result, ...]
 def _labelled(members: list[tuple[Result, ...]]) -> tuple[Group, ...]:
     firsts = [runs[0] for runs in members]
     keys = _differing(firsts)
+    telling = _telling(firsts, keys)
     commands, classes = (len({getattr(first, name) for first in firsts}) > 1 for name in ("command", "classes"))
     groups = []
     for first, runs in zip(firsts, members, strict=True):
         settings = {key: _setting(first, key) for key in keys if _reads(first, key)}
-        words = [first.command] * commands + [f"{key}={_shown(value)}" for key, value in settings.items()]
+        words = [first.command] * commands + [
+            f"{key}={_shown(value)}" for key, value in settings.items() if key in telling
+        ]
         words += [f"{first.classes} classes"] * classes
         groups.append(Group(" ".join(words) or _common_label(first), settings, runs))
     return tuple(groups)
+
+
+LONG_LABEL = 60
+"""Characters of a label above which it names only what tells the groups apart."""
+
+
+def _telling(firsts: Sequence[Result], keys: list[str]) -> list[str]:
+    """Return the settings that labels name: all that differ, or where labels became long as many as tell all apart.
+
+    Those that tell most groups apart are taken first.
+    """
+
+    def labels(chosen: Sequence[str]) -> list[str]:
+        return [" ".join(f"{k}={_shown(_setting(each, k))}" for k in chosen if _reads(each, k)) for each in firsts]
+
+    if max(map(len, labels(keys)), default=0) <= LONG_LABEL:
+        return keys
+    chosen: list[str] = []
+    while len(set(labels(chosen))) < len(set(labels(keys))):
+        best = max((key for key in keys if key not in chosen), key=lambda key: len(set(labels([*chosen, key]))))
+        chosen.append(best)
+    return [key for key in keys if key in chosen]
 
 
 def _differing(firsts: Sequence[Result]) -> list[str]:

@@ -6,7 +6,8 @@ SPLITS = ("test", "val", "train")
 """The parts of a data set, in the order in which they are offered and looked for."""
 
 WEIGHT_FORMATS, GRAPH_FORMATS = ("pt", "safetensors"), ("onnx", "pt2")
-FOLDER_FORMATS = ("timm",)
+RUNTIME_FORMATS = ("torchscript", "openvino", "ncnn", "tflite", "coreml")
+FOLDER_FORMATS = ("timm", *RUNTIME_FORMATS)
 FORMATS = (*WEIGHT_FORMATS, *GRAPH_FORMATS, *FOLDER_FORMATS)
 """The formats that repan writes: weights, graphs that run without it, and folders for other programs."""
 
@@ -39,7 +40,10 @@ LARGE_IMAGE = 224
 """Side in pixels that networks and data sets for ImageNet are made for."""
 
 SAME_RESULT = frozenset(
-    {"data.root", "data.workers", "run.device", "run.graph", "run.log_every", "run.save_every", "run.trackers"}
+    {
+        *("data.root", "data.workers", "run.device", "run.graph", "run.log_every", "run.max_hours", "run.save_every"),
+        "run.trackers",
+    }
 )
 """Settings that do not change what a run computes: a resumed run, and a study that goes on, may have others."""
 

@@ -112,7 +112,9 @@ def find_preset(name: str, *, near: Path | None = None) -> Path:
     shipped = presets()
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
-    hint = did_you_mean(name, shipped) or "; 'repan list presets' shows those that ship with repan"
+    inside = [known for known in shipped if name.removesuffix(".yaml").lower() in known.rpartition("/")[2].split("_")]
+    meant = f"; did you mean {' or '.join(inside)}?" if inside else did_you_mean(name, shipped)
+    hint = meant or "; 'repan list presets' shows those that ship with repan"
     raise InputError(f"no configuration file or preset '{name}'{hint}")
 
 
@@ -167,5 +169,5 @@ def dump(config: Config, *, cycles: bool = True) -> str:
         node = tree
         for part in path:
             node = node.setdefault(part, {})
-        node[leaf] = value
+        node[leaf] = SCHEMA[key].shown(value) if key in SCHEMA else value
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=False, allow_unicode=True)

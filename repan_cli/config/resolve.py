@@ -51,11 +51,39 @@ def typed(*layers: Layer) -> dict[str, Any]:
     return values
 
 
+OTHER_WORDS = {
+    **dict.fromkeys(("cycles", "num_cycles", "n_cycles"), "cycle.count"),
+    **dict.fromkeys(("dataset", "data_set"), "data.name"),
+    **dict.fromkeys(("data_root", "data_dir", "data_path"), "data.root"),
+    **dict.fromkeys(("batch", "bs", "batchsize"), "data.batch_size"),
+    **dict.fromkeys(("img_size", "imgsz", "resolution"), "data.image_size"),
+    **dict.fromkeys(("learning_rate", "base_lr"), "optim.lr"),
+    **dict.fromkeys(("wd", "decay_rate"), "optim.weight_decay"),
+    **dict.fromkeys(("optimizer", "opt"), "optim.name"),
+    **dict.fromkeys(("scheduler", "lr_schedule", "sched"), "optim.schedule"),
+    **dict.fromkeys(("warmup", "warmup_epoch"), "optim.warmup_epochs"),
+    **dict.fromkeys(("num_epochs", "max_epochs", "n_epochs"), "epochs"),
+    **dict.fromkeys(("arch", "architecture", "backbone", "network"), "model.name"),
+    **dict.fromkeys(("weights", "checkpoint"), "model.init"),
+    **dict.fromkeys(("gpu", "gpus", "accelerator"), "run.device"),
+    **dict.fromkeys(("num_workers", "n_workers"), "data.workers"),
+    **dict.fromkeys(("out_dir", "output", "output_dir", "save_dir"), "run.out"),
+    **dict.fromkeys(("logger", "loggers"), "run.trackers"),
+    "amp": "run.precision",
+}
+"""Words that others have for our settings."""
+
+SEVERAL = 3
+"""Settings that are suggested at most."""
+
+
 def _unknown_key(key: str) -> str:
     sections = {known.partition(".")[0] for known in SCHEMA if "." in known} | {"baseline"}
     if key in sections:
         return f"{key} is a section: give {key}.SETTING=VALUE, see 'repan list settings \"{key}.*\"'"
-    same = [known for known in SCHEMA if known.rpartition(".")[2] == key]
+    leaf = key.rpartition(".")[2].lower()
+    same = [known for known in SCHEMA if known.rpartition(".")[2] == leaf]
+    same = same[:SEVERAL] or ([OTHER_WORDS[leaf]] if leaf in OTHER_WORDS else [])
     hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, [*SCHEMA, *OVERLAY])
     return f"unknown setting '{key}'{hint or '; see repan list settings'}"
 

@@ -28,12 +28,21 @@ def setting(
     above: float | None = None,
     high: float | None = None,
     path: bool = False,
+    words: Mapping[str, Any] | None = None,
 ) -> Any:
     """A dataclass field with its text, and its bounds: low <= value, above < value, value <= high.
 
-    The value of a `path` may begin with '~'.
+    The value of a `path` may begin with '~'; `words` stand for values out of bounds.
     """
-    metadata = {"text": text, "choices": choices, "low": low, "above": above, "high": high, "path": path}
+    metadata = {
+        "text": text,
+        "choices": choices,
+        "low": low,
+        "above": above,
+        "high": high,
+        "path": path,
+        "words": words or {},
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -50,6 +59,7 @@ class Setting:
     above: float | None
     high: float | None
     path: bool
+    words: Mapping[str, Any]
 
     def parse(self, text: Any) -> Any:
         """The value that `text` (a string, or a list of them) means. Raises ValueError with what is wrong."""
@@ -60,18 +70,24 @@ class Setting:
             return tuple(self._parse_one(typing.get_args(kind)[0], part) for part in _parts(text))
         return self._parse_one(kind, text)
 
+    def shown(self, value: Any) -> Any:
+        """Return the word that stands for a value, where one does; else the value."""
+        return next((word for word, meant in self.words.items() if meant == value), value)
+
     def describe(self) -> dict[str, Any]:
         """Return what programs may want to know of it."""
         kind, optional = _optional(self.type)
         many = typing.get_args(kind)
         name = f"list of {many[0].__name__}" if many else kind.__name__
         facts = {"text": self.text, "type": f"{name} or null" if optional else name, "default": self.default}
-        bounds = {"choices": list(self.choices), "low": self.low, "above": self.above, "high": self.high}
+        bounds = {"choices": [*self.choices, *self.words], "low": self.low, "above": self.above, "high": self.high}
         return {**facts, **{name: bound for name, bound in bounds.items() if bound not in (None, [])}}
 
     def _parse_one(self, kind: type, text: Any) -> Any:
         if not isinstance(text, str):
             raise ValueError(f"expected one value, not {text!r}")
+        if text.strip() in self.words:
+            return self.words[text.strip()]
         value = _PARSERS[kind](at_home(text.strip()) if self.path else text.strip())
         if "on" in self.choices:
             value = SWITCHES.get(value, value)

@@ -20,6 +20,9 @@ RECIPES = {
 }
 """The recipe a data set is trained with when no `-c FILE` is given."""
 
+AUTO_BATCH = 0
+"""The value of `data.batch_size=auto`, until the device is known."""
+
 POLICIES = ("autoaugment", "randaugment", "trivialaugment")
 """Augmentation policies that work on one picture at a time."""
 
@@ -78,7 +81,12 @@ class DataConfig:
         "pictures are small squares of one size.",
         low=4,
     )
-    batch_size: int = setting(128, "Images a training step.", low=2)
+    batch_size: int = setting(
+        128,
+        "Images a training step; auto: the largest power of two that fits the device, and leaves an epoch 16 steps.",
+        low=2,
+        words={"auto": AUTO_BATCH},
+    )
     val_fraction: float = setting(
         0.1, "Part of the training set held out to choose by; 0 trains on everything.", low=0, high=0.9
     )
@@ -287,6 +295,12 @@ class RunConfig:
     save_every: int | None = setting(
         None, "Training steps between two saves inside an epoch; null saves at its end, and when asked to stop.", low=1
     )
+    patience: int | None = setting(
+        None, "End the run after so many epochs without a better validation top-1; null trains all epochs.", low=1
+    )
+    max_hours: float | None = setting(
+        None, "Stop after so many hours, all saved: --resume goes on, for as long again; null has no limit.", above=0
+    )
     trackers: tuple[str, ...] = setting(
         (), "Where figures go beside metrics.jsonl and metrics.csv: [tensorboard,wandb], see 'repan list trackers'."
     )
@@ -309,6 +323,8 @@ class Config:
     def problems(self) -> Iterator[str]:
         if self.data.val_fraction == 0 and self.cycle.start_from == "best":
             yield "cycle.start_from=best needs a validation part; set data.val_fraction above 0 or start_from=last"
+        if self.data.val_fraction == 0 and self.run.patience is not None:
+            yield "run.patience needs a validation part; set data.val_fraction above 0"
 
 
 def _declared() -> Iterator[Setting]:

@@ -39,7 +39,8 @@ JUMPED = (
     "the restart kept the function in eval mode only: the BN statistics had not settled (train longer before it, or in "
     "smaller batches), or cycle.rule=running, reset or cycle.attach=one was chosen"
 )
-COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7} {:>7}"
+COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8}{:>8} {:>7}"
+WITHOUT_RATE = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7}"
 WARNING = "bold magenta"
 """Readable on white and on black, as yellow is not."""
 
@@ -75,13 +76,19 @@ class Display:
     """Shows one run.
 
     `epochs` holds the length of each phase, the baseline being cycle 0; `steps` are those of an epoch. `compiles` says
-    that the first step takes long.
+    that the first step takes long, `ramps` that the attach rate changes.
     """
 
     def __init__(
-        self, *, epochs: Mapping[int, int], steps: int, log: Path | None = None, compiles: bool = False
+        self,
+        *,
+        epochs: Mapping[int, int],
+        steps: int,
+        log: Path | None = None,
+        compiles: bool = False,
+        ramps: bool = True,
     ) -> None:
-        self.epochs, self.compiles = epochs, compiles
+        self.epochs, self.compiles, self.ramps, self.titled = epochs, compiles, ramps, False
         self.position = Position(epochs, steps, cycle=min(epochs))
         self.view = View(self.position, self.name)
         self.console = on_stderr()
@@ -193,11 +200,21 @@ class Display:
         if self.compiles:
             self.say("compiling the training pass (run.compile): the first step waits for it")
             self.position.doing, self.began = "compiling", time.monotonic()
-        titles = COLUMNS.format("phase", "epoch", "loss", "train", "val", "lr", "attach", "img/s")
+        self._title()
+
+    def _title(self) -> None:
+        self.titled = True
+        titles = self._row(["phase", "epoch", "loss", "train", "val", "lr", "attach", "img/s"])
         self.say(Text(f"{titles}  *: best", style="bold"))
 
+    def _row(self, cells: list[str]) -> str:
+        """Return a row of the table of epochs; an attach rate that never changes has no column."""
+        if self.ramps:
+            return COLUMNS.format(*cells)
+        return WITHOUT_RATE.format(*cells[:-2], cells[-1])
+
     def _log_loss(self, event: LossLog) -> None:
-        names = ("loss", "lr", "attach_rate", "images_per_second")
+        names = ("loss", "lr", *(("attach_rate",) if self.ramps else ()), "images_per_second")
         self.position.figures = {name: getattr(event, name) for name in names}
         self._end_step(event)
 
@@ -211,7 +228,9 @@ class Display:
         if event.val_top1 is not None:
             here = self.position
             here.val, here.best = event.val_top1, event.val_top1 if event.best else max(here.best or 0, event.val_top1)
-        line = COLUMNS.format(
+        if not self.titled:  # a run that goes on in the midst of a phase
+            self._title()
+        cells = [
             self.name(event.cycle),
             f"{event.epoch}/{self.epochs[event.cycle]}",
             f"{event.loss:.3f}",
@@ -220,7 +239,8 @@ class Display:
             f"{event.lr:.4f}",
             f"{event.attach_rate:.2f}",
             f"{event.images_per_second:,.0f}",
-        )
+        ]
+        line = self._row(cells)
         self.say(Text(line, style="bold" if event.best else ""))
 
     def _end(self, event: CycleEnd) -> None:

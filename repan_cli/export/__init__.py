@@ -4,12 +4,12 @@
 
 from repan_cli.export.fuse import (
     PROOF_IMAGES,
-    TOLERANCE,
     FuseReport,
     count_macs,
     count_parameters,
     fuse,
 )
+from repan_cli.export.proof import TOLERANCE
 from repan_cli.models.outputs import relative_error
 
 __all__ = [

@@ -11,6 +11,7 @@ from typing import Any
 import repan_cli
 from repan_cli import config
 from repan_cli.checkpoint.card import MULTI_BRANCH, ModelCard
+from repan_cli.checkpoint.preprocessing import SQUARE, preprocessing
 from repan_cli.config.conventions import SAME_RESULT
 from repan_cli.errors import InputError
 
@@ -73,21 +74,22 @@ logits = model(transform(Image.open("photo.jpg").convert("{mode}")).unsqueeze(0)
 ```
 """
 
+SQUARES = """
+timm's transform does the same with pictures of this size; others it resizes by one filter, which gives other logits."""
+
 MERGE = """
 timm builds this network with its branches, of which all but one are silent; `timm.utils.reparameterize_model(model)`
 gives the merged one.
 """
 
 
-def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any], crop_share: float, resized: bool) -> str:
+def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any]) -> str:
     """Return the text of a card.
 
     Args:
         card: the description of the network as it is saved.
         source: the file that it was merged from, as it was typed.
         proof: the figures of the merging, a `FuseReport` as a dictionary, or nothing.
-        crop_share: the part of the side of a resized image that is kept.
-        resized: whether the shorter side of an image is resized, and not a square cut out of it.
     """
     name, _, _ = card.model.rpartition(":")[2].partition(".")
     found = {**card.metrics, **_test_figures(Path(source)), **proof}
@@ -95,12 +97,8 @@ def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any], crop_share
     side, classes = card.image_size, len(card.classes)
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (card.mean, card.std))
     colour = "RGB" if card.in_chans == 3 else "grey"
-    what = (
-        f"The shorter side is resized, bicubic, so that the middle of {side} x {side} pixels is {crop_share:.4g} of it."
-        if resized
-        else f"Images of {side} x {side} pixels are taken as they are. Others are cut to a square and resized: repan "
-        "averages pixels where the side is a whole multiple, timm resizes them bicubic, which gives other logits."
-    )
+    steps = preprocessing(card)
+    note = SQUARES if steps["crop_mode"] == SQUARE else ""
     return TEMPLATE.format(
         title=Path(source).stem.rpartition(":")[2] or name,
         architecture=name,
@@ -111,7 +109,7 @@ def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any], crop_share
         mode="RGB" if card.in_chans == 3 else "L",
         merge=MERGE if card.form == MULTI_BRANCH else "",
         figures="\n".join(rows) or "| none was measured | |",
-        preparation=f"{what} Values from 0 to 1, less the mean {mean}, over std {std}.",
+        preparation=f"{_sentence(steps['preprocessing'])} (mean {mean}, std {std}).{note}",
         commands="\n".join([*_training(card), f"repan fuse {shlex.quote(source)} --format timm"]),
     )
 
@@ -159,3 +157,7 @@ def _is_number(value: Any) -> bool:
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -75,7 +75,7 @@ def change_of(path: Path, content: bytes, model: Any) -> str | None:
         told = json.loads(metadata[DIGESTS])
         keys, told = told.pop("keys"), Digests(**told)
         found = digests_of(model, {key: metadata.get(key, "") for key in keys})
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged: its digests are none; use another copy") from None
     if found.header != told.header:
         raise InputError(f"{path} is damaged: its description is not the one that repan wrote; use another copy")
@@ -109,7 +109,7 @@ def _producer(model: Any, metadata: Mapping[str, str]) -> str:
     try:
         told = json.loads(metadata.get(DIGESTS, "{}"))
         wrote, known = told.get("producer", named), {*told.get("keys", ()), HEADER, DIGESTS, SEAL}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return "another program"
     if named and named != wrote:
         return printable(named)

@@ -16,7 +16,7 @@ from repan_cli.config.conventions import OPSET
 from repan_cli.errors import InputError
 from repan_cli.export.onnx_digest import HEADER, change_of, serialized
 from repan_cli.export.opset import at_opset
-from repan_cli.export.trace import quiet
+from repan_cli.export.trace import output_names, quiet
 from repan_cli.system.files import to_json
 from repan_cli.system.packages import ONNX_PACKAGES, need
 from repan_cli.system.text import first_line
@@ -36,10 +36,11 @@ def write(program: ExportedProgram, header: dict[str, Any], opset: int = OPSET) 
 def model_of(program: ExportedProgram, opset: int = OPSET) -> Any:
     """Return the model of a graph, without a description. Raises InputError as `write` does."""
     need("writing ONNX", "onnx", *PACKAGES)
+    names = [name or OUTPUT for name in output_names(program)]
     try:
         with quiet():
             exported = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+                program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=names, verbose=False
             )
     except Exception as error:
         raise InputError(f"cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
@@ -65,10 +66,12 @@ def seal(model: Any, header: dict[str, Any]) -> bytes:
 class OnnxNetwork(nn.Module):
     """The network in an `.onnx` file, run by ONNX Runtime: (N, C, H, W) to logits (N, classes), on the CPU.
 
+    With `several` a file whose outputs have names of their own returns them all, by name; else the first.
+
     Other programs may have made it one of float16, or of one batch size. `threads` as torch's where it is not given.
     """
 
-    def __init__(self, content: bytes | Path, threads: int | None = None) -> None:
+    def __init__(self, content: bytes | Path, threads: int | None = None, *, several: bool = False) -> None:
         super().__init__()
         need("opening ONNX", "onnx", "onnxruntime")
         import onnxruntime
@@ -82,23 +85,29 @@ class OnnxNetwork(nn.Module):
         self.input = given.name
         self.dtype = torch.float16 if given.type == "tensor(float16)" else torch.float32
         self.batch = given.shape[0] if given.shape and isinstance(given.shape[0], int) else None
+        outputs = [each.name for each in self.session.get_outputs()]
+        self.outputs = outputs if several else outputs[:1]
+        self.named = several and outputs != [OUTPUT]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
         ready = images.detach().cpu().to(self.dtype).contiguous()
         if self.batch is None or len(ready) == self.batch:
-            logits = self._run(ready)
+            found = self._run(ready)
         else:
-            parts = [self._run(_filled(part, self.batch))[: len(part)] for part in ready.split(self.batch)]
-            logits = torch.cat(parts)
-        return logits.to(images.device)
+            parts = [
+                [each[: len(part)] for each in self._run(_filled(part, self.batch))] for part in ready.split(self.batch)
+            ]
+            found = [torch.cat(same) for same in zip(*parts, strict=True)]
+        named = {name: each.to(images.device) for name, each in zip(self.outputs, found, strict=True)}
+        return named if self.named else named[self.outputs[0]]
 
-    def _run(self, images: Tensor) -> Tensor:
+    def _run(self, images: Tensor) -> list[Tensor]:
         try:
-            found = self.session.run(None, {self.input: images.numpy()})[0]
+            found = self.session.run(self.outputs, {self.input: images.numpy()})
         except Exception as error:
             raise InputError(f"ONNX Runtime cannot run the network: {first_line(error)}") from None
-        logits = torch.from_numpy(found)
-        return logits.float() if logits.dtype == torch.float16 else logits
+        tensors = map(torch.from_numpy, found)
+        return [each.float() if each.dtype == torch.float16 else each for each in tensors]
 
 
 def _filled(images: Tensor, batch: int) -> Tensor:
@@ -122,13 +131,14 @@ class OnnxFile:
     @property
     def header(self) -> str | None:
         """Return the description that repan wrote into it."""
-        return next((entry.value for entry in self.model.metadata_props if entry.key == HEADER), None)
+        found: str | None = {entry.key: entry.value for entry in self.model.metadata_props}.get(HEADER)
+        return found
 
     def network(self) -> OnnxNetwork:
         """Return its network. ONNX Runtime gets the bytes that were checked. Raises InputError where it cannot."""
         need("opening ONNX", "onnx", "onnx", "onnxruntime")
         try:
-            return OnnxNetwork(self.content)
+            return OnnxNetwork(self.content, several=self.header is not None)
         except InputError:
             raise
         except Exception as error:

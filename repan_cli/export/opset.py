@@ -80,7 +80,7 @@ def _relabelled(model: Any, since: int, opset: int) -> Any:
             now, before = (defs.get_schema(node.op_type, version, node.domain) for version in (since, opset))
         except defs.SchemaError:
             raise ValueError(f"{node.op_type} is not in it") from None
-        _axes_as_attribute(node, before, constants)
+        _as_before(node, now, before, constants)
         _check_same(node, now, before)
     for each in model.opset_import:
         if each.domain in ("", "ai.onnx"):
@@ -102,14 +102,22 @@ def _check_same(node: Any, now: Any, before: Any) -> None:
         raise ValueError(f"{node.op_type} was another operator in it")
 
 
-def _axes_as_attribute(node: Any, before: Any, constants: dict[str, Any]) -> None:
-    """Give a node its axes as earlier versions of its operator take them, where they are constant."""
+def _as_before(node: Any, now: Any, before: Any, constants: dict[str, Any]) -> None:
+    """Give a node its constant axes or sizes as an attribute, where an earlier version of its operator takes them so.
+
+    The number of parts that Split makes is that of its outputs anyway; the checker refuses parts that are not equal.
+    """
     from onnx import helper, numpy_helper
 
-    if "axes" in before.attributes and len(before.inputs) == 1 and len(node.input) == 2 and node.input[1] in constants:
-        axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
-        del node.input[1]
-        node.attribute.append(helper.make_attribute("axes", axes))
+    if len(node.input) == 2 and len(before.inputs) == 1 and node.input[1] in constants:
+        name = now.inputs[1].name
+        if name in before.attributes:
+            values = numpy_helper.to_array(constants[node.input[1]]).tolist()
+            del node.input[1]
+            node.attribute.append(helper.make_attribute(name, values))
+    if node.op_type == "Split" and "num_outputs" not in before.attributes:
+        for given in [each for each in node.attribute if each.name == "num_outputs"]:
+            node.attribute.remove(given)
 
 
 def _default(attribute: Any) -> tuple[bool, bytes]:

@@ -1,7 +1,10 @@
 """`.pt2` files: a graph as torch.export saves it, and nothing that could run code.
 
 torch's own reader unpickles, evaluates expressions and calls whatever a file names. Here files are written without
-pickles, and one that holds more than tensors and calls of torch's operators is refused before that reader sees it.
+code, and one that holds more than tensors and calls of torch's operators is refused before that reader sees it.
+
+Compilers want an example input in the file, which PyTorch pickles. Ours is one tensor of zeros; a pickle of anything
+but tensors is refused, and PyTorch never gets it from here.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import io
 import json
 import math
 import os
+import pickletools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +28,11 @@ from repan_cli import checkpoint
 from repan_cli.checkpoint.archive import Archive, printable
 from repan_cli.checkpoint.format import CHECKSUM, DIGITS
 from repan_cli.errors import InputError, is_out_of_memory
-from repan_cli.export.trace import quiet
+from repan_cli.export.trace import quiet, without_places
 from repan_cli.system.files import to_json
 from repan_cli.system.text import first_line
 
-HEADER = "repan.json"
+HEADER, INPUT = "repan.json", "images"
 TENSOR = re.compile(r"data/weights/weight_\d+|data/constants/tensor_\d+")
 PAYLOADS = {
     "data/weights/model_weights_config.json": "data/weights",
@@ -43,6 +47,16 @@ RECORDS = re.compile(
 )
 """All that an archive may hold."""
 
+EXAMPLE = re.compile(
+    r"data\.pkl|data/\d+|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id"
+)
+CLASSES = ("collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2")
+OPCODES = re.compile(
+    r"PROTO|STOP|MARK|GLOBAL|REDUCE|BINPERSID|BININT[12]?|BINUNICODE|NEW(FALSE|TRUE)|EMPTY_(TUPLE|DICT)|TUPLE[123]?|"
+    r"(LONG_)?BIN(PUT|GET)"
+)
+"""The entries, the classes and the steps of a pickle of plain tensors: all that example inputs may consist of."""
+
 TARGET = re.compile(
     r"torch\.ops\.aten\.(?!from_file|save|load|_?print|warn)\w+\.\w+|_operator\.(add|sub|mul|floordiv|truediv|mod|eq|ge|le|gt|lt)"
 )
@@ -54,8 +68,16 @@ FORBIDDEN = {"as_operator", "as_custom_obj", "as_graph", "as_string_to_argument"
 
 
 def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:
-    """The file of a graph, with a description beside it, without pickles."""
-    program._example_inputs = None  # which would be pickled
+    """The file of a graph, with a description beside it, as compilers take it.
+
+    The graph is functional, its input is called `images`, and an example of it, zeros for a batch of two, is kept.
+    """
+    with quiet():
+        program = _named(without_places(program.run_decompositions({})))
+    (images,) = (node.meta["val"] for node in program.graph.nodes if node.name == INPUT)
+    used = {str(size) for size in images.shape}
+    program._range_constraints = {key: span for key, span in program.range_constraints.items() if str(key) in used}
+    program._example_inputs = ((torch.zeros(2, *images.shape[1:]),), {})
     program._guards_code = []  # which the reader would execute
     buffer = io.BytesIO()
     with quiet():
@@ -63,6 +85,26 @@ def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:
     buffer.seek(-2, os.SEEK_END)  # the length of the archive's comment
     buffer.write((len(CHECKSUM) + DIGITS).to_bytes(2, "little") + CHECKSUM)
     return checkpoint.sealed(buffer, buffer.tell())
+
+
+def _named(program: ExportedProgram) -> ExportedProgram:
+    """Call the only input of a graph `images`, whatever the network's own code calls it."""
+    (old,) = program.graph_signature.user_inputs
+    if old == INPUT:
+        return program
+    node = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name == old)
+    node.target = INPUT
+    node._rename(INPUT)
+    program.graph_signature.replace_all_uses(str(old), node.name)
+    for entry in program.module_call_graph:
+        if entry.signature is not None:
+            for argument in entry.signature.inputs:
+                if getattr(argument, "name", None) == old:
+                    argument.name = node.name
+            if entry.signature.forward_arg_names:
+                entry.signature.forward_arg_names = [INPUT]
+    program.graph_module.recompile()
+    return program
 
 
 class Pt2Network(nn.Module):
@@ -141,7 +183,9 @@ def checked(file: IO[bytes], name: object) -> Archive:
 
 def _reason_to_refuse(archive: Archive) -> str | None:
     if archive.entries[INPUTS].size:
-        return "pickled example inputs"
+        if not _are_tensors(archive.read(INPUTS)):
+            return "pickled example inputs that are more than tensors"
+        archive.empty(INPUTS)
     for name in archive.entries:
         if name.endswith(".json") and not name.endswith(HEADER):
             found = json.loads(archive.read(name))
@@ -150,6 +194,18 @@ def _reason_to_refuse(archive: Archive) -> str | None:
             if name in PAYLOADS and (lacking := _without_bytes(archive, found, PAYLOADS[name])):
                 return f"the tensor '{printable(lacking)}' without its numbers, which could fill the memory"
     return None
+
+
+def _are_tensors(content: bytes) -> bool:
+    """Tell whether example inputs are pickled as PyTorch pickles plain tensors, and hold nothing else."""
+    example = Archive(io.BytesIO(content), "its example input", WITHOUT_CODE)
+    if not all(EXAMPLE.fullmatch(name) for name in example.entries):
+        return False
+    calls = pickletools.genops(example.read("data.pkl"))
+    return all(
+        OPCODES.fullmatch(opcode.name) and (opcode.name != "GLOBAL" or argument in CLASSES)
+        for opcode, argument, _ in calls
+    )
 
 
 def _without_bytes(archive: Archive, config: dict[str, Any], folder: str) -> str | None:

@@ -40,7 +40,7 @@ def network_of_timm(fused: nn.Module, card: ModelCard, source: str) -> Checkpoin
     with torch.random.fork_rng(devices=[]):
         blank = models.create(card.model, num_classes=len(card.classes), in_chans=card.in_chans)
     try:
-        if any(change.kind == "adapt" for change in changes_of(fused)):
+        if any(change.kind in ("adapt", "merge") for change in changes_of(fused)):
             models.load_foreign(blank, fused.state_dict(), source)
             network, form = blank, MULTI_BRANCH
         else:

@@ -7,13 +7,16 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from repan_cli.errors import InputError
+from repan_cli.models.outputs import leaves
 from repan_cli.system.text import first_line
 
 ABOUT_PYTHON = ("stack_trace", "from_node", "source_fn_stack")
@@ -36,6 +39,26 @@ class Normalized(nn.Module):
         return self.network((images - self.mean) / self.std)
 
 
+class PlainOutputs(nn.Module):
+    """A network that returns plain dictionaries, lists and tuples where it has types of its own for them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        return _plain(self.network(images))
+
+
+def _plain(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return {str(key): _plain(part) for key, part in output.items()}
+    if isinstance(output, (list, tuple)):
+        parts = [_plain(part) for part in output]
+        return parts if isinstance(output, list) else tuple(parts)
+    return output
+
+
 @torch.no_grad()
 def trace(network: nn.Module, images: Tensor, name: str) -> ExportedProgram:
     """Return the graph of a network in eval mode for batches of any size of images like these (N, C, H, W), N above 1.
@@ -47,9 +70,23 @@ def trace(network: nn.Module, images: Tensor, name: str) -> ExportedProgram:
     network.to(memory_format=torch.contiguous_format)
     try:
         with quiet():
+            network = network if isinstance(network(images[:2]), Tensor) else PlainOutputs(network)
             program = torch.export.export(network, (images[:2].contiguous(),), dynamic_shapes=({0: Dim("batch")},))
     except Exception as error:
         raise InputError(f"{name} cannot be exported as a graph: {first_line(error)}") from error
+    return without_places(program)
+
+
+def output_names(program: ExportedProgram) -> list[str]:
+    """Return the places of what a graph returns, such as `out` of a dictionary; '' is the one of a single tensor."""
+    spec = program.call_spec.out_spec
+    assert spec is not None, "a program that was traced knows what it returns"
+    found = leaves(pytree.tree_unflatten([torch.empty(()) for _ in range(spec.num_leaves)], spec))
+    return [*found]
+
+
+def without_places(program: ExportedProgram) -> ExportedProgram:
+    """Remove what a graph tells of the Python code that it came from, in place."""
     for node in program.graph.nodes:
         for key in ABOUT_PYTHON:
             node.meta.pop(key, None)

@@ -2,6 +2,7 @@
 
 from repan_cli.checkpoint.card import Change
 from repan_cli.config.conventions import SMALL_IMAGE
+from repan_cli.models.author_names import holds_branches
 from repan_cli.models.changes import Expansion, Selection, apply, summary
 from repan_cli.models.create import BUILT_OF_BLOCKS, BUILTIN, create, has_new_classifier, resolve, wanted_size
 from repan_cli.models.expand import expand, plan
@@ -25,6 +26,7 @@ __all__ = [
     "form_of",
     "given_again",
     "has_new_classifier",
+    "holds_branches",
     "load",
     "load_foreign",
     "mobilenet_cifar",

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
+from repan_cli.models.author_blocks import blocks_in_place
+
 Weights = Mapping[str, Tensor]
 
 RENAMED = {
@@ -60,10 +62,24 @@ SIGNS = {
 """The parts of the names of weights by which a form of others' multi-branch networks is known."""
 
 
+SIGN_OF = {"acb": ".square_conv.", "dbb": ".dbb_origin."}
+"""The part of a name by which the authors' blocks of a family are known."""
+
+
 def form_in(weights: Iterable[str]) -> str | None:
     """Return the form and the family that the names of weights tell; None for a plain network."""
     names = [*weights]
     return next((form for form, signs in SIGNS.items() if any(sign in name for sign in signs for name in names)), None)
+
+
+def holds_branches(weights: Iterable[str], family: str | None) -> bool:
+    """Tell whether weights are those of a network that was expanded: by repan, or into the authors' blocks of a family.
+
+    They load once the network has such blocks.
+    """
+    names = [*weights]
+    signs = [".trunk."] + [SIGN_OF[each] for each in SIGN_OF if each == family]
+    return any(sign in f".{name}" for sign in signs for name in names)
 
 
 def renamed(name: str) -> str:
@@ -125,5 +141,5 @@ def _repvit_places(model: nn.Module) -> Iterable[tuple[str, dict[str, str]]]:
             yield f"stages.{stage}.blocks.{block}", REPVIT_PARTS
 
 
-FAMILIES: tuple[Callable[[Weights, nn.Module], Weights], ...] = (_blocks, _densenet, _repvit)
+FAMILIES: tuple[Callable[[Weights, nn.Module], Weights], ...] = (_blocks, _densenet, _repvit, blocks_in_place)
 """Every way of naming, tried in turn; one that is made for another network finds nothing."""

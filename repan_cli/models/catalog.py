@@ -38,7 +38,7 @@ def look(name: str) -> Support:
     own = sum(1 for module in model.modules() if is_own_block(module) or isinstance(module, RepBlock))
     images = torch.empty(2, channels, size, size, device="meta")
     with torch.no_grad():
-        changes, _ = to_expand(model, images, "rep", Selection())
+        changes, _ = to_expand(model, watch(model, images), "rep", Selection())
         pairs = sum(1 for norms in watch(model, images).norms.values() if norms)
     return Support(own, len(changes), pairs)
 

@@ -92,7 +92,8 @@ def plan(
     else:
         grown = [change._replace(copies=copies) for change in _to_grow(probe.model, family, selection)]
         changes += probe.keep(grown, after=changes, left=left)
-        wanted, unsuited = to_expand(probe.changed(changes), probe.images, family, selection)
+        changed = probe.changed(changes)
+        wanted, unsuited = to_expand(changed, watch(changed, probe.images), family, selection)
         left |= unsuited
         changes += probe.keep([change._replace(copies=copies) for change in wanted], after=changes, left=left)
     _check_included(model, selection, changes, left)
@@ -128,10 +129,9 @@ def _to_grow(model: nn.Module, family: str, selection: Selection) -> Iterator[Ch
 
 
 def to_expand(
-    model: nn.Module, images: Tensor, family: str, selection: Selection
+    model: nn.Module, seen: Sightings, family: str, selection: Selection
 ) -> tuple[list[Change], dict[str, str]]:
     """Return the convolutions outside of blocks that suit a family, and why the others do not."""
-    seen = watch(model, images)
     convs = _free_convs(model)
     left = {name: reason for name, conv in convs.items() if (reason := _unsuited(conv, seen))}
     kept_plain = dict.fromkeys(getattr(model, "plain_convs", ()), NotChosen("plain by the network's definition"))

@@ -40,6 +40,11 @@ DROPOUTS = (F.dropout, F.dropout2d, torch.dropout)
 STACKS = (torch.stack,)
 SUMS = (torch.sum, "sum")
 MEANS = (torch.mean, "mean")
+KNOWN = {
+    *(*PLUS, *MINUS, *TIMES, *OVER, *NEGATED, *COPIES, *DROPOUTS, *STACKS, *SUMS, *MEANS),
+    *(function for functions, _ in FUNCTIONS for function in functions),
+}
+"""Functions and methods that may be linear, by what they are given."""
 
 
 class Reader:
@@ -59,7 +64,31 @@ class Reader:
 
     def read(self, node: fx.Node, source: fx.Node) -> ConvMap:
         """Return the map from the value of `source` to that of `node`."""
+        for each in self.between(source, node):  # before any kernel is computed
+            self._check_kind(each)
         return self._read(node, {source: IDENTITY})
+
+    def between(self, source: fx.Node, sink: fx.Node) -> list[fx.Node]:
+        """Return the nodes by which a value comes from another, the last one with them."""
+        found: dict[fx.Node, None] = {}
+        pending = [sink]
+        while pending:
+            node = pending.pop()
+            if node is not source and node not in found and node not in self.constants:
+                found[node] = None
+                pending += node.all_input_nodes
+        return [*found]
+
+    def _check_kind(self, node: fx.Node) -> None:
+        """Raise ValueError for what is no linear operation, whatever it is given."""
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            if type(module).__module__.startswith("torch.nn.") and not is_layer(module):
+                raise ValueError(f"the layer {type(module).__name__} is no convolution, norm, average or padding")
+        elif node.op not in ("call_function", "call_method"):
+            raise ValueError(f"{_name(node)} is none of its layers")
+        elif node.target not in KNOWN:
+            raise ValueError(f"{_name(node)} is no convolution, norm, average or padding")
 
     def terms(self, node: fx.Node) -> list[tuple[fx.Node, float]]:
         """Return the values, and their signs, that a node adds; none for another node."""

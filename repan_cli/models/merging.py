@@ -10,20 +10,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from repan_cli.blocks import RepBlock, rep_blocks
+from repan_cli.blocks import rep_blocks
 from repan_cli.blocks.kernel import BatchNorm
 from repan_cli.checkpoint.card import Change
 from repan_cli.models import sums
 from repan_cli.models.changes import EVERYTHING, apply
 from repan_cli.models.expand import to_expand
-from repan_cli.models.observing import Observed, observe, twin, without_arithmetic
+from repan_cli.models.observing import Observed, observe
 from repan_cli.models.timm_blocks import is_own_block
+from repan_cli.models.twins import twin, without_arithmetic
 
 
 @dataclass
 class MergePlan:
-    """The changes that merge a network, in their order, and why others are left: `left`, by the name of a layer."""
+    """The changes that merge a network, in their order, and why others are left: `left`, by the name of a layer.
 
+    `adapted` is the network with its own multi-branch blocks as blocks, on the same tensors.
+    """
+
+    adapted: nn.Module
     own: list[Change] = field(default_factory=list)
     sums: list[Change] = field(default_factory=list)
     folds: list[Change] = field(default_factory=list)
@@ -39,7 +44,7 @@ class MergePlan:
         def rest(changes: list[Change]) -> list[Change]:
             return [change for change in changes if place_of(change) not in names]
 
-        return MergePlan(rest(self.own), rest(self.sums), rest(self.folds), {**self.left, **names})
+        return MergePlan(self.adapted, rest(self.own), rest(self.sums), rest(self.folds), {**self.left, **names})
 
 
 def place_of(change: Change) -> str:
@@ -52,15 +57,24 @@ def place_of(change: Change) -> str:
 @torch.no_grad()
 def plan_merge(model: nn.Module, images: Tensor) -> MergePlan:
     """Plan to merge a network in eval mode, which is left as it is; `images` (N, C, H, W) are like those it takes."""
-    found, one = MergePlan(), images[:1]
-    merged = twin(model)
-    for name, module in list(merged.named_modules()):
-        if is_own_block(module):
-            _adapt(merged, name, found)
-    merged = _with_sums(merged, one, found)
-    if any(isinstance(module, BatchNorm) for module in merged.modules()):
-        found.folds = _folds(merged, one, found)
+    found, one = MergePlan(model), images[:1]
+    if any(map(is_own_block, model.modules())):
+        found.adapted = twin(model)
+        for name, module in list(found.adapted.named_modules()):
+            if is_own_block(module):
+                _adapt(found.adapted, name, found)
+    seen, wanted = without_arithmetic(found.adapted, one, _look)
+    merged = _with_sums(found, seen)
+    if found.sums:
+        seen, wanted = without_arithmetic(merged, one, _look)
+    found.folds = _folds(merged, wanted, seen, found)
     return found
+
+
+def _look(model: nn.Module, images: Tensor) -> tuple[Observed, list[Change]]:
+    """Return what one pass tells, and the convolutions that may take in a BN."""
+    seen, sightings = observe(model, images)
+    return seen, to_expand(model, sightings, "plain", EVERYTHING)[0]
 
 
 def _adapt(model: nn.Module, name: str, found: MergePlan) -> None:
@@ -72,13 +86,12 @@ def _adapt(model: nn.Module, name: str, found: MergePlan) -> None:
         found.left[name] = str(error)
 
 
-def _with_sums(model: nn.Module, images: Tensor, found: MergePlan) -> nn.Module:
+def _with_sums(found: MergePlan, seen: Observed) -> nn.Module:
     """Return the network with its sums merged, the innermost modules first."""
-    seen: Observed = without_arithmetic(model, images, observe)
-    for name in sorted(seen.adders, key=lambda name: (-name.count(".") - bool(name), name)):
+    model = found.adapted
+    blocks = {name for name, _ in rep_blocks(model)}
+    for name in sorted(seen.adders.keys() - blocks, key=lambda name: (-name.count(".") - bool(name), name)):
         module = model.get_submodule(name)
-        if isinstance(module, RepBlock):
-            continue
         try:
             places, left = _sums_of(module, seen, name)
         except ValueError as error:
@@ -88,7 +101,8 @@ def _with_sums(model: nn.Module, images: Tensor, found: MergePlan) -> nn.Module:
         for place, reason in left.items():
             found.left[f"{name}.{place}" if name else place] = f"its sum stays: {reason}"
         changes = [Change("merge", name, place) for place in places]
-        model = apply(model, changes)
+        if changes:
+            model = apply(twin(model, blocks=lambda block: block) if model is found.adapted else model, changes)
         found.sums += changes
     return model
 
@@ -106,11 +120,9 @@ def _sums_of(module: nn.Module, seen: Observed, name: str) -> tuple[list[str], d
     return list(dict.fromkeys(each.place for each in merged)), left
 
 
-def _folds(model: nn.Module, images: Tensor, found: MergePlan) -> list[Change]:
+def _folds(model: nn.Module, wanted: list[Change], seen: Observed, found: MergePlan) -> list[Change]:
     """Return the changes that fold a BN into the convolution it reads, which nothing else reads."""
-    seen: Observed = without_arithmetic(model, images, observe)
-    wanted, _ = without_arithmetic(model, images, lambda net, x: to_expand(net, x, "plain", EVERYTHING))
-    blocks = {name for name, _ in rep_blocks(model)}
+    blocks = {name for name, _ in rep_blocks(found.adapted)}
     folds = []
     for change in wanted:
         if change.norm is None or change.name in blocks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from repan_cli.blocks.kernel import BatchNorm
+from repan_cli.models.probe import Sightings, watch
 
 SIDES = 4
 """Dimensions of a batch of images."""
@@ -92,28 +92,27 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def observe(model: nn.Module, images: Tensor) -> Observed:
+def observe(model: nn.Module, images: Tensor) -> tuple[Observed, Sightings]:
     """Watch one pass of a network in eval mode."""
     found = Observed()
-    watch = _Watch(found, model)
-    with _hooked(model, watch), watch:
-        model(images)
-    return found
+    mode = _Watch(found, model)
+    with _hooked(model, mode), mode:
+        return found, watch(model, images)
 
 
 @contextmanager
-def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
+def _hooked(model: nn.Module, mode: _Watch) -> Iterator[None]:
     def before(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            watch.stack.append(name)
-            watch.found.calls[name] += 1
-            watch.found.arguments[name] = -1 if kwargs else len(args)
+            mode.stack.append(name)
+            mode.found.calls[name] += 1
+            mode.found.arguments[name] = -1 if kwargs else len(args)
 
         return enter
 
     def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            while watch.stack and watch.stack.pop() != name:
+            while mode.stack and mode.stack.pop() != name:
                 pass
             if isinstance(module, nn.Conv2d) and isinstance(output, Tensor):
                 vars(output)[MARK] = (name, output._version)
@@ -129,27 +128,3 @@ def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-# ---------------------------------------------------------------------------------------------- without arithmetic
-
-
-def without_arithmetic(model: nn.Module, images: Tensor, look: Callable[[nn.Module, Tensor], Any]) -> Any:
-    """Return what `look` returns for a network and images: on the meta device, where that can be, else as they are."""
-    try:
-        return look(twin(model, "meta"), images.to("meta"))
-    except Exception:  # whatever a network does with tensors that hold nothing
-        return look(model, images)
-
-
-def twin(model: nn.Module, device: str | None = None) -> nn.Module:
-    """Return a copy of a network on the same tensors, or with tensors of the same shapes on another device."""
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    memo: dict[int, Any] = {id(each): each if device is None else _moved(each, device) for each in tensors}
-    return copy.deepcopy(model, memo)
-
-
-def _moved(tensor: Tensor, device: str) -> Tensor:
-    moved = tensor.detach().to(device)
-    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved

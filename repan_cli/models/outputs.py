@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Leaves = dict[str, Tensor]
 """The floating tensors of an output by their place in it, such as `out` or `0.boxes`; '' is an output that is one."""
@@ -31,6 +31,41 @@ def _leaves(output: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         for field in dataclasses.fields(output):
             yield from _leaves(getattr(output, field.name), (*path, field.name))
+
+
+DEPTH = 2
+"""Levels of modules whose outputs are looked at where those of the network say nothing."""
+
+
+def inner_modules(model: nn.Module) -> set[str]:
+    """Return the names of the larger parts of a network: those with parameters, and with parts of their own."""
+    near = [(name, module) for name, module in model.named_modules() if name and name.count(".") < DEPTH]
+    return {
+        name for name, module in near if any(True for _ in module.children()) and any(True for _ in module.parameters())
+    }
+
+
+def inner_outputs(model: nn.Module, images: Tensor, names: Collection[str]) -> Leaves:
+    """Return what some modules of a network return in one pass, those called once, by their names."""
+    found: dict[str, list[Leaves]] = {}
+    modules = [(name, module) for name, module in model.named_modules() if name in names]
+    hooks = [
+        module.register_forward_hook(
+            lambda _, args, output, name=name: found.setdefault(name, []).append(_copied(leaves(output)))
+        )
+        for name, module in modules
+    ]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    once = {name: calls[0] for name, calls in found.items() if len(calls) == 1}
+    return {f"{name}.{leaf}".rstrip("."): value for name, part in once.items() for leaf, value in part.items()}
+
+
+def _copied(found: Leaves) -> Leaves:
+    return {name: value.clone() for name, value in found.items()}  # what follows may change it in place
 
 
 def difference(found: Leaves, expected: Leaves) -> float:

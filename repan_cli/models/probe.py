@@ -16,7 +16,8 @@ from repan_cli.blocks.kernel import BatchNorm, running_stats
 from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError
 from repan_cli.models.changes import apply
-from repan_cli.models.outputs import difference, leaves
+from repan_cli.models.outputs import Leaves, difference, differences, inner_modules, inner_outputs, leaves
+from repan_cli.models.twins import cut
 from repan_cli.system.text import first_line
 
 TOLERANCE = 1e-10
@@ -88,29 +89,52 @@ def watch(model: nn.Module, images: Tensor) -> Sightings:
 class Probe:
     """A float64 copy of a network on the CPU in eval mode, with what it returns, to try changes on."""
 
+    bound: float | None
+    expected: Leaves
+
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.model = copied(model).cpu().double().eval()
-        self.images = images[:PROBE_IMAGES].detach().cpu().double()
+        self.images = cut(self.model, images[:PROBE_IMAGES].detach().cpu().double())
+        self.parts: set[str] = set()
         try:
             _disturb(self.model, self.images)
-            self.expected = leaves(self.model(self.images))
-            again = leaves(self.model(self.images))
-            elsewhere = leaves(self.model(torch.zeros_like(self.images)))
-            nudged = leaves(self.model(self.images * (1 + NUDGE)))
+            self._look()
+            if self.bound is None and inner_modules(self.model):
+                self.parts = inner_modules(self.model)
+                self._look()
+        except InputError:
+            raise
         except Exception as error:
             shape = "x".join(map(str, self.images.shape))
             raise InputError(
                 f"the network does not run on images of shape {shape} in float64: {first_line(error)}"
             ) from error
-        self.bound = min(max(TOLERANCE, difference(nudged, self.expected)), CEILING)
-        if not all(tensor.isfinite().all() for tensor in self.expected.values()):
+        if self.bound is None:
+            raise InputError("the network's output does not depend on its images, so nothing can be compared")
+
+    def _look(self) -> None:
+        """See what the network returns, and how far that may differ: `bound` is None where it tells nothing.
+
+        A detector may find nothing in the images: then the larger parts of the network are looked at, without those
+        that choose, whose outputs jump.
+        """
+        expected = self._seen(self.model, self.images)
+        if not all(tensor.isfinite().all() for tensor in expected.values()):
             raise InputError("the network's output is not finite, so nothing can be compared")
-        if difference(again, self.expected) > TOLERANCE:
+        if difference(self._seen(self.model, self.images), expected) > TOLERANCE:
             raise InputError(
                 "the network gives two outputs for the same images in eval mode, so nothing can be compared"
             )
-        if not difference(elsewhere, self.expected) > TOLERANCE:
-            raise InputError("the network's output does not depend on its images, so nothing can be compared")
+        nudged = dict(differences(self._seen(self.model, self.images * (1 + NUDGE)), expected))
+        if self.parts:
+            expected = {name: value for name, value in expected.items() if nudged[name] <= CEILING}
+        elsewhere = self._seen(self.model, torch.zeros_like(self.images))
+        self.expected = expected
+        depends = any(error > TOLERANCE for name, error in differences(elsewhere, expected) if name in expected)
+        self.bound = min(max([TOLERANCE, *(nudged[name] for name in expected)]), CEILING) if depends else None
+
+    def _seen(self, model: nn.Module, images: Tensor) -> Leaves:
+        return inner_outputs(model, images, self.parts) if self.parts else leaves(model(images))
 
     def changed(self, changes: Iterable[Change]) -> nn.Module:
         """A copy with changes made. Leaves the global generator as it was."""
@@ -144,10 +168,11 @@ class Probe:
         except ValueError as error:
             return str(error)
         try:
-            found = leaves(model(self.images))
+            found = self._seen(model, self.images)
         except Exception as error:  # whatever a network does with what was its convolution
             return f"as a block it fails: {first_line(error)}"
-        if not difference(found, self.expected) <= self.bound:
+        compared = {name: value for name, value in found.items() if not self.parts or name in self.expected}
+        if self.bound is None or not difference(compared, self.expected) <= self.bound:
             return "as a block it changes the network's function"
         return None
 

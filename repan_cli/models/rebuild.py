@@ -126,13 +126,13 @@ def rebuild(
     """
     merges = any(change.kind == "merge" for change in saved.card.structure.changes)
     drawn = merges or _is_of_a_person(saved.card, network)  # what a person's own does with its weights is not known
-    with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else _NothingIsDrawn():
+    with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else NothingIsDrawn():
         model = build_untrained(saved, source, network, block)
     checkpoint.load_weights(model, saved.weights, source)
     return model.eval()
 
 
-class _NothingIsDrawn(TorchFunctionMode):
+class NothingIsDrawn(TorchFunctionMode):
     """Leaves fresh weights as the memory is, where all of them will be replaced: drawing 25 million takes 0.3 s."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

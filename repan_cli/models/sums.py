@@ -116,7 +116,7 @@ def find(module: nn.Module, graph: fx.Graph) -> tuple[list[Sum], dict[str, str]]
             continue
         source = dominators.get(sink)
         while source is not None:
-            inner = _between(source, sink, reader)
+            inner = reader.between(source, sink)
             if any(_adds_from(source, node, inner, reader) for node in inner):
                 break
             source = dominators.get(source)
@@ -156,18 +156,6 @@ def _adds_from(source: fx.Node, node: fx.Node, inner: list[fx.Node], reader: Rea
     """Tell whether a node adds values that all come from another."""
     terms = reader.terms(node)
     return bool(terms) and all(term is source or term in inner for term, _ in terms)
-
-
-def _between(source: fx.Node, sink: fx.Node, reader: Reader) -> list[fx.Node]:
-    """Return the nodes by which a value comes from another, the last one with them."""
-    found: dict[fx.Node, None] = {}
-    pending = [sink]
-    while pending:
-        node = pending.pop()
-        if node is not source and node not in found and node not in reader.constants:
-            found[node] = None
-            pending += node.all_input_nodes
-    return [*found]
 
 
 def _as_sum(

@@ -204,13 +204,13 @@ def read_series(path: Path) -> dict[str, Any] | None:
         raise InputError(f"{path / SERIES} is damaged: resume the runs in {path} one by one") from None
 
 
-def _goes_on(path: Path) -> bool:
+def goes_on(path: Path) -> bool:
     """Tell whether a folder holds something to go on from: what was killed before it had any state does not."""
     return any((path / name).exists() for name in (LAST, PREVIOUS, SERIES))
 
 
 def existing(path: Path) -> str:
-    mend = f"go on with --resume {quoted(path)}, or give another --out" if _goes_on(path) else "give another --out"
+    mend = f"go on with --resume {quoted(path)}, or give another --out" if goes_on(path) else "give another --out"
     return f"the run directory {path} exists already; nothing was touched: {mend}"
 
 
@@ -230,13 +230,13 @@ def _latest(command: str) -> Path:
     """Return the newest unfinished run of a command anywhere below `runs`; the newest one where all are finished."""
     begun = [path.parent for path in Path("runs").rglob("config.yaml")]
     of_series = {path.parent for path in Path("runs").rglob(SERIES)}
-    found = [path for path in begun if _goes_on(path) and path.parent not in of_series and _command(path) == command]
+    found = [path for path in begun if goes_on(path) and path.parent not in of_series and command_of(path) == command]
     if not found:
         raise InputError(f"no run of 'repan {command}' under runs: name its directory")
     return max(found, key=lambda path: (state_of(path) != "done", (path / "config.yaml").stat().st_mtime))
 
 
-def _command(path: Path) -> str:
+def command_of(path: Path) -> str:
     """Return the command that a run is one of, as its files tell, else by the folder that it is in."""
     with contextlib.suppress(InputError, LookupError, TypeError):
         if (path / SERIES).exists():
@@ -259,7 +259,7 @@ def discard_unsaved(path: Path) -> None:
 
     Raises InputError where the run still lives, and where the folder holds results.
     """
-    if not path.exists() or _goes_on(path):
+    if not path.exists() or goes_on(path):
         return
     if (path / "summary.json").exists():
         raise InputError(f"{path} holds a summary but no state to continue from: move it away, or keep it as done")

@@ -28,7 +28,7 @@ from repan_cli.config.conventions import (
 from repan_cli.config.names import TIMM
 from repan_cli.data.preprocess import MiddleCrop, Preparation
 from repan_cli.errors import InputError
-from repan_cli.export import onnx_file, pt2_file
+from repan_cli.export import onnx_file, pt2_file, runtimes
 from repan_cli.models import user_file
 from repan_cli.models.changes import Expansion
 from repan_cli.models.foreign import fit
@@ -37,6 +37,7 @@ from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.session import hub_folder
 from repan_cli.session.sources import file_of
 from repan_cli.system.notices import doing, warn
+from repan_cli.system.weight_files import RUNTIME_DESCRIPTION
 
 OUR_IMAGE, OUR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
 
@@ -82,7 +83,12 @@ class Artifact:
 
 
 def open_artifact(
-    source: str, model: str | None = None, *, pretrained: bool = True, block: str | None = None
+    source: str,
+    model: str | None = None,
+    *,
+    pretrained: bool = True,
+    block: str | None = None,
+    trusted: bool = False,
 ) -> Artifact:
     """Open the network in a file or a run directory, or the pretrained one of a name.
 
@@ -93,6 +99,7 @@ def open_artifact(
         pretrained: whether a network by its name gets the weights that timm or torchvision offers.
         block: the block family of a network by its name, where that is built of blocks; of a file with blocks of a
             person's own their family, `file.py:function`.
+        trusted: whether the code in a TorchScript file may be run.
 
     Raises InputError, naming the source, when it is missing or damaged, or does not say which network it is of.
     """
@@ -110,12 +117,24 @@ def open_artifact(
         checkpoint.check_seal(path)
         program = pt2_file.open_file(path)
         return Artifact(str(path), program, _described(path, pt2_file.header(path)), "torch.export")
+    if path.name == RUNTIME_DESCRIPTION:
+        return _of_runtime(path, trusted=trusted)
     with doing(f"loading {path}"):
         content = checkpoint.load_any(path if key is None else f"{path}::{key}")
         if isinstance(content, Checkpoint):
             network = models.rebuild(content, str(path), model, block)
             return Artifact(str(path), network, content.card, saved=content)
-        return _foreign(path, content, model)
+        return open_weights(path, content, model)
+
+
+def _of_runtime(description: Path, *, trusted: bool) -> Artifact:
+    """Open the network in another program's files. Raises InputError for code that nobody vouches for."""
+    name, text = runtimes.opened(description, runtimes.KINDS)
+    kind, folder = runtimes.KINDS[name], description.parent
+    if name == "torchscript" and not trusted:
+        raise InputError(f"{folder} holds a TorchScript program, which is code: where you trust it, give --trust-code")
+    card = _described(description, text)
+    return Artifact(str(folder), kind.open(folder), card, kind.title)
 
 
 def written_in(header: str | None) -> tuple[ModelCard, str] | None:
@@ -123,7 +142,7 @@ def written_in(header: str | None) -> tuple[ModelCard, str] | None:
     try:
         told = json.loads(header) if header else None
         return (ModelCard.from_meta(told["meta"]), str(told["digest"])) if told else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -161,7 +180,7 @@ def _classes_of(full: str) -> int:
     return cfg.num_classes if cfg is not None and full.startswith(TIMM) else IMAGENET_CLASSES
 
 
-def _foreign(path: Path, weights: Mapping[str, Tensor], name: str | None) -> Artifact:
+def open_weights(path: Path, weights: Mapping[str, Tensor], name: str | None) -> Artifact:
     """Load weights of others into the network that they are said to be of.
 
     The shapes of the weights tell how many classes and channels the network has.

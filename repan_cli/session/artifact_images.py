@@ -115,10 +115,10 @@ def settings(artifact: Artifact, dataset: str | None = None, root: str | None = 
     return {**arguments, **{name: value for name, value in asked.items() if value is not None}}
 
 
-def noise(artifact: Artifact) -> Tensor:
-    """Make images without content, (N, C, H, W), of the statistics that a network sees."""
+def noise(artifact: Artifact, count: int = export.PROOF_IMAGES) -> Tensor:
+    """Make images without content, (count, C, H, W), of the statistics that a network sees."""
     prepared = artifact.preparation
-    return probe.noise(export.PROOF_IMAGES, prepared.channels, prepared.size, prepared.size)
+    return probe.noise(count, prepared.channels, prepared.size, prepared.size)
 
 
 def real_images(artifact: Artifact, root: str | None, count: int) -> tuple[Tensor | None, str]:

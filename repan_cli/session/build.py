@@ -28,7 +28,7 @@ from repan_cli import models, runs
 from repan_cli.checkpoint.card import ModelCard
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.resolve import Resolved, refuse
-from repan_cli.config.settings import Config, EmaConfig, flatten, replace
+from repan_cli.config.settings import AUTO_BATCH, Config, EmaConfig, flatten, replace
 from repan_cli.data import datasets
 from repan_cli.data.batches import Loader
 from repan_cli.data.build import eval_loader, train_loader
@@ -36,7 +36,7 @@ from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
 from repan_cli.models import user_file
 from repan_cli.runs import trackers
-from repan_cli.session import data_place
+from repan_cli.session import batch_size, data_place
 from repan_cli.session.agreement import agree_on_images, agree_on_network, agree_on_position, agree_on_settings
 from repan_cli.session.network import (
     Network,
@@ -140,7 +140,7 @@ def prepare(
     if machine.device.type == "cpu" and machine.ranks == 1:  # a launcher gives each rank its threads
         before = saved.card.surroundings or {} if saved else {}
         config = replace(config, {"run.threads": use_threads(config.run.threads or before.get("threads"))})
-    if config.data.batch_size < 2 * machine.ranks:
+    if AUTO_BATCH != config.data.batch_size < 2 * machine.ranks:
         raise InputError(
             f"data.batch_size={config.data.batch_size} is too small for {machine.ranks} processes: each needs two "
             "images, as BN cannot train on one"
@@ -160,7 +160,7 @@ def prepare(
     if config.run.sync_bn:
         network = _with_shared_statistics(network, dataset, machine)
     machine.place(network.model)
-    config = resolve_names(config, network)
+    config = batch_size.resolved(resolve_names(config, network), network.model, dataset, machine)
     agree_on_network(network.model, config.model.name or "")
     training = _training(command, config, dataset, network, machine)
     if saved is not None:
@@ -207,12 +207,12 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
     for phase in plan:
         SCHEDULES[phase.optim.schedule]  # an unknown one is an error before the first step
     train = train_loader(dataset, config.data, machine)
-    if config.data.batch_size > train.count:
-        warn(f"data.batch_size={config.data.batch_size}, and {train.count:,} training images: an epoch is one step")
     ema = _average(network.model, config.ema)
     task_of = PhaseTasks(ema.module if ema else network.model, dataset, train, machine)
     with doing("preparing the teacher"):
         task_of.prepare(plan)
+    if config.data.batch_size > train.count:
+        warn(f"data.batch_size={config.data.batch_size}, and {train.count:,} training images: an epoch is one step")
     optimizer = build_optimizer(network.model, config.optim)
     val = eval_loader(dataset, "val", machine, config.data.workers) if dataset.val else None
     test = eval_loader(dataset, "test", machine, config.data.workers)
@@ -232,6 +232,7 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
         restarted=restarted(config, network.model) if command == "cycle" else None,
         seed=config.run.seed,
         log_every=config.run.log_every,
+        patience=config.run.patience,
         accumulate=config.optim.accumulate,
         wrapped=_wrapped(network.model, config, machine),
         ema=ema,

@@ -29,7 +29,7 @@ from repan_cli.session import hub_folder
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
 from repan_cli.system.seeding import seed_for
-from repan_cli.system.text import count, first_line
+from repan_cli.system.text import count, first_line, quoted
 
 Weights = Checkpoint | Mapping[str, Tensor] | None
 
@@ -150,7 +150,7 @@ def _created(config: Config, dataset: Dataset, name: str, weights: Mapping[str, 
     new_classifier = config.model.pretrained and models.has_new_classifier(name, classes)
     trained = weights is not None or config.model.pretrained
     native = _native(name, model, config)
-    multi_branch = weights is not None and any(".trunk." in f".{key}" for key in weights) and not native
+    multi_branch = weights is not None and not native and models.holds_branches(weights, config.block.name)
     if weights is not None and not multi_branch:
         new_classifier = _take(model, weights, config)
     family = native.get("block", config.block.name)
@@ -250,7 +250,8 @@ def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint
     card, source = saved.card, _source(config)
     if card.form == checkpoint.FUSED:
         raise InputError(
-            f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run"
+            f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run; or as a "
+            f"plain network, from the file that 'repan fuse {quoted(source)} --form conv-bn' writes, with --model"
         )
     if card.model != name and not (user_file.names_a_file(name) and user_file.names_a_file(card.model)):
         raise InputError(f"{source} holds the network {card.model}, not {name}: give --model as it was trained")

@@ -14,6 +14,20 @@ WINDOW, SLOW, RECOVERED = 15.0, 0.25, 0.5
 """Seconds that are looked at together; the share of the best pace that is a collapse, and that which ends it."""
 
 
+class TimeLimit:
+    """Tells when `hours` have passed since it was made; None is no limit."""
+
+    def __init__(self, hours: float | None, now: Callable[[], float] = time.monotonic) -> None:
+        self.hours, self.now = hours, now
+        self.until = None if hours is None else now() + 3600 * hours
+
+    def passed(self) -> bool:
+        return self.until is not None and self.now() >= self.until
+
+    def __str__(self) -> str:
+        return f"after run.max_hours={self.hours:g}"
+
+
 class PaceWatch:
     """Watches the steps of a run. Time between epochs does not count.
 

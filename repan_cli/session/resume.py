@@ -27,7 +27,7 @@ from repan_cli.system.notices import warn
 from repan_cli.system.ranks import join_ranks, joined, of_first_rank
 from repan_cli.system.text import count, quoted
 
-MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "data.on_error", "run.threads", "teacher.name")
+MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "data.on_error", "run.patience", "run.threads", "teacher.name")
 """Settings that may differ in a resumed run. They do not change the result, but for the last bits by `run.threads` and
 images that cannot be read any more by `data.on_error`; a teacher must be the same one."""
 
@@ -83,7 +83,11 @@ def _again(command: str, given: Layer, path: Path, source: Path, saved: Checkpoi
 def _has_results(session: Session, path: Path) -> bool:
     """Tell whether a run has trained through its plan and written what came of it."""
     plan = session.training.plan
-    if session.training.progress.phase < len(plan) or not (path / "summary.json").exists():
+    if not (path / "summary.json").exists():
+        return False
+    if session.training.out_of_patience:
+        return True
+    if session.training.progress.phase < len(plan):
         return False
     return len(read_json(path / "summary.json").get("cycles", ())) == sum(1 for phase in plan if phase.cycle)
 

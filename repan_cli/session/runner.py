@@ -28,14 +28,14 @@ from repan_cli.errors import (
 )
 from repan_cli.session import mosaic
 from repan_cli.session.build import Session, prepare
-from repan_cli.session.pace import PaceWatch
+from repan_cli.session.pace import PaceWatch, TimeLimit
 from repan_cli.session.recorder import Record, pool, saves_at
 from repan_cli.session.summary import conclude, draw, finish, header, warned
 from repan_cli.system.device import describe_machine
 from repan_cli.system.files import to_json
 from repan_cli.system.ranks import leave_ranks, summed
 from repan_cli.system.signals import StopSignals
-from repan_cli.system.text import quoted
+from repan_cli.system.text import count, quoted
 from repan_cli.training.events import Event, StepEnd
 from repan_cli.training.listeners import announce
 from repan_cli.training.loop import fit
@@ -87,10 +87,16 @@ def carry_out(
 
     Raises InterruptedRunError on Ctrl-C and PreemptedRunError when another signal asks to stop, with everything saved.
     """
-    training = session.training
+    training, limit = session.training, TimeLimit(session.config.run.max_hours)
     epochs = {phase.cycle: phase.epochs for phase in training.plan}
     steps = training.train.steps(session.config.data.batch_size)
-    display = Display(epochs=epochs, steps=steps, log=folder / "log.txt", compiles=session.config.run.compile == "on")
+    display = Display(
+        epochs=epochs,
+        steps=steps,
+        log=folder / "log.txt",
+        compiles=session.config.run.compile == "on",
+        ramps=any(phase.attach_rate(0.0) not in (None, 1.0) for phase in training.plan),
+    )
     display.facts({**header(session, resolved), "run": str(folder.path)})
     record = Record(session, folder, begun)
     for tracker in record.requested:
@@ -100,7 +106,7 @@ def carry_out(
     try:
         with StopSignals(lambda number: display.say(_heard(number))) as signals:
             try:
-                _train(session, record, display, signals, fresh=begun is None)
+                _train(session, record, display, signals, limit, fresh=begun is None)
                 finish(session, folder, display, record)
                 signals.leaving = True  # it has its results: nothing can undo that
                 conclude(session, folder, display, record.summary)
@@ -130,7 +136,9 @@ def _heard(number: int) -> str:
     return f"{'Ctrl-C' if number == signal.SIGINT else name}: finishing the step, then saving{again}"
 
 
-def _train(session: Session, record: Record, display: Display, signals: StopSignals, *, fresh: bool) -> None:
+def _train(
+    session: Session, record: Record, display: Display, signals: StopSignals, limit: TimeLimit, *, fresh: bool
+) -> None:
     """Train through the plan and note what happens. Raises StoppedError when a signal asks to, with the state saved."""
     hear(session.training, signals)
     if fresh:
@@ -150,8 +158,14 @@ def _train(session: Session, record: Record, display: Display, signals: StopSign
                 if session.training.graphs and session.training.graphs.refused and not told:
                     told = True
                     display.say(f"steps run one by one: no CUDA graph ({session.training.graphs.refused})")
+                if limit.passed() and not signals.received:
+                    signals.received, signals.reason = signal.SIGTERM, str(limit)
                 if _stops(session, event, signals):
                     raise StoppedError
+        if session.training.out_of_patience:
+            epochs = count(session.training.progress.since_best, "epoch")
+            display.say(f"ended after {epochs} without a better validation top-1 (run.patience)")
+            record.summary["ended_early"] = True
         leave_ranks()  # what follows is for the first alone
     except StoppedError:
         if session.training.progress.whole:  # in the middle of a restart what the last epoch saved is the state
@@ -242,5 +256,6 @@ def _stopped(
     if not saved:
         return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}", folder.path)
     if asked:
-        return PreemptedRunError(f"stopped by {signal.Signals(asked).name}, everything is saved; {how}")
+        reason = signals.reason or f"by {signal.Signals(asked).name}"
+        return PreemptedRunError(f"stopped {reason}, everything is saved; {how}")
     return InterruptedRunError(f"interrupted, everything is saved; {how}", folder.path)

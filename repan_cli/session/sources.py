@@ -9,7 +9,7 @@ from repan_cli.config.conventions import ARTIFACT_ENDINGS, GRAPH_ENDINGS
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
 from repan_cli.system.user_code import names_a_file
-from repan_cli.system.weight_files import file_in, may_be_weights, refuse_text, split_key
+from repan_cli.system.weight_files import RUNTIME_DESCRIPTION, file_in, may_be_weights, refuse_text, split_key
 
 
 def file_of(source: str) -> Path | None:
@@ -18,7 +18,8 @@ def file_of(source: str) -> Path | None:
     if path.is_dir():
         return file_in(path)
     if path.is_file():
-        return path
+        description = path.parent / RUNTIME_DESCRIPTION  # of another program's files, each of which stands for all
+        return description if path.name.startswith("model.") and description.is_file() else path
     if path.exists():
         raise InputError(f"{path} is no regular file: name a file of weights, or a run's folder")
     if path.suffix in ARTIFACT_ENDINGS or (len(path.parts) > 1 and not names_a_file(source)):
@@ -36,6 +37,6 @@ def check(source: str, model: str | None = None) -> Path | None:
     path = file_of(str(split_key(source)[0]))
     if path is None:
         names.check_model(source)
-    elif path.suffix not in GRAPH_ENDINGS and not may_be_weights(path):
+    elif path.suffix not in GRAPH_ENDINGS and path.name != RUNTIME_DESCRIPTION and not may_be_weights(path):
         refuse_text(path)
     return path

@@ -24,7 +24,7 @@ from repan_cli.session.build import Session
 from repan_cli.session.network import describe_blocks
 from repan_cli.session.recorder import Record, chosen_file
 from repan_cli.system.notices import doing, warn
-from repan_cli.system.text import count, duration, first_line, percent, quoted, sparkline
+from repan_cli.system.text import count, duration, first_line, percent, quoted, some, sparkline
 from repan_cli.training.evaluation import evaluate
 from repan_cli.training.plan import Phase
 from repan_cli.training.run import Training
@@ -42,12 +42,20 @@ def header(session: Session, resolved: Resolved) -> dict[str, str]:
     return {
         f"repan {session.command}": f"{network}: {blocks}, {export.count_parameters(training.model):,} parameters",
         "data": f"{data.name}: {counts} images of {size}, {len(data.classes)} classes",
+        **_describe_classes(session),
         **_describe_augmentation(training.train),
         "plan": _describe_plan(training.plan),
         **_describe_teacher(training),
         "device": training.runtime.describe() + (", a step is one CUDA graph" if training.graphs else ""),
         "settings": resolved.source,
     }
+
+
+def _describe_classes(session: Session) -> dict[str, str]:
+    """Name the classes of image folders in their order, which is that of the network's outputs."""
+    if session.dataset.name != "folder":
+        return {}
+    return {"classes": f"{some(list(session.dataset.classes))} (data.class_order={session.config.data.class_order})"}
 
 
 def _describe_augmentation(train: Loader) -> dict[str, str]:

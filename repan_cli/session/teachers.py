@@ -25,6 +25,7 @@ from repan_cli.session.agreement import file_of_first_rank
 from repan_cli.session.network import check_classes
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
+from repan_cli.system.user_code import names_a_file
 from repan_cli.training.evaluation import eval_batch
 from repan_cli.training.plan import Phase
 from repan_cli.training.tasks import Classification, Distillation, Task
@@ -160,6 +161,11 @@ def find_teacher(settings: config.TeacherConfig, dataset: Dataset) -> TeacherMod
 
 def _ours(name: str, settings: config.TeacherConfig, dataset: Dataset, saved: Checkpoint) -> TeacherModel:
     card = saved.card
+    if names_a_file(card.model) and settings.model is None:
+        raise InputError(
+            f"the teacher {name} holds a network of your own, {card.model}: give teacher.model={card.model} (no file "
+            "is imported by itself)"
+        )
     check_classes(f"the teacher {name}", card.classes, dataset)
     if card.in_chans != dataset.channels:
         raise InputError(f"the teacher {name} reads {card.in_chans} channels, {dataset.name} has {dataset.channels}")

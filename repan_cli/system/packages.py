@@ -10,6 +10,16 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 """The packages by which ONNX files are written and proven."""
 
 
+RUNTIME_PACKAGES = {
+    "torchscript": (),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "ncnn": ("onnx", "onnxscript", "pnnx", "ncnn"),
+    "tflite": ("litert_torch", "ai_edge_litert"),
+    "coreml": ("coremltools",),
+}
+"""The packages by which each format of another program is written and run; the name is that of the extra, too."""
+
+
 def missing(*packages: str) -> list[str]:
     """Return the packages that are not installed, importing none."""
     return [package for package in packages if importlib.util.find_spec(package) is None]
@@ -19,3 +29,8 @@ def need(what: str, extra: str, *packages: str) -> None:
     """Raises InputError, with the line that installs them, when a package is missing that `what` needs."""
     if lacking := missing(*packages):
         raise InputError(f"{what} needs {' and '.join(lacking)}: pip install 'repan-cli[{extra}]'")
+
+
+def need_runtime(kind: str) -> None:
+    """Raises InputError when a package is missing that writes and runs a format of another program."""
+    need(f"the format {kind}", kind, *RUNTIME_PACKAGES[kind])

@@ -14,14 +14,15 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, 
 class StopSignals:
     """While it is entered, STOP_SIGNALS ask the run to stop; a second SIGINT raises KeyboardInterrupt.
 
-    Calling it says whether one has come; `received` is the first. Once the process is `leaving`, it hears no more. One
-    that is entered inside another knows what that has heard, and tells it what it hears. `heard` is called with the
-    first, in a thread of its own.
+    Calling it says whether one has come; `received` is the first, `reason` why it stands for none. Once the process
+    is `leaving`, it hears no more. One that is entered inside another knows what that has heard, and tells it what
+    it hears. `heard` is called with the first, in a thread of its own.
     """
 
     def __init__(self, heard: Callable[[int], object] | None = None) -> None:
         self.heard = heard
         self.received: int | None = None
+        self.reason: str | None = None
         self.leaving = False
         self._outer: StopSignals | None = None
         self._before: dict[int, Any] = {}

@@ -38,6 +38,9 @@ SETTINGS = (".yaml", ".yml")
 OF_A_RUN = ("best.pt", "last.pt")
 """The files of a run that stand for it, the first of them first."""
 
+RUNTIME_DESCRIPTION = "repan.json"
+"""The file that describes a folder of another program's files, and stands for it."""
+
 HUB_CONFIG = "config.json"
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth")
 """Under which names a folder of the Hub has its description and its weights, the first of them first."""
@@ -66,6 +69,8 @@ def file_in(folder: Path) -> Path:
             return folder / name
     if (weights := in_hub_folder(folder)) is not None:
         return weights
+    if (folder / RUNTIME_DESCRIPTION).is_file():
+        return folder / RUNTIME_DESCRIPTION
     inside = [str(best.parent) for name in OF_A_RUN for best in sorted(folder.glob(f"*/{name}"))]
     mend = f": the runs are in it, such as {quoted(inside[0])}" if inside else ": name a file in it"
     raise InputError(f"{folder} is a folder without best.pt or last.pt{mend}")

@@ -6,7 +6,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from repan_cli.blocks import attach_rates
+from repan_cli.blocks import rep_blocks
 
 
 class WeightAverage:
@@ -22,17 +22,18 @@ class WeightAverage:
 
     def __init__(self, ema: ModelEmaV3, model: nn.Module) -> None:
         self.ema, self.model = ema, model
-        rates = {rate.data_ptr() for rate in attach_rates(ema.module)}
+        rates = {f"{name}.attach_rate".removeprefix(".") for name, _ in rep_blocks(model)}
         self.averages: list[Tensor] = []
         self.values: list[Tensor] = []
         self.copied: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for mean, value in zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True):
-            if mean.is_floating_point() and mean.data_ptr() not in rates:
+        tensors = model.state_dict()
+        for name, mean in ema.module.state_dict().items():
+            if mean.is_floating_point() and name not in rates:
                 means, values = self.averages, self.values
             else:  # one launch for each type
                 means, values = self.copied.setdefault(mean.dtype, ([], []))
             means.append(mean)
-            values.append(value)
+            values.append(tensors[name])
 
     @property
     def coarse(self) -> bool:

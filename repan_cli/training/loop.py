@@ -40,13 +40,15 @@ def fit(run: Training) -> Generator[Event, None, None]:
     Raises DivergedError when the loss or a gradient stops being finite, StoppedError when `run.stop` says so.
     """
     for phase in run.plan[run.progress.phase :]:
+        if run.out_of_patience and not run.progress.begun:
+            return
         task = run.task_of(phase)
         optim.apply_settings(run.optimizer, phase.optim)
         if run.graphs is not None:
             run.graphs.enter(recorded_as(phase, task), storage(run))
         if not run.progress.begun:
             yield _begin(run, phase, task)
-        while run.progress.epoch < phase.epochs:
+        while run.progress.epoch < phase.epochs and not run.out_of_patience:
             yield from _epoch(run, phase, task)
         if run.progress.best_weights is not None:
             for model in {run.model, run.scored}:
@@ -64,6 +66,7 @@ def _epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, None, No
     best = score is not None and score.top1 > progress.best_top1
     if score is not None and best:
         progress.best_top1 = score.top1
+    progress.since_best = 0 if best else progress.since_best + 1
     _keep_best(run, phase, score)
     progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, None
     progress.seconds += time.perf_counter() - began

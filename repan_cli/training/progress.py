@@ -96,8 +96,8 @@ def _check(loss: float, skipped: float) -> None:
 @dataclass
 class Progress:
     """How far a run has come: `phase` of its plan, whether that has `begun`, its `epoch`s and the `step`s of the next
-    one that are done, the sums over those steps, seconds spent in the phase, the best so far. It is not `whole` while a
-    restart is under way.
+    one that are done, the sums over those steps, seconds spent in the phase, the best so far and the epochs since. It
+    is not `whole` while a restart is under way.
     """
 
     phase: int = 0
@@ -107,6 +107,7 @@ class Progress:
     seconds: float = 0.0
     best_top1: float = -math.inf
     best_of_phase: float = -math.inf
+    since_best: int = 0
     totals: Totals | None = None
     best_weights: dict[str, Tensor] | None = None
     whole: bool = True

@@ -31,8 +31,9 @@ class Training:
     out to choose by. `restarted` names the blocks that restart; None is all. `wrapped` is the network as training
     calls it, compiled for one; None is the network itself. `ema`: a weight average that is scored in its stead.
     `accumulate`: how many batches an update takes. `graphs`: where updates are recorded and replayed; None does them as
-    they are. `stop` is asked wherever the run may take long without an event. `rates_are_one` holds the answer of
-    `read_attach_rates` as the phase `rates_of` began.
+    they are. `stop` is asked wherever the run may take long without an event. `patience` ends the run after so many
+    epochs without a better validation top-1. `rates_are_one` holds the answer of `read_attach_rates` as the phase
+    `rates_of` began.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Training:
     progress: Progress = field(default_factory=Progress)
     graphs: Graphs | None = None
     stop: Callable[[], bool] = bool
+    patience: int | None = None
     rates_of: Phase | None = field(default=None, init=False)
     rates_are_one: tuple[bool, bool] = field(default=(False, False), init=False)
 
@@ -115,6 +117,11 @@ class Training:
         norms = (module for module in self.model.modules() if isinstance(module, _BatchNorm))
         norms = (norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm))
         return [norm for norm in norms if norm.num_batches_tracked is not None and norm.momentum is not None]
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Tell whether so many epochs were no better that the run ends."""
+        return self.patience is not None and self.progress.since_best >= self.patience
 
     @property
     def called(self) -> nn.Module:

@@ -58,6 +58,10 @@ def _optimizer_state(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"parameters": plain, "groups": groups}
 
 
+LATER = {"since_best": 0}
+"""The position as far as states of earlier versions lack it."""
+
+
 def restore(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     """Put a run, whose scored network has its weights already, into a state that `snapshot` gave.
 
@@ -65,7 +69,7 @@ def restore(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, An
     """
     try:
         for name in POSITION:
-            setattr(run.progress, name, plain[name])
+            setattr(run.progress, name, {**LATER, **plain}[name])
         _restore_optimizer(run, tensors, plain["optimizer"])
         if run.scaler.is_enabled():
             run.scaler.load_state_dict(plain["scaler"])

@@ -30,6 +30,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repan_cli import (
     config,
@@ -53,7 +54,7 @@ from repan_cli.system.device import (
 from repan_cli.system.host import processor
 from repan_cli.system.timing import Timing, interleaved, wait
 from repan_cli.training import optim
-from repan_cli.training.cuda_graphs import CudaRecorder, Graphs
+from repan_cli.training.cuda_graphs import WARM_UPS, CudaRecorder, Graphs
 from repan_cli.training.events import Epoch, StepEnd
 from repan_cli.training.loop import fit
 from repan_cli.training.plan import Phase
@@ -248,6 +249,47 @@ def step(bench: Bench) -> dict[str, Any]:
     return bench.rates(cases, bench.batch)
 
 
+def counts(bench: Bench) -> dict[str, Any]:
+    """Of a step of the student: what it launches, and the time that it takes the host.
+
+    On a GPU the kernels of a replayed recording, and why there is none (`refused`); else the operators that are
+    dispatched.
+    """
+    graph = bench.device.type == "cuda"
+    run = training(bench, bench.machine(bench.best), Classification(), graph=graph)
+    one = stepper(run)
+    for _ in range(WARM_UPS + 2):
+        one()
+    wait(bench.device)
+    if graph:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            one()
+            wait(bench.device)
+        launched = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    else:
+        with Operators() as operators:
+            one()
+        launched = operators.count
+    host = []
+    for _ in range(3 if bench.quick else 50):
+        began = time.perf_counter()
+        one()
+        host.append(time.perf_counter() - began)
+        wait(bench.device)
+    refused = run.graphs.refused if run.graphs else None
+    return {"launched": launched, "host_microseconds": round(1e6 * sorted(host)[len(host) // 2]), "refused": refused}
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are dispatched meanwhile, views and memory included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
 def distill(bench: Bench) -> dict[str, Any]:
     """A step of distillation: a live ResNet-101 in float32 and as repan runs it, and the cache of its logits."""
     found, teacher = {}, network(TEACHER)
@@ -384,9 +426,10 @@ def overhead(bench: Bench) -> dict[str, Any]:
 
 def losses(bench: Bench) -> dict[str, Any]:
     """The relative difference of a tier's loss from the plain float32 one's, on the first batch, and the largest over
-    eight steps, in which rounding grows.
+    eight steps, in which rounding grows; and why a recording was refused, if one was.
     """
     found: dict[str, list[float]] = {}
+    refused: dict[str, str | None] = {}
     for name, kind in {"plain": {"precision": "fp32", "channels_last": False}, **tiers(bench)}.items():
         kind = dict(kind)
         machine = bench.machine(kind.pop("precision"), channels_last=kind.pop("channels_last", True))
@@ -397,11 +440,13 @@ def losses(bench: Bench) -> dict[str, Any]:
             one()
             seen.append((run.progress.totals.loss.item() - before) / bench.batch)
         found[name] = seen
+        refused[name] = run.graphs.refused if run.graphs else None
     plain = found.pop("plain")
     return {
         name: {
             "first step": abs(seen[0] - plain[0]) / plain[0],
             "eight steps": max(abs(a - b) / b for a, b in zip(seen, plain, strict=True)),
+            "refused": refused[name],
         }
         for name, seen in found.items()
     }
@@ -409,7 +454,7 @@ def losses(bench: Bench) -> dict[str, Any]:
 
 MEASUREMENTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     each.__name__: each
-    for each in (ceilings, losses, step, distill, teacher, loader, inference, fuse, start, epoch, overhead)
+    for each in (ceilings, losses, step, counts, distill, teacher, loader, inference, fuse, start, epoch, overhead)
 }
 
 
@@ -422,6 +467,9 @@ def targets(found: dict[str, Any], bench: Bench) -> list[tuple[str, float, str, 
     small, large = (1, 4) if bench.quick else (1, 128)
     if "step" in found and not cuda:
         rows += [("student step against the plain loop", found["step"][best]["ratio"], ">=", 2.0)]
+    if "counts" in found and cuda:
+        rows += [("kernels of a recorded step", found["counts"]["launched"], "<=", 500)]
+        rows += [("host time of a step, microseconds", found["counts"]["host_microseconds"], "<=", 150)]
     if "distill" in found and not cuda:
         rows += [("distillation with the cache against a live teacher", found["distill"]["cached"]["ratio"], ">=", 15)]
     if "teacher" in found and cuda:

@@ -1,0 +1,147 @@
+"""The proof that a merged network is the one it came from, in float64: every block by itself, and all it returns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from repan_cli.blocks import RepBlock
+from repan_cli.errors import MergeError
+from repan_cli.models.changes import apply
+from repan_cli.models.linear_ops import BranchSum
+from repan_cli.models.merging import MergePlan
+from repan_cli.models.outputs import Leaves, difference, differences, inner_modules, inner_outputs, leaves
+from repan_cli.models.probe import CEILING, NUDGE, noise
+from repan_cli.models.rebuild import NothingIsDrawn
+from repan_cli.models.twins import twin
+from repan_cli.system.text import first_line
+
+TOLERANCE = 1e-10
+"""Bound on the relative error in float64: a right merge is at 1e-15, a wrong one at 1e-2."""
+
+JUMP = 1e-2
+"""An output that rounding to float32 changes by more says nothing of a merge: it chooses, as detectors do."""
+
+MOST_WORK = 10**9
+"""Multiplications that a block may need on noise as large as its kernel, beside the input it gets."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The relative errors of a merged network in float64.
+
+    `of_blocks` are those of each block on the input it gets, by name, `of_outputs` those of all that the network
+    returns, and `problem` is what is wrong with these. Where that says nothing, `of_outputs` are those of what the
+    modules `parts` return.
+    """
+
+    of_blocks: Mapping[str, float]
+    of_outputs: Mapping[str, float]
+    problem: MergeError | None = None
+    parts: frozenset[str] = frozenset()
+
+    def compared(self, model: nn.Module, images: Tensor) -> Leaves:
+        """Return that of what a network returns for images which tells whether it is the same."""
+        if not self.parts:
+            return leaves(model(images))
+        found = inner_outputs(model, images, self.parts)
+        return {name: value for name, value in found.items() if name in self.of_outputs}
+
+
+def errors_of(merged: nn.Module, exact: nn.Module, found: MergePlan, images: Tensor, expected: Leaves) -> Errors:
+    """Compare a merged network with the one it came from, which returns `expected` for the images."""
+    blocks: dict[str, float] = {}
+    try:
+        with _compared(merged, found, blocks) as blocked:
+            blocked(images)
+        outputs = leaves(merged(images))
+    except Exception as error:  # whatever a network does without a layer that it had
+        problem = MergeError(f"merging broke the network: {first_line(error)}; nothing was written")
+        return Errors(blocks, {}, problem)
+    return _of_outputs(Errors(blocks, dict(differences(outputs, expected))), merged, exact, images, expected)
+
+
+def _of_outputs(found: Errors, merged: nn.Module, exact: nn.Module, images: Tensor, expected: Leaves) -> Errors:
+    """Judge the errors of outputs; where outputs say nothing, those of the larger parts of the network."""
+    tells = any(value.numel() for value in expected.values())
+    wrong = {name: error for name, error in found.of_outputs.items() if not error <= TOLERANCE}
+    if wrong:
+        nudged = dict(differences(leaves(exact(images * (1 + NUDGE))), expected))
+        wrong = {name: e for name, e in wrong.items() if not e <= min(nudged.get(name, 0.0), CEILING)}
+        rounded = dict(differences(_in_float32(exact, images), expected)) if wrong else {}
+        jumping = {name for name in wrong if nudged.get(name, 0.0) > CEILING or rounded.get(name, 0.0) > JUMP}
+        for name in wrong.keys() - jumping:
+            return Errors(found.of_blocks, {}, changed(f"the output {name}" if name else "the logits", wrong[name]))
+        tells = tells and not jumping
+    if tells:
+        return found
+    parts = frozenset(inner_modules(exact) & inner_modules(merged))
+    return Errors(found.of_blocks, *_of_parts(parts, merged, exact, images), parts)
+
+
+def _in_float32(model: nn.Module, images: Tensor) -> Leaves:
+    found = leaves(copy.deepcopy(model).float()(images.float()))
+    return {name: value.double() for name, value in found.items()}
+
+
+def _of_parts(
+    names: frozenset[str], merged: nn.Module, exact: nn.Module, images: Tensor
+) -> tuple[dict[str, float], MergeError | None]:
+    """Return the errors of what the larger parts of a network return, and what is wrong with them.
+
+    A detector may find nothing in the images, and what it finds may jump where two scores are nearly the same: its
+    backbone and its heads do not.
+    """
+    expected = inner_outputs(exact, images, names)
+    nudged = dict(differences(inner_outputs(exact, images * (1 + NUDGE), names), expected))
+    errors = dict(differences(inner_outputs(merged, images, names), expected))
+    smooth = [name for name, value in expected.items() if value.numel() and nudged[name] <= CEILING]
+    if not smooth:
+        return {}, MergeError("nothing that the network returns for these images can be compared; nothing was written")
+    wrong = [name for name in smooth if not errors[name] <= max(TOLERANCE, nudged[name])]
+    return {name: errors[name] for name in smooth}, changed(wrong[0], errors[wrong[0]]) if wrong else None
+
+
+@contextmanager
+def _compared(merged: nn.Module, found: MergePlan, errors: dict[str, float]) -> Iterator[nn.Module]:
+    """Give a network whose every block compares itself with its convolution, and notes its largest error."""
+    blocked = twin(found.adapted, blocks=lambda block: block)
+    with NothingIsDrawn():
+        blocked = apply(apply(blocked, found.sums, whole=True), found.folds)
+    convs = {name: conv for name, conv in merged.named_modules() if isinstance(conv, nn.Conv2d)}
+    hooks = [
+        block.register_forward_hook(_comparison(name, convs[name], errors))
+        for name, block in blocked.named_modules()
+        if isinstance(block, (RepBlock, BranchSum)) and name in convs
+    ]
+    try:
+        yield blocked
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _comparison(
+    name: str, conv: nn.Conv2d, errors: dict[str, float]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    reach = max(d * (k - 1) + s for d, k, s in zip(conv.dilation, conv.kernel_size, conv.stride, strict=True)) + 1
+
+    def compare(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pairs = [(inputs[0], output)]
+        if min(inputs[0].shape[-2:]) < reach and conv.weight.numel() * reach**2 <= MOST_WORK:
+            x = noise(1, conv.in_channels, reach, reach).double()  # in which every weight meets an image
+            pairs.append((x, type(block).forward(block, x)))
+        errors[name] = max(errors.get(name, 0.0), *(difference(leaves(conv(x)), leaves(y)) for x, y in pairs))
+
+    return compare
+
+
+def changed(name: str, error: float) -> MergeError:
+    """Return the error that tells of a merge that is not right."""
+    return MergeError(
+        f"merging changed the function at {name}: relative error {error:.1e} in float64; nothing was written"
+    )

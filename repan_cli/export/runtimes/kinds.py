@@ -1,0 +1,64 @@
+"""The declaration of a format of another program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from repan_cli.errors import InputError
+from repan_cli.system.text import first_line
+
+INPUT = "images"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The network that is converted, merged, on the CPU, with images (N, C, H, W) like those that it reads.
+
+    `onnx` gives its ONNX file, which some converters begin with. `source` names it in messages.
+    """
+
+    network: nn.Module
+    images: Tensor
+    source: str
+    onnx: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A format of another program.
+
+    `files` are the names that its folder may hold. `convert` gives their
+    content; `open` gives the network in a folder, run by the program. `why_not` tells why this machine cannot run it.
+    `use` is a line of code, with the folder as {folder}; `any_batch` tells whether it takes several images at once.
+    """
+
+    title: str
+    files: tuple[str, ...]
+    convert: Callable[[Conversion], dict[str, bytes]]
+    open: Callable[[Path], nn.Module]
+    use: str
+    why_not: Callable[[], str | None] = lambda: None
+    any_batch: bool = True
+
+
+def cannot(title: str, conversion: Conversion, error: Exception) -> InputError:
+    """Return the error of a network that a converter does not take."""
+    return InputError(f"{conversion.source} cannot be written for {title}: {first_line(error)}")
+
+
+class OneByOne(nn.Module):
+    """A network that another program runs for one image (1, C, H, W) at a time; here for any number."""
+
+    def run(self, image: Tensor) -> Tensor:
+        """Return the logits (1, classes) of one image."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        found = [self.run(image[None]) for image in images.detach().cpu().float().contiguous()]
+        return torch.cat(found).to(images.device)

@@ -1,0 +1,112 @@
+"""The runs below a folder: of which command each is, how far it came, and how it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from repan_cli.config.files import read_file
+from repan_cli.errors import InputError
+from repan_cli.runs.directory import HEARTBEAT, SERIES, command_of, goes_on
+from repan_cli.runs.trackers import read_metrics
+from repan_cli.system.files import read_json
+from repan_cli.system.text import quoted
+from repan_cli.system.user_code import names_a_file
+
+KILLED, UNKNOWN = "killed", "not known"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: `best` is its best validation top-1, `test` the test top-1 of a finished one, `age` in seconds is that of
+    its last sign of life. `go_on` is the command that goes on with it; empty where nothing does.
+    """
+
+    path: Path
+    command: str
+    state: str
+    best: float | None
+    test: float | None
+    age: float
+    go_on: str
+
+
+def runs_below(root: Path) -> list[Run]:
+    """Return the runs below a folder, the one that lived last first."""
+    found = [_run(file.parent) for file in root.rglob("config.yaml") if not (file.parent / SERIES).exists()]
+    return sorted(found, key=lambda run: run.age)
+
+
+def _run(path: Path) -> Run:
+    status: dict[str, Any] = {}
+    with contextlib.suppress(InputError):
+        status = read_json(path / "status.json")
+    command, state = command_of(path), _state(status)
+    scores = [record.get("val_top1") for record in read_metrics(path / "metrics.jsonl")]
+    known = [float(score) for score in scores if isinstance(score, (int, float))]
+    return Run(
+        path=path,
+        command=command,
+        state=state,
+        best=max(known, default=None),
+        test=_test(path),
+        age=time.time() - _last_sign(path, status),
+        go_on="" if state in ("done", "running") or not goes_on(path) else _how(path, command),
+    )
+
+
+def _state(status: dict[str, Any]) -> str:
+    """Return the state of a run; one that says 'running', and is not, was killed."""
+    state = str(status.get("state", UNKNOWN))
+    if state != "running":
+        return state
+    if status.get("host") == platform.node():
+        return state if _lives(status.get("pid")) else KILLED
+    beat = _seconds(status.get("heartbeat"))
+    return state if beat is None or time.time() - beat < 10 * HEARTBEAT else KILLED
+
+
+def _lives(pid: Any) -> bool:
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _last_sign(path: Path, status: dict[str, Any]) -> float:
+    signs = (_seconds(status.get(name)) for name in ("heartbeat", "time"))
+    return next((sign for sign in signs if sign is not None), (path / "config.yaml").stat().st_mtime)
+
+
+def _seconds(text: Any) -> float | None:
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except ValueError:
+        return None
+
+
+def _test(path: Path) -> float | None:
+    with contextlib.suppress(InputError, LookupError, TypeError, ValueError):
+        return float(read_json(path / "summary.json")["test"]["top1"])
+    return None
+
+
+def _how(path: Path, command: str) -> str:
+    """Return the command that goes on with a run, with a network of one's own named again."""
+    whole = path.parent if (path.parent / SERIES).exists() else path
+    network = ""
+    with contextlib.suppress(InputError):
+        network = str(read_file(path / "config.yaml").get("model.name"))
+    own = f" --model {quoted(network)}" if names_a_file(network) else ""
+    return f"repan {command} --resume {quoted(whole)}{own}"

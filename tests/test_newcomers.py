@@ -1,0 +1,158 @@
+"""What newcomers stumble over: other words, names that are nearly right, streams that are full, labels too long."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support import ROOT, one_line, run, write_run
+
+from repan_cli import config
+from repan_cli.display import plots
+from repan_cli.display.console import Display
+from repan_cli.errors import InputError
+from repan_cli.session import teachers
+from repan_cli.training.events import CycleStart, Epoch
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        *(("cycle.cycles", "cycle.count"), ("cycles", "cycle.count"), ("cycle.epochs", "epochs")),
+        *(("learning_rate", "optim.lr"), ("optim.optimizer", "optim.name"), ("img_size", "data.image_size")),
+        *(("batch_size", "data.batch_size"), ("train.batch_size", "data.batch_size"), ("dataset", "data.name")),
+    ],
+)
+def test_the_words_of_others_are_answered_with_ours(key, meant):
+    with pytest.raises(InputError, match=f"unknown setting '{key}'; did you mean {meant}"):
+        config.typed({key: "1"})
+
+
+def test_every_word_of_others_means_a_setting():
+    from repan_cli.config.resolve import OTHER_WORDS
+
+    assert set(OTHER_WORDS.values()) <= config.SCHEMA.keys()
+    assert not set(OTHER_WORDS) & {key.rpartition(".")[2] for key in config.SCHEMA}
+
+
+@pytest.mark.parametrize(("name", "meant"), [("cifar", "recipes/cifar"), ("digits.yaml", "recipes/digits")])
+def test_a_preset_without_its_folder_is_answered(name, meant):
+    with pytest.raises(InputError, match=f"no configuration file or preset '{name}'; did you mean .*{meant}"):
+        config.find_preset(name)
+
+
+@pytest.mark.parametrize("words", ["list blocks", "--version", "--help"])
+def test_a_full_stdout_is_one_line(words):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "repan_cli", *words.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+    assert (done.returncode, done.stderr) == (4, "Error: cannot write to stdout: No space left on device\n")
+
+
+def test_closed_streams_are_one_line_or_none():
+    repan = f"{sys.executable} -m repan_cli"
+    commands = {"list blocks >&-": 4, "info gone.pt 2>&-": 2, "info gone.pt >&- 2>&-": 2}
+    for words, code in commands.items():
+        done = subprocess.run(f"{repan} {words}", shell=True, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == code, words
+        assert done.stderr == ("" if "2>&-" in words else "Error: cannot write to stdout: it is closed\n")
+
+
+def test_a_teacher_of_ones_own_names_the_setting_of_teachers(digits, tmp_path, monkeypatch):
+    card = type("Card", (), {"model": "net.py:build"})
+    saved = type("Saved", (), {"card": card})
+    with pytest.raises(
+        InputError, match="the teacher t.pt holds a network of your own, net.py:build: give teacher.mod"
+    ):
+        teachers._ours("t.pt", config.TeacherConfig(name="t.pt"), digits, saved)
+
+
+def test_the_broken_files_of_a_folder_are_named_at_the_end(tmp_path, cycle_run, capsys):
+    for name in ("a.png", "c.png"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    (tmp_path / "b.png").write_bytes(b"no image")
+    code, out, err = run(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path, "--top", "1")
+    assert code == 2
+    assert out.count(".png") == 2
+    last = err.splitlines()[-1]
+    assert last == f"Error: 1 of 3 images could not be read: {tmp_path}/b.png; the other 2 images answered"
+    assert f"Warning: cannot read the image {tmp_path}/b.png" in err
+
+
+def test_an_arm_that_the_grid_has_no_more_is_said(tmp_path, capsys):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("settings:\n  model: {name: repvgg}\n  data: {name: digits}\narms:\n  one: {command: train}\n")
+    (tmp_path / "out" / "two").mkdir(parents=True)
+    (tmp_path / "out" / "two" / "arm.yaml").write_text("epochs: 3\n")
+    _, _, err = run(capsys, "study", grid, "--out", tmp_path / "out", "--dry-run")
+    assert f"holds runs of two, no arms of {grid} any more" in " ".join(err.split())
+
+
+def test_long_labels_name_only_what_tells_groups_apart(tmp_path, capsys):
+    many = {"cycle__attach": "ramp", "cycle__branch_init": "small", "optim__weight_decay": "0.001", "optim__clip": "5"}
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", **many)
+    _, out, err = run(capsys, "compare", tmp_path / "a", tmp_path / "b")
+    assert "optim.weight_decay=0.001 " in out
+    assert "branch_init" not in out
+    said = " ".join(err.split())
+    assert (
+        "labels name what tells the groups apart; they also differ in cycle.attach, cycle.branch_init, optim.clip"
+        in said
+    )
+
+
+def epoch(rate=1.0):
+    return Epoch(1, 2, 1.0, 1.0, 50.0, 50.0, 1.0, 0.1, rate, 100.0, True, 9, None, None, None)
+
+
+def shown(capsys, *, ramps, events):
+    display = Display(epochs={0: 2, 1: 2}, steps=9, ramps=ramps)
+    for event in events:
+        display.show(event)
+    return capsys.readouterr().err
+
+
+def test_an_attach_rate_that_never_changes_is_not_shown(capsys):
+    events = (CycleStart(1), epoch())
+    assert "attach" not in shown(capsys, ramps=False, events=events)
+    said = shown(capsys, ramps=True, events=(CycleStart(1), epoch(0.25)))
+    assert "attach" in said
+    assert " 0.25 " in said
+
+
+def test_a_run_that_goes_on_inside_a_phase_has_the_header_of_its_table(capsys):
+    said = shown(capsys, ramps=False, events=(epoch(), epoch()))
+    assert said.count("phase") == 1
+    assert said.index("phase") < said.index("cycle 1/1")
+
+
+def test_curves_have_no_panel_for_a_constant_rate(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(plots, "_draw_attach_rate", lambda *_: drawn.append(True))
+    record = {
+        "cycle": 0,
+        "train_top1": 1.0,
+        "val_top1": 1.0,
+        "loss": 1.0,
+        "val_loss": 1.0,
+        "lr": 0.1,
+        "attach_rate": 1.0,
+    }
+    plots.draw_curves([record, record], tmp_path / "a.png", title="a")
+    assert not drawn
+    plots.draw_curves([record, {**record, "attach_rate": 0.5}], tmp_path / "b.png", title="b")
+    assert drawn
+
+
+def test_fused_weights_to_start_from_are_answered_with_the_plain_form(cycle_run, capsys):
+    fused = cycle_run.folder / "fused.pt"
+    said = one_line(capsys, "train", "--dataset", "digits", "--init", fused)
+    assert f"repan fuse {fused} --form conv-bn" in said
