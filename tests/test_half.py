@@ -71,6 +71,15 @@ def test_numbers_beyond_float16_are_refused():
         half.bound(network, torch.ones(2, 3, 4, 4), "it")
 
 
+def test_a_network_that_returns_no_logits_is_refused():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return {"out": x, "aux": x}
+
+    with pytest.raises(InputError, match="it returns a dict, and float16 is measured on logits"):
+        half.bound(Pair(), torch.ones(2, 3, 4, 4), "it")
+
+
 def test_half_is_for_onnx(capsys, small_run, tmp_path):
     for words in (("-f", "pt"), ("-f", "onnx", "-f", "pt2")):
         line = one_line(capsys, "fuse", small_run.folder, "-o", tmp_path / "a", "--half", *words)
