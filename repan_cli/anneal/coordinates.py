@@ -1,4 +1,4 @@
-"""How a restart changes the coordinates of a block: what the optimizer remembers must be rewritten in the new ones."""
+"""Changes of a block's coordinates in a restart, in which the optimizer's state must be rewritten."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from repan_cli.blocks.kernel import exact
 
 
 class CoordinateChange(NamedTuple):
-    """How a restart changed the coordinates of a block.
+    """The change of a block's coordinates that a restart made.
 
     A gradient of the trunk's weights is `ratio` (C_out,) times what it was; that of its gamma is a sum of what those of
     the last gammas in the block were, times `shares`, (C_out,) each; without any it is not known.

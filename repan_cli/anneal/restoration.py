@@ -14,8 +14,8 @@ TINY_GAMMA = 1e-6
 """Below this |gamma| the rule `running` cannot divide by it, nor is momentum carried by |gamma / sigma| below it."""
 
 MOST_GROWTH = 4.0
-"""How many times its old norm a channel of a trunk may get under `trunk_scale=pace`, which divides by gamma; also the
-most that carried momentum is multiplied with."""
+"""The limit on the growth of a channel's norm under `trunk_scale=pace`, which divides by gamma. It is also the largest
+factor that carried momentum is multiplied by."""
 
 
 class Moments(NamedTuple):

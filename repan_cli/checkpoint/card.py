@@ -42,7 +42,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Structure:
-    """How a network became what it is: see `models.changes`.
+    """The record of how a network was built: see `models.changes`.
 
     `changes` made its blocks, `left` tells why other convolutions are none, and `native` holds the `block` family and
     `branches` that a network built of blocks was created with.

@@ -31,8 +31,8 @@ FORMAT = 1
 CONTENT = {"version": int, "digest": str, "meta": dict, "weights": dict, "state": dict}
 
 CHECKSUM, DIGITS = b"repan sha256 ", 64
-"""What stands in front of the SHA-256 of all other bytes of a file, and how many digits that has. It is the comment of
-a `.pt` or `.pt2` archive, at the end, the last metadata of an `.onnx` file, and the first value in the header of a
+"""The mark before the SHA-256 of all other bytes of a file, and the number of digits after it. Both are the comment at
+the end of a `.pt` or `.pt2` archive, the last metadata entry of an `.onnx` file, and the first value in the header of a
 `.safetensors` file."""
 
 

@@ -1,4 +1,4 @@
-"""How images become the input of a network, as files tell it to programs that know nothing of this one.
+"""The description of a network's preprocessing in a file, for programs that do not know repan.
 
 The names are timm's where it has one. `docs/deploy.md` shows a script that follows them.
 """

@@ -34,7 +34,7 @@ PLAIN_TYPES: list[Any] = [
     *(type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "bool")),
     *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-"""What trainers save beside weights and what is no code: attributes, and numbers of numpy's."""
+"""Harmless objects that trainers save next to weights: attribute containers and numpy scalars."""
 
 MOST_TEXT = 2**21
 """Bytes of a description, a pickle or a header, enough for 20,000 tensors. One that is longer, and more than an eighth

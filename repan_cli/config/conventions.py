@@ -29,8 +29,8 @@ CROP_SHARE = 0.875
 
 CENTER, SQUASH, BORDER = "center", "squash", "border"
 CROP_MODES = (CENTER, SQUASH, BORDER)
-"""How large images become square, as timm does: the shorter side is resized and the middle taken; both sides are; the
-longer side is, and a border added."""
+"""The ways in which large images become square, as in timm: resize the shorter side and crop the middle; resize both
+sides; resize the longer side and pad."""
 
 INTERPOLATION = "bicubic"
 INTERPOLATIONS = (INTERPOLATION, "bilinear", "nearest", "box", "hamming", "lanczos")

@@ -193,7 +193,7 @@ def _refuse_two_rates(config: Config, given: Layer) -> None:
 
 
 def _shown(path: Path | None) -> str:
-    """How people would type it: the name of a preset, or a path."""
+    """Return the path as users type it: the name of a preset, or a path."""
     if path is None:
         return "defaults"
     return next((name for name, preset in presets().items() if preset == path), str(path))

@@ -1,4 +1,4 @@
-"""Which source a part of a data set gets: in memory wherever that can be, else read one by one."""
+"""Choice of a loader for each part of a data set: in memory where possible, else streaming."""
 
 from __future__ import annotations
 

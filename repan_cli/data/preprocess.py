@@ -1,4 +1,4 @@
-"""How a picture becomes what a network reads, outside of training."""
+"""Preprocessing of a picture for a network, outside of training."""
 
 from __future__ import annotations
 

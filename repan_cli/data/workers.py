@@ -36,7 +36,7 @@ AHEAD = 2
 """Batches that each process has loaded or is loading, as PyTorch has it."""
 
 SHARED = Path("/dev/shm")
-"""Where loaded batches lie until they are taken, on Linux; Docker gives it 64 MB."""
+"""The shared memory that holds loaded batches until they are used, on Linux; Docker gives it 64 MB."""
 
 
 def check_room(batch: int, pixels: int, workers: int, images: int) -> None:

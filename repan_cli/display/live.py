@@ -18,7 +18,7 @@ from repan_cli.training.events import LossLog, StepEnd
 
 WIDE = 130
 BAR, BACK = "magenta", "bright_black"
-"""Of the terminal's own palette, which themes adapt; in xterm's their contrast to white and to black is over 3."""
+"""Colours of the terminal's own palette, which themes adapt; xterm's contrast with white and black by over 3."""
 
 
 def clock(seconds: float | None) -> str:

@@ -38,7 +38,7 @@ PAYLOADS = {
     "data/weights/model_weights_config.json": "data/weights",
     "data/constants/model_constants_config.json": "data/constants",
 }
-"""What lists the tensors of a file, and where these are."""
+"""The entries that list a file's tensors, and the folders that hold these tensors."""
 
 INPUTS = "data/sample_inputs/model.pt"
 RECORDS = re.compile(

@@ -34,7 +34,7 @@ USUAL_BATCH = 128
 
 @dataclass(frozen=True)
 class Restarted:
-    """What a restart did: the epoch before which it was, its blocks, and how far it moved the logits in eval mode."""
+    """The result of a restart: the epoch it came before, its blocks, and the change of the logits in eval mode."""
 
     epoch: int
     blocks: int

@@ -16,7 +16,7 @@ from transformers import TrainerCallback  # noqa: E402 (there is a clearer error
 from transformers.trainer_callback import ExportableState  # noqa: E402
 
 WHOLE = 1e-6
-"""How far from a whole number the epoch may be at its beginning."""
+"""The largest distance of an epoch's number from an integer at the beginning of an epoch."""
 
 
 class RepanCallback(TrainerCallback, ExportableState):

@@ -20,7 +20,7 @@ SIDES = 4
 """Dimensions of a batch of images."""
 
 Arguments = dict[str | int, Any]
-"""What a function is called with, by name, or by place where that has none; the images themselves are None."""
+"""The arguments of a function by name, or by position where they have no name; the images themselves are None."""
 
 MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 

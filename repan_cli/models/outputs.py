@@ -1,4 +1,4 @@
-"""What a network returns: one tensor, or dictionaries, lists and tuples of tensors, compared leaf by leaf."""
+"""Outputs of networks: one tensor, or dictionaries, lists and tuples of tensors, compared leaf by leaf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What our networks for small images share: their pretrained configuration, pooling and classifier."""
+"""The common parts of our networks for small images: pretrained configuration, pooling and classifier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training feels of a restart: mean losses over the steps around it, from the records of the epochs.
+"""The effect of a restart on training: mean losses over the steps around it, from the records of the epochs.
 
 A window of 50 or 200 steps begins with an epoch and runs on over those that follow, or ends with one and reaches back
 over those before. Of every epoch it covers whole it needs the epoch's loss, and of the last one a part, which is the
@@ -20,14 +20,14 @@ TAIL = 200
 """Length in steps of the window before it."""
 
 KEYS = (*(f"loss_head_{window}" for window in HEADS), f"loss_tail_{TAIL}")
-"""Of what a record holds for them: the mean loss of an epoch's first `part(window)` steps, and of its last."""
+"""The keys in a record: the mean loss over an epoch's first `part(window)` steps, and over its last."""
 
 Records = Sequence[Mapping[str, Any]]
-"""Of epochs, in their order, as metrics.jsonl holds them."""
+"""Records of epochs in order, as in metrics.jsonl."""
 
 
 def part(window: int, steps: int) -> int:
-    """How many steps of an epoch of `steps` a window reaches into: all its own, or what whole epochs leave of it."""
+    """Return how many steps of an epoch of `steps` a window covers: all, or those left after whole epochs."""
     return window if window <= steps else window % steps
 
 
@@ -38,7 +38,7 @@ def marks(steps: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Pace:
-    """How an epoch goes through the images: in batches, of which so many make an update."""
+    """The size of an epoch: its images, the batch size, and the batches in each update."""
 
     images: int
     batch_size: int

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 PROC_STAT, CPU_MAX = Path("/proc/stat"), Path("/sys/fs/cgroup/cpu.max")
-"""Where Linux tells the time that each core was used, and the limit of a container."""
+"""The files in which Linux gives the time that each core was used, and the CPU limit of a container."""
 
 SAMPLE = 0.2
 """Seconds over which the use of cores is looked at."""

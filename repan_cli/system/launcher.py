@@ -1,4 +1,4 @@
-"""What torchrun says of this process in its environment."""
+"""The variables that torchrun sets in the environment of this process."""
 
 from __future__ import annotations
 

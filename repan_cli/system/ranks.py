@@ -20,7 +20,7 @@ from repan_cli.system.files import to_json
 from repan_cli.system.launcher import local_rank, local_ranks, own_rank, rank_count
 
 START_LIMIT, STEP_LIMIT, DATA_LIMIT = timedelta(minutes=5), timedelta(minutes=10), timedelta(hours=24)
-"""How long ranks wait for each other: to begin, within a run, and while one of them fetches a data set."""
+"""The time that ranks wait for each other: to begin, within a run, and while one of them fetches a data set."""
 
 POLL = 0.05
 """Seconds between two looks at the store."""

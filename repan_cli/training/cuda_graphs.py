@@ -20,14 +20,14 @@ from repan_cli.errors import InputError
 from repan_cli.system.text import first_line
 
 WARM_UPS = 3
-"""How often work runs as it is before it is recorded: libraries choose and load their kernels meanwhile."""
+"""The number of plain runs before work is recorded: libraries choose and load their kernels meanwhile."""
 
 Inputs = tuple[Tensor, ...]
 Work = Callable[[Inputs], Tensor]
 
 
 class Recorder(Protocol):
-    """How work is recorded."""
+    """The interface of a recorder of work."""
 
     def aside(self, work: Callable[[], Tensor]) -> Tensor:
         """Do the work once, where it would be recorded."""

@@ -91,5 +91,5 @@ def score_of(totals: Tensor, count: int) -> Score:
 
 
 def eval_batch(images: Loader) -> int:
-    """How many images are looked at together."""
+    """Return the batch size for evaluation."""
     return max(1, min(EVAL_BATCH, EVAL_PIXELS // images.size**2))

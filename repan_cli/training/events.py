@@ -1,4 +1,4 @@
-"""What the training loop tells: events that hold floats and names only. Imports no torch."""
+"""Events of the training loop, which hold floats and names only. Imports no torch."""
 
 from __future__ import annotations
 

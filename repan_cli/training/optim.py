@@ -105,7 +105,8 @@ def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 MEANS, SQUARES = ("momentum_buffer", "exp_avg"), ("exp_avg_sq",)
-"""What optimizers remember: averages of gradients, and of their squares. Of anything else blocks start anew."""
+"""The state that is carried over: averages of gradients, and of their squares. Any other state of a block starts anew.
+"""
 
 
 def carry_momentum(optimizer: torch.optim.Optimizer, changes: Iterable[CoordinateChange]) -> None:

@@ -1,4 +1,4 @@
-"""How far a run has come: its position in the plan and the sums over the epoch that is under way."""
+"""The progress of a run: its position in the plan and the sums over the current epoch."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def _check(loss: float, skipped: float) -> None:
 
 @dataclass
 class Progress:
-    """How far a run has come: `phase` of its plan, whether that has `begun`, its `epoch`s and the `step`s of the next
-    one that are done, the sums over those steps, seconds spent in the phase, the best so far and the epochs since. It
-    is not `whole` while a restart is under way.
+    """The progress of a run: the `phase` of its plan, whether it has `begun`, its finished `epoch`s and the `step`s
+    done in the next one, the sums over those steps, seconds spent in the phase, the best score so far and the epochs
+    since. It is not `whole` while a restart is under way.
     """
 
     phase: int = 0

@@ -1,4 +1,4 @@
-"""How good a network is, in detail: accuracy of each class, calibration, confusion, and where two networks differ."""
+"""A detailed score of a network: accuracy of each class, calibration, confusion, and disagreement of two networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from repan_cli.system.text import count
 from repan_cli.training.evaluation import Score, check_logits, eval_batch, score_batch, score_of
 
 BINS = 15
-"""Of confidence, equally wide (Guo et al. 2017)."""
+"""The number of confidence bins, equally wide (Guo et al. 2017)."""
 
 
 @dataclass(frozen=True)

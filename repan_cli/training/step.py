@@ -50,7 +50,7 @@ def update(run: Training, phase: Phase, task: Task, group: list[Batch], elapsed:
 
 
 class _How(NamedTuple):
-    """How an update is made: with trunks that stay as they are, with branches that are known to be fully attached."""
+    """The kind of an update: with frozen trunks, and with branches known to be fully attached."""
 
     frozen: bool
     attached: bool
@@ -185,7 +185,7 @@ def _counted_at_once(norms: Sequence[BatchNorm]) -> Iterator[None]:
 
 
 def _images_of_all_ranks(run: Training, group: list[Batch]) -> int:
-    """How many images an update is made of, where ranks may have one more or less."""
+    """Return the number of images in an update over all ranks, which may differ by one image."""
     images = sum(len(batch.images) for batch in group)
     if run.runtime.ranks == 1:
         return images

@@ -1,4 +1,4 @@
-"""What is trained for: a task maps a batch to a loss and logits."""
+"""Training tasks: a task maps a batch to a loss and logits."""
 
 from __future__ import annotations
 

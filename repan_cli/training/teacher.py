@@ -29,12 +29,12 @@ bfloat16 in batches put together otherwise, stays below a hundredth.
 """
 
 SHARE_OF_DEVICE, SHARE_OF_HOST = 0.25, 0.5
-"""How much of the free memory the cache may take before it moves to the next slower place."""
+"""The shares of free memory that the cache may take before it moves to the next slower place."""
 
 
 @dataclass(frozen=True)
 class View:
-    """How a network wants its images: the side in pixels, mean and std of each channel."""
+    """The input that a network expects: the side in pixels, mean and std of each channel."""
 
     size: int
     mean: tuple[float, ...]

@@ -18,7 +18,7 @@ from repan_cli.system.packages import need_runtime
 FILES = ("model.ncnn.param", "model.ncnn.bin")
 SECONDS = 600
 FOREIGN = ("pnnx.", "onnx", "aten", "prims", "F.", "nn.", "torch.")
-"""How layers begin that pnnx could not make ncnn's."""
+"""Type prefixes of the layers that pnnx could not convert to ncnn."""
 
 EXACT = ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage")
 """The options of ncnn that make numbers smaller, which are turned off."""
