@@ -41,7 +41,7 @@ NO_MEMORY = ("can't allocate memory", "failed to map segment", "can't start new 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out, the machine's or a GPU's."""
+    """Return whether the machine or a GPU ran out of memory."""
     said = isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in NO_MEMORY)
     by_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or said or by_system
@@ -60,7 +60,7 @@ class LostRankError(RepanError):
 
 
 def lost_rank(error: BaseException) -> bool:
-    """Tell whether an error says that another rank is gone: PyTorch has no kind of its own for it."""
+    """Return whether an error says that another rank is gone: PyTorch has no kind of its own for it."""
     return isinstance(error, RuntimeError) and (
         type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error)
     )

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """The end of an error message: the closest of `choices`, or nothing when none is close."""
+    """Return the end of an error message: the closest of `choices`, or nothing when none is close."""
     choices = list(choices)
     close = [choice for choice in choices if choice.lower() == name.lower()]
     close = close or difflib.get_close_matches(name.lower(), choices, n=3, cutoff=0.6)

@@ -53,7 +53,7 @@ def restart(
     only: Collection[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> RestartReport:
-    """Rep, expansion and restoration of every block, in place on the same parameters.
+    """Rep, expand and restore every block, in place on the same parameters.
 
     The function in eval mode is kept (except with `attach="one"`, which lets the fresh branches in at once); with the
     rule `calibrate` the one in train mode is too, up to the difference between `images` and the training batches.
@@ -112,7 +112,8 @@ def _compensated(
     branch_init: str,
     generator: torch.Generator | None,
 ) -> tuple[dict[str, Kernel], dict[str, Moments]]:
-    """Fresh side branches that are active from the first step, and the kernels and moments of trunks without them.
+    """Build fresh side branches that are active from the first step, and the kernels and moments of trunks without
+    them.
 
     Every BN in a branch has the statistics of its input then, and the branch's output the standard deviation of the
     block's; a last pass over the images measures `conv(x; K - sum K_i)`, what is left to the trunk.

@@ -39,7 +39,7 @@ class TrunkParams(NamedTuple):
 
 
 def restore_calibrate(kernel: Kernel, moments: Moments, eps: float, scale: Tensor) -> TrunkParams:
-    """Measured statistics and the affine parameters that undo them: exact in eval mode, kept in train mode.
+    """Return measured statistics and the affine parameters that undo them: exact in eval mode, kept in train mode.
 
     With W = s K: mean = s m, var = s^2 v, gamma = sqrt(s^2 v + eps) / s, beta = b + m. `scale` is s, (C_out,), not 0.
     """
@@ -50,7 +50,7 @@ def restore_calibrate(kernel: Kernel, moments: Moments, eps: float, scale: Tenso
 
 
 def restore_reset(kernel: Kernel, eps: float) -> TrunkParams:
-    """A fresh BN made an identity in eval mode: mean 0, var 1, gamma sqrt(1 + eps), W = K, beta = b."""
+    """Return a fresh BN made an identity in eval mode: mean 0, var 1, gamma sqrt(1 + eps), W = K, beta = b."""
     weight, bias = kernel
     ones = torch.ones_like(bias)
     return TrunkParams(weight, torch.zeros_like(bias), ones, (1 + eps) ** 0.5 * ones, bias)

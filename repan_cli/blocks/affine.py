@@ -37,17 +37,17 @@ class ConvMap:
 
     @property
     def reads_outside(self) -> bool:
-        """Tell whether it may read beyond the borders of its input."""
+        """Return whether the map may read beyond the borders of its input."""
         return any(map(self.reads_beyond, (0, 1)))
 
     def reads_beyond(self, axis: int) -> bool:
-        """Tell whether it may read beyond the first or last row (axis 0) or column (axis 1) of its input."""
+        """Return whether the map may read beyond the first or last row (axis 0) or column (axis 1) of its input."""
         places = [tap[axis] for tap in self.taps]
         return min(places) < 0 or self.excess[axis] + max(places) > 0
 
     @property
     def is_pointwise(self) -> bool:
-        """Tell whether every output reads one pixel, its own."""
+        """Return whether every output reads only the pixel at its own position."""
         return [*self.taps] == [(0, 0)] and self.stride == (1, 1) and self.excess == (0, 0)
 
     @property
@@ -128,7 +128,7 @@ def behind(first: ConvMap, second: ConvMap) -> ConvMap:
 
 
 def _is_zero_around(first: ConvMap, second: ConvMap) -> bool:
-    """Tell whether a map, but for its bias, would return zeros where another reads beyond its borders."""
+    """Return whether a map, but for its bias, would return zeros where another reads beyond its borders."""
     axes = [axis for axis in (0, 1) if second.reads_beyond(axis)]
     zero = all(tap[axis] <= 0 <= first.excess[axis] + tap[axis] for tap in first.taps for axis in axes)
     return zero and not (first.reads_outside and first.mode != "zeros")

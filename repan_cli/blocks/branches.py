@@ -35,11 +35,11 @@ class Branch(Protocol):
     """The interface that a block asks of its trunk and of each side branch, all of which are modules."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) to (N, C_out, H_out, W_out)."""
+        """Map (N, C_in, H, W) to (N, C_out, H_out, W_out)."""
         ...
 
     def modules(self) -> Iterator[nn.Module]:
-        """The module itself and all inside it."""
+        """Yield the module itself and all modules inside it."""
         ...
 
     def equivalent_kernel(self) -> Kernel:
@@ -61,7 +61,7 @@ class Branch(Protocol):
 
 
 def init_weight(weight: Tensor, init: str, generator: torch.Generator | None = None) -> None:
-    """Fresh convolution weights in place: `kaiming` (normal, fan-out; He et al. 2015) or `small` (normal, std 0.01)."""
+    """Fill a convolution's weights in place: `kaiming` (normal, fan-out; He et al. 2015) or `small` (normal, std 0.01)."""
     drawn = torch.empty(weight.shape)  # on the CPU, so that a seed gives the same weights on every device
     if init == "small":
         nn.init.normal_(drawn, std=0.01, generator=generator)
@@ -162,7 +162,7 @@ def _reached(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def conv_bn(
     geometry: Geometry, kernel_size: Size | None = None, *, offset: Size | None = None, norm: bool = True
 ) -> ConvBN:
-    """A fresh convolution with a BN, or without.
+    """Build a fresh convolution with a BN, or without.
 
     Without `kernel_size` it is the trunk's own; a smaller one lies in the middle unless `offset` (row, column) places
     it.

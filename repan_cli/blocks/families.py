@@ -66,14 +66,14 @@ def check_family(name: str, copies: int | None = None) -> None:
 
 
 def side_branches(name: str, geometry: Geometry, copies: int | None = None) -> list[Branch]:
-    """Fresh side branches of the family `name`; `copies` is the number of those that a family lets choose."""
+    """Build fresh side branches of the family `name`; `copies` sets their number in families that allow a choice."""
     check_family(name, copies)
     build = FAMILIES[name].branches
     return build(geometry) if copies is None else build(geometry, copies=copies)
 
 
 def make_block(name: str, geometry: Geometry, *, copies: int | None = None) -> RepBlock:
-    """A fresh block of the family `name`. Raises InputError for a family that does not exist."""
+    """Build a fresh block of the family `name`. Raises InputError for a family that does not exist."""
     post_norm = FAMILIES[name].post_norm
     trunk = conv_bn(geometry, norm=not post_norm)
     branches = side_branches(name, geometry, copies)

@@ -42,12 +42,12 @@ class Geometry:
 
     @property
     def keeps_shape(self) -> bool:
-        """Tell whether the identity is a branch of this block: as many channels out as in, stride 1."""
+        """Return whether the identity is a branch of this block: as many channels out as in, stride 1."""
         return self.in_channels == self.out_channels and self.stride == (1, 1)
 
     @property
     def depthwise(self) -> bool:
-        """Tell whether every group reads one channel."""
+        """Return whether every group reads one channel."""
         return self.groups == self.in_channels > 1
 
     def center(self, kernel_size: Size) -> Size:

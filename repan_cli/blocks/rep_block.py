@@ -41,7 +41,7 @@ class RepBlock(nn.Module):
         return [cast("Branch", branch) for branch in self.branches]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) to (N, C_out, H_out, W_out)."""
+        """Map (N, C_in, H, W) to (N, C_out, H_out, W_out)."""
         y = self.trunk(x)
         sides = [branch(x) for branch in self.branches]
         if sides:

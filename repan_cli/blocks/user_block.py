@@ -15,7 +15,7 @@ UNNAMED = "a block family of a person's own"
 
 
 def is_own(name: str | None) -> bool:
-    """Tell whether a name is that of a person's own block family, registered or not."""
+    """Return whether a name is that of a person's own block family, registered or not."""
     return name is not None and name != NATIVE and name not in SHIPPED
 
 

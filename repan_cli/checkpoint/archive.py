@@ -94,7 +94,7 @@ class Archive:
             raise InputError(f"{label} is damaged, or no archive of PyTorch's; use another copy") from None
 
     def refuse_unless(self, allowed: re.Pattern[str], kind: str) -> None:
-        """Raises InputError, naming the first one, where there are entries that such a file does not have."""
+        """Raise InputError, naming the first one, if the archive has entries that a file of this kind does not have."""
         for name in self.entries:
             if not allowed.fullmatch(name):
                 raise InputError(
@@ -102,7 +102,7 @@ class Archive:
                 )
 
     def read(self, name: str) -> bytes:
-        """The bytes of an entry, which are kept: what was checked is what PyTorch gets."""
+        """Return the bytes of an entry, which are kept: what was checked is what PyTorch gets."""
         if name not in self._held:
             entry = self.entries[name]
             content = _bytes_at(self._file, entry.start, entry.size)
@@ -116,7 +116,7 @@ class Archive:
         self.entries[name], self._held[name] = Entry(0, 0, 0), b""
 
     def rewritten(self, from_file: re.Pattern[str]) -> IO[bytes]:
-        """A new archive of the same entries, as a file to read from.
+        """Return a new archive of the same entries, as a file to read from.
 
         The entries whose name matches `from_file`, those of tensors, are read from the file when they are asked for;
         all others are held in memory.
@@ -125,7 +125,7 @@ class Archive:
 
 
 def printable(text: str) -> str:
-    """The start of a text from a file, without what a terminal would obey."""
+    """Return the start of a text from a file, without control characters that a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:60])
 
 
@@ -146,7 +146,7 @@ def _require(condition: bool, reason: str) -> None:
 
 
 def _parse(file: IO[bytes]) -> dict[str, Entry]:
-    """The entries of an archive. Raises _Malformed, struct.error, UnicodeDecodeError or EOFError."""
+    """Return the entries of an archive. Raises _Malformed, struct.error, UnicodeDecodeError or EOFError."""
     total = file.seek(0, io.SEEK_END)
     count, start, end = _directory_of(file, total)
     _require(end - start <= max(MOST_DIRECTORY, total // 8), "has a directory that would fill the memory")
@@ -160,7 +160,7 @@ def _parse(file: IO[bytes]) -> dict[str, Entry]:
 
 
 def _directory_of(file: IO[bytes], total: int) -> tuple[int, int, int]:
-    """The directory's number of entries, first byte and end."""
+    """Return the directory's number of entries, first byte and end."""
     place = _end_record(file, total)
     _, disk, first_disk, here, count, size, start, _ = END.unpack(_bytes_at(file, place, END.size))
     end = place
@@ -195,7 +195,7 @@ def _end_record(file: IO[bytes], total: int) -> int:
 
 
 def _wide_end(file: IO[bytes], place: int) -> tuple[tuple[int, ...], int]:
-    """The fields of the 64-bit end record, as those of the other one, and where it begins."""
+    """Return the fields of the 64-bit end record, in the order of the ordinary one, and its position."""
     _, disk, offset, disks = LOCATOR.unpack(_bytes_at(file, place, LOCATOR.size))
     _require(offset == place - END64.size and (disk, disks) == (0, 1), "has a 64-bit end record that is elsewhere")
     mark, size, _, _, disk, first_disk, here, count, length, start = END64.unpack(_bytes_at(file, offset, END64.size))
@@ -222,7 +222,7 @@ def _listed(directory: bytes, count: int) -> Iterator[_Listed]:
 
 
 def _widened(extra: dict[int, bytes], size: int, offset: int) -> tuple[int, int, bool]:
-    """An entry's size, its offset, and whether they are from a 64-bit field."""
+    """Return an entry's size, its offset, and whether they are from a 64-bit field."""
     expected = 16 * (size == FULL32) + 8 * (offset == FULL32)
     _require(len(extra.get(WIDE, b"")) == expected and (WIDE in extra) == bool(expected), WRONG_WIDE)
     values = [value for (value,) in struct.iter_unpack("<Q", extra.get(WIDE, b""))]
@@ -239,7 +239,7 @@ WRONG_WIDE = "has 64-bit sizes that disagree with its 32-bit ones"
 
 
 def _fields(extra: bytes) -> dict[int, bytes]:
-    """The extra fields of a header by their number."""
+    """Return the extra fields of a header by their number."""
     found: dict[int, bytes] = {}
     place = 0
     while place < len(extra):
@@ -277,7 +277,7 @@ def _located(file: IO[bytes], listed: _Listed, end: int) -> tuple[Entry, int]:
 
 
 def _check_local_extra(extra: dict[int, bytes], listed: _Listed) -> None:
-    """Raises _Malformed unless the 64-bit field says nothing but the size and offset (0 where not yet known)."""
+    """Raise _Malformed unless the 64-bit field says nothing but the size and offset (0 where not yet known)."""
     wide = extra.get(WIDE, b"")
     _require(len(wide) % 8 == 0 and (listed.is_wide or WIDE not in extra), WRONG_WIDE)
     values = {value for (value,) in struct.iter_unpack("<Q", wide)}
@@ -286,7 +286,7 @@ def _check_local_extra(extra: dict[int, bytes], listed: _Listed) -> None:
 
 
 def _by_name(found: list[tuple[_Listed, Entry]]) -> dict[str, Entry]:
-    """The entries by their name in the one folder that all are in."""
+    """Return the entries by their name in the one folder that contains them all."""
     names = [listed.name.decode("utf-8" if listed.flags & UTF8 else "ascii").partition("/") for listed, _ in found]
     _require(bool(names), "holds nothing")
     _require(len({root for root, _, _ in names}) == 1, "has entries outside its folder")
@@ -330,7 +330,7 @@ def _central_header(name: str, entry: Entry, offset: int) -> bytes:
 
 
 def _closing(directory: bytes, count: int, place: int) -> bytes:
-    """The directory and both end records."""
+    """Return the directory and both end records."""
     size, few = len(directory), min(count, FULL16)
     wide = END64.pack(b"PK\6\6", END64.size - 12, 45, 45, 0, 0, count, count, size, place)
     locator = LOCATOR.pack(b"PK\6\7", 0, place + size, 1)

@@ -111,7 +111,7 @@ def _fronts(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def are_plain(tensors: Iterable[tuple[Any, Any]], path: Path, *, times: int = 1) -> bool:
-    """Tell whether all are dense tensors by name, and no more than so many `times` the file.
+    """Return whether all values are dense tensors by name, in total at most `times` the size of the file.
 
     One larger than its file is a view that would fill the memory, and so are many of the same storage.
     """

@@ -48,7 +48,7 @@ class Checkpoint:
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """SHA-256 over the tensors (name, dtype, shape, logical bytes) and the description."""
+        """Return the SHA-256 over the tensors (name, dtype, shape, logical bytes) and the description."""
         return digest_of(self.weights, self.card.as_meta(), self.state)
 
 
@@ -62,7 +62,7 @@ def digest_of(
 def has_digest(
     digest: str, weights: Mapping[str, Tensor], meta: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> bool:
-    """Tell whether a file's content has this digest, in today's form or in that of version 0.1.
+    """Return whether a file's content has this digest, in today's form or in that of version 0.1.
 
     They differ where a description holds numbers that are not finite, such as the best of a run without validation.
     """
@@ -81,7 +81,7 @@ def _digest(weights: Mapping[str, Tensor], described: str, state: Mapping[str, T
 
 
 def capture(model: nn.Module, card: ModelCard) -> Checkpoint:
-    """The checkpoint of a network: its weights copied to the CPU."""
+    """Return the checkpoint of a network: its weights copied to the CPU."""
     return Checkpoint(weights_of(model), card)
 
 
@@ -107,7 +107,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def as_bytes(checkpoint: Checkpoint, suffix: str) -> bytes:
-    """The content of its file, `.pt` or `.safetensors`."""
+    """Return the content of the checkpoint's file, `.pt` or `.safetensors`."""
     return _as_safetensors(checkpoint) if suffix == ".safetensors" else _as_pt(checkpoint)
 
 
@@ -144,7 +144,7 @@ def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
 
 
 def sealed(buffer: io.BytesIO, place: int) -> bytes:
-    """The file in `buffer` with the digits of its SHA-256 at their `place`, behind `CHECKSUM`."""
+    """Return the file in `buffer` with the digits of its SHA-256 at `place`, behind `CHECKSUM`."""
     digits = sum_around(buffer, place)
     buffer.seek(place)
     buffer.write(digits)
@@ -152,7 +152,7 @@ def sealed(buffer: io.BytesIO, place: int) -> bytes:
 
 
 def sum_around(file: IO[bytes], place: int) -> bytes:
-    """The digits of the SHA-256 of all bytes but those where these digits stand."""
+    """Return the digits of the SHA-256 of all bytes except these digits themselves."""
     total = hashlib.sha256()
     file.seek(0)
     while part := file.read(min(2**20, place - file.tell())):

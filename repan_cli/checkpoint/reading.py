@@ -78,7 +78,7 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def load_any(source: str | Path) -> Checkpoint | dict[str, Tensor]:
-    """A checkpoint of repan's, verified, or the weights by name in a file of others.
+    """Load a checkpoint of repan's, verified, or the weights by name from another program's file.
 
     Of others' files, `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors`, all that trainers wrap weights into is opened;
     `FILE::KEY` says which of several networks is meant; a run's folder means its best weights. Raises InputError,
@@ -104,7 +104,7 @@ def load_any(source: str | Path) -> Checkpoint | dict[str, Tensor]:
 
 
 def check_seal(path: Path) -> bool:
-    """Tell whether a file of any format carries a check sum. Raises InputError when it does not fit the bytes."""
+    """Return whether a file of any format carries a check sum. Raises InputError when it does not fit the bytes."""
     with path.open("rb") as file:
         if path.suffix != ".safetensors":
             file.seek(max(0, path.stat().st_size - len(CHECKSUM) - DIGITS))
@@ -146,7 +146,7 @@ def _longest_text(path: Path) -> int:
 
 
 def _is_short(meta: Mapping[str, Any], path: Path) -> bool:
-    """Tell whether a description is plain and short: lists that share parts may be of any length as text."""
+    """Return whether a description is plain and short: lists that share parts may be of any length as text."""
     length, longest = 0, _longest_text(path)
     try:
         for part in json.JSONEncoder(sort_keys=True).iterencode(meta):
@@ -188,7 +188,7 @@ def _read_pt(path: Path) -> Any:
 
 
 def _of_code(path: Path, why: str) -> str:
-    """Say what an unpickler of plain types refused: an object of some class, or damage."""
+    """Describe what an unpickler of plain types refused: an object of some class, or damage."""
     name = re.search(r"(?:GLOBAL|global) ([A-Za-z_][\w.]*\.\w+)", why)
     what = f"an object of {name[1]}, such as a whole pickled network" if name else "more than tensors and plain types"
     return (
@@ -226,7 +226,7 @@ def _checked(file: IO[bytes], path: Path) -> IO[bytes]:
 
 
 def _refuse_makers(file: IO[bytes], path: Path) -> None:
-    """Raises InputError for a pickle that is long, or makes an array out of its length alone."""
+    """Raise InputError for a pickle that is too long, or that builds an array from its length alone."""
     start, longest = file.tell(), _longest_text(path)
     for _, argument, place in pickletools.genops(file):
         if (place or 0) - start > longest or argument in ("builtins bytearray", "__builtin__ bytearray"):

@@ -286,7 +286,7 @@ def _check_split(chosen: Any) -> None:
 
 
 def main() -> None:
-    """The entry point of the `repan` command."""
+    """Run the `repan` command."""
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv):
         styles = importlib.import_module("typer.rich_utils")
         for name, style in HELP_STYLES.items():

@@ -63,7 +63,7 @@ def _loading(module: str) -> Iterator[None]:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Say what went wrong in a line and leave with its exit code; what nobody foresaw keeps its traceback."""
+    """Return what went wrong in a line and leave with its exit code; what nobody foresaw keeps its traceback."""
     known = _as_known(error)
     if known is None or os.environ.get("REPAN_DEBUG") == "1":
         raise error

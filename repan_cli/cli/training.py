@@ -84,7 +84,7 @@ def _seeds(text: str | None, given: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _begun_anew(out: str | None) -> bool:
-    """Tell whether torchrun begins this run again after it has lost a process: the run then goes on."""
+    """Return whether torchrun begins this run again after it has lost a process: the run then goes on."""
     if restarts() <= 0:
         return False
     if out is None:

@@ -57,5 +57,5 @@ def _translated(words: Iterable[str], options: type) -> Iterator[str]:
 
 
 def _is_setting(key: str) -> bool:
-    """Tell whether a word is the key of a setting; one with a dot that is unknown is refused as such later."""
+    """Return whether a word is the key of a setting; one with a dot that is unknown is refused as such later."""
     return "." in key or (key in SCHEMA and key != "epochs") or key in OVERLAY

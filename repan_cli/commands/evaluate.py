@@ -88,7 +88,7 @@ def _figures(details: Details) -> dict[str, Any]:
 
 
 def _title(source: str, result: dict[str, Any]) -> str:
-    """Say what a picture shows: the network, the images, their number, and the accuracy."""
+    """Describe what a picture shows: the network, the images, their number, and the accuracy."""
     images = f"{result['images']:,} {result['split']} images of {result['dataset']}"
     return f"{source} ({result['form']}) on {images}: top-1 {percent(result['top1'])} %"
 

@@ -329,14 +329,14 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
 
 
 def _batch_of(kind: str) -> str | None:
-    """Say how many images a graph takes at once; None for a format that is no graph."""
+    """Return how many images a graph takes at once; None for a format that is no graph."""
     if kind in RUNTIME_FORMATS:
         return "any N" if runtimes.KINDS[kind].any_batch else "one at a time"
     return "any N" if kind in GRAPH_FORMATS else None
 
 
 def _cost(facts: dict[str, Any]) -> str:
-    """Say what float16 costs."""
+    """Describe the cost of float16."""
     seen = f"{facts['images']} {'real images' if facts['real'] else 'images of noise'}"
     same = percent(100 * facts["top1_agreement"])
     return f"relative error {facts['rel_error']:.1e}, the same class for {same} % of {seen}"

@@ -105,7 +105,7 @@ def _needs(saved: Checkpoint, network: str | None, block: str | None) -> list[st
 
 
 def _state_of_run(path: Path) -> dict[str, str]:
-    """Tell whether the run that a file belongs to is done, and how it goes on; empty for a file outside of runs."""
+    """Describe whether the run that a file belongs to is finished, and how to resume it; empty outside of runs."""
     state = runs.state_of(path.parent)
     if state is None:
         return {}

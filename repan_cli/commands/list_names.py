@@ -91,7 +91,7 @@ def _trackers() -> Rows:
 
 
 def _look(name: str) -> str:
-    """Say what can be done with a network that the table of this version does not have yet."""
+    """Explain what can be done with a network that is not in this version's table."""
     from repan_cli.models import catalog  # every other name is listed without PyTorch
 
     try:

@@ -23,7 +23,7 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
 
 
 def _begun_before(out: str | None) -> bool:
-    """Tell whether all ranks go on with a run that some of them had begun.
+    """Return whether all ranks go on with a run that some of them had begun.
 
     Each machine counts its restarts by itself, and only the first rank needs to see the folder.
     """

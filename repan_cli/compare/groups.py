@@ -206,7 +206,7 @@ def _kind(result: Result) -> tuple[Any, ...]:
 
 
 def _is_control(result: Result) -> bool:
-    """Tell whether a run goes without restarts, as those of other commands than cycle do."""
+    """Return whether a run goes without restarts, as those of other commands than cycle do."""
     return result.command != "cycle" or result.settings.get("cycle.restart") == "none"
 
 
@@ -306,7 +306,7 @@ def _differing(firsts: Sequence[Result]) -> list[str]:
 
 
 def _reads(result: Result, key: str) -> bool:
-    """Tell whether a setting has an effect on a run's result."""
+    """Return whether a setting has an effect on a run's result."""
     if key in WITHOUT_EFFECT or (key in ONLY_AT_RESTARTS and _is_control(result)):
         return False
     if key == "data.root":  # known sets are the same wherever they lie

@@ -61,7 +61,7 @@ def is_run(folder: Path) -> bool:
 
 
 def is_record(path: Path) -> bool:
-    """Tell whether a path is the record of a run: a file such as 0.json, named by the run's seed."""
+    """Return whether a path is the record of a run: a file such as 0.json, named by the run's seed."""
     return path.suffix == ".json" and path.stem.isdecimal() and path.is_file()
 
 

@@ -27,7 +27,7 @@ def number_of(comparison: Comparison, group: Group) -> int:
 
 
 def verdict(comparison: Comparison) -> str:
-    """Say what the runs show about test top-1: what stands apart from the control, and what does not."""
+    """Describe what the runs show about test top-1: which groups differ from the control, and which do not."""
     compared = [group for group in comparison.groups if group is not comparison.control]
     gains = [(group, gain) for group in compared if (gain := comparison.gain(group)) is not None]
     if not gains:
@@ -52,7 +52,7 @@ def verdict(comparison: Comparison) -> str:
 
 
 def _alone(groups: Sequence[Group]) -> str:
-    """Say what groups come to that nothing compares."""
+    """Describe the results of groups that have no control to compare with."""
     spread = Spread.of([value for group in groups[:1] for value in group.by_seed("test_top1").values()])
     over = f" over {count(len(spread.values), 'seed')}"
     figure = f"{spread.mean:.2f}" + (f" ± {spread.sd:.2f}{over}" if spread.sd is not None else " from one seed")
@@ -79,7 +79,7 @@ def _all(comparison: Comparison, found: Sequence[Known]) -> str:
 
 
 def _undecided(comparison: Comparison, same: Sequence[Known]) -> str:
-    """Say which groups cannot be told from the control, and how large a difference may have been missed."""
+    """Name the groups that do not differ measurably from the control, and the difference that may have been missed."""
     named = ", ".join(_called(comparison, group) for group, _ in same)
     widest = max(max(abs(gain.low or 0.0), abs(gain.high or 0.0)) for _, gain in same)
     return (
@@ -104,8 +104,8 @@ def _interval(gain: Difference) -> str:
 
 
 def sampling(comparison: Comparison) -> str | None:
-    """Say how many test images there were, and how exactly they tell the accuracy of one network; None where runs did
-    not note it.
+    """Describe the number of test images, and how precisely they measure the accuracy of one network; None where runs
+    did not record it.
     """
     results = _results(comparison)
     sizes = sorted({result.test_images for result in results if result.test_images})

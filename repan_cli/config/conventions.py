@@ -62,7 +62,7 @@ INT8_TARGETS = ("ort", "tensorrt", "openvino")
 
 
 def is_resized(crop: str, size: int) -> bool:
-    """Tell whether images of this side are resized and a part of them taken, given the setting `data.crop`.
+    """Return whether images of this side are resized and a part of them taken, given the setting `data.crop`.
 
     Others are cropped to a square and resized to their side at once.
     """

@@ -103,7 +103,7 @@ def presets() -> dict[str, Path]:
 
 
 def find_preset(name: str, *, near: Path | None = None) -> Path:
-    """The file that `name` means: a path, a path beside the file `near`, or the name of a shipped preset."""
+    """Return the file that `name` means: a path, a path relative to the file `near`, or the name of a shipped preset."""
     name = at_home(name)
     for path in (Path(name), *([near.parent / name] if near else [])):
         with contextlib.suppress(OSError):  # a name that is too long for one
@@ -123,7 +123,7 @@ MOST_TEXT = 2**20
 
 
 def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The layer of settings in a file, laid over that of its `base:` file."""
+    """Return the layer of settings in a file, laid over that of its `base:` file."""
     if path.resolve() in seen:
         raise InputError(f"{path}: 'base' leads back to itself")
     try:
@@ -147,7 +147,7 @@ def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """The layer of `KEY=VALUE` words from the command line."""
+    """Return the layer of `KEY=VALUE` words from the command line."""
     layer: dict[str, Any] = {}
     for word in assignments:
         key, equals, value = word.partition("=")
@@ -162,7 +162,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
 
 
 def dump(config: Config, *, cycles: bool = True) -> str:
-    """The configuration as YAML that `-c` reads back to the same values."""
+    """Return the configuration as YAML that `-c` reads back to the same values."""
     tree: dict[str, Any] = {}
     for key, value in flatten(config, cycles=cycles).items():
         *path, leaf = key.split(".")

@@ -35,7 +35,7 @@ REPOSITORY = re.compile(
 
 
 def names_a_repository(source: str) -> bool:
-    """Tell whether a source is a name on the Hub, and not one of timm's own networks there."""
+    """Return whether a source is a name on the Hub, and not one of timm's own networks there."""
     return REPOSITORY.fullmatch(source) is not None
 
 

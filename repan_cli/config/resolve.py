@@ -20,7 +20,7 @@ from repan_cli.system.text import at_home, on_one_line
 
 
 def build(*layers: Layer) -> Config:
-    """The configuration that `layers` describe, the later one winning.
+    """Return the configuration that `layers` describe, the later one winning.
 
     Raises `InputError` with one line for each thing wrong: unknown keys, values of the wrong type or out of bounds,
     settings that contradict each other.
@@ -32,7 +32,7 @@ def build(*layers: Layer) -> Config:
 
 
 def typed(*layers: Layer) -> dict[str, Any]:
-    """The values that `layers` give as text, by dotted key, the later one winning.
+    """Return the values that `layers` give as text, by dotted key, the later one winning.
 
     Raises InputError with one line for each unknown key and each value of the wrong type or out of bounds.
     """
@@ -110,13 +110,13 @@ def folder_as_data(layer: Layer) -> Layer:
 
 
 def is_folder_of_data(name: str) -> bool:
-    """Tell whether a name of a data set is none that is known, but a folder that is there."""
+    """Return whether the name of a data set is unknown, but is that of an existing folder."""
     known = name in RECIPES or name.partition("/")[0] in DATASET_PREFIXES
     return not known and bool(name) and Path(at_home(name)).is_dir()
 
 
 def baseline_layer(layer: Layer) -> dict[str, Any]:
-    """A file's layer as `train` reads it: its baseline keys laid over the main ones, the cycles left out."""
+    """Return a file's layer as `train` reads it: its baseline keys laid over the main ones, the cycles left out."""
     main = {key: text for key, text in layer.items() if not key.startswith(("baseline.", "cycle."))}
     laid_over = {key.removeprefix("baseline."): text for key, text in layer.items() if key in OVERLAY}
     return {**main, **laid_over}
@@ -138,7 +138,7 @@ class Resolved:
 
 
 def resolve(command: str, file: str | None, given: Layer) -> Resolved:
-    """The configuration of `repan COMMAND -c FILE`, with the settings `given` on the command line on top.
+    """Return the configuration of `repan COMMAND -c FILE`, with the settings `given` on the command line on top.
 
     Without a file the recipe of the data set is read, where there is one. `train` reads the baseline of a file of
     cycles.
@@ -200,7 +200,7 @@ def _shown(path: Path | None) -> str:
 
 
 def refuse(given: Layer, sections: tuple[str, ...], why: str) -> None:
-    """Raises InputError when the command line gave a setting of these sections."""
+    """Raise InputError when the command line gave a setting of these sections."""
     for key in given:
         if key.startswith(sections):
             raise InputError(f"{key} {why}")

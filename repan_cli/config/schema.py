@@ -30,7 +30,7 @@ def setting(
     path: bool = False,
     words: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A dataclass field with its text, and its bounds: low <= value, above < value, value <= high.
+    """Return a dataclass field with its text, and its bounds: low <= value, above < value, value <= high.
 
     The value of a `path` may begin with '~'; `words` stand for values out of bounds.
     """
@@ -62,7 +62,7 @@ class Setting:
     words: Mapping[str, Any]
 
     def parse(self, text: Any) -> Any:
-        """The value that `text` (a string, or a list of them) means. Raises ValueError with what is wrong."""
+        """Return the value that `text` (a string, or a list of them) means. Raises ValueError with what is wrong."""
         kind, optional = _optional(self.type)
         if optional and text in ("null", "~", "", "None", None):
             return None
@@ -115,7 +115,7 @@ def _optional(kind: Any) -> tuple[Any, bool]:
 
 
 def _parts(text: Any) -> list[Any]:
-    """The elements of a list: YAML's own, or `[a,b]` or `a,b` as text, also as Python writes it."""
+    """Return the elements of a list: YAML's own, or `[a,b]` or `a,b` as text, also as Python writes it."""
     if isinstance(text, str):
         text = [part.strip(" '\"") for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
         text = [part for part in text if part]
@@ -153,7 +153,7 @@ _PARSERS: dict[type, Callable[[str], Any]] = {bool: _parse_bool, int: _parse_int
 
 
 def as_text(value: Any) -> str:
-    """A value as people type it."""
+    """Return a value as users type it."""
     if isinstance(value, (tuple, list)):
         return f"[{','.join(map(as_text, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"

@@ -352,14 +352,14 @@ OVERLAY: dict[str, Setting] = {
 
 
 def from_flat(values: Mapping[str, Any]) -> Config:
-    """The configuration of typed values by dotted key, such as `flatten` gives."""
+    """Return the configuration of typed values by dotted key, such as `flatten` gives."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     baseline = {key.removeprefix("baseline."): value for key, value in values.items() if key in OVERLAY}
     return replace(dataclasses.replace(Config(), baseline=baseline), {k: v for k, v in values.items() if k in SCHEMA})
 
 
 def replace(config: Config, values: Mapping[str, Any]) -> Config:
-    """`config` with some typed values changed, by dotted key."""
+    """Return `config` with some typed values changed, by dotted key."""
     sections: dict[str, dict[str, Any]] = {}
     top = {}
     for key, value in values.items():
@@ -373,13 +373,13 @@ def replace(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def baseline_phase(config: Config) -> Config:
-    """The configuration that the baseline of `cycle` trains with: without a teacher, unless it names its own."""
+    """Return the configuration that the baseline of `cycle` trains with: without a teacher, unless it names its own."""
     laid_over = {"teacher.name": None, **config.baseline}
     return dataclasses.replace(replace(config, laid_over), baseline={})
 
 
 def flatten(config: Config, *, cycles: bool = True) -> dict[str, Any]:
-    """Typed values by dotted key; without `cycles`, what `train` uses."""
+    """Return typed values by dotted key; without `cycles`, those that `train` uses."""
     flat = {}
     for key in SCHEMA:
         section, dot, name = key.partition(".")

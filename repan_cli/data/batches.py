@@ -42,7 +42,7 @@ class Batch(NamedTuple):
         return cls(images, labels, teacher=teacher[0] if teacher else None)
 
     def classes(self) -> Tensor:
-        """(B,), the class with the largest share."""
+        """Return the class with the largest share, (B,)."""
         return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
 
 
@@ -131,7 +131,7 @@ class Loader(ABC):
 
     @property
     def unnumbered(self) -> str | None:
-        """Say why the views of an image cannot be told by a number; None when they can."""
+        """Return why the views of an image cannot be told by a number; None when they can."""
         return self.augmentation.unnumbered
 
     @property
@@ -140,7 +140,7 @@ class Loader(ABC):
         return 2 * self.side**2
 
     def training_batches(self, batch_size: int, *position: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of the epoch at `position`, (seed, cycle, epoch), from number `first` on."""
+        """Yield the batches of the epoch at `position`, (seed, cycle, epoch), from number `first` on."""
         plan = self.plan(*position)
         rows = [row.tensor_split(self.ranks)[self.rank] for row in plan.order.split(batch_size)]
         rows = rows[: self.steps(batch_size)]
@@ -153,28 +153,30 @@ class Loader(ABC):
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All images of this rank once, in order and unchanged."""
+        """Yield all images of this rank once, in order and unchanged."""
 
     @abstractmethod
     def _training(self, rows: Sequence[Tensor], plan: EpochPlan, position: tuple[int, ...]) -> Iterator[Batch]:
-        """A batch of cropped, flipped, normalised images for each of `rows`, which hold their indices."""
+        """Yield a batch of cropped, flipped, normalised images for each of `rows`, which hold their indices."""
 
     def check_room(self, batch_size: int) -> None:  # noqa: B027 (most take none)
         """Raise InputError where such batches of all ranks cannot be loaded for want of shared memory."""
 
     def steps(self, batch_size: int) -> int:
-        """Batches of a training epoch. A last batch of a single image a rank is left out: BN cannot train on it."""
+        """Return the number of batches in a training epoch. A last batch of one image a rank is dropped: BN cannot
+        train on it.
+        """
         full, rest = divmod(self.count, batch_size)
         return full + (rest >= 2 * self.ranks)
 
     def alone(self) -> Loader:
-        """The same images for one process, all of them."""
+        """Return a loader of all the same images for one process."""
         whole = copy.copy(self)
         whole.rank, whole.ranks = 0, 1
         return whole
 
     def plan(self, *position: int) -> EpochPlan:
-        """The plan of the epoch at `position`, (seed, cycle, epoch), on the CPU."""
+        """Return the plan of the epoch at `position`, (seed, cycle, epoch), on the CPU."""
         draw = generator_for("epoch", *position)
         order = torch.randperm(self.count, generator=draw)
         crops = torch.randint(self.side**2, (self.count,), generator=draw)
@@ -201,7 +203,7 @@ class Loader(ABC):
 
 
 def _mix(augmentation: Augmentation, classes: int) -> v2.Transform | None:
-    """Mixup or CutMix of each batch, either of them where both are on."""
+    """Return mixup or CutMix for each batch, or a choice of the two where both are on."""
     ways = []
     if augmentation.mixup:
         ways.append(v2.MixUp(alpha=float(augmentation.mixup), num_classes=classes))
@@ -211,14 +213,16 @@ def _mix(augmentation: Augmentation, classes: int) -> v2.Transform | None:
 
 
 def _squares(holes: Tensor, side: int, size: int) -> Tensor:
-    """(B, 4): first and last row, first and last column, exclusive, of squares around `holes`; some reach outside."""
+    """Return squares around `holes` as (B, 4): first and last row, first and last column, exclusive; some reach
+    outside.
+    """
     rows, columns = (middle - side // 2 for middle in (holes // size, holes % size))
     return torch.stack([rows, rows + side, columns, columns + side], dim=1)
 
 
 def _rectangles(numbers: Tensor, share: float, size: int) -> Tensor:
-    """(B, 4) as `_squares`: in a `share` of the images a rectangle of 2 to 33 % of the area, 0.3 to 3.3 times as high
-    as wide.
+    """Return rectangles (B, 4) like `_squares`: in a `share` of the images, 2 to 33 % of the area, 0.3 to 3.3 times as
+    high as wide.
     """
     chosen, area, shape, row, column = numbers.unbind(1)
     pixels = (0.02 + area * (1 / 3 - 0.02)) * size**2
@@ -229,7 +233,7 @@ def _rectangles(numbers: Tensor, share: float, size: int) -> Tensor:
 
 
 def _blank(images: Tensor, boxes: Tensor) -> Tensor:
-    """Images (B, C, H, W) with boxes (B, 4) at the mean, zero."""
+    """Return images (B, C, H, W) with boxes (B, 4) set to the mean, zero."""
     axis = torch.arange(images.shape[-1], device=images.device)
     first_row, last_row, first_column, last_column = boxes.unsqueeze(2).unbind(1)
     rows, columns = (first_row <= axis) & (axis < last_row), (first_column <= axis) & (axis < last_column)

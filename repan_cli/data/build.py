@@ -15,7 +15,7 @@ from repan_cli.system.device import Runtime
 
 
 def train_loader(dataset: Dataset, data: config.DataConfig, machine: Runtime) -> Loader:
-    """The augmented training images. Raises InputError for augmentation that leaves nothing of them."""
+    """Return a loader of augmented training images. Raises InputError for augmentation that leaves nothing of them."""
     if data.cutout >= dataset.image_size:
         raise InputError(f"data.cutout={data.cutout} may blank whole images of {dataset.image_size} pixels")
     options = _options(dataset, machine, augmentation=_augmentation(dataset, data), classes=len(dataset.classes))
@@ -29,7 +29,9 @@ def train_loader(dataset: Dataset, data: config.DataConfig, machine: Runtime) ->
 def eval_loader(
     dataset: Dataset, part: str, machine: Runtime, workers: int | None = None, crop: MiddleCrop | None = None
 ) -> Loader:
-    """The images of a part as they are, to be scored; of resized ones the part `crop`, or the usual one."""
+    """Return a loader of the unchanged images of a part, for scoring; of resized ones the part `crop`, or the usual
+    one.
+    """
     images, options = dataset.part(part), _options(dataset, machine)
     if isinstance(images, ArrayImages):
         return InMemoryLoader(images, **options)

@@ -62,7 +62,7 @@ def _load_digits(root: Path, reading: ReadOptions) -> RawDataset:
 def _from_torchvision(
     class_name: str, folder: str, read: Callable[[Any], RawDataset], *, parts: dict[str, dict[str, Any]]
 ) -> Callable[[Path, ReadOptions], RawDataset]:
-    """A loader that reads, and downloads where it can, one of torchvision's data sets.
+    """Return a loader for one of torchvision's data sets, which downloads it where possible.
 
     `read` turns one of its parts into images; `parts` holds the arguments that mean train and test.
     """
@@ -94,7 +94,7 @@ def _from_torchvision(
 
 
 def _without_unpickling(kind: type) -> type:
-    """The same data set of torchvision's, whose files are read by repan where torchvision would unpickle them."""
+    """Return the same torchvision data set, with repan reading the files that torchvision would unpickle."""
     from torchvision import datasets
 
     if issubclass(kind, datasets.CIFAR10):
@@ -162,7 +162,7 @@ PIXELS = 16
 
 
 def _load_imagenet16(classes: int) -> Callable[[Path, ReadOptions], RawDataset]:
-    """The first `classes` classes of downsampled ImageNet (Chrabaszcz et al. 2017), batches of pickled arrays."""
+    """Return a loader of the first `classes` classes of downsampled ImageNet (Chrabaszcz et al. 2017), pickled batches."""
 
     def load(root: Path, reading: ReadOptions) -> RawDataset:
         folder = root / "imagenet16"
@@ -197,7 +197,7 @@ IMAGENET_CLASSES = 1000
 
 
 def _load_imagenet(root: Path, reading: ReadOptions) -> RawDataset:
-    """`ROOT/imagenet/{train,val}/<class>/*`, all of its thousand classes."""
+    """Load `ROOT/imagenet/{train,val}/<class>/*` with all thousand classes."""
     raw = load_folders(root / "imagenet", reading)
     if len(raw.classes) != IMAGENET_CLASSES:
         raise InputError(
@@ -213,7 +213,7 @@ NOISE_BYTES, MOST_NOISE = 2**28, 10_000
 
 
 def _load_noise(root: Path, reading: ReadOptions) -> RawDataset:
-    """Random pixels and labels: what is learned from them means nothing."""
+    """Generate random pixels and labels: results on them mean nothing."""
     warn("synthetic data are noise, for speed tests: no accuracy on them means anything")
     size, draw = reading.image_size or 32, np.random.default_rng(0)
     parts: dict[str, Part] = {}
@@ -268,7 +268,7 @@ def _load_timm(name: str) -> Callable[[Path, ReadOptions], RawDataset]:
 
 
 def _timm_part(name: str, root: Path, split: str) -> Any:
-    """One part of a data set of timm's; None for a validation or test part that it does not have."""
+    """Load one part of a timm data set; None for a validation or test part that it does not have."""
     from timm.data import create_dataset
 
     try:

@@ -54,7 +54,7 @@ class Listed(NamedTuple):
 
 
 def is_junk(name: str) -> bool:
-    """Tell whether a file or folder is never data."""
+    """Return whether a file or folder is never data."""
     return name.startswith(".") or name.lower() in JUNK
 
 
@@ -117,7 +117,7 @@ def part_of(folder: Path) -> str | None:
 
 
 def is_flat(root: Path) -> bool:
-    """Tell whether a folder holds classes without parts: folders of images, at least two, none of them with parts."""
+    """Return whether a folder holds classes without parts: folders of images, at least two, none of them with parts."""
     folders = _folders(root)
     return (
         len(folders) > 1
@@ -134,7 +134,7 @@ def _is_set(folder: Path) -> bool:
 
 
 def _holds_images(folder: Path) -> bool:
-    """Tell whether there are images among the first files in and below a folder."""
+    """Return whether there are images among the first files in and below a folder."""
     files = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
     return any(is_image(file) for file in itertools.islice(files, MOST_FILES))
 

@@ -26,7 +26,7 @@ MEND = "; data.on_error=skip leaves such training images out"
 
 
 def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
-    """`root/train/<class>/*`, and the same below val (valid, validation) and test, where there are such.
+    """Load `root/train/<class>/*`, and the same below val (valid, validation) and test, where these exist.
 
     Images may lie deeper inside a class. With `reading.only` just that part is read, whose classes are then known.
     """
@@ -97,8 +97,8 @@ def _read_images(paths: list[Path], labels: Labels, size: int, reading: ReadOpti
 
 
 def _pictures(paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: bool, whole: bool) -> LazyImages:
-    """Files to be read when they are asked for; looked at now, unless there are very many: their headers, or, as a run
-    must not fail at its end, `whole` images. Training images are not looked at where the loader is to skip them.
+    """Return images that are read on demand. Check them now, unless there are very many: their headers, or `whole`
+    images, since a run must not fail at its end. Training images that the loader may skip are not checked.
     """
 
     def look(index: int) -> bool:

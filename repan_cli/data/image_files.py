@@ -30,7 +30,7 @@ class UnreadableImageError(InputError):
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image in a file, its header read. What is wrong with it is an UnreadableImageError that names the file."""
+    """Open the image in a file and read its header. Raises UnreadableImageError, naming the file, if that fails."""
     try:
         if not path.is_file():
             raise ValueError("there is no file" if not path.exists() else "it is no regular file")
@@ -54,7 +54,7 @@ def check(path: Path, *, whole: bool) -> None:
 
 
 def open_image(path: Path, channels: int = 3) -> Image.Image:
-    """The upright picture in a file, RGB or grey, with 8 bits a channel.
+    """Read the upright picture in a file, RGB or grey, with 8 bits a channel.
 
     16-bit images keep their upper 8 bits; palettes, CMYK and transparency are converted as Pillow does. Raises
     UnreadableImageError, naming the file, for anything else.
@@ -71,7 +71,7 @@ def as_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """Cropped to a square and resized: whole-number reductions average pixels, others are bicubic with antialiasing."""
+    """Crop to a square and resize: whole-number reductions average pixels, others are bicubic with antialiasing."""
     if image.size == (size, size):
         return image
     whole = image.width % size == 0 and image.height % size == 0
@@ -79,13 +79,13 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 
 def size_in(path: Path) -> tuple[int, int]:
-    """Width and height of the picture in a file, from its header. Raises UnreadableImageError."""
+    """Read width and height of the picture in a file from its header. Raises UnreadableImageError."""
     with _opened(path) as image:
         return image.size
 
 
 def common_side(paths: Iterable[Path]) -> int | str:
-    """The side of square pictures that are all of one size; else what differs, in words.
+    """Return the side of square pictures that all have one size; otherwise a text that says what differs.
 
     Pictures that cannot be read have none. The first that differs ends the search.
     """
@@ -130,5 +130,5 @@ class ArrayReader:
 
 
 def as_picture(image: npt.NDArray[np.uint8]) -> Image.Image:
-    """(H, W, C) with 1 or 3 channels, uint8."""
+    """Convert a uint8 array (H, W, C) with 1 or 3 channels to a picture."""
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)

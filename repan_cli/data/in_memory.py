@@ -36,7 +36,7 @@ class InMemoryLoader(Loader):
         self.windows = self._windows(F.pad(images, (0, 0, padding, padding, padding, padding)))
 
     def _windows(self, padded: Tensor) -> Tensor:
-        """All crops as a view of the padded images: (N, side, side, H, W, C), nothing copied."""
+        """Return all crops as a view of the padded images: (N, side, side, H, W, C), nothing copied."""
         image, row, pixel, channel = padded.stride()
         shape = (self.count, self.side, self.side, self.size, self.size, self.channels)
         return padded.as_strided(shape, (image, row, pixel, row, pixel, channel))
@@ -48,7 +48,7 @@ class InMemoryLoader(Loader):
         return (padding * self.side + padding) * 2
 
     def gather(self, index: Tensor, views: Tensor) -> Tensor:
-        """The given views of the given images, float32 (B, C, H, W), normalised."""
+        """Return the given views of the given images, float32 (B, C, H, W), normalised."""
         return self._cut(index, *self._places(views))
 
     def _places(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,11 +64,13 @@ class InMemoryLoader(Loader):
         return normalised.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
 
     def batch(self, index: Tensor, views: Tensor) -> Batch:
-        """The given views of the given images, with their labels."""
+        """Return the given views of the given images, with their labels."""
         return next(self._gathered(index, views, [len(index)]))
 
     def _gathered(self, order: Tensor, views: Tensor, sizes: list[int]) -> Iterator[Batch]:
-        """Batches of such sizes; all numbers go to the device at once, as each time is a host-device sync."""
+        """Yield batches of the given sizes; all numbers go to the device at once, as each transfer is a host-device
+        sync.
+        """
         here = order.to(self.device)
         parts = (order, views, here, *self._places(views.to(self.device)))
         for index, view, rows, *place in zip(*(part.split(sizes) for part in parts), strict=True):

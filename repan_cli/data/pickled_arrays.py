@@ -184,7 +184,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _array(kind: _Kind, shape: Any, data: Any, order: Any) -> np.ndarray[Any, Any]:
-    """The array of exactly these bytes."""
+    """Return the array that holds exactly these bytes."""
     if isinstance(data, str):  # bytes of Python 2
         data = data.encode("latin-1")
     sized = isinstance(shape, tuple) and all(type(side) is int and side >= 0 for side in shape)
@@ -256,7 +256,7 @@ def _set_items(machine: _Machine, _: Any) -> None:
 
 
 def _target(machine: _Machine, kind: type) -> Any:
-    """The container on top of the stack."""
+    """Return the container on top of the stack."""
     if type(machine.stack[-1]) is not kind:
         raise _RefusedError("a container that is none")
     return machine.stack[-1]

@@ -11,7 +11,7 @@ Policy = Callable[[Image.Image], Image.Image]
 
 
 def policy(name: str, found_for: str) -> Policy:
-    """The policy of the setting `data.augment`; that of `autoaugment` is the one that was `found_for` the data.
+    """Return the policy of the setting `data.augment`; that of `autoaugment` is the one that was `found_for` the data.
 
     AutoAugment (Cubuk et al. 2018; for ImageNet the TensorFlow one), RandAugment (Cubuk et al. 2019), TrivialAugment
     (Mueller & Hutter 2021).

@@ -58,16 +58,16 @@ class Preparation:
     crop: MiddleCrop = MiddleCrop()
 
     def picture(self, image: Image.Image) -> Tensor:
-        """(C, H, W) in uint8."""
+        """Convert a picture to (C, H, W) in uint8."""
         if not self.resized:
             return functional.pil_to_tensor(image_files.square(image, self.size))
         return self.crop.transform(self.size)(image)
 
     def file(self, path: Path) -> Tensor:
-        """The image in a file, (C, H, W) normalised. Raises UnreadableImageError naming it."""
+        """Read the image in a file, (C, H, W) normalised. Raises UnreadableImageError naming it."""
         return self.normalized(self.picture(image_files.open_image(path, self.channels)))
 
     def normalized(self, image: Tensor) -> Tensor:
-        """uint8 (..., C, H, W) to float32, values from 0 to 1 less the mean, over std."""
+        """Convert uint8 (..., C, H, W) to float32: values from 0 to 1, minus the mean, divided by std."""
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (image.float() / 255 - mean) / std

@@ -89,7 +89,7 @@ class ReadOptions:
     network_size: int | None = None
 
     def streams(self, size: int) -> bool:
-        """Tell whether images of this side are read one by one, a part of each resized; others live in memory."""
+        """Return whether images of this side are read one by one, a part of each resized; others live in memory."""
         return is_resized(self.crop, size)
 
 

@@ -118,7 +118,7 @@ def _seed(key: int) -> None:
 
 
 def ignore_signals(worker: int) -> None:
-    """The main process decides when a run stops: its workers must not die first."""
+    """Ignore signals in a worker: the main process decides when a run stops, and its workers must not die first."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -192,7 +192,7 @@ class Loading:
                 warn(f"no images for {waited:.0f} s; {self._where()}")
 
     def _where(self) -> str:
-        """Say what the processes read, and how much room is left where they put it."""
+        """Describe what the processes read, and the free space where they store it."""
         part = self.samples.part
         read = [part.read.name(int(part.index[number])) for number in self.samples.at if number >= 0]
         parts = [f"being read: {', '.join(read)}"] if read else []

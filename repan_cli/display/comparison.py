@@ -13,7 +13,7 @@ from repan_cli.system.notices import warn
 
 
 def show(comparison: Comparison, *, to_stderr: bool = False) -> None:
-    """The table, and on stderr what its figures are."""
+    """Print the table, and on stderr an explanation of its figures."""
     for warning in comparison.warnings:
         warn(warning)
     titles, rows = table.titles(comparison), table.rows(comparison)

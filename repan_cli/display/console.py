@@ -68,7 +68,7 @@ class Stderr:
 
 @functools.cache
 def on_stderr() -> Console:
-    """One for all that people read: only through the console of a live display can a line be put above that."""
+    """Return the one console for messages: only through the console of a live display can a line be put above it."""
     return Console(file=cast("TextIO", Stderr()), highlight=False)
 
 
@@ -98,7 +98,7 @@ class Display:
         self.spoke = self.began = time.monotonic()
 
     def _live(self) -> Live | NotebookLive | None:
-        """None where nothing can be redrawn: in a file, a pipe, a dumb terminal."""
+        """Return a live display, or None where nothing can be redrawn: in a file, a pipe, a dumb terminal."""
         if self.console.is_jupyter:
             return NotebookLive(self.view)
         if not self.console.is_terminal or self.console.is_dumb_terminal:
@@ -133,7 +133,7 @@ class Display:
             self.log.close()
 
     def say(self, text: str | Text | Table = "") -> None:
-        """A permanent line, on screen and in log.txt."""
+        """Print a permanent line, on screen and in log.txt."""
         if isinstance(text, str):
             text = shown(text)
         self.console.print(text, soft_wrap=not isinstance(text, Table), markup=False)
@@ -145,12 +145,12 @@ class Display:
             self.log.flush()
 
     def note(self, text: str) -> None:
-        """A line for log.txt alone, of what is said elsewhere."""
+        """Write a line to log.txt alone, for text that appears elsewhere on screen."""
         if self.log:
             print(shown(text), file=self.log, flush=True)
 
     def facts(self, rows: Mapping[str, str]) -> None:
-        """Rows of a name and what is to be said of it, wrapped between words so that paths stay whole."""
+        """Print rows of a name and a text, wrapped between words so that paths stay whole."""
         margin = " " * NAME_WIDTH
         for name, text in rows.items():
             width = max(self.console.width - NAME_WIDTH, 20)
@@ -158,7 +158,7 @@ class Display:
             self.say(Text.assemble((name.ljust(NAME_WIDTH), "bold"), f"\n{margin}".join(lines)))
 
     def command(self, name: str, text: str) -> None:
-        """A command to copy: never wrapped."""
+        """Print a command to copy: never wrapped."""
         self.say(Text.assemble((name.ljust(NAME_WIDTH), "bold"), shown(text)))
 
     def name(self, cycle: int) -> str:
@@ -249,7 +249,7 @@ class Display:
         self.say(f"{self.name(event.cycle)}: {val}test {percent(event.test_top1)}, {duration(event.seconds)}")
 
     def table(self, summary: Mapping[str, Any]) -> None:
-        """A row per phase: validation top-1 and training loss around its start, top-1 at its end, time."""
+        """Print a row per phase: validation top-1 and training loss around its start, top-1 at its end, time."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         losses = ("loss\nbefore", "50\nsteps", "200\nsteps")
         for title in ("phase", "val\nbefore", "after\nrestart", *losses, "val\nat end", "test", "time"):
@@ -264,7 +264,7 @@ class Display:
 
 
 def _felt(row: Mapping[str, Any]) -> Iterable[float | None]:
-    """Training losses around a restart; none of runs that were begun by a version that did not note them."""
+    """Return training losses around a restart; none for runs begun by a version that did not record them."""
     return row["felt"].values() if "felt" in row else [None] * 3
 
 
@@ -273,7 +273,9 @@ def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: bool = False) -> None:
-    """A table on stdout, for commands whose data it is; or on stderr. Where nobody looks, a row is a line to grep."""
+    """Print a table on stdout, for commands whose data it is, or on stderr. Without a terminal, each row is a line to
+    grep.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in title:
         table.add_column(name, overflow="fold")

@@ -18,7 +18,7 @@ from repan_cli.training.events import LossLog, StepEnd
 
 WIDE = 130
 BAR, BACK = "magenta", "bright_black"
-"""Colours of the terminal's own palette, which themes adapt; xterm's contrast with white and black by over 3."""
+"""Colours of the terminal's own palette, which themes adapt: in xterm's, the contrast to white and black is over 3."""
 
 
 def clock(seconds: float | None) -> str:
@@ -48,7 +48,7 @@ class Position:
     pace: Pace = field(default_factory=lambda: Pace())
 
     def move(self, event: LossLog | StepEnd, now: float | None = None) -> None:
-        """To the step that an event tells of."""
+        """Move to the step of an event."""
         now = time.monotonic() if now is None else now
         if (event.cycle, event.epoch) != (self.cycle, self.epoch) or self.step == 0:
             self.pace.new_epoch(event.step, now, same_phase=event.cycle == self.cycle)
@@ -57,11 +57,11 @@ class Position:
         self.doing = "" if self.step < self.steps else "scoring"
 
     def epochs_done(self) -> int:
-        """Whole epochs before the one that is under way."""
+        """Return the number of whole epochs before the current one."""
         return sum(length for cycle, length in self.epochs.items() if cycle < self.cycle) + self.epoch - 1
 
     def left(self, now: float) -> tuple[float | None, float | None]:
-        """Seconds until the end of the epoch and of the run."""
+        """Return the seconds until the end of the epoch and of the run."""
         epoch = self.pace.left(self.steps - self.step, now)
         if epoch is None:
             return None, None
@@ -141,7 +141,7 @@ def _bar(done: int, total: int) -> ProgressBar:
 
 
 def figures(here: Position) -> str:
-    """Loss, validation, rates and speed in a row, as far as they are known."""
+    """Return loss, validation, rates and speed in a row, as far as they are known."""
     rates = {"lr": "lr {:.4f}", "attach_rate": "attach {:.2f}", "images_per_second": "{:,.0f} img/s"}
     texts = {"loss": "loss {:.3f}", **rates}
     known = [text.format(here.figures[name]) for name, text in texts.items() if name in here.figures]

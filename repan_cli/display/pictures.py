@@ -64,7 +64,7 @@ def lacking(texts: Iterable[str]) -> list[str]:
 
 @functools.cache
 def _has(font: Any, letter: str) -> bool:
-    """Tell whether a font has a letter: what it lacks it draws as it draws what no font has."""
+    """Return whether a font has a letter: it draws all letters that it lacks alike."""
     return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010fffe"))
 
 

@@ -95,7 +95,7 @@ def _mark_tests(axes: Any, records: list[dict[str, Any]], tests: Mapping[int, fl
 
 
 def _mark_best(axes: Any, records: list[dict[str, Any]]) -> None:
-    """The epoch that validation chose."""
+    """Mark the epoch that validation chose."""
     scores = [-1.0 if record["val_top1"] is None else record["val_top1"] for record in records]
     best = max(scores)
     if best >= 0:
@@ -104,7 +104,7 @@ def _mark_best(axes: Any, records: list[dict[str, Any]]) -> None:
 
 
 def _mark_cycles(records: list[dict[str, Any]], panels: list[Any]) -> None:
-    """Dotted lines where cycles begin, named above the first panel as long as there is room for names."""
+    """Draw dotted lines where cycles begin, named above the first panel if there is room for names."""
     numbers = [record["cycle"] for record in records]
     cycles = list(dict.fromkeys(numbers))
     if len(cycles) == 1:

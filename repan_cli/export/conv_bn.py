@@ -25,7 +25,7 @@ Places = Mapping[str, tuple[str, str | None]]
 
 @torch.no_grad()
 def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
-    """`plain` with the weights of a network that was merged from an expansion of it, in place.
+    """Load the weights of a network merged from an expansion of `plain` into `plain`, in place, and return it.
 
     A BN behind a merged convolution becomes the identity plus the merged bias: mean 0, variance 1, gamma sqrt(1 + eps).
     timm's own multi-branch blocks, where it has any, are merged by timm first.

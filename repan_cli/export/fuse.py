@@ -64,7 +64,7 @@ def count_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def count_macs(model: nn.Module, image: Tensor) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one image (1, C, H, W)."""
+    """Count the multiply-accumulates of convolutions and matrix products for one image (1, C, H, W)."""
     from torch.utils.flop_counter import FlopCounterMode  # which imports Triton where that is installed
 
     with FlopCounterMode(display=False) as counter:
@@ -74,7 +74,7 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
 
 @torch.no_grad()
 def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, FuseReport]:
-    """A merged float32 copy of a network on the CPU, in eval mode, and the proof that it is equal.
+    """Return a merged float32 copy of a network on the CPU, in eval mode, and the proof that it is equal.
 
     Every block becomes its convolution, and so does every sum of convolutions, BN, average pooling and the like of one
     value, whoever wrote it; every other convolution takes in the BN that reads it. The proof runs on float64 copies
@@ -170,7 +170,7 @@ def _is_untrained(norm: BatchNorm) -> bool:
 
 
 def _few(images: Tensor, number: int) -> Tensor:
-    """Some images from all over the batch."""
+    """Return some images from all over the batch."""
     return images[:: -(-len(images) // number)]
 
 

@@ -75,7 +75,7 @@ class LayerHealth:
 
 
 def quantized(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Values rounded to the 256 levels between `low` and `high`, zero being one of them."""
+    """Round values to the 256 levels between `low` and `high`, one of which is zero."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / LEVELS).clamp_min(torch.finfo(values.dtype).tiny)
     zero = (-low / scale).round()
@@ -90,7 +90,7 @@ def sqnr(values: Tensor, approximate: Tensor) -> float:
 
 @torch.no_grad()
 def health(network: nn.Module, batches: Iterable[Tensor]) -> list[LayerHealth]:
-    """The health of each convolution and linear layer of a merged network, on batches (N, C, H, W), on the CPU."""
+    """Return the health of each convolution and linear layer of a merged network, on batches (N, C, H, W), on the CPU."""
     network.eval()
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
     with _inputs_of(layers) as seen:
@@ -101,7 +101,7 @@ def health(network: nn.Module, batches: Iterable[Tensor]) -> list[LayerHealth]:
 
 @contextmanager
 def _inputs_of(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """A sample of what each layer reads meanwhile, its largest and smallest value in it."""
+    """Collect, within the context, a sample of each layer's inputs, with its largest and smallest value."""
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def look(name: str, values: Tensor) -> None:
@@ -155,8 +155,8 @@ def quantize(
     target: str = ORT,
     left_out: Iterable[str] = (),
 ) -> bytes:
-    """An `.onnx` file in int8: weights and what layers read, with scales from the smallest and largest values that
-    calibration images (N, C, H, W) give.
+    """Quantize an `.onnx` file to int8: weights and layer inputs, with scales from the smallest and largest values on
+    calibration images (N, C, H, W).
 
     Args:
         content: the file in float32, of `onnx_file.write`.

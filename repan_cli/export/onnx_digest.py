@@ -60,7 +60,7 @@ def serialized(model: Any, entries: Mapping[str, str]) -> bytes:
 
 
 def change_of(path: Path, content: bytes, model: Any) -> str | None:
-    """Tell how a file differs from what repan wrote; None where it does not, or repan did not write it.
+    """Return how a file differs from what repan wrote; None where it does not, or repan did not write it.
 
     Raises InputError for a file that is damaged: one with a check sum that does not fit, or, where another program
     saved it, with other weights in the same graph, or another description.
@@ -87,7 +87,7 @@ def change_of(path: Path, content: bytes, model: Any) -> str | None:
 
 
 def _fits(path: Path, content: bytes, *, earlier: bool) -> bool:
-    """Tell whether a file ends with a check sum that fits. Raises InputError where it ends with one that does not.
+    """Return whether a file ends with a check sum that fits. Raises InputError where it ends with one that does not.
 
     Its mark or the bytes behind it show that there is one: either may be damaged. `earlier`: in the place where version
     0.1 wrote it.

@@ -26,7 +26,8 @@ PACKAGES = ONNX_PACKAGES
 
 
 def write(program: ExportedProgram, header: dict[str, Any], opset: int = OPSET) -> bytes:
-    """The file of a graph, with a description in its metadata: plain entries for everybody, `repan` for this program.
+    """Return the file of a graph, with a description in its metadata: plain entries for everybody, `repan` for this
+    program.
 
     Raises InputError for an operator that ONNX does not have, or not in that version.
     """
@@ -49,7 +50,7 @@ def model_of(program: ExportedProgram, opset: int = OPSET) -> Any:
 
 
 def seal(model: Any, header: dict[str, Any]) -> bytes:
-    """A model of ONNX's, without what it says of the machine it was made on, with a description and a check sum."""
+    """Return an ONNX model without details of the machine it was made on, with a description and a check sum."""
     for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")

@@ -68,7 +68,7 @@ FORBIDDEN = {"as_operator", "as_custom_obj", "as_graph", "as_string_to_argument"
 
 
 def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:
-    """The file of a graph, with a description beside it, as compilers take it.
+    """Return the file of a graph, with a description beside it, as compilers take it.
 
     The graph is functional, its input is called `images`, and an example of it, zeros for a batch of two, is kept.
     """
@@ -136,7 +136,7 @@ class Pt2Network(nn.Module):
 
 
 def open_file(path: Path) -> Pt2Network:
-    """The network in a file. Raises InputError when it is damaged, no such file, or holds code."""
+    """Open the network in a file. Raises InputError when it is damaged, no such file, or holds code."""
     try:
         return Pt2Network(path)
     except InputError:
@@ -146,7 +146,7 @@ def open_file(path: Path) -> Pt2Network:
 
 
 def header(path: Path) -> str | None:
-    """The description that repan wrote into the file."""
+    """Return the description that repan wrote into the file."""
     try:
         with path.open("rb") as file:
             return Archive(file, path, WITHOUT_CODE).read(f"extra/{HEADER}").decode()
@@ -197,7 +197,7 @@ def _reason_to_refuse(archive: Archive) -> str | None:
 
 
 def _are_tensors(content: bytes) -> bool:
-    """Tell whether example inputs are pickled as PyTorch pickles plain tensors, and hold nothing else."""
+    """Return whether example inputs are pickled as PyTorch pickles plain tensors, and hold nothing else."""
     example = Archive(io.BytesIO(content), "its example input", WITHOUT_CODE)
     if not all(EXAMPLE.fullmatch(name) for name in example.entries):
         return False
@@ -209,7 +209,7 @@ def _are_tensors(content: bytes) -> bool:
 
 
 def _without_bytes(archive: Archive, config: dict[str, Any], folder: str) -> str | None:
-    """The name of a tensor with more numbers than its entry has bytes, such as a view of one number."""
+    """Return the name of a tensor with more numbers than its entry has bytes, such as a view of one number."""
     for name, payload in config["config"].items():
         sizes = [size["as_int"] for size in payload["tensor_meta"]["sizes"]]
         if min(sizes, default=0) < 0 or math.prod(sizes) > archive.entries[f"{folder}/{payload['path_name']}"].size:

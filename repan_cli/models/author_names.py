@@ -73,7 +73,8 @@ def form_in(weights: Iterable[str]) -> str | None:
 
 
 def holds_branches(weights: Iterable[str], family: str | None) -> bool:
-    """Tell whether weights are those of a network that was expanded: by repan, or into the authors' blocks of a family.
+    """Return whether weights are those of a network that was expanded: by repan, or into the authors' blocks of a
+    family.
 
     They load once the network has such blocks.
     """
@@ -88,7 +89,7 @@ def renamed(name: str) -> str:
 
 
 def _blocks(weights: Weights, model: nn.Module) -> Weights:
-    """RepVGG, MobileOne, and OpenMMLab's form of both."""
+    """Rename the weights of RepVGG, MobileOne, and OpenMMLab's form of both."""
     found = {}
     for name, value in weights.items():
         name = renamed(name)
@@ -99,7 +100,7 @@ def _blocks(weights: Weights, model: nn.Module) -> Weights:
 
 
 def _densenet(weights: Weights, model: nn.Module) -> Weights:
-    """DenseNet as torchvision had it before 2018: `norm.1`, `conv.2`."""
+    """Rename the weights of DenseNet as torchvision had it before 2018: `norm.1`, `conv.2`."""
     old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
     return {old.sub(r"\1\2.", name): value for name, value in weights.items()}
 
@@ -119,7 +120,9 @@ REPVIT_STRIDED = {
 
 
 def _repvit(weights: Weights, model: nn.Module) -> Weights:
-    """RepViT: one flat list of blocks, of which timm makes stages that begin with a strided one."""
+    """Rename the weights of RepViT: one flat list of blocks, which timm groups into stages that begin with a strided
+    one.
+    """
     front = {"features.0.0.": "stem.conv1.", "features.0.2.": "stem.conv2."}
     front |= {"classifier.classifier.": "head.head.", "classifier.classifier_dist.": "head.head_dist."}
     front |= {"classifier.weight": "head.weight", "classifier.bias": "head.bias"}

@@ -81,7 +81,7 @@ class Expansion:
     left: Mapping[str, str]
 
     def after(self, earlier: Expansion | None) -> Expansion:
-        """This one, made of a network that had an earlier one."""
+        """Return this expansion, as one made of a network that had an earlier one."""
         return dataclasses.replace(self, changes=(*earlier.changes, *self.changes)) if earlier else self
 
     def structure(self, native: Mapping[str, Any]) -> Structure:
@@ -96,7 +96,7 @@ class Expansion:
 
 
 def summary(left: Mapping[str, str]) -> str:
-    """The reasons for which convolutions are left alone, the most frequent first, each with a name."""
+    """Return the reasons for which convolutions are left alone, the most frequent first, each with a name."""
     if not left:
         return "it has none"
     first = {reason: name for name, reason in reversed(list(left.items()))}

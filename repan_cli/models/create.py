@@ -36,7 +36,7 @@ WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
 def resolve(name: str, image_size: int) -> str:
-    """The full name that `name` means for images of `image_size` pixels.
+    """Return the full name that `name` means for images of `image_size` pixels.
 
     `timm:NAME` and `torchvision:NAME` are exactly theirs, `file.py:function` is a person's own; `repvgg` is
     `repvgg_a1`; on small images `NAME_cifar` is preferred where it exists, else a short name is timm's. Raises
@@ -106,7 +106,7 @@ def create(
     branches: int | None = None,
     pretrained: bool = False,
 ) -> nn.Module:
-    """A network by its full name, as `resolve` gives it; `expand` is the next step.
+    """Create a network by its full name, as `resolve` gives it; `expand` is the next step.
 
     Those of ours that are built of blocks get the family `block`, with as many `branches` as are asked for; all others
     are as their makers build them. With
@@ -172,7 +172,7 @@ def _not_fetched(name: str, error: Exception) -> InputError:
 
 
 def has_new_classifier(name: str, num_classes: int) -> bool:
-    """Tell whether the pretrained weights of a network know another number of classes."""
+    """Return whether the pretrained weights of a network know another number of classes."""
     if name.startswith(TORCHVISION):
         meta = torchvision.models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.meta
         return len(meta.get("categories", ())) != num_classes

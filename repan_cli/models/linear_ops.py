@@ -221,7 +221,7 @@ class BranchSum(nn.Module):
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Tell whether a module is read as a whole, and not by what its forward does."""
+    """Return whether a module is read as a whole, and not by what its forward does."""
     return (
         isinstance(module, (RepBlock, BranchSum, BatchNorm, *PADS, *NOTHING, nn.AvgPool2d)) or type(module) is nn.Conv2d
     )

@@ -41,7 +41,7 @@ class MergedNames:
         return dict(rep_blocks(twin))
 
     def are_in(self, weights: Mapping[str, Tensor]) -> bool:
-        """Tell whether weights have merged layers in the place of most blocks."""
+        """Return whether weights have merged layers in the place of most blocks."""
         mixers = [place.rpartition(".")[0] for place in _mixers(self._model) if f"{place}.weight" in weights]
         held = {f"{name}.mixer.reparam_conv" for name in mixers}  # in the one convolution of a whole mixer
         there = sum(name in held or f"{name}.weight" in weights for name in self._places)
@@ -71,7 +71,7 @@ class MergedNames:
 
 
 def _fits(weights: Mapping[str, Tensor], name: str, layer: nn.Conv2d | nn.Linear) -> bool:
-    """Tell whether there is a merged layer under a name, of a shape like the one that it is to be put into."""
+    """Return whether there is a merged layer under a name, of a shape like the one that it is to be put into."""
     weight = weights.get(f"{name}.weight")
     return weight is not None and f"{name}.bias" in weights and weight.shape == layer.weight.shape
 

@@ -137,7 +137,7 @@ class Probe:
         return inner_outputs(model, images, self.parts) if self.parts else leaves(model(images))
 
     def changed(self, changes: Iterable[Change]) -> nn.Module:
-        """A copy with changes made. Leaves the global generator as it was."""
+        """Return a copy with changes made. Leaves the global generator as it was."""
         model = copy.deepcopy(self.model)
         with torch.random.fork_rng(devices=[]):
             return apply(model, changes)

@@ -35,7 +35,7 @@ LEAST_BYTES, LEAST_TENSORS = 2**26, 2**12
 def build_untrained(
     saved: Checkpoint, source: str, network: nn.Module | str | None = None, block: str | None = None
 ) -> nn.Module:
-    """The network that a checkpoint describes, in its form, with fresh weights.
+    """Build the network that a checkpoint describes, in its form, with fresh weights.
 
     A person's own network is given again as `network`, the plain module or its name, and their own block family as
     `block`: a path in a file is never imported by itself. Raises InputError where it is missing, or the network is far
@@ -47,7 +47,7 @@ def build_untrained(
 
 
 def _is_of_a_person(card: ModelCard, network: nn.Module | str | None) -> bool:
-    """Tell whether a network is built by a person's own code."""
+    """Return whether a network is built by a person's own code."""
     return isinstance(network, nn.Module) or user_file.names_a_file(card.model) or bool(own_block.needed(card))
 
 
@@ -100,7 +100,7 @@ def _without_branches(change: Change) -> Change:
 
 
 def check_given(stored: str, given: str | None, source: str) -> None:
-    """Raises InputError for a person's own network that was not given again: no file is imported by itself."""
+    """Raise InputError for a user's own network that was not given again: no file is imported by itself."""
     if user_file.names_a_file(stored) and given is None:
         raise InputError(
             f"{source} holds a network of your own, {stored}: give --model {stored} (no file is imported by itself)"
@@ -119,7 +119,7 @@ def _own_or_stored(stored: str, given: str | None, source: str) -> str:
 def rebuild(
     saved: Checkpoint, source: str, network: nn.Module | str | None = None, block: str | None = None
 ) -> nn.Module:
-    """The network in a checkpoint, multi-branch or fused as it was saved, on the CPU in eval mode.
+    """Rebuild the network in a checkpoint, multi-branch or fused as it was saved, on the CPU in eval mode.
 
     `source` names the file in errors; `network` and `block` as for `build_untrained`. Raises InputError when the
     weights do not fit the network that the file describes.
@@ -142,7 +142,7 @@ class NothingIsDrawn(TorchFunctionMode):
 
 
 def load(path: str | Path, model: nn.Module | str | None = None, *, block: str | None = None) -> nn.Module:
-    """A ready network from any file repan wrote, fused or not, in eval mode on the CPU.
+    """Load a ready network from any file that repan wrote, fused or not, in eval mode on the CPU.
 
     Args:
         path: a `.pt` or `.safetensors` file that repan wrote, or the folder of a run, whose best weights are taken.

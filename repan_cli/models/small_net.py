@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def small_cfg(*, first_conv: str, classifier: str, pool_size: int) -> dict[str, Any]:
-    """timm's description of a network for CIFAR images, without weights."""
+    """Return timm's description of a network for CIFAR images, without weights."""
     return {
         "url": "",
         "num_classes": 100,
@@ -41,11 +41,11 @@ class SmallNet(nn.Module):
         self._set_classifier(global_pool)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) to (N, num_features, h, w)."""
+        """Return the features (N, num_features, h, w) of images (N, in_chans, H, W)."""
         return self.stages(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pooled features (N, num_features), or with the classifier logits (N, num_classes)."""
+        """Return pooled features (N, num_features), or with the classifier logits (N, num_classes)."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 
@@ -56,7 +56,7 @@ class SmallNet(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier for `num_classes`."""
+        """Replace the classifier by a fresh one for `num_classes`."""
         self.num_classes = num_classes
         pool_type = global_pool or self.global_pool.pool_type
         self._set_classifier(pool_type, device=next(self.parameters()).device)

@@ -153,7 +153,7 @@ def _dominators(graph: fx.Graph, reader: Reader) -> dict[fx.Node, fx.Node]:
 
 
 def _adds_from(source: fx.Node, node: fx.Node, inner: list[fx.Node], reader: Reader) -> bool:
-    """Tell whether a node adds values that all come from another."""
+    """Return whether a node adds values that all come from another."""
     terms = reader.terms(node)
     return bool(terms) and all(term is source or term in inner for term, _ in terms)
 
@@ -223,7 +223,7 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 
 def _is_of_branches(reader: Reader, source: fx.Node, sink: fx.Node) -> bool:
-    """Tell whether two terms or more of a sum are convolutions of one value, each by itself."""
+    """Return whether two terms or more of a sum are convolutions of one value, each by itself."""
 
     def reads(term: fx.Node) -> bool:
         try:

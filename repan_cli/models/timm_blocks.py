@@ -32,7 +32,7 @@ def _adapts(*classes: tuple[str, str]) -> Callable[[Adapter], Adapter]:
 
 
 def is_own_block(module: nn.Module) -> bool:
-    """Tell whether a module is one of timm's multi-branch blocks, not yet merged, with branches to merge."""
+    """Return whether a module is one of timm's multi-branch blocks, not yet merged, with branches to merge."""
     if _class_of(module) not in _ADAPTERS or getattr(module, "reparam_conv", None) is not None:
         return False
     holders = [getattr(module, name) for name in ("conv_kxk", "dw_conv_list", "fusion_bn") if hasattr(module, name)]
@@ -189,7 +189,7 @@ SUMS = {
 
 
 def has_place_for_merged(module: nn.Module) -> bool:
-    """Tell whether a module of timm's is one sum as a whole, and knows a merged form."""
+    """Return whether a module of timm's is one sum as a whole, and knows a merged form."""
     return _class_of(module) in SUMS
 
 

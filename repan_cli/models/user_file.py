@@ -15,7 +15,7 @@ __all__ = ["build", "names_a_file"]
 
 
 def build(name: str, *, num_classes: int, in_chans: int) -> nn.Module:
-    """The network that `file.py:function` returns.
+    """Return the network that `file.py:function` returns.
 
     The function (or class) is called with those of `num_classes` and `in_chans` that it takes. Raises InputError, in a
     line, when the file does not import, has no such function, or returns no network.

@@ -205,7 +205,7 @@ def read_series(path: Path) -> dict[str, Any] | None:
 
 
 def goes_on(path: Path) -> bool:
-    """Tell whether a folder holds something to go on from: what was killed before it had any state does not."""
+    """Return whether a folder holds state to resume from: a run killed before its first save does not."""
     return any((path / name).exists() for name in (LAST, PREVIOUS, SERIES))
 
 
@@ -313,7 +313,7 @@ def now() -> str:
 
 
 def software() -> dict[str, Any]:
-    """Versions, command line, and where it was typed, for env.json."""
+    """Return versions, command line, and the folder it was typed in, for env.json."""
     versions = {"repan": repan_cli.__version__}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

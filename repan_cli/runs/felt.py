@@ -32,7 +32,9 @@ def part(window: int, steps: int) -> int:
 
 
 def marks(steps: int) -> tuple[int, ...]:
-    """After which steps of an epoch the sums of its losses are noted: where heads end, and where the tail begins."""
+    """Return the steps of an epoch after which the sums of its losses are noted: the ends of heads, and the start of
+    the tail.
+    """
     return (*(part(window, steps) for window in HEADS), steps - part(TAIL, steps))
 
 
@@ -45,18 +47,18 @@ class Pace:
     accumulate: int = 1
 
     def images_after(self, step: int) -> int:
-        """Images seen with the update in which the step of this number, counted from 1, lies."""
+        """Return the number of images seen after the update that contains this step, counted from 1."""
         updates = math.ceil(step / self.accumulate)
         return min(updates * self.accumulate * self.batch_size, self.images)
 
 
 def loss_after(records: Records, window: int, pace: Pace) -> float | None:
-    """Mean loss over the first steps of `records`, or all where they are fewer; None where one is not known."""
+    """Return the mean loss over the first steps of `records`, or all if they are fewer; None where one is not known."""
     return _mean(records, window, pace, f"loss_head_{window}", lambda steps, rest: pace.images_after(rest))
 
 
 def loss_before(records: Records, window: int, pace: Pace) -> float | None:
-    """The same over the last steps of `records`."""
+    """Return the mean loss over the last steps of `records`, like `loss_after`."""
 
     def images(steps: int, rest: int) -> int:
         return pace.images_after(steps) - pace.images_after(steps - rest)
@@ -65,7 +67,7 @@ def loss_before(records: Records, window: int, pace: Pace) -> float | None:
 
 
 def _mean(records: Records, window: int, pace: Pace, key: str, images_of: Any) -> float | None:
-    """Over whole records as long as the window covers them, and a part of the next."""
+    """Return the mean over whole records as long as the window covers them, and a part of the next."""
     total, images = 0.0, 0
     for record in records:
         steps = record.get("steps")
@@ -81,8 +83,8 @@ def _mean(records: Records, window: int, pace: Pace, key: str, images_of: Any) -
 
 
 def around(records: Records, cycle: int, pace: Pace) -> dict[str, float | None]:
-    """Mean training losses around the start of a cycle: over the last 200 steps of the phase before it, and over the
-    cycle's own first 50 and 200, or as many as there are.
+    """Return mean training losses around the start of a cycle: over the last 200 steps of the phase before it, and over
+    the cycle's own first 50 and 200, or as many as there are.
     """
     before = [record for record in records if record["cycle"] == cycle - 1]
     after = [record for record in records if record["cycle"] == cycle]

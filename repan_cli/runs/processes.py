@@ -44,7 +44,7 @@ class Job(NamedTuple):
 
     @property
     def is_over(self) -> bool:
-        """Tell whether nothing is left to do: the run is finished, or its loss diverged."""
+        """Return whether nothing is left to do: the run is finished, or its loss diverged."""
         return self.state in ("done", "diverged")
 
 

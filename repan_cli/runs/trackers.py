@@ -75,7 +75,7 @@ class Csv:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a line that a kill cut off, or that is damaged, is none."""
+    """Return the records of a metrics.jsonl; lines that are damaged or cut off by a kill are skipped."""
     if not path.exists():
         return []
     found = (_record(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
@@ -143,7 +143,7 @@ class OnRequest(Tracker, Protocol):
 
     @staticmethod
     def problem() -> str | None:
-        """Say why it cannot be used, and the mend; asked before anything is written."""
+        """Return why the tracker cannot be used, and the fix; called before anything is written."""
 
 
 TRACKERS: Registry[type[OnRequest]] = Registry("tracker")
@@ -323,7 +323,7 @@ def check(names: tuple[str, ...]) -> None:
 
 
 def open_requested(names: tuple[str, ...], run: TrackedRun) -> list[Once]:
-    """The trackers of `run.trackers`. Raises InputError for one that cannot begin."""
+    """Open the trackers of `run.trackers`. Raises InputError for one that cannot begin."""
     opened = []
     for name in dict.fromkeys(names):
         try:

@@ -35,7 +35,7 @@ DIGITS = 12
 
 
 def agree_on_settings(config: Config) -> None:
-    """Raises InputError where ranks have other settings, or other versions of repan and PyTorch."""
+    """Raise InputError if ranks have different settings, or different versions of repan and PyTorch."""
     if joined():
         versions = {"repan": f"{repan_cli.__version__} ({_code()})", "PyTorch": str(torch.__version__)}
         agree(versions, "install the same on all machines")
@@ -44,7 +44,7 @@ def agree_on_settings(config: Config) -> None:
 
 
 def agree_on_images(dataset: Dataset) -> None:
-    """Raises InputError where ranks have read other images, labels or classes."""
+    """Raise InputError if ranks have read different images, labels or classes."""
     if joined():
         facts = {"the classes": _short(repr(dataset.classes).encode()), "the validation part": dataset.split_digest}
         for name, part in (("training", dataset.train), ("validation", dataset.val), ("test", dataset.test)):
@@ -54,14 +54,14 @@ def agree_on_images(dataset: Dataset) -> None:
 
 
 def agree_on_network(model: nn.Module, name: str) -> None:
-    """Raises InputError where ranks begin with other weights."""
+    """Raise InputError if ranks begin with different weights."""
     if joined():
         facts = {"the weights of the network": f"{Path(name).name} ({digest_of(weights_of(model))[:DIGITS]})"}
         agree(facts, "give all machines the same files (model.name, model.init) and the same software")
 
 
 def agree_on_position(training: Training) -> None:
-    """Raises InputError where ranks would go on from other places, or with another teacher."""
+    """Raise InputError if ranks would resume from different positions, or with different teachers."""
     if joined():
         tensors, _ = snapshot(training)
         memory = {name: value for name, value in tensors.items() if name not in (*SUMS, "totals.noted")}

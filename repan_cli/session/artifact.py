@@ -250,7 +250,7 @@ def _names(count: int, described: hub_folder.Described | None) -> tuple[str, ...
 
 
 def are_of_imagenet(classes: Sequence[str]) -> bool:
-    """Tell whether folders are called as ImageNet's synsets, in their order, which is that of all its networks."""
+    """Return whether folders are named like ImageNet's synsets, in the order that all its networks use."""
     info = timm.data.ImageNetInfo()
     return [*classes] == [info.index_to_label_name(index) for index in range(len(classes))] and len(classes) > 1
 

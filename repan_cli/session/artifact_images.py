@@ -63,7 +63,7 @@ def load(
 
 
 def _are_known(card: ModelCard, folders: Sequence[Path], *, alone: bool) -> bool:
-    """Tell whether a network tells the classes of folders, in whatever order; a part by itself may lack some."""
+    """Return whether a network predicts the classes of these folders, in any order; a part by itself may lack some."""
     if card.knows_its_data:
         return alone
     names, known = class_folders.class_folders(folders[0]).keys(), set(card.classes)

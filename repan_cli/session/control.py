@@ -31,7 +31,7 @@ def _changes(folder: Path) -> dict[str, Any]:
 
 
 def is_awaited(run: Path) -> bool:
-    """Tell whether a run is one of a series with controls, and its own control has not begun."""
+    """Return whether a run is one of a series with controls, and its own control has not begun."""
     series = runs.read_series(run.parent)
     mine = series and series["control"] and not run.name.startswith(PREFIX)
     return bool(mine) and not _of(run).exists()

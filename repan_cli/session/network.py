@@ -51,7 +51,7 @@ class Network:
 
     @property
     def finished(self) -> bool:
-        """Tell whether the network needs no baseline."""
+        """Return whether the network needs no baseline."""
         return self.trained and not self.new_classifier
 
 
@@ -214,7 +214,7 @@ def _with_own_blocks(config: Config, saved: Checkpoint, source: str) -> Checkpoi
 
 
 def _other_names(classes: Sequence[str], saved: Checkpoint) -> str:
-    """Say how classes differ of which there are as many."""
+    """Describe how two lists of classes differ that have the same length."""
     if len(classes) != len(saved.card.classes):
         return ""
     first = next((a, b) for a, b in zip(saved.card.classes, classes, strict=True) if a != b)
@@ -351,7 +351,7 @@ def _smaller_than_stride(conv: nn.Conv2d, images: Tensor) -> bool:
 
 
 def describe_blocks(model: nn.Module) -> str:
-    """Say how many blocks of which families a network has."""
+    """Return how many blocks of which families a network has."""
     counted = Counter(block.family for _, block in rep_blocks(model))
     return " and ".join(count(number, f"{family} block") for family, number in counted.items()) or "no blocks"
 

@@ -193,7 +193,7 @@ def _new_summary(session: Session) -> dict[str, Any]:
 
 
 def saves_at(session: Session, event: StepEnd) -> bool:
-    """Tell whether the run saves after this update, in the middle of an epoch; if so, rank 0 then has all sums."""
+    """Return whether the run saves after this update, in the middle of an epoch; if so, rank 0 then has all sums."""
     every = session.config.run.save_every
     if every is None or event.step // every == (event.step - session.training.accumulate) // every:
         return False

@@ -81,7 +81,7 @@ def _again(command: str, given: Layer, path: Path, source: Path, saved: Checkpoi
 
 
 def _has_results(session: Session, path: Path) -> bool:
-    """Tell whether a run has trained through its plan and written what came of it."""
+    """Return whether a run has finished its plan and written its results."""
     plan = session.training.plan
     if not (path / "summary.json").exists():
         return False
@@ -159,7 +159,7 @@ def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
 
 
 def _same(saved: Checkpoint, key: str, value: object) -> bool:
-    """Tell whether a setting that was given means what the run has."""
+    """Return whether a given setting has the same meaning as the value of the run."""
     if key == "model.name":
         return _same_network(saved, str(value))
     if key == "block.name" and own_block.needed(saved.card):
@@ -168,7 +168,7 @@ def _same(saved: Checkpoint, key: str, value: object) -> bool:
 
 
 def _same_network(saved: Checkpoint, given: str) -> bool:
-    """Tell whether a name means the network of the run.
+    """Return whether a name means the network of the run.
 
     A person's own network is told by its weights, wherever its file is now.
     """

@@ -223,7 +223,7 @@ def follow(session: Session) -> None:
 
 
 def _stops(session: Session, event: Event, signals: StopSignals) -> bool:
-    """Tell whether the run stops here: where one rank was asked to, all stop after the same update."""
+    """Return whether the run stops here: if one rank was asked to stop, all stop after the same update."""
     machine = session.training.runtime
     if machine.ranks == 1:
         return signals()

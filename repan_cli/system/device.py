@@ -39,7 +39,7 @@ class Runtime:
         return network.to(self.device).to(memory_format=self.memory_format)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Autocast to bfloat16 or float16, or nothing in fp32 and tf32."""
+        """Return autocast to bfloat16 or float16, or nothing in fp32 and tf32."""
         lower = torch.float16 if self.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=lower, enabled=self.precision in ("bf16", "fp16"))
 
@@ -55,11 +55,11 @@ class Runtime:
                 _allow_tf32(False)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """The loss scaler that fp16 needs; one that does nothing otherwise."""
+        """Return the loss scaler that fp16 needs; one that does nothing otherwise."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def describe(self) -> str:
-        """One line for people: device, threads, precision."""
+        """Return one line for users: device, threads, precision."""
         if self.device.type == "cuda":
             many = f", {self.ranks} of them" if self.ranks > 1 else ""
             return f"{self.device} ({torch.cuda.get_device_name(self.device)}{many}), {self.precision}"
@@ -128,7 +128,9 @@ def find_device(name: str) -> torch.device:
 
 
 def find_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the device computes in it, else fp32. Raises InputError for tf32 that no GPU computes in."""
+    """Return the precision that `name` means: `auto` is bf16 where the device computes in it, else fp32. Raises
+    InputError for tf32 that no GPU computes in.
+    """
     if name == "tf32" and device.type != "cuda":
         raise InputError(f"precision tf32 is for NVIDIA GPUs, the device is {device.type}: give fp32")
     if name != "auto":

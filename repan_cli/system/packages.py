@@ -26,11 +26,11 @@ def missing(*packages: str) -> list[str]:
 
 
 def need(what: str, extra: str, *packages: str) -> None:
-    """Raises InputError, with the line that installs them, when a package is missing that `what` needs."""
+    """Raise InputError, with the line that installs them, if a package that `what` needs is missing."""
     if lacking := missing(*packages):
         raise InputError(f"{what} needs {' and '.join(lacking)}: pip install 'repan-cli[{extra}]'")
 
 
 def need_runtime(kind: str) -> None:
-    """Raises InputError when a package is missing that writes and runs a format of another program."""
+    """Raise InputError if a package is missing that writes and runs a format of another program."""
     need(f"the format {kind}", kind, *RUNTIME_PACKAGES[kind])

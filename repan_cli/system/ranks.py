@@ -83,7 +83,7 @@ def own_gpu(device: str) -> torch.device | None:
 
 
 def leave_ranks() -> None:
-    """Part from the other ranks, which do so at the same point."""
+    """Leave the other ranks, which do so at the same point."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
         _Ours.store = None
@@ -139,7 +139,7 @@ def _read(store: distributed.Store, key: str) -> str | None:
 
 
 def joined() -> bool:
-    """Tell whether there are other ranks."""
+    """Return whether there are other ranks."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
@@ -208,7 +208,7 @@ def of_first_rank(content: bytes | None) -> bytes:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, the same bits on each."""
+    """Return the sum of a tensor over all ranks, the same bits on each."""
     total = tensor.clone()
     if joined():
         distributed.all_reduce(total)

@@ -8,7 +8,7 @@ import torch
 
 
 def seed_for(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part, such as (seed, cycle, epoch)."""
+    """Return a 63-bit seed that depends on every part, such as (seed, cycle, epoch)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
@@ -26,5 +26,5 @@ def seed_generators(device: torch.device, seed: int) -> None:
 
 
 def generator_for(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by position: the same draws whatever ran before."""
+    """Return a CPU generator seeded by position: the same draws whatever ran before."""
     return torch.Generator().manual_seed(seed_for(*parts))

@@ -54,5 +54,5 @@ class StopSignals:
 
 
 def _is_for_nohup(number: int) -> bool:
-    """Tell whether the process was begun so that a terminal that closes does not end it."""
+    """Return whether the process was begun so that a terminal that closes does not end it."""
     return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN

@@ -56,12 +56,12 @@ def percent(value: float | None) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """1 epoch, 2 epochs."""
+    """Return a number with its noun: 1 epoch, 2 epochs."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 4.2 s, 3 min 20 s, 2 h 05 min."""
+    """Return seconds as people say them: 4.2 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -69,7 +69,7 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: Iterable[float | None]) -> str:
-    """A row of bars between the lowest and the highest value; of many values each bar is the mean of some."""
+    """Return a row of bars between the lowest and the highest value; of many values each bar is the mean of some."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return ""
@@ -81,12 +81,12 @@ def sparkline(values: Iterable[float | None]) -> str:
 
 
 def some(names: list[str]) -> str:
-    """The first of many names, and how many there are."""
+    """Return the first of many names, and how many there are."""
     return ", ".join(names[:NAMES_SHOWN]) + (f", ... ({len(names)})" if len(names) > NAMES_SHOWN else "")
 
 
 def by_reason(left: Mapping[str, str]) -> list[tuple[str, str]]:
-    """A row a reason: some of the names that it holds for, and the reason."""
+    """Return a row for each reason: some of the names that it applies to, and the reason."""
     names: dict[str, list[str]] = {}
     for name, reason in left.items():
         names.setdefault(reason, []).append(name)

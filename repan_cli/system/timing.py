@@ -46,7 +46,7 @@ def _calls_for_a_window(case: Callable[[], object], device: torch.device | None)
 
 
 def _window(case: Callable[[], object], calls: int, device: torch.device | None) -> float:
-    """Seconds a call."""
+    """Return the seconds of a call."""
     began = time.perf_counter()
     for _ in range(calls):
         case()
@@ -55,7 +55,7 @@ def _window(case: Callable[[], object], calls: int, device: torch.device | None)
 
 
 def wait(device: torch.device | None) -> None:
-    """Until a GPU has done what it was given."""
+    """Wait until a GPU has done its work."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device is not None and device.type == "mps":

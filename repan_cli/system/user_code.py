@@ -15,7 +15,7 @@ from repan_cli.system.text import first_line
 
 
 def names_a_file(name: str | None) -> bool:
-    """Tell whether a name means a function in a file: `net.py:build`."""
+    """Return whether a name means a function in a file: `net.py:build`."""
     path, colon, _ = (name or "").rpartition(":")
     return bool(colon) and path.endswith(".py")
 

@@ -77,7 +77,7 @@ def file_in(folder: Path) -> Path:
 
 
 def _chose(folder: Path) -> bool:
-    """Tell whether a run had a validation part to choose its best weights by, as its first epoch tells."""
+    """Return whether a run had a validation part to choose its best weights by, as its first epoch tells."""
     with (folder / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file:
         return '"val_top1": null' not in file.readline(4096)
 
@@ -114,7 +114,7 @@ def _is_text(start: bytes) -> bool:
 
 
 def may_be_weights(path: Path) -> bool:
-    """Tell whether a file begins as weights do: an archive, a pickle, or the header of a safetensors file."""
+    """Return whether a file begins as weights do: an archive, a pickle, or the header of a safetensors file."""
     with path.open("rb") as file:
         start = file.read(9)
     header = int.from_bytes(start[:8], "little")

@@ -37,7 +37,7 @@ class WeightAverage:
 
     @property
     def coarse(self) -> bool:
-        """Tell whether weights are in a type that small changes vanish in: timm's average then rounds at random."""
+        """Return whether weights have a type too coarse for small changes: timm's average then rounds at random."""
         return any(torch.finfo(each.dtype).bits < 32 for each in self.averages)
 
     @torch.no_grad()

@@ -39,7 +39,7 @@ class Recorder(Protocol):
         """
 
     def fits(self) -> bool:
-        """Tell whether there is memory for a first recording beside work that is done as it is."""
+        """Return whether there is memory for a first recording beside work that is done as it is."""
 
     def forget(self) -> None:
         """Let go of the memory of recordings, of which none is left."""
@@ -122,7 +122,7 @@ class Graphs:
         self._scope, self._storage = scope, storage
 
     def __call__(self, key: Hashable, work: Work, inputs: Inputs) -> Tensor:
-        """The result of `work(inputs)`, valid until the same work is done again."""
+        """Return the result of `work(inputs)`, valid until the same work is done again."""
         if self.refused is None and key not in self.recordings and self._done[key] >= WARM_UPS:
             self._record(key, work, inputs)
         if key not in self.recordings:
@@ -166,7 +166,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _reason(error: BaseException) -> str:
-    """Say why a capture failed: by its first error, as ending a capture that is broken raises another."""
+    """Return why a capture failed: by its first error, as ending a capture that is broken raises another."""
     chain = _chain(error)
     if any(isinstance(each, torch.OutOfMemoryError) for each in chain):
         return "out of memory: the GPU does not hold a recording beside other work"

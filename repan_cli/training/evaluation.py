@@ -75,7 +75,7 @@ def check_logits(logits: object, images: int, classes: int) -> None:
 
 
 def score_batch(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums over a batch, (3,): top-1 correct, top-5 correct (NaN with five classes or fewer), cross-entropy."""
+    """Return sums over a batch, (3,): top-1 correct, top-5 correct (NaN with five classes or fewer), cross-entropy."""
     if not isinstance(logits, Tensor):
         raise InputError(f"the network returns a {type(logits).__name__}, not one tensor of logits")
     known = logits.shape[1]
@@ -85,7 +85,7 @@ def score_batch(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def score_of(totals: Tensor, count: int) -> Score:
-    """The score that the sums over `count` images mean."""
+    """Return the score for sums over `count` images."""
     top1, top5, loss = (value / count for value in totals.tolist())
     return Score(100 * top1, None if math.isnan(top5) else 100 * top5, loss, count)
 

@@ -109,7 +109,7 @@ def _end(run: Training, phase: Phase) -> CycleEnd:
 
 
 def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
-    """Before a cycle the restart, watched from outside."""
+    """Restart before a cycle, and measure the effect from outside."""
     if phase.cycle == 0:
         run.progress.begun = True
         return CycleStart(0)
@@ -150,7 +150,9 @@ class _Look(NamedTuple):
 
 @torch.no_grad()
 def _look(run: Training, phase: Phase, task: Task) -> _Look:
-    """Validation top-1, the loss of a first batch in train mode (of a copy: it would move statistics), its logits."""
+    """Measure validation top-1, the loss of a first batch in train mode (of a copy: it would move statistics), the
+    logits.
+    """
     batch = next(run.train.training_batches(max(run.batch_size, LOOK_IMAGES), run.seed, phase.data_cycle(), 1))
     loss, _ = task(copy.deepcopy(run.model).train(), batch)
     top1 = evaluate(run.model, run.val, run.stop).top1 if run.val else None
@@ -171,7 +173,7 @@ def _restart(run: Training, cycle: int, settings: CycleConfig) -> RestartReport:
 
 
 def _calibration_images(run: Training, cycle: int, count: int) -> Iterator[Tensor]:
-    """`count` augmented training images, or as many as there are, drawn for this cycle."""
+    """Yield `count` augmented training images, or as many as there are, drawn for this cycle."""
     for batch in run.train.training_batches(eval_batch(run.train), run.seed, cycle, 0):  # epochs count from 1
         if run.stop():
             raise StoppedError
@@ -230,14 +232,14 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, No
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """The batches of each update."""
+    """Yield the batches of each update."""
     batches = iter(batches)
     while group := list(itertools.islice(batches, size)):
         yield group
 
 
 def _position(phase: Phase, elapsed: float) -> tuple[float, float]:
-    """Learning rate and attach rate `elapsed` epochs into the phase."""
+    """Return learning rate and attach rate `elapsed` epochs into the phase."""
     rate = phase.attach_rate(elapsed)
     return phase.learning_rate(elapsed), 1.0 if rate is None else rate
 

@@ -22,7 +22,7 @@ Group = dict[str, Any]
 
 
 def parameter_groups(model: nn.Module) -> list[Group]:
-    """The parameters by what they are: `role` weight, norm (BN and biases) or classifier; `trunk` of a block or not.
+    """Group the parameters by kind: `role` weight, norm (BN and biases) or classifier; `trunk` of a block or not.
 
     The groups never change during a run, only their settings do, so that one optimizer serves all phases.
     """
@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module) -> list[Group]:
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer that `optim.name` means, over `parameter_groups`. Raises InputError for one that is not known."""
+    """Build the optimizer `optim.name` over `parameter_groups`. Raises InputError for one that is not known."""
     groups = parameter_groups(model)
     optimizer: torch.optim.Optimizer
     if optim.name == SGD:
@@ -85,7 +85,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, frozen: 
 
 
 def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether its step can be part of a CUDA graph: it must neither count nor decide on the host."""
+    """Return whether its step can be part of a CUDA graph: it must neither count nor decide on the host."""
     return isinstance(optimizer, torch.optim.SGD) and bool(optimizer.defaults["fused"])
 
 
@@ -149,7 +149,8 @@ def drop_trunk_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def mask_trunk_gradients(optimizer: torch.optim.Optimizer, live: Tensor) -> None:
-    """The same for a recorded step, where the rate of frozen trunks is 0 already: times `live`, 0 or 1, on the device.
+    """Multiply the gradients of trunks by `live`, 0 or 1, on the device: for a recorded step with frozen trunks, whose
+    learning rate is 0 already.
 
     `mask_trunk_momentum` belongs to it: otherwise weight decay would have momentum grow, and leap later.
     """

@@ -28,7 +28,7 @@ class Phase:
     start_from: str = "last"
 
     def learning_rate(self, elapsed: float) -> float:
-        """The rate `elapsed` epochs into this phase."""
+        """Return the learning rate `elapsed` epochs into this phase."""
         return learning_rate(self.optim, self.schedule_start + elapsed, self.schedule_length)
 
     @property
@@ -47,28 +47,30 @@ class Phase:
         return self.settings is not None and self.settings.momentum == "carry"
 
     def attach_rate(self, elapsed: float) -> float | None:
-        """The attach rate `elapsed` epochs into this phase; None where it stays as it is."""
+        """Return the attach rate `elapsed` epochs into this phase; None where it stays as it is."""
         if self.restart is None or self.restart.attach != "ramp":
             return None
         return min(1.0, elapsed / self.restart.attach_epochs) if self.restart.attach_epochs else 1.0
 
     def trunk_is_frozen(self, elapsed: float) -> bool:
-        """Tell whether the trunk stays fixed `elapsed` epochs into this phase."""
+        """Return whether the trunk stays fixed `elapsed` epochs into this phase."""
         restart = self.restart
         return restart is not None and restart.freeze_trunk and elapsed < restart.attach_epochs
 
     def data_cycle(self) -> int:
-        """The cycle whose data order this phase uses."""
+        """Return the cycle whose data order this phase uses."""
         return min(self.cycle, 1) if self.settings and self.settings.reseed == "same" else self.cycle
 
 
 def training_plan(config: Config) -> tuple[Phase, ...]:
-    """The one phase of `train` and `distill`."""
+    """Return the one phase of `train` and `distill`."""
     return (Phase(0, config.epochs, config.optim, None, 0, config.epochs, config.teacher),)
 
 
 def cycle_plan(config: Config, *, baseline: bool) -> tuple[Phase, ...]:
-    """The phases of `cycle`: the baseline, unless the run starts from a trained network, and the annealing cycles."""
+    """Return the phases of `cycle`: the baseline, unless the run starts from a trained network, and the annealing
+    cycles.
+    """
     start = baseline_phase(config)
     lengths = ([start.epochs] if baseline else []) + [config.epochs] * config.cycle.count
     return tuple(_phases(config, start, lengths, first=0 if baseline else 1))
@@ -93,6 +95,6 @@ def _decayed(optim: OptimConfig, factor: float) -> OptimConfig:
 
 
 def _with_schedule_of(optim: OptimConfig, source: OptimConfig) -> OptimConfig:
-    """`optim` with the learning-rate settings of `source`."""
+    """Return `optim` with the learning-rate settings of `source`."""
     same = {name: getattr(source, name) for name in ("lr", "min_lr", "schedule", "warmup_epochs")}
     return dataclasses.replace(optim, **same)

@@ -42,7 +42,7 @@ class Totals:
         return self.sums[2]
 
     def add(self, sums: Tensor, images: int) -> None:
-        """An update on so many images."""
+        """Add an update on `images` images."""
         self.sums += sums
         self.images += images
 
@@ -52,14 +52,14 @@ class Totals:
         self.noted[number, 1].fill_(self.images)
 
     def felt(self) -> dict[str, float | None]:
-        """Mean losses over all ranks by the names of `felt.KEYS`; None for a window that reaches no part."""
+        """Return mean losses over all ranks by the names of `felt.KEYS`; None for a window that reaches no part."""
         end = torch.stack([self.loss, torch.full_like(self.loss, self.images)])
         *heads, tail, whole = summed(torch.stack([*self.noted, end])).tolist()
         sums = [*heads, [total - before for total, before in zip(whole, tail, strict=True)]]
         return {key: loss / images if images > 0 else None for key, (loss, images) in zip(KEYS, sums, strict=True)}
 
     def mean_loss(self) -> float:
-        """Over all ranks. Raises DivergedError when it is not finite, or an update was left out."""
+        """Return the mean loss over all ranks. Raises DivergedError when it is not finite, or an update was left out."""
         loss, skipped, images = summed(
             torch.stack([self.loss, self.skipped, torch.full_like(self.loss, self.images)])
         ).tolist()
@@ -67,12 +67,12 @@ class Totals:
         return float(loss / images)
 
     def check(self) -> None:
-        """Raises DivergedError when the loss is not finite, or an update was left out; asks no other rank."""
+        """Raise DivergedError when the loss is not finite, or an update was left out; asks no other rank."""
         loss, _, skipped = self.sums.tolist()
         _check(loss, skipped)
 
     def top1(self) -> float:
-        """In percent."""
+        """Return the training top-1 in percent."""
         correct, images = summed(torch.stack([self.correct, torch.full_like(self.correct, self.images)])).tolist()
         return 100 * correct / images
 

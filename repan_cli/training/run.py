@@ -73,7 +73,7 @@ class Training:
         return [block for _, block in rep_blocks(self.model)]
 
     def read_attach_rates(self) -> tuple[bool, bool]:
-        """Tell whether the attach rates of the blocks that restart are 1, and those of the others: it is a sync."""
+        """Return whether the attach rates of the blocks that restart are 1, and those of the others: it is a sync."""
         steered = {id(rate) for rate in self.attach_rates}
         others = [block.attach_rate for block in self.blocks if id(block.attach_rate) not in steered]
         here, there = (all(rate == 1 for rate in _numbers(rates)) for rates in (self.attach_rates, others))
@@ -94,7 +94,7 @@ class Training:
 
     @cached_property
     def average_share(self) -> Tensor | None:
-        """On the device the share of each step in the weight average, for recorded updates of a run that has one."""
+        """Return, on the device, each step's share in the weight average, for recorded updates of a run that has one."""
         if self.graphs is None or self.average is None or self.average.coarse:
             return None
         return torch.zeros((), device=self.runtime.device)
@@ -106,7 +106,7 @@ class Training:
 
     @cached_property
     def trunk_live(self) -> Tensor | None:
-        """On the device 0 while trunks are frozen, 1 else, for recorded updates of a run that freezes them."""
+        """Return 0 while trunks are frozen, else 1, on the device, for recorded updates of a run that freezes them."""
         if self.graphs is None or not any(phase.trunk_is_frozen(0) for phase in self.plan):
             return None
         return torch.ones((), device=self.runtime.device)
@@ -120,7 +120,7 @@ class Training:
 
     @property
     def out_of_patience(self) -> bool:
-        """Tell whether so many epochs were no better that the run ends."""
+        """Return whether the run ends early, as too many epochs brought no improvement."""
         return self.patience is not None and self.progress.since_best >= self.patience
 
     @property

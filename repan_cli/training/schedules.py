@@ -38,7 +38,7 @@ def constant(progress: float) -> float:
 
 
 def learning_rate(optim: OptimConfig, elapsed: float, length: float) -> float:
-    """The rate `elapsed` epochs into a schedule of `length` epochs, which begins with a linear warm-up."""
+    """Return the learning rate `elapsed` epochs into a schedule of `length` epochs with a linear warm-up."""
     warmup = min(optim.warmup_epochs, length)
     if elapsed < warmup:
         return optim.lr * elapsed / warmup

@@ -101,7 +101,7 @@ def _examined(model: nn.Module, images: Loader, classes: int, size: int) -> Deta
 
 
 def _binned(confidence: Tensor, right: Tensor) -> Tensor:
-    """Images, confidence and correct predictions, summed by bin of confidence, (3, BINS)."""
+    """Return images, confidence and correct predictions, summed by bin of confidence, (3, BINS)."""
     place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     return torch.stack(
         [torch.bincount(place, weights, BINS) for weights in (torch.ones_like(right), confidence, right)]
@@ -109,12 +109,12 @@ def _binned(confidence: Tensor, right: Tensor) -> Tensor:
 
 
 def agreement(one: Details, other: Details) -> float:
-    """The percentage of images that both take for the same class."""
+    """Return the percentage of images that both take for the same class."""
     return 100 * (one.predicted == other.predicted).double().mean().item()
 
 
 def worst_confusions(details: Details, count: int) -> Iterator[tuple[int, int, int]]:
-    """Class, what it was taken for, and how often: the most frequent mistakes first."""
+    """Yield class, predicted class and count of the most frequent mistakes first."""
     pairs, counts = details.pairs()
     wrong = pairs[:, 0] != pairs[:, 1]
     pairs, counts = pairs[wrong], counts[wrong]

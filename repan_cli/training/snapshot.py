@@ -26,7 +26,7 @@ PLAIN = (int, float, bool, str, type(None))
 
 
 def snapshot(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of a run beside the weights that are scored: tensors on the CPU, and plain values."""
+    """Return the state of a run apart from the weights that are scored: tensors on the CPU, and plain values."""
     progress, scaler = run.progress, run.scaler
     tensors, memory = _optimizer_state(run)
     plain = {name: getattr(progress, name) for name in POSITION}
@@ -107,7 +107,7 @@ def _restore_optimizer(run: Training, tensors: Mapping[str, Tensor], plain: Mapp
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """In the memory format of its parameter, where it has its shape."""
+    """Return the value in the memory format of its parameter, if it has the same shape."""
     if value.shape != parameter.shape:
         return value.to(parameter.device) if value.ndim else value.clone()
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -25,7 +25,7 @@ from repan_cli.training.tasks import Task
 
 
 def update(run: Training, phase: Phase, task: Task, group: list[Batch], elapsed: float) -> None:
-    """One step of the optimizer, `elapsed` epochs into the phase, on the mean loss over the images of `group`."""
+    """Do one step of the optimizer, `elapsed` epochs into the phase, on the mean loss over the images of `group`."""
     how = _how(run, phase, elapsed)
     optim.set_learning_rate(run.optimizer, phase.learning_rate(elapsed), frozen=how.frozen)
     if (rate := phase.attach_rate(elapsed)) is not None:
@@ -57,7 +57,7 @@ class _How(NamedTuple):
 
 
 def _how(run: Training, phase: Phase, elapsed: float) -> _How:
-    """Say how the update is made. The device is asked for its attach rates in a phase's first update alone."""
+    """Return how the update is made. The device is asked for its attach rates in a phase's first update alone."""
     if run.rates_of is not phase:
         run.rates_of, run.rates_are_one = phase, run.read_attach_rates()
     steered, others = run.rates_are_one
@@ -132,8 +132,8 @@ def _without_exchange(model: nn.Module) -> contextlib.AbstractContextManager[Non
 
 
 def _called(run: Training, batch: Batch) -> nn.Module:
-    """The network as training calls it, which for a ragged last batch is not compiled: that takes as long again as for
-    all the others.
+    """Return the network as training calls it. It is not compiled for a ragged last batch: that takes as long again as
+    for all the others.
     """
     machine = run.runtime
     share = run.batch_size // machine.ranks + (machine.rank < run.batch_size % machine.ranks)  # as Tensor.tensor_split

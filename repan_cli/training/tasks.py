@@ -21,10 +21,10 @@ class Task(Protocol):
         """Return what tells its computation from another task's, where that is recorded and done again."""
 
     def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches with what is looked up for them before the step."""
+        """Yield the batches with what is looked up for them before the step."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The mean loss of a batch, a scalar, and its logits (B, num_classes)."""
+        """Return the mean loss of a batch, a scalar, and its logits (B, num_classes)."""
 
 
 class TaskProvider(Protocol):

@@ -62,7 +62,7 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) as the student sees them to float32 (B, num_classes)."""
+        """Return the teacher's float32 logits (B, num_classes) of images (B, C, H, W) as the student sees them."""
         images = torch.addcmul(self.shift, images, self.scale)
         if self.size is not None:
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
@@ -72,7 +72,7 @@ class Teacher:
 
     @cached_property
     def lower(self) -> tuple[list[casts.Place], tuple[Tensor, ...]]:
-        """The weights that autocast would cast anew for every batch, as nobody trains them, cast once."""
+        """Return the weights that autocast would cast anew for every batch, cast once, as nobody trains them."""
         if not torch.is_autocast_enabled(self.runtime.device.type):
             return [], ()
         return casts.kept(self.model, torch.get_autocast_dtype(self.runtime.device.type))
@@ -86,7 +86,7 @@ class Teacher:
         return self
 
     def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches as they are: it looks at their images in the step."""
+        """Yield the batches unchanged: the teacher sees their images in the step."""
         return batches
 
 
@@ -132,7 +132,7 @@ class LogitCache:
         return found
 
     def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches with their logits."""
+        """Yield the batches with their logits."""
         for batch in batches:
             coming = [batch]
             if missing := not self._known(batch).all():
@@ -177,7 +177,7 @@ class LogitCache:
 
 
 def _rows(batch: Batch, rows: Tensor) -> tuple[Tensor, ...]:
-    """Some of a batch: images, labels, index, views."""
+    """Return some rows of a batch: images, labels, index, views."""
     here, (index, views) = rows.to(batch.images.device, non_blocking=True), _numbers(batch)
     return batch.images[here], batch.labels[here], index[rows], views[rows]
 
@@ -190,13 +190,15 @@ def _numbers(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _bounded(logits: Tensor) -> Tensor:
-    """Within what float16 holds: infinite logits would make the loss no number."""
+    """Clamp the logits to the range of float16: infinite logits would make the loss NaN."""
     largest = torch.finfo(torch.float16).max
     return logits.clamp(-largest, largest)
 
 
 def allocate(shape: tuple[int, int, int], device: torch.device, folder: Path) -> Tensor:
-    """A float16 table for `LogitCache`, by its size: on the device, in host memory, or a nameless file in `folder`."""
+    """Allocate a float16 table for `LogitCache`, by its size: on the device, in host memory, or a nameless file in
+    `folder`.
+    """
     size = 2 * shape[0] * shape[1] * shape[2]
     if device.type == "cuda" and size <= SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
         return torch.empty(shape, dtype=torch.float16, device=device)

@@ -1,0 +1,73 @@
+"""The words of docstrings: no relative clauses, and functions begin with an imperative verb."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import repan_cli
+
+ROOT = Path(repan_cli.__file__).parent
+RELATIVE = {"What", "Whether", "Of", "Where", "How", "Which", "That", "Whose", "When", "Who"}
+NOT_VERBS = RELATIVE | {
+    *("The", "A", "An", "Every", "All", "Each", "Some", "Any", "No", "None", "One", "This", "These", "Its", "Their"),
+    *("In", "On", "At", "By", "For", "From", "With", "Without", "Within", "After", "Before", "Until", "Over", "As", "If"),
+}
+SHOWN = ("register", "family", "_adapts", "callback")
+"""Decorators that put the docstring into a list for users, where it describes a thing."""
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text("utf-8")) for path in sorted(ROOT.rglob("*.py"))}
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Yield the place and the text of every string that stands by itself: docstrings, and texts below constants."""
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", node.value.value.strip()
+
+
+def functions() -> Iterator[tuple[str, str]]:
+    """Yield the place and the docstring of every public function and method that is no property and in no list."""
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            text = ast.get_docstring(node)
+            if text and not any("property" in each or any(word in each for word in SHOWN) for each in decorators):
+                yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", text
+
+
+def first_word(text: str) -> str:
+    return text.split(None, 1)[0].rstrip(",:.;")
+
+
+def imperative(word: str) -> bool:
+    """Return whether a word may be an imperative: a capitalised word, neither an article nor in the third person."""
+    if not (word.isascii() and word.isalpha() and word[0].isupper() and word[1:].islower()) or word in NOT_VERBS:
+        return False
+    return not word.endswith("s") or word.endswith("ss")
+
+
+def test_no_docstring_begins_with_a_relative_clause() -> None:
+    found = list(docstrings())
+    assert len(found) > 900
+    assert [place for place, text in found if text and first_word(text) in RELATIVE] == []
+
+
+def test_docstrings_of_public_functions_begin_with_an_imperative() -> None:
+    found = list(functions())
+    assert len(found) > 400
+    assert [f"{place}: {text.splitlines()[0]}" for place, text in found if not imperative(first_word(text))] == []
+
+
+def test_the_check_finds_what_is_no_imperative() -> None:
+    wrong = ("The", "A", "Raises", "What", "uint8", "(N", "`auto`", "1x1", "None", "Seconds")
+    assert [word for word in wrong if imperative(word)] == []
+    assert all(map(imperative, ("Return", "Raise", "Pass", "Build")))
