@@ -13,7 +13,8 @@ ROOT = Path(repan_cli.__file__).parent
 RELATIVE = {"What", "Whether", "Of", "Where", "How", "Which", "That", "Whose", "When", "Who"}
 NOT_VERBS = RELATIVE | {
     *("The", "A", "An", "Every", "All", "Each", "Some", "Any", "No", "None", "One", "This", "These", "Its", "Their"),
-    *("In", "On", "At", "By", "For", "From", "With", "Without", "Within", "After", "Before", "Until", "Over", "As", "If"),
+    *("In", "On", "At", "By", "For", "From", "With", "Without", "Within", "After", "Before", "Until", "Over"),
+    *("As", "If"),
 }
 SHOWN = ("register", "family", "_adapts", "callback")
 """Decorators that put the docstring into a list for users, where it describes a thing."""
@@ -28,8 +29,9 @@ def docstrings() -> Iterator[tuple[str, str]]:
     """Yield the place and the text of every string that stands by itself: docstrings, and texts below constants."""
     for path, tree in trees().items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-                yield f"{path.relative_to(ROOT)}:{node.lineno}", node.value.value.strip()
+            match node:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", text.strip()
 
 
 def functions() -> Iterator[tuple[str, str]]:

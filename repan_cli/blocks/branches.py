@@ -61,7 +61,7 @@ class Branch(Protocol):
 
 
 def init_weight(weight: Tensor, init: str, generator: torch.Generator | None = None) -> None:
-    """Fill a convolution's weights in place: `kaiming` (normal, fan-out; He et al. 2015) or `small` (normal, std 0.01)."""
+    """Fill convolution weights in place: `kaiming` (normal, fan-out; He et al. 2015) or `small` (normal, std 0.01)."""
     drawn = torch.empty(weight.shape)  # on the CPU, so that a seed gives the same weights on every device
     if init == "small":
         nn.init.normal_(drawn, std=0.01, generator=generator)

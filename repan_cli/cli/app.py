@@ -57,9 +57,9 @@ def _version(context: typer.Context, wanted: bool) -> None:
 @app.callback()
 def repan(
     verbose: Annotated[
-        bool, typer.Option("-v", is_eager=True, help="With --version: packages and machine, for bug reports.")
+        bool, typer.Option("-v", is_eager=True, help="With --version: print packages and machine, for bug reports.")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and exit.")] = False,
 ) -> None:
     """RepAn: train re-parameterizable networks in annealing cycles, then merge them into plain, fast ones."""
     if verbose:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from repan_cli.commands.option import Argument, Option
 
-WHAT, HOW_LONG, RUN = "What is trained", "How long, how fast", "The run"
+WHAT, HOW_LONG, RUN = "Model and data", "Length and learning rate", "The run"
 """Headings under which the help of the training commands lists their options."""
 
 
@@ -22,33 +22,31 @@ Checkpoint = Annotated[
     str,
     Argument(
         "CHECKPOINT",
-        "A file that repan wrote, a run's folder, others' weights (with --model), or timm:NAME.",
+        "A file written by repan, a run's folder, other weights (with --model), or timm:NAME.",
         "checkpoints",
     ),
 ]
 Network = Annotated[
     str | None,
-    Option(("--model", "-m"), "The network of others' weights, or your own, file.py:function.", "NAME"),
+    Option(("--model", "-m"), "Network of other programs' weights, or your own as file.py:function.", "NAME"),
 ]
 OwnBlock = Annotated[
-    str | None, Option(("--block",), "Your own block of a network that has it, file.py:function.", "NAME")
+    str | None, Option(("--block",), "Your own block family, if the network uses one: file.py:function.", "NAME")
 ]
 Device = Annotated[str, Option(("--device",), "auto, cpu, cuda or cuda:N.", "NAME")]
 DatasetName = Annotated[
-    str | None, Option(("--dataset", "-d"), "Another data set than it was trained on.", "NAME", setting="data.name")
+    str | None, Option(("--dataset", "-d"), "Data set, if not the one it was trained on.", "NAME", setting="data.name")
 ]
-DataRoot = Annotated[str | None, Option(("--data-root",), "Folder of the data sets, where it has moved.", "FOLDER")]
+DataRoot = Annotated[str | None, Option(("--data-root",), "Folder of the data sets, if it has moved.", "FOLDER")]
 ClassOrder = Annotated[
     str | None,
-    Option(
-        ("--classes",), "Order of the classes of image folders: text, natural, or a file with a name a line.", "FILE"
-    ),
+    Option(("--classes",), "Class order of image folders: text, natural, or a file with one name per line.", "FILE"),
 ]
 Split = Annotated[str, Option(("--split",), "test, val or train.", "PART", "splits")]
-TrustCode = Annotated[bool, Option(("--trust-code",), "Run the code that a TorchScript file holds.")]
-Overwrite = Annotated[bool, Option(("--overwrite",), "Replace files that exist.")]
+TrustCode = Annotated[bool, Option(("--trust-code",), "Run the code in a TorchScript file.")]
+Overwrite = Annotated[bool, Option(("--overwrite",), "Replace existing files.")]
 AsJson = Annotated[bool, Option(("--json",), "Print the result as JSON on stdout.")]
-Opset = Annotated[int | None, Option(("--opset",), "Version of ONNX's operators, for older runtimes; default 18.", "N")]
+Opset = Annotated[int | None, Option(("--opset",), "ONNX operator set version, for older runtimes; default 18.", "N")]
 Block = Annotated[str | None, Option(("--block",), metavar="NAME", setting="block.name", panel=WHAT)]
 
 
@@ -61,30 +59,30 @@ class FuseOptions:
 
     checkpoint: Checkpoint
     out: Annotated[
-        Path | None, Option(("--out", "-o"), "Where to write; default CHECKPOINT_fused.pt beside it.", "FILE")
+        Path | None, Option(("--out", "-o"), "Output file; default CHECKPOINT_fused.pt next to it.", "FILE")
     ] = None
     formats: Annotated[
         tuple[str, ...],
         Option(
             ("--format", "-f"),
-            "pt, safetensors, onnx, pt2, timm, torchscript, openvino, ncnn, tflite or coreml; several: -f pt -f onnx.",
+            "pt, safetensors, onnx, pt2, timm, torchscript, openvino, ncnn, tflite or coreml; repeatable.",
             "FORMAT",
             "formats",
         ),
     ] = ()
     form: Annotated[
-        str, Option(("--form",), "conv; or conv-bn, which loads into the plain timm network.", "FORM", "forms")
+        str, Option(("--form",), "conv, or conv-bn, which loads into the plain timm network.", "FORM", "forms")
     ] = "conv"
     with_normalize: Annotated[
-        bool, Option(("--with-normalize",), "Put the normalisation of images into the graph.")
+        bool, Option(("--with-normalize",), "Include the normalisation of images in the graph.")
     ] = False
-    unproven: Annotated[bool, Option(("--unproven",), "Write what this machine cannot run, too: Core ML.")] = False
-    half: Annotated[bool, Option(("--half",), "Write the ONNX file in float16, and measure what that costs.")] = False
+    unproven: Annotated[bool, Option(("--unproven",), "Also write what this machine cannot run: Core ML.")] = False
+    half: Annotated[bool, Option(("--half",), "Write the ONNX file in float16 and measure its cost.")] = False
     opset: Opset = None
     model: Network = None
     block: OwnBlock = None
     data_root: Annotated[
-        str | None, Option(("--data-root",), "Where its data lie, to compare on real images.", "FOLDER")
+        str | None, Option(("--data-root",), "Folder of the data sets, to compare on real images.", "FOLDER")
     ] = None
     overwrite: Overwrite = False
     as_json: AsJson = False
@@ -96,15 +94,15 @@ class QuantizeOptions:
 
     checkpoint: Checkpoint
     out: Annotated[
-        Path | None, Option(("--out", "-o"), "Where to write; default CHECKPOINT_int8.onnx beside it.", "FILE")
+        Path | None, Option(("--out", "-o"), "Output file; default CHECKPOINT_int8.onnx next to it.", "FILE")
     ] = None
-    images: Annotated[int, Option(("--images",), "Training images to calibrate on.", "N")] = 512
-    per_tensor: Annotated[
-        bool, Option(("--per-tensor",), "One scale for all weights of a layer, not one a channel.")
-    ] = False
+    images: Annotated[int, Option(("--images",), "Number of training images for calibration.", "N")] = 512
+    per_tensor: Annotated[bool, Option(("--per-tensor",), "One weight scale per layer instead of one per channel.")] = (
+        False
+    )
     target: Annotated[str, Option(("--target",), "ort, tensorrt or openvino.", "PROGRAM", "int8_targets")] = "ort"
     max_drop: Annotated[
-        float | None, Option(("--max-drop",), "Leave out the worst layers until top-1 falls by no more.", "POINTS")
+        float | None, Option(("--max-drop",), "Keep layers in float32 until top-1 falls by at most this.", "POINTS")
     ] = None
     opset: Opset = None
     dataset: DatasetName = None
@@ -121,9 +119,9 @@ class QuantizeOptions:
 class PushOptions:
     """Options of `repan push`."""
 
-    folder: Annotated[Path, Argument("FOLDER", "What 'repan fuse --format timm' wrote.")]
-    name: Annotated[str, Argument("ORG/NAME", "Its name on the Hub.")]
-    private: Annotated[bool, Option(("--private",), "A new repository is seen by its owners alone.")] = False
+    folder: Annotated[Path, Argument("FOLDER", "Folder written by 'repan fuse --format timm'.")]
+    name: Annotated[str, Argument("ORG/NAME", "Repository on the Hub.")]
+    private: Annotated[bool, Option(("--private",), "Make a new repository private.")] = False
     as_json: AsJson = False
 
 
@@ -132,10 +130,10 @@ class PredictOptions:
     """Options of `repan predict`."""
 
     checkpoint: Checkpoint
-    images: Annotated[tuple[Path, ...], Argument("IMAGES...", "Image files, or folders of them.")]
-    top: Annotated[int, Option(("--top",), "How many classes to name.", "K")] = 5
+    images: Annotated[tuple[Path, ...], Argument("IMAGES...", "Image files, or folders of images.")]
+    top: Annotated[int, Option(("--top",), "Number of classes to list.", "K")] = 5
     save: Annotated[
-        Path | None, Option(("--save",), "Write the pictures with their classes below them, and a table.", "FOLDER")
+        Path | None, Option(("--save",), "Write the images with their classes below, and a table.", "FOLDER")
     ] = None
     model: Network = None
     block: OwnBlock = None
@@ -151,18 +149,18 @@ class PredictOptions:
 class BenchmarkOptions:
     """Options of `repan benchmark`."""
 
-    checkpoint: Annotated[str, Argument("MODEL|FILE", "A network's name, or any file of one.")]
+    checkpoint: Annotated[str, Argument("MODEL|FILE", "Name of a network, or any file of one.")]
     block: Block = None
-    batches: Annotated[tuple[int, ...], Option(("--batch", "-b"), "Images at once; default 1, 32 and 128.", "N")] = ()
-    training_batch: Annotated[
-        int, Option(("--training-batch",), "Images of a training step; 0 leaves it out.", "N")
-    ] = 128
+    batches: Annotated[tuple[int, ...], Option(("--batch", "-b"), "Batch size; default 1, 32 and 128.", "N")] = ()
+    training_batch: Annotated[int, Option(("--training-batch",), "Batch size of a training step; 0 skips it.", "N")] = (
+        128
+    )
     image_size: Annotated[
-        int | None, Option(("--image-size",), "Side of the images; default the network's own.", "N")
+        int | None, Option(("--image-size",), "Image side in pixels; default the network's own.", "N")
     ] = None
-    seconds: Annotated[float, Option(("--seconds",), "For each figure.", "S")] = 2.0
+    seconds: Annotated[float, Option(("--seconds",), "Measuring time for each result.", "S")] = 2.0
     precision: Annotated[str, Option(("--precision",), "fp32, bf16, fp16 or auto.", "P")] = "fp32"
-    compiled: Annotated[bool, Option(("--compile",), "Time torch.compile, too.")] = False
+    compiled: Annotated[bool, Option(("--compile",), "Also time torch.compile.")] = False
     model: Network = None
     trust_code: TrustCode = False
     device: Device = "auto"
@@ -178,7 +176,7 @@ class EvaluateOptions:
     data_root: DataRoot = None
     split: Split = "test"
     classes: ClassOrder = None
-    fused: Annotated[bool, Option(("--fused",), "Merge it, and show both forms side by side.")] = False
+    fused: Annotated[bool, Option(("--fused",), "Also merge the network, and show both forms side by side.")] = False
     model: Network = None
     block: OwnBlock = None
     out: Annotated[Path | None, Option(("--out", "-o"), "Write confusion.csv, .png and classes.csv.", "FOLDER")] = None
@@ -201,22 +199,21 @@ class InfoOptions:
 class CompareOptions:
     """Options of `repan compare`."""
 
-    runs: Annotated[tuple[str, ...], Argument("RUN", "Run directories, records of runs, folders with either, globs.")]
+    runs: Annotated[tuple[str, ...], Argument("RUN", "Run directories, run records, folders of these, or globs.")]
     control: Annotated[
         tuple[str, ...],
         Option(
             ("--control",),
-            "Compare with the group of this run, or of these; default: that without restarts, else the first. May be "
-            "given several times.",
+            "Compare with the group of this run; default: the group without restarts, else the first. Repeatable.",
             "RUN",
         ),
     ] = ()
-    by_folder: Annotated[
-        bool, Option(("--by-folder",), "Runs in one folder are a group of its name, not those set alike.")
-    ] = False
-    html: Annotated[Path | None, Option(("--html",), "Also write a page with curves.", "FILE")] = None
+    by_folder: Annotated[bool, Option(("--by-folder",), "Group runs by their folder instead of by their settings.")] = (
+        False
+    )
+    html: Annotated[Path | None, Option(("--html",), "Also write an HTML page with curves.", "FILE")] = None
     markdown: Annotated[Path | None, Option(("--markdown",), "Also write the table as Markdown.", "FILE")] = None
-    records: Annotated[Path | None, Option(("--records",), "Also keep each run as a small file.", "FOLDER")] = None
+    records: Annotated[Path | None, Option(("--records",), "Also write a small record of each run.", "FOLDER")] = None
     as_json: AsJson = False
     as_csv: Annotated[bool, Option(("--csv",), "Print the table as CSV on stdout.")] = False
 
@@ -225,18 +222,18 @@ class CompareOptions:
 class StudyOptions:
     """Options of `repan study`."""
 
-    grid: Annotated[str, Argument("GRID", "A YAML file of arms, or one that ships: small, whole, full.", "grids")]
+    grid: Annotated[str, Argument("GRID", "A YAML file of arms, or a built-in grid: small, whole, full.", "grids")]
     settings: Annotated[
-        tuple[str, ...], Argument("[KEY=VALUE]...", "Settings of every arm, on top of the grid's.", "words")
+        tuple[str, ...], Argument("[KEY=VALUE]...", "Settings of every arm; they override the grid's.", "words")
     ] = ()
     out: Annotated[Path | None, Option(("--out", "-o"), "Default: runs/study/GRID.", "FOLDER")] = None
-    arms: Annotated[str, Option(("--arms",), "Only arms whose names match, comma-separated.", "GLOB,...")] = "*"
-    seeds: Annotated[str | None, Option(("--seeds",), "In place of the grid's seeds.", "N,N,...")] = None
-    jobs: Annotated[int | None, Option(("--jobs", "-j"), "Runs at once; default: one a device.", "N")] = None
-    minutes: Annotated[float | None, Option(("--minutes",), "Stop after so long, all saved.", "M")] = None
+    arms: Annotated[str, Option(("--arms",), "Run only arms whose names match, comma-separated.", "GLOB,...")] = "*"
+    seeds: Annotated[str | None, Option(("--seeds",), "Seeds, instead of the grid's.", "N,N,...")] = None
+    jobs: Annotated[int | None, Option(("--jobs", "-j"), "Parallel runs; default: one per device.", "N")] = None
+    minutes: Annotated[float | None, Option(("--minutes",), "Save and stop after this time.", "M")] = None
     data_root: Annotated[str | None, Option(("--data-root",), metavar="FOLDER", setting="data.root")] = None
     device: Annotated[str | None, Option(("--device",), "cpu, cuda, or several: cuda:0,cuda:1.", "NAME,...")] = None
-    dry_run: Annotated[bool, Option(("--dry-run",), "Show the arms and how far their runs are; start none.")] = False
+    dry_run: Annotated[bool, Option(("--dry-run",), "Show the arms and their progress; start nothing.")] = False
     as_json: AsJson = False
 
 
@@ -253,7 +250,7 @@ class ListOptions:
         ),
     ]
     pattern: Annotated[
-        str | None, Argument("[GLOB]", "Only names that match, such as 'optim.*'; of runs, a folder.")
+        str | None, Argument("[GLOB]", "List only matching names, such as 'optim.*'; for runs, a folder.")
     ] = None
     as_json: AsJson = False
 
@@ -276,7 +273,7 @@ Pretrained = Annotated[
     bool,
     Option(
         ("--pretrained",),
-        "Start from the weights that timm or torchvision offers.",
+        "Start from the pretrained weights of timm or torchvision.",
         setting="model.pretrained",
         panel=WHAT,
     ),
@@ -285,7 +282,7 @@ Teacher = Annotated[
     str | None,
     Option(
         ("--teacher",),
-        "A file of weights, timm:NAME, or in cycle 'previous'.",
+        "A file of weights, timm:NAME, or 'previous' (in cycle).",
         "NAME",
         setting="teacher.name",
         panel=WHAT,
@@ -299,22 +296,22 @@ ConfigFile = Annotated[
     str | None,
     Option(
         ("-c", "--config"),
-        "Settings from a YAML file or a preset (recipes/cifar); without it, the recipe of the data set.",
+        "Settings from a YAML file or preset (recipes/cifar); default: the recipe of the data set.",
         "FILE",
         "presets",
         panel=RUN,
     ),
 ]
 Resume = Annotated[
-    str | None, Option(("--resume",), "Go on with a run: its directory, or 'latest'.", "RUN", "runs", panel=RUN)
+    str | None, Option(("--resume",), "Resume a run: its directory, or 'latest'.", "RUN", "runs", panel=RUN)
 ]
 Seeds = Annotated[
-    str | None, Option(("--seeds",), "Run once with each of these seeds, and compare.", "N,N,...", panel=RUN)
+    str | None, Option(("--seeds",), "Run once with each of these seeds and compare.", "N,N,...", panel=RUN)
 ]
-Control = Annotated[bool, Option(("--control",), "Also run the same without restarts, and compare.", panel=RUN)]
-PrintConfig = Annotated[bool, Option(("--print-config",), "Print the settings as YAML and stop.", panel=RUN)]
+Control = Annotated[bool, Option(("--control",), "Also run the same without restarts and compare.", panel=RUN)]
+PrintConfig = Annotated[bool, Option(("--print-config",), "Print the settings as YAML and exit.", panel=RUN)]
 DryRun = Annotated[
-    bool, Option(("--dry-run",), "Try every part of the run once, say what it will be, write nothing.", panel=RUN)
+    bool, Option(("--dry-run",), "Try every part of the run once, describe the run, write nothing.", panel=RUN)
 ]
 
 

@@ -103,7 +103,7 @@ def presets() -> dict[str, Path]:
 
 
 def find_preset(name: str, *, near: Path | None = None) -> Path:
-    """Return the file that `name` means: a path, a path relative to the file `near`, or the name of a shipped preset."""
+    """Return the file that `name` means: a path, a path relative to the file `near`, or a shipped preset."""
     name = at_home(name)
     for path in (Path(name), *([near.parent / name] if near else [])):
         with contextlib.suppress(OSError):  # a name that is too long for one

@@ -34,10 +34,10 @@ class ModelConfig:
         "Network: repvgg, repvgg_a1_cifar, timm:NAME, torchvision:NAME, or your own as file.py:function.",
         path=True,
     )
-    pretrained: bool = setting(False, "Start from the weights that timm or torchvision offers for the network.")
+    pretrained: bool = setting(False, "Start from the pretrained weights of timm or torchvision.")
     init: str | None = setting(
         None,
-        "File of weights to start from, repan's or others'; cycle then skips the baseline if its classes fit.",
+        "File of weights to start from, from any program; cycle skips the baseline if the classes match.",
         path=True,
     )
 
@@ -55,16 +55,16 @@ class ModelConfig:
 class BlockConfig:
     name: str | None = setting(
         None,
-        "Block family, see 'repan list blocks', or your own as file.py:function; null: the network's own blocks where "
-        "it has them, else repvgg.",
+        "Block family, see 'repan list blocks', or your own as file.py:function; null: the network's own blocks if "
+        "it has any, else repvgg.",
     )
     kernel: tuple[int, ...] = setting(
-        (), "Kernel sizes of the convolutions that become blocks, such as [3,5]; [] is all above 1.", low=1
+        (), "Kernel sizes of the convolutions that become blocks, such as [3,5]; [] means all above 1.", low=1
     )
-    include: tuple[str, ...] = setting((), "Only convolutions whose names match one of these globs; [] is all.")
-    exclude: tuple[str, ...] = setting((), "No convolutions whose names match one of these globs.")
-    limit: int | None = setting(None, "At most this many blocks, those with the most weights first.", low=1)
-    branches: int | None = setting(None, "Number of k x k side branches (mobileone; null is 3).", low=1)
+    include: tuple[str, ...] = setting((), "Use only convolutions that match one of these globs; [] means all.")
+    exclude: tuple[str, ...] = setting((), "Skip convolutions that match one of these globs.")
+    limit: int | None = setting(None, "Largest number of blocks; those with the most weights come first.", low=1)
+    branches: int | None = setting(None, "Number of k x k side branches (for mobileone; null means 3).", low=1)
 
     def problems(self) -> Iterator[str]:
         if (self.name or "").endswith(".py"):
@@ -74,45 +74,48 @@ class BlockConfig:
 @dataclass(frozen=True)
 class DataConfig:
     name: str | None = setting(None, "Data set, see 'repan list datasets'.", path=True)
-    root: str = setting("data", "Folder of the data sets; ROOT/NAME is read (for 'folder': ROOT itself).", path=True)
+    root: str = setting("data", "Folder of the data sets; ROOT/NAME is read ('folder' reads ROOT itself).", path=True)
     image_size: int | None = setting(
         None,
-        "Side of the images in pixels; null takes the data set's own, of image folders the network's, unless all "
-        "pictures are small squares of one size.",
+        "Side of the images in pixels; null: the data set's own; for image folders the network's, unless all images "
+        "are small squares of one size.",
         low=4,
     )
     batch_size: int = setting(
         128,
-        "Images a training step; auto: the largest power of two that fits the device, and leaves an epoch 16 steps.",
+        "Images per training step; auto: the largest power of two that fits the device, with 16 steps an epoch or "
+        "more.",
         low=2,
         words={"auto": AUTO_BATCH},
     )
     val_fraction: float = setting(
-        0.1, "Part of the training set held out to choose by; 0 trains on everything.", low=0, high=0.9
+        0.1, "Fraction of the training set held out for validation; 0 trains on everything.", low=0, high=0.9
     )
     test_fraction: float = setting(
-        0.2, "Part of the training set drawn as test part of image folders that have none.", above=0, high=0.9
+        0.2, "Fraction of the training set held out as the test part, for image folders without one.", above=0, high=0.9
     )
-    split_seed: int = setting(0, "Seed of those parts, independent of run.seed.", low=0)
+    split_seed: int = setting(0, "Seed of the validation and test split, independent of run.seed.", low=0)
     class_order: str = setting(
         "text",
-        "Order of the classes of image folders: text, or that of a classes.txt beside the parts; natural, 2 before 10; "
-        "a file with a name a line.",
+        "Class order of image folders: text (or a classes.txt next to the parts); natural, 2 before 10; a file with "
+        "one name per line.",
         path=True,
     )
-    channels: int | None = setting(None, "1 reads images in grey, 3 in colour; null takes the data set's own.", low=1)
+    channels: int | None = setting(None, "Read images in grey (1) or colour (3); null: as in the data set.", low=1)
     classes: int | None = setting(
         None,
-        "Number of classes: only the first so many by name; null is all. Of 'synthetic' as many are made; null is 10.",
+        "Use only this many classes, the first by name; null means all. 'synthetic' has as many, 10 by default.",
         low=2,
     )
     per_class: int | None = setting(
-        None, "Training images of each class, at most: the first so many, of which val_fraction is held out.", low=1
+        None,
+        "Use at most this many training images per class, the first ones; val_fraction is held out of them.",
+        low=1,
     )
     augment: str = setting(
         "standard",
-        "standard: random crop, and flip where that makes sense; a policy on top of it: autoaugment, randaugment, "
-        "trivialaugment; none.",
+        "standard: random crop, and flip where that makes sense; autoaugment, randaugment or trivialaugment: the "
+        "same and a policy; none.",
         choices=("standard", *POLICIES, "none"),
     )
     crop: str = setting(
@@ -122,18 +125,18 @@ class DataConfig:
         choices=("auto", "pad", "resized"),
     )
     crop_padding: int | None = setting(
-        None, "Pixels around the image before the random crop; null is an eighth of its side.", low=0
+        None, "Padding in pixels before the random crop; null means an eighth of the image's side.", low=0
     )
-    crop_area: float = setting(0.08, "Least part of an image's area under crop=resized.", above=0, high=1)
-    cutout: int = setting(0, "Side in pixels of a square that is blanked in every training image; 0 is none.", low=0)
-    erase: float = setting(0.0, "Share of training images in which a random rectangle is blanked.", low=0, high=1)
-    mixup: float = setting(0.0, "Alpha of mixup; 0 is none. With cutmix, each batch draws one of both.", low=0)
-    cutmix: float = setting(0.0, "Alpha of CutMix; 0 is none.", low=0)
+    crop_area: float = setting(0.08, "Smallest fraction of an image's area that crop=resized keeps.", above=0, high=1)
+    cutout: int = setting(0, "Side in pixels of a square that is blanked in every training image; 0 means none.", low=0)
+    erase: float = setting(0.0, "Fraction of training images in which a random rectangle is blanked.", low=0, high=1)
+    mixup: float = setting(0.0, "Alpha of mixup; 0 turns it off. With cutmix, each batch uses one of the two.", low=0)
+    cutmix: float = setting(0.0, "Alpha of CutMix; 0 turns it off.", low=0)
     workers: int | None = setting(
-        None, "Processes that read images one by one; null is one a core beside a GPU, else one.", low=0
+        None, "Number of processes that read images; null: with a GPU one per core, else one.", low=0
     )
     on_error: str = setting(
-        "stop", "Training images that cannot be read: stop, or skip them, counted.", choices=("stop", "skip")
+        "stop", "Training images that cannot be read: stop, or skip and count them.", choices=("stop", "skip")
     )
 
     def problems(self) -> Iterator[str]:
@@ -145,26 +148,24 @@ class DataConfig:
 class OptimConfig:
     name: str = setting("sgd", "Optimizer: sgd, or one of timm's, see 'repan list optimizers'.")
     lr: float = setting(0.1, "Peak learning rate.", above=0)
-    min_lr: float = setting(0.0, "Learning rate that the schedule ends at.", low=0)
-    momentum: float = setting(0.9, "Momentum, of optimizers that have it.", low=0, high=0.9999)
+    min_lr: float = setting(0.0, "Learning rate at the end of the schedule.", low=0)
+    momentum: float = setting(0.9, "Momentum, for optimizers that have it.", low=0, high=0.9999)
     nesterov: bool = setting(True, "Nesterov momentum (no effect without momentum).")
     weight_decay: float = setting(5e-4, "Weight decay.", low=0)
     decay: str = setting(
-        "weights", "What decays: weights spares BN, biases and the classifier; all.", choices=("weights", "all")
+        "weights", "Decayed parameters: weights (not BN, biases, classifier), or all.", choices=("weights", "all")
     )
-    clip: float | None = setting(10.0, "Bound on the gradient's norm; null is none.", above=0)
+    clip: float | None = setting(10.0, "Largest norm of the gradient; null turns clipping off.", above=0)
     clip_params: str = setting(
-        "all", "Whose gradient is clipped: all parameters, or the convs' weights.", choices=("all", "convs")
+        "all", "Clipped gradients: of all parameters, or of convolution weights.", choices=("all", "convs")
     )
-    schedule: str = setting("cosine", "Course of the learning rate, see 'repan list schedules'.")
+    schedule: str = setting("cosine", "Learning-rate schedule, see 'repan list schedules'.")
     warmup_epochs: float = setting(0.0, "Epochs of linear warm-up at the start of each schedule.", low=0)
     loss: str = setting(
-        "ce", "ce: cross-entropy over classes; bce: a binary one for each class, summed.", choices=("ce", "bce")
+        "ce", "ce: cross-entropy over classes; bce: binary cross-entropy, summed over classes.", choices=("ce", "bce")
     )
     label_smoothing: float = setting(0.0, "Label smoothing.", low=0, high=0.99)
-    accumulate: int = setting(
-        1, "Batches an update takes: the effective batch is so many times data.batch_size.", low=1
-    )
+    accumulate: int = setting(1, "Batches per update: the effective batch size is this times data.batch_size.", low=1)
 
     def problems(self) -> Iterator[str]:
         if self.min_lr > self.lr:
@@ -175,46 +176,46 @@ class OptimConfig:
 class CycleConfig:
     count: int = setting(4, "Number of annealing cycles after the baseline.", low=1)
     restart: str = setting(
-        "repan", "At the start of a cycle: repan merges and regrows; none is the control.", choices=("repan", "none")
+        "repan", "Restart of each cycle: repan merges and regrows; none is the control.", choices=("repan", "none")
     )
     lr: str = setting(
         "continuous",
-        "continuous: one schedule over baseline and cycles, from the baseline's rate; restart: one in each cycle.",
+        "continuous: one schedule over baseline and cycles, from the baseline's rate; restart: one for each cycle.",
         choices=("continuous", "restart"),
     )
-    lr_decay: float = setting(1.0, "Factor on the learning rate from one cycle to the next.", above=0)
+    lr_decay: float = setting(1.0, "Factor that multiplies the learning rate from one cycle to the next.", above=0)
     rule: str = setting(
         "calibrate",
-        "How merged weights return to the trunk: calibrate keeps train mode too; running (as released), reset do not.",
+        "Restoration of the trunk: calibrate also preserves train mode; running (as released) and reset do not.",
         choices=("calibrate", "running", "reset"),
     )
-    calibration_images: int = setting(1000, "Augmented training images that calibrate measures on.", low=2)
+    calibration_images: int = setting(1000, "Number of augmented training images that calibrate measures on.", low=2)
     attach: str = setting(
         "zero-gamma",
-        "How fresh branches come in: zero-gamma: rate 1, last gamma 0; compensated: at full strength, which the trunk "
-        "makes up for; ramp of the attach rate; one: all at once.",
+        "How new branches start: zero-gamma: rate 1, last gamma 0; compensated: at full strength, offset by the "
+        "trunk; ramp: a rising attach rate; one: all at once.",
         choices=("zero-gamma", "compensated", "ramp", "one"),
     )
-    attach_epochs: float = setting(5.0, "Epochs of the ramp, and of freeze_trunk.", low=0)
+    attach_epochs: float = setting(5.0, "Length in epochs of the ramp and of freeze_trunk.", low=0)
     freeze_trunk: bool = setting(False, "Keep the trunk's parameters fixed during attach_epochs.")
     branch_init: str = setting(
-        "kaiming", "Weights of fresh branches: kaiming, or small (std 0.01).", choices=("kaiming", "small")
+        "kaiming", "Initial weights of new branches: kaiming, or small (std 0.01).", choices=("kaiming", "small")
     )
     trunk_scale: str = setting(
         "merged",
         "Scale of the trunk's weights under calibrate: merged: the kernel as it is; keep: each channel's old norm; "
-        "pace: each channel's old gamma / sigma, so that the trunk learns as fast as before.",
+        "pace: each channel's old gamma / sigma, so the trunk learns as fast as before.",
         choices=("merged", "keep", "pace"),
     )
     momentum: str = setting(
         "zero",
-        "The optimizer's memory at the start of a cycle: zero, or carry it over into what the trunk has become.",
+        "Optimizer state at the start of a cycle: zero it, or carry it over, converted for the merged trunk.",
         choices=("zero", "carry"),
     )
     start_from: str = setting(
         "last",
-        "Weights the next cycle starts from: last; best on the validation part; best-test, as released: the test set "
-        "chooses, so that its figures mean less.",
+        "Weights that the next cycle starts from: last; best (by validation); best-test, as released: chosen on the "
+        "test set, so test results are biased.",
         choices=("last", "best", "best-test"),
     )
     reseed: str = setting(
@@ -240,13 +241,13 @@ class TeacherConfig:
         "network of the cycle before).",
         path=True,
     )
-    model: str | None = setting(None, "Network of a teacher's file that is not repan's.", path=True)
-    alpha: float = setting(0.5, "Share of the distillation loss; the rest is the cross-entropy.", low=0, high=1)
+    model: str | None = setting(None, "Network of a teacher's file that repan did not write.", path=True)
+    alpha: float = setting(0.5, "Weight of the distillation loss; the rest is the cross-entropy.", low=0, high=1)
     temperature: float = setting(4.0, "Temperature of the distillation loss.", above=0)
-    image_size: int | None = setting(None, "Side of the images that the teacher sees; null is its own.", low=4)
+    image_size: int | None = setting(None, "Side of the teacher's images in pixels; null: the teacher's own.", low=4)
     cache: str = setting(
         "auto",
-        "Keep the teacher's logits of every view that was seen: auto, where views can be told apart; views; none.",
+        "Cache the teacher's logits of every augmented view: auto, if views can be identified; views; none.",
         choices=("auto", "views", "none"),
     )
 
@@ -257,52 +258,52 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    enabled: bool = setting(False, "Score and save an exponential average of the weights; a restart begins it anew.")
-    decay: float = setting(0.9998, "Its decay an update; lower at first.", low=0, high=0.999999)
+    enabled: bool = setting(False, "Score and save an exponential average of the weights; a restart resets it.")
+    decay: float = setting(0.9998, "Decay of the average per update; lower at first.", low=0, high=0.999999)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     seed: int = setting(0, "Seed of weights, data order and augmentation.", low=0)
-    device: str = setting("auto", "auto (a GPU where there is one), cpu, cuda, cuda:N or mps.")
+    device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N or mps.")
     precision: str = setting(
         "auto",
-        "auto: bf16 where the device computes in it, else fp32; bf16; fp16, with a loss scaler; tf32, "
-        "by which NVIDIA GPUs train with 10 bits of fp32; fp32. Evaluation is in fp32.",
+        "auto: bf16 if the device supports it, else fp32; bf16; fp16, with a loss scaler; tf32, fp32 with 10-bit "
+        "mantissas on NVIDIA GPUs; fp32. Evaluation uses fp32.",
         choices=("auto", "bf16", "fp16", "tf32", "fp32"),
     )
     threads: int | None = setting(
         None,
-        "CPU threads of PyTorch; null takes the cores that are free when the run begins, or OMP_NUM_THREADS. The last "
-        "bits of a run depend on it, so a resumed run keeps its number.",
+        "CPU threads of PyTorch; null: the cores that are free when the run begins, or OMP_NUM_THREADS. Results "
+        "depend on it in the last bits, so a resumed run keeps its number.",
         low=1,
     )
     channels_last: bool = setting(True, "Channels-last memory format.")
-    sync_bn: bool = setting(False, "Share BN statistics among the GPUs of a job in every step, for small batches.")
+    sync_bn: bool = setting(False, "Synchronise BN statistics across GPUs in every step, for small batches.")
     compile: str = setting(
         "auto",
-        "torch.compile of the training pass, which needs a C++ compiler and about a minute: on; off; auto is off, as "
-        "short runs lose more than they win.",
+        "torch.compile of the training pass: on needs a C++ compiler and about a minute; off; auto means off, as "
+        "short runs lose more than they gain.",
         choices=("auto", "on", "off"),
     )
     graph: str = setting(
         "auto",
-        "A training step as one CUDA graph: auto, on a GPU where that can be; on; off.",
+        "Run a training step as one CUDA graph: auto, on a GPU where possible; on; off.",
         choices=("auto", "on", "off"),
     )
-    out: str | None = setting(None, "Run directory; by default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.", path=True)
-    log_every: int = setting(20, "Training steps between two looks at the loss (a host-device sync each).", low=1)
+    out: str | None = setting(None, "Run directory; default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.", path=True)
+    log_every: int = setting(20, "Training steps between two readings of the loss (each is a host-device sync).", low=1)
     save_every: int | None = setting(
-        None, "Training steps between two saves inside an epoch; null saves at its end, and when asked to stop.", low=1
+        None, "Training steps between two saves in an epoch; null saves after epochs and when asked to stop.", low=1
     )
     patience: int | None = setting(
-        None, "End the run after so many epochs without a better validation top-1; null trains all epochs.", low=1
+        None, "End the run after this many epochs without a better validation top-1; null trains all epochs.", low=1
     )
     max_hours: float | None = setting(
-        None, "Stop after so many hours, all saved: --resume goes on, for as long again; null has no limit.", above=0
+        None, "Save and stop after this many hours; --resume continues for as long again; null: no limit.", above=0
     )
     trackers: tuple[str, ...] = setting(
-        (), "Where figures go beside metrics.jsonl and metrics.csv: [tensorboard,wandb], see 'repan list trackers'."
+        (), "Trackers that also receive the metrics, such as [tensorboard,wandb]; see 'repan list trackers'."
     )
 
 

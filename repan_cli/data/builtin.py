@@ -162,7 +162,7 @@ PIXELS = 16
 
 
 def _load_imagenet16(classes: int) -> Callable[[Path, ReadOptions], RawDataset]:
-    """Return a loader of the first `classes` classes of downsampled ImageNet (Chrabaszcz et al. 2017), pickled batches."""
+    """Return a loader of the first `classes` classes of downsampled ImageNet (Chrabaszcz et al. 2017)."""
 
     def load(root: Path, reading: ReadOptions) -> RawDataset:
         folder = root / "imagenet16"

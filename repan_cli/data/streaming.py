@@ -124,5 +124,5 @@ class StreamingLoader(Loader):
 
 
 def default_workers(device: torch.device) -> int:
-    """Return one process a core beside a GPU, shared by the ranks of this machine; on a CPU, which trains itself, one."""
+    """Return one process a core beside a GPU, shared by the machine's ranks; one on a CPU, which trains itself."""
     return max(1, min(MOST_WORKERS, usable_cores() // local_ranks())) if device.type == "cuda" else 1

@@ -90,7 +90,7 @@ def sqnr(values: Tensor, approximate: Tensor) -> float:
 
 @torch.no_grad()
 def health(network: nn.Module, batches: Iterable[Tensor]) -> list[LayerHealth]:
-    """Return the health of each convolution and linear layer of a merged network, on batches (N, C, H, W), on the CPU."""
+    """Return the health of each convolution and linear layer of a merged network on batches (N, C, H, W) on the CPU."""
     network.eval()
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
     with _inputs_of(layers) as seen:

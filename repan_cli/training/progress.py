@@ -59,7 +59,7 @@ class Totals:
         return {key: loss / images if images > 0 else None for key, (loss, images) in zip(KEYS, sums, strict=True)}
 
     def mean_loss(self) -> float:
-        """Return the mean loss over all ranks. Raises DivergedError when it is not finite, or an update was left out."""
+        """Return the mean loss over all ranks. Raises DivergedError if it is not finite, or an update was left out."""
         loss, skipped, images = summed(
             torch.stack([self.loss, self.skipped, torch.full_like(self.loss, self.images)])
         ).tolist()

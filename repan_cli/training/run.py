@@ -94,7 +94,7 @@ class Training:
 
     @cached_property
     def average_share(self) -> Tensor | None:
-        """Return, on the device, each step's share in the weight average, for recorded updates of a run that has one."""
+        """Each step's share in the weight average, on the device, for recorded updates of a run that has one."""
         if self.graphs is None or self.average is None or self.average.coarse:
             return None
         return torch.zeros((), device=self.runtime.device)
@@ -106,7 +106,7 @@ class Training:
 
     @cached_property
     def trunk_live(self) -> Tensor | None:
-        """Return 0 while trunks are frozen, else 1, on the device, for recorded updates of a run that freezes them."""
+        """On the device, 0 while trunks are frozen, else 1, for recorded updates of a run that freezes them."""
         if self.graphs is None or not any(phase.trunk_is_frozen(0) for phase in self.plan):
             return None
         return torch.ones((), device=self.runtime.device)
