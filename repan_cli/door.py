@@ -195,7 +195,9 @@ def _option_value(name: str, value: Any) -> Any:
     if isinstance(value, (str, os.PathLike, int, float)) or hasattr(value, "item"):  # also NumPy's numbers
         return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
     mend = (
-        "give its name; a network of your own is 'file.py:function'" if name == "model" else "give what one would type"
+        "give its name; a network of your own is 'file.py:function'"
+        if name == "model"
+        else "give it as on the command line"
     )
     raise InputError(f"{name} cannot be a {type(value).__name__}: {mend}")
 

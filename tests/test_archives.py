@@ -205,7 +205,7 @@ ATTACKS = {
     "64-bit: another start": (lambda: disagreeing_wide_record(48, 0), "two end records that disagree"),
     "64-bit: another size": (lambda: disagreeing_wide_record(40, 60), "two end records that disagree"),
     "64-bit: another count": (lambda: disagreeing_wide_record(32, 1), "two end records that disagree"),
-    "64-bit: an extended record": (lambda: disagreeing_wide_record(4, 48), "64-bit end record that is none"),
+    "64-bit: an extended record": (lambda: disagreeing_wide_record(4, 48), "an invalid 64-bit end record"),
     "64-bit: elsewhere": (locator_elsewhere, "not where its end record says|two end records|elsewhere"),
     "64-bit: sizes beside others": (wide_size_without_need, "64-bit sizes that disagree"),
     "64-bit: a lacking record": (lambda: edited(10, b"\xff\xff", mark=b"PK\5\6"), "disagree|lacks its 64-bit"),

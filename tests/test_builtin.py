@@ -133,8 +133,8 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (pickle.dumps(Evil()), "a call of 'posix.mkdir', .* refused, no code is run"),
-        (b"nonsense", "is damaged, or no pickled batch"),
+        (pickle.dumps(Evil()), "a call of 'posix.mkdir', .* refused, no code was run"),
+        (b"nonsense", "is damaged, or not a pickled batch"),
         (pickle.dumps({"data": np.zeros((2, 100), np.uint8), "labels": [1, 1]}), "holds no images of 16x16 pixels"),
         (pickle.dumps({"data": np.zeros((2, 768), np.uint8), "labels": [1]}), "holds 2 images and 1 labels"),
         (pickle.dumps({"data": np.zeros((2, 768), np.uint8), "labels": [0, 1]}), "must be 1 to 1000"),

@@ -64,7 +64,7 @@ def test_what_is_not_read_is_named_and_counted(tmp_path, caplog):
     for name in ("a.heic", "b.HEIC", "notes.txt", "noending"):
         (tmp_path / "train" / "ant" / name).write_bytes(b"x")
     datasets.load("folder", tmp_path)
-    assert f"1 folder of {tmp_path} no part of a data set, left out: extra" in caplog.text
+    assert f"1 folder of {tmp_path} skipped, not part of a data set: extra" in caplog.text
     assert "4 files" in caplog.text
     assert ".heic 2, no ending 1, .txt 1" in caplog.text
 
@@ -175,7 +175,7 @@ def test_classes_that_a_file_tells_order_the_data(capsys, hub, numbers):
     (hub / "config.json").unlink()
     code, out, err = run(capsys, "evaluate", hub / "model.safetensors", "--model", "timm:resnet10t", *words)
     assert code == 0
-    assert "does not say what its classes are called: its outputs are taken for the folders in the order 1, 10" in err
+    assert "does not name its classes: its outputs are assumed to be the folders in the order 1, 10" in err
     assert "by number they are 1, 2, 3, ...: --classes natural" in err
     code, out, err = run(
         capsys, "evaluate", hub / "model.safetensors", "--model", "timm:resnet10t", *words, "--classes", "natural"

@@ -157,7 +157,7 @@ def test_fuse_needs_no_options(capsys, cycle_run, tmp_path, monkeypatch):
     assert code == 0
     assert "in float64" in err
     assert (tmp_path / "checkpoint_fused.pt").exists()
-    assert "fused already" in one_line(capsys, "fuse", "checkpoint_fused.pt")
+    assert "already fused" in one_line(capsys, "fuse", "checkpoint_fused.pt")
 
 
 def test_fusing_the_same_file_gives_the_same_bytes(capsys, cycle_run, tmp_path):
@@ -322,7 +322,7 @@ def test_gpus_are_those_of_the_driver(monkeypatch):
         ),
         ((*DIGITS, "run.sync_bn=true"), "run.sync_bn is for several GPUs under torchrun"),
         ((*DIGITS, "--device", "gpu"), "unknown device 'gpu'; give auto, cpu, cuda, cuda:N or mps"),
-        ((*DIGITS, "--device", "cuda:99"), "device cuda:99 is not there"),
+        ((*DIGITS, "--device", "cuda:99"), "device cuda:99 is not available"),
         ((*DIGITS, "--init", "nowhere.pt"), "no checkpoint nowhere.pt"),
         (
             ("--model", "timm:resnet81", "--dataset", "digits"),
@@ -335,7 +335,7 @@ def test_gpus_are_those_of_the_driver(monkeypatch):
         (("--model", "timm:nf_resnet26", "--dataset", "digits"), "it is a ScaledStdConv2d, not a plain Conv2d"),
         (("--model", "timm:mixer_s32_224", "--dataset", "digits"), "it wants data.image_size=224"),
         (("--model", "timm:resnet18", "--dataset", "digits", "--block", "dbbb"), "did you mean dbb"),
-        ((*DIGITS, "--block", "acb", "block.branches=2"), "acb has no number of branches to choose"),
+        ((*DIGITS, "--block", "acb", "block.branches=2"), "acb has a fixed number of branches"),
         ((*DIGITS, "block.include=stages.9*"), "block.include: no convolution is named 'stages.9*'"),
         ((*DIGITS, "block.exclude=stages.9*"), "block.exclude: no convolution is named 'stages.9*'"),
         (("--model", "timm:vit_tiny_patch16_224", "--dataset", "digits"), "it wants data.image_size=224"),
@@ -484,7 +484,10 @@ def test_a_second_ctrl_c_leaves_at_once(capsys, few_blocks, tmp_path, monkeypatc
     monkeypatch.setattr(Display, "show", press_twice)
     code, _, err = run(capsys, "train", *DIGITS, "--epochs", 1, "data.batch_size=256", "--out", tmp_path / "run")
     assert code == 130
-    assert f"left at once; from its last save it goes on with: repan train --resume {tmp_path}" in err.splitlines()[-1]
+    assert (
+        f"stopped at once, without saving; from its last save continue with: repan train --resume {tmp_path}"
+        in err.splitlines()[-1]
+    )
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
 
 
@@ -520,4 +523,4 @@ def test_a_timm_network_can_be_trained_and_keeps_its_name(capsys, tmp_path):
     assert json.loads(out)["fused"]["folded"] > 0
     code, out, _ = run(capsys, "evaluate", tmp_path / "run" / "best.pt", "--json")
     assert json.loads(out)["form"] == "multi-branch"
-    assert "is fused already" in one_line(capsys, "fuse", tmp_path / "run" / "fused.pt")
+    assert "is already fused" in one_line(capsys, "fuse", tmp_path / "run" / "fused.pt")

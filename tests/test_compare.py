@@ -170,7 +170,7 @@ def test_the_control_can_be_chosen(capsys, runs):
     (runs / "stopped" / "summary.json").unlink()
     code, _, err = run(capsys, "compare", runs, "--control", runs / "stopped")
     assert code == 2
-    assert "is none of the runs" in err
+    assert "is not among the compared runs" in err
 
 
 def test_without_a_control_the_first_group_is_compared_with(capsys, tmp_path):
@@ -235,7 +235,7 @@ def test_two_kinds_of_control_are_said(capsys, runs):
     write_run(runs / "other", cycle__restart="none", block__name="acb")
     code, _, err = run(capsys, "compare", runs)
     assert code == 0
-    assert "Warning: 2 groups go without restarts: the first is the control" in err
+    assert "Warning: 2 groups have no restarts: the first is the control" in err
 
 
 def test_a_seed_that_was_run_twice_counts_once(capsys, runs):
@@ -547,7 +547,7 @@ def test_two_runs_cannot_be_one_record(capsys, arms, tmp_path):
     write_run(arms / "repan" / "again", 0)
     code, _, err = run(capsys, "compare", arms, "--by-folder", "--records", tmp_path / "kept")
     assert code == 2
-    assert "would both be the record" in err
+    assert "would both be written to the record" in err
     assert not (tmp_path / "kept").exists()
 
 

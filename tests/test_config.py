@@ -106,8 +106,8 @@ def test_a_base_may_be_a_preset(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("epochs: 3\nepochs: 4\n", "line 2: the key 'epochs' stands twice"),
-        ("optim:\n  lr: 1\n  lr: 2\n", "line 3: the key 'lr' stands twice"),
+        ("epochs: 3\nepochs: 4\n", "line 2: the key 'epochs' appears twice"),
+        ("optim:\n  lr: 1\n  lr: 2\n", "line 3: the key 'lr' appears twice"),
         ("- a\n- b\n", "expected 'key: value' lines"),
         ("just words", "expected 'key: value' lines"),
         ("a: [1\n", "mine.yaml"),

@@ -33,7 +33,7 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert find_device("auto").type == "cpu"
-    with pytest.raises(InputError, match="is not there: PyTorch sees 0 GPUs"):
+    with pytest.raises(InputError, match="is not available: PyTorch sees 0 GPUs"):
         find_device("cuda")
     for name in ("gpu", "xpu", "meta"):
         with pytest.raises(InputError, match="give auto, cpu, cuda"):

@@ -47,7 +47,7 @@ def test_a_resume_marks_a_run_that_has_its_summary_as_done(capsys, finished):
     (finished / "status.json").write_text(json.dumps({**status, "state": "failed"}))
     code, _, err = run(capsys, "train", "--resume", finished)
     assert code == 0
-    assert "has its results: it is marked as done now" in err
+    assert "has its results and is now marked as finished" in err
     assert state_of(finished) == "done"
     code, _, err = run(capsys, "train", "--resume", finished)
     assert code == 2

@@ -607,5 +607,5 @@ def test_make_block_with_a_number_of_branches():
     assert geometry.kernel_size == (3, 3)
     block = make_block("mobileone", models.repvgg_cifar.Geometry(4, 4, (3, 3), padding=(1, 1)), copies=1)
     assert len(block.branches) == 3
-    with pytest.raises(InputError, match="block.branches=2: the block family acb has no number"):
+    with pytest.raises(InputError, match="block.branches=2: the block family acb has a fixed number"):
         make_block("acb", models.repvgg_cifar.Geometry(4, 4, (3, 3)), copies=2)

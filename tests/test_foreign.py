@@ -116,7 +116,7 @@ def test_names_with_the_tag_of_their_weights():
     assert models.resolve("timm:hf_hub:timm/fastvit_t8.apple_in1k", 224) == "timm:fastvit_t8.apple_in1k"
     with pytest.raises(InputError, match=r"no weights 'a9_in1k' of resnet18: it has .*a1_in1k"):
         models.resolve("timm:resnet18.a9_in1k", 224)
-    with pytest.raises(InputError, match=r"is given in the place of a file"):
+    with pytest.raises(InputError, match=r"give it in place of a file"):
         models.resolve("hf-hub:someone/theirs", 224)
 
 
@@ -171,7 +171,7 @@ OTHERS = {
     "half a download": half,
     "JSON text": lambda path: path.write_text(json.dumps({"message": "Not Found"})),
     "is empty": lambda path: path.write_bytes(b""),
-    "none of torch.save's": archive,
+    "not one of torch.save's": archive,
     "HDF5": lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 99),
     "compressed archive": lambda path: path.write_bytes(b"\x1f\x8b\x08" + b"\0" * 99),
     "long history of losses": lambda path: torch.save({"losses": list(map(float, range(300_000)))}, path),

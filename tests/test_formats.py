@@ -228,9 +228,9 @@ def test_bad_wishes(capsys, net, tmp_path, monkeypatch):
     assert "--with-normalize puts" in one_line(capsys, "fuse", path, "--with-normalize")
     assert "--form bn is none of conv, conv-bn" in one_line(capsys, "fuse", path, "--form", "bn")
     assert run(capsys, "fuse", path, "-o", tmp_path / "fused.pt")[0] == 0
-    assert "is fused already" in one_line(capsys, "fuse", tmp_path / "fused.pt")
+    assert "is already fused" in one_line(capsys, "fuse", tmp_path / "fused.pt")
     assert run(capsys, "fuse", tmp_path / "fused.pt", "-f", "pt2")[0] == 0
-    assert "is exported already" in one_line(capsys, "fuse", tmp_path / "fused_fused.pt2")
+    assert "is already exported" in one_line(capsys, "fuse", tmp_path / "fused_fused.pt2")
     with pytest.raises(InputError, match=r"is an export: torch\.export\.load opens it"):
         repan_cli.load(tmp_path / "fused_fused.pt2")
     monkeypatch.setattr("repan_cli.system.packages.missing", lambda *packages: ["onnxscript"])

@@ -73,7 +73,7 @@ def test_quantize(capsys, few_blocks, small_run, tmp_path):
     assert json.loads(text)["precision"] == "int8"
     assert "exists already" in one_line(capsys, "quantize", small_run.folder / "best.pt", "-o", out)
     assert "name a file that ends in .onnx" in one_line(capsys, "quantize", small_run.folder, "-o", tmp_path / "x.pt")
-    assert "is exported already" in one_line(capsys, "quantize", out)
+    assert "is already exported" in one_line(capsys, "quantize", out)
     again = tmp_path / "again.onnx"
     assert run(capsys, "quantize", small_run.folder / "best.pt", "-o", again, "--images", "100")[0] == 0
     assert again.read_bytes() == out.read_bytes()
@@ -206,4 +206,4 @@ def test_layers_are_left_out_until_it_is_good_enough(capsys, few_blocks, small_r
 def test_bad_words(capsys, small_run, tmp_path):
     words = ("quantize", small_run.folder / "best.pt", "-o", tmp_path / "a.onnx")
     assert "--target trt is none of ort, tensorrt, openvino" in one_line(capsys, *words, "--target", "trt")
-    assert "--max-drop -1: give points of top-1 accuracy" in one_line(capsys, *words, "--max-drop", "-1")
+    assert "--max-drop -1: must be at least 0" in one_line(capsys, *words, "--max-drop", "-1")

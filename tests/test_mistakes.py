@@ -52,8 +52,8 @@ MISTAKES = [
     (f"distill {D}", r"no teacher: give --teacher FILE or timm:NAME"),
     (f"cycle {D} --pretrained --init best.pt", r"model.pretrained and model.init both say .*: give one"),
     (f"cycle {D} data.val_fraction=0 cycle.start_from=best", r"cycle.start_from=best needs .*; set data.val_fraction"),
-    (f"train {D} --dry-run --resume run", r"--dry-run does not go with --resume: the run has its settings"),
-    ("train --resume run --out other", r"--out does not go with --resume: .* in its own directory"),
+    (f"train {D} --dry-run --resume run", r"--dry-run cannot be combined with --resume: the run keeps its settings"),
+    ("train --resume run --out other", r"--out cannot be combined with --resume: .* in its own directory"),
     # networks
     ("train -m RepVGG -d digits", r"unknown model 'RepVGG'; did you mean repvgg\?"),
     ("train -m timm:resnet19 -d digits", r"unknown model 'timm:resnet19'; did you mean timm:resnet18"),
@@ -73,25 +73,25 @@ MISTAKES = [
     ("evaluate best.pt -d folder --data-root photos", r"knows 10 classes, folder has 2"),
     # machine
     (f"train {D} --device gpu", r"unknown device 'gpu'; give auto, cpu, cuda, cuda:N or mps"),
-    (f"train {D} --device cuda:99", r"device cuda:99 is not there: PyTorch sees \d+ GPUs?; try --device auto"),
+    (f"train {D} --device cuda:99", r"device cuda:99 is not available: PyTorch sees \d+ GPUs?; try --device auto"),
     # files
     (f"train {D} -c recipes/cifer", r"no configuration file or preset 'recipes/cifer'; did you mean recipes/cifar"),
-    (f"train {D} -c twice.yaml", r"twice.yaml line 3: the key 'lr' stands twice"),
+    (f"train {D} -c twice.yaml", r"twice.yaml line 3: the key 'lr' appears twice"),
     (f"train {D} -c best.pt", r"cannot read best.pt: not a text file"),
     (f"train {D} --init text.pt", r"text.pt is text, not a network: give a file of weights, or a run's folder"),
     (
         f"train {D} --init pickled.pt",
-        r"pickled.pt .* an object of torch.nn.modules.linear.Linear.*: refused, no code is run; where",
+        r"pickled.pt .* an object of torch.nn.modules.linear.Linear.*: refused, no code is run; if",
     ),
     (f"cycle {D} --init fused.pt", r"fused.pt is fused, .*: start from last.pt, best.pt or cycle_NN.pt of its run"),
     (
         "train -m resnet18 -d digits --init best.pt",
         r"best.pt holds .* repvgg_a0_cifar, not resnet18_cifar: give --model",
     ),
-    (f"train {D} --out run", r"the run directory run exists already; .*: go on with --resume run, or give another"),
+    (f"train {D} --out run", r"the run directory run exists already; .*: continue with --resume run, or give another"),
     (f"train {D} --out best.pt/x", r"cannot create the run directory best.pt/x: Not a directory; give another --out"),
     ("train --resume nowhere", r"no run directory nowhere to resume"),
-    ("train --resume empty", r"empty is no run directory: it holds no config.yaml"),
+    ("train --resume empty", r"empty is not a run directory: it has no config.yaml"),
     ("cycle --resume latest", r"no run of 'repan cycle' under runs: name its directory"),
     ("train --resume run", r"run is finished; begin another run from its weights with --init run/last.pt"),
     ("cycle --resume run", r"run is a run of 'repan train': resume it with that command"),
@@ -166,7 +166,7 @@ def test_an_optional_package_is_not_there(capsys, desk, monkeypatch):
     ("error", "says"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "a.pt"), "no space left to write a.pt; free some, or give"),
-        (MemoryError(), "out of memory; set a smaller --batch-size (with as much more of optim.accumulate)"),
+        (MemoryError(), "out of memory; set a smaller --batch-size (with a larger optim.accumulate to match)"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory; set a smaller"),
     ],
 )

@@ -167,7 +167,7 @@ def test_ctrl_c_while_a_file_is_written_leaves_none(capsys, desk, monkeypatch, w
 def test_a_pipe_that_is_called_an_image_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     for read in (image_files.open_image, lambda path: image_files.check(path, whole=True)):
-        with pytest.raises(UnreadableImageError, match="it is no regular file"):
+        with pytest.raises(UnreadableImageError, match="it is not a regular file"):
             read(tmp_path / "x.png")
 
 

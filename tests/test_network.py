@@ -225,7 +225,7 @@ def test_weights_that_do_not_fit_are_named(digits, tmp_path, content, says):
 
 def test_foreign_weights_need_the_name_of_their_network(digits, tmp_path):
     torch.save(tiny().state_dict(), tmp_path / "theirs.pth")
-    with pytest.raises(InputError, match="does not say which network it is of: give --model NAME"):
+    with pytest.raises(InputError, match="does not name its network: give --model NAME"):
         made(digits, model__init=tmp_path / "theirs.pth")
 
 

@@ -85,7 +85,7 @@ def test_groups_of_unequal_length_are_said(tmp_path, capsys):
     write_run(tmp_path / "long", cycle__count="1")
     write_run(tmp_path / "short", val=(50.0, 60.0, 70.0, 69.0, 68.0, 67.0), cycle__rule="reset")
     _, _, err = run(capsys, "compare", tmp_path)
-    assert "of unequal length, 4 and 6 epochs" in " ".join(err.split())
+    assert "differ in length (4 and 6 epochs)" in " ".join(err.split())
 
 
 def test_a_run_that_lost_its_best_weights_says_so(tmp_path, caplog):

@@ -90,7 +90,7 @@ def test_an_arm_that_the_grid_has_no_more_is_said(tmp_path, capsys):
     (tmp_path / "out" / "two").mkdir(parents=True)
     (tmp_path / "out" / "two" / "arm.yaml").write_text("epochs: 3\n")
     _, _, err = run(capsys, "study", grid, "--out", tmp_path / "out", "--dry-run")
-    assert f"holds runs of two, no arms of {grid} any more" in " ".join(err.split())
+    assert f"holds runs of two, not arms of {grid} any more" in " ".join(err.split())
 
 
 def test_long_labels_name_only_what_tells_groups_apart(tmp_path, capsys):

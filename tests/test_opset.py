@@ -119,7 +119,7 @@ def test_fuse_writes_the_opset_that_is_asked_for(capsys, few_blocks, small_run, 
 @pytest.mark.parametrize("version", [-1, 0, 10, 22, 99])
 def test_opsets_that_are_not_offered(capsys, few_blocks, small_run, tmp_path, version):
     line = one_line(capsys, "fuse", small_run.folder, "-o", tmp_path / "a.onnx", "--opset", version)
-    assert f"--opset {version} is not offered here: choose from 11 to 21" in line
+    assert f"--opset {version} is not supported: choose from 11 to 21" in line
 
 
 def test_opset_is_for_onnx(capsys, few_blocks, small_run, tmp_path):
@@ -127,7 +127,7 @@ def test_opset_is_for_onnx(capsys, few_blocks, small_run, tmp_path):
         capsys, "fuse", small_run.folder, "-o", tmp_path / "a.pt2", "--opset", "13"
     )
     line = one_line(capsys, "quantize", small_run.folder, "-o", tmp_path / "a.onnx", "--opset", "12")
-    assert "--opset 12 is not offered here: choose from 13 to 21" in line
+    assert "--opset 12 is not supported: choose from 13 to 21" in line
 
 
 @pytest.mark.parametrize("version", [13, 21])

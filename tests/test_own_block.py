@@ -164,12 +164,12 @@ class Calls:
         (lambda g: [Branch(g), OnlyUnstrided(g)], r"branch 1 \(OnlyUnstrided\) is off by .* stride 2x2"),
         (lambda g: [Single(g)], "not in float64 on the CPU"),
         (lambda g: [Small(g)], r"gives a kernel of \(8, 8, 1, 1\) and \(8,\), not \(8, 8, 3, 3\)"),
-        (lambda g: [DrawsElsewhere(g)], "draws from elsewhere than the generator"),
+        (lambda g: [DrawsElsewhere(g)], "uses random numbers from outside the given generator"),
         (lambda g: [StaysLoud(g)], "is not zero after zero_init"),
         (lambda g: [Loses(g)], r"returns \(2, 8, 11, 11\) from branch 0 \(Loses\), its trunk \(2, 8, 11, 12\)"),
         (lambda g: [Fails(g)], "fails: RuntimeError: not done yet"),
         (lambda g: [SAME], "returns the same branch in two calls"),
-        (Calls(), "returns other weights in a second call"),
+        (Calls(), "returns different weights in a second call"),
         (lambda g: conv_bn(g), "returns ConvBN, not a list of branches"),
         (lambda g: [nn.Conv2d(8, 8, 3)], r"a branch 0 \(Conv2d\) without equivalent_kernel and reset and zero_init"),
         (lambda g: [1], "returns int as branch 0, not a torch.nn.Module"),
@@ -235,10 +235,10 @@ def saved(file, forget):
 
 
 def test_a_file_says_what_it_needs_and_imports_nothing(capsys, saved):
-    needs = f"give --block {saved} (no file is imported by itself)"
+    needs = f"give --block {saved} (files are not imported automatically)"
     assert needs in one_line(capsys, "evaluate", "best.pt")
     assert needs in one_line(capsys, "train", "--init", "best.pt", "--dataset", "digits")
-    with pytest.raises(InputError, match="no file is imported by itself"):
+    with pytest.raises(InputError, match="files are not imported automatically"):
         repan_cli.load("best.pt")
     _, out, _ = run(capsys, "info", "best.pt", "--json")
     assert json.loads(out)["needs"] == f"--block {saved}"
@@ -269,7 +269,7 @@ def test_every_command_uses_it(capsys, file, forget):
     code, _, err = run(capsys, "cycle", *NET, "--block", file, *cycle, "--out", "run")
     assert code == 0, err
     forget()
-    needs = f"give --block {file} (no file is imported by itself)"
+    needs = f"give --block {file} (files are not imported automatically)"
     assert needs in one_line(capsys, "cycle", "--resume", "run", "--cycles", 2)
     assert needs in one_line(capsys, "distill", *NET, "--teacher", "run/best.pt")
     assert run(capsys, "evaluate", "run/fused.pt")[0] == 0

@@ -87,7 +87,7 @@ def test_a_run_stopped_after_any_update_ends_with_the_same_bits(capsys, tmp_path
     expected, folder = whole(command), tmp_path / "run"
     code, err = stopped(capsys, command, *words(command, folder, whole("train") / "best.pt"), at=at)
     assert code == 75
-    assert f"go on with: repan {command} --resume {folder}" in err
+    assert f"continue with: repan {command} --resume {folder}" in err
     assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
     resumed(capsys, command, folder)
     assert_same(folder, expected)
@@ -156,7 +156,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, whole):
     folder = tmp_path / "run"
     code, err = stopped(capsys, "train", *words("train", folder), at=8, number=signal.SIGINT)
     assert code == 130
-    assert f"interrupted, everything is saved; go on with: repan train --resume {folder}" in err
+    assert f"interrupted, everything is saved; continue with: repan train --resume {folder}" in err
     resumed(capsys, "train", folder)
     assert_same(folder, whole("train"))
 
@@ -184,10 +184,10 @@ def test_what_changes_the_computation_cannot_change(capsys, begun):
         "cycle.rule=reset",
     ):
         err = one_line(capsys, "cycle", "--resume", begun, change)
-        assert "cannot change in a resume (it was " in err
+        assert "cannot change on --resume (it was " in err
         assert "model.init=" in err
-    assert "does not go with --resume" in one_line(capsys, "cycle", "--resume", begun, "-c", "recipes/cifar")
-    assert "does not go with --resume" in one_line(capsys, "cycle", "--resume", begun, "--out", "x")
+    assert "cannot be combined with --resume" in one_line(capsys, "cycle", "--resume", begun, "-c", "recipes/cifar")
+    assert "cannot be combined with --resume" in one_line(capsys, "cycle", "--resume", begun, "--out", "x")
     assert "is a run of 'repan cycle'" in one_line(capsys, "train", "--resume", begun)
     assert "unknown setting 'optim.lrr'" in one_line(capsys, "cycle", "--resume", begun, "optim.lrr=1")
 
@@ -226,7 +226,7 @@ def test_a_run_is_found_by_name_by_file_and_as_the_latest(capsys, begun, tmp_pat
     assert runs.find("cycle", "latest") == Path("runs/elsewhere"), "the one that is not finished"
     assert "no run of 'repan train' under runs:" in one_line(capsys, "train", "--resume", "latest")
     assert "no run directory" in one_line(capsys, "cycle", "--resume", "nowhere")
-    assert "holds no config.yaml" in one_line(capsys, "cycle", "--resume", tmp_path)
+    assert "has no config.yaml" in one_line(capsys, "cycle", "--resume", tmp_path)
 
 
 def test_an_edited_configuration_is_said_and_a_read_only_folder_is_one_line(capsys, begun, monkeypatch):
@@ -236,7 +236,7 @@ def test_an_edited_configuration_is_said_and_a_read_only_folder_is_one_line(caps
     moved = begun.rename(begun.with_name("moved"))
     begun.symlink_to(moved)
     err = resumed(capsys, "cycle", begun)
-    assert "config.yaml was changed, which a resume does not heed: run.seed is 4 there, 3 in the run" in err
+    assert "config.yaml was changed, which --resume ignores: run.seed is 4 there, 3 in the run" in err
 
     def read_only(path, *arguments, **options):
         raise PermissionError(13, "Permission denied")
@@ -256,7 +256,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(capsys, tmp_path, whole):
     (folder / "last.pt").write_bytes(content)
     err = resumed(capsys, "train", folder)
     assert "last.pt is damaged" in err
-    assert "going on from last_previous.pt" in err
+    assert "resuming from last_previous.pt" in err
     assert (folder / "last_damaged.pt").read_bytes() == content
     assert_same(folder, whole("train"))
 
@@ -310,7 +310,7 @@ def test_a_second_writer_is_refused_until_the_first_is_killed(capsys, tmp_path):
     for _ in range(5):
         err = one_line(capsys, "train", "--resume", folder)
         assert f"is being written by process {first.pid} on " in err
-    assert "exists already; nothing was touched: go on with --resume" in one_line(
+    assert "exists already; nothing was touched: continue with --resume" in one_line(
         capsys, "train", *words, "--out", folder
     )
     first.kill()

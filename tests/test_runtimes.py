@@ -131,7 +131,7 @@ def test_a_program_is_not_run_unless_it_is_trusted(capsys, script, tmp_path, mon
     monkeypatch.setattr(torch.jit, "load", None)
     more = [tmp_path / "one.png"] if "image" in words else []
     line = one_line(capsys, words[0], script, *more)
-    assert "holds a TorchScript program, which is code: where you trust it, give --trust-code" in line
+    assert "holds a TorchScript program, which is code: if you trust it, give --trust-code" in line
 
 
 def test_info_runs_nothing(capsys, script, monkeypatch):
@@ -219,7 +219,7 @@ def test_what_cannot_be_proven_here_is_not_written(capsys, saved, tmp_path, monk
     monkeypatch.setattr(packages, "missing", lambda *names: [])
     monkeypatch.setattr(coreml.platform, "system", lambda: "Linux")
     line = one_line(capsys, "fuse", saved, "-f", "coreml", "-o", tmp_path / "x")
-    assert "--format coreml cannot be proven here: Core ML runs on macOS alone; --unproven writes it" in line
+    assert "--format coreml cannot be verified here: Core ML runs on macOS alone; --unproven writes it" in line
     assert not list(tmp_path.iterdir())
 
 

@@ -93,7 +93,7 @@ def test_the_control_does_not_train_the_baseline_again(capsys, controlled):
     log = (folder / "control_seed_3" / "log.txt").read_text()
     assert "cycle 1/1: no merging (control)" in log
     assert not re.search(r"baseline +1/1", log)
-    assert "goes on from the end of the baseline of seed_3" in err
+    assert "continues from the end of the baseline of seed_3" in err
 
 
 def test_the_end_compares(capsys, controlled):
@@ -176,7 +176,7 @@ def test_a_stopped_series_goes_on_to_the_same_end(capsys, tmp_path, controlled, 
         left, out, err = run(capsys, "cycle", *CYCLE, *words)
     assert (left, out) == (code, "")
     assert f"Error: {stopped_in}: " in err
-    assert err.rstrip().endswith(f"go on with: repan cycle --resume {folder}")
+    assert err.rstrip().endswith(f"continue with: repan cycle --resume {folder}")
     assert state_of(folder) == ("interrupted" if code == 130 else "preempted")
     finished = [path for path in folder.glob("*seed*") if state_of(path) == "done"]
     before = {path: (path / "last.pt").stat().st_mtime_ns for path in finished}
@@ -201,7 +201,7 @@ def test_a_signal_while_a_run_is_ending_stops_before_the_next(capsys, tmp_path, 
     folder = tmp_path / "series"
     left, _, err = run(capsys, "train", *TRAIN, "--seeds", "0,1", "--out", folder)
     assert left == code
-    assert f"go on with: repan train --resume {folder}" in err
+    assert f"continue with: repan train --resume {folder}" in err
     assert state_of(folder / "seed_0") == "done"
     assert not (folder / "seed_1").exists()
     monkeypatch.undo()
@@ -221,7 +221,7 @@ def test_ctrl_c_before_a_run_has_begun_says_how_to_go_on(capsys, tmp_path, monke
     monkeypatch.setattr(series, "prepare", impatient)
     code, _, err = run(capsys, "train", *TRAIN, "--seeds", "0,1", "--out", tmp_path / "series")
     assert code == 130
-    assert f"interrupted before seed_1 began; go on with: repan train --resume {tmp_path / 'series'}" in err
+    assert f"interrupted before seed_1 began; continue with: repan train --resume {tmp_path / 'series'}" in err
 
 
 def test_inside_another_a_stop_is_heard_by_both():
@@ -307,18 +307,18 @@ def test_a_seed_that_diverges_does_not_keep_the_others_from_training(capsys, tmp
 def test_settings_that_change_the_result_cannot_change_in_the_middle(capsys, controlled):
     folder, _, _ = controlled(capsys)
     for words in (["--lr", "0.5"], ["--cycles", "2"], ["--model", "resnet18"], ["--teacher", "other.pt"]):
-        assert "cannot change in a series that goes on" in one_line(capsys, "cycle", "--resume", folder, *words)
+        assert "cannot change in a resumed series" in one_line(capsys, "cycle", "--resume", folder, *words)
     done(capsys, "cycle", "--resume", folder, "data.workers=0", "--lr", "0.001")
     assert "resume it with that command" in one_line(capsys, "train", "--resume", folder)
     for option, value in (("--seeds", "1"), ("--control", None)):
         words = [option] if value is None else [option, value]
-        assert f"{option} does not go with --resume" in one_line(capsys, "cycle", "--resume", folder, *words)
+        assert f"{option} cannot be combined with --resume" in one_line(capsys, "cycle", "--resume", folder, *words)
 
 
 def test_the_same_command_again_offers_to_go_on(capsys, controlled):
     folder, _, _ = controlled(capsys)
     err = one_line(capsys, "cycle", *CYCLE, "--seeds", "3,4", "--out", folder)
-    assert f"exists already; nothing was touched: go on with --resume {folder}" in err
+    assert f"exists already; nothing was touched: continue with --resume {folder}" in err
 
 
 def test_a_network_of_ones_own_is_named_again(capsys, tmp_path):
@@ -330,7 +330,7 @@ def test_a_network_of_ones_own_is_named_again(capsys, tmp_path):
         code, _, err = run(capsys, "train", "--model", *words, "--seeds", "0,1", "--out", folder)
     assert code == 75
     assert err.rstrip().endswith(f"--resume {folder} --model {words[0]}")
-    assert "no file is imported by itself" in one_line(capsys, "train", "--resume", folder)
+    assert "files are not imported automatically" in one_line(capsys, "train", "--resume", folder)
     (tmp_path / "net.py").rename(tmp_path / "moved.py")
     done(capsys, "train", "--resume", folder, "--model", f"{tmp_path / 'moved.py'}:build")
     assert summary_of(folder / "seed_1")["seed"] == 1
@@ -348,7 +348,7 @@ def test_a_damaged_description_of_a_series_is_one_line(capsys, tmp_path):
         (["--seeds", "0,x"], "--seeds 0,x: 'x' is not a whole number; give numbers such as 0,1,2"),
         (["--seeds", ""], "--seeds : '' is not a whole number"),
         (["--seeds", "1,-2"], "must be at least 0"),
-        (["--seeds", "1,2,1"], "a seed stands there twice"),
+        (["--seeds", "1,2,1"], "a seed is given twice"),
         (["--seeds", "1,2", "--seed", "1"], "--seed and --seeds"),
         (["--control", "cycle.restart=none"], "cycle.restart=none is what --control adds"),
     ],

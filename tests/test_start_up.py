@@ -18,7 +18,7 @@ from repan_cli.system.lean import lean_imports
 MISTAKES = [
     ("info gone.pt", "no file gone.pt"),
     ("info {root}/mkdocs.yml", "holds settings, not a network"),
-    ("info /dev/null", "is no regular file"),
+    ("info /dev/null", "is not a regular file"),
     ("evaluate gone.pt", "no file gone.pt"),
     ("predict gone.pt gone.png", "no image gone.png"),
     ("fuse gone.pt -f onx", "cannot write the format 'onx'; did you mean onnx?"),

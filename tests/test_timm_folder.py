@@ -205,14 +205,14 @@ def test_push_and_fetch(capsys, folder, tmp_path, monkeypatch):
         again = open_artifact("hf-hub:someone/net").network(images)  # from the cache, as there is no Hub any more
         assert relative(theirs(images), again) < 1e-6
     assert hub_folder.file_of("hf-hub:someone/net").endswith("model.safetensors")
-    assert "cannot fetch hf-hub:someone/other: the Hub is not" in one_line(capsys, "info", "hf-hub:someone/other")
+    assert "cannot fetch hf-hub:someone/other: the Hub cannot" in one_line(capsys, "info", "hf-hub:someone/other")
 
 
 def test_what_push_refuses(capsys, folder, tmp_path, monkeypatch):
     with stub_hub(monkeypatch, tmp_path / "cache", token="secret") as hub:
         assert "there is no token" in one_line(capsys, "push", folder, "someone/net")
-        assert "'net' is no name on the Hub" in one_line(capsys, "push", folder, "net")
-        assert "is no folder for the Hub" in one_line(capsys, "push", folder.parent, "someone/net")
+        assert "'net' is not a Hub name" in one_line(capsys, "push", folder, "net")
+        assert "was not written for the Hub" in one_line(capsys, "push", folder.parent, "someone/net")
         monkeypatch.setenv("HF_TOKEN", "wrong")
         line = one_line(capsys, "push", folder, "someone/net")
         assert "cannot upload to someone/net" in line

@@ -32,13 +32,13 @@ def test_what_stands_apart_is_named_with_its_interval(tmp_path):
     assert re.fullmatch(r"configuration 2 \(\+5\.03 points, 95% interval .*\) lies above the control, .*\.", first)
     assert "configuration 3" in second
     assert "below the control" in second
-    assert last == "Of 20 such intervals one misses by chance; here are 2."
+    assert last == "Of 20 such intervals one misses by chance; there are 2."
 
 
 def test_what_cannot_be_told_apart_says_how_much_may_hide(tmp_path):
     comparison = arms(tmp_path, none=(70, 71, 72), arm1=(71, 69, 73))
     said = verdict(comparison)
-    assert "configuration 2 cannot be told from the control" in said
+    assert "configuration 2 cannot be distinguished from the control" in said
     gain = comparison.gain(comparison.groups[1])
     assert f"up to {max(abs(gain.low), abs(gain.high)):.2f} points" in said
     assert "misses by chance" not in said, "of one interval there is nothing to say"
@@ -46,7 +46,7 @@ def test_what_cannot_be_told_apart_says_how_much_may_hide(tmp_path):
 
 def test_one_seed_gives_no_verdict(tmp_path):
     said = verdict(arms(tmp_path, none=(70,), arm1=(72,)))
-    assert said.startswith("One seed cannot tell: configuration 2 ends 2.00 points above the control")
+    assert said.startswith("One seed is not enough: configuration 2 ends 2.00 points above the control")
 
 
 @pytest.mark.parametrize(("figures", "says"), [((70,), "70.00 from one seed"), ((70, 72), "71.00 ± 1.41 over 2 seeds")])
@@ -57,12 +57,12 @@ def test_a_single_configuration_is_told_alone(tmp_path, figures, says):
 def test_other_data_are_not_judged(tmp_path):
     write_run(tmp_path / "a", 0, 70)
     write_run(tmp_path / "b", 0, 80, dataset="cifar10")
-    assert "on other data" in verdict(compare([read_result(tmp_path / name) for name in "ab"]))
+    assert "use different data" in verdict(compare([read_result(tmp_path / name) for name in "ab"]))
 
 
 def test_the_sampling_error_is_that_of_the_binomial(tmp_path):
     said = sampling(arms(tmp_path, none=(70,), arm1=(72,)))
-    assert f"± {100 * math.sqrt(0.7 * 0.3 / 400):.2f} points by 400 test images. All runs share them" in said
+    assert f"± {100 * math.sqrt(0.7 * 0.3 / 400):.2f} points by 400 test images. All runs share these" in said
     write_run(tmp_path / "old", 0, 70)
     assert sampling(compare([read_result(tmp_path / "old")])) is None, "of a run that did not note it"
 
@@ -100,4 +100,4 @@ def test_the_page_has_all_of_it(capsys, tmp_path):
 def test_unequal_epochs_are_warned_of_on_the_page(capsys, tmp_path):
     write_run(tmp_path / "a", 0, 70, cycle__restart="none")
     write_run(tmp_path / "b", 0, 72, val=(50.0, 60.0, 70.0, 69.0, 71.0))
-    assert "unequal length" in page_of(capsys, tmp_path)
+    assert "differ in length" in page_of(capsys, tmp_path)

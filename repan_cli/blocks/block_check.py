@@ -97,7 +97,7 @@ def _shape_problem(made: Any, again: Any) -> str | None:
     first, second = (nn.ModuleList(branches) for branches in (made, again))
     shapes = [{key: value.shape for key, value in some.state_dict().items()} for some in (first, second)]
     if shapes[0] != shapes[1]:
-        return "returns other weights in a second call"
+        return "returns different weights in a second call"
     if {id(part) for part in first.modules()} & {id(part) for part in second.modules()}:
         return "returns the same branch in two calls: it must make fresh ones"
     return None
@@ -115,7 +115,7 @@ def _branch_problems(block: RepBlock, branch: Branch, x: Tensor) -> Iterator[str
         branch.reset(init, torch.Generator().manual_seed(1))
         kept.append([value.clone() for value in _state(branch)])
     if not all(map(torch.equal, kept[0], kept[1])):
-        yield "draws from elsewhere than the generator in the reset of {}"
+        yield "uses random numbers from outside the given generator in the reset of {}"
     yield from _merge_problems(block, branch, x, " after reset")
     branch.match_scale(block.trunk.equivalent_kernel()[0], expected.double().std((0, 2, 3)).cpu())
     yield from _merge_problems(block, branch, x, " after match_scale")

@@ -59,10 +59,10 @@ def family(name: str, *, post_norm: bool = False, unit_gamma: bool = False) -> C
 
 
 def check_family(name: str, copies: int | None = None) -> None:
-    """Raise InputError for a family that does not exist, or that has no number of branches to choose."""
+    """Raise InputError for a family that does not exist, or that has a fixed number of branches."""
     build = FAMILIES[name].branches
     if copies is not None and "copies" not in inspect.signature(build).parameters:
-        raise InputError(f"block.branches={copies}: the block family {name} has no number of branches to choose")
+        raise InputError(f"block.branches={copies}: the block family {name} has a fixed number of branches")
 
 
 def side_branches(name: str, geometry: Geometry, copies: int | None = None) -> list[Branch]:

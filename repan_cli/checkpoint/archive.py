@@ -91,7 +91,7 @@ class Archive:
         except _Malformed as reason:
             raise InputError(f"{label} {reason}: refused, {fix}") from None
         except (struct.error, UnicodeDecodeError, EOFError):
-            raise InputError(f"{label} is damaged, or no archive of PyTorch's; use another copy") from None
+            raise InputError(f"{label} is damaged, or not a PyTorch archive; use another copy") from None
 
     def refuse_unless(self, allowed: re.Pattern[str], kind: str) -> None:
         """Raise InputError, naming the first one, if the archive has entries that a file of this kind does not have."""
@@ -197,9 +197,9 @@ def _end_record(file: IO[bytes], total: int) -> int:
 def _wide_end(file: IO[bytes], place: int) -> tuple[tuple[int, ...], int]:
     """Return the fields of the 64-bit end record, in the order of the ordinary one, and its position."""
     _, disk, offset, disks = LOCATOR.unpack(_bytes_at(file, place, LOCATOR.size))
-    _require(offset == place - END64.size and (disk, disks) == (0, 1), "has a 64-bit end record that is elsewhere")
+    _require(offset == place - END64.size and (disk, disks) == (0, 1), "has a misplaced 64-bit end record")
     mark, size, _, _, disk, first_disk, here, count, length, start = END64.unpack(_bytes_at(file, offset, END64.size))
-    _require((mark, size) == (b"PK\6\6", END64.size - 12), "has a 64-bit end record that is none")
+    _require((mark, size) == (b"PK\6\6", END64.size - 12), "has an invalid 64-bit end record")
     return (disk, first_disk, here, count, length, start), offset
 
 

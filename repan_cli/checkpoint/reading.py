@@ -127,7 +127,7 @@ def _verified(content: Mapping[str, Any], path: Path) -> Checkpoint:
         raise InputError(f"{path} is damaged: parts of it are missing; use another copy")
     weights, meta, state = (content[name] for name in ("weights", "meta", "state"))
     if not (are_plain([*weights.items(), *state.items()], path) and _is_short(meta, path)):
-        raise InputError(f"{path} is damaged: it holds what repan does not write; use another copy")
+        raise InputError(f"{path} is damaged: it holds data that repan never writes; use another copy")
     if not has_digest(content["digest"], weights, meta, state):
         raise InputError(f"{path} is damaged: its content does not match its digest; use another copy")
     return Checkpoint(weights, card_of(meta, path), state)
@@ -184,7 +184,7 @@ def _read_pt(path: Path) -> Any:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:  # the reader of a damaged archive raises nearly anything
         refuse_other_kinds(path)
-        raise InputError(f"{path} is damaged, or no checkpoint at all; use another copy") from None
+        raise InputError(f"{path} is damaged, or not a checkpoint; use another copy") from None
 
 
 def _of_code(path: Path, why: str) -> str:
@@ -192,7 +192,7 @@ def _of_code(path: Path, why: str) -> str:
     name = re.search(r"(?:GLOBAL|global) ([A-Za-z_][\w.]*\.\w+)", why)
     what = f"an object of {name[1]}, such as a whole pickled network" if name else "more than tensors and plain types"
     return (
-        f"{path} is damaged, or holds {what}: refused, no code is run; where you trust it, save its weights: "
+        f"{path} is damaged, or holds {what}: refused, no code is run; if you trust it, save its weights: "
         f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), 'weights.pt')"
     )
 
@@ -218,7 +218,7 @@ def _checked(file: IO[bytes], path: Path) -> IO[bytes]:
     ]:
         size = archive.entries[small[0]].size / 2**20
         raise InputError(
-            f"{path} holds {size:.1f} MiB beside its tensors, in '{small[0]}', such as a long history of losses: "
+            f"{path} holds {size:.1f} MiB besides its tensors, in '{small[0]}', such as a long history of losses: "
             f"refused, as unpacked it may fill the memory; {SAVE_AGAIN}"
         )
     _refuse_makers(io.BytesIO(archive.read("data.pkl")), path)
@@ -247,4 +247,4 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:
         refuse_other_kinds(path)
-        raise InputError(f"{path} is damaged, or no safetensors file; use another copy") from None
+        raise InputError(f"{path} is damaged, or not a safetensors file; use another copy") from None

@@ -78,7 +78,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "cycle": Command(
         options.CycleOptions,
-        """Train by RepAn: a baseline, then cycles of merging, regrowing and training on.
+        """Train with RepAn: a baseline, then cycles of merging, regrowing and further training.
 
     Examples:
 
@@ -92,7 +92,7 @@ COMMANDS = {
     ),
     "train": Command(
         options.TrainOptions,
-        """Train a network plainly: one learning-rate schedule, no restart.
+        """Train a network without restarts, with one learning-rate schedule.
 
     Examples:
 
@@ -104,7 +104,7 @@ COMMANDS = {
     ),
     "distill": Command(
         options.TrainOptions,
-        """Train a network with a teacher: one learning-rate schedule, no restart.
+        """Train a network with a teacher, without restarts.
 
     Examples:
 
@@ -116,7 +116,7 @@ COMMANDS = {
     ),
     "fuse": Command(
         options.FuseOptions,
-        """Merge a trained network into plain convolutions, prove it equal, write it.
+        """Merge a trained network into plain convolutions, prove that it is equal, and write it.
 
     Examples:
 
@@ -131,7 +131,7 @@ COMMANDS = {
     ),
     "quantize": Command(
         options.QuantizeOptions,
-        """Write an int8 network (ONNX Runtime), with its accuracy before and after, and the layers that suffer.
+        """Write an int8 network (ONNX Runtime), with its accuracy before and after, and the layers that lose most.
 
     Examples:
 
@@ -157,7 +157,7 @@ COMMANDS = {
     ),
     "predict": Command(
         options.PredictOptions,
-        """Name the classes that a network sees in images.
+        """Classify images with a network.
 
     Examples:
 
@@ -185,7 +185,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         options.EvaluateOptions,
-        """Measure how good a network is: multi-branch, fused, exported, or timm's.
+        """Measure the accuracy of a network: multi-branch, fused, exported, or timm's.
 
     Examples:
 
@@ -198,7 +198,7 @@ COMMANDS = {
     ),
     "info": Command(
         options.InfoOptions,
-        """Show what is in a file: network, form, classes, figures, settings; of others' files what they tell.
+        """Show the contents of a file: network, form, classes, results, settings; of other files what they hold.
 
     Example:
 
@@ -209,7 +209,7 @@ COMMANDS = {
     ),
     "compare": Command(
         options.CompareOptions,
-        """Compare runs: a mean and a spread over the seeds of each configuration, and how far it is from the control.
+        """Compare runs: mean and spread over the seeds of each configuration, and its difference from the control.
 
     Examples:
 
@@ -224,9 +224,9 @@ COMMANDS = {
     ),
     "study": Command(
         options.StudyOptions,
-        """Make the runs of an experiment: every arm of a grid with every seed, then the table that compares them.
+        """Run an experiment: every arm of a grid with every seed, then a table that compares them.
 
-    The same command again continues runs that were stopped, and leaves finished ones.
+    Run the same command again to continue stopped runs; finished runs are kept.
 
     Examples:
 
@@ -241,7 +241,7 @@ COMMANDS = {
     ),
     "list": Command(
         options.ListOptions,
-        """List the names that can be typed: models, blocks, datasets, optimizers, presets and more.
+        """List available names: models, blocks, datasets, optimizers, presets and more.
 
     Examples:
 
@@ -334,7 +334,7 @@ def _accept_any_text() -> None:
         try:
             word.encode()
         except UnicodeEncodeError:
-            print(f"Error: '{shown(word)}' is no UTF-8 text: rename the file or folder", file=sys.stderr)
+            print(f"Error: '{shown(word)}' is not UTF-8 text: rename the file or folder", file=sys.stderr)
             sys.exit(InputError.exit_code)
 
 

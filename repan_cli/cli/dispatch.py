@@ -83,20 +83,19 @@ def _as_known(error: Exception) -> RepanError | None:
         )
     if is_out_of_memory(error):
         return OutOfSpaceError(
-            "out of memory; set a smaller --batch-size (with as much more of optim.accumulate), or data.image_size"
+            "out of memory; set a smaller --batch-size (with a larger optim.accumulate to match), or data.image_size"
         )
     if rank_count() > 1 and lost_rank(error):
         return LostRankError(
-            f"another rank is gone or does not answer ({first_line(error)}); the run goes on from its last save with "
-            "--resume"
+            f"another rank is gone or does not answer ({first_line(error)}); continue from the last save with --resume"
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return StuckLoaderError(
-            f"a process that loads images was lost ({first_line(error)}); the run goes on from its last save with "
-            "--resume; set data.workers=0, or give more memory, where that comes again"
+            f"a process that loads images was lost ({first_line(error)}); continue from the last save with "
+            "--resume; if it happens again, set data.workers=0 or provide more memory"
         )
     if isinstance(error, OSError) and error.errno in TOO_MANY:
-        return OutOfSpaceError(f"{error.strerror}: raise what the system allows ('ulimit -n'), or set data.workers=0")
+        return OutOfSpaceError(f"{error.strerror}: raise the system's limit ('ulimit -n'), or set data.workers=0")
     if isinstance(error, OSError) and error.filename is not None:
         return InputError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve before Python 3.13

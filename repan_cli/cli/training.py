@@ -72,13 +72,13 @@ def _seeds(text: str | None, given: dict[str, Any]) -> tuple[int, ...]:
     if text is None:
         return ()
     if "run.seed" in given:
-        raise InputError("--seed and --seeds both say which seeds: give one")
+        raise InputError("--seed and --seeds cannot be combined: give one")
     try:
         numbers = tuple(config.SCHEMA["run.seed"].parse(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"--seeds {text}: {error}; give numbers such as 0,1,2") from None
     if len(set(numbers)) < len(numbers):
-        raise InputError(f"--seeds {text}: a seed stands there twice")
+        raise InputError(f"--seeds {text}: a seed is given twice")
     given["run.seed"] = str(numbers[0])
     return numbers
 
@@ -88,13 +88,13 @@ def _begun_anew(out: str | None) -> bool:
     if restarts() <= 0:
         return False
     if out is None:
-        raise InputError("torchrun began anew, but the run is not known: give --out with --max-restarts")
+        raise InputError("torchrun restarted, but the run directory is unknown: give --out with --max-restarts")
     return Path(out).exists()
 
 
 def _check_resume(given: dict[str, Any], others: dict[str, Any]) -> None:
     for option, there in others.items():
         if there:
-            raise InputError(f"{option} does not go with --resume: the run has its settings")
+            raise InputError(f"{option} cannot be combined with --resume: the run keeps its settings")
     if "run.out" in given:
-        raise InputError("--out does not go with --resume: the run goes on in its own directory")
+        raise InputError("--out cannot be combined with --resume: the run continues in its own directory")

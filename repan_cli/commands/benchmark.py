@@ -45,9 +45,9 @@ def run(options: BenchmarkOptions) -> None:
     """Time a network: all forms in turns at every batch size, then a step of training."""
     batches = options.batches or BATCHES
     if min([*batches, options.training_batch + 1]) < 1:
-        raise InputError("--batch and --training-batch are numbers of images: 1 or more (0 leaves training out)")
+        raise InputError("--batch and --training-batch must be at least 1 (--training-batch 0 skips training)")
     if options.precision == "tf32":
-        raise InputError("--precision tf32 is for training alone: give fp32, bf16, fp16 or auto")
+        raise InputError("--precision tf32 is only for training: give fp32, bf16, fp16 or auto")
     machine = start_runtime(options.device, options.precision)
     artifact = _artifact(options)
     size = options.image_size or artifact.card.image_size
@@ -98,7 +98,7 @@ def _artifact(options: BenchmarkOptions) -> Artifact:
     is_file = Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS
     if is_file or names_a_repository(source):
         if block is not None and not names_a_file(block):
-            raise InputError("--block is for a network by its name, or for blocks of your own: a file has its blocks")
+            raise InputError("--block is for a network given by name, or for your own blocks: a file has its blocks")
         return open_artifact(source, options.model, block=block, trusted=options.trust_code)
     name = models.resolve(source, image_size or models.SMALL_IMAGE)
     native = block if name in models.BUILT_OF_BLOCKS else None

@@ -140,7 +140,7 @@ def _report(session: Session, resolved: Resolved, facts: Mapping[str, Any]) -> N
         "blocks": f"{describe_blocks(session.training.model)}: {some(facts['blocks'])}".removesuffix(": "),
         "length": f"{count(sum(phase.epochs for phase in plan), 'epoch')} of {count(facts['steps_per_epoch'], 'step')}",
         "step": f"{1000 * facts['step_seconds']:.0f} ms, batch {session.config.data.batch_size}",
-        "memory": f"{peak / 2**20:,.0f} MiB at most" if peak else "not told by this system",
+        "memory": f"{peak / 2**20:,.0f} MiB at most" if peak else "not reported by this system",
         "time": f"about {duration(facts['estimated_seconds'])}"
         + (f" for each of {facts['runs']} runs" if facts["runs"] > 1 else ""),
     }

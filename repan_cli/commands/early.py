@@ -185,7 +185,7 @@ def _check_data(name: str | None, root: str | None) -> None:
 
 def _check_predict(options: PredictOptions) -> None:
     if options.top < 1:
-        raise InputError(f"--top {options.top}: at least one class is named")
+        raise InputError(f"--top {options.top}: must be at least 1")
     for _ in images_in(options.images):
         pass
     sources.check(options.checkpoint, options.model)
@@ -256,7 +256,7 @@ def fuse_targets(options: FuseOptions) -> list[Target]:
             hint = did_you_mean(wanted, FORMATS)
             raise InputError(f"cannot write the format '{wanted}'{hint}: choose {', '.join(FORMATS)}")
     if ending in FORMATS and ending not in endings:
-        raise InputError(f"--out {out} ends in .{ending}, but --format is {', '.join(endings)}: let them agree")
+        raise InputError(f"--out {out} ends in .{ending}, but --format is {', '.join(endings)}: make them agree")
     stem = out.with_suffix("") if out and ending in FORMATS else out or _default_stem(path)
     targets = [
         Target(wanted, stem.with_name(f"{stem.name}{'_' if wanted in FOLDER_FORMATS else '.'}{wanted}"))
@@ -307,7 +307,7 @@ def _check_form(endings: set[str], options: FuseOptions) -> None:
 
 def _check_opset(opset: int | None, offered: range) -> None:
     if opset is not None and opset not in offered:
-        raise InputError(f"--opset {opset} is not offered here: choose from {offered[0]} to {offered[-1]}")
+        raise InputError(f"--opset {opset} is not supported: choose from {offered[0]} to {offered[-1]}")
 
 
 def _check_quantize(options: QuantizeOptions) -> None:
@@ -327,14 +327,14 @@ def quantize_target(options: QuantizeOptions) -> Path:
     check_writable(target, overwrite=options.overwrite)
     _check_opset(options.opset, INT8_OPSETS)
     if options.images < 1:
-        raise InputError(f"--images {options.images}: at least one is needed to calibrate")
+        raise InputError(f"--images {options.images}: must be at least 1")
     if options.target not in INT8_TARGETS:
         hint = did_you_mean(options.target, INT8_TARGETS)
         raise InputError(f"--target {options.target} is none of {', '.join(INT8_TARGETS)}{hint}")
     if options.target == "openvino":
         need_runtime("openvino")
     if options.max_drop is not None and not options.max_drop >= 0:
-        raise InputError(f"--max-drop {options.max_drop:g}: give points of top-1 accuracy, 0 or more")
+        raise InputError(f"--max-drop {options.max_drop:g}: must be at least 0, in points of top-1 accuracy")
     return target
 
 

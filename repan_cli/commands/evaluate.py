@@ -50,7 +50,7 @@ def run(options: EvaluateOptions) -> None:
         with doing(f"scoring {images.count:,} images, {form}"):
             found[form], size = examine(machine.place(network), images, len(data.classes))
         if size < eval_batch(images):
-            warn(f"memory sufficed for batches of {size} images only, which took longer")
+            warn(f"only batches of {size} images fit in memory, which took longer")
     how = {"runtime": artifact.runtime, "precision": artifact.card.precision or "float32"}
     result = _result(found, data.classes) | {"dataset": data.name, "split": options.split, **how}
     if options.out:
@@ -119,7 +119,10 @@ def _write(folder: Path, details: Details, classes: tuple[str, ...], title: str)
         write_bytes(folder / name, text.getvalue().encode())
     written = [str(folder / name) for name in tables]
     if many:
-        tell(f"confusion.csv has a line a pair, and there is no confusion.png: {len(classes):,} classes are too many")
+        tell(
+            "confusion.csv has one line per pair of classes, and confusion.png is not written: "
+            f"{len(classes):,} classes are too many"
+        )
         return written
     if plots.available():
         lacking = plots.draw_confusion(counts, classes, folder / "confusion.png", title=title)

@@ -94,18 +94,16 @@ def _check_provable(targets: Sequence[Target], *, unproven: bool) -> None:
     for target in targets:
         reason = runtimes.KINDS[target.kind].why_not() if target.kind in RUNTIME_FORMATS else None
         if reason and not unproven:
-            raise InputError(
-                f"--format {target.kind} cannot be proven here: {reason}; --unproven writes it all the same"
-            )
+            raise InputError(f"--format {target.kind} cannot be verified here: {reason}; --unproven writes it anyway")
 
 
 def _check_mergeable(artifact: Artifact, targets: Sequence[Target], form: str) -> None:
     if artifact.runtime != "PyTorch":
-        raise InputError(f"{artifact.source} is exported already: fuse the checkpoint that it came from")
+        raise InputError(f"{artifact.source} is already exported: fuse the checkpoint that it came from")
     kinds = {target.kind for target in targets}
     if artifact.form == FUSED and kinds <= set(WEIGHT_FORMATS) and form == "conv" and "pt" in kinds:
         raise InputError(
-            f"{artifact.source} is fused already; --format onnx, pt2 or safetensors writes it in another way"
+            f"{artifact.source} is already fused; --format onnx, pt2 or safetensors writes it in another way"
         )
     check_finite(artifact.network)
     if fresh := untrained_norms(artifact.network):
@@ -224,9 +222,7 @@ class _Job:
             network, opened_by = self._opened(target.kind, copy)
             error = None if network is None else self._error(network)
         if error is not None and not error <= (self.half_bound if self.options.half else self.bound):
-            raise MergeError(
-                f"{target.path} would not compute what the network does: relative error {error:.1e}; not written"
-            )
+            raise MergeError(f"{target.path} would differ from the network: relative error {error:.1e}; not written")
         size = sum(map(len, content.values())) if isinstance(content, dict) else len(content)
         use = _use(target, form, self.result.card)
         return Written(str(target.path), target.kind, form, size, error, opened_by, use)
@@ -337,7 +333,7 @@ def _batch_of(kind: str) -> str | None:
 
 def _cost(facts: dict[str, Any]) -> str:
     """Describe the cost of float16."""
-    seen = f"{facts['images']} {'real images' if facts['real'] else 'images of noise'}"
+    seen = f"{facts['images']} {'real images' if facts['real'] else 'noise images'}"
     same = percent(100 * facts["top1_agreement"])
     return f"relative error {facts['rel_error']:.1e}, the same class for {same} % of {seen}"
 

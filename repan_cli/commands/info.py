@@ -109,7 +109,7 @@ def _state_of_run(path: Path) -> dict[str, str]:
     state = runs.state_of(path.parent)
     if state is None:
         return {}
-    return {"run": state if state == "done" else f"{state}; --resume {quoted(path.parent)} goes on with it"}
+    return {"run": state if state == "done" else f"{state}; --resume {quoted(path.parent)} continues it"}
 
 
 def _describe(conv: nn.Conv2d) -> str:

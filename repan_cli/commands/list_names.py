@@ -123,7 +123,7 @@ def _list_runs(options: ListOptions) -> None:
         return
     if not found:
         which = f" match '{options.pattern}'" if options.pattern and not place else ""
-        raise InputError(f"no runs below {place or 'runs'}{which}; a folder in place of a glob is looked through")
+        raise InputError(f"no runs below {place or 'runs'}{which}; give a folder instead of a glob to search it")
     titles = ["run", "command", "state", "val best", "test", "age", "go on with"]
     print_table(titles, (_run_row(each) for each in found))
 

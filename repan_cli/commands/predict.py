@@ -34,7 +34,7 @@ def run(options: PredictOptions) -> None:
     Images that cannot be read are named, the others answered, and the exit code is 2.
     """
     if options.top < 1:
-        raise InputError(f"--top {options.top}: at least one class is named")
+        raise InputError(f"--top {options.top}: must be at least 1")
     files = list(images_in(options.images))
     targets = _targets(options.save, files) if options.save else {}
     artifact = open_artifact(options.checkpoint, options.model, block=options.block, trusted=options.trust_code)

@@ -23,10 +23,10 @@ def run(options: PushOptions) -> None:
     """Upload the weights, the description and the card of a network, after a look at whether they can be read."""
     folder = options.folder
     if not NAME.fullmatch(options.name):
-        raise InputError(f"'{options.name}' is no name on the Hub: give ORG/NAME, such as someone/my-network")
+        raise InputError(f"'{options.name}' is not a Hub name: give ORG/NAME, such as someone/my-network")
     weights = in_hub_folder(folder)
     if weights is None:
-        raise InputError(f"{folder} is no folder for the Hub: 'repan fuse FILE --format timm' writes one")
+        raise InputError(f"{folder} was not written for the Hub: 'repan fuse FILE --format timm' writes one")
     if hub_folder.described(weights) is None:
         raise InputError(f"{folder / HUB_CONFIG} names no network of timm's: 'repan fuse FILE --format timm' writes it")
     open_artifact(str(weights))

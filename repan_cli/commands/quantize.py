@@ -49,7 +49,7 @@ def run(options: QuantizeOptions) -> None:
     opset = OPSET if options.opset is None else options.opset
     artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     if artifact.runtime != "PyTorch":
-        raise InputError(f"{artifact.source} is exported already: quantise the checkpoint that it came from")
+        raise InputError(f"{artifact.source} is already exported: quantise the checkpoint that it came from")
     check_finite(artifact.network)
     machine = start_runtime("cpu", "fp32")
     data = artifact_images.load(artifact, options.dataset, options.data_root, split=None, order=options.classes)
@@ -138,7 +138,7 @@ class _Job:
             left = tuple(worst[: max(1, 2 * len(left))])
             content = self.content(left)
         if drop > most:
-            warn(f"with every layer left out top-1 still falls by {drop:.2f} points: more than --max-drop {most:g}")
+            warn(f"even with every layer in float32, top-1 falls by {drop:.2f} points: more than --max-drop {most:g}")
         return content, left
 
     def latency(self, content: bytes, image: Tensor) -> dict[str, float] | None:

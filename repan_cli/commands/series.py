@@ -133,7 +133,7 @@ def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
         may_change = may_change | {"block.name"}
     for key, value in asked.items():
         if key not in may_change and value != before.get(key):
-            raise InputError(f"{key} cannot change in a series that goes on (it was {before.get(key)}): begin another")
+            raise InputError(f"{key} cannot change in a resumed series (it was {before.get(key)}): start a new one")
     return dataclasses.replace(stored, config=config.replace(stored.config, asked))
 
 
@@ -169,7 +169,7 @@ def _make(series: Series, member: Member, given: Layer, ready: Session | None) -
     try:
         if any((path / name).exists() for name in (runs.LAST, runs.PREVIOUS)):
             if runs.state_of(path) == control.WAITING:
-                tell(f"goes on from the end of the baseline of {path.name.removeprefix(control.PREFIX)}")
+                tell(f"continues from the end of the baseline of {path.name.removeprefix(control.PREFIX)}")
             resume.run(series.command, str(path), {**given, **_own_code(series)}, as_json=False)
             return
         runs.discard_unsaved(path)
@@ -200,7 +200,7 @@ def _stop_between_runs(series: Series, signals: StopSignals) -> None:
 def _how(series: Series) -> str:
     words = {"model.name": "--model", "block.name": "--block"}
     own = "".join(f" {words[key]} {quoted(name)}" for key, name in _own_code(series).items())
-    return f"go on with: repan {series.command} --resume {quoted(series.path)}{own}"
+    return f"continue with: repan {series.command} --resume {quoted(series.path)}{own}"
 
 
 def _own_code(series: Series) -> dict[str, str]:

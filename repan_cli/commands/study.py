@@ -146,7 +146,7 @@ def _tell_of_removed(study: Study, grid: Grid) -> None:
     """Say which arms have runs in the study's folder, but stand in the grid no more."""
     there = sorted(path.parent.name for path in study.out.glob(f"*/{ARM_FILE}"))
     if removed := [name for name in there if name not in grid.arms]:
-        warn(f"{study.out} holds runs of {', '.join(removed)}, no arms of {grid.path} any more: they are left out")
+        warn(f"{study.out} holds runs of {', '.join(removed)}, not arms of {grid.path} any more: skipped")
 
 
 def _preview(study: Study, grid: Grid, jobs: Sequence[Job], *, as_json: bool) -> None:

@@ -30,5 +30,5 @@ def _begun_before(out: str | None) -> bool:
     if not any(int(count) for count in gathered(str(restarts()))):
         return False
     if out is None:
-        raise InputError("torchrun began anew, but the run is not known: give --out with --max-restarts")
+        raise InputError("torchrun restarted, but the run directory is unknown: give --out with --max-restarts")
     return gathered(str(Path(out).exists()))[0] == "True"

@@ -176,7 +176,7 @@ def compare(
     for runs in kinds.values():
         single = {run.seed: run for run in runs}
         if len(single) < len(runs):
-            warnings.append(f"several runs of one seed ({runs[0].path} and others): the last one of each counts")
+            warnings.append(f"several runs of one seed ({runs[0].path} and others): the last one of each is used")
         if by_folder and (differing := _differing(runs)):
             warnings.append(f"the runs in {runs[0].path.parent} differ in {', '.join(differing)}")
         members.append(tuple(single[seed] for seed in sorted(single)))
@@ -196,7 +196,7 @@ def _unequal_lengths(groups: Sequence[Group]) -> list[str]:
     if len(lengths) < 2:
         return []
     told = " and ".join(f"{length:g}" for length in (lengths[0], lengths[-1]))
-    return [f"these runs are of unequal length, {told} epochs: a difference may come from that alone"]
+    return [f"these runs differ in length ({told} epochs), which alone may explain a difference"]
 
 
 def _kind(result: Result) -> tuple[Any, ...]:
@@ -240,7 +240,7 @@ def _controls(members: list[tuple[Result, ...]], controls: Mapping[str, Sequence
     found = [number for number, runs in enumerate(members) if _is_control(runs[0])]
     if len(found) == len(members):  # nothing restarts here: plain training is no control of plain training
         found = [number for number, runs in enumerate(members) if runs[0].command == "cycle"]
-    several = f"{len(found)} groups go without restarts: the first is the control; choose with --control RUN"
+    several = f"{len(found)} groups have no restarts: the first is the control; choose another with --control RUN"
     return (found or [0])[:1], [several] if len(found) > 1 else []
 
 
@@ -249,9 +249,9 @@ def _group_of(word: str, paths: Sequence[Path], members: list[tuple[Result, ...]
     wanted = {path.resolve() for path in paths}
     found = [number for number, runs in enumerate(members) if any(run.path.resolve() in wanted for run in runs)]
     if not found:
-        raise InputError(f"the control {word} is none of the runs that are compared")
+        raise InputError(f"the control {word} is not among the compared runs")
     if len(found) > 1:
-        raise InputError(f"--control {word} is runs of {len(found)} groups: name one, its group is the control")
+        raise InputError(f"--control {word} is runs of {len(found)} groups: name one run; its group is the control")
     return found[0]
 
 

@@ -75,7 +75,7 @@ def _common_section(comparison: Comparison) -> Iterator[str]:
     """Say once what all runs are set to."""
     if shared := common_settings(comparison):
         entries = "".join(f"<li><code>{_breakable(f'{key}={value}')}</code>" for key, value in shared.items())
-        words = "Everything else that no configuration names is at its default."
+        words = "All other settings have their defaults."
         yield _section("In all runs", f"<ul class=shared>{entries}</ul>", words)
 
 

@@ -36,7 +36,7 @@ def write(results: Sequence[Result], folder: Path) -> list[Path]:
         path = folder / result.path.resolve().parent.name / f"{result.seed}.json"
         if path in targets:
             raise InputError(
-                f"{result.path} and {targets[path].path} would both be the record {path}: name one of them"
+                f"{result.path} and {targets[path].path} would both be written to the record {path}: name one of them"
             )
         targets[path] = result
     for path, result in targets.items():

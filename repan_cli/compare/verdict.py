@@ -36,18 +36,18 @@ def verdict(comparison: Comparison) -> str:
     if not known:
         best, gain = max(gains, key=lambda each: each[1].mean)
         return (
-            f"One seed cannot tell: {_called(comparison, best)} ends {_points(gain.mean)} the control, and another "
-            f"seed may turn that round. Give --seeds 0,1,2 or more."
+            f"One seed is not enough: {_called(comparison, best)} ends {_points(gain.mean)} the control, and another "
+            f"seed may reverse that. Give --seeds 0,1,2 or more."
         )
     above, below, same = _sorted(known)
     sentences = [
-        *([f"{_all(comparison, above)} above the control, beyond what seeds explain."] if above else []),
-        *([f"{_all(comparison, below)} below the control, beyond what seeds explain."] if below else []),
+        *([f"{_all(comparison, above)} above the control, beyond the variation between seeds."] if above else []),
+        *([f"{_all(comparison, below)} below the control, beyond the variation between seeds."] if below else []),
         *([_undecided(comparison, same)] if same else []),
     ]
     if len(known) > 1:
         chance = round(1 / (1 - CONFIDENCE))
-        sentences.append(f"Of {chance} such intervals one misses by chance; here are {len(known)}.")
+        sentences.append(f"Of {chance} such intervals one misses by chance; there are {len(known)}.")
     return " ".join(sentences)
 
 
@@ -58,7 +58,7 @@ def _alone(groups: Sequence[Group]) -> str:
     figure = f"{spread.mean:.2f}" + (f" ± {spread.sd:.2f}{over}" if spread.sd is not None else " from one seed")
     if len(groups) == 1:
         return f"Test top-1 {figure}. Nothing to compare with: repan cycle --control trains the same without restarts."
-    return "These configurations are on other data than the control, so that no difference can be told."
+    return "These configurations use different data from the control, so their differences cannot be measured."
 
 
 Known = tuple[Group, Difference]
@@ -83,8 +83,8 @@ def _undecided(comparison: Comparison, same: Sequence[Known]) -> str:
     named = ", ".join(_called(comparison, group) for group, _ in same)
     widest = max(max(abs(gain.low or 0.0), abs(gain.high or 0.0)) for _, gain in same)
     return (
-        f"{named} cannot be told from the control: with so many seeds a difference of up to {widest:.2f} points "
-        "would go unseen."
+        f"{named} cannot be distinguished from the control: with this many seeds, a difference of up to "
+        f"{widest:.2f} points could go undetected."
     )
 
 
@@ -115,7 +115,7 @@ def sampling(comparison: Comparison) -> str | None:
     for size in sizes:
         largest = max(_error(result.test_top1, size) for result in results if result.test_images == size)
         errors.append(f"± {largest:.2f} points by {count(size, 'test image')}")
-    shared = " All runs share them, so that differences are known better than that." if len(sizes) == 1 else ""
+    shared = " All runs share these images, so differences are known more precisely." if len(sizes) == 1 else ""
     return f"Sampling error, one standard deviation of a network's test top-1: {'; '.join(errors)}.{shared}"
 
 

@@ -41,7 +41,7 @@ def _mapping(loader: _TextLoader, node: yaml.MappingNode) -> dict[str, Any]:
         if not isinstance(key, str):
             raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
         if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=key_node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"the key '{key}' appears twice", problem_mark=key_node.start_mark)
         seen[key] = loader.construct_object(value_node, deep=True)
     return seen
 
@@ -130,7 +130,7 @@ def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         with path.open(encoding="utf-8") as file:
             text = file.read(MOST_TEXT)
         if len(text) == MOST_TEXT:
-            raise InputError(f"{path} is no preset: {path.stat().st_size:,} bytes are more than settings take")
+            raise InputError(f"{path} is no preset: {path.stat().st_size:,} bytes is too large for settings")
         layer = parse_yaml(text, str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None

@@ -187,8 +187,8 @@ def _refuse_two_rates(config: Config, given: Layer) -> None:
     rate = baseline_phase(config).optim.lr
     if "optim.lr" in given and config.optim.lr != rate:
         raise InputError(
-            f"optim.lr={config.optim.lr:g} has no effect with cycle.lr=continuous, one schedule from the baseline's "
-            f"{rate:g}: set cycle.lr=restart, or the baseline's alone"
+            f"optim.lr={config.optim.lr:g} has no effect with cycle.lr=continuous, one schedule that starts at the "
+            f"baseline's {rate:g}: set cycle.lr=restart, or only baseline.optim.lr"
         )
 
 

@@ -71,7 +71,9 @@ def _from_torchvision(
         if (root / folder / "train").is_dir():
             return load_folders(root / folder, reading)
         if not reading.download and not (root / folder).is_dir():
-            raise InputError(f"no {root / folder}: name its place by --data-root, or download it by --dataset {folder}")
+            raise InputError(
+                f"no {root / folder}: give its location with --data-root, or download it with --dataset {folder}"
+            )
         from torchvision import datasets
 
         new_folders = [path for path in (root / folder, root) if not path.exists()]
@@ -201,8 +203,8 @@ def _load_imagenet(root: Path, reading: ReadOptions) -> RawDataset:
     raw = load_folders(root / "imagenet", reading)
     if len(raw.classes) != IMAGENET_CLASSES:
         raise InputError(
-            f"{root / 'imagenet'} holds {len(raw.classes)} of ImageNet's {IMAGENET_CLASSES} classes: half-downloaded? "
-            f"A part of it is trained on with --dataset folder --data-root {quoted(root / 'imagenet')}"
+            f"{root / 'imagenet'} holds {len(raw.classes)} of ImageNet's {IMAGENET_CLASSES} classes: is the "
+            f"download incomplete? Train on a part with --dataset folder --data-root {quoted(root / 'imagenet')}"
         )
     return raw
 
@@ -214,7 +216,7 @@ NOISE_BYTES, MOST_NOISE = 2**28, 10_000
 
 def _load_noise(root: Path, reading: ReadOptions) -> RawDataset:
     """Generate random pixels and labels: results on them mean nothing."""
-    warn("synthetic data are noise, for speed tests: no accuracy on them means anything")
+    warn("the synthetic data set is noise for speed tests: accuracy on it is meaningless")
     size, draw = reading.image_size or 32, np.random.default_rng(0)
     parts: dict[str, Part] = {}
     for part, most in (("train", MOST_NOISE), ("test", MOST_NOISE // 10)):
@@ -249,7 +251,7 @@ class _TimmReader:
 def _load_timm(name: str) -> Callable[[Path, ReadOptions], RawDataset]:
     def load(root: Path, reading: ReadOptions) -> RawDataset:
         if not reading.download:
-            raise InputError(f"{name} is opened by timm, which may fetch it: allow that by --dataset {name}")
+            raise InputError(f"{name} is opened by timm, which may download it: allow that with --dataset {name}")
         train = _timm_part(name, root, "train")
         others = {part: _timm_part(name, root, split) for part, split in (("val", "validation"), ("test", "test"))}
         if name.startswith("torch/"):
@@ -292,7 +294,7 @@ def _classes_and_labels(name: str, dataset: Any) -> tuple[tuple[str, ...], Label
         classes = getattr(dataset, "classes", None)
         labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if labels is None:
-        raise InputError(f"{name} does not tell the labels of its images without reading them: that is not supported")
+        raise InputError(f"{name} gives the labels only by reading its images, which is not supported")
     labels = np.asarray(labels, dtype=np.int64)
     return tuple(map(str, classes or range(labels.max() + 1))), labels
 
@@ -301,7 +303,7 @@ def _timm_spec(name: str) -> DatasetSpec:
     prefix = name.partition("/")[0]
     if prefix in IN_ORDER:
         raise InputError(
-            f"{name} can only be read in order, so that nothing could be held out or resumed: unpack it into class "
+            f"{name} can only be read in order, so nothing could be held out or resumed: unpack it into class "
             "folders (--dataset folder), or use hfds/ for sets of the Hugging Face hub"
         )
     return DatasetSpec(f"timm's {name}", _load_timm(name), IMAGENET_MEAN, IMAGENET_STD, image_size=LARGE_IMAGE)

@@ -87,7 +87,7 @@ def files_below(folder: Path) -> list[Path]:
 def part_folders(root: Path) -> dict[str, Path]:
     """Return what `parts_in` does, with a warning of other folders beside the parts."""
     if named_parts(root) and (strange := [folder.name for folder in _folders(root) if part_of(folder) is None]):
-        warn(f"{count_of(len(strange), 'folder')} of {root} no part of a data set, left out: {_some(strange)}")
+        warn(f"{count_of(len(strange), 'folder')} of {root} skipped, not part of a data set: {_some(strange)}")
     return parts_in(root)
 
 
@@ -198,7 +198,7 @@ def _some(names: Sequence[str]) -> str:
 def class_name(folder: Path) -> str:
     """Return a folder's name as that of a class, composed (NFC). Raises InputError for one that is no UTF-8 text."""
     if any("\ud800" <= sign <= "\udfff" for sign in folder.name):
-        raise InputError(f"{folder.parent}: the name of the class folder '{folder.name}' is no UTF-8 text: rename it")
+        raise InputError(f"{folder.parent}: the name of the class folder '{folder.name}' is not UTF-8 text: rename it")
     return unicodedata.normalize("NFC", folder.name)
 
 
@@ -211,7 +211,7 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
             classes.setdefault(class_name(entry), []).append(entry)
     if len(classes) < 2:
         loose = next((entry for entry in entries if is_image(entry)), None)
-        mend = f": {loose.name} and the others belong into a folder for each class" if loose else ""
+        mend = f": {loose.name} and the others must be in one folder per class" if loose else ""
         raise InputError(f"{folder} holds {len(classes)} class folders; at least two are needed{mend}")
     return dict(sorted(classes.items()))
 
@@ -301,4 +301,4 @@ def tell_of_others(root: Path, listed: Iterator[Listed]) -> None:
     others = sum((part.others for part in listed), Counter[str]())
     if others:
         named = ", ".join(f"{ending} {number}" for ending, number in others.most_common(5))
-        warn(f"{count_of(others.total(), 'file')} of {root} left out, with endings that are not read: {named}")
+        warn(f"{count_of(others.total(), 'file')} of {root} skipped, with unsupported file endings: {named}")

@@ -191,7 +191,7 @@ def _statistics(spec: DatasetSpec, channels: int | None) -> tuple[tuple[float, .
 def _check_labels(name: str, raw: RawDataset) -> None:
     for part, images in raw.parts.items():
         if not len(images.labels):
-            raise InputError(f"the {part} part of {name} holds no images: is it half-downloaded?")
+            raise InputError(f"the {part} part of {name} holds no images: is the download incomplete?")
         low, high = int(images.labels.min()), int(images.labels.max())
         if low < 0 or high >= len(raw.classes):
             wrong = low if low < 0 else high

@@ -33,13 +33,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     """Open the image in a file and read its header. Raises UnreadableImageError, naming the file, if that fails."""
     try:
         if not path.is_file():
-            raise ValueError("there is no file" if not path.exists() else "it is no regular file")
+            raise ValueError("there is no file" if not path.exists() else "it is not a regular file")
         with Image.open(path) as image:
             if image.mode in NUMBERS:
                 raise ValueError(f"its pixels are {NUMBERS[image.mode]}, not brightness from 0 to 255")
             yield image
     except UnidentifiedImageError:
-        why = "it is no image, or cut off" if path.stat().st_size else "it is empty"
+        why = "it is not an image, or is truncated" if path.stat().st_size else "it is empty"
         raise UnreadableImageError(f"cannot read the image {path}: {why}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"cannot read the image {path}: {error}") from None

@@ -105,11 +105,11 @@ def parse(content: bytes, label: object) -> dict[Any, Any]:
         found = _run(content)
     except _RefusedError as error:
         raise InputError(
-            f"{label} holds {error}, which no batch of images does: refused, no code is run; use a copy from the data "
-            "set's makers"
+            f"{label} holds {error}, which a batch of images never holds: refused, no code was run; use a copy from "
+            "the data set's makers"
         ) from None
     except Exception as error:  # damaged pickles raise nearly anything
-        raise InputError(f"{label} is damaged, or no pickled batch of images ({type(error).__name__})") from None
+        raise InputError(f"{label} is damaged, or not a pickled batch of images ({type(error).__name__})") from None
     if not isinstance(found, dict):
         raise InputError(f"{label} holds no dictionary, as a batch of images is; use a copy from the data set's makers")
     return {key: value.content if isinstance(value, _Array) else value for key, value in found.items()}
@@ -258,14 +258,14 @@ def _set_items(machine: _Machine, _: Any) -> None:
 def _target(machine: _Machine, kind: type) -> Any:
     """Return the container on top of the stack."""
     if type(machine.stack[-1]) is not kind:
-        raise _RefusedError("a container that is none")
+        raise _RefusedError("an invalid container")
     return machine.stack[-1]
 
 
 def _fill(target: dict[Any, Any], items: list[Any]) -> None:
     keys = items[::2]
     if not all(isinstance(key, str | bytes) for key in keys):
-        raise _RefusedError("keys that are no texts")
+        raise _RefusedError("keys that are not text")
     target.update(zip(keys, items[1::2], strict=True))
 
 

@@ -179,17 +179,17 @@ class Loading:
                 return next(self.iterator)
             except RuntimeError as error:
                 if "DataLoader worker" in str(error):
-                    raise StuckLoaderError(f"a process that loads images is lost; {self._where()}") from None
+                    raise StuckLoaderError(f"a process that loads images has died; {self._where()}") from None
                 if "timed out" not in str(error):
                     raise
             if stop():
                 raise StoppedError
             waited = time.monotonic() - began
             if waited > LIMIT:
-                raise StuckLoaderError(f"no images for {LIMIT:g} s; {self._where()}")
+                raise StuckLoaderError(f"no images arrived for {LIMIT:g} s; {self._where()}")
             if waited > SAID_AFTER and not said:
                 said = True
-                warn(f"no images for {waited:.0f} s; {self._where()}")
+                warn(f"no images arrived for {waited:.0f} s; {self._where()}")
 
     def _where(self) -> str:
         """Describe what the processes read, and the free space where they store it."""

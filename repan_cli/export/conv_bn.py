@@ -64,8 +64,8 @@ def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
 
 def _no_place(name: str) -> InputError:
     return InputError(
-        f"--form conv-bn: the plain network has other layers at {name}: it keeps its branches, or timm merges it in "
-        "its own way; use --form conv"
+        f"--form conv-bn: the plain network has different layers at {name}: it keeps its branches, or timm merges it "
+        "in its own way; use --form conv"
     )
 
 

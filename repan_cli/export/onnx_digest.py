@@ -76,14 +76,15 @@ def change_of(path: Path, content: bytes, model: Any) -> str | None:
         keys, told = told.pop("keys"), Digests(**told)
         found = digests_of(model, {key: metadata.get(key, "") for key in keys})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise InputError(f"{path} is damaged: its digests are none; use another copy") from None
+        raise InputError(f"{path} is damaged: its digests are invalid; use another copy") from None
     if found.header != told.header:
         raise InputError(f"{path} is damaged: its description is not the one that repan wrote; use another copy")
     if found.graph == told.graph and found.weights != told.weights:
         raise InputError(f"{path} is damaged: its graph holds other weights than repan wrote; use another copy")
     if found.graph != told.graph:
         return by
-    return f"{by}: it tells other programs otherwise how images are prepared" if found.facts != told.facts else None
+    changed = found.facts != told.facts
+    return f"{by}: it describes the preparation of images differently to other programs" if changed else None
 
 
 def _fits(path: Path, content: bytes, *, earlier: bool) -> bool:

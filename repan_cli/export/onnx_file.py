@@ -162,7 +162,7 @@ def read(path: Path) -> OnnxFile:
     try:
         model = onnx.load_model_from_string(content)
     except Exception as error:
-        raise InputError(f"{path} is damaged, or no ONNX file: {first_line(error)}") from None
+        raise InputError(f"{path} is damaged, or not an ONNX file: {first_line(error)}") from None
     _refuse_unfit(path, model)
     return OnnxFile(path, content, model, change_of(path, content, model))
 

@@ -142,7 +142,7 @@ def open_file(path: Path) -> Pt2Network:
     except InputError:
         raise
     except Exception:
-        raise InputError(f"{path} is damaged, or no file of torch.export's; use another copy") from None
+        raise InputError(f"{path} is damaged, or not a torch.export file; use another copy") from None
 
 
 def header(path: Path) -> str | None:
@@ -175,7 +175,7 @@ def checked(file: IO[bytes], name: object) -> Archive:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError):
-        raise InputError(f"{name} is damaged, or no file of torch.export's; use another copy") from None
+        raise InputError(f"{name} is damaged, or not a torch.export file; use another copy") from None
     if reason:
         raise InputError(f"{name} holds {reason}: refused, {WITHOUT_CODE}")
     return archive

@@ -36,7 +36,7 @@ def network_of_timm(fused: nn.Module, card: ModelCard, source: str) -> Checkpoin
     """
     if not card.model.startswith(TIMM):
         whose = "of repan's own" if card.model in models.BUILTIN else "not one of timm's"
-        raise InputError(f"{source} cannot be a folder for timm: {card.model} is {whose}; {INSTEAD}")
+        raise InputError(f"{source} cannot be written as a timm folder: {card.model} is {whose}; {INSTEAD}")
     with torch.random.fork_rng(devices=[]):
         blank = models.create(card.model, num_classes=len(card.classes), in_chans=card.in_chans)
     try:
@@ -47,7 +47,7 @@ def network_of_timm(fused: nn.Module, card: ModelCard, source: str) -> Checkpoin
             network, form = as_plain(fused, blank), PLAIN
     except InputError as error:
         why = str(error).removeprefix("--form conv-bn: ").partition(";")[0]
-        raise InputError(f"{source} cannot be a folder for timm: {why}; {INSTEAD}") from error
+        raise InputError(f"{source} cannot be written as a timm folder: {why}; {INSTEAD}") from error
     block = NATIVE if form == MULTI_BRANCH else "plain"
     card = dataclasses.replace(card, block=block, structure=Structure(), form=form)
     return checkpoint.capture(network.eval(), card)

@@ -48,7 +48,7 @@ def resolve(name: str, image_size: int) -> str:
         return _known(name, [TORCHVISION + known for known in torchvision.models.list_models(torchvision.models)])
     name = re.sub(rf"^(?:{TIMM})?hf[-_]hub:timm/", TIMM, name)
     if name.removeprefix(TIMM).startswith(("hf-hub:", "hf_hub:")):
-        raise InputError(f"{name} is not the name of a network: it is given in the place of a file, or as --init")
+        raise InputError(f"{name} is not the name of a network: give it in place of a file, or as --init")
     if timm.is_model(tagged := name.removeprefix(TIMM)) and "." in tagged:
         return TIMM + _with_tag(tagged)
     if name.startswith(TIMM):
@@ -130,7 +130,7 @@ def create(
 def _timm(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
     short = name.removeprefix(TIMM)
     if not timm.is_model(short):  # nor is a name of the hub in a file followed
-        raise InputError(f"this timm ({timm.__version__}) has no model {short}; another version may")
+        raise InputError(f"this timm ({timm.__version__}) has no model {short}; another may have it")
     if pretrained and not timm.is_model_pretrained(short):
         raise InputError(f"timm has no pretrained weights of {short}; give a file of weights with --init")
     try:
@@ -148,7 +148,7 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
     if in_chans != 3:
         raise InputError(f"torchvision's networks read 3 channels, the images have {in_chans}: take one of timm's")
     if short not in torchvision.models.list_models(torchvision.models):
-        raise InputError(f"this torchvision ({torchvision.__version__}) has no model {short}; another version may")
+        raise InputError(f"this torchvision ({torchvision.__version__}) has no model {short}; another may have it")
     auxiliary = {"aux_logits": False, "init_weights": True} if short in WITH_AUXILIARY_HEADS else {}
     model = torchvision.models.get_model(short, weights=None, num_classes=num_classes, **auxiliary)
     if pretrained:

@@ -159,7 +159,7 @@ def _unsuited(conv: _ConvNd, seen: Sightings) -> str | None:
     if seen.owners[id(conv.weight)] > 1:
         return "it shares its weight with another layer"
     if len(norms) > 1 or any(seen.calls[norm] > 1 for norm in norms):
-        return "its BN is not its alone"
+        return "its BN is shared"
     try:
         Geometry.of(conv)
         for norm in norms:

@@ -49,7 +49,7 @@ def given_again(card: ModelCard, block: str | None, source: str) -> ModelCard:
 def how_to_give(name: str, source: str) -> str:
     """Return the error of a file that needs a block family which nobody has given."""
     how = f"--block {name}" if names_a_file(name) else "--block FILE.py:FUNCTION, or repan_cli.register_block"
-    return f"{source} holds blocks of your own, {name}: give {how} (no file is imported by itself)"
+    return f"{source} holds blocks of your own, {name}: give {how} (files are not imported automatically)"
 
 
 def renamed(card: ModelCard, names: dict[str, str]) -> ModelCard:

@@ -103,7 +103,8 @@ def check_given(stored: str, given: str | None, source: str) -> None:
     """Raise InputError for a user's own network that was not given again: no file is imported by itself."""
     if user_file.names_a_file(stored) and given is None:
         raise InputError(
-            f"{source} holds a network of your own, {stored}: give --model {stored} (no file is imported by itself)"
+            f"{source} holds a network of your own, {stored}: give --model {stored} "
+            "(files are not imported automatically)"
         )
 
 

@@ -41,7 +41,7 @@ def _lock(path: Path) -> IO[str]:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise InputError(f"the run directory {path.parent} is being written by {holder}: let it end first") from None
+        raise InputError(f"the run directory {path.parent} is being written by {holder}: wait until it ends") from None
     _HELD.add(file)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
@@ -210,7 +210,7 @@ def goes_on(path: Path) -> bool:
 
 
 def existing(path: Path) -> str:
-    mend = f"go on with --resume {quoted(path)}, or give another --out" if goes_on(path) else "give another --out"
+    mend = f"continue with --resume {quoted(path)}, or give another --out" if goes_on(path) else "give another --out"
     return f"the run directory {path} exists already; nothing was touched: {mend}"
 
 
@@ -222,7 +222,7 @@ def find(command: str, name: str) -> Path:
     if not path.is_dir():
         raise InputError(f"no run directory {path} to resume")
     if not (path / "config.yaml").exists():
-        raise InputError(f"{path} is no run directory: it holds no config.yaml")
+        raise InputError(f"{path} is not a run directory: it has no config.yaml")
     return path
 
 

@@ -25,7 +25,7 @@ KILLED, UNKNOWN = "killed", "not known"
 @dataclass(frozen=True)
 class Run:
     """A run: `best` is its best validation top-1, `test` the test top-1 of a finished one, `age` in seconds is that of
-    its last sign of life. `go_on` is the command that goes on with it; empty where nothing does.
+    its last sign of life. `go_on` is the command that continues it; empty where nothing does.
     """
 
     path: Path

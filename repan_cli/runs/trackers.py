@@ -308,7 +308,7 @@ class Once:
     def _leave(self, error: Exception) -> None:
         self.tracker = None
         why = f"{type(error).__name__}: {first_line(error)}"
-        warn(f"{self.name} failed and gets no more of this run, which goes on ({why})")
+        warn(f"{self.name} failed and is disabled for the rest of the run, which continues ({why})")
 
 
 def _read_marks(path: Path) -> dict[str, list[int]]:

@@ -101,7 +101,7 @@ def open_artifact(
             person's own their family, `file.py:function`.
         trusted: whether the code in a TorchScript file may be run.
 
-    Raises InputError, naming the source, when it is missing or damaged, or does not say which network it is of.
+    Raises InputError, naming the source, when it is missing or damaged, or does not name its network.
     """
     plain, key = checkpoint.split_key(hub_folder.fetched(source))
     path = file_of(str(plain))
@@ -132,7 +132,7 @@ def _of_runtime(description: Path, *, trusted: bool) -> Artifact:
     name, text = runtimes.opened(description, runtimes.KINDS)
     kind, folder = runtimes.KINDS[name], description.parent
     if name == "torchscript" and not trusted:
-        raise InputError(f"{folder} holds a TorchScript program, which is code: where you trust it, give --trust-code")
+        raise InputError(f"{folder} holds a TorchScript program, which is code: if you trust it, give --trust-code")
     card = _described(description, text)
     return Artifact(str(folder), kind.open(folder), card, kind.title)
 
@@ -188,9 +188,7 @@ def open_weights(path: Path, weights: Mapping[str, Tensor], name: str | None) ->
     told = hub_folder.described(path)
     if name is None:
         if told is None:
-            raise InputError(
-                f"{path} was not written by repan and does not say which network it is of: give --model NAME"
-            )
+            raise InputError(f"{path} was not written by repan and does not name its network: give --model NAME")
         name = told.network
     full = name if user_file.names_a_file(name) else models.resolve(name, LARGE_IMAGE)
     with torch.random.fork_rng(devices=[]):

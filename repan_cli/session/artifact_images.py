@@ -87,10 +87,10 @@ def _check(artifact: Artifact, data: Dataset, *, told: bool) -> None:
         return
     text, numbered = data.classes, sorted(data.classes, key=class_folders.natural)
     if [*card.classes] == [str(number) for number in range(len(text))]:
-        why = f"{artifact.source} does not say what its classes are called"
+        why = f"{artifact.source} does not name its classes"
     else:
-        why = f"{artifact.source} calls its classes otherwise ('{card.classes[0]}', not '{text[0]}')"
-    taken = f"its outputs are taken for the folders in the order {', '.join(text[:3])}, ..."
+        why = f"{artifact.source} names its classes differently ('{card.classes[0]}', not '{text[0]}')"
+    taken = f"its outputs are assumed to be the folders in the order {', '.join(text[:3])}, ..."
     other = f" (by number they are {', '.join(numbered[:3])}, ...: --classes natural)" if numbered != [*text] else ""
     warn(f"{why}: {taken}{other}; --classes FILE gives another, a name a line")
 

@@ -203,7 +203,7 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
     plan = cycle_plan(config, baseline=not network.finished) if command == "cycle" else training_plan(config)
     _warn_of_a_long_ramp(plan[-1])
     if plan[-1].start_from == "best-test":
-        warn("cycle.start_from=best-test: the test set chooses the epochs, so that its figures are too good")
+        warn("cycle.start_from=best-test: the test set chooses the epochs, so its results are too optimistic")
     for phase in plan:
         SCHEDULES[phase.optim.schedule]  # an unknown one is an error before the first step
     train = train_loader(dataset, config.data, machine)
@@ -297,7 +297,7 @@ def share_statistics(model: nn.Module, images: Tensor) -> nn.Module:
     for name, module in shared.named_modules():
         module.training = modes.get(name, True)
     if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().max().item()):
-        raise InputError("this network is another one with BN over all GPUs: set run.sync_bn=false")
+        raise InputError("this network changes if BN is synchronised across GPUs: set run.sync_bn=false")
     return shared
 
 
@@ -320,7 +320,7 @@ def _score_start(training: Training) -> dict[str, Any]:
     def score(images: Loader) -> Score:
         return evaluate(training.model, images)
 
-    with doing("scoring the weights that it starts from"):
+    with doing("scoring the initial weights"):
         return _scored(training, score)
 
 

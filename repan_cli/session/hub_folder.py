@@ -57,7 +57,7 @@ def fetched(source: str) -> str:
                 continue
             return f"{config.parent}{named['key'] or ''}"
     except errors.LocalEntryNotFoundError as error:
-        raise InputError(f"cannot fetch {source}: the Hub is not reached ({first_line(error)})") from error
+        raise InputError(f"cannot fetch {source}: the Hub cannot be reached ({first_line(error)})") from error
     except errors.EntryNotFoundError as error:
         raise InputError(
             f"{source} holds no {HUB_CONFIG} that says which network it is: fetch its weights, give --model NAME"

@@ -129,7 +129,7 @@ def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
     told = hub_folder.described(checkpoint.split_key(hub_folder.file_of(_source(config)))[0])
     if told is not None:
         return told.network
-    raise InputError(f"{config.model.init} does not say which network it is of: give --model NAME")
+    raise InputError(f"{config.model.init} does not name its network: give --model NAME")
 
 
 def _created(config: Config, dataset: Dataset, name: str, weights: Mapping[str, Tensor] | None) -> Network:
@@ -226,7 +226,7 @@ def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Netw
     check_classes("the run", saved.card.classes, dataset)
     if saved.card.labels_digest != dataset.labels_digest:
         raise InputError(
-            f"the images of {dataset.name} are not those that the run began with: some came, went or moved"
+            f"the images of {dataset.name} are not those that the run began with: some were added, removed or moved"
         )
     name = config.model.name
     assert name is not None, "a run that goes on has the full name of its network"
@@ -261,7 +261,7 @@ def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint
             "trained (only one trained with --block plain may grow others)"
         )
     if card.split_digest != dataset.split_digest:
-        warn(f"{source} was trained with another validation part: images it has seen are now used to choose by")
+        warn(f"{source} was trained with another validation part: some of its training images are now held out")
 
 
 def check_classes(source: object, classes: Sequence[str], dataset: Dataset) -> None:
@@ -296,7 +296,7 @@ def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         if found != expected:
             raise InputError(
-                f"{name} returns {found} for {len(images)} images, not {expected}: it must return one logit a class"
+                f"{name} returns {found} for {len(images)} images, not {expected}: it must return one logit per class"
                 + (" (take num_classes as an argument)" if user_file.names_a_file(name) else "")
             )
 

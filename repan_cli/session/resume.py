@@ -97,7 +97,7 @@ def _conclude(session: Session, folder: runs.RunDirectory) -> None:
     path, cycle = folder.path, session.config.cycle
     if runs.state_of(folder.path) != "done":
         folder.status("done")
-        tell(f"{path} has its results: it is marked as done now")
+        tell(f"{path} has its results and is now marked as finished")
         return
     open_ended = session.command == "cycle" and cycle.lr == "restart"
     more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if open_ended else ""
@@ -122,7 +122,7 @@ def newest_state(path: Path) -> tuple[Path, Checkpoint]:
             problems.append(str(error))
             continue
         for problem in problems:
-            warn(f"{problem}: going on from {file.name}")
+            warn(f"{problem}: resuming from {file.name}")
         return file, saved
     begin = f"begin anew with -c {quoted(path / 'config.yaml')} --out NEW"
     raise InputError(f"{path} holds no state to resume from ({'; '.join(problems)}): {begin}")
@@ -143,7 +143,7 @@ def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
         if same or key in MAY_CHANGE:
             continue
         raise InputError(
-            f"{key} cannot change in a resume (it was {stored.get(key)}): begin another run from its weights with "
+            f"{key} cannot change on --resume (it was {stored.get(key)}): start a new one run from its weights with "
             f"model.init={path / runs.LAST}"
         )
     begun = state_of(saved, str(path)).progress["phase"]
@@ -195,7 +195,7 @@ def _warn_of_edits(saved: Checkpoint, path: Path) -> None:
     try:
         there = config.typed(read_file(path / "config.yaml"))
     except InputError as error:
-        warn(f"{error}; the run goes on with the settings that it began with")
+        warn(f"{error}; the run continues with its original settings")
         return
     before, free = saved.card.config, {*MAY_CHANGE, "run.out", "model.name"}
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in there.items() if key in before}
@@ -205,7 +205,7 @@ def _warn_of_edits(saved: Checkpoint, path: Path) -> None:
         if key not in free and value != before[key]
     ]
     if edited:
-        warn(f"{path / 'config.yaml'} was changed, which a resume does not heed: {', '.join(edited)}")
+        warn(f"{path / 'config.yaml'} was changed, which --resume ignores: {', '.join(edited)}")
 
 
 def _warn_of_changes(saved: Checkpoint, now: Mapping[str, Any]) -> None:
@@ -213,4 +213,4 @@ def _warn_of_changes(saved: Checkpoint, now: Mapping[str, Any]) -> None:
     before = saved.card.surroundings or {}
     changes = [f"{name} {before[name]} is now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changes:
-        warn(f"resumed elsewhere: {', '.join(changes)}; what follows may differ in its last bits")
+        warn(f"resumed in a different environment: {', '.join(changes)}; results may differ in their last bits")

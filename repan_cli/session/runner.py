@@ -132,7 +132,7 @@ def carry_out(
 def _heard(number: int) -> str:
     """Say at once that a signal was heard."""
     name = signal.Signals(number).name
-    again = "; once more leaves at once, without saving" if number == signal.SIGINT else ""
+    again = "; press again to stop at once, without saving" if number == signal.SIGINT else ""
     return f"{'Ctrl-C' if number == signal.SIGINT else name}: finishing the step, then saving{again}"
 
 
@@ -202,7 +202,7 @@ class _Patient:
             return False
         self.since = self.since or time.monotonic()
         if time.monotonic() - self.since > ALONE_AFTER:
-            raise LostRankError("asked to stop while no images came: from its last save it goes on with --resume")
+            raise LostRankError("asked to stop while no images arrived: continue from the last save with --resume")
         return False
 
 
@@ -252,9 +252,9 @@ def _stopped(
         draw(session, folder, display, summary)
     ranks = session.training.runtime.ranks
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
-    how = f"go on with: {command} {session.command} --resume {quoted(folder.path)}{session.own_code}"
+    how = f"continue with: {command} {session.command} --resume {quoted(folder.path)}{session.own_code}"
     if not saved:
-        return InterruptedRunError(f"left at once; from its last save it {how.replace('go', 'goes', 1)}", folder.path)
+        return InterruptedRunError(f"stopped at once, without saving; from its last save {how}", folder.path)
     if asked:
         reason = signals.reason or f"by {signal.Signals(asked).name}"
         return PreemptedRunError(f"stopped {reason}, everything is saved; {how}")

@@ -21,7 +21,7 @@ def file_of(source: str) -> Path | None:
         description = path.parent / RUNTIME_DESCRIPTION  # of another program's files, each of which stands for all
         return description if path.name.startswith("model.") and description.is_file() else path
     if path.exists():
-        raise InputError(f"{path} is no regular file: name a file of weights, or a run's folder")
+        raise InputError(f"{path} is not a regular file: name a file of weights, or a run's folder")
     if path.suffix in ARTIFACT_ENDINGS or (len(path.parts) > 1 and not names_a_file(source)):
         beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"no file {source}{did_you_mean(str(path), beside)}")

@@ -125,7 +125,7 @@ def finish(session: Session, folder: runs.RunDirectory, display: Display, record
 
 def conclude(session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
     """Mark a run that has its summary as done, draw it, say where everything is. What of it fails is a warning."""
-    with warned("the run is done, but status.json does not say so; a resume mends that"):
+    with warned("the run is done, but status.json does not say so; --resume fixes that"):
         folder.status("done")
     with warned("no curves.png"):
         draw(session, folder, display, summary)

@@ -170,7 +170,9 @@ def _ours(name: str, settings: config.TeacherConfig, dataset: Dataset, saved: Ch
     if card.in_chans != dataset.channels:
         raise InputError(f"the teacher {name} reads {card.in_chans} channels, {dataset.name} has {dataset.channels}")
     if card.split_digest != dataset.split_digest:
-        warn(f"the teacher {name} was trained with another validation part: it has seen images that now choose")
+        warn(
+            f"the teacher {name} was trained with another validation part: some of its training images are now held out"
+        )
     model = models.rebuild(saved, name, settings.model)
     return TeacherModel(model, View(card.image_size, card.mean, card.std), saved.digest(), card.model)
 
@@ -178,7 +180,7 @@ def _ours(name: str, settings: config.TeacherConfig, dataset: Dataset, saved: Ch
 def _theirs(name: str, settings: config.TeacherConfig, dataset: Dataset, weights: Mapping[str, Tensor]) -> TeacherModel:
     told = hub_folder.described(checkpoint.split_key(name)[0])
     if settings.model is None and told is None:
-        raise InputError(f"{name} does not say which network it is of: give teacher.model=NAME")
+        raise InputError(f"{name} does not name its network: give teacher.model=NAME")
     images = told.images if told is not None else {}
     if told is not None and told.classes is not None:
         check_classes(f"the teacher {name}", told.classes, dataset)

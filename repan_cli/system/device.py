@@ -119,10 +119,10 @@ def find_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"device {name} is not supported; give auto, cpu, cuda, cuda:N or mps")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device mps is not there: PyTorch sees no Apple GPU; try --device auto")
+        raise InputError("device mps is not available: PyTorch sees no Apple GPU; try --device auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device {name} is not there: PyTorch sees {torch.cuda.device_count()} GPUs; try --device auto"
+            f"device {name} is not available: PyTorch sees {torch.cuda.device_count()} GPUs; try --device auto"
         )
     return device
 

@@ -86,7 +86,7 @@ def no_checkpoint(path: Path) -> str:
     """Say that there is no such file of weights, and which others are near."""
     beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
     if path.exists():
-        return f"{path} is no regular file: name a file of weights, or a run's folder"
+        return f"{path} is not a regular file: name a file of weights, or a run's folder"
     return f"no checkpoint {path}{did_you_mean(str(path), beside)}"
 
 
@@ -140,4 +140,4 @@ def refuse_other_kinds(path: Path) -> None:
             f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')"
         )
     if b"PK\1\2" in end and b"data.pkl" not in end and b".data/" not in end:
-        raise InputError(f"{path} is a zip archive, but none of torch.save's: unpack it, and give the file in it")
+        raise InputError(f"{path} is a zip archive, but not one of torch.save's: unpack it, and give the file in it")
