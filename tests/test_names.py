@@ -69,12 +69,12 @@ def test_a_class_folder_with_such_a_name(capsys, tmp_path, few_blocks):
 def test_a_folder_whose_name_is_no_text(capsys, tmp_path):
     folder = write_folders(tmp_path / "images", classes=("ant", NO_TEXT))
     said = one_line(capsys, "train", *DIGITS[:2], "--dataset", "folder", "--data-root", folder)
-    assert r"'caf\udce9' is no UTF-8 text" in said
+    assert r"'caf\udce9' is not UTF-8 text" in said
 
 
 @pytest.mark.parametrize("words", [("train", *DIGITS, "--out", NO_TEXT), ("info", NO_TEXT), (NO_TEXT,)])
 def test_a_word_that_is_no_text(capsys, words):
-    assert r"'caf\udce9' is no UTF-8 text" in one_line(capsys, *words)
+    assert r"'caf\udce9' is not UTF-8 text" in one_line(capsys, *words)
 
 
 def test_a_terminal_that_knows_few_letters():

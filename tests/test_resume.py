@@ -295,7 +295,7 @@ def test_a_teacher_may_move_but_not_change(capsys, tmp_path, whole):
 
 
 def test_the_log_tells_of_the_stop(begun):
-    assert "stopped by SIGTERM, everything is saved; go on with" in (begun / "log.txt").read_text()
+    assert "stopped by SIGTERM, everything is saved; continue with" in (begun / "log.txt").read_text()
 
 
 # ---------------------------------------------------------------------------------------------- one writer

@@ -63,7 +63,7 @@ def _loading(module: str) -> Iterator[None]:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Return what went wrong in a line and leave with its exit code; what nobody foresaw keeps its traceback."""
+    """Print the error in one line and exit with its code; an unexpected error keeps its traceback."""
     known = _as_known(error)
     if known is None or os.environ.get("REPAN_DEBUG") == "1":
         raise error
