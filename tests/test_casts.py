@@ -3,11 +3,14 @@
 import pytest
 import timm
 import torch
-from support import randomize_norms, small_net
+from support import CPU, Counted, randomize_norms, small_net
 from timm.layers import ScaledStdConv2d
 from torch import nn
 
+from repan_cli.blocks import rep_blocks
+from repan_cli.system.device import Runtime
 from repan_cli.training import casts
+from repan_cli.training.teacher import Teacher, View
 
 IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -67,3 +70,20 @@ def test_networks_of_timm_are_cast_with_the_same_result(name):
     (loss, expected), (again, together) = gradients(model, []), gradients(model, found)
     assert torch.equal(loss, again)
     assert all(torch.equal(one, other) for one, other in zip(expected, together, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_teacher_casts_its_weights_once(few_blocks, precision):
+    """Its logits keep their bits, and its weights stay float32."""
+    machine, view = Runtime(CPU, precision), View(16, (0.5,) * 3, (0.25,) * 3)
+    model = small_net("dbb").to(memory_format=torch.channels_last)
+    teacher = Teacher(model, own=view, student=view, runtime=machine)
+    images = IMAGES.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), machine.autocast():
+        expected = model(images * 1).float()
+    assert torch.equal(teacher.logits(images), expected)
+    with Counted() as counted:
+        assert torch.equal(teacher.logits(images), expected)
+    others = sum("weight" in name and "inner_conv" in name for name, _ in model.named_parameters())
+    assert counted.calls["aten._to_copy"] <= 2 + 2 * others + len(list(rep_blocks(model)))
+    assert {each.dtype for each in model.parameters()} == {torch.float32}

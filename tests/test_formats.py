@@ -399,7 +399,8 @@ def test_predict_names_what_it_cannot_read(capsys, small_run, tmp_path):
     code, out, err = run(capsys, "predict", small_run.folder / "fused.pt", tmp_path)
     assert code == 2
     assert "good.png" in out
-    assert err.splitlines()[-1].startswith(f"Error: cannot read the image {tmp_path / 'bad.png'}")
+    assert f"cannot read the image {tmp_path / 'bad.png'}" in err
+    assert err.splitlines()[-1].startswith(f"Error: 1 of 2 images could not be read: {tmp_path / 'bad.png'}")
     assert "no image" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path / "none.png")
     (tmp_path / "empty").mkdir()
     assert "holds no images" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path / "empty")

@@ -9,7 +9,6 @@ from PIL import Image
 from support import ROOT, one_line, run, write_run
 
 from repan_cli import config
-from repan_cli.display import plots
 from repan_cli.display.console import Display
 from repan_cli.errors import InputError
 from repan_cli.session import teachers
@@ -131,25 +130,6 @@ def test_a_run_that_goes_on_inside_a_phase_has_the_header_of_its_table(capsys):
     said = shown(capsys, ramps=False, events=(epoch(), epoch()))
     assert said.count("phase") == 1
     assert said.index("phase") < said.index("cycle 1/1")
-
-
-def test_curves_have_no_panel_for_a_constant_rate(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    drawn = []
-    monkeypatch.setattr(plots, "_draw_attach_rate", lambda *_: drawn.append(True))
-    record = {
-        "cycle": 0,
-        "train_top1": 1.0,
-        "val_top1": 1.0,
-        "loss": 1.0,
-        "val_loss": 1.0,
-        "lr": 0.1,
-        "attach_rate": 1.0,
-    }
-    plots.draw_curves([record, record], tmp_path / "a.png", title="a")
-    assert not drawn
-    plots.draw_curves([record, {**record, "attach_rate": 0.5}], tmp_path / "b.png", title="b")
-    assert drawn
 
 
 def test_fused_weights_to_start_from_are_answered_with_the_plain_form(cycle_run, capsys):

@@ -168,6 +168,16 @@ def test_a_name_of_timm_has_its_own_preparation(tmp_path):
     assert (found["crop_pct"], found["resize_size"]) == (0.95, 168)
 
 
+def test_files_of_a_name_of_timm_carry_its_preparation(capsys, tmp_path, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *names, **more: create(*names, **{**more, "pretrained": False}))
+    code, _, err = run(capsys, "fuse", "timm:test_resnet", "-o", tmp_path / "net.safetensors")
+    assert code == 0, err
+    told = told_by(tmp_path / "net.safetensors")
+    assert (told["interpolation"], told["crop_mode"], told["resize_size"]) == ("bilinear", "center", "168")
+    assert json.loads(told["classes"])[0].startswith("tench")
+
+
 def test_one_mean_stands_for_all_channels(hub):
     told = json.loads((hub / "config.json").read_text())
     told["pretrained_cfg"] |= {"mean": [0.5], "std": [0.25]}

@@ -66,6 +66,13 @@ def test_runs_are_listed_with_their_state_and_how_they_go_on(several):
     assert list(found)[-1] in ("stopped", "elsewhere")  # the oldest last
 
 
+def test_own_networks_and_blocks_are_named_again(several):
+    own = "model:\n  name: my net.py:build\nblock:\n  name: blocks.py:mine\n"
+    (several / "stopped" / "config.yaml").write_text(own)
+    (stopped,) = (each for each in runs_below(several) if each.path.name == "stopped")
+    assert stopped.go_on.endswith("stopped --model 'my net.py:build' --block blocks.py:mine")
+
+
 def test_the_list_is_a_table_and_json(several, capsys):
     _, out, _ = run(capsys, "list", "runs")
     assert "runs/cycle/stopped" in out
@@ -200,7 +207,7 @@ def test_a_run_keeps_the_batch_that_was_found(tmp_path, capsys, few_blocks):
 # ---------------------------------------------------------------------------------------------- a run as weights
 
 
-def test_a_runs_folder_is_accepted_wherever_weights_are(small_run, digits, tmp_path, capsys):
+def test_a_runs_folder_is_accepted_wherever_weights_are(small_run, few_blocks, digits, tmp_path, capsys):
     folder = small_run.folder
     expected = checkpoint.load(folder / "best.pt").digest()
     assert checkpoint.load(folder).digest() == expected

@@ -138,7 +138,7 @@ def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
     """Return a `.safetensors` file with metadata in this order; safetensors itself writes them in a random one."""
     length = int.from_bytes(content[:8], "little")
     listed = json.loads(content[8 : 8 + length])
-    text = json.dumps({"__metadata__": metadata, **listed}, separators=(",", ":"), ensure_ascii=False).encode()
+    text = to_json({"__metadata__": dict(metadata), **listed}, compact=True).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 

@@ -59,10 +59,14 @@ def compare(half: nn.Module, network: nn.Module, batches: Iterable[tuple[Tensor,
 def bound(network: nn.Module, images: Tensor, name: str) -> float:
     """Return the relative error that a file in float16 may have, from the network's own in PyTorch.
 
-    Raises InputError where numbers in the network are too large for float16, which ends at 65,504: a processor that
-    computes in float32 hides that, others give infinities.
+    Raises InputError where the network returns no logits, or numbers in it are too large for float16, which ends at
+    65,504: a processor that computes in float32 hides that, others give infinities.
     """
     expected = network(images)
+    if not isinstance(expected, Tensor):
+        raise InputError(
+            f"{name} returns a {type(expected).__name__}, and float16 is measured on logits: leave out --half"
+        )
     try:
         found = copy.deepcopy(network).half()(images.half()).float()
     except RuntimeError:  # an operator that PyTorch lacks in float16 on CPUs

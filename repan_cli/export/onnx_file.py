@@ -137,8 +137,9 @@ class OnnxFile:
     def network(self) -> OnnxNetwork:
         """Return its network. ONNX Runtime gets the bytes that were checked. Raises InputError where it cannot."""
         need("opening ONNX", "onnx", "onnx", "onnxruntime")
+        renamed = self.change is not None and len(self.model.graph.output) == 1  # the only output is the logits
         try:
-            return OnnxNetwork(self.content, several=self.header is not None)
+            return OnnxNetwork(self.content, several=self.header is not None and not renamed)
         except InputError:
             raise
         except Exception as error:

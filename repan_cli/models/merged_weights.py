@@ -42,7 +42,9 @@ class MergedNames:
 
     def are_in(self, weights: Mapping[str, Tensor]) -> bool:
         """Tell whether weights have merged layers in the place of most blocks."""
-        there = sum(f"{name}.weight" in weights for name in self._places)
+        mixers = [place.rpartition(".")[0] for place in _mixers(self._model) if f"{place}.weight" in weights]
+        held = {f"{name}.mixer.reparam_conv" for name in mixers}  # in the one convolution of a whole mixer
+        there = sum(name in held or f"{name}.weight" in weights for name in self._places)
         return bool(self._places) and 2 * there >= len(self._places)
 
     @torch.no_grad()

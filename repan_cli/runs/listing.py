@@ -103,10 +103,11 @@ def _test(path: Path) -> float | None:
 
 
 def _how(path: Path, command: str) -> str:
-    """Return the command that goes on with a run, with a network of one's own named again."""
+    """Return the command that goes on with a run, with a network and blocks of one's own named again."""
     whole = path.parent if (path.parent / SERIES).exists() else path
-    network = ""
+    settings: dict[str, Any] = {}
     with contextlib.suppress(InputError):
-        network = str(read_file(path / "config.yaml").get("model.name"))
-    own = f" --model {quoted(network)}" if names_a_file(network) else ""
+        settings = read_file(path / "config.yaml")
+    named = {"--model": str(settings.get("model.name")), "--block": str(settings.get("block.name"))}
+    own = "".join(f" {option} {quoted(name)}" for option, name in named.items() if names_a_file(name))
     return f"repan {command} --resume {quoted(whole)}{own}"

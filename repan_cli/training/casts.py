@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,24 +37,49 @@ def layers(model: nn.Module) -> list[nn.Module]:
 @contextlib.contextmanager
 def at_once(found: Sequence[nn.Module]) -> Iterator[None]:
     """Give such layers their weights in the type of the autocast that is on, meanwhile."""
-    places = [
-        (module, name, weight)
-        for module in found
-        for name, weight in module._parameters.items()
-        if weight is not None and weight.requires_grad
-    ]
+    places = [place for place in _places(found) if place.weight.requires_grad]
     if not places:
         yield
         return
-    kind = places[0][2].device.type
-    cast = _Cast.apply(torch.get_autocast_dtype(kind), *(weight for *_, weight in places))
-    for (module, name, _), lower in zip(places, cast, strict=True):
-        module._parameters[name] = lower
+    dtype = torch.get_autocast_dtype(places[0].weight.device.type)
+    with given(places, _Cast.apply(dtype, *(place.weight for place in places))):
+        yield
+
+
+@contextlib.contextmanager
+def given(places: Sequence[Place], weights: Sequence[Tensor]) -> Iterator[None]:
+    """Put weights in the places of others meanwhile."""
+    for place, weight in zip(places, weights, strict=True):
+        place.layer._parameters[place.name] = weight  # type: ignore[assignment] # as functional_call does
     try:
         yield
     finally:
-        for module, name, weight in places:
-            module._parameters[name] = weight
+        for place in places:
+            place.layer._parameters[place.name] = place.weight
+
+
+class Place(NamedTuple):
+    """A layer's weight, by the name that it has there."""
+
+    layer: nn.Module
+    name: str
+    weight: nn.Parameter
+
+
+def kept(model: nn.Module, dtype: torch.dtype) -> tuple[list[Place], tuple[Tensor, ...]]:
+    """Return the places of weights that are not trained, and those weights in a lower type, cast once for all."""
+    places = _places(layers(model))
+    with torch.no_grad():
+        return places, _cast([place.weight for place in places], dtype)
+
+
+def _places(found: Sequence[nn.Module]) -> list[Place]:
+    return [
+        Place(layer, name, weight)
+        for layer in found
+        for name, weight in layer._parameters.items()
+        if weight is not None
+    ]
 
 
 class _Cast(torch.autograd.Function):

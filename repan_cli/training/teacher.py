@@ -21,6 +21,7 @@ from repan_cli.data.batches import Batch
 from repan_cli.errors import InputError
 from repan_cli.system.device import Runtime
 from repan_cli.system.host import memory_bytes
+from repan_cli.training import casts
 
 CACHE_TOLERANCE = 0.05
 """Largest difference, of the largest logit, between what a cache holds and what the teacher says now. Rounding, to
@@ -66,8 +67,15 @@ class Teacher:
         if self.size is not None:
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
         images = images.contiguous(memory_format=self.runtime.memory_format)
-        with self.runtime.autocast():
+        with self.runtime.autocast(), casts.given(*self.lower):
             return self.model(images).float()
+
+    @cached_property
+    def lower(self) -> tuple[list[casts.Place], tuple[Tensor, ...]]:
+        """The weights that autocast would cast anew for every batch, as nobody trains them, cast once."""
+        if not torch.is_autocast_enabled(self.runtime.device.type):
+            return [], ()
+        return casts.kept(self.model, torch.get_autocast_dtype(self.runtime.device.type))
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.logits(batch.images)
