@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from repan_cli.cli.app import COMMANDS
-from repan_cli.commands.option import Argument, declared
+from repan_cli.commands.declaration import Argument, declared
 from repan_cli.config import OVERLAY, SCHEMA, as_text
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from repan_cli.cli import training
 from repan_cli.commands import early
-from repan_cli.commands.option import declared
+from repan_cli.commands.declaration import declared
 from repan_cli.commands.options import CycleOptions, TrainOptions
 from repan_cli.config.schema import as_text
 from repan_cli.config.settings import OVERLAY, SCHEMA

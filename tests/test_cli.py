@@ -17,7 +17,7 @@ from support import DIGITS, ROOT, one_line, repan, run, write_folders
 import repan_cli
 from repan_cli import checkpoint, config
 from repan_cli.commands import version
-from repan_cli.commands.option import shortcuts
+from repan_cli.commands.declaration import shortcuts
 from repan_cli.commands.options import CycleOptions
 from repan_cli.display.plots import draw_curves
 

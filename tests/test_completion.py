@@ -120,7 +120,7 @@ def test_files_and_runs(tmp_path, monkeypatch):
         (("cycle", "--block", "re"), ["rep", "repvgg"]),
         (("train", "-m", "repvgg", "cycle.rule", "=", "cal"), ["calibrate"]),
         (("list", "sc"), ["schedules"]),
-        (("cycle", "-c", "recipes/c"), ["recipes/cifar"]),
+        (("cycle", "-c", "recipes/c"), ["recipes/cifar", "recipes/cifar_quick"]),
         (("evaluate", "x.pt", "--split", "t"), ["test", "train"]),
     ],
 )

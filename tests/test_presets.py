@@ -8,7 +8,7 @@ import pytest
 
 from repan_cli import checkpoint, config
 from repan_cli.commands import dry_run
-from repan_cli.commands.option import shortcuts
+from repan_cli.commands.declaration import shortcuts
 from repan_cli.commands.options import CycleOptions
 from repan_cli.data import builtin
 from repan_cli.session.build import prepare

@@ -234,6 +234,32 @@ def test_core_ml_is_written_unproven(capsys, saved, tmp_path):
     assert [each.name for each in spec.description.input] == ["images"]
 
 
+OWN = """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, num_classes, in_chans):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(in_chans, 8, 3), nn.BatchNorm2d(8)
+        self.head, self.more = nn.Linear(8, num_classes), nn.Linear(8, 2)
+    def forward(self, x):
+        x = self.bn(self.conv(x)).mean((2, 3))
+        return {"logits": self.head(x), "more": self.more(x)}
+"""
+
+
+@pytest.mark.parametrize("kind", ["torchscript", needs("openvino")])
+def test_several_outputs_are_refused(capsys, tmp_path, monkeypatch, kind):
+    (tmp_path / "several.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    model = randomize_norms(models.create("several.py:Net", num_classes=10, in_chans=3))
+    model.bn.num_batches_tracked += 1
+    card = card_of(model, "several.py:Net", expansion=models.Expansion("plain", (), {}))
+    checkpoint.save(checkpoint.capture(model, card), tmp_path / "net.pt")
+    line = one_line(capsys, "fuse", "net.pt", "--model", "several.py:Net", "-f", kind, "-o", "x")
+    assert "net.pt returns several tensors: use --format onnx or pt2" in line
+    assert not list(tmp_path.glob("x*"))
+
+
 def test_every_format_is_declared_once():
     from repan_cli.config.conventions import RUNTIME_FORMATS
 

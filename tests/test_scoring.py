@@ -126,7 +126,7 @@ def test_a_hundred_thousand_classes_take_no_table_of_pairs(tmp_path):
     assert list(scoring.worst_confusions(details, 9)) == [(5, 7, 1)]
     assert details.class_accuracy()[5] == 50
     assert details.class_images()[99_999] == 1
-    written = command._write(tmp_path, details, tuple(map(str, range(many))))
+    written = command._write(tmp_path, details, tuple(map(str, range(many))), "a network")
     assert [path.rpartition("/")[2] for path in written] == ["confusion.csv", "classes.csv"]
     rows = (tmp_path / "confusion.csv").read_text().splitlines()
     assert rows == ["true,predicted,images", "5,5,1", "5,7,1", "99999,99999,1"]

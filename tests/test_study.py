@@ -255,7 +255,7 @@ ARMS = [(name, arm) for name, path in grids().items() for arm in read_grid(path)
 
 def test_the_grids_that_ship():
     counts = {name: len(read_grid(path).arms) for name, path in grids().items()}
-    assert counts == {"full": 7, "small": 19, "whole": 7}
+    assert counts == {"full": 7, "quick": 2, "small": 19, "whole": 7}
 
 
 @pytest.mark.parametrize(("grid", "arm"), ARMS, ids=[f"{grid}-{arm.name}" for grid, arm in ARMS])
@@ -264,7 +264,7 @@ def test_the_arms_differ_in_what_they_are_about_alone(grid, arm):
     shared = read_grid(grids()[grid]).arms["one_cosine"].resolve({}).config
     settings = arm.resolve({}).config
     plan = cycle_plan(settings, baseline=True) if arm.command == "cycle" else training_plan(settings)
-    assert sum(phase.epochs for phase in plan) == shared.epochs == (610 if grid == "full" else 60)
+    assert sum(phase.epochs for phase in plan) == shared.epochs == {"full": 610, "quick": 20}.get(grid, 60)
     assert (settings.model, settings.data, settings.ema) == (shared.model, shared.data, shared.ema)
     assert plan[0].optim == shared.optim
     for phase in plan[1:]:

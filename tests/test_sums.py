@@ -118,6 +118,7 @@ class Residual1x1(nn.Conv2d):
         self.id_tensor[index, index % (channels // groups)] = 1
 
     def forward(self, x):
+        assert len(self.weight) == len(self.id_tensor)  # so that it cannot be traced
         return F.conv2d(x, self.weight + self.id_tensor.to(self.weight.device), None, groups=self.groups)
 
 
@@ -424,7 +425,7 @@ def test_the_same_module_merges_the_same_way_again():
     assert relative(again(X), fused(X)) == 0
 
 
-@pytest.mark.parametrize("name", ["fastvit_t8", pytest.param("fastvit_sa12", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("name", ["fastvit_t8", pytest.param("fastvit_s12", marks=pytest.mark.soak)])
 def test_fastvits_token_mixers_merge_as_timm_merges_them(name):
     model = randomize_norms(timm.create_model(name, num_classes=10)).eval()
     for module in model.modules():

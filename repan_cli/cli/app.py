@@ -11,13 +11,13 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 import repan_cli
-from repan_cli.cli.dispatch import dispatch, fail
+from repan_cli.cli.dispatch import debugging, dispatch, fail
 from repan_cli.cli.options import filled, signature_of
 from repan_cli.cli.streams import accept_any_text, open_streams, say
 from repan_cli.cli.training import train
 from repan_cli.cli.words import as_typed
 from repan_cli.commands import options
-from repan_cli.commands.option import shortcuts
+from repan_cli.commands.declaration import shortcuts
 from repan_cli.config.conventions import SPLITS
 from repan_cli.errors import InputError, RepanError
 from repan_cli.registry import did_you_mean
@@ -292,7 +292,7 @@ def main() -> None:
         for name, style in HELP_STYLES.items():
             setattr(styles, name, style)
     open_streams()
-    _accept_any_text()
+    _refuse_unreadable_words()
     try:
         code = app(as_typed(sys.argv[1:]), standalone_mode=False)
         sys.stdout.flush()
@@ -300,6 +300,8 @@ def main() -> None:
         code = 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RepanError as error:  # of stdout itself: all others were told
+        if debugging():
+            raise
         say(f"Error: {error}")
         code = error.exit_code
     except Exception as error:
@@ -327,8 +329,8 @@ def _leave_children(code: int) -> None:
         os._exit(code)
 
 
-def _accept_any_text() -> None:
-    """Refuse names that are no text at all: they could be written into no file."""
+def _refuse_unreadable_words() -> None:
+    """Exit with an error for names that are not UTF-8: they could be written into no file."""
     accept_any_text()
     for word in sys.argv[1:]:
         try:

@@ -62,10 +62,15 @@ def _loading(module: str) -> Iterator[None]:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+def debugging() -> bool:
+    """Tell whether errors keep their traceback."""
+    return os.environ.get("REPAN_DEBUG") == "1"
+
+
 def fail(error: Exception) -> NoReturn:
     """Print the error in one line and exit with its code; an unexpected error keeps its traceback."""
     known = _as_known(error)
-    if known is None or os.environ.get("REPAN_DEBUG") == "1":
+    if known is None or debugging():
         raise error
     rank = own_rank()
     with contextlib.suppress(OSError):  # nobody may listen any more

@@ -12,7 +12,7 @@ import typer
 
 from repan_cli import config
 from repan_cli.cli import completion
-from repan_cli.commands.option import Argument, Option, declared
+from repan_cli.commands.declaration import Argument, Option, declared
 from repan_cli.system.text import at_home
 
 

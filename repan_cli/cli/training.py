@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from repan_cli import config
 from repan_cli.cli.dispatch import dispatch, fail
-from repan_cli.commands.option import shortcuts
+from repan_cli.commands.declaration import shortcuts
 from repan_cli.commands.options import CycleOptions, TrainOptions
 from repan_cli.errors import InputError, RepanError
 from repan_cli.system.launcher import rank_count, restarts

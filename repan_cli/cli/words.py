@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from repan_cli.commands.option import Option, declared
+from repan_cli.commands.declaration import Option, declared
 from repan_cli.commands.options import CycleOptions, StudyOptions, TrainOptions
 from repan_cli.config.settings import OVERLAY, SCHEMA
 

@@ -161,6 +161,8 @@ class _Job:
 
     def _for_runtime(self, name: str, network: nn.Module, header: dict[str, Any]) -> dict[str, bytes]:
         source = self.artifact.source
+        if not isinstance(self.expected[0], Tensor):
+            raise InputError(f"{source} returns several tensors: use --format onnx or pt2, which name them")
         job = runtimes.Conversion(
             network, self.images, source, lambda: onnx_file.write(trace(network, self.images, source), header)
         )

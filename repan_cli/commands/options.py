@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from repan_cli.commands.option import Argument, Option
+from repan_cli.commands.declaration import Argument, Option
 
 WHAT, HOW_LONG, RUN = "Model and data", "Length and learning rate", "The run"
 """Headings under which the help of the training commands lists their options."""

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from repan_cli import config
-from repan_cli.commands.option import shortcuts
+from repan_cli.commands.declaration import shortcuts
 from repan_cli.commands.options import StudyOptions
 from repan_cli.compare import page, table
 from repan_cli.compare.groups import Comparison, as_data, compare

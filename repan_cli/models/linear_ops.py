@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repan_cli.blocks import Geometry, RepBlock
-from repan_cli.blocks.affine import IDENTITY, ConvMap, added, behind, convolution, scaling
+from repan_cli.blocks.affine import IDENTITY, ConvMap, added, behind, convolution, regrouped, scaling
 from repan_cli.blocks.kernel import BatchNorm, conv_kernel, exact, norm_affine
 from repan_cli.models.linear_functions import (
     FUNCTIONS,
@@ -309,13 +309,23 @@ def _observed(module: nn.Module, channels: int | None) -> ConvMap:
     (row, column), (height, width) = places[0], found.shape[2:]
     matrix, bias = moved[:, :, row, column].T.contiguous(), rest[:, 0, 0]
     square = len(matrix) == channels and torch.equal(matrix, torch.diag(matrix.diagonal()))
-    weight, groups = (matrix.diagonal().clone(), None) if square else (matrix, 1)
+    weight, groups = (matrix.diagonal().clone(), None) if square else _grouped(module, matrix)
     ours = torch.einsum("oi,nihw->nohw", matrix, exact(sample))
     ours = F.pad(ours, [column, width - 1 - column, row, height - 1 - row]) + bias.view(-1, 1, 1)
     if ours.shape != wanted.shape or (ours - wanted).abs().max() > ROUNDING[like.dtype] * wanted.abs().max():
         raise ValueError(f"the layer {kind} is no convolution")
     taps = {(-row, -column): weight}
     return ConvMap(taps, bias if bias.any() else None, groups, (1, 1), (height - 1, width - 1))
+
+
+def _grouped(module: nn.Module, matrix: Tensor) -> tuple[Tensor, int]:
+    """Write a matrix (C_out, C_in) in as many groups as a layer inside of a module has, where it is one of these."""
+    for groups in sorted({each.groups for each in module.modules() if isinstance(each, nn.Conv2d)}, reverse=True):
+        blocks = matrix.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
+        weight = torch.cat([blocks[group, :, group] for group in range(groups)])
+        if torch.equal(regrouped(weight, groups, 1), matrix):
+            return weight, groups
+    return matrix, 1
 
 
 def _inputs(module: nn.Module) -> Iterator[int]:
