@@ -149,7 +149,7 @@ def test_an_empty_class_is_warned_of_only_where_it_is_chosen(monkeypatch, capsys
     datasets.load("letters", "data", classes=2)
     assert capsys.readouterr().err == ""
     datasets.load("letters", "data")
-    assert "such as 'c', have no training image" in capsys.readouterr().err
+    assert "1 of the 3 classes of letters has no training image, such as 'c'" in capsys.readouterr().err
 
 
 def test_grey_images_can_be_resized():

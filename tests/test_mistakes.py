@@ -24,7 +24,7 @@ MISTAKES = [
     ("--verison", r"no such option: --verison; did you mean --version\?"),
     (f"train {D} --out", r"option '--out' requires an argument; see 'repan train --help'"),
     (f"train {D} --cycles 3", r"no such option: --cycles: it belongs to other commands .* such as 'repan cycle'"),
-    ("fuse", r"missing argument 'CHECKPOINT'; see 'repan fuse --help'"),
+    ("fuse", r"missing argument 'CHECKPOINT': a file .*; see 'repan fuse --help'"),
     ("info best.pt fused.pt", r"got unexpected extra argument\(?s?\)? \(fused.pt\); see 'repan info --help'"),
     ("list model", r"unknown kind of name 'model'; did you mean models"),
     ("list blocks zzz*", r"no blocks match 'zzz\*'"),

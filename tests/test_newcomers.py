@@ -157,6 +157,28 @@ def test_an_image_that_cannot_be_read_is_told_with_the_way_out(tmp_path, caplog)
         datasets.load("folder", root, on_error="skip")
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("list", "missing argument 'KIND': models, blocks, datasets, optimizers, presets, runs"),
+        ("fuse", "missing argument 'CHECKPOINT': a file "),
+        ("study", "missing argument 'GRID': a YAML file of arms, or a built-in grid: small, whole, full; see"),
+    ],
+)
+def test_a_missing_argument_is_told_with_what_may_stand_there(capsys, command, told):
+    said = one_line(capsys, command)
+    assert said.startswith(f"Error: {told}")
+    assert said.endswith(f"; see 'repan {command} --help'\n")
+
+
+def test_a_folder_without_one_readable_image_is_refused(tmp_path):
+    root = write_folders(tmp_path / "photos")
+    for file in (root / "train").rglob("*.png"):
+        file.write_bytes(b"broken")
+    with pytest.raises(InputError, match="none of the 12 images of a folder can be read; one: "):
+        datasets.load("folder", root, on_error="skip")
+
+
 def test_code_of_a_persons_own_is_asked_for_at_once():
     said = own_block.how_to_give("my.py:build", "best.pt", "net.py:build")
     assert "a network and blocks of your own, net.py:build and my.py:build" in said
@@ -171,8 +193,8 @@ def test_runs_without_a_control_are_not_called_one(tmp_path, capsys):
     only = compare([results.read_result(tmp_path / "a")])
     assert "control" not in table.rows(only)[0]
     write_run(tmp_path / "b", cycle__rule="reset")
-    _, out, err = run(capsys, "compare", tmp_path)
-    assert "these runs have no control: the first group is compared with; choose with --control RUN" in (out + err)
+    _, _, err = run(capsys, "compare", tmp_path)
+    assert "these runs have no control: the first group takes its place; choose another with --control RUN" in err
 
 
 def test_names_in_tables_stay_whole_at_80_columns(monkeypatch, capsys):
@@ -186,7 +208,8 @@ def test_names_in_tables_stay_whole_at_80_columns(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(48_800, "48.8 k"), (0.9e6, "900 k"), (3.53e6, "3.53 M"), (1.8e9, "1.8 G"), (12, "12")]
+    ("number", "text"),
+    [(48_800, "48.8 k"), (0.9e6, "900 k"), (3.53e6, "3.53 M"), (1.8e9, "1.8 G"), (12, "12"), (999_999, "1 M")],
 )
 def test_counts_of_small_networks_are_readable(number, text):
     assert short(number) == text

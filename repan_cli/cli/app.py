@@ -355,6 +355,10 @@ def _mend(error: Any, message: str) -> str:
     elsewhere = option.removeprefix("--").replace("-", "_") in shortcuts(options.CycleOptions)
     if getattr(error, "possibilities", None) is not None and elsewhere:
         return f": it belongs to other commands than 'repan {command}', such as 'repan cycle'"
+    told = getattr(getattr(error, "param", None), "help", None)
+    if message.startswith("missing argument") and command and told:
+        told = told.strip().partition("  [")[0].rstrip(".")
+        return f": {told[0].lower()}{told[1:]}; see 'repan {command} --help'"
     hint = did_you_mean(option, getattr(error, "possibilities", None) or ())
     if hint or "did you mean" in message:
         return hint or "?"

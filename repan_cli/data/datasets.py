@@ -202,7 +202,8 @@ def _warn_of_empty_classes(name: str, raw: RawDataset) -> None:
     lacking = set(range(len(raw.classes))) - set(np.unique(raw.parts["train"].labels).tolist())
     if lacking:
         first = raw.classes[min(lacking)]
-        warn(f"{len(lacking)} of the classes of {name}, such as '{first}', have no training image")
+        have = "has" if len(lacking) == 1 else "have"
+        warn(f"{len(lacking)} of the {len(raw.classes)} classes of {name} {have} no training image, such as '{first}'")
 
 
 def _fitted(part: Part, reading: ReadOptions) -> Part:

@@ -132,6 +132,8 @@ def _outcomes(read: Callable[[int], T], count: int, *, skip: bool, mend: str) ->
 
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
         found = list(pool.map(outcome, range(count)))
+    if failed and len(failed) == count:
+        raise UnreadableImageError(f"none of the {count_of(count, 'image')} of a folder can be read; one: {failed[0]}")
     if failed and not skip:
         more = f" (and {count_of(len(failed) - 1, 'other')})" if len(failed) > 1 else ""
         raise UnreadableImageError(f"{failed[0]}{more}{mend}")

@@ -14,6 +14,7 @@ from repan_cli.checkpoint.card import MULTI_BRANCH, ModelCard
 from repan_cli.checkpoint.preprocessing import SQUARE, preprocessing
 from repan_cli.config.conventions import SAME_RESULT
 from repan_cli.errors import InputError
+from repan_cli.system.text import short
 
 MEASURED = {
     "test_top1": "top-1 accuracy on the test part, %",
@@ -23,12 +24,15 @@ MEASURED = {
     "val_loss": "loss on the validation part",
     "params_before": "parameters in training",
     "params_after": "parameters, merged",
-    "gmacs_before": "GMACs of an image in training",
-    "gmacs_after": "GMACs of an image, merged",
+    "gmacs_before": "MACs of an image in training",
+    "gmacs_after": "MACs of an image, merged",
     "rel_error_fp64": "relative error of the merging, float64",
     "rel_error_fp32": "relative error of the merging, float32",
 }
 """Figures that a card shows, in this order, and what they are called."""
+
+MACS = ("gmacs_before", "gmacs_after")
+"""Figures in units of 1e9 that are shown as counts."""
 
 PLACES = SAME_RESULT | {"run.out", "model.init", "teacher.name"}
 """Settings that are left out of the command: they name places on one machine, or change nothing."""
@@ -93,7 +97,9 @@ def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any]) -> str:
     """
     name, _, _ = card.model.rpartition(":")[2].partition(".")
     found = {**card.metrics, **_test_figures(Path(source)), **proof}
-    rows = [f"| {title} | {_number(found[key])} |" for key, title in MEASURED.items() if _is_number(found.get(key))]
+    found |= {key: 1e9 * found[key] for key in MACS if _is_number(found.get(key))}
+    shown = {key: (short if key in MACS else _number)(found[key]) for key in MEASURED if _is_number(found.get(key))}
+    rows = [f"| {MEASURED[key]} | {text} |" for key, text in shown.items()]
     side, classes = card.image_size, len(card.classes)
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (card.mean, card.std))
     colour = "RGB" if card.in_chans == 3 else "grey"

@@ -64,8 +64,9 @@ def short(number: float | None) -> str:
     """Show a large count in three digits: 64.8 k, 2.7 M."""
     if number is None:
         return "-"
-    power = min(int(math.log10(max(number, 1))) // 3, 3)
-    return f"{number / 1000**power:.3g} {' kMG'[power]}".strip()
+    rounded = float(f"{number:.3g}")
+    power = min(int(math.log10(max(rounded, 1))) // 3, 3)
+    return f"{rounded / 1000**power:.3g} {' kMG'[power]}".strip()
 
 
 def file_size(count_of_bytes: int) -> str:
