@@ -28,7 +28,7 @@ FOR_PROCESSES = ("print_config", "dry_run", "as_json")
 """Options that print, and so belong to the command line alone."""
 
 RENAMED = {"config": "config_file"}
-"""Options that are called otherwise here."""
+"""Options that have another name here."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ OnEpoch = Callable[[Epoch], None]
 def train(
     model: str | None = None, dataset: str | None = None, *, on_epoch: OnEpoch | None = None, **settings: Any
 ) -> Summary:
-    """Train a network plainly, as `repan train` does, and return its results.
+    """Train a network without restarts, as `repan train` does, and return its results.
 
     Args:
         model: name of the network, as on the command line; `file.py:function` for your own.
@@ -103,7 +103,7 @@ def distill(
 def cycle(
     model: str | None = None, dataset: str | None = None, *, on_epoch: OnEpoch | None = None, **settings: Any
 ) -> Summary:
-    """Train by RepAn, a baseline and annealing cycles, as `repan cycle` does.
+    """Train with RepAn, a baseline and annealing cycles, as `repan cycle` does.
 
     All else is as for `train`, with the options of that command: `baseline_epochs`, `cycles`, `control=True` and more.
     """
@@ -148,7 +148,7 @@ def _how(command: str, stop: InterruptedRunError) -> str:
 
 @contextlib.contextmanager
 def _as_before() -> Iterator[None]:
-    """Leave the process as it was: PyTorch's generators, threads and precision, and where warnings go."""
+    """Restore the process afterwards: PyTorch's generators, threads and precision, and the destination of warnings."""
     import torch
 
     state, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -187,7 +187,7 @@ def _options(
 
 
 def _option_value(name: str, value: Any) -> Any:
-    """Return what would have been typed for an option; None and False leave it out."""
+    """Return the text that a user would type for an option; None and False leave it out."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, (list, tuple)):

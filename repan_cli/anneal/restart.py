@@ -53,7 +53,7 @@ def restart(
     only: Collection[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> RestartReport:
-    """Rep, expand and restore every block, in place on the same parameters.
+    """Merge, regrow and restore every block, in place on the same parameters.
 
     The function in eval mode is kept (except with `attach="one"`, which lets the fresh branches in at once); with the
     rule `calibrate` the one in train mode is too, up to the difference between `images` and the training batches.

@@ -15,12 +15,12 @@ UNNAMED = "a block family of a person's own"
 
 
 def is_own(name: str | None) -> bool:
-    """Return whether a name is that of a person's own block family, registered or not."""
+    """Return whether a name is that of a user's own block family, registered or not."""
     return name is not None and name != NATIVE and name not in SHIPPED
 
 
 def register_block(name: str, build: BranchesOf) -> None:
-    """Enter a block family of your own: from now on its name works wherever a family is named.
+    """Register a block family of your own, so that its name works wherever a family is named.
 
     The same name may be registered again, such as in a notebook; networks that are built keep their branches.
 
@@ -43,7 +43,8 @@ def register_block(name: str, build: BranchesOf) -> None:
 
 
 def use_block(name: str | None) -> str | None:
-    """Return the name of a family that a person gave; one that names a function in a file is imported and registered.
+    """Return the name of a family that a user gave; a name of the form `file.py:function` is imported and registered.
+    Raises InputError, in one line, if the file has no such function, or if the branches do not merge exactly.
 
     Raises InputError, in a line, when the file has no such function, or for branches that do not merge exactly.
     """

@@ -31,7 +31,7 @@ from repan_cli.system.text import count, percent, quoted
 from repan_cli.system.user_code import names_a_file
 
 MAY_CHANGE = set(resume.MAY_CHANGE) - {"cycle.count", "teacher.name"}
-"""Settings that may be others in a series that goes on: runs that are only begun then have nothing to check them by."""
+"""Settings that may change when a series is resumed: runs that have not begun have nothing to check them against."""
 
 
 class Member(NamedTuple):
@@ -90,7 +90,7 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
 
 
 def refuse(resolved: Resolved, *, with_control: bool) -> None:
-    """Refuse what cannot be made into a series, with an InputError."""
+    """Raise InputError for settings that cannot be made into a series."""
     if rank_count() > 1:
         raise InputError(
             "--seeds and --control run in one process: start each run under torchrun by itself, then compare"
@@ -100,7 +100,7 @@ def refuse(resolved: Resolved, *, with_control: bool) -> None:
 
 
 def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
-    """Go on with a run, or with those of a series that are not finished. Returns its folder, on the first rank."""
+    """Resume a run, or the unfinished runs of a series. Returns its folder, on the first rank."""
     if own_rank():  # the first of several ranks finds the run, and sends it
         return resume.run(command, name, given, as_json=as_json)
     path = runs.find(command, name)
@@ -119,7 +119,7 @@ def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | Non
 
 
 def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
-    """Return the settings that the runs of a series share, with what may change. Raises InputError for what may not."""
+    """Return the shared settings of the runs of a series, with allowed changes. Raises InputError for others."""
     stored = config.resolve(command, str(path / "config.yaml"), {})
     before, asked = config.flatten(stored.config), config.typed(given)
     network, block = stored.config.model.name, stored.config.block.name
@@ -164,7 +164,7 @@ def _carry_out(series: Series, folder: runs.RunDirectory, given: Layer, ready: l
 
 
 def _make(series: Series, member: Member, given: Layer, ready: Session | None) -> None:
-    """Begin a run, which may be `ready`, or go on with it."""
+    """Begin a run, which may be `ready`, or resume it."""
     path = series.path / member.name
     try:
         if any((path / name).exists() for name in (runs.LAST, runs.PREVIOUS)):
@@ -214,7 +214,7 @@ def _own_code(series: Series) -> dict[str, str]:
 
 
 def _finish(series: Series, folder: runs.RunDirectory, *, as_json: bool) -> None:
-    """Compare what was made, on screen and in the folder of the series. Raises DivergedError when a run diverged."""
+    """Compare the finished runs on screen and in the series folder. Raises DivergedError when a run diverged."""
     members = list(series.members())
     results, left_out = read_all([series.path / member.name for member in members])
     made = {result.path.name: result for result in results}
@@ -233,7 +233,7 @@ def _finish(series: Series, folder: runs.RunDirectory, *, as_json: bool) -> None
 
 
 def _note_gains(made: dict[str, Result], members: list[Member]) -> None:
-    """Let the summary of each run say what its control came to."""
+    """Add the result of its control to the summary of each run."""
     for member in members:
         ours, theirs = made.get(member.name), made.get(f"{control.PREFIX}{member.name}")
         if ours is None or theirs is None:

@@ -1,4 +1,4 @@
-"""Everything that people read while repan works, on stderr: the header, the live display, epoch lines, the summary.
+"""All output for users while repan works, on stderr: the header, the live display, epoch lines, the summary.
 
 On a terminal one live display shows where the run is; elsewhere plain lines say so, at least one a minute. Permanent
 lines also go to the run's log.txt. Knows floats and names only, never a tensor.
@@ -117,11 +117,11 @@ class Display:
         self.watching.__exit__(None, None, None)
 
     def busy(self, what: str | None) -> None:
-        """Show what is being done in place of the count of steps."""
+        """Show the current activity in place of the count of steps."""
         self.position.doing = what or ""
 
     def speak(self) -> None:
-        """Say where the run is when nothing was said for a while, as there is no live display."""
+        """Print the position of the run after a silent while, as there is no live display."""
         if time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
             here = self.position
             where = here.doing or f"step {here.step}/{here.steps}"
@@ -302,7 +302,7 @@ class _NoticeHandler(logging.Handler):
 
 @contextlib.contextmanager
 def showing_activity() -> Iterator[None]:
-    """Show meanwhile what takes long."""
+    """Show long activities within the context."""
     with watched_by(Activity(on_stderr())):
         yield
 

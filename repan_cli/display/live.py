@@ -1,4 +1,4 @@
-"""The live display of a run: where it is, how long it will take, its figures. Three rows at 80 columns, two at 130.
+"""The live display of a run: its position, the remaining time, its figures.
 
 Colours keep their contrast on light and on dark backgrounds, and mean nothing that the words do not say.
 """

@@ -29,11 +29,11 @@ class NotebookLive:
         self.pulse.start()
 
     def refresh(self) -> None:
-        """Draw it as it is now."""
+        """Draw the renderable as it is now."""
         self.handle.update(_html(self.view))
 
     def stop(self) -> None:
-        """Leave nothing of it behind."""
+        """Erase the renderable."""
         from IPython.display import HTML
 
         self.pulse.stop()

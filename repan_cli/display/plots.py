@@ -146,7 +146,8 @@ def _line(
 def draw_confusion(
     counts: Sequence[Sequence[int]], classes: Sequence[str], target: Path, *, title: str = ""
 ) -> list[str]:
-    """Draw how often each class (rows) was taken for which (columns), in percent of its images, into a PNG.
+    """Draw the confusion matrix, true classes (rows) by predicted classes (columns), in percent of each class, into a
+    PNG. Returns the letters of the names that no font here has.
 
     Returns the letters of the names that no font here has.
     """

@@ -1,4 +1,4 @@
-"""From a multi-branch network to a plain one, every BN folded, proven equal before anything is written."""
+"""Merging of a multi-branch network into a plain one, with every BN folded, proven equal before anything is written."""
 
 from __future__ import annotations
 

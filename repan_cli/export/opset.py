@@ -156,5 +156,5 @@ def without_new_attributes(model: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return what onnx says, without its file names and conditions."""
+    """Return the message of onnx, without its file names and conditions."""
     return first_line(error).rpartition("failed: ")[2]

@@ -1,4 +1,4 @@
-"""Restarts at given epochs of any training loop: what the callbacks for other loops share.
+"""Restarts at given epochs of any training loop: the common part of the callbacks for other loops.
 
 When a block restarts and what its attach rate is are pure functions of the epoch, so that a loop that resumes goes on
 as if it had not stopped. Nothing is drawn from the generators that the loop draws from.

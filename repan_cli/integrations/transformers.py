@@ -53,6 +53,6 @@ class RepanCallback(TrainerCallback, ExportableState):
         self.settings.before_step(state.epoch or 0.0, found["model"])
 
     def state(self) -> dict[str, Any]:
-        """Return what the trainer's checkpoints say of it: its arguments, as it has nothing else to remember."""
+        """Return the state for the trainer's checkpoints: only the arguments."""
         arguments = dataclasses.asdict(self.settings)
         return {"args": {**arguments, "epochs": list(self.settings.epochs)}, "attributes": {}}

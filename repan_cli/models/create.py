@@ -1,4 +1,4 @@
-"""Create a network from the name that a person typed."""
+"""Creation of a network from the name that a user typed."""
 
 from __future__ import annotations
 

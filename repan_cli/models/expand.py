@@ -1,4 +1,4 @@
-"""Any network's convolutions become blocks, without changing its function.
+"""Conversion of any network's convolutions into blocks, without changing its function.
 
 Which convolution belongs to which BN is seen by watching one forward pass, not guessed from names or order: a BN whose
 input is exactly what a convolution returned. A float64 copy of the network, its BN statistics disturbed so that no
@@ -75,7 +75,7 @@ def expand(
 def plan(
     model: nn.Module, images: Tensor, *, family: str | None, selection: Selection, copies: int | None = None
 ) -> Expansion:
-    """Choose what is to become a block; the model is left as it is. `copies` is the number of branches to choose.
+    """Plan which convolutions become blocks; the model is left as it is. `copies` is the number of branches to choose.
 
     Raises InputError for a family that does not exist, a network that does not run on the images, a name in `include`
     that cannot become a block.
@@ -170,7 +170,7 @@ def _unsuited(conv: _ConvNd, seen: Sightings) -> str | None:
 
 
 def _check_included(model: nn.Module, selection: Selection, changes: list[Change], left: Mapping[str, str]) -> None:
-    """Raise InputError for a name that was asked for and cannot be had: a line in a report would not do."""
+    """Raise InputError for a layer that was named but cannot become a block: a line in a report would not be enough."""
     blocks = {name for name, _ in rep_blocks(model)} | {change.name for change in changes}
     known = [*blocks, *left]
     for key, globs in (("include", selection.include), ("exclude", selection.exclude)):

@@ -1,4 +1,4 @@
-"""Watch a forward pass of a network, and try changes on a float64 copy of it."""
+"""Observation of a forward pass of a network, and trials of changes on a float64 copy of it."""
 
 from __future__ import annotations
 

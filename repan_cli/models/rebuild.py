@@ -47,7 +47,7 @@ def build_untrained(
 
 
 def _is_of_a_person(card: ModelCard, network: nn.Module | str | None) -> bool:
-    """Return whether a network is built by a person's own code."""
+    """Return whether a network is built by a user's own code."""
     return isinstance(network, nn.Module) or user_file.names_a_file(card.model) or bool(own_block.needed(card))
 
 

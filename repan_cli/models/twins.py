@@ -1,4 +1,4 @@
-"""Copies of networks that share their tensors, or have none, to look at what a network does without computing it."""
+"""Copies of networks that share their tensors, or have none, to observe a network without computing it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ so all their maps stay odd or even."""
 
 
 def without_arithmetic(model: nn.Module, images: Tensor, look: Callable[[nn.Module, Tensor], Found]) -> Found:
-    """Return what `look` returns for a network, with blocks as convolutions, and images.
+    """Return the result of `look` for a network, with blocks as convolutions, and images. It runs on the meta device if
+    possible, else on tensors of zeros.
 
     It looks at the meta device where that can be, else at one with tensors of zeros.
     """

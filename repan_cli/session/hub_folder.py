@@ -1,4 +1,4 @@
-"""Folders as the Hub has them, there or here: weights, and a `config.json` that says which network they are of."""
+"""Folders of the Hub, remote or local: weights, and a `config.json` that names their network."""
 
 from __future__ import annotations
 

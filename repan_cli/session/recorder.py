@@ -1,4 +1,4 @@
-"""Write down a run while it goes on: metrics, checkpoints, the state to go on from, the summary."""
+"""The recorder of a run: metrics, checkpoints, the state to resume from, the summary."""
 
 from __future__ import annotations
 

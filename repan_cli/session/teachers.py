@@ -66,7 +66,7 @@ class PhaseTasks:
         self._teachers: dict[config.TeacherConfig, LogitCache | Teacher] = {}
 
     def prepare(self, plan: Sequence[Phase]) -> None:
-        """Find the teachers of all phases, so that what is wrong with one is said before the first step."""
+        """Find the teachers of all phases, so that errors in one appear before the first step."""
         for phase in plan:
             if phase.teacher.name not in (None, config.PREVIOUS):
                 self._teacher(phase.teacher)

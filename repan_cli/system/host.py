@@ -1,4 +1,5 @@
-"""Ask the operating system about this machine: cores, memory, processor. Every answer exists on every system."""
+"""Information on this machine from the operating system: cores, memory, processor. Every function works on every
+system."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ class Recorder(Protocol):
         """Do the work once, where it would be recorded."""
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record the work without doing it: what replays it, and the tensor that its result then lies in.
+        """Record the work without doing it. Returns the function that replays it, and the tensor that its result then
+        lies in. Raises RuntimeError if that fails, with everything as it was before.
 
         Raises RuntimeError where that cannot be, with everything as it was before.
         """
@@ -42,7 +43,7 @@ class Recorder(Protocol):
         """Return whether there is memory for a first recording beside work that is done as it is."""
 
     def forget(self) -> None:
-        """Let go of the memory of recordings, of which none is left."""
+        """Free the memory of recordings, of which none is left."""
 
 
 class CudaRecorder:

@@ -88,7 +88,7 @@ def _epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, None, No
 
 
 def _keep_best(run: Training, phase: Phase, score: Score | None) -> None:
-    """Keep the weights that the next phase starts from, where those are not the last."""
+    """Keep the weights that the next phase starts from, if they are not the last ones."""
     if phase.start_from == "last":
         return
     judged = evaluate(run.scored, run.test, run.stop, run.graphs) if phase.start_from == "best-test" else score
