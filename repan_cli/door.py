@@ -82,13 +82,13 @@ def train(
     Args:
         model: name of the network, as on the command line; `file.py:function` for your own.
         dataset: name of the data set.
-        on_epoch: called with the figures of each epoch, a `training.events.Epoch`. What it raises ends the run.
+        on_epoch: called with the figures of each epoch, a `training.events.Epoch`. An exception in it ends the run.
         settings: options of the command by their names, such as `epochs`, `lr`, `batch_size`, `seed`, `out`, `resume`,
             `seeds=[0, 1]` or `config="recipes/cifar"`; any setting by its key, as `**{"optim.lr": 0.1}`, a section as
             a mapping, `optim={"lr": 0.1}`, or with underscores, `optim__lr=0.1`.
 
-    Raises InputError for what cannot be used; KeyboardInterrupt when interrupted, with everything saved and the call
-    that goes on in its message; DivergedError when the loss stops being finite.
+    Raises InputError for arguments that cannot be used; KeyboardInterrupt when interrupted, with everything saved and
+    the call that resumes the run in its message; DivergedError when the loss stops being finite.
     """
     return _run("train", TrainOptions, on_epoch, {"model": model, "dataset": dataset, **settings})
 
@@ -96,7 +96,7 @@ def train(
 def distill(
     model: str | None = None, dataset: str | None = None, *, on_epoch: OnEpoch | None = None, **settings: Any
 ) -> Summary:
-    """Train a network with a teacher, as `repan distill` does: give `teacher`. All else is as for `train`."""
+    """Train a network with a teacher, as `repan distill` does: give `teacher`. Everything else is as for `train`."""
     return _run("distill", TrainOptions, on_epoch, {"model": model, "dataset": dataset, **settings})
 
 
@@ -105,7 +105,7 @@ def cycle(
 ) -> Summary:
     """Train with RepAn, a baseline and annealing cycles, as `repan cycle` does.
 
-    All else is as for `train`, with the options of that command: `baseline_epochs`, `cycles`, `control=True` and more.
+    The rest is as for `train`, with the options of that command: `baseline_epochs`, `cycles`, `control=True` and more.
     """
     return _run("cycle", CycleOptions, on_epoch, {"model": model, "dataset": dataset, **settings})
 

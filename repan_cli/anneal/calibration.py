@@ -28,7 +28,7 @@ class ChannelSums:
     def __call__(self, values: Tensor) -> None:
         """Add an output (N, C, H, W)."""
         values = values.detach()
-        values = (values.cpu() if values.device.type == "mps" else values).double()  # which has no float64
+        values = (values.cpu() if values.device.type == "mps" else values).double()  # MPS has no float64
         self.total = self.total + values.sum((0, 2, 3))
         self.squares = self.squares + values.square().sum((0, 2, 3))
         self.count += values.numel() // values.shape[1]

@@ -39,7 +39,7 @@ def check(name: str, build: Callable[..., Any]) -> None:
         for geometry in _geometries():
             try:
                 problem = _problem(build, geometry)
-            except Exception as error:  # whatever a person's own code comes up with
+            except Exception as error:  # any error is possible in a user's code
                 problem = f"fails: {type(error).__name__}: {first_line(error)}"
             if problem:
                 raise InputError(f"the block family {name} {problem}, for {_described(geometry)}")

@@ -31,7 +31,7 @@ class RepBlock(nn.Module):
         super().__init__()
         self.family = family
         self.trunk = trunk
-        self.branches = nn.ModuleList(cast("Sequence[nn.Module]", branches))  # no type says both at once
+        self.branches = nn.ModuleList(cast("Sequence[nn.Module]", branches))  # no type expresses both
         self.post_norm = post_norm or nn.Identity()
         self.register_buffer("attach_rate", torch.ones(()))
 

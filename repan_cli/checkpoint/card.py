@@ -28,7 +28,7 @@ class Change(NamedTuple):
 
     `adapt` makes blocks of timm's own multi-branch module `name`; `expand` one of the convolution `name` and the BN
     `norm`, if it has one (else it gets a bias, if it has none); `grow` gives the block `name`, which has no side
-    branch, those of a family; `copies` is the number of branches, for the families that let choose. `merge` puts one
+    branch, those of a family; `copies` is the number of branches, for families that allow a choice. `merge` puts one
     convolution, `norm` by its name in there, in the place of a sum of branches that the module `name` adds itself.
     `family` is None for `adapt` and `merge`.
     """

@@ -115,7 +115,10 @@ def header(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return everything in a file besides the weights, in plain types."""
     card = checkpoint.card
     described = {"version": FORMAT, "digest": checkpoint.digest(), "meta": card.as_meta()}
-    return {**described, "preprocessing": preprocessing(card)}  # the last for others to read, made of the second
+    return {
+        **described,
+        "preprocessing": preprocessing(card),
+    }  # the last is derived from the second, for other programs
 
 
 def _as_pt(checkpoint: Checkpoint) -> bytes:

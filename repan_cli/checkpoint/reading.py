@@ -162,7 +162,7 @@ class _NothingIsCopied(TorchFunctionMode):
     """The operations by which a pickle could make a small tensor pretend to be a huge one: all are refused."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (Tensor.unbind, Tensor.to):  # unbind is how iteration begins
+        if function in (Tensor.unbind, Tensor.to):  # iteration begins with unbind
             raise pickle.UnpicklingError("tensors are only read")
         return function(*args, **(kwargs or {}))
 

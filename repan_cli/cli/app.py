@@ -299,7 +299,7 @@ def main() -> None:
     except BrokenPipeError:
         code = 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except RepanError as error:  # of stdout itself: all others were told
+    except RepanError as error:  # an error of stdout itself: all others were printed
         if debugging():
             raise
         say(f"Error: {error}")

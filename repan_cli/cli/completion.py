@@ -189,7 +189,7 @@ def of_setting(key: str) -> Callable[[str], list[str]]:
 
 def words(incomplete: str) -> list[str]:
     """Complete a word of `[KEY=VALUE]...`. bash cuts words at '=' and ':', so that one of its words may be a piece."""
-    if incomplete == ":":  # what is offered must begin so for Typer, and must not for bash
+    if incomplete == ":":  # Typer needs offers with this beginning, bash without it
         return []
     place = int(os.environ.get("COMP_CWORD") or 0)
     line = os.environ.get("COMP_WORDS", "").split("\n")[: place + 1]

@@ -73,7 +73,7 @@ def fail(error: Exception) -> NoReturn:
     if known is None or debugging():
         raise error
     rank = own_rank()
-    with contextlib.suppress(OSError):  # nobody may listen any more
+    with contextlib.suppress(OSError):  # stderr may be closed
         for line in shown(str(known)).split("\n"):
             print(f"Error{f' of rank {rank}' if rank else ''}: {line}", file=sys.stderr)
     raise typer.Exit(known.exit_code) from None

@@ -96,7 +96,7 @@ def _steps(session: Session) -> dict[str, Any]:
             break
         began, done = now, event.step if isinstance(event, StepEnd) else 0
     events.close()
-    step = statistics.median(found[untimed:] or found[-1:])  # an only update is all there is to time
+    step = statistics.median(found[untimed:] or found[-1:])  # with one update, that is all there is to time
     return {"step_seconds": step, "steps_per_epoch": steps}
 
 

@@ -176,7 +176,7 @@ class _Job:
         opset = OPSET if self.options.opset is None else self.options.opset
         if not self.options.half:
             return onnx_file.write(program, self._header(card), opset)
-        _ = self.half_bound  # which refuses a network that float16 cannot hold
+        _ = self.half_bound  # this refuses a network that float16 cannot hold
         model = half.as_half(onnx_file.model_of(program, opset))
         self.measured.append(self._compare_half(onnx_file.OnnxNetwork(model.SerializeToString())))
         card = dataclasses.replace(card, precision="float16", float16=dataclasses.asdict(self.half_report))

@@ -1,6 +1,6 @@
 """Several runs one after the other, for `--seeds` and `--control`: each in its own folder below one, then compared.
 
-Going on with a series goes on with the run that was stopped and begins those that were not; finished ones are left.
+Resuming a series resumes the run that was stopped and begins those that have not begun; finished ones are kept.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
     runs.check_free(out)
     shared = config.replace(resolved.config, {"run.seed": seeds[0], "run.out": None})
     ready = [prepare(command, dataclasses.replace(resolved, config=shared))]  # refuses before there is a folder
-    shared = config.replace(shared, {"data.batch_size": ready[0].config.data.batch_size})  # auto is once for all
+    shared = config.replace(
+        shared, {"data.batch_size": ready[0].config.data.batch_size}
+    )  # auto is resolved once for all runs
     resolved = dataclasses.replace(resolved, config=shared)
     path = Path(out) if out else runs.claim_default(command, *ready[0].names)
     series = Series(command, path, resolved, seeds, with_control)
@@ -124,7 +126,7 @@ def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
     before, asked = config.flatten(stored.config), config.typed(given)
     network, block = stored.config.model.name, stored.config.block.name
     may_change = MAY_CHANGE
-    if network and names_a_file(network):  # which is named again, wherever it is now
+    if network and names_a_file(network):  # the file is named again, wherever it is now
         models.check_given(network, asked.get("model.name"), str(path))
         may_change = may_change | {"model.name"}
     if names_a_file(block):

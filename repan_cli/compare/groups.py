@@ -238,7 +238,7 @@ def _controls(members: list[tuple[Result, ...]], controls: Mapping[str, Sequence
     if controls:
         return list(dict.fromkeys(_group_of(word, paths, members) for word, paths in controls.items())), []
     found = [number for number, runs in enumerate(members) if _is_control(runs[0])]
-    if len(found) == len(members):  # nothing restarts here: plain training is no control of plain training
+    if len(found) == len(members):  # no group restarts: plain training is no control for plain training
         found = [number for number, runs in enumerate(members) if runs[0].command == "cycle"]
     several = f"{len(found)} groups have no restarts: the first is the control; choose another with --control RUN"
     return (found or [0])[:1], [several] if len(found) > 1 else []

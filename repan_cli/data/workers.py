@@ -206,7 +206,7 @@ def _kill(iterator: Any) -> None:
     """End the processes of a DataLoader whatever they do: they ignore SIGTERM, and its own way out waits for each."""
     if not getattr(iterator, "_workers", None):
         return
-    iterator._shutdown = True  # its destructor has nothing to do any more
+    iterator._shutdown = True  # nothing is left to its destructor
     if iterator._worker_pids_set:
         torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
         iterator._worker_pids_set = False

@@ -62,7 +62,7 @@ class Stderr:
         try:
             action()
         except OSError:
-            with contextlib.suppress(OSError, ValueError):  # what is left in its buffer goes nowhere
+            with contextlib.suppress(OSError, ValueError):  # the rest of its buffer is discarded
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
@@ -228,7 +228,7 @@ class Display:
         if event.val_top1 is not None:
             here = self.position
             here.val, here.best = event.val_top1, event.val_top1 if event.best else max(here.best or 0, event.val_top1)
-        if not self.titled:  # a run that goes on in the midst of a phase
+        if not self.titled:  # a run that was resumed within a phase
             self._title()
         cells = [
             self.name(event.cycle),

@@ -111,7 +111,7 @@ class View:
         for width in (len("cycle 10/10"), len(f"epoch {total}/{total}")):
             grid.add_column(min_width=width, no_wrap=True, overflow="crop")
         grid.add_column(ratio=1)
-        for width in (counted, len("59:59 left")):  # widths that do not change with what is said keep bars in place
+        for width in (counted, len("59:59 left")):  # fixed widths keep bars in place
             grid.add_column(min_width=width, justify="right", no_wrap=True, overflow="crop")
         if wide:
             grid.add_column(no_wrap=True, overflow="crop")

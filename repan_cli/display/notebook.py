@@ -23,7 +23,7 @@ class NotebookLive:
         self.pulse = Heartbeat(self.refresh, seconds=SECONDS)
 
     def start(self) -> None:
-        from IPython.display import display  # there wherever a notebook is
+        from IPython.display import display  # installed with every notebook
 
         self.handle = display(_html(self.view), display_id=True)
         self.pulse.start()

@@ -202,5 +202,5 @@ def _numbers(tensor: Any) -> bytes:
         return b"\0".join(tensor.string_data)
     try:
         return numpy_helper.to_array(tensor).tobytes()
-    except Exception:  # it has no numbers that fit its shape, or is of a type that NumPy lacks
+    except Exception:  # its numbers do not fit its shape, or NumPy lacks its type
         return _serialized(tensor)

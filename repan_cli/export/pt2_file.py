@@ -78,7 +78,7 @@ def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:
     used = {str(size) for size in images.shape}
     program._range_constraints = {key: span for key, span in program.range_constraints.items() if str(key) in used}
     program._example_inputs = ((torch.zeros(2, *images.shape[1:]),), {})
-    program._guards_code = []  # which the reader would execute
+    program._guards_code = []  # the reader would execute it
     buffer = io.BytesIO()
     with quiet():
         torch.export.save(program, buffer, extra_files={HEADER: to_json(header, sort_keys=True)})

@@ -40,18 +40,18 @@ def expand(
 ) -> nn.Module:
     """Make the convolutions of any network re-parameterizable, in place; its function in eval mode is unchanged.
 
-    Trained weights, BN statistics, eps and momentum are kept. What was done is in `model.repan_report`: the family,
+    Trained weights, BN statistics, eps and momentum are kept. `model.repan_report` records the conversion: the family,
     the `changes`, and in `left` why other convolutions are left alone.
 
     Args:
         block: block family, one of your own by the name that it is registered with or as `file.py:function`; None
-            takes the network's own multi-branch blocks where it has them, elsewhere repvgg.
-        images: images (N, C, H, W) that the network runs on, noise will do; or a batch of a loader, or the loader.
+            takes the network's own multi-branch blocks if it has any, else repvgg.
+        images: images (N, C, H, W) for a forward pass, which may be noise; or a batch of a loader, or the loader.
         kernel: sizes of the kernels that become blocks; an empty tuple takes every size above 1x1.
         include: globs of the layers that become blocks; none means all.
         exclude: globs of the layers that are left alone.
         limit: the largest number of blocks; the layers with the largest weights come first.
-        branches: number of k x k side branches, for the families that let choose.
+        branches: number of k x k side branches, for families that allow a choice.
         attach: `ramp` begins at attach rate 0, to be raised by `set_attach_rate`; `zero-gamma` at rate 1 with silent
             branches; `one` at rate 1, which changes the function: for networks that are not trained.
 

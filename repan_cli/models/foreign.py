@@ -85,7 +85,7 @@ def load_foreign(model: nn.Module, weights: Weights, source: str, *, may_be_new:
     own = model.state_dict()
     fitted = fit(model, weights)
     counters = {name: value for name, value in own.items() if name.endswith(COUNTER)}
-    found = {**counters, **fitted.weights}  # older files lack them, or call them otherwise
+    found = {**counters, **fitted.weights}  # older files lack them, or use other names
     found = {name: value for name, value in found.items() if name in own or not name.endswith(COUNTER)}
     new = {
         name

@@ -26,7 +26,7 @@ def without_arithmetic(model: nn.Module, images: Tensor, look: Callable[[nn.Modu
     """
     try:
         return look(twin(model, "meta", blocks=_as_convolution), images.to("meta"))
-    except Exception:  # whatever a network does with tensors that hold nothing
+    except Exception:  # any error is possible with tensors without data
         return look(twin(model, blocks=RepBlock.reparameterize), images)
 
 
@@ -73,6 +73,6 @@ def cut(model: nn.Module, images: Tensor) -> Tensor:
         return images
     try:
         without_arithmetic(model, middle[:1], lambda net, some: net(some))
-    except Exception:  # whatever a network does with images of another size
+    except Exception:  # any error is possible with images of another size
         return images
     return middle

@@ -165,7 +165,7 @@ class RunDirectory:
 
     def beat(self) -> None:
         """Update the heartbeat of the run."""
-        with self._speaking, contextlib.suppress(OSError, OutOfSpaceError):  # the run itself will meet it
+        with self._speaking, contextlib.suppress(OSError, OutOfSpaceError):  # the run itself will report it
             if self._status.get("state") == "running":
                 self._write_status()
 

@@ -295,7 +295,7 @@ class Once:
             self.mark = mark
             marks = to_json({**_read_marks(self.marks), self.name: mark})
             write_atomically(self.marks, lambda file: file.write(marks.encode()))
-        except Exception as error:  # whatever its library or the network comes up with
+        except Exception as error:  # any error of its library or the network
             self._leave(error)
 
     def close(self) -> None:
@@ -329,6 +329,6 @@ def open_requested(names: tuple[str, ...], run: TrackedRun) -> list[Once]:
     for name in dict.fromkeys(names):
         try:
             opened.append(Once(name, run))
-        except Exception as error:  # whatever its library or the network comes up with
+        except Exception as error:  # any error of its library or the network
             raise InputError(f"run.trackers={name} cannot begin: {first_line(error)}") from None
     return opened

@@ -108,7 +108,7 @@ def carry_out(
             try:
                 _train(session, record, display, signals, limit, fresh=begun is None)
                 finish(session, folder, display, record)
-                signals.leaving = True  # it has its results: nothing can undo that
+                signals.leaving = True  # the results are complete: a late signal does not undo them
                 conclude(session, folder, display, record.summary)
             except (KeyboardInterrupt, StoppedError) as end:
                 signals.leaving = True
@@ -166,9 +166,9 @@ def _train(
             epochs = count(session.training.progress.since_best, "epoch")
             display.say(f"ended after {epochs} without a better validation top-1 (run.patience)")
             record.summary["ended_early"] = True
-        leave_ranks()  # what follows is for the first alone
+        leave_ranks()  # the rest is for the first rank alone
     except StoppedError:
-        if session.training.progress.whole:  # in the middle of a restart what the last epoch saved is the state
+        if session.training.progress.whole:  # within a restart, the state is the one saved after the last epoch
             record.save_last()
         leave_ranks()
         raise

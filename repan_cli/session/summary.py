@@ -140,7 +140,7 @@ def warned(what: str) -> Iterator[None]:
     """Turn an error into a warning that names the missing result, and the reason."""
     try:
         yield
-    except Exception as error:  # a full disk, a lost terminal, whatever a library comes up with
+    except Exception as error:  # a full disk, a lost terminal, any error of a library
         warn(f"{what} ({type(error).__name__}: {first_line(error)})")
 
 

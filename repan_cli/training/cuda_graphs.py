@@ -71,7 +71,7 @@ class CudaRecorder:
         return 2 * self.needed <= free + cached
 
     def forget(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()  # a pool whose graphs are gone cannot be recorded into
+        self.pool = torch.cuda.graph_pool_handle()  # a pool without graphs cannot be recorded into
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
@@ -81,7 +81,7 @@ class CudaRecorder:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 result = work()
         except BaseException:
-            torch.cuda.set_stream(usual)  # which PyTorch leaves to be the other where ending a capture fails, too
+            torch.cuda.set_stream(usual)  # PyTorch leaves the other stream current if ending a capture fails too
             with contextlib.suppress(RuntimeError):
                 graph.reset()
             raise

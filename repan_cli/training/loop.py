@@ -222,7 +222,7 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, No
                 totals.note(number)
         if progress.step // run.log_every > before // run.log_every or progress.step == steps:
             _check_scale(run)
-            loss = totals.mean_loss()  # which waits for the device: speed counts finished work
+            loss = totals.mean_loss()  # this waits for the device: speed counts finished work
             speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
             yield LossLog(phase.cycle, epoch, progress.step, loss, lr, rate, speed)
         yield StepEnd(phase.cycle, epoch, progress.step)

@@ -43,7 +43,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
     if optim.name == SGD:
         optimizer = torch.optim.SGD(groups, lr=optim.lr, fused=True)
     else:
-        import timm.optim  # which imports the compiler for one of them
+        import timm.optim  # timm imports the compiler for one of its optimizers
 
         known = [str(name) for name in timm.optim.list_optimizers()]
         if optim.name not in known:
@@ -196,7 +196,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
     """
     skipped = (~norm.isfinite()).float()
     if optimizer.defaults.get("fused"):
-        vars(optimizer).update(grad_scale=None, found_inf=skipped)  # which fused optimizers read
+        vars(optimizer).update(grad_scale=None, found_inf=skipped)  # fused optimizers read these
     elif norm.device.type == "cpu":
         if skipped.item():
             return skipped
