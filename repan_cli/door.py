@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ RENAMED = {"config": "config_file"}
 """Options that have another name here."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
     """The results of a run, or with `seeds` or `control` of several, which `runs` then holds.
 
@@ -40,8 +40,16 @@ class Summary:
     """
 
     path: Path
-    figures: Mapping[str, Any] = field(repr=False)
-    runs: tuple[Summary, ...] = field(default=(), repr=False)
+    figures: Mapping[str, Any]
+    runs: tuple[Summary, ...] = ()
+
+    def __repr__(self) -> str:
+        """Show where the results are, and the figures that there are."""
+        if not self.figures:
+            return f"Summary({str(self.path)!r})"
+        val = "" if self.val_top1 is None else f", val_top1={self.val_top1:.2f}"
+        runs = f", runs={len(self.runs)}" if self.runs else ""
+        return f"Summary({str(self.path)!r}{val}, test_top1={self.test_top1:.2f}{runs})"
 
     @property
     def test_top1(self) -> float:

@@ -259,7 +259,7 @@ class StopAt:
 def page_of(capsys, runs):
     code, _, err = run(capsys, "compare", runs, "--html", runs / "page.html")
     assert code == 0, err
-    assert f"written: {runs / 'page.html'}" in err
+    assert f"wrote {runs / 'page.html'}" in err
     return (runs / "page.html").read_text()
 
 

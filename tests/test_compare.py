@@ -527,7 +527,7 @@ def test_records_compare_like_the_runs_they_were_made_of(capsys, arms, tmp_path)
     code, out, err = run(capsys, *words, arms, "--records", kept)
     assert code == 0, err
     written = sorted(path.relative_to(kept).as_posix() for path in kept.rglob("*.*"))
-    assert f"written: {len(written)} records below {kept}" in err
+    assert f"wrote {len(written)} records below {kept}" in err
     assert written[:2] == ["cosine/0.json", "cosine/1.json"]
     assert "/home" not in (kept / "repan" / "0.json").read_text()
     code, again, err = run(capsys, "compare", "--by-folder", "--control", kept / "cosine", "--json", kept)

@@ -1,6 +1,7 @@
 """ONNX files in float16: what they cost is measured, printed and stored; what float16 cannot hold is refused."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from support import one_line, run, write_folders
 from torch import nn
 
 from repan_cli.data import class_folders
+from repan_cli.data.image_files import UnreadableImageError
+from repan_cli.data.preprocess import Preparation
 from repan_cli.errors import InputError
 from repan_cli.export import half
+from repan_cli.session import artifact_images
 from repan_cli.session.artifact import open_artifact
 from repan_cli.system.packages import missing
 
@@ -85,6 +89,19 @@ def test_half_is_for_onnx(capsys, small_run, tmp_path):
         line = one_line(capsys, "fuse", small_run.folder, "-o", tmp_path / "a", "--half", *words)
         assert "--half is for ONNX files: use --format onnx" in line
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_broken_image_is_no_reason_to_take_noise(tmp_path):
+    root = write_folders(tmp_path / "photos", parts=("test",), count=3, size=(8, 8))
+    files = sorted((root / "test" / "ant").iterdir())
+    files[1].write_bytes(b"broken")
+    preparation = Preparation(8, 3, (0.5,) * 3, (0.5,) * 3, resized=False)
+    artifact = types.SimpleNamespace(preparation=preparation)
+    assert len(artifact_images._of_folders(artifact, root, 6)) == 5
+    for file in root.rglob("*.png"):
+        file.write_bytes(b"broken")
+    with pytest.raises(UnreadableImageError, match="cannot read the image"):
+        artifact_images._of_folders(artifact, root, 6)
 
 
 def test_real_images_of_folders_are_of_every_class(tmp_path):

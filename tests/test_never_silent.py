@@ -12,6 +12,8 @@ from rich.console import Console
 from support import run, write_run
 
 from repan_cli import config
+from repan_cli.commands.early import fuse_targets
+from repan_cli.commands.options import FuseOptions
 from repan_cli.config.advice import unusual, without_effect
 from repan_cli.display.activity import Activity
 from repan_cli.errors import InputError
@@ -86,6 +88,16 @@ def test_groups_of_unequal_length_are_said(tmp_path, capsys):
     write_run(tmp_path / "short", val=(50.0, 60.0, 70.0, 69.0, 68.0, 67.0), cycle__rule="reset")
     _, _, err = run(capsys, "compare", tmp_path)
     assert "differ in length (4 and 6 epochs)" in " ".join(err.split())
+
+
+def test_a_run_that_stopped_in_its_first_epoch_has_lost_nothing(tmp_path, caplog):
+    (tmp_path / "last.pt").write_bytes(b"x")
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert fuse_targets(FuseOptions(checkpoint=str(tmp_path)))[0].path == tmp_path / "last_fused.pt"
+    assert "has no best.pt yet, as no epoch of it has ended: last.pt is taken" in caplog.text
+    assert "lost" not in caplog.text
+    (tmp_path / "best.pt").write_bytes(b"x")
+    assert fuse_targets(FuseOptions(checkpoint=str(tmp_path)))[0].path == tmp_path / "best_fused.pt"
 
 
 def test_a_run_that_lost_its_best_weights_says_so(tmp_path, caplog):

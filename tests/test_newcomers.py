@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support import ROOT, one_line, run, write_run
+from support import ROOT, one_line, run, write_folders, write_run
 
-from repan_cli import config
-from repan_cli.display.console import Display
+from repan_cli import config, door
+from repan_cli.compare import results, table
+from repan_cli.compare.groups import compare
+from repan_cli.data import datasets
+from repan_cli.display.console import Display, print_table
 from repan_cli.errors import InputError
+from repan_cli.models import own_block
 from repan_cli.session import teachers
+from repan_cli.system.text import file_size, short
 from repan_cli.training.events import CycleStart, Epoch
 
 
@@ -136,3 +141,69 @@ def test_fused_weights_to_start_from_are_answered_with_the_plain_form(cycle_run,
     fused = cycle_run.folder / "fused.pt"
     said = one_line(capsys, "train", "--dataset", "digits", "--init", fused)
     assert f"repan fuse {fused} --form conv-bn" in said
+
+
+def test_an_image_that_cannot_be_read_is_told_with_the_way_out(tmp_path, caplog):
+    root = write_folders(tmp_path / "photos")
+    broken = next((root / "train" / "ant").iterdir())
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(InputError, match=f"{broken.name}.*; data.on_error=skip leaves such images"):
+        datasets.load("folder", root)
+    datasets.load("folder", root, on_error="skip")
+    assert "1 of 12 images of the training folder cannot be read and are left out" in caplog.text
+    scored = next((root / "test" / "bee").iterdir())
+    scored.write_bytes(b"")
+    with pytest.raises(InputError, match=f"{scored.name}.*; repair or remove it"):
+        datasets.load("folder", root, on_error="skip")
+
+
+def test_code_of_a_persons_own_is_asked_for_at_once():
+    said = own_block.how_to_give("my.py:build", "best.pt", "net.py:build")
+    assert "a network and blocks of your own, net.py:build and my.py:build" in said
+    assert "give --model net.py:build --block my.py:build (" in said
+    only = own_block.how_to_give("my.py:build", "best.pt", "timm:resnet18")
+    assert "give --block my.py:build (" in only
+    assert "network" not in only
+
+
+def test_runs_without_a_control_are_not_called_one(tmp_path, capsys):
+    write_run(tmp_path / "a")
+    only = compare([results.read_result(tmp_path / "a")])
+    assert "control" not in table.rows(only)[0]
+    write_run(tmp_path / "b", cycle__rule="reset")
+    _, out, err = run(capsys, "compare", tmp_path)
+    assert "these runs have no control: the first group is compared with; choose with --control RUN" in (out + err)
+
+
+def test_names_in_tables_stay_whole_at_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "stages.1.blocks.2.conv_pwl"
+    titles = ["layer", "channel spread", "input outlier", "weights dB", "by channel dB", "input dB"]
+    print_table(titles, [(name, "1.4", "4.6", "41.5", "43.9", "23.0")])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"{name} ") for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(48_800, "48.8 k"), (0.9e6, "900 k"), (3.53e6, "3.53 M"), (1.8e9, "1.8 G"), (12, "12")]
+)
+def test_counts_of_small_networks_are_readable(number, text):
+    assert short(number) == text
+
+
+@pytest.mark.parametrize(("size", "text"), [(8_600, "8.4 KiB"), (2**20, "1.00 MiB"), (150_000, "0.14 MiB")])
+def test_sizes_of_small_files_are_readable(size, text):
+    assert file_size(size) == text
+
+
+def test_a_summary_shows_its_figures(tmp_path):
+    summary = door.read_summary(write_run(tmp_path / "a", test=71.25))
+    assert repr(summary) == f"Summary({str(tmp_path / 'a')!r}, val_top1=70.00, test_top1=71.25)"
+    assert repr(door.Summary(Path(), {})) == "Summary('.')", "other processes than the first have no figures"
+
+
+def test_no_line_of_the_changelog_stands_twice():
+    section = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
+    items = [line for line in section.splitlines() if line.startswith("- ")]
+    assert len(items) == len(set(items))

@@ -33,7 +33,7 @@ from repan_cli.system.files import to_json
 from repan_cli.system.host import processor
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import RUNTIME_PACKAGES, missing
-from repan_cli.system.text import count, first_line
+from repan_cli.system.text import count, first_line, short
 from repan_cli.system.timing import Timing, interleaved
 from repan_cli.system.user_code import names_a_file
 
@@ -278,12 +278,12 @@ def _report(result: dict[str, Any]) -> None:
     gpu = result["gpu"] or result["processor"]
     tell(f"{gpu}, {count(result['threads'], 'thread')}, {result['precision']}; PyTorch {result['versions']['torch']}")
     sizes = [
-        (each["form"], f"{each['parameters']:,}", f"{each['gmacs']:.3g}")
+        (each["form"], f"{each['parameters']:,}", short(1e9 * each["gmacs"]))
         for each in result["forms"]
         if each["parameters"] is not None
     ]
     if sizes:
-        print_table(["form", "parameters", "GMACs"], sizes)
+        print_table(["form", "parameters", "MACs"], sizes)
     rows = [(str(row["batch"]), row["form"], *_cells(row), f"{row['speedup']:.2f}x") for row in result["inference"]]
     print_table(["batch", "inference", "ms", "quartiles", "images/s", "against the first"], rows)
     rows = [

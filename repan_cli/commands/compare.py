@@ -31,9 +31,9 @@ def run(options: CompareOptions) -> None:
     for target, text_of in ((options.html, page.render), (options.markdown, table.markdown)):
         if target:
             write_bytes(target, text_of(comparison, left_out).encode())
-            tell(f"written: {target}")
+            tell(f"wrote {target}")
     if options.records:
-        tell(f"written: {count(len(records.write(results, options.records)), 'record')} below {options.records}")
+        tell(f"wrote {count(len(records.write(results, options.records)), 'record')} below {options.records}")
     if options.as_json:
         unfinished = [{"run": path, "why": why} for path, why in left_out]
         print(to_json({**as_data(comparison), "left_out": unfinished}))

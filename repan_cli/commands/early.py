@@ -47,7 +47,7 @@ from repan_cli.system.launcher import own_rank, restarts
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import ONNX_PACKAGES, need, need_runtime
 from repan_cli.system.user_code import names_a_file
-from repan_cli.system.weight_files import no_checkpoint, split_key
+from repan_cli.system.weight_files import file_in, no_checkpoint, split_key
 from repan_cli.training.schedules import SCHEDULES
 
 FORMS = ("conv", "conv-bn")
@@ -281,7 +281,7 @@ def check_writable(target: Path, *, overwrite: bool) -> None:
 
 def _default_stem(path: Path) -> Path:
     if path.is_dir():
-        return path / "best_fused"
+        return path / f"{file_in(path).stem}_fused"
     return path.with_name(f"{path.stem}_fused") if path.is_file() else Path(f"{path.name.rpartition(':')[2]}_fused")
 
 
@@ -320,7 +320,7 @@ def quantize_target(options: QuantizeOptions) -> Path:
     """Return the file that an int8 network is written into. Raises InputError for what cannot be written."""
     need("int8", "onnx", *ONNX_PACKAGES)
     path = Path(options.checkpoint)
-    folder, stem = (path, "best") if path.is_dir() else (path.parent, path.stem.rpartition(":")[2])
+    folder, stem = (path, file_in(path).stem) if path.is_dir() else (path.parent, path.stem.rpartition(":")[2])
     target = options.out or folder / f"{stem}_int8.onnx"
     if target.suffix != ".onnx":
         raise InputError(f"--out {target}: int8 is written as ONNX, name a file that ends in .onnx")

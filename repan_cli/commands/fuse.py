@@ -34,7 +34,7 @@ from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
 from repan_cli.system.files import make_folder, to_json
 from repan_cli.system.notices import warn
-from repan_cli.system.text import by_reason, count, percent, quoted
+from repan_cli.system.text import by_reason, count, file_size, percent, quoted, short
 
 FILE_TOLERANCE = 1e-4
 """Bound on the relative error of a file's network in float32, or ten times the network's own rounding if that is
@@ -311,12 +311,13 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
         double, single = facts["rel_error_fp64"], facts["rel_error_fp32"]
         tell(f"relative error  {double:.1e} in float64 (bound {export.TOLERANCE:.0e}), {single:.1e} in float32")
         tell(f"parameters      {facts['params_before']:,} before, {facts['params_after']:,} after")
-        tell(f"GMACs           {facts['gmacs_before']:.3g} before, {facts['gmacs_after']:.3g} after, for one image")
+        before, after = (short(1e9 * facts[name]) for name in ("gmacs_before", "gmacs_after"))
+        tell(f"MACs            {before} before, {after} after, for one image")
     else:
         tell(f"{source} is merged already")
     tell(f"compared on     {seen['random']} random images and {real}")
     rows = [
-        (file["path"], f"{file['bytes'] / 2**20:.2f} MiB", _agreement(file["rel_error"]), file["opened_by"])
+        (file["path"], file_size(file["bytes"]), _agreement(file["rel_error"]), file["opened_by"])
         for file in facts["files"]
     ]
     print_table(["wrote", "size", "agrees", "opened by"], rows, to_stderr=True)

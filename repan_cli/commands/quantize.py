@@ -29,7 +29,7 @@ from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.device import start_runtime
 from repan_cli.system.files import make_folder, to_json, write_bytes
 from repan_cli.system.notices import warn
-from repan_cli.system.text import count, percent, quoted
+from repan_cli.system.text import count, file_size, percent, quoted
 from repan_cli.system.timing import interleaved
 from repan_cli.training.scoring import agreement, examine
 
@@ -188,7 +188,7 @@ def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth])
     calibrated = f"calibrated on {count(result['calibration_images'], 'training image')}, {scales}"
     tell(f"{result['int8']['images']:,} {result['split']} images of {result['dataset']}; {calibrated}")
     rows = [
-        (name, *_scores(each), f"{each['loss']:.4f}", f"{each['bytes'] / 2**20:.2f} MiB")
+        (name, *_scores(each), f"{each['loss']:.4f}", file_size(each["bytes"]))
         for name, each in (("float32", result["float32"]), ("int8", result["int8"]))
     ]
     titles = [title for name, title in RANKS.items() if name in result["int8"]]

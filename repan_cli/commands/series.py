@@ -126,13 +126,13 @@ def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
     before, asked = config.flatten(stored.config), config.typed(given)
     network, block = stored.config.model.name, stored.config.block.name
     may_change = MAY_CHANGE
+    if names_a_file(block):
+        if "block.name" not in asked:
+            raise InputError(models.own_block.how_to_give(str(block), str(path), network))
+        may_change = may_change | {"block.name"}
     if network and names_a_file(network):  # the file is named again, wherever it is now
         models.check_given(network, asked.get("model.name"), str(path))
         may_change = may_change | {"model.name"}
-    if names_a_file(block):
-        if "block.name" not in asked:
-            raise InputError(models.own_block.how_to_give(str(block), str(path)))
-        may_change = may_change | {"block.name"}
     for key, value in asked.items():
         if key not in may_change and value != before.get(key):
             raise InputError(f"{key} cannot change in a resumed series (it was {before.get(key)}): start a new one")

@@ -182,7 +182,7 @@ def _compare(study: Study, jobs: Sequence[Job]) -> Comparison | None:
     show(comparison, to_stderr=True)
     write_bytes(study.out / "results.md", table.markdown(comparison, left_out).encode())
     write_bytes(study.out / "results.html", page.render(comparison, left_out).encode())
-    tell(f"written: {study.out / 'results.md'}, {study.out / 'results.html'}")
+    tell(f"wrote {study.out / 'results.md'}, {study.out / 'results.html'}")
     return comparison
 
 

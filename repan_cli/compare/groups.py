@@ -240,8 +240,12 @@ def _controls(members: list[tuple[Result, ...]], controls: Mapping[str, Sequence
     found = [number for number, runs in enumerate(members) if _is_control(runs[0])]
     if len(found) == len(members):  # no group restarts: plain training is no control for plain training
         found = [number for number, runs in enumerate(members) if runs[0].command == "cycle"]
+    if not found:
+        none = "these runs have no control: the first group takes its place; choose another with --control RUN"
+        data = [(runs[0].dataset, runs[0].classes) for runs in members]
+        return [0], [none] if data.count(data[0]) > 1 else []
     several = f"{len(found)} groups have no restarts: the first is the control; choose another with --control RUN"
-    return (found or [0])[:1], [several] if len(found) > 1 else []
+    return found[:1], [several] if len(found) > 1 else []
 
 
 def _group_of(word: str, paths: Sequence[Path], members: list[tuple[Result, ...]]) -> int:

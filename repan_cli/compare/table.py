@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from repan_cli import __version__
 from repan_cli.compare.groups import Comparison, Group
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread
 from repan_cli.runs.directory import now
-from repan_cli.system.text import count, duration, percent
+from repan_cli.system.text import count, duration, percent, short
 
 METHODS = {"paired": "paired by seed", "welch": "by Welch's t-test, as the seeds differ"}
 
@@ -33,12 +32,19 @@ def _row(comparison: Comparison, group: Group) -> tuple[str, ...]:
         group.label,
         str(len(group.seeds)),
         *(_spread(group.spread(figure)) for figure in ("test_top1", "last_test_top1", "val_top1")),
-        *("control" if group is over else _gain(comparison.gain(group, over=over)) for over in comparison.controls),
+        *(_over(comparison, group, over) for over in comparison.controls),
         *_if_felt(comparison, _felt(comparison.felt(group))),
         f"{cost.epochs:g}",
-        _short(cost.images),
+        short(cost.images),
         duration(3600 * cost.hours),
     )
+
+
+def _over(comparison: Comparison, group: Group, control: Group) -> str:
+    """Show how far a group lies from a control; a group that is alone is no control."""
+    if group is not control:
+        return _gain(comparison.gain(group, over=control))
+    return "control" if len(comparison.groups) > 1 else "-"
 
 
 def _spread(spread: Spread | None) -> str:
@@ -56,14 +62,6 @@ def _felt(ratios: Mapping[int, float]) -> str:
     """Show the smallest and the largest ratio of the restarts."""
     ends = [f"{of(ratios.values()):.2f}" for of in (min, max)] if ratios else ["-"]
     return " to ".join(dict.fromkeys(ends))
-
-
-def _short(number: float | None) -> str:
-    """Show a large count in three digits: 64.8 k, 2.7 M."""
-    if number is None:
-        return "-"
-    power = min(int(math.log10(max(number, 1))) // 3, 3)
-    return f"{number / 1000**power:.3g} {' kMG'[power]}".strip()
 
 
 def _gain(gain: Difference | None) -> str:

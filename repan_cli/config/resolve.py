@@ -179,7 +179,7 @@ def resolve_layer(command: str, layer: Layer, given: Layer, *, source: str) -> R
         _refuse_two_rates(config, given)
     if command == "distill" and config.teacher.name in (None, PREVIOUS):
         raise InputError("no teacher: give --teacher FILE or timm:NAME ('previous' is for 'repan cycle')")
-    return Resolved(config, f"{source}, {len(given)} from the command line", given)
+    return Resolved(config, f"{source}, {len(given)} given", given)
 
 
 def _refuse_two_rates(config: Config, given: Layer) -> None:

@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 LARGEST_RESIDENT = 16 * 2**30
 LOOKED_AT = 200_000
-MEND = "; data.on_error=skip leaves such training images out"
+MEND = "; data.on_error=skip leaves such images of the training folder out"
+MEND_SCORED = "; repair or remove it: images to be scored are never left out"
 
 
 def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
@@ -41,11 +42,11 @@ def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
     size = reading.image_size or _side(listed.values(), reading)
     parts: dict[str, Part] = {}
     for part, (paths, labels, _) in listed.items():
-        skip = reading.skip and part == "train"
+        skip, mend = reading.skip and part == "train", MEND if part == "train" else MEND_SCORED
         if reading.streams(size):
-            parts[part] = _pictures(paths, labels, reading, skip=skip, whole=part != "train")
+            parts[part] = _pictures(paths, labels, reading, skip=skip, whole=part != "train", mend=mend)
         else:
-            parts[part] = _read_images(paths, labels, size, reading, skip=skip)
+            parts[part] = _read_images(paths, labels, size, reading, skip=skip, mend=mend)
     return RawDataset(classes, parts, size)
 
 
@@ -80,7 +81,9 @@ def _only(root: Path, folders: dict[str, Path], part: str) -> Path:
     raise InputError(f"{root} has no folder for the part {part}; --data-root names another place")
 
 
-def _read_images(paths: list[Path], labels: Labels, size: int, reading: ReadOptions, *, skip: bool) -> ArrayImages:
+def _read_images(
+    paths: list[Path], labels: Labels, size: int, reading: ReadOptions, *, skip: bool, mend: str
+) -> ArrayImages:
     if len(paths) * size * size * reading.channels > LARGEST_RESIDENT:
         raise InputError(
             f"{len(paths):,} images of {size} pixels do not fit in memory: set a smaller data.image_size, or "
@@ -90,13 +93,15 @@ def _read_images(paths: list[Path], labels: Labels, size: int, reading: ReadOpti
     def read(index: int) -> Pixels:
         return np.asarray(image_files.square(image_files.open_image(paths[index], reading.channels), size))
 
-    images = _outcomes(read, len(paths), skip=skip)
+    images = _outcomes(read, len(paths), skip=skip, mend=mend)
     kept = np.array([image is not None for image in images])
     stacked = np.stack([image for image in images if image is not None])
     return ArrayImages(stacked.reshape(-1, size, size, reading.channels), labels[kept])
 
 
-def _pictures(paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: bool, whole: bool) -> LazyImages:
+def _pictures(
+    paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: bool, whole: bool, mend: str
+) -> LazyImages:
     """Return images that are read on demand. Check them now, unless there are very many: their headers, or `whole`
     images, since a run must not fail at its end. Training images that the loader may skip are not checked.
     """
@@ -107,17 +112,14 @@ def _pictures(paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: 
 
     kept = np.ones(len(paths), dtype=bool)
     if len(paths) <= LOOKED_AT and (whole or not reading.keep):
-        kept = np.array(
-            [found is not None for found in _outcomes(look, len(paths), skip=skip, mend="" if whole else MEND)]
-        )
+        kept = np.array([found is not None for found in _outcomes(look, len(paths), skip=skip, mend=mend)])
     return LazyImages(image_files.FileReader(paths, reading.channels), labels[kept], np.flatnonzero(kept))
 
 
-def _outcomes(read: Callable[[int], T], count: int, *, skip: bool, mend: str = "") -> list[T | None]:
+def _outcomes(read: Callable[[int], T], count: int, *, skip: bool, mend: str) -> list[T | None]:
     """Return the result of `read` for each number; with `skip` None for images that cannot be read, and a warning.
-    `mend` ends the error of images that must be read.
 
-    `mend` ends the error of images that must be read.
+    `mend` ends the error of images that must be read, with the way out.
     """
     failed = []
 
@@ -134,5 +136,6 @@ def _outcomes(read: Callable[[int], T], count: int, *, skip: bool, mend: str = "
         more = f" (and {count_of(len(failed) - 1, 'other')})" if len(failed) > 1 else ""
         raise UnreadableImageError(f"{failed[0]}{more}{mend}")
     if failed:
-        warn(f"{len(failed)} of {count:,} training images cannot be read and are left out; one of them: {failed[0]}")
+        left_out = f"{len(failed)} of {count:,} images of the training folder cannot be read and are left out"
+        warn(f"{left_out}; one of them: {failed[0]}")
     return found

@@ -276,14 +276,16 @@ def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: b
     """Print a table on stdout, for commands whose data it is, or on stderr. Without a terminal, each row is a line to
     grep.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in title:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(shown(cell)) for cell in row))
+    cells = [[shown(cell) for cell in row] for row in rows]
     console = Console(file=cast("TextIO", Stderr()) if to_stderr else None, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE
+    longest = max((len(row[0]) for row in cells), default=0)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, name in enumerate(title):  # a name that fits is kept whole, to be copied
+        table.add_column(name, overflow="fold", no_wrap=not number and longest <= console.width // 2)
+    for row in cells:
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

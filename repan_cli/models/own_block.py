@@ -32,7 +32,7 @@ def given_again(card: ModelCard, block: str | None, source: str) -> ModelCard:
     own = needed(card)
     if block is None or not is_own(block):
         if lacking := missing(card):
-            raise InputError(how_to_give(lacking[0], source))
+            raise InputError(how_to_give(lacking[0], source, card.model))
         return card
     if not own:
         if card.form == FUSED:  # whose branches are gone
@@ -46,10 +46,16 @@ def given_again(card: ModelCard, block: str | None, source: str) -> ModelCard:
     return renamed(card, {old: name or old for old in replaced})
 
 
-def how_to_give(name: str, source: str) -> str:
-    """Return the error for a file whose block family was not given."""
+def how_to_give(name: str, source: str, network: str | None = None) -> str:
+    """Return the error for a file whose block family was not given.
+
+    `network` is the network in the file: if it is a user's own, it must be given again too, and is named at once.
+    """
     how = f"--block {name}" if names_a_file(name) else "--block FILE.py:FUNCTION, or repan_cli.register_block"
-    return f"{source} holds blocks of your own, {name}: give {how} (files are not imported automatically)"
+    what = f"blocks of your own, {name}"
+    if network is not None and names_a_file(network):
+        what, how = f"a network and blocks of your own, {network} and {name}", f"--model {network} {how}"
+    return f"{source} holds {what}: give {how} (files are not imported automatically)"
 
 
 def renamed(card: ModelCard, names: dict[str, str]) -> ModelCard:

@@ -14,6 +14,7 @@ from repan_cli import config, export
 from repan_cli.checkpoint.card import ModelCard
 from repan_cli.config.conventions import SPLITS
 from repan_cli.data import class_folders, datasets
+from repan_cli.data.image_files import UnreadableImageError
 from repan_cli.data.types import ArrayImages, Dataset
 from repan_cli.errors import InputError
 from repan_cli.models import probe
@@ -125,7 +126,7 @@ def real_images(artifact: Artifact, root: str | None, count: int) -> tuple[Tenso
     """Read some images of a network's own data, (n, C, H, W), normalised; where there are none here, tell why.
 
     Of image folders as many images of each class are read, from the test part where there is one, of no more than
-    `count` classes. Nothing is downloaded.
+    `count` classes; those that cannot be read are left out. Nothing is downloaded.
     """
     if not artifact.card.knows_its_data:
         return None, "its data are not known"
@@ -160,4 +161,12 @@ def _of_folders(artifact: Artifact, folder: Path, count: int) -> Tensor:
     folders = [*class_folders.class_folders(part).values()][:count]
     each = max(1, count // len(folders))
     chosen = [path for folder in folders for path in class_folders.first_images(folder, each)]
-    return torch.stack([artifact.preparation.file(path) for path in chosen])
+    found, unreadable = [], None
+    for path in chosen:
+        try:
+            found.append(artifact.preparation.file(path))
+        except UnreadableImageError as error:  # a broken file among whole ones is no reason to take noise
+            unreadable = error
+    if unreadable is not None and not found:
+        raise unreadable
+    return torch.stack(found)

@@ -124,6 +124,7 @@ def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
     if config.model.name is not None:
         return models.resolve(config.model.name, dataset.image_size)
     if isinstance(weights, Checkpoint):
+        _with_own_blocks(config, weights, _source(config))  # what is missing is named at once
         models.check_given(weights.card.model, None, _source(config))
         return weights.card.model
     told = hub_folder.described(checkpoint.split_key(hub_folder.file_of(_source(config)))[0])

@@ -143,17 +143,17 @@ def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
         if same or key in MAY_CHANGE:
             continue
         raise InputError(
-            f"{key} cannot change on --resume (it was {stored.get(key)}): start a new one run from its weights with "
-            f"model.init={path / runs.LAST}"
+            f"{key} cannot change on --resume (it was {stored.get(key)}): start a new run from its weights with "
+            f"--init {quoted(path / runs.LAST)}"
         )
     begun = state_of(saved, str(path)).progress["phase"]
     _check_cycles(whole, asked.get("cycle.count", whole.cycle.count), begun)
     changed = {"data.root": data_place.found(saved.card), **{key: asked[key] for key in MAY_CHANGE if key in asked}}
-    own = asked.get("model.name") if user_file.names_a_file(saved.card.model) else None
-    models.check_given(saved.card.model, own, str(path))
     block = asked.get("block.name", saved.card.block)
     if own_block.needed(saved.card):
         models.given_again(saved.card, asked.get("block.name"), str(path))
+    own = asked.get("model.name") if user_file.names_a_file(saved.card.model) else None
+    models.check_given(saved.card.model, own, str(path))
     names = {"model.name": own or saved.card.model, "block.name": block}
     return config.replace(whole, {**changed, **names, "run.out": str(path)})
 

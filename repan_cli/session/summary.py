@@ -185,7 +185,7 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     validation = [record["val_top1"] for record in records if record["val_top1"] is not None]
     if summary["cycles"]:
         display.table(summary)
-    rows = {"chosen": f"{chosen['file']}, cycle {chosen['cycle']} epoch {chosen['epoch']}"}
+    rows = {"chosen": f"{chosen['file']}, {display.name(chosen['cycle'])}, epoch {chosen['epoch']}"}
     if not chosen["epoch"]:
         start = percent(summary["baseline"]["top1"])
         rows["chosen"] = f"{chosen['file']}, the weights it started from (validation {start}): no epoch was better"

@@ -60,6 +60,21 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def short(number: float | None) -> str:
+    """Show a large count in three digits: 64.8 k, 2.7 M."""
+    if number is None:
+        return "-"
+    power = min(int(math.log10(max(number, 1))) // 3, 3)
+    return f"{number / 1000**power:.3g} {' kMG'[power]}".strip()
+
+
+def file_size(count_of_bytes: int) -> str:
+    """Return the size of a file: 8.4 KiB, 2.41 MiB."""
+    if count_of_bytes < 2**20 / 10:
+        return f"{count_of_bytes / 2**10:.1f} KiB"
+    return f"{count_of_bytes / 2**20:.2f} MiB"
+
+
 def duration(seconds: float) -> str:
     """Return seconds as people say them: 4.2 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 60:

@@ -64,8 +64,8 @@ def file_in(folder: Path) -> Path:
     """Return the file that a run's folder, or one of the Hub, stands for. Raises InputError for any other folder."""
     for name in OF_A_RUN:
         if (folder / name).is_file():
-            if name != OF_A_RUN[0] and (folder / "metrics.jsonl").is_file() and _chose(folder):
-                warn_once(f"{folder} has lost its best.pt: {name} is taken, its last weights, not the best ones")
+            if name != OF_A_RUN[0]:
+                _warn_of_last(folder, name)
             return folder / name
     if (weights := in_hub_folder(folder)) is not None:
         return weights
@@ -76,10 +76,17 @@ def file_in(folder: Path) -> Path:
     raise InputError(f"{folder} is a folder without best.pt or last.pt{mend}")
 
 
-def _chose(folder: Path) -> bool:
-    """Return whether a run had a validation part to choose its best weights by, as its first epoch tells."""
-    with (folder / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file:
-        return '"val_top1": null' not in file.readline(4096)
+def _warn_of_last(folder: Path, name: str) -> None:
+    """Warn that a run's last weights are taken, where its best ones are lost or not chosen yet."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        return
+    with metrics.open(encoding="utf-8", errors="replace") as file:
+        first = file.readline(4096)
+    if not first:
+        warn_once(f"{folder} has no best.pt yet, as no epoch of it has ended: {name} is taken, its last weights")
+    elif '"val_top1": null' not in first:  # a run with a validation part to choose by
+        warn_once(f"{folder} has lost its best.pt: {name} is taken, its last weights, not the best ones")
 
 
 def no_checkpoint(path: Path) -> str:
