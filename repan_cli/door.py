@@ -28,7 +28,7 @@ FOR_PROCESSES = ("print_config", "dry_run", "as_json")
 """Options that print, and so belong to the command line alone."""
 
 RENAMED = {"config": "config_file"}
-"""Options that are called otherwise here."""
+"""Options that have another name here."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,18 +85,18 @@ OnEpoch = Callable[[Epoch], None]
 def train(
     model: str | None = None, dataset: str | None = None, *, on_epoch: OnEpoch | None = None, **settings: Any
 ) -> Summary:
-    """Train a network plainly, as `repan train` does, and return its results.
+    """Train a network without restarts, as `repan train` does, and return its results.
 
     Args:
         model: name of the network, as on the command line; `file.py:function` for your own.
         dataset: name of the data set.
-        on_epoch: called with the figures of each epoch, a `training.events.Epoch`. What it raises ends the run.
+        on_epoch: called with the figures of each epoch, a `training.events.Epoch`. An exception in it ends the run.
         settings: options of the command by their names, such as `epochs`, `lr`, `batch_size`, `seed`, `out`, `resume`,
             `seeds=[0, 1]` or `config="recipes/cifar"`; any setting by its key, as `**{"optim.lr": 0.1}`, a section as
             a mapping, `optim={"lr": 0.1}`, or with underscores, `optim__lr=0.1`.
 
-    Raises InputError for what cannot be used; KeyboardInterrupt when interrupted, with everything saved and the call
-    that goes on in its message; DivergedError when the loss stops being finite.
+    Raises InputError for arguments that cannot be used; KeyboardInterrupt when interrupted, with everything saved and
+    the call that resumes the run in its message; DivergedError when the loss stops being finite.
     """
     return _run("train", TrainOptions, on_epoch, {"model": model, "dataset": dataset, **settings})
 
@@ -104,16 +104,16 @@ def train(
 def distill(
     model: str | None = None, dataset: str | None = None, *, on_epoch: OnEpoch | None = None, **settings: Any
 ) -> Summary:
-    """Train a network with a teacher, as `repan distill` does: give `teacher`. All else is as for `train`."""
+    """Train a network with a teacher, as `repan distill` does: give `teacher`. Everything else is as for `train`."""
     return _run("distill", TrainOptions, on_epoch, {"model": model, "dataset": dataset, **settings})
 
 
 def cycle(
     model: str | None = None, dataset: str | None = None, *, on_epoch: OnEpoch | None = None, **settings: Any
 ) -> Summary:
-    """Train by RepAn, a baseline and annealing cycles, as `repan cycle` does.
+    """Train with RepAn, a baseline and annealing cycles, as `repan cycle` does.
 
-    All else is as for `train`, with the options of that command: `baseline_epochs`, `cycles`, `control=True` and more.
+    The rest is as for `train`, with the options of that command: `baseline_epochs`, `cycles`, `control=True` and more.
     """
     return _run("cycle", CycleOptions, on_epoch, {"model": model, "dataset": dataset, **settings})
 
@@ -156,7 +156,7 @@ def _how(command: str, stop: InterruptedRunError) -> str:
 
 @contextlib.contextmanager
 def _as_before() -> Iterator[None]:
-    """Leave the process as it was: PyTorch's generators, threads and precision, and where warnings go."""
+    """Restore the process afterwards: PyTorch's generators, threads and precision, and the destination of warnings."""
     import torch
 
     state, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -195,7 +195,7 @@ def _options(
 
 
 def _option_value(name: str, value: Any) -> Any:
-    """Return what would have been typed for an option; None and False leave it out."""
+    """Return the text that a user would type for an option; None and False leave it out."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Errors that people see: one line that names the thing and the mend, and the process's exit code."""
+"""Errors that users see: one line that names the thing and the fix, and the process's exit code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MergeError(RepanError):
 
 
 class InputError(RepanError, ValueError):
-    """Something that a person gave (an option, a setting, a file, a data set) cannot be used."""
+    """Something that the user gave (an option, a setting, a file, a data set) cannot be used."""
 
     exit_code = 2
 
@@ -29,11 +29,11 @@ class DivergedError(RepanError):
 
 
 FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
-"""The numbers by which the system says that there is no more room for a file."""
+"""The error numbers of a full disk."""
 
 
 TOO_MANY = (errno.EMFILE, errno.ENFILE)
-"""The numbers by which the system says that too many files are open."""
+"""The error numbers of too many open files."""
 
 
 NO_MEMORY = ("can't allocate memory", "failed to map segment", "can't start new thread")
@@ -67,13 +67,13 @@ def lost_rank(error: BaseException) -> bool:
 
 
 class StuckLoaderError(RepanError):
-    """The processes that load images give none any more."""
+    """The processes that load images deliver no more of them."""
 
     exit_code = 1
 
 
 class InterruptedRunError(RepanError):
-    """Ctrl-C. `path` is the folder of what can go on, where there is one."""
+    """Ctrl-C. `path` is the folder of the run to resume, if there is one."""
 
     exit_code = 130
 
@@ -83,7 +83,7 @@ class InterruptedRunError(RepanError):
 
 
 class PreemptedRunError(RepanError):
-    """A signal asked the run to stop; it can go on from what was saved."""
+    """A signal asked the run to stop; it can be resumed from its last save."""
 
     exit_code = 75
 

@@ -28,7 +28,7 @@ class ChannelSums:
     def __call__(self, values: Tensor) -> None:
         """Add an output (N, C, H, W)."""
         values = values.detach()
-        values = (values.cpu() if values.device.type == "mps" else values).double()  # which has no float64
+        values = (values.cpu() if values.device.type == "mps" else values).double()  # MPS has no float64
         self.total = self.total + values.sum((0, 2, 3))
         self.squares = self.squares + values.square().sum((0, 2, 3))
         self.count += values.numel() // values.shape[1]
@@ -46,8 +46,8 @@ Seen = Callable[[Tensor, Tensor], None]
 
 
 class MergedProbe:
-    """A merged copy of a network in eval mode, in which every block can be looked at: since every block keeps its
-    function, one pass tells of all of them. Being a copy, it leaves hooks away from compiled and wrapped modules.
+    """A merged copy of a network in eval mode, in which every block can be observed. Every block keeps its function, so
+    one pass measures all of them. A copy keeps hooks away from compiled and wrapped modules.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,7 +64,8 @@ class MergedProbe:
 
     @torch.no_grad()
     def run(self, images: Iterable[Tensor], seen: Mapping[str, Seen]) -> None:
-        """Send batches (N, C, H, W) through, and give what each block reads and writes to what `seen` has for its name.
+        """Run batches (N, C, H, W) through the network, and pass each block's input and output to its function in
+        `seen`. Raises InputError when a block is not reached.
 
         Raises InputError when a block is not reached.
         """
@@ -113,8 +114,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def calibrate_branch_norms(
     probe: MergedProbe, blocks: Mapping[str, RepBlock], images: list[Tensor]
 ) -> dict[str, Tensor]:
-    """Give the BN layers of all side branches the statistics of their inputs, those that come first in a branch before
-    those behind them; gives the standard deviation of each block's output, (C_out,).
+    """Give the BN layers of all side branches the statistics of their inputs, in the order of the layers of a branch.
+    Returns the standard deviation of each block's output, (C_out,).
     """
     branches = [branch for block in blocks.values() for branch in block.sides]
     norms = [[module for module in branch.modules() if isinstance(module, _BatchNorm)] for branch in branches]

@@ -34,8 +34,8 @@ class Coordinates(NamedTuple):
 
 
 def coordinates_of(block: RepBlock, *, taken_over: bool) -> Coordinates:
-    """Return what the trunk's weights are multiplied with, and the last gammas of what the trunk takes over: all of
-    its branches, or with `taken_over` false none.
+    """Return the factor on the trunk's weights, and the last gammas of the branches that the trunk takes over: all of
+    them, or none with `taken_over` false.
     """
     norms = [getattr(branch, "norm", None) for branch in (block.trunk, *block.branches) if taken_over]
     affine = [norm for norm in norms if isinstance(norm, _BatchNorm) and norm.affine]

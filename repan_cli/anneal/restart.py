@@ -53,26 +53,26 @@ def restart(
     only: Collection[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> RestartReport:
-    """Rep, expand and restore every block, in place on the same parameters.
+    """Merge, regrow and restore every block, in place on the same parameters.
 
-    The function in eval mode is kept (except with `attach="one"`, which lets the fresh branches in at once); with the
-    rule `calibrate` the one in train mode is too, up to the difference between `images` and the training batches.
-    A block without a BN in its trunk takes the merged kernel as it is, under every rule. Afterwards zero the
-    optimizer's momentum, or carry it by `changes` of the report.
+    The function in eval mode stays the same, except with `attach="one"`, which adds the fresh branches at once. With
+    the rule `calibrate` the function in train mode stays the same too, up to the difference between `images` and the
+    training batches. A block without a BN in its trunk takes the merged kernel unchanged, under every rule. Afterwards
+    zero the optimizer's momentum, or carry it over by the report's `changes`.
 
     Args:
         rule: restoration rule: `calibrate`, `running` (as released) or `reset`.
         images: images (N, C, H, W) that `calibrate` measures on, 1,000 or more, as train mode will see them: a tensor,
-            a batch, or an iterable of batches such as a loader, of whose (images, labels) the images are taken.
+            a batch, or an iterable of batches such as a loader of (images, labels), whose images are used.
         attach: `ramp` sets the attach rate to 0, `zero-gamma` to 1 with branches that are zero at first, `compensated`
-            to 1 with branches as strong as the block, which the trunk makes up for, `one` to 1.
+            to 1 with branches as strong as the block, offset by the trunk, `one` to 1.
         branch_init: weights of the fresh branches, `kaiming` or `small`.
         trunk_scale: under `calibrate`, `merged` writes K, `keep` scales every channel to the trunk's old norm, `pace`
-            to its old gamma / sigma, which is what a step of the trunk's weights is worth in the merged kernel.
-        only: names of the blocks to restart, as `blocks.rep_blocks` gives them; None is all.
+            to its old gamma / sigma, so that a step of the trunk's weights changes the merged kernel as before.
+        only: names of the blocks to restart, as `blocks.rep_blocks` gives them; None means all.
         generator: draws the fresh weights.
 
-    Raises InputError for a choice that does not exist, when the model has no such block, or `calibrate` got no images.
+    Raises InputError for an unknown choice, if the model has no such block, or if `calibrate` got no images.
     """
     for key, value in (("rule", rule), ("attach", attach), ("branch_init", branch_init), ("trunk_scale", trunk_scale)):
         choices = CHOICES[key]

@@ -72,7 +72,8 @@ def restore_running(kernel: Kernel, norm: BatchNorm, *, unit_gamma: bool) -> Tru
 
 @torch.no_grad()
 def write_trunk(block: RepBlock, kernel: Kernel, trunk: TrunkParams | None) -> None:
-    """Copy into the storage that is there: optimizers, DDP and captured graphs hold on to it.
+    """Copy the parameters into the existing storage: optimizers, DDP and captured graphs keep their references. A trunk
+    without BN (`trunk` None) takes the kernel as it is.
 
     A trunk without BN (`trunk` None) takes the kernel as it is.
     """

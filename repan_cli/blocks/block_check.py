@@ -1,4 +1,4 @@
-"""Check the branches of a block family over many geometries: all that training and merging ask of them."""
+"""Checks of a block family's branches over many geometries, for all that training and merging require."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ HEIGHT, WIDTH = 11, 12
 
 
 def check(name: str, build: Callable[..., Any]) -> None:
-    """Raise InputError, in a line that names the geometry, where the branches that `build` makes break a rule.
+    """Raise InputError, with the geometry, if branches from `build` break a rule. Draws nothing from the global
+    generator.
 
     Draws nothing from the global generator.
     """
@@ -38,7 +39,7 @@ def check(name: str, build: Callable[..., Any]) -> None:
         for geometry in _geometries():
             try:
                 problem = _problem(build, geometry)
-            except Exception as error:  # whatever a person's own code comes up with
+            except Exception as error:  # any error is possible in a user's code
                 problem = f"fails: {type(error).__name__}: {first_line(error)}"
             if problem:
                 raise InputError(f"the block family {name} {problem}, for {_described(geometry)}")
@@ -68,7 +69,7 @@ def _described(geometry: Geometry) -> str:
 
 
 def _problem(build: Callable[..., Any], geometry: Geometry) -> str | None:
-    """Return the rule that is broken at a geometry; None where all hold, or the family says that it does not suit."""
+    """Return the rule that is broken at a geometry; None if all hold, or if the family rejects the geometry."""
     try:
         made, again = build(geometry), build(geometry)
     except ValueError as error:
@@ -86,7 +87,7 @@ def _problem(build: Callable[..., Any], geometry: Geometry) -> str | None:
 
 
 def _shape_problem(made: Any, again: Any) -> str | None:
-    """Return why what a family returned twice is no list of fresh branches."""
+    """Return why the results of two calls are not lists of fresh branches."""
     if not isinstance(made, Sequence):
         return f"returns {type(made).__name__}, not a list of branches"
     for number, branch in enumerate(made):

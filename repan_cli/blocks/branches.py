@@ -32,7 +32,7 @@ FEW_CHANNELS = 16
 
 
 class Branch(Protocol):
-    """The interface that a block asks of its trunk and of each side branch, all of which are modules."""
+    """The interface of the trunk and of each side branch of a block, all of which are modules."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H_out, W_out)."""
@@ -47,10 +47,10 @@ class Branch(Protocol):
         ...
 
     def reset(self, init: str, generator: torch.Generator | None) -> None:
-        """Make it fresh in place: new weights, gamma 1, beta 0, mean 0, variance 1."""
+        """Reset the branch in place: new weights, gamma 1, beta 0, mean 0, variance 1."""
 
     def zero_init(self) -> None:
-        """Make its output zero in train and eval mode, by its last gamma and beta or its weights, in place."""
+        """Make the branch's output zero in train and eval mode, by its last gamma and beta or its weights, in place."""
 
     def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
         """Choose gamma for the start of a fresh branch whose BN statistics are those of its input, in place.
@@ -113,7 +113,7 @@ class ConvBN(nn.Module):
 
     @property
     def batch_norm(self) -> BatchNorm | None:
-        """Return the BN where there is one."""
+        """Return the BN if there is one."""
         return None if isinstance(self.norm, nn.Identity) else self.norm
 
     @property
@@ -211,7 +211,7 @@ class IdentityBN(nn.Module):
         zero_init_norm(self.norm)
 
     def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
-        """Take over what the block has of an identity."""
+        """Absorb the identity part of a block."""
         row, column = self.geometry.center((1, 1))
         channels = torch.arange(self.geometry.in_channels)
         share = kernel[channels, channels % kernel.shape[1], row, column]
@@ -357,7 +357,7 @@ class PointwiseAverageBN(nn.Module):
 
     @property
     def _inner(self) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
-        """Return the 1x1 convolution and its BN, where there are such."""
+        """Return the 1x1 convolution and its BN, if there are any."""
         if self.inner_conv is None or self.inner_norm is None:
             return None
         return self.inner_conv, self.inner_norm

@@ -48,7 +48,7 @@ BranchesOf = Callable[..., list[Branch]]
 
 
 def family(name: str, *, post_norm: bool = False, unit_gamma: bool = False) -> Callable[[BranchesOf], BranchesOf]:
-    """Enter a function from geometry to branches into the registry, its docstring as the text."""
+    """Register a function from geometry to branches, with its docstring as the text."""
 
     def enter(branches: BranchesOf) -> BranchesOf:
         text = " ".join((branches.__doc__ or "").split())
@@ -83,7 +83,8 @@ def make_block(name: str, geometry: Geometry, *, copies: int | None = None) -> R
 
 
 def block_around(conv: nn.Conv2d, norm: BatchNorm | None, name: str, *, copies: int | None = None) -> RepBlock:
-    """Make a block of the family `name` whose trunk is a convolution that is there, with its BN if it has one.
+    """Make a block of the family `name` around an existing convolution as trunk, with its BN if it has one. The side
+    branches are fresh, on the convolution's device, in its dtype and memory format.
 
     The side branches are fresh, on the convolution's device, in its dtype and memory format.
     """
@@ -150,4 +151,4 @@ def qarep(geometry: Geometry) -> list[Branch]:
 
 
 SHIPPED = frozenset(FAMILIES)
-"""The families of this package; any other is a person's own, see `user_block`."""
+"""The families of this package; any other is a user's own, see `user_block`."""

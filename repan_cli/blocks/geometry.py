@@ -1,4 +1,4 @@
-"""The shape that all branches of a block share, and what a smaller kernel sees of the input."""
+"""The shape that all branches of a block share, and the part of the input that a smaller kernel sees."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def _outputs(size: int, padding: int, dilation: int, kernel: int, stride: int) -
 
 
 class Window(nn.Module):
-    """Cut out what a small kernel sees of the trunk's *padded* input when its first tap lies on the tap `offset`.
+    """Cut out the part of the trunk's *padded* input that a small kernel sees when its first tap lies on the tap
+    `offset`.
 
     In every dimension the slice `[o * d : o * d + (H_out - 1) * s + d * (k - 1) + 1]`, so that a convolution without
     padding on it gives exactly the block's output size, for any kernel size, stride, dilation and padding.
@@ -133,6 +134,6 @@ def window_at(geometry: Geometry, kernel_size: Size, offset: Size) -> tuple[nn.M
 
 
 def middle_window(geometry: Geometry) -> nn.Module:
-    """Return what the middle tap of the trunk's kernel sees: the input of an identity branch."""
+    """Return the input of the middle tap of the trunk's kernel: that of an identity branch."""
     window, padding = window_at(geometry, (1, 1), geometry.center((1, 1)))
     return window if padding == (0, 0) else Window(geometry, (1, 1), geometry.center((1, 1)))

@@ -31,13 +31,13 @@ class RepBlock(nn.Module):
         super().__init__()
         self.family = family
         self.trunk = trunk
-        self.branches = nn.ModuleList(cast("Sequence[nn.Module]", branches))  # no type says both at once
+        self.branches = nn.ModuleList(cast("Sequence[nn.Module]", branches))  # no type expresses both
         self.post_norm = post_norm or nn.Identity()
         self.register_buffer("attach_rate", torch.ones(()))
 
     @property
     def sides(self) -> list[Branch]:
-        """Return the side branches as what they are; `branches` holds them as modules."""
+        """Return the side branches with their own type; `branches` holds them as modules."""
         return [cast("Branch", branch) for branch in self.branches]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class RepBlock(nn.Module):
         self.branches = nn.ModuleList()
 
     def without_branches(self, kernel: Kernel) -> Kernel:
-        """Return a kernel for the whole sum minus what the branches contribute: what is left to the trunk."""
+        """Return the kernel of the whole sum minus the branches' contribution: the kernel of the trunk."""
         weight, bias = kernel
         rate = self.attach_rate.item()
         for side_weight, side_bias in (branch.equivalent_kernel() for branch in self.sides):
@@ -126,7 +126,7 @@ def set_attach_rate(model: nn.Module, rate: float, *, only: Collection[str] | No
 
 @contextlib.contextmanager
 def known_attached(blocks: Sequence[RepBlock], known: bool = True) -> Iterator[None]:
-    """Let blocks leave out their attach rates meanwhile, all of which are 1 if that is `known`."""
+    """Let blocks skip their attach rates within the context; `known` says that all of them are 1."""
     for block in (told := blocks if known else ()):
         block.fully_attached = True
     try:
@@ -146,7 +146,8 @@ def fill_all(tensors: list[Tensor], value: float) -> None:
 def reinit_branches(
     block: RepBlock, attach: str, *, branch_init: str = "kaiming", generator: torch.Generator | None = None
 ) -> None:
-    """Make the side branches fresh, in place.
+    """Reset the side branches in place. They begin at attach rate 0 (`attach="ramp"`), at rate 1 but silent
+    (`zero-gamma`), or at rate 1 (`one`).
 
     They begin at attach rate 0 (`attach="ramp"`), at rate 1 but silent (`zero-gamma`), or at rate 1 (`one`).
     """

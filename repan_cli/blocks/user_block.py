@@ -15,22 +15,22 @@ UNNAMED = "a block family of a person's own"
 
 
 def is_own(name: str | None) -> bool:
-    """Return whether a name is that of a person's own block family, registered or not."""
+    """Return whether a name is that of a user's own block family, registered or not."""
     return name is not None and name != NATIVE and name not in SHIPPED
 
 
 def register_block(name: str, build: BranchesOf) -> None:
-    """Enter a block family of your own: from now on its name works wherever a family is named.
+    """Register a block family of your own, so that its name works wherever a family is named.
 
-    The same name may be registered again, such as in a notebook; networks that are built keep their branches.
+    The same name may be registered again, for example in a notebook; existing networks keep their branches.
 
     Args:
-        name: name of the family; those of this package are taken.
+        name: name of the family; the names of this package's families are taken.
         build: takes the `Geometry` of a block's trunk and returns a list of fresh side branches, see
-            `blocks.branches.Branch`. It may raise ValueError, with the reason, for a geometry that it does not suit.
+            `blocks.branches.Branch`. It may raise ValueError, with the reason, for a geometry that it does not support.
 
-    Raises InputError where the branches do not merge exactly, for any kernel, stride, padding, dilation, number of
-    groups or channels, or lack a part of what training asks of a branch.
+    Raises InputError if the branches do not merge exactly, for any kernel, stride, padding, dilation, number of groups
+    or channels, or if they lack a method that training needs.
     """
     if not isinstance(name, str) or not name.strip():
         raise InputError(f"register_block needs a name for the family, got {name!r}")
@@ -43,7 +43,8 @@ def register_block(name: str, build: BranchesOf) -> None:
 
 
 def use_block(name: str | None) -> str | None:
-    """Return the name of a family that a person gave; one that names a function in a file is imported and registered.
+    """Return the name of a family that a user gave; a name of the form `file.py:function` is imported and registered.
+    Raises InputError, in one line, if the file has no such function, or if the branches do not merge exactly.
 
     Raises InputError, in a line, when the file has no such function, or for branches that do not merge exactly.
     """

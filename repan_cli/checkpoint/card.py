@@ -17,7 +17,7 @@ from repan_cli.config.conventions import CROP_MODES, INTERPOLATIONS
 
 MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
 FORMS = (MULTI_BRANCH, FUSED, PLAIN)
-"""Forms of a network: with side branches, merged, or built without any."""
+"""The forms of a network: with side branches, merged, or built without any."""
 
 MOST_CHANNELS, LARGEST_IMAGE = 4096, 2**16
 CHANGE_KINDS = ("adapt", "expand", "grow", "merge")
@@ -28,7 +28,7 @@ class Change(NamedTuple):
 
     `adapt` makes blocks of timm's own multi-branch module `name`; `expand` one of the convolution `name` and the BN
     `norm`, if it has one (else it gets a bias, if it has none); `grow` gives the block `name`, which has no side
-    branch, those of a family; `copies` is the number of branches, for the families that let choose. `merge` puts one
+    branch, those of a family; `copies` is the number of branches, for families that allow a choice. `merge` puts one
     convolution, `norm` by its name in there, in the place of a sum of branches that the module `name` adds itself.
     `family` is None for `adapt` and `merge`.
     """
@@ -53,13 +53,13 @@ class Structure:
     native: Mapping[str, Any] = field(default_factory=dict)
 
     def as_meta(self) -> dict[str, Any]:
-        """Return it in plain types."""
+        """Return the record in plain types."""
         changes = [list(change) for change in self.changes]
         return {"changes": changes, "left": dict(self.left), "native": dict(self.native)}
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Structure:
-        """Read what `as_meta` gave."""
+        """Read the record from the result of `as_meta`."""
         return cls(tuple(Change(*change) for change in meta["changes"]), meta["left"], meta["native"])
 
 
@@ -119,7 +119,7 @@ class ModelCard:
 
     @property
     def knows_its_data(self) -> bool:
-        """Return whether it names the data set that the network was trained on."""
+        """Return whether the card names the data set that the network was trained on."""
         return "data.name" in self.config
 
     def as_meta(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class ModelCard:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> ModelCard:
-        """Read a description. Raises ValueError, with what is wrong, for anything that repan does not write."""
+        """Read a description. Raises ValueError, with the reason, for anything that repan does not write."""
         if unknown := sorted(map(str, meta.keys() - FITS.keys())):
             raise ValueError(f"the unknown key '{unknown[0]}'")
         if missing := [name for name in NEEDED if name not in meta]:

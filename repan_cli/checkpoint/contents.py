@@ -1,4 +1,4 @@
-"""Files of weights as trainers write them: where the weights are."""
+"""Weight files as trainers write them, and the place of the weights in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from repan_cli.registry import did_you_mean
 from repan_cli.system.notices import warn
 
 NO_WEIGHTS = re.compile(r"optim|sched|scaler|amp|hyper|callback|loops", re.IGNORECASE)
-"""Keys of a file under which there are tensors, but no network."""
+"""Keys of a file that hold tensors but no network."""
 
 AVERAGE = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?|shadow)([^a-z]|$)", re.IGNORECASE)
 """The names under which trainers keep the running average of their weights."""

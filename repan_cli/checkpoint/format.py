@@ -112,10 +112,13 @@ def as_bytes(checkpoint: Checkpoint, suffix: str) -> bytes:
 
 
 def header(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return everything that a file says beside its weights, in plain types."""
+    """Return everything in a file besides the weights, in plain types."""
     card = checkpoint.card
     described = {"version": FORMAT, "digest": checkpoint.digest(), "meta": card.as_meta()}
-    return {**described, "preprocessing": preprocessing(card)}  # the last for others to read, made of the second
+    return {
+        **described,
+        "preprocessing": preprocessing(card),
+    }  # the last is derived from the second, for other programs
 
 
 def _as_pt(checkpoint: Checkpoint) -> bytes:

@@ -58,7 +58,7 @@ def as_texts(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _in_words(found: Mapping[str, Any]) -> str:
-    """Say the steps in English."""
+    """Describe the steps in English."""
     side, resized, filter_ = found["input_size"][1], found["resize_size"], found["interpolation"]
     middle, whole = f"take the middle {side}x{side}", found.get("interpolation_whole")
     steps = {

@@ -159,10 +159,10 @@ def _is_short(meta: Mapping[str, Any], path: Path) -> bool:
 
 
 class _NothingIsCopied(TorchFunctionMode):
-    """Refuses what a pickle may do to a small tensor that is seen as a huge one: take it apart, or convert it."""
+    """The operations by which a pickle could make a small tensor pretend to be a huge one: all are refused."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (Tensor.unbind, Tensor.to):  # unbind is how iteration begins
+        if function in (Tensor.unbind, Tensor.to):  # iteration begins with unbind
             raise pickle.UnpicklingError("tensors are only read")
         return function(*args, **(kwargs or {}))
 
@@ -198,7 +198,8 @@ def _of_code(path: Path, why: str) -> str:
 
 
 def _checked(file: IO[bytes], path: Path) -> IO[bytes]:
-    """Return what torch may read of a file: what was checked, not the file, which another reader may see differently.
+    """Return the bytes that torch may read: those that were checked, not the file, which another reader may see
+    differently. Raises InputError for a file that would take far more memory than it has bytes.
 
     Raises InputError for a file that would take far more memory than it has bytes.
     """

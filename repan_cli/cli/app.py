@@ -299,7 +299,7 @@ def main() -> None:
     except BrokenPipeError:
         code = 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except RepanError as error:  # of stdout itself: all others were told
+    except RepanError as error:  # an error of stdout itself: all others were printed
         if debugging():
             raise
         say(f"Error: {error}")
@@ -314,7 +314,7 @@ def main() -> None:
 
 
 def _leave_children(code: int) -> None:
-    """End at once where a child cannot be ended, such as one that waits for a disk: Python would wait for it."""
+    """Exit at once if a child cannot be ended, such as one that waits for a disk: Python would wait for it."""
     if "multiprocessing" not in sys.modules:
         return
     children = importlib.import_module("multiprocessing").active_children()
@@ -330,7 +330,7 @@ def _leave_children(code: int) -> None:
 
 
 def _refuse_unreadable_words() -> None:
-    """Exit with an error for names that are not UTF-8: they could be written into no file."""
+    """Exit with an error for names that are not UTF-8, which could be written to no file."""
     accept_any_text()
     for word in sys.argv[1:]:
         try:
@@ -341,7 +341,7 @@ def _refuse_unreadable_words() -> None:
 
 
 def _usage(error: Any) -> int:
-    """Say in a line what of the command line cannot be understood. Returns the exit code."""
+    """Explain in one line a command line that cannot be understood. Returns the exit code."""
     message = error.format_message().partition(" (Possible options")[0].replace("\n", " ").strip().rstrip(".?")
     if message:  # without arguments the help was shown already
         message = (message[0].lower() + message[1:]).replace(". Did you mean", "; did you mean")

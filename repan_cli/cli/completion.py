@@ -20,7 +20,7 @@ DEEPEST, MOST = 4, 200
 
 
 def models(start: str = "") -> list[str]:
-    """Offer short names and ours; once a letter is typed also others', with prefix and without."""
+    """Offer short names and our networks; once a letter is typed also those of others, with and without prefix."""
     full = list(names.catalog())
     ours = [name for name in full if ":" not in name]
     short = [name.removesuffix("_cifar") for name in ours]
@@ -150,7 +150,7 @@ def values(key: str, start: str = "") -> list[str]:
 
 
 def settings(start: str = "") -> list[str]:
-    """Return KEY= for every key that begins so; where there is only one, also its values."""
+    """Return KEY= for every key with this beginning; if there is only one, also its values."""
     key, equals, value = start.partition("=")
     if equals:
         return [f"{key}={word}" for word in values(key, value)]
@@ -189,7 +189,7 @@ def of_setting(key: str) -> Callable[[str], list[str]]:
 
 def words(incomplete: str) -> list[str]:
     """Complete a word of `[KEY=VALUE]...`. bash cuts words at '=' and ':', so that one of its words may be a piece."""
-    if incomplete == ":":  # what is offered must begin so for Typer, and must not for bash
+    if incomplete == ":":  # Typer needs offers with this beginning, bash without it
         return []
     place = int(os.environ.get("COMP_CWORD") or 0)
     line = os.environ.get("COMP_WORDS", "").split("\n")[: place + 1]

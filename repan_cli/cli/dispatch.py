@@ -1,4 +1,4 @@
-"""Run a command: import it, show that this takes a moment, and turn errors into lines and exit codes."""
+"""Running a command: import it, show that this takes a moment, and turn errors into lines and exit codes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def dispatch(module: str, *arguments: Any, entry: str = "run", **options: Any) -
 
 @contextlib.contextmanager
 def _loading(module: str) -> Iterator[None]:
-    """Say on a terminal what takes the first seconds, and take it back."""
+    """Show on a terminal what takes the first seconds, and erase it afterwards."""
     waits = module not in WITHOUT_TORCH and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     if waits:
         print("loading PyTorch ...", end="", file=sys.stderr, flush=True)
@@ -63,7 +63,7 @@ def _loading(module: str) -> Iterator[None]:
 
 
 def debugging() -> bool:
-    """Tell whether errors keep their traceback."""
+    """Return whether errors keep their traceback."""
     return os.environ.get("REPAN_DEBUG") == "1"
 
 
@@ -73,7 +73,7 @@ def fail(error: Exception) -> NoReturn:
     if known is None or debugging():
         raise error
     rank = own_rank()
-    with contextlib.suppress(OSError):  # nobody may listen any more
+    with contextlib.suppress(OSError):  # stderr may be closed
         for line in shown(str(known)).split("\n"):
             print(f"Error{f' of rank {rank}' if rank else ''}: {line}", file=sys.stderr)
     raise typer.Exit(known.exit_code) from None

@@ -1,4 +1,4 @@
-"""The streams of the process: what cannot be written is said in a line, and what was closed crashes nothing."""
+"""The streams of the process: write errors are reported in one line, and closed streams crash nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from repan_cli.system.text import shown
 
 
 class Stdout(io.TextIOWrapper):
-    """A stdout that says so when it takes nothing more. What is left for it then goes nowhere."""
+    """A stdout that reports when it cannot be written, and then discards the rest."""
 
     def write(self, text: str) -> int:
         try:
@@ -36,14 +36,16 @@ class Stdout(io.TextIOWrapper):
 
 
 class ClosedStdout(io.TextIOBase):
-    """Stands for a stdout that was closed before the command began."""
+    """A replacement for a stdout that was closed before the command began."""
 
     def write(self, text: str) -> int:
         raise OutOfSpaceError("cannot write to stdout: it is closed")
 
 
 def open_streams() -> None:
-    """Open what was closed before the command began: no file may become a stream, and no None may be written to."""
+    """Open streams that were closed before the command began: no file may become a stream, and no None may be written
+    to.
+    """
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(handle)
@@ -58,13 +60,13 @@ def open_streams() -> None:
 
 
 def accept_any_text() -> None:
-    """Spell out what the terminal's encoding lacks."""
+    """Escape characters that the terminal's encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:
-    """Print an error on stderr, where nobody may listen any more."""
+    """Print an error on stderr, even if it is closed."""
     with contextlib.suppress(OSError):
         print(shown(text), file=sys.stderr)

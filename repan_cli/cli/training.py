@@ -21,7 +21,8 @@ def train(
     dispatch: Callable[..., None] = dispatch,
     fail: Callable[[Exception], NoReturn] = fail,
 ) -> None:
-    """Resolve the settings, then begin a run, several, or a dry run, or go on with one.
+    """Resolve the settings, then begin a run, several runs or a dry run, or resume one. `dispatch` calls a command's
+    module and `fail` takes errors: here as a process does, from Python as functions do.
 
     `dispatch` calls a command's module and `fail` takes errors: here as a process does, from Python as functions do.
     """
@@ -84,7 +85,7 @@ def _seeds(text: str | None, given: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _begun_anew(out: str | None) -> bool:
-    """Return whether torchrun begins this run again after it has lost a process: the run then goes on."""
+    """Return whether torchrun restarts this run after it lost a process: the run then continues."""
     if restarts() <= 0:
         return False
     if out is None:

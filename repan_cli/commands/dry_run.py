@@ -35,7 +35,7 @@ TIMED = 2
 
 
 def run(command: str, resolved: Resolved, *, runs: int = 1, as_json: bool) -> None:
-    """Build a run, or the first of several, try each of its parts, say what it will be and how long it will take."""
+    """Build a run, or the first of several, try each of its parts, and print a description and the expected time."""
     config = dataclasses.replace(resolved.config, run=dataclasses.replace(resolved.config.run, out=None))
     session = prepare(command, dataclasses.replace(resolved, config=config))
     facts = _network(session)
@@ -64,7 +64,7 @@ def _network(session: Session) -> dict[str, Any]:
 
 
 def _restart(session: Session) -> dict[str, Any]:
-    """Try the restart before the first cycle, of a copy, which no recording knows."""
+    """Try the restart before the first cycle on a copy, which no recording depends on."""
     cycle = next((phase for phase in session.training.plan if phase.restarts), None)
     if cycle is None:
         return {}
@@ -96,7 +96,7 @@ def _steps(session: Session) -> dict[str, Any]:
             break
         began, done = now, event.step if isinstance(event, StepEnd) else 0
     events.close()
-    step = statistics.median(found[untimed:] or found[-1:])  # an only update is all there is to time
+    step = statistics.median(found[untimed:] or found[-1:])  # with one update, that is all there is to time
     return {"step_seconds": step, "steps_per_epoch": steps}
 
 

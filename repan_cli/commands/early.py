@@ -1,4 +1,4 @@
-"""Say what is wrong with a command before PyTorch is loaded: missing files, unknown names, folders that exist already.
+"""Checks of a command before PyTorch is loaded: missing files, unknown names, folders that exist already.
 
 A command checks again what it opens; nothing here opens more than the first bytes of a file.
 """
@@ -54,7 +54,7 @@ FORMS = ("conv", "conv-bn")
 
 
 def check(module: str, *arguments: Any) -> None:
-    """Raise InputError for what cannot be of a command, given what its `run` is given."""
+    """Raise InputError for arguments that a command cannot accept, given those of its `run`."""
     if module in CHECKS:
         CHECKS[module](*arguments)
 
@@ -84,7 +84,7 @@ def _check_training(command: str, resolved: Resolved | str, *_: Any) -> None:
 
 
 def _check_dry_run(command: str, resolved: Resolved, *_: Any) -> None:
-    """Check the settings of a run that is tried: a run directory may be there."""
+    """Check the settings of a dry run, whose run directory may exist."""
     config = replace(resolved.config, {"run.out": None})
     _check_training(command, dataclasses.replace(resolved, config=config))
 
@@ -156,7 +156,7 @@ def _check_info(options: InfoOptions) -> None:
 
 
 def info_source(source: str) -> tuple[Path, str | None]:
-    """Return the file that is to be described, and the key in it. Raises InputError for one that is no network's."""
+    """Return the file to describe, and the key in it. Raises InputError for one that is no network's."""
     plain, key = split_key(source)
     path = sources.file_of(str(plain))
     if path is None:
@@ -192,7 +192,7 @@ def _check_predict(options: PredictOptions) -> None:
 
 
 def images_in(paths: Sequence[Path]) -> Iterator[Path]:
-    """Yield the images that are named, and those in folders, sorted. Raises InputError where there is none."""
+    """Yield the given images, and those in given folders, sorted. Raises InputError if there are none."""
     for path in paths:
         if path.is_dir():
             found = [file for file in class_folders.files_below(path) if class_folders.is_image(file)]
@@ -237,7 +237,7 @@ class Target:
         return self.kind in FOLDER_FORMATS
 
     def write(self, content: Content, path: Path | None = None) -> None:
-        """Write it, or a copy of it at `path`."""
+        """Write the content, or a copy of it at `path`."""
         if isinstance(content, dict):
             write_folder(path or self.path, content)
         else:

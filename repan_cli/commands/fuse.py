@@ -37,12 +37,12 @@ from repan_cli.system.notices import warn
 from repan_cli.system.text import by_reason, count, file_size, percent, quoted, short
 
 FILE_TOLERANCE = 1e-4
-"""Bound on the relative error of a file's network in float32; ten times the network's own rounding where that is more.
-A file that computes something else is beyond 1e-2."""
+"""Bound on the relative error of a file's network in float32, or ten times the network's own rounding if that is
+larger. The error of a wrong file is above 1e-2."""
 
 
 HALF_IMAGES, HALF_NOISE, BATCH = 256, 64, 32
-"""Images of a network's data on which float16 is compared, those of noise where there are none, and so many at once."""
+"""Numbers of images for the check of float16: of the network's data, of noise if there are none, and per batch."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _images(artifact: Artifact, data_root: str | None) -> tuple[Tensor, dict[str
 
 
 def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, export.FuseReport | None]:
-    """Return the merged network and its proof; a network that is merged already as it is, without one."""
+    """Return the merged network and its proof; an already merged network is returned unchanged, without a proof."""
     if artifact.form == FUSED:
         return artifact.network, None
     return export.fuse(artifact.network, images)
@@ -176,7 +176,7 @@ class _Job:
         opset = OPSET if self.options.opset is None else self.options.opset
         if not self.options.half:
             return onnx_file.write(program, self._header(card), opset)
-        _ = self.half_bound  # which refuses a network that float16 cannot hold
+        _ = self.half_bound  # this refuses a network that float16 cannot hold
         model = half.as_half(onnx_file.model_of(program, opset))
         self.measured.append(self._compare_half(onnx_file.OnnxNetwork(model.SerializeToString())))
         card = dataclasses.replace(card, precision="float16", float16=dataclasses.asdict(self.half_report))
@@ -198,11 +198,11 @@ class _Job:
 
     @property
     def half_report(self) -> half.HalfReport:
-        """Return the cost of float16, once that file was made."""
+        """Return the cost of float16, once such a file was made."""
         return self.measured[0]
 
     def _plain(self) -> Checkpoint:
-        """Return the weights in the places of the plain network."""
+        """Return the weights in the layout of the plain network."""
         card = self.result.card
         structure = card.structure
         block = "plain" if structure.native else None
@@ -217,7 +217,7 @@ class _Job:
         return checkpoint.capture(network, dataclasses.replace(card, block="plain", structure=plain, form=form))
 
     def verified(self, target: Target, content: Content, form: str) -> Written:
-        """Open a file as anybody would, and describe it. Raises MergeError when its network computes something else."""
+        """Open a file like any reader, and describe it. Raises MergeError when its network computes something else."""
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / f"copy{target.path.suffix}"
             target.write(content, copy)
@@ -230,7 +230,9 @@ class _Job:
         return Written(str(target.path), target.kind, form, size, error, opened_by, use)
 
     def _opened(self, kind: str, copy: Path) -> tuple[nn.Module | None, str]:
-        """Open what was written, as its readers do: the network, and what opened it; None where it cannot run here."""
+        """Open a written file like its readers: the network, and the program that opened it; None if it cannot run
+        here.
+        """
         if kind in RUNTIME_FORMATS and (reason := runtimes.KINDS[kind].why_not()):
             return None, f"nothing: {reason}"
         if kind == "timm":

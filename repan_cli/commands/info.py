@@ -1,4 +1,4 @@
-"""`repan info`: describe a file, of repan's or of others."""
+"""`repan info`: describe a file, by repan or by another program."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _exported(path: Path) -> dict[str, Any]:
 
 
 def _graph(file: onnx_file.OnnxFile) -> dict[str, Any]:
-    """Return what an ONNX graph says of itself."""
+    """Return the facts in an ONNX graph."""
     session, model = file.network().session, file.model
     operators = Counter(node.op_type for node in model.graph.node)
     return {

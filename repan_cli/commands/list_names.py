@@ -1,4 +1,4 @@
-"""`repan list`: the names that can be typed, with what they mean."""
+"""`repan list`: available names, with their meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`repan predict`: name the classes that a network sees in images."""
+"""`repan predict`: classify images."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _save(folder: Path, rows: Sequence[dict[str, Any]], targets: Mapping[Path, P
 def _predicted(
     artifact: Artifact, files: Sequence[Path], top: int, machine: Runtime, unreadable: list[str]
 ) -> list[dict[str, Any]]:
-    """Return an entry for each file that can be read; what is wrong with the others goes into `unreadable`."""
+    """Return an entry for each readable file; errors of the others go into `unreadable`."""
     images, read = [], []
     for file in files:
         try:

@@ -20,7 +20,7 @@ NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def run(options: PushOptions) -> None:
-    """Upload the weights, the description and the card of a network, after a look at whether they can be read."""
+    """Upload the weights, the description and the card of a network, after a check that they can be read."""
     folder = options.folder
     if not NAME.fullmatch(options.name):
         raise InputError(f"'{options.name}' is not a Hub name: give ORG/NAME, such as someone/my-network")
@@ -43,7 +43,7 @@ def run(options: PushOptions) -> None:
 
 
 def _upload(folder: Path, files: list[str], name: str, *, private: bool) -> str:
-    """Upload files of a folder. Returns their address. Raises InputError, with the reason, where that cannot be."""
+    """Upload files of a folder. Returns their address. Raises InputError, with the reason, if the upload fails."""
     import huggingface_hub
     from huggingface_hub.utils.tqdm import disable_progress_bars
 

@@ -1,4 +1,4 @@
-"""`repan quantize`: write a merged network in int8, and measure what that costs it, and which layers suffer."""
+"""`repan quantize`: write a merged network in int8, and measure the loss of accuracy, also by layer."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ SECONDS = 0.5
 """The time that each file is timed for."""
 
 SLOWER = 0.95
-"""A speedup below this is told as a slowdown: timings of equal networks differ by some percent."""
+"""A speedup below this is reported as a slowdown: timings of equal networks differ by some percent."""
 
 
 def run(options: QuantizeOptions) -> None:
-    """Merge a network, look at its layers, write it in int8, score both. Only training images calibrate."""
+    """Merge a network, analyse its layers, write it in int8, score both. Only training images calibrate."""
     target = quantize_target(options)
     opset = OPSET if options.opset is None else options.opset
     artifact = open_artifact(options.checkpoint, options.model, block=options.block)
@@ -142,7 +142,7 @@ class _Job:
         return content, left
 
     def latency(self, content: bytes, image: Tensor) -> dict[str, float] | None:
-        """Time both files in turns on one image; None for a program that is not here."""
+        """Time both files in turn on one image; None if the program is not installed."""
         if self.options.target == int8.TENSORRT:
             return None
         networks = {"float32": self.opened(self.graph), "int8": self.opened(content)}
@@ -202,7 +202,7 @@ def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth])
 
 
 def _report_latency(result: dict[str, Any]) -> None:
-    """Say how fast both files are, and warn where int8 does not pay."""
+    """Report the speed of both files, and warn if int8 is slower."""
     found, program = result["latency"], PROGRAMS[result["target"]]
     if found is None:
         tell(f"one image        not timed: {program} is not here")

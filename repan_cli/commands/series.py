@@ -1,6 +1,6 @@
 """Several runs one after the other, for `--seeds` and `--control`: each in its own folder below one, then compared.
 
-Going on with a series goes on with the run that was stopped and begins those that were not; finished ones are left.
+Resuming a series resumes the run that was stopped and begins those that have not begun; finished ones are kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from repan_cli.system.text import count, percent, quoted
 from repan_cli.system.user_code import names_a_file
 
 MAY_CHANGE = set(resume.MAY_CHANGE) - {"cycle.count", "teacher.name"}
-"""Settings that may be others in a series that goes on: runs that are only begun then have nothing to check them by."""
+"""Settings that may change when a series is resumed: runs that have not begun have nothing to check them against."""
 
 
 class Member(NamedTuple):
@@ -77,7 +77,9 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
     runs.check_free(out)
     shared = config.replace(resolved.config, {"run.seed": seeds[0], "run.out": None})
     ready = [prepare(command, dataclasses.replace(resolved, config=shared))]  # refuses before there is a folder
-    shared = config.replace(shared, {"data.batch_size": ready[0].config.data.batch_size})  # auto is once for all
+    shared = config.replace(
+        shared, {"data.batch_size": ready[0].config.data.batch_size}
+    )  # auto is resolved once for all runs
     resolved = dataclasses.replace(resolved, config=shared)
     path = Path(out) if out else runs.claim_default(command, *ready[0].names)
     series = Series(command, path, resolved, seeds, with_control)
@@ -90,7 +92,7 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
 
 
 def refuse(resolved: Resolved, *, with_control: bool) -> None:
-    """Refuse what cannot be made into a series, with an InputError."""
+    """Raise InputError for settings that cannot be made into a series."""
     if rank_count() > 1:
         raise InputError(
             "--seeds and --control run in one process: start each run under torchrun by itself, then compare"
@@ -100,7 +102,7 @@ def refuse(resolved: Resolved, *, with_control: bool) -> None:
 
 
 def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
-    """Go on with a run, or with those of a series that are not finished. Returns its folder, on the first rank."""
+    """Resume a run, or the unfinished runs of a series. Returns its folder, on the first rank."""
     if own_rank():  # the first of several ranks finds the run, and sends it
         return resume.run(command, name, given, as_json=as_json)
     path = runs.find(command, name)
@@ -119,7 +121,7 @@ def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | Non
 
 
 def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
-    """Return the settings that the runs of a series share, with what may change. Raises InputError for what may not."""
+    """Return the shared settings of the runs of a series, with allowed changes. Raises InputError for others."""
     stored = config.resolve(command, str(path / "config.yaml"), {})
     before, asked = config.flatten(stored.config), config.typed(given)
     network, block = stored.config.model.name, stored.config.block.name
@@ -128,7 +130,7 @@ def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
         if "block.name" not in asked:
             raise InputError(models.own_block.how_to_give(str(block), str(path), network))
         may_change = may_change | {"block.name"}
-    if network and names_a_file(network):  # which is named again, wherever it is now
+    if network and names_a_file(network):  # the file is named again, wherever it is now
         models.check_given(network, asked.get("model.name"), str(path))
         may_change = may_change | {"model.name"}
     for key, value in asked.items():
@@ -164,7 +166,7 @@ def _carry_out(series: Series, folder: runs.RunDirectory, given: Layer, ready: l
 
 
 def _make(series: Series, member: Member, given: Layer, ready: Session | None) -> None:
-    """Begin a run, which may be `ready`, or go on with it."""
+    """Begin a run, which may be `ready`, or resume it."""
     path = series.path / member.name
     try:
         if any((path / name).exists() for name in (runs.LAST, runs.PREVIOUS)):
@@ -214,7 +216,7 @@ def _own_code(series: Series) -> dict[str, str]:
 
 
 def _finish(series: Series, folder: runs.RunDirectory, *, as_json: bool) -> None:
-    """Compare what was made, on screen and in the folder of the series. Raises DivergedError when a run diverged."""
+    """Compare the finished runs on screen and in the series folder. Raises DivergedError when a run diverged."""
     members = list(series.members())
     results, left_out = read_all([series.path / member.name for member in members])
     made = {result.path.name: result for result in results}
@@ -233,7 +235,7 @@ def _finish(series: Series, folder: runs.RunDirectory, *, as_json: bool) -> None
 
 
 def _note_gains(made: dict[str, Result], members: list[Member]) -> None:
-    """Let the summary of each run say what its control came to."""
+    """Add the result of its control to the summary of each run."""
     for member in members:
         ours, theirs = made.get(member.name), made.get(f"{control.PREFIX}{member.name}")
         if ours is None or theirs is None:

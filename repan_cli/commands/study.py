@@ -143,14 +143,14 @@ def _write_arms(study: Study) -> None:
 
 
 def _tell_of_removed(study: Study, grid: Grid) -> None:
-    """Say which arms have runs in the study's folder, but stand in the grid no more."""
+    """Warn about arms that have runs in the study's folder but are no longer in the grid."""
     there = sorted(path.parent.name for path in study.out.glob(f"*/{ARM_FILE}"))
     if removed := [name for name in there if name not in grid.arms]:
         warn(f"{study.out} holds runs of {', '.join(removed)}, not arms of {grid.path} any more: skipped")
 
 
 def _preview(study: Study, grid: Grid, jobs: Sequence[Job], *, as_json: bool) -> None:
-    """Show the arms, what each is, and how far its runs are."""
+    """Show the arms, their descriptions and the progress of their runs."""
     states = {job.folder: job.state for job in jobs}
     rows = []
     for arm in study.arms:
@@ -187,7 +187,7 @@ def _compare(study: Study, jobs: Sequence[Job]) -> Comparison | None:
 
 
 def _leave(jobs: Sequence[Job], left: Sequence[Job], failed: Job | None, received: int | None) -> None:
-    """End the command as its runs ended."""
+    """Finish the command according to how its runs ended."""
     again = shlex.join(["repan", *sys.argv[1:]])
     if failed is not None:
         raise RepanError(f"{failed.name} failed, see {failed.log}; continue the study with: {again}")

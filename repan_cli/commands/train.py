@@ -12,7 +12,7 @@ from repan_cli.system.ranks import gathered, join_ranks
 
 
 def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
-    """Begin a run; of several ranks that torchrun has begun anew, go on with it. Returns the run directory."""
+    """Begin a run, or resume it if torchrun has restarted its ranks. Returns the run directory."""
     out = resolved.config.run.out
     if rank_count() > 1:
         join_ranks(resolved.config.run.device)
@@ -23,7 +23,7 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
 
 
 def _begun_before(out: str | None) -> bool:
-    """Return whether all ranks go on with a run that some of them had begun.
+    """Return whether all ranks resume a run that some of them had begun.
 
     Each machine counts its restarts by itself, and only the first rank needs to see the folder.
     """

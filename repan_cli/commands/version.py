@@ -1,4 +1,4 @@
-"""`repan --version -v`: tell what a bug report should say of versions and machine, without loading torch."""
+"""`repan --version -v`: print versions and machine for bug reports, without loading torch."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class Comparison:
         return self.groups[0]
 
     def felt(self, group: Group) -> dict[int, float]:
-        """Return, by cycle, what training felt of its restart.
+        """Return, by cycle, the effect of its restart on the training loss.
 
         It is the mean loss of the first 200 steps divided by that of a control over the same steps, mean over the seeds
         that both have. The control is the first that had the same learning rate there.
@@ -191,7 +191,7 @@ def compare(
 
 
 def _unequal_lengths(groups: Sequence[Group]) -> list[str]:
-    """Say that groups trained for different numbers of epochs, where they did."""
+    """Warn if groups trained for different numbers of epochs."""
     lengths = sorted({group.cost().epochs for group in groups})
     if len(lengths) < 2:
         return []
@@ -234,11 +234,11 @@ def _named_by_folder(groups: Sequence[Group]) -> tuple[Group, ...]:
 
 
 def _controls(members: list[tuple[Result, ...]], controls: Mapping[str, Sequence[Path]]) -> tuple[list[int], list[str]]:
-    """Choose which of the groups are the controls, and say what is doubtful about that."""
+    """Choose which of the groups are the controls, and warn about doubts."""
     if controls:
         return list(dict.fromkeys(_group_of(word, paths, members) for word, paths in controls.items())), []
     found = [number for number, runs in enumerate(members) if _is_control(runs[0])]
-    if len(found) == len(members):  # nothing restarts here: plain training is no control of plain training
+    if len(found) == len(members):  # no group restarts: plain training is no control for plain training
         found = [number for number, runs in enumerate(members) if runs[0].command == "cycle"]
     if not found:
         none = "these runs have no control: the first group takes its place; choose another with --control RUN"

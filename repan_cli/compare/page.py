@@ -65,14 +65,14 @@ def _numbered(comparison: Comparison) -> list[tuple[str, ...]]:
 
 
 def _words(comparison: Comparison) -> Iterator[str]:
-    """Yield what the figures of the table are, and how exactly the test images tell them."""
+    """Yield explanations of the table's figures, and the precision of the test images."""
     yield legend(comparison)
     if (words := sampling(comparison)) is not None:
         yield words
 
 
 def _common_section(comparison: Comparison) -> Iterator[str]:
-    """Say once what all runs are set to."""
+    """List the settings that all runs share."""
     if shared := common_settings(comparison):
         entries = "".join(f"<li><code>{_breakable(f'{key}={value}')}</code>" for key, value in shared.items())
         words = "All other settings have their defaults."

@@ -101,7 +101,7 @@ def _runs_at(path: Path) -> Iterator[Path]:
         yield path
         return
     for inner in sorted(path.iterdir()):
-        leads_elsewhere = inner.is_symlink() and not is_run(inner)  # perhaps to where we come from
+        leads_elsewhere = inner.is_symlink() and not is_run(inner)  # perhaps a cycle
         if inner.is_dir() and not inner.name.startswith(".") and not leads_elsewhere:
             yield from _runs_at(inner)
         elif is_record(inner):

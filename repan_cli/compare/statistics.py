@@ -11,8 +11,8 @@ CONFIDENCE = 0.95
 
 
 def t_bound(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """Return the t for which Student's T with `freedom` > 0 degrees of freedom lies within -t and t so probably."""
-    from scipy.special import stdtrit  # here, as importing it takes longer than most of what needs no interval
+    """Return t such that Student's T with `freedom` > 0 degrees of freedom lies in [-t, t] with this probability."""
+    from scipy.special import stdtrit  # imported here, as it takes long and few commands need it
 
     return float(stdtrit(freedom, (1 + confidence) / 2))
 

@@ -1,4 +1,4 @@
-"""Say in a sentence what a comparison shows and what it cannot show, and what all its runs have in common."""
+"""The conclusion of a comparison in a sentence: its result, its limits, and the shared settings of all runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from repan_cli.config.settings import SCHEMA
 from repan_cli.system.text import count
 
 ALWAYS = ("model.name", "block.name", "data.name")
-"""Settings that are said of all runs also where they are the defaults."""
+"""Settings that are listed for all runs even if they have their defaults."""
 
 
 def numbered(comparison: Comparison, group: Group) -> str:

@@ -1,4 +1,4 @@
-"""Say what of a run's settings is out of the ordinary, or has no effect: nothing is wrong, but few want it."""
+"""Advice on a run's settings that are unusual or have no effect. Nothing is wrong, but few users want them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OF_RESTARTS = (
 
 
 def unusual(config: Config) -> Iterator[str]:
-    """Yield what few want."""
+    """Yield settings that are unusual."""
     phases = {"optim": config.optim, "baseline.optim": baseline_phase(config).optim}
     said = set()
     for key, optim in phases.items():
@@ -30,7 +30,7 @@ def unusual(config: Config) -> Iterator[str]:
 
 
 def without_effect(config: Config, given: Mapping[str, Any], *, cycles: bool) -> Iterator[str]:
-    """Yield the settings that were given, and that the others leave without effect, each with the reason."""
+    """Yield given settings that have no effect because of other settings, each with the reason."""
     for key in given:
         why = _why_not(config, key, cycles=cycles)
         if why is not None:

@@ -106,7 +106,7 @@ def find_preset(name: str, *, near: Path | None = None) -> Path:
     """Return the file that `name` means: a path, a path relative to the file `near`, or a shipped preset."""
     name = at_home(name)
     for path in (Path(name), *([near.parent / name] if near else [])):
-        with contextlib.suppress(OSError):  # a name that is too long for one
+        with contextlib.suppress(OSError):  # the name is too long for a path
             if path.is_file():
                 return path
     shipped = presets()

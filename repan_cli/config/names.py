@@ -1,4 +1,4 @@
-"""Names that are known before PyTorch is: read from tables, and from the sources that register them.
+"""Names that are known before PyTorch is loaded: read from tables, and from the sources that register them.
 
 A name that is wrong is an error within the blink of an eye, and a keypress completes one. What is registered by a
 program itself is known to the registries only: a name is refused here only where no source can have it.

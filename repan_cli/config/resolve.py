@@ -1,4 +1,4 @@
-"""From layers of settings, or from the command line, to a checked configuration."""
+"""Resolution of layers of settings, or of the command line, into a checked configuration."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ OTHER_WORDS = {
     **dict.fromkeys(("logger", "loggers"), "run.trackers"),
     "amp": "run.precision",
 }
-"""Words that others have for our settings."""
+"""Other tools' words for our settings."""
 
 SEVERAL = 3
-"""Settings that are suggested at most."""
+"""The largest number of settings that are suggested."""
 
 
 def _unknown_key(key: str) -> str:
@@ -153,7 +153,7 @@ def resolve(command: str, file: str | None, given: Layer) -> Resolved:
 
 
 def _changed(layer: Layer) -> Layer:
-    """Return the settings of a file that are not the default: the config.yaml of a run holds all there are."""
+    """Return the settings of a file that differ from the defaults: the config.yaml of a run holds all settings."""
     known = {key: text for key, text in layer.items() if key in SCHEMA}
     return {key: known[key] for key, value in typed(known).items() if value != SCHEMA[key].default}
 

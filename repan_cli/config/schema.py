@@ -75,7 +75,7 @@ class Setting:
         return next((word for word, meant in self.words.items() if meant == value), value)
 
     def describe(self) -> dict[str, Any]:
-        """Return what programs may want to know of it."""
+        """Return the setting's declaration for programs."""
         kind, optional = _optional(self.type)
         many = typing.get_args(kind)
         name = f"list of {many[0].__name__}" if many else kind.__name__

@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     teacher: Tensor | None = None
 
     def computed_on(self) -> tuple[Tensor, ...]:
-        """Return what the device needs of it, from which `Batch.of` makes it again."""
+        """Return the parts of the batch that the device needs, from which `Batch.of` rebuilds it."""
         return (self.images, self.labels) if self.teacher is None else (self.images, self.labels, self.teacher)
 
     @classmethod
@@ -131,7 +131,7 @@ class Loader(ABC):
 
     @property
     def unnumbered(self) -> str | None:
-        """Return why the views of an image cannot be told by a number; None when they can."""
+        """Return why the views of an image cannot be numbered; None when they can."""
         return self.augmentation.unnumbered
 
     @property
@@ -160,7 +160,7 @@ class Loader(ABC):
         """Yield a batch of cropped, flipped, normalised images for each of `rows`, which hold their indices."""
 
     def check_room(self, batch_size: int) -> None:  # noqa: B027 (most take none)
-        """Raise InputError where such batches of all ranks cannot be loaded for want of shared memory."""
+        """Raise InputError if the shared memory is too small for such batches on all ranks."""
 
     def steps(self, batch_size: int) -> int:
         """Return the number of batches in a training epoch. A last batch of one image a rank is dropped: BN cannot
@@ -186,7 +186,7 @@ class Loader(ABC):
         return EpochPlan(order, crops * 2 + flips, holes, erased)
 
     def _finished(self, batch: Batch, plan: EpochPlan, position: tuple[int, ...]) -> Batch:
-        """Do what is done to whole batches: blank squares and rectangles, and mixing."""
+        """Apply the augmentation of whole batches: blank squares and rectangles, and mixing."""
         images, labels = batch.images, batch.labels
         if self.augmentation.cutout:
             holes = plan.holes[batch.index].to(self.device, non_blocking=True)

@@ -85,7 +85,7 @@ def _from_torchvision(
             raise InputError(f"{folder} needs the package {error.name}: pip install {error.name}") from None
         except (OSError, RuntimeError) as error:
             for path in new_folders:
-                with contextlib.suppress(OSError):  # only what is empty goes
+                with contextlib.suppress(OSError):  # only empty folders are removed
                     path.rmdir()
             where = f"put its files or {{train,test}}/<class>/*.png into {root / folder}, or give --data-root"
             raise InputError(f"{folder} is not under {root} and cannot be downloaded ({error}); {where}") from None

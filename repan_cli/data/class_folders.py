@@ -1,4 +1,4 @@
-"""Image folders as people have them: parts, classes and files, and what lies between them that is no data."""
+"""Image folders: parts, classes and files, and other files between them that are ignored."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Listed(NamedTuple):
 
 
 def is_junk(name: str) -> bool:
-    """Return whether a file or folder is never data."""
+    """Return whether a file or folder is always ignored."""
     return name.startswith(".") or name.lower() in JUNK
 
 
@@ -85,7 +85,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def part_folders(root: Path) -> dict[str, Path]:
-    """Return what `parts_in` does, with a warning of other folders beside the parts."""
+    """Return the result of `parts_in`, with a warning about other folders next to the parts."""
     if named_parts(root) and (strange := [folder.name for folder in _folders(root) if part_of(folder) is None]):
         warn(f"{count_of(len(strange), 'folder')} of {root} skipped, not part of a data set: {_some(strange)}")
     return parts_in(root)
@@ -297,7 +297,7 @@ def list_images(folder: Path, classes: Sequence[str], *, whole: bool = True) -> 
 
 
 def tell_of_others(root: Path, listed: Iterator[Listed]) -> None:
-    """Say how many files of which endings are no images that can be read."""
+    """Warn about files that are not readable images, with their number by ending."""
     others = sum((part.others for part in listed), Counter[str]())
     if others:
         named = ", ".join(f"{ending} {number}" for ending, number in others.most_common(5))

@@ -145,7 +145,7 @@ def _alone(
 
 
 def settings_of(data: config.DataConfig) -> dict[str, Any]:
-    """Return the arguments of `load` that these settings mean."""
+    """Return the arguments of `load` for these settings."""
     return {
         "name": data.name,
         "root": data.root,

@@ -117,7 +117,7 @@ def _pictures(
 
 
 def _outcomes(read: Callable[[int], T], count: int, *, skip: bool, mend: str) -> list[T | None]:
-    """Return what `read` gives for each number; with `skip` None for images that cannot be read, and a warning.
+    """Return the result of `read` for each number; with `skip` None for images that cannot be read, and a warning.
 
     `mend` ends the error of images that must be read, with the way out.
     """

@@ -18,7 +18,9 @@ NUMBERS = {"F": "floats", "I": "32-bit integers"}
 """Modes of images that hold no brightness, and what they hold."""
 
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as large is an error, which is told
+warnings.filterwarnings(
+    "ignore", category=Image.DecompressionBombWarning
+)  # images twice as large are an error, which is reported
 
 
 class UnreadableImageError(InputError):

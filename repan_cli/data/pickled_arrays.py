@@ -1,4 +1,4 @@
-"""The pickles that data sets come as: plain containers, numbers, texts and numpy arrays, read without running anything.
+"""Pickles of data sets: plain containers, numbers, texts and numpy arrays, read without running anything.
 
 pickle's own readers call what a file names. Even numpy's own names are not safe: a dtype whose state is forged makes an
 array follow a pointer from the file. Here each instruction of a pickle is looked up in one table, and what is not in it
@@ -84,7 +84,7 @@ class _Machine:
     memo: dict[int, Any] = field(default_factory=dict)
 
     def since_mark(self) -> list[Any]:
-        """Take what was put on the stack since the last mark."""
+        """Take all values that were put on the stack since the last mark."""
         items, self.stack = self.stack, self.outer.pop()
         return items
 
@@ -168,7 +168,7 @@ def _name(found: str) -> _Call:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """Return what numpy would, for the arguments that numpy writes."""
+    """Return the result of a numpy call, for the arguments that numpy writes."""
     if function is _Call.RECONSTRUCT and arguments in ((_Call.ARRAY, (0,), "b"), (_Call.ARRAY, (0,), b"b")):
         return _Array()
     if function is _Call.DTYPE and len(arguments) == 3 and arguments[0] in KINDS and arguments[1:] in ((0, 1), (0, 0)):

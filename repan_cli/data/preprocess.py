@@ -34,7 +34,7 @@ class MiddleCrop:
         whole = timm.data.create_transform(
             size,
             is_training=False,
-            use_prefetcher=True,  # which leaves the normalisation to others
+            use_prefetcher=True,  # so that timm leaves out the normalisation
             interpolation=self.interpolation,
             mean=self.fill,  # of which a border is
             crop_pct=self.share,

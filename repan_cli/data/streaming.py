@@ -86,7 +86,7 @@ class StreamingLoader(Loader):
         check_room(share, self.channels * self.size**2, self.workers, self.count)
 
     def _note(self, problems: dict[str, bool], mend: str) -> None:
-        """Say once of each image that could not be read; one without a replacement ends the run."""
+        """Warn once about each image that could not be read; one without a replacement ends the run."""
         for problem, fatal in problems.items():
             if fatal:
                 raise InputError(problem + mend)

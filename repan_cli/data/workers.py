@@ -1,4 +1,4 @@
-"""The processes that load images: what each does, how long one waits for them, and how they are left.
+"""The processes that load images: their work, the limits on waiting for them, and their end.
 
 They may hang, on a file of a network that is gone or on a shared memory that is full. The wait for them therefore looks
 at the stop signals, says after a while what it waits for, and ends.
@@ -82,7 +82,7 @@ class Samples(Dataset[Sample]):
 
     @contextlib.contextmanager
     def _noted(self, number: int) -> Iterator[None]:
-        """Let others see which image this process reads meanwhile."""
+        """Tell other processes which image this process is reading."""
         worker = get_worker_info()
         if worker is None or self.at is None:
             yield
@@ -206,7 +206,7 @@ def _kill(iterator: Any) -> None:
     """End the processes of a DataLoader whatever they do: they ignore SIGTERM, and its own way out waits for each."""
     if not getattr(iterator, "_workers", None):
         return
-    iterator._shutdown = True  # its destructor has nothing to do any more
+    iterator._shutdown = True  # nothing is left to its destructor
     if iterator._worker_pids_set:
         torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
         iterator._worker_pids_set = False

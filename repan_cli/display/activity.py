@@ -1,4 +1,4 @@
-"""Show what a command is doing while it says nothing: redrawn on a terminal, a line now and then elsewhere."""
+"""A display of the current activity of a silent command: redrawn on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Activity:
         self._what = None
 
     def _watch(self, over: threading.Event, what: str) -> None:
-        """Show it once it takes long."""
+        """Show the activity once it takes long."""
         if over.wait(AT_ONCE if self.redraws else PATIENCE):
             return
         if self.redraws:

@@ -1,4 +1,4 @@
-"""Everything that people read while repan works, on stderr: the header, the live display, epoch lines, the summary.
+"""All output for users while repan works, on stderr: the header, the live display, epoch lines, the summary.
 
 On a terminal one live display shows where the run is; elsewhere plain lines say so, at least one a minute. Permanent
 lines also go to the run's log.txt. Knows floats and names only, never a tensor.
@@ -62,7 +62,7 @@ class Stderr:
         try:
             action()
         except OSError:
-            with contextlib.suppress(OSError, ValueError):  # what is left in its buffer goes nowhere
+            with contextlib.suppress(OSError, ValueError):  # the rest of its buffer is discarded
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
@@ -117,11 +117,11 @@ class Display:
         self.watching.__exit__(None, None, None)
 
     def busy(self, what: str | None) -> None:
-        """Show what is being done in place of the count of steps."""
+        """Show the current activity in place of the count of steps."""
         self.position.doing = what or ""
 
     def speak(self) -> None:
-        """Say where the run is when nothing was said for a while, as there is no live display."""
+        """Print the position of the run after a silent while, as there is no live display."""
         if time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
             here = self.position
             where = here.doing or f"step {here.step}/{here.steps}"
@@ -228,7 +228,7 @@ class Display:
         if event.val_top1 is not None:
             here = self.position
             here.val, here.best = event.val_top1, event.val_top1 if event.best else max(here.best or 0, event.val_top1)
-        if not self.titled:  # a run that goes on in the midst of a phase
+        if not self.titled:  # a run that was resumed within a phase
             self._title()
         cells = [
             self.name(event.cycle),
@@ -304,7 +304,7 @@ class _NoticeHandler(logging.Handler):
 
 @contextlib.contextmanager
 def showing_activity() -> Iterator[None]:
-    """Show meanwhile what takes long."""
+    """Show long activities within the context."""
     with watched_by(Activity(on_stderr())):
         yield
 

@@ -1,4 +1,4 @@
-"""The live display of a run: where it is, how long it will take, its figures. Three rows at 80 columns, two at 130.
+"""The live display of a run: its position, the remaining time, its figures.
 
 Colours keep their contrast on light and on dark backgrounds, and mean nothing that the words do not say.
 """
@@ -111,7 +111,7 @@ class View:
         for width in (len("cycle 10/10"), len(f"epoch {total}/{total}")):
             grid.add_column(min_width=width, no_wrap=True, overflow="crop")
         grid.add_column(ratio=1)
-        for width in (counted, len("59:59 left")):  # widths that do not change with what is said keep bars in place
+        for width in (counted, len("59:59 left")):  # fixed widths keep bars in place
             grid.add_column(min_width=width, justify="right", no_wrap=True, overflow="crop")
         if wide:
             grid.add_column(no_wrap=True, overflow="crop")

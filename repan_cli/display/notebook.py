@@ -23,17 +23,17 @@ class NotebookLive:
         self.pulse = Heartbeat(self.refresh, seconds=SECONDS)
 
     def start(self) -> None:
-        from IPython.display import display  # there wherever a notebook is
+        from IPython.display import display  # installed with every notebook
 
         self.handle = display(_html(self.view), display_id=True)
         self.pulse.start()
 
     def refresh(self) -> None:
-        """Draw it as it is now."""
+        """Draw the renderable as it is now."""
         self.handle.update(_html(self.view))
 
     def stop(self) -> None:
-        """Leave nothing of it behind."""
+        """Erase the renderable."""
         from IPython.display import HTML
 
         self.pulse.stop()

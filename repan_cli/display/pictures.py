@@ -1,4 +1,4 @@
-"""Pictures with words below them, by Pillow alone: the first batch of a run, and what a network sees in images."""
+"""Pictures with words below them, drawn by Pillow: the first batch of a run, and classified images."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def _line(
 ) -> None:
     points = [(epoch, record[key]) for epoch, record in zip(epochs, records, strict=True) if record[key] is not None]
     if points:
-        marker = "o" if len(points) < FEW else None  # a line through one point is none
+        marker = "o" if len(points) < FEW else None  # one point makes no line
         axes.plot(
             *zip(*points, strict=True),
             label=label,
@@ -146,7 +146,8 @@ def _line(
 def draw_confusion(
     counts: Sequence[Sequence[int]], classes: Sequence[str], target: Path, *, title: str = ""
 ) -> list[str]:
-    """Draw how often each class (rows) was taken for which (columns), in percent of its images, into a PNG.
+    """Draw the confusion matrix, true classes (rows) by predicted classes (columns), in percent of each class, into a
+    PNG. Returns the letters of the names that no font here has.
 
     Returns the letters of the names that no font here has.
     """
@@ -175,7 +176,7 @@ def draw_confusion(
                     axes.text(column, row, str(counts[row][column]), ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(picture, label="% of the class", shrink=0.8)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # which `lacking` says in words
+        warnings.filterwarnings("ignore", message="Glyph")  # `lacking` reports this in words
         figure.savefig(target, dpi=110)
     return lacking
 

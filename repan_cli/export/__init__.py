@@ -1,6 +1,5 @@
-"""From a multi-branch network to what runs elsewhere: merge and prove (`fuse`), the weights of the plain network
-(`conv_bn`), files for other runtimes (`onnx_file`, `pt2_file`), int8 (`int8`).
-"""
+"""Export of a multi-branch network: merge and prove (`fuse`), the weights of the plain network (`conv_bn`), files for
+other runtimes (`onnx_file`, `pt2_file`), int8 (`int8`)."""
 
 from repan_cli.export.fuse import (
     PROOF_IMAGES,

@@ -1,4 +1,4 @@
-"""From a multi-branch network to a plain one, every BN folded, proven equal before anything is written."""
+"""Merging of a multi-branch network into a plain one, with every BN folded, proven equal before anything is written."""
 
 from __future__ import annotations
 
@@ -76,20 +76,20 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
 def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, FuseReport]:
     """Return a merged float32 copy of a network on the CPU, in eval mode, and the proof that it is equal.
 
-    Every block becomes its convolution, and so does every sum of convolutions, BN, average pooling and the like of one
-    value, whoever wrote it; every other convolution takes in the BN that reads it. The proof runs on float64 copies
-    whose merged kernels are not rounded: every block on the input it gets, and all that the network returns, must agree
-    to `TOLERANCE` relative (what an ill-conditioned network returns to what `NUDGE` does). The float32 error is
-    reported beside it.
+    Every block becomes one convolution, and so does every sum of convolutions, BN, average pooling and similar layers
+    with one input, also in other authors' modules. Every other convolution absorbs the BN that reads it. The proof uses
+    float64 copies with unrounded merged kernels: every block on its own input, and all outputs of the network, must
+    agree to a relative error of `TOLERANCE` (outputs of an ill-conditioned network to the effect of `NUDGE`). The
+    float32 error is reported as well.
 
     Args:
-        model: a network with blocks, or with convolutions followed by a BN, which is left as it is; or what `load`
-            takes, a file or the folder of a run. It may return a tensor, or dictionaries, lists and tuples of them.
+        model: a network with blocks, or with convolutions followed by a BN, which is not changed; or a file or the
+            folder of a run, as for `load`. It may return a tensor, or dictionaries, lists and tuples of them.
         images: images (N, C, H, W) to compare on, a batch of a loader, or the loader, whose first batch is taken.
 
-    Returns the network, whose `repan_report` says how it was made of a plain one, and the report.
+    Returns the network, whose `repan_report` records how it was made from a plain one, and the report.
 
-    Raises MergeError when they disagree, InputError when there is nothing to merge or a weight is not finite.
+    Raises MergeError if the two networks disagree, InputError if there is nothing to merge or a weight is not finite.
     """
     began = time.perf_counter()
     if not isinstance(model, nn.Module):
@@ -100,7 +100,7 @@ def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, 
     blocks = [name for name, _ in rep_blocks(exact)]
     try:
         found = plan_merge(exact, images.double())
-    except Exception as error:  # whatever a network does with such images
+    except Exception as error:  # any error is possible in a user's forward
         shape = "x".join(map(str, images.shape))
         raise InputError(f"the network does not run on images of shape {shape}: {first_line(error)}") from error
     if not blocks and not found.changes:

@@ -1,4 +1,4 @@
-"""float16: an ONNX model of half the size, and what its rounding costs."""
+"""float16: an ONNX model of half the size, and the cost of its rounding."""
 
 from __future__ import annotations
 

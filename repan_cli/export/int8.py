@@ -1,4 +1,4 @@
-"""Int8: how much of each layer survives in 8 bits, and static quantisation after training by ONNX Runtime.
+"""Int8: the precision of each layer in 8 bits, and static quantisation after training by ONNX Runtime.
 
 Merged RepVGG-like networks are known to lose much of their accuracy in int8, because merging adds kernels of very
 different ranges (QARepVGG, Chu et al. 2022); the report shows in which layers.
@@ -55,7 +55,7 @@ SAMPLED = 2**18
 
 @dataclass(frozen=True)
 class LayerHealth:
-    """The part of a layer that 8 bits leave.
+    """The quality of a layer in 8 bits.
 
     `weight_spread`: the largest range of an output channel's weights over the median one; with one scale for the whole
     kernel the others share the bits that are left. `input_outlier`: the largest value that the layer reads over the

@@ -1,4 +1,4 @@
-"""Digests of an `.onnx` file: they tell a damaged file from one that another program saved again, or changed.
+"""Digests of an `.onnx` file: they distinguish a damaged file from one that another program saved again or changed.
 
 A file as repan wrote it ends with a check sum of its bytes. Its place is one that no other program gives it, so a file
 that was saved again does not end so; then the digests of what the file holds decide, which do not depend on how it is
@@ -60,7 +60,7 @@ def serialized(model: Any, entries: Mapping[str, str]) -> bytes:
 
 
 def change_of(path: Path, content: bytes, model: Any) -> str | None:
-    """Return how a file differs from what repan wrote; None where it does not, or repan did not write it.
+    """Return how a file differs from the one that repan wrote; None if it does not, or if repan did not write it.
 
     Raises InputError for a file that is damaged: one with a check sum that does not fit, or, where another program
     saved it, with other weights in the same graph, or another description.
@@ -202,5 +202,5 @@ def _numbers(tensor: Any) -> bytes:
         return b"\0".join(tensor.string_data)
     try:
         return numpy_helper.to_array(tensor).tobytes()
-    except Exception:  # it has no numbers that fit its shape, or is of a type that NumPy lacks
+    except Exception:  # its numbers do not fit its shape, or NumPy lacks its type
         return _serialized(tensor)

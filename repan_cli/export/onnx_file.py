@@ -57,7 +57,7 @@ def seal(model: Any, header: dict[str, Any]) -> bytes:
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         value.ClearField("metadata_props")
         for side in value.type.tensor_type.shape.dim:
-            if re.fullmatch(r"s\d+", side.dim_param):  # the exporter's name of the only size that is free
+            if re.fullmatch(r"s\d+", side.dim_param):  # the exporter's name of the only dynamic size
                 side.dim_param = BATCH
     described = dict(header)
     texts = as_texts(described.pop("preprocessing"))

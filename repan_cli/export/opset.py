@@ -91,7 +91,7 @@ def _relabelled(model: Any, since: int, opset: int) -> Any:
 def _check_same(node: Any, now: Any, before: Any) -> None:
     """Raise ValueError where a node uses what an earlier version of its operator has not, or has otherwise."""
     inputs = [[each.name.removeprefix("input_") for each in schema.inputs] for schema in (now, before)]
-    count = min(len(node.input), len(inputs[0]))  # the last one may stand for any number
+    count = min(len(node.input), len(inputs[0]))  # the last one may be variadic
     defaults = [{name: _default(each) for name, each in schema.attributes.items()} for schema in (now, before)]
     shared = defaults[0].keys() & defaults[1].keys()
     if (
@@ -156,5 +156,5 @@ def without_new_attributes(model: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return what onnx says, without its file names and conditions."""
+    """Return the message of onnx, without its file names and conditions."""
     return first_line(error).rpartition("failed: ")[2]

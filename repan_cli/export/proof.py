@@ -59,7 +59,7 @@ def errors_of(merged: nn.Module, exact: nn.Module, found: MergePlan, images: Ten
         with _compared(merged, found, blocks) as blocked:
             blocked(images)
         outputs = leaves(merged(images))
-    except Exception as error:  # whatever a network does without a layer that it had
+    except Exception as error:  # any error is possible in a network that lost a layer
         problem = MergeError(f"merging broke the network: {first_line(error)}; nothing was written")
         return Errors(blocks, {}, problem)
     return _of_outputs(Errors(blocks, dict(differences(outputs, expected))), merged, exact, images, expected)
@@ -133,7 +133,7 @@ def _comparison(
     def compare(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         pairs = [(inputs[0], output)]
         if min(inputs[0].shape[-2:]) < reach and conv.weight.numel() * reach**2 <= MOST_WORK:
-            x = noise(1, conv.in_channels, reach, reach).double()  # in which every weight meets an image
+            x = noise(1, conv.in_channels, reach, reach).double()  # every weight meets an image in it
             pairs.append((x, type(block).forward(block, x)))
         errors[name] = max(errors.get(name, 0.0), *(difference(leaves(conv(x)), leaves(y)) for x, y in pairs))
 

@@ -45,7 +45,7 @@ RECORDS = re.compile(
     rf"{TENSOR.pattern}|{'|'.join(map(re.escape, (*PAYLOADS, INPUTS)))}|models/model\.json|extra/repan\.json|"
     r"archive_format|archive_version|\.data/(version|serialization_id)|byteorder|\.format_version|\.storage_alignment|version"
 )
-"""All that an archive may hold."""
+"""All entries that an archive may have."""
 
 EXAMPLE = re.compile(
     r"data\.pkl|data/\d+|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id"
@@ -78,7 +78,7 @@ def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:
     used = {str(size) for size in images.shape}
     program._range_constraints = {key: span for key, span in program.range_constraints.items() if str(key) in used}
     program._example_inputs = ((torch.zeros(2, *images.shape[1:]),), {})
-    program._guards_code = []  # which the reader would execute
+    program._guards_code = []  # the reader would execute it
     buffer = io.BytesIO()
     with quiet():
         torch.export.save(program, buffer, extra_files={HEADER: to_json(header, sort_keys=True)})
@@ -218,7 +218,9 @@ def _without_bytes(archive: Archive, config: dict[str, Any], folder: str) -> str
 
 
 def _suspicious(part: Any) -> Iterator[str]:
-    """Name what in a graph's description could run code: all but calls of torch's operators on sizes and tensors."""
+    """Name the parts of a graph's description that could run code: all but calls of torch's operators on sizes and
+    tensors.
+    """
     if isinstance(part, list):
         for inner in part:
             yield from _suspicious(inner)

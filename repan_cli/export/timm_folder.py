@@ -63,7 +63,7 @@ def files(saved: Checkpoint, readme: str) -> dict[str, bytes]:
 
 
 def config_of(card: ModelCard) -> dict[str, Any]:
-    """Return what `config.json` tells timm: the network, its classes, and the preparation of its images."""
+    """Return the content of `config.json` for timm: the network, its classes, and the preparation of its images."""
     name, _, tag = card.model.removeprefix(TIMM).partition(".")
     known = timm.get_pretrained_cfg(name)
     layers = {key: getattr(known, key, None) for key in ("first_conv", "classifier")}
@@ -97,6 +97,6 @@ def crop_share(card: ModelCard) -> float:
 
 
 def open_by_timm(folder: Path) -> nn.Module:
-    """Open a folder as anybody with timm does."""
+    """Open a folder with timm alone."""
     network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
     return network.eval()

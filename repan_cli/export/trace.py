@@ -1,4 +1,4 @@
-"""The network as a graph: what both `.onnx` and `.pt2` files are made of."""
+"""The network as a graph, from which both `.onnx` and `.pt2` files are made."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def without_places(program: ExportedProgram) -> ExportedProgram:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence exporters, which tell their own developers much, on stdout, too."""
+    """Silence exporters, which print much for their developers, also on stdout."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     aside = io.StringIO()

@@ -1,1 +1,1 @@
-"""Restarts in other people's training loops: callbacks for Lightning and for Hugging Face's Trainer."""
+"""Restarts in other training loops: callbacks for Lightning and for Hugging Face's Trainer."""

@@ -13,13 +13,13 @@ from lightning.pytorch import Callback  # noqa: E402 (there is a clearer error w
 
 
 class RepanCallback(Callback):
-    """Merge and regrow the blocks of a module before some epochs, in place; `restarts` tells what each restart did.
+    """Merge and regrow the blocks of a module before some epochs, in place; `restarts` records each restart.
 
     Call `repan_cli.expand` on the network before the trainer begins. Calibration images are drawn from the training
     data, in every process its share; what is kept in Lightning's checkpoints lets a run resume anywhere.
 
     Args:
-        epochs: before which epochs, counted from 0, blocks restart.
+        epochs: the epochs, counted from 0, before which blocks restart.
         settings: as for `integrations.restarts.Restarts`: `rule`, `attach`, `attach_epochs`, `momentum`, `network` and
             others.
     """

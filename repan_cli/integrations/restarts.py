@@ -1,4 +1,4 @@
-"""Restarts at given epochs of any training loop: what the callbacks for other loops share.
+"""Restarts at given epochs of any training loop: the common part of the callbacks for other loops.
 
 When a block restarts and what its attach rate is are pure functions of the epoch, so that a loop that resumes goes on
 as if it had not stopped. Nothing is drawn from the generators that the loop draws from.
@@ -46,13 +46,13 @@ class Restarts:
     """Merge and regrow the blocks of a network before some epochs.
 
     Args:
-        epochs: before which epochs, counted from 0, blocks restart; 0 is allowed for networks that are trained already.
+        epochs: the epochs, counted from 0, before which blocks restart; 0 is for networks that are trained already.
         rule: restoration rule, as for `repan_cli.restart`.
-        attach: how fresh branches come in, as for `repan_cli.restart`.
+        attach: how fresh branches start, as for `repan_cli.restart`.
         branch_init: weights of the fresh branches, as for `repan_cli.restart`.
         trunk_scale: scale of the trunk's weights, as for `repan_cli.restart`.
         attach_epochs: with `attach="ramp"`, the epochs in which the attach rate grows from 0 to 1.
-        momentum: the optimizer's memory after a restart: `zero`, or `carry` it over into what trunks have become.
+        momentum: the optimizer's memory after a restart: `zero`, or `carry` it over, converted for the merged trunks.
         calibration_images: training images that `calibrate` measures on, of all processes together.
         seed: of the fresh branches and of the choice of those images.
         network: name of the module in the model that takes images and holds the blocks; by default the model itself.
@@ -110,7 +110,7 @@ class Restarts:
         network = self.network_in(model)
         number = sorted(set(self.epochs)).index(epoch) + 1
         modes = {module: module.training for module in network.modules()}
-        with generators_kept(), torch.no_grad():  # statistics of BN may be others in each process
+        with generators_kept(), torch.no_grad():  # BN statistics may differ between processes
             average_buffers([buffer for buffer in network.buffers() if buffer.is_floating_point()])
             images = list(self._images(loader, number))
             probe = first_batch(images).to(next(network.parameters()).device)

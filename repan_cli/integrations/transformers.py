@@ -20,14 +20,14 @@ WHOLE = 1e-6
 
 
 class RepanCallback(TrainerCallback, ExportableState):
-    """Merge and regrow the blocks of a model before some epochs, in place; `restarts` tells what each restart did.
+    """Merge and regrow the blocks of a model before some epochs, in place; `restarts` records each restart.
 
     Call `repan_cli.expand` on the network before the trainer begins. Calibration images are drawn from the training
     data, in every process its share. A run that resumes in the midst of an epoch knows by its position that the restart
     before that epoch is done.
 
     Args:
-        epochs: before which epochs, counted from 0, blocks restart.
+        epochs: the epochs, counted from 0, before which blocks restart.
         settings: as for `integrations.restarts.Restarts`: `rule`, `attach`, `attach_epochs`, `momentum`, `network` and
             others.
     """
@@ -53,6 +53,6 @@ class RepanCallback(TrainerCallback, ExportableState):
         self.settings.before_step(state.epoch or 0.0, found["model"])
 
     def state(self) -> dict[str, Any]:
-        """Return what the trainer's checkpoints say of it: its arguments, as it has nothing else to remember."""
+        """Return the state for the trainer's checkpoints: only the arguments."""
         arguments = dataclasses.asdict(self.settings)
         return {"args": {**arguments, "epochs": list(self.settings.epochs)}, "attributes": {}}

@@ -96,7 +96,7 @@ def _as_block(part: Weights, block: RepBlock) -> dict[str, Tensor]:
     if (inner := part.get("dbb_1x1_kxk.conv1.weight")) is not None and block.family == "dbb":
         own = dict(block.named_buffers())["branches.1.inner_conv.identity"]
         found["branches.1.inner_conv.weight"] = inner - own.to(inner)
-    if block.family == "dbb" and "dbb_1x1.conv.weight" not in part:  # theirs has none where it is depthwise
+    if block.family == "dbb" and "dbb_1x1.conv.weight" not in part:  # the authors' block has none if it is depthwise
         silent = block.branches[0].state_dict()
         zeros = {name: torch.zeros_like(silent[name]) for name in ("norm.weight", "norm.bias")}
         found |= {f"branches.0.{name}": value for name, value in {**silent, **zeros}.items()}
@@ -189,7 +189,7 @@ def _norms_behind(model: nn.Module, convs: Mapping[str, nn.Conv2d]) -> dict[str,
         for side in SIZES:
             try:
                 return without_arithmetic(model, noise(1, first.in_channels, side, side), _pairs)
-            except Exception:  # whatever a network does with images of another size
+            except Exception:  # any error is possible with images of another size
                 continue
     finally:
         for module, mode in modes.items():

@@ -1,4 +1,4 @@
-"""The uses of each network of timm's or torchvision's: train in cycles, fuse, or neither.
+"""The uses of each network of timm or torchvision: train in cycles, fuse, or neither.
 
 The table `catalog.csv` beside this file was made by `python -m repan_cli.models.catalog`, and names are completed from
 it; a name that it does not have is looked at when it is asked for. Looking builds the network on the meta

@@ -21,7 +21,9 @@ from repan_cli.models.timm_blocks import adapt, split_norm
 
 
 class NotChosen(str):
-    """Why a convolution that may be able to become a block was not chosen. Any other reason is that it cannot."""
+    """The reason why a convolution that may be able to become a block was not chosen. Any other reason means that it
+    cannot.
+    """
 
     __slots__ = ()
 
@@ -85,13 +87,13 @@ class Expansion:
         return dataclasses.replace(self, changes=(*earlier.changes, *self.changes)) if earlier else self
 
     def structure(self, native: Mapping[str, Any]) -> Structure:
-        """Return it as a checkpoint describes it, with the arguments that a network built of blocks was made with."""
+        """Return the expansion as a checkpoint describes it, with the arguments of a network built of blocks."""
         left = {name: str(reason) for name, reason in self.left.items()}
         return Structure(self.changes, left, dict(native))
 
     @classmethod
     def from_card(cls, card: ModelCard) -> Expansion:
-        """Read it from the description in a checkpoint."""
+        """Read the expansion from the description in a checkpoint."""
         return cls(card.block or NATIVE, card.structure.changes, card.structure.left)
 
 
@@ -105,7 +107,7 @@ def summary(left: Mapping[str, str]) -> str:
 
 
 def report_of(model: nn.Module) -> Expansion | None:
-    """Return what was done to a network, its `repan_report`; None for one that was left as it was built."""
+    """Return the `repan_report` of a network; None if it was not changed after it was built."""
     found = getattr(model, "repan_report", None)
     return found if isinstance(found, Expansion) else None
 
@@ -117,7 +119,7 @@ def changes_of(model: nn.Module) -> tuple[Change, ...]:
 
 
 def set_report(model: nn.Module, report: Expansion) -> None:
-    """Note on a network what was done to it, as its `repan_report`."""
+    """Store the record of changes on a network, as its `repan_report`."""
     vars(model)["repan_report"] = report  # neither parameter, buffer nor module
 
 

@@ -1,4 +1,4 @@
-"""Create a network from the name that a person typed."""
+"""Creation of a network from the name that a user typed."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ def create(
 
 def _timm(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
     short = name.removeprefix(TIMM)
-    if not timm.is_model(short):  # nor is a name of the hub in a file followed
+    if not timm.is_model(short):  # Hub names in files are not followed either
         raise InputError(f"this timm ({timm.__version__}) has no model {short}; another may have it")
     if pretrained and not timm.is_model_pretrained(short):
         raise InputError(f"timm has no pretrained weights of {short}; give a file of weights with --init")
     try:
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which would tell of every attempt
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would print every attempt
         with doing(f"fetching the weights of {short}" if pretrained else f"building {short}"):
             return timm.create_model(short, pretrained=pretrained, **kwargs)
     except Exception as error:

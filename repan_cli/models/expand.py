@@ -1,4 +1,4 @@
-"""Any network's convolutions become blocks, without changing its function.
+"""Conversion of any network's convolutions into blocks, without changing its function.
 
 Which convolution belongs to which BN is seen by watching one forward pass, not guessed from names or order: a BN whose
 input is exactly what a convolution returned. A float64 copy of the network, its BN statistics disturbed so that no
@@ -40,18 +40,18 @@ def expand(
 ) -> nn.Module:
     """Make the convolutions of any network re-parameterizable, in place; its function in eval mode is unchanged.
 
-    Trained weights, BN statistics, eps and momentum are kept. What was done is in `model.repan_report`: the family,
+    Trained weights, BN statistics, eps and momentum are kept. `model.repan_report` records the conversion: the family,
     the `changes`, and in `left` why other convolutions are left alone.
 
     Args:
         block: block family, one of your own by the name that it is registered with or as `file.py:function`; None
-            takes the network's own multi-branch blocks where it has them, elsewhere repvgg.
-        images: images (N, C, H, W) that the network runs on, noise will do; or a batch of a loader, or the loader.
+            takes the network's own multi-branch blocks if it has any, else repvgg.
+        images: images (N, C, H, W) for a forward pass, which may be noise; or a batch of a loader, or the loader.
         kernel: sizes of the kernels that become blocks; an empty tuple takes every size above 1x1.
         include: globs of the layers that become blocks; none means all.
         exclude: globs of the layers that are left alone.
         limit: the largest number of blocks; the layers with the largest weights come first.
-        branches: number of k x k side branches, for the families that let choose.
+        branches: number of k x k side branches, for families that allow a choice.
         attach: `ramp` begins at attach rate 0, to be raised by `set_attach_rate`; `zero-gamma` at rate 1 with silent
             branches; `one` at rate 1, which changes the function: for networks that are not trained.
 
@@ -75,7 +75,7 @@ def expand(
 def plan(
     model: nn.Module, images: Tensor, *, family: str | None, selection: Selection, copies: int | None = None
 ) -> Expansion:
-    """Choose what is to become a block; the model is left as it is. `copies` is the number of branches to choose.
+    """Plan which convolutions become blocks; the model is left as it is. `copies` is the number of branches to choose.
 
     Raises InputError for a family that does not exist, a network that does not run on the images, a name in `include`
     that cannot become a block.
@@ -170,7 +170,7 @@ def _unsuited(conv: _ConvNd, seen: Sightings) -> str | None:
 
 
 def _check_included(model: nn.Module, selection: Selection, changes: list[Change], left: Mapping[str, str]) -> None:
-    """Raise InputError for a name that was asked for and cannot be had: a line in a report would not do."""
+    """Raise InputError for a layer that was named but cannot become a block: a line in a report would not be enough."""
     blocks = {name for name, _ in rep_blocks(model)} | {change.name for change in changes}
     known = [*blocks, *left]
     for key, globs in (("include", selection.include), ("exclude", selection.exclude)):

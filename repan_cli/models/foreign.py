@@ -1,4 +1,4 @@
-"""Fit weights of others to a network: find where it lies in the file, and under which names.
+"""Fitting of other programs' weights to a network: their place in the file, and their names.
 
 Nothing is known in advance of how a trainer wraps its networks. Every leading part of the names in a file may be where
 the network lies, and every known way of naming may be the file's; the one under which most names and shapes are the
@@ -85,7 +85,7 @@ def load_foreign(model: nn.Module, weights: Weights, source: str, *, may_be_new:
     own = model.state_dict()
     fitted = fit(model, weights)
     counters = {name: value for name, value in own.items() if name.endswith(COUNTER)}
-    found = {**counters, **fitted.weights}  # older files lack them, or call them otherwise
+    found = {**counters, **fitted.weights}  # older files lack them, or use other names
     found = {name: value for name, value in found.items() if name in own or not name.endswith(COUNTER)}
     new = {
         name
@@ -102,7 +102,7 @@ def load_foreign(model: nn.Module, weights: Weights, source: str, *, may_be_new:
 
 
 def _tell(fitted: Fitted, source: str) -> None:
-    """Say what of a file was not used."""
+    """Report the parts of a file that were not used."""
     if fitted.rivals:
         others = ", ".join(f"'{name.rstrip('.')}'" for name in fitted.rivals)
         warn(

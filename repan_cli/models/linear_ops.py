@@ -285,7 +285,7 @@ ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 @torch.no_grad()
 def _observed(module: nn.Module, channels: int | None) -> ConvMap:
-    """Read a module of any code by what it makes of single pixels: a 1x1 convolution, and padding around it.
+    """Read a module with any code by its effect on single pixels: a 1x1 convolution, and padding around it.
 
     Authors of multi-branch blocks write layers so that assign the borders of a map by hand.
     """

@@ -67,7 +67,7 @@ class MergedNames:
         _heads(model, found, touched)
         starts = tuple(f"{name}." for name in touched)
         held = {name: value for name, value in model.state_dict().items() if name.startswith(starts)}
-        return held | found  # what is beside the branches, such as attention, is the file's
+        return held | found  # layers besides the branches, such as attention, come from the file
 
 
 def _fits(weights: Mapping[str, Tensor], name: str, layer: nn.Conv2d | nn.Linear) -> bool:

@@ -1,4 +1,4 @@
-"""Plan what of a network merges, beyond the blocks it has: timm's own, sums of branches, BN behind convolutions.
+"""The plan of a merge beyond existing blocks: timm's own blocks, sums of branches, BN behind convolutions.
 
 All is seen in passes that cost no arithmetic; the proof in float64 follows where the plan is carried out.
 """
@@ -72,7 +72,7 @@ def plan_merge(model: nn.Module, images: Tensor) -> MergePlan:
 
 
 def _look(model: nn.Module, images: Tensor) -> tuple[Observed, list[Change]]:
-    """Return what one pass tells, and the convolutions that may take in a BN."""
+    """Return the findings of one pass, and the convolutions that may take in a BN."""
     seen, sightings = observe(model, images)
     return seen, to_expand(model, sightings, "plain", EVERYTHING)[0]
 

@@ -1,4 +1,4 @@
-"""Watch one pass of a network for who adds images, and who reads what a convolution returns or is made of."""
+"""Observation of one pass of a network: who adds images, and who reads the outputs and weights of convolutions."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def inner_outputs(model: nn.Module, images: Tensor, names: Collection[str]) -> L
 
 
 def _copied(found: Leaves) -> Leaves:
-    return {name: value.clone() for name, value in found.items()}  # what follows may change it in place
+    return {name: value.clone() for name, value in found.items()}  # later layers may change it in place
 
 
 def difference(found: Leaves, expected: Leaves) -> float:

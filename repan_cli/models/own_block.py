@@ -1,4 +1,4 @@
-"""Block families of a person's own in checkpoints: which a file needs, and the one that is given for it."""
+"""Users' own block families in checkpoints: those that a file needs, and the one that is given for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from repan_cli.system.user_code import names_a_file
 
 
 def needed(card: ModelCard) -> list[str]:
-    """Return the families of a person's own that a network is built with; a merged one has no branches."""
+    """Return the users' own families that a network is built with; a merged one has no branches."""
     if card.form == FUSED:
         return []
     named = [change.family for change in card.structure.changes] + [card.structure.native.get("block")]
@@ -19,7 +19,7 @@ def needed(card: ModelCard) -> list[str]:
 
 
 def missing(card: ModelCard) -> list[str]:
-    """Return those that are not registered in this process."""
+    """Return the families that are not registered in this process."""
     return [name for name in needed(card) if name not in FAMILIES]
 
 
@@ -47,9 +47,9 @@ def given_again(card: ModelCard, block: str | None, source: str) -> ModelCard:
 
 
 def how_to_give(name: str, source: str, network: str | None = None) -> str:
-    """Return the error of a file that needs a block family which nobody has given.
+    """Return the error for a file whose block family was not given.
 
-    `network` is the network in the file: where it is a person's own, it must be given again, too, and is named at once.
+    `network` is the network in the file: if it is a user's own, it must be given again too, and is named at once.
     """
     how = f"--block {name}" if names_a_file(name) else "--block FILE.py:FUNCTION, or repan_cli.register_block"
     what = f"blocks of your own, {name}"

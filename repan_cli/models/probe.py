@@ -1,4 +1,4 @@
-"""Watch a forward pass of a network, and try changes on a float64 copy of it."""
+"""Observation of a forward pass of a network, and trials of changes on a float64 copy of it."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class Probe:
             return str(error)
         try:
             found = self._seen(model, self.images)
-        except Exception as error:  # whatever a network does with what was its convolution
+        except Exception as error:  # any error is possible after a convolution was replaced
             return f"as a block it fails: {first_line(error)}"
         compared = {name: value for name, value in found.items() if not self.parts or name in self.expected}
         if self.bound is None or not difference(compared, self.expected) <= self.bound:

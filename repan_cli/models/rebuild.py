@@ -47,7 +47,7 @@ def build_untrained(
 
 
 def _is_of_a_person(card: ModelCard, network: nn.Module | str | None) -> bool:
-    """Return whether a network is built by a person's own code."""
+    """Return whether a network is built by a user's own code."""
     return isinstance(network, nn.Module) or user_file.names_a_file(card.model) or bool(own_block.needed(card))
 
 
@@ -79,7 +79,7 @@ REGISTERED = (register_module_parameter_registration_hook, register_module_buffe
 def _build(card: ModelCard, source: str, network: nn.Module | str | None) -> nn.Module:
     native, expansion = card.structure.native, Expansion.from_card(card)
     changes = list(expansion.changes)
-    if card.form == FUSED:  # branches that would only be merged need not be made
+    if card.form == FUSED:  # there is no need to make branches that would only be merged
         native = {**native, "block": "plain", "branches": None} if native else native
         changes = [_without_branches(change) for change in changes if change.kind != "grow"]
     if isinstance(network, nn.Module):
@@ -126,7 +126,7 @@ def rebuild(
     weights do not fit the network that the file describes.
     """
     merges = any(change.kind == "merge" for change in saved.card.structure.changes)
-    drawn = merges or _is_of_a_person(saved.card, network)  # what a person's own does with its weights is not known
+    drawn = merges or _is_of_a_person(saved.card, network)  # a user's own network may do anything with its weights
     with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else NothingIsDrawn():
         model = build_untrained(saved, source, network, block)
     checkpoint.load_weights(model, saved.weights, source)

@@ -30,7 +30,7 @@ class RepVggCifar(SmallNet):
         num_classes: outputs; 0 leaves the classifier out.
         in_chans: channels of the input.
         block: block family, see `repan_cli.blocks.FAMILIES`.
-        branches: number of k x k side branches, for the families that let choose.
+        branches: number of k x k side branches, for families that allow a choice.
         drop_rate: dropout before the classifier.
         global_pool: timm's name of the pooling.
     """

@@ -1,4 +1,4 @@
-"""Find the sums of parallel convolutions in anybody's forward, and put one convolution in the place of each.
+"""Sums of parallel convolutions in any forward, each replaced by one convolution.
 
 The module that adds is traced by `torch.fx`; what lies between the value that all terms read and the sum, post-norm
 included, is read as one convolution over taps. Nothing depends on the values of weights, so that the same module is

@@ -40,7 +40,7 @@ def is_own_block(module: nn.Module) -> bool:
 
 
 def adapt(module: nn.Module) -> nn.Module:
-    """Return what takes the place of one of timm's blocks: the module with a `RepBlock` inside, or a `RepBlock`.
+    """Return the replacement of one of timm's blocks: the module with a `RepBlock` inside, or a `RepBlock`.
 
     Raises ValueError, saying why, where it is no sum of linear branches.
     """

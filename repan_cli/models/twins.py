@@ -1,4 +1,4 @@
-"""Copies of networks that share their tensors, or have none, to look at what a network does without computing it."""
+"""Copies of networks that share their tensors, or have none, to observe a network without computing it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ so all their maps stay odd or even."""
 
 
 def without_arithmetic(model: nn.Module, images: Tensor, look: Callable[[nn.Module, Tensor], Found]) -> Found:
-    """Return what `look` returns for a network, with blocks as convolutions, and images.
+    """Return the result of `look` for a network, with blocks as convolutions, and images. It runs on the meta device if
+    possible, else on tensors of zeros.
 
     It looks at the meta device where that can be, else at one with tensors of zeros.
     """
     try:
         return look(twin(model, "meta", blocks=_as_convolution), images.to("meta"))
-    except Exception:  # whatever a network does with tensors that hold nothing
+    except Exception:  # any error is possible with tensors without data
         return look(twin(model, blocks=RepBlock.reparameterize), images)
 
 
@@ -72,6 +73,6 @@ def cut(model: nn.Module, images: Tensor) -> Tensor:
         return images
     try:
         without_arithmetic(model, middle[:1], lambda net, some: net(some))
-    except Exception:  # whatever a network does with images of another size
+    except Exception:  # any error is possible with images of another size
         return images
     return middle

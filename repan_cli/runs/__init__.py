@@ -1,4 +1,4 @@
-"""Run directories, and where the figures of a run go."""
+"""Run directories and trackers of metrics."""
 
 from repan_cli.runs.directory import (
     HEARTBEAT,

@@ -85,7 +85,7 @@ LEFTOVER = re.compile(
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the halves of files that kills have left behind."""
+    """Remove incomplete temporary files that kills have left behind."""
     for file in path.iterdir():
         if LEFTOVER.fullmatch(file.name):
             with contextlib.suppress(OSError):
@@ -164,8 +164,8 @@ class RunDirectory:
             self._write_status()
 
     def beat(self) -> None:
-        """Say that the run is alive."""
-        with self._speaking, contextlib.suppress(OSError, OutOfSpaceError):  # the run itself will meet it
+        """Update the heartbeat of the run."""
+        with self._speaking, contextlib.suppress(OSError, OutOfSpaceError):  # the run itself will report it
             if self._status.get("state") == "running":
                 self._write_status()
 
@@ -194,7 +194,7 @@ class Heartbeat:
 
 
 def read_series(path: Path) -> dict[str, Any] | None:
-    """Read what a folder of several runs is; None for any other. Raises InputError for one that cannot be read."""
+    """Read the description of a folder of several runs; None for any other. Raises InputError if it cannot be read."""
     if not (path / SERIES).exists():
         return None
     try:
@@ -268,7 +268,7 @@ def discard_unsaved(path: Path) -> None:
 
 
 def check_free(path: str | None) -> None:
-    """Complain early about a run directory that exists. Raises InputError."""
+    """Raise InputError early if a run directory exists."""
     if path and Path(path).exists():
         raise InputError(existing(Path(path)))
 

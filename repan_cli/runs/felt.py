@@ -32,9 +32,7 @@ def part(window: int, steps: int) -> int:
 
 
 def marks(steps: int) -> tuple[int, ...]:
-    """Return the steps of an epoch after which the sums of its losses are noted: the ends of heads, and the start of
-    the tail.
-    """
+    """Return the steps of an epoch at which the loss sums are stored: the ends of heads, and the start of the tail."""
     return (*(part(window, steps) for window in HEADS), steps - part(TAIL, steps))
 
 

@@ -1,4 +1,4 @@
-"""The runs below a folder: of which command each is, how far it came, and how it goes on."""
+"""The runs below a folder: the command of each, its progress, and how to continue it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _test(path: Path) -> float | None:
 
 
 def _how(path: Path, command: str) -> str:
-    """Return the command that goes on with a run, with a network and blocks of one's own named again."""
+    """Return the command that resumes a run, including the user's own network and blocks."""
     whole = path.parent if (path.parent / SERIES).exists() else path
     settings: dict[str, Any] = {}
     with contextlib.suppress(InputError):

@@ -34,7 +34,7 @@ class Job(NamedTuple):
 
     @property
     def log(self) -> Path:
-        """Return the file that takes what the run prints."""
+        """Return the file that takes the run's output."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property

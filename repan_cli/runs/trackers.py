@@ -1,4 +1,4 @@
-"""Trackers, which take figures while a run goes on: JSON lines and CSV, always; TensorBoard and W&B on request.
+"""Trackers of a run's metrics: JSON lines and CSV, always; TensorBoard and W&B on request.
 
 A tracker is one class: `log` takes flat figures of one kind, `TRACKERS` knows it by name. It imports its own library in
 its constructor only.
@@ -91,7 +91,8 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def rewind(folder: Path, cycle: int, epoch: int) -> None:
-    """Take out what metrics.jsonl and metrics.csv hold from beyond an epoch: a resumed run makes it again.
+    """Remove the records after an epoch from metrics.jsonl and metrics.csv: a resumed run writes them again. Each file
+    is replaced as a whole, and only if something has to go.
 
     Each file is replaced as a whole, and only where something has to go.
     """
@@ -294,7 +295,7 @@ class Once:
             self.mark = mark
             marks = to_json({**_read_marks(self.marks), self.name: mark})
             write_atomically(self.marks, lambda file: file.write(marks.encode()))
-        except Exception as error:  # whatever its library or the network comes up with
+        except Exception as error:  # any error of its library or the network
             self._leave(error)
 
     def close(self) -> None:
@@ -328,6 +329,6 @@ def open_requested(names: tuple[str, ...], run: TrackedRun) -> list[Once]:
     for name in dict.fromkeys(names):
         try:
             opened.append(Once(name, run))
-        except Exception as error:  # whatever its library or the network comes up with
+        except Exception as error:  # any error of its library or the network
             raise InputError(f"run.trackers={name} cannot begin: {first_line(error)}") from None
     return opened

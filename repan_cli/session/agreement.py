@@ -1,4 +1,4 @@
-"""Compare ranks before they train together: code, settings, images, network, position.
+"""Checks that ranks agree before they train together: code, settings, images, network, position.
 
 A difference would go unnoticed later, since gradients are averaged whatever they are of. Everything is compared by
 digests, at the start of a run and at a resume.
@@ -28,7 +28,7 @@ from repan_cli.training.run import Training
 from repan_cli.training.snapshot import SUMS, snapshot
 
 MAY_DIFFER = ("data.root", "data.workers", "run.out", "run.trackers", "teacher.name", "model.name", "model.init")
-"""Settings that may be others on each machine: where things lie. What lies there is compared."""
+"""Settings that may differ between machines: locations. Their contents are compared."""
 
 DIGITS = 12
 """Digits of a digest that are shown."""

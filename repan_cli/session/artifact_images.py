@@ -1,4 +1,4 @@
-"""The images that belong to a network: the data set it was trained on, or some of its images to look at."""
+"""The images for a network: the data set it was trained on, or some of its images for checks."""
 
 from __future__ import annotations
 

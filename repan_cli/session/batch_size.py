@@ -56,8 +56,10 @@ def _fitting(network: nn.Module, dataset: Dataset, machine: Runtime) -> tuple[in
     with torch.random.fork_rng(devices=[machine.device] if machine.device.type == "cuda" else []):
         kept = _bytes_kept(trial, images, machine) / len(images)
         free = _free(machine.device)
-        number = _power(int(SHARE * free / max(2 * kept, 1)))  # what is kept for the way back, and its gradients
-        if machine.device.type == "cuda":  # where other memory than that of activations counts, too
+        number = _power(
+            int(SHARE * free / max(2 * kept, 1))
+        )  # activations kept for the backward pass, and their gradients
+        if machine.device.type == "cuda":  # includes memory besides activations
             number = largest(min(number, MOST), lambda count: _fits(trial, images, machine, count))
     if number < 2:
         raise InputError("not even two images fit the device: set a smaller data.image_size, or another network")
@@ -111,7 +113,7 @@ def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     whole = host.memory_bytes() or 2**32
-    return max(host.memory_bytes(free=True) or 0, whole // 4)  # files that are cached make room
+    return max(host.memory_bytes(free=True) or 0, whole // 4)  # the file cache can be freed
 
 
 def _power(number: int) -> int:

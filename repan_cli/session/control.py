@@ -42,7 +42,7 @@ def _of(run: Path) -> Path:
 
 
 def begin(run: Path) -> None:
-    """Make the run directory of the control out of a run that has just ended its baseline."""
+    """Make the run directory of the control from a run that has just ended its baseline."""
     target = _of(run)
     draft = target.with_name(f".{target.name}")
     shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed here

@@ -1,4 +1,4 @@
-"""Folders as the Hub has them, there or here: weights, and a `config.json` that says which network they are of."""
+"""Folders of the Hub, remote or local: weights, and a `config.json` that names their network."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fetched(source: str) -> str:
         return source
     from huggingface_hub import errors, hf_hub_download
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which would tell of every attempt
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would print every attempt
     name, revision = named["name"], named["revision"]
     try:
         config = Path(hf_hub_download(name, HUB_CONFIG, revision=revision))

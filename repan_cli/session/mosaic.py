@@ -1,4 +1,4 @@
-"""Show what augmentation makes of the data: the first training batch of a run, as a picture."""
+"""A picture of the first training batch of a run, after augmentation."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def _take(model: nn.Module, weights: Mapping[str, Tensor], config: Config) -> bo
 
 
 def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -> Network:
-    """Build the network of one of repan's checkpoints; one without side branches may grow those of another family."""
+    """Build the network of one of repan's checkpoints; one without side branches may get those of another family."""
     source = _source(config)
     saved = _with_own_blocks(config, saved, source)
     _check_origin(config, dataset, name, saved)
@@ -223,7 +223,7 @@ def _other_names(classes: Sequence[str], saved: Checkpoint) -> str:
 
 
 def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Network:
-    """Build the network of a run that goes on. Raises InputError when the data are no longer those of the run."""
+    """Build the network of a resumed run. Raises InputError when the data are no longer those of the run."""
     check_classes("the run", saved.card.classes, dataset)
     if saved.card.labels_digest != dataset.labels_digest:
         raise InputError(
@@ -240,7 +240,7 @@ def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Netw
 
 
 def state_of(saved: Checkpoint, source: str) -> RunState:
-    """Return what a run goes on from. Raises InputError, naming the source, for a checkpoint without it."""
+    """Return the state that a run resumes from. Raises InputError, naming the source, for a checkpoint without it."""
     if saved.card.run is None:
         raise InputError(f"{source} holds weights, but no state to resume from")
     return saved.card.run
@@ -303,7 +303,7 @@ def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
 
 
 def _mend(name: str) -> str:
-    """Suggest what may help a network that does not run on the images."""
+    """Suggest a fix for a network that does not run on the images."""
     if user_file.names_a_file(name):
         return "let it take in_chans as an argument, or set data.image_size"
     cfg = timm.get_pretrained_cfg(name.removeprefix("timm:"), allow_unregistered=True)

@@ -1,4 +1,4 @@
-"""Notice when a run becomes many times slower than it was, as it does where other processes take its cores."""
+"""Detection of runs that become many times slower, for example because other processes take their cores."""
 
 from __future__ import annotations
 

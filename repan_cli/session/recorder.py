@@ -1,4 +1,4 @@
-"""Write down a run while it goes on: metrics, checkpoints, the state to go on from, the summary."""
+"""The recorder of a run: metrics, checkpoints, the state to resume from, the summary."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Record:
         session = self.session
         self.folder.status("running")
         if session.start:
-            if session.start["top1"] is not None:  # where the run begins competes for the best, too
+            if session.start["top1"] is not None:  # the initial weights also compete for the best
                 session.training.progress.best_top1 = session.start["top1"]
                 self._save("best.pt", 0, None, session.start)
             if session.command == "cycle":
@@ -159,7 +159,7 @@ class Record:
         return checkpoint.capture(self.session.training.scored, card)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a run that failed: nothing else is to get in the way
+        with contextlib.suppress(OSError):  # of a failed run: no other error may hide the first
             self._save_best()
         for tracker in self.trackers:
             tracker.close()
@@ -167,7 +167,7 @@ class Record:
 
 def _metrics(event: Epoch | CycleEnd) -> dict[str, Any]:
     found = {name: value for name, value in dataclasses.asdict(event).items() if name not in ("cycle", "epoch", "best")}
-    if found.get("test_top5", 0) is None:  # with five classes or fewer it says nothing
+    if found.get("test_top5", 0) is None:  # meaningless with five classes or fewer
         del found["test_top5"]
     return found
 

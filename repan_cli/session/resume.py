@@ -1,4 +1,4 @@
-"""`--resume`: a run goes on from its newest whole state, as if it had never stopped."""
+"""`--resume`: a run continues from its newest whole state, as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ images that cannot be read any more by `data.on_error`; a teacher must be the sa
 
 
 def run(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
-    """Go on with a run of `command`, and return its directory, on the first rank. Raises InputError for one that cannot
-    be.
+    """Resume a run of `command`, and return its directory, on the first rank. Raises InputError if it cannot be
+    resumed.
     """
     join_ranks(str(given.get("run.device", "auto")))
     if own_rank():
@@ -60,7 +60,7 @@ def run(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
 
 
 def _follow(command: str, given: Layer) -> None:
-    """Go on as one of several ranks, from the state that the first sends: the folder need not be on this machine."""
+    """Resume as one of several ranks, from the state that the first sends: the folder need not be on this machine."""
     source = Path(of_first_rank(None).decode())
     with file_of_first_rank(source, own_rank()) as received:
         saved = checkpoint.load(received)
@@ -135,7 +135,7 @@ def _set_aside(damaged: Path) -> None:
 
 
 def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
-    """Return the configuration of the run with what may change. Raises InputError for what may not."""
+    """Return the configuration of the run with allowed changes. Raises InputError for others."""
     stored, asked = saved.card.config, config.typed(given)
     whole = config.from_flat(stored)
     for key, value in asked.items():
@@ -191,7 +191,7 @@ def _check_cycles(whole: Config, cycles: int, phase: int) -> None:
 
 
 def _warn_of_edits(saved: Checkpoint, path: Path) -> None:
-    """Say what somebody has changed in config.yaml since: the settings that count are those in the state."""
+    """Warn about edits of config.yaml since the run began: the settings in the state are the ones that count."""
     try:
         there = config.typed(read_file(path / "config.yaml"))
     except InputError as error:
@@ -209,7 +209,7 @@ def _warn_of_edits(saved: Checkpoint, path: Path) -> None:
 
 
 def _warn_of_changes(saved: Checkpoint, now: Mapping[str, Any]) -> None:
-    """Say what is not as it was where that may change the last bits of what follows."""
+    """Warn about differences in the environment that may change the last bits of the results."""
     before = saved.card.surroundings or {}
     changes = [f"{name} {before[name]} is now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changes:

@@ -62,7 +62,7 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
 
 
 def begin(session: Session, resolved: Resolved, *, as_json: bool) -> Path:
-    """Make the run directory of a run that is ready, and carry it out. Returns the directory."""
+    """Create the run directory of a prepared run, and carry the run out. Returns the directory."""
     command, config = session.command, session.config
     path = Path(config.run.out) if config.run.out else runs.claim_default(command, *session.names)
     with runs.RunDirectory(path, reopen=not config.run.out) as folder:
@@ -83,7 +83,7 @@ def carry_out(
     begun: Mapping[str, Any] | None = None,
     as_json: bool,
 ) -> None:
-    """Train and report, from the start or, with what a run had `begun`, from where it stopped.
+    """Train and report, from the start or, with the notes that a run had `begun`, from where it stopped.
 
     Raises InterruptedRunError on Ctrl-C and PreemptedRunError when another signal asks to stop, with everything saved.
     """
@@ -108,7 +108,7 @@ def carry_out(
             try:
                 _train(session, record, display, signals, limit, fresh=begun is None)
                 finish(session, folder, display, record)
-                signals.leaving = True  # it has its results: nothing can undo that
+                signals.leaving = True  # the results are complete: a late signal does not undo them
                 conclude(session, folder, display, record.summary)
             except (KeyboardInterrupt, StoppedError) as end:
                 signals.leaving = True
@@ -130,7 +130,7 @@ def carry_out(
 
 
 def _heard(number: int) -> str:
-    """Say at once that a signal was heard."""
+    """Acknowledge a signal at once."""
     name = signal.Signals(number).name
     again = "; press again to stop at once, without saving" if number == signal.SIGINT else ""
     return f"{'Ctrl-C' if number == signal.SIGINT else name}: finishing the step, then saving{again}"
@@ -139,7 +139,7 @@ def _heard(number: int) -> str:
 def _train(
     session: Session, record: Record, display: Display, signals: StopSignals, limit: TimeLimit, *, fresh: bool
 ) -> None:
-    """Train through the plan and note what happens. Raises StoppedError when a signal asks to, with the state saved."""
+    """Train through the plan and record events. Raises StoppedError when a signal asks to, with the state saved."""
     hear(session.training, signals)
     if fresh:
         record.open()
@@ -166,9 +166,9 @@ def _train(
             epochs = count(session.training.progress.since_best, "epoch")
             display.say(f"ended after {epochs} without a better validation top-1 (run.patience)")
             record.summary["ended_early"] = True
-        leave_ranks()  # what follows is for the first alone
+        leave_ranks()  # the rest is for the first rank alone
     except StoppedError:
-        if session.training.progress.whole:  # in the middle of a restart what the last epoch saved is the state
+        if session.training.progress.whole:  # within a restart, the state is the one saved after the last epoch
             record.save_last()
         leave_ranks()
         raise
@@ -244,7 +244,7 @@ def _stops(session: Session, event: Event, signals: StopSignals) -> bool:
 def _stopped(
     session: Session, record: Record, display: Display, signals: StopSignals, *, saved: bool
 ) -> InterruptedRunError | PreemptedRunError:
-    """Leave the run so that it can go on, and say how."""
+    """Leave the run so that it can be resumed, and return the error that explains how."""
     folder, summary = record.folder, record.summary
     asked = None if signals.received == signal.SIGINT else signals.received
     folder.status("preempted" if asked else "interrupted")

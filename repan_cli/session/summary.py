@@ -31,7 +31,7 @@ from repan_cli.training.run import Training
 
 
 def header(session: Session, resolved: Resolved) -> dict[str, str]:
-    """Describe what is about to happen."""
+    """Describe the run that is about to begin."""
     config, data, training = session.config, session.dataset, session.training
     typed, name = resolved.config.model.name, config.model.name
     network = name if typed in (None, name) else f"{typed} is {name}"
@@ -59,7 +59,9 @@ def _describe_classes(session: Session) -> dict[str, str]:
 
 
 def _describe_augmentation(train: Loader) -> dict[str, str]:
-    """Describe what is done to training images beside crop and flip, or how they come; empty in the plainest case."""
+    """Describe the augmentation of training images besides crop and flip, or how they are loaded; empty in the plainest
+    case.
+    """
     chosen = {name: getattr(train.augmentation, name) for name in ("policy", "cutout", "erase", "mixup", "cutmix")}
     parts = [f"{name} {value}" for name, value in chosen.items() if value]
     if isinstance(train, StreamingLoader):
@@ -103,7 +105,7 @@ def _describe_plan(plan: tuple[Phase, ...]) -> str:
 
 
 def finish(session: Session, folder: runs.RunDirectory, display: Display, record: Record) -> None:
-    """Measure the network that validation chose, merge it, write the summary: then the run has its results."""
+    """Measure the network that validation chose, merge it, and write the summary, which completes the run's results."""
     source, summary = chosen_file(folder.path), record.summary
     chosen = checkpoint.load(source)
     model = models.rebuild(chosen, str(source), session.user_model)
@@ -124,7 +126,7 @@ def finish(session: Session, folder: runs.RunDirectory, display: Display, record
 
 
 def conclude(session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
-    """Mark a run that has its summary as done, draw it, say where everything is. What of it fails is a warning."""
+    """Mark a run that has its summary as done, draw it, and print where its files are. Failures become warnings."""
     with warned("the run is done, but status.json does not say so; --resume fixes that"):
         folder.status("done")
     with warned("no curves.png"):
@@ -135,10 +137,10 @@ def conclude(session: Session, folder: runs.RunDirectory, display: Display, summ
 
 @contextlib.contextmanager
 def warned(what: str) -> Iterator[None]:
-    """Turn an error into a warning that says what is missing now, and why."""
+    """Turn an error into a warning that names the missing result, and the reason."""
     try:
         yield
-    except Exception as error:  # a full disk, a lost terminal, whatever a library comes up with
+    except Exception as error:  # a full disk, a lost terminal, any error of a library
         warn(f"{what} ({type(error).__name__}: {first_line(error)})")
 
 
@@ -156,7 +158,7 @@ def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model
 
 
 def draw(session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
-    """Draw the course of a run, with test top-1 at the ends of its phases, as far as they are over."""
+    """Draw the curves of a run, with test top-1 at the end of each finished phase."""
     title = (f"repan {session.command}", *session.names, f"seed {session.config.run.seed}")
     if not plots.available():
         display.say(f"no curves.png: {plots.HOW_TO_GET}")

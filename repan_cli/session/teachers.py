@@ -66,7 +66,7 @@ class PhaseTasks:
         self._teachers: dict[config.TeacherConfig, LogitCache | Teacher] = {}
 
     def prepare(self, plan: Sequence[Phase]) -> None:
-        """Find the teachers of all phases, so that what is wrong with one is said before the first step."""
+        """Find the teachers of all phases, so that errors in one appear before the first step."""
         for phase in plan:
             if phase.teacher.name not in (None, config.PREVIOUS):
                 self._teacher(phase.teacher)
@@ -80,7 +80,7 @@ class PhaseTasks:
 
     def _teacher(self, settings: config.TeacherConfig, cycle: int = 0) -> LogitCache | Teacher:
         name = _name_in(settings)
-        settings = dataclasses.replace(settings, alpha=0.5, temperature=1.0)  # which its logits do not depend on
+        settings = dataclasses.replace(settings, alpha=0.5, temperature=1.0)  # its logits do not depend on it
         if name == config.PREVIOUS:
             self._teachers.pop(settings, None)
         if settings not in self._teachers:

@@ -144,7 +144,7 @@ def find_precision(name: str, device: torch.device) -> str:
 
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
-    """Return what a run's env.json says of the machine."""
+    """Return the description of the machine for a run's env.json."""
     gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
     return {
         "platform": platform.platform(),

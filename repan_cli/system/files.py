@@ -45,7 +45,7 @@ def _finite(content: Any) -> Any:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it, rename it into place, and flush the folder."""
+    """Write a temporary file next to `path` with `write`, flush it, rename it into place, and flush the folder."""
     with temporary_file(path) as (file, name):
         write(file)
         flush(file)

@@ -1,4 +1,5 @@
-"""Ask the operating system about this machine: cores, memory, processor. Every answer exists on every system."""
+"""Information on this machine from the operating system: cores, memory, processor. Every function works on every
+system."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def _core_times() -> dict[int, tuple[int, int]]:
     for line in PROC_STAT.read_text(encoding="utf-8").splitlines():
         name, *figures = line.split()
         if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in usable:
-            user, nice, system, idle, wait, *others = map(int, figures[:8])  # interrupts, and what a host takes
+            user, nice, system, idle, wait, *others = map(int, figures[:8])  # interrupts, and time stolen by a host
             used = user + system + sum(others)
             times[int(name[3:])] = used, used + nice + idle + wait
     return times
@@ -75,7 +76,7 @@ def memory_bytes(*, free: bool = False) -> int | None:
         return None
     try:
         return os.sysconf("SC_AVPHYS_PAGES" if free else "SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # macOS does not tell what is free
+    except (ValueError, OSError):  # macOS does not report free memory
         return None
 
 

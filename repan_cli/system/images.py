@@ -1,4 +1,4 @@
-"""Images as people have them: a tensor, a batch of a loader, or an iterable of batches."""
+"""Images in the forms that users have them: a tensor, a batch of a loader, or an iterable of batches."""
 
 from __future__ import annotations
 

@@ -6,25 +6,25 @@ import os
 
 
 def own_rank() -> int:
-    """Return which process of `torchrun` this is, also before it has joined the others."""
+    """Return the global rank of this process of `torchrun`, also before it has joined the others."""
     return int(os.environ.get("RANK", "0"))
 
 
 def rank_count() -> int:
-    """Return how many processes train together."""
+    """Return the number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """Return which process of this machine this is."""
+    """Return the rank of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_ranks() -> int:
-    """Return how many processes of this machine train together."""
+    """Return the number of processes of this machine that train together."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def restarts() -> int:
-    """Return how often torchrun has begun this process anew. Each machine counts by itself."""
+    """Return how often torchrun has restarted this process. Each machine counts by itself."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -34,7 +34,7 @@ def warn_once(text: str) -> None:
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Tell whoever watches what is being done meanwhile: something that may take long and says nothing by itself."""
+    """Announce a long, silent activity to listeners within the context."""
     _DOING.append(what)
     _tell_watchers()
     try:

@@ -1,4 +1,4 @@
-"""Optional packages: what needs one says so before it begins, with the line that installs it."""
+"""Optional packages: code that needs one reports this before it begins, with the line that installs it."""
 
 from __future__ import annotations
 

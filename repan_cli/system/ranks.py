@@ -144,7 +144,7 @@ def joined() -> bool:
 
 
 def gathered(text: str, limit: timedelta = STEP_LIMIT) -> list[str]:
-    """Return what each rank has said here, by rank. Raises LostRankError when one says nothing for so long."""
+    """Return the value that each rank has given here, by rank. Raises LostRankError when one gives none for so long."""
     if _Ours.store is None:
         return [text]
     number, ranks = next(_Ours.meetings), distributed.get_world_size()
@@ -166,7 +166,8 @@ def _there(key: str) -> bool:
 
 
 def agree(facts: Mapping[str, str], mend: str) -> None:
-    """Compare with the other ranks what is to be the same on all of them.
+    """Compare values that must be the same on all ranks. Raises InputError on each rank, with the first rank that
+    differs and the difference.
 
     Raises InputError on each rank, with the first rank that differs and in what.
     """
@@ -182,7 +183,7 @@ def agree(facts: Mapping[str, str], mend: str) -> None:
 
 
 def first_on_each_machine(work: Callable[[], Result]) -> Result:
-    """Return what `work` does, which the first rank of each machine does before the others: it may fetch files."""
+    """Return the result of `work`, which the first rank of each machine runs before the others: it may fetch files."""
     if not joined():
         return work()
     machines, rank = gathered(platform.node()), distributed.get_rank()

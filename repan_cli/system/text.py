@@ -1,4 +1,4 @@
-"""Numbers, durations and names as people read them."""
+"""Numbers, durations and names in readable form."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def on_one_line(text: str) -> str:
 
 
 def shown(text: str, *, but: str = "\n") -> str:
-    """Spell out what a terminal would obey or hide instead of showing it: text of files and names of folders may hold
-    escape sequences. `but` holds what stays as it is.
+    """Escape control and invisible characters: text of files and names of folders may hold escape sequences. `but`
+    holds exceptions.
     """
     if text.isprintable():
         return text
@@ -26,7 +26,7 @@ def shown(text: str, *, but: str = "\n") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line that an error says something in, or its kind, without the pages that may follow."""
+    """Return the first meaningful line of an error, or its type, without the pages that may follow."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -47,7 +47,7 @@ def at_home(path: str) -> str:
 
 
 def quoted(path: object) -> str:
-    """Return a path or a word as a shell takes it, for commands that are printed to be copied."""
+    """Return a path or a word quoted for a shell, for commands that are printed to be copied."""
     return shlex.quote(str(path))
 
 
@@ -97,7 +97,7 @@ def sparkline(values: Iterable[float | None]) -> str:
 
 
 def some(names: list[str]) -> str:
-    """Return the first of many names, and how many there are."""
+    """Return the first of many names, and their number."""
     return ", ".join(names[:NAMES_SHOWN]) + (f", ... ({len(names)})" if len(names) > NAMES_SHOWN else "")
 
 

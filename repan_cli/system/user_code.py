@@ -1,4 +1,4 @@
-"""Functions from a person's own Python file, named `file.py:function`. A name in a checkpoint is never imported."""
+"""Functions from a user's own Python file, named `file.py:function`. A name in a checkpoint is never imported."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _imported(path: Path, what: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look it up
     if str(path.resolve().parent) not in sys.path:
-        sys.path.append(str(path.resolve().parent))  # so that it finds the files beside it
+        sys.path.append(str(path.resolve().parent))  # so that the file can import its neighbours
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -52,7 +52,7 @@ def _imported(path: Path, what: str) -> ModuleType:
 
 
 def described(error: BaseException, path: str) -> str:
-    """Tell an error in a line, with the last line of the file that it passed through."""
+    """Describe an error in one line, with the last line of the file that it passed through."""
     line, trace = None, error.__traceback__
     while trace:
         if Path(trace.tb_frame.f_code.co_filename).resolve() == Path(path).resolve():

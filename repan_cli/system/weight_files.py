@@ -1,4 +1,4 @@
-"""Files of weights, without PyTorch: which one a person means, and what a file is that holds none."""
+"""Files of weights, without PyTorch: finding the one that a user means, and recognising other kinds of files."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _warn_of_last(folder: Path, name: str) -> None:
 
 
 def no_checkpoint(path: Path) -> str:
-    """Say that there is no such file of weights, and which others are near."""
+    """Return the message for a missing file of weights, with similar names nearby."""
     beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
     if path.exists():
         return f"{path} is not a regular file: name a file of weights, or a run's folder"
@@ -98,7 +98,7 @@ def no_checkpoint(path: Path) -> str:
 
 
 def refuse_text(path: Path) -> None:
-    """Raise InputError, saying what a file is, where its first bytes are those of another kind than weights."""
+    """Raise InputError, naming the kind of a file, if its first bytes are not those of weights."""
     with path.open("rb") as file:
         start = file.read(LOOKED_AT)
     if not start:
@@ -129,7 +129,7 @@ def may_be_weights(path: Path) -> bool:
 
 
 def refuse_other_kinds(path: Path) -> None:
-    """Raise InputError, saying what a file is, where it begins or ends as one of another kind does."""
+    """Raise InputError, naming the kind of a file, if it begins or ends like another kind."""
     refuse_text(path)
     with path.open("rb") as file:
         start = file.read(4)

@@ -53,7 +53,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def take(self, step: int) -> None:
-        """Follow the network after so many steps, counted from 1; on the host's word, so in no recorded step."""
+        """Follow the network after this many steps, counted from 1; decided on the host, so not in a recorded step."""
         if self.coarse:
             self.ema.update(self.model, step=step)
             self._copy()
@@ -61,7 +61,7 @@ class WeightAverage:
             self.follow(self.share(step))
 
     def _copy(self) -> None:
-        """Take over what is no mean: counts, and attach rates."""
+        """Copy values that are not averaged: counts, and attach rates."""
         for copies, originals in self.copied.values():
             torch._foreach_copy_(copies, originals)
 

@@ -26,7 +26,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
         for module in model.modules()
         if isinstance(module, (nn.Conv2d, nn.Linear))
         and type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
-        and not module._forward_pre_hooks  # which may make a weight of others
+        and not module._forward_pre_hooks  # a hook may compute a weight from others
         and all(
             each is None or (each.dtype == torch.float32 and users[id(each)] == 1)
             for each in module._parameters.values()

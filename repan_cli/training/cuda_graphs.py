@@ -33,7 +33,8 @@ class Recorder(Protocol):
         """Do the work once, where it would be recorded."""
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record the work without doing it: what replays it, and the tensor that its result then lies in.
+        """Record the work without doing it. Returns the function that replays it, and the tensor that its result then
+        lies in. Raises RuntimeError if that fails, with everything as it was before.
 
         Raises RuntimeError where that cannot be, with everything as it was before.
         """
@@ -42,7 +43,7 @@ class Recorder(Protocol):
         """Return whether there is memory for a first recording beside work that is done as it is."""
 
     def forget(self) -> None:
-        """Let go of the memory of recordings, of which none is left."""
+        """Free the memory of recordings, of which none is left."""
 
 
 class CudaRecorder:
@@ -70,7 +71,7 @@ class CudaRecorder:
         return 2 * self.needed <= free + cached
 
     def forget(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()  # a pool whose graphs are gone cannot be recorded into
+        self.pool = torch.cuda.graph_pool_handle()  # a pool without graphs cannot be recorded into
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
@@ -80,7 +81,7 @@ class CudaRecorder:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 result = work()
         except BaseException:
-            torch.cuda.set_stream(usual)  # which PyTorch leaves to be the other where ending a capture fails, too
+            torch.cuda.set_stream(usual)  # PyTorch leaves the other stream current if ending a capture fails too
             with contextlib.suppress(RuntimeError):
                 graph.reset()
             raise

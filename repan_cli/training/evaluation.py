@@ -34,7 +34,7 @@ class Score:
     images: int
 
     def figures(self) -> dict[str, Any]:
-        """Return what there is, by name."""
+        """Return the known figures by name."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
@@ -64,7 +64,7 @@ def evaluate(model: nn.Module, images: Loader, stop: Callable[[], bool] = bool, 
 
 
 def check_logits(logits: object, images: int, classes: int) -> None:
-    """Raise InputError for what is not one logit a class for each image, as of a file that says what is not so."""
+    """Raise InputError for outputs that are not one logit per class for each image."""
     if not isinstance(logits, Tensor):
         raise InputError(f"the network returns a {type(logits).__name__}, not one tensor of logits")
     if tuple(logits.shape) != (images, classes):

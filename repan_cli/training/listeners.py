@@ -1,4 +1,4 @@
-"""Functions of a person's own that hear the events of the runs of this thread."""
+"""Users' own functions that receive the events of the runs of this thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=(
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Let a function hear every event meanwhile. What it raises ends the run, whose last save is kept."""
+    """Send every event to a function within the context. An exception in it ends the run, whose last save is kept."""
     before = _LISTENERS.set((*_LISTENERS.get(), listener))
     try:
         yield
@@ -23,6 +23,6 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def announce(event: Event) -> None:
-    """Tell an event to all who listen."""
+    """Send an event to all listeners."""
     for listener in _LISTENERS.get():
         listener(event)

@@ -88,7 +88,7 @@ def _epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, None, No
 
 
 def _keep_best(run: Training, phase: Phase, score: Score | None) -> None:
-    """Keep the weights that the next phase starts from, where those are not the last."""
+    """Keep the weights that the next phase starts from, if they are not the last ones."""
     if phase.start_from == "last":
         return
     judged = evaluate(run.scored, run.test, run.stop, run.graphs) if phase.start_from == "best-test" else score
@@ -222,7 +222,7 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, No
                 totals.note(number)
         if progress.step // run.log_every > before // run.log_every or progress.step == steps:
             _check_scale(run)
-            loss = totals.mean_loss()  # which waits for the device: speed counts finished work
+            loss = totals.mean_loss()  # this waits for the device: speed counts finished work
             speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
             yield LossLog(phase.cycle, epoch, progress.step, loss, lr, rate, speed)
         yield StepEnd(phase.cycle, epoch, progress.step)

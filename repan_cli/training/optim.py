@@ -43,7 +43,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
     if optim.name == SGD:
         optimizer = torch.optim.SGD(groups, lr=optim.lr, fused=True)
     else:
-        import timm.optim  # which imports the compiler for one of them
+        import timm.optim  # timm imports the compiler for one of its optimizers
 
         known = [str(name) for name in timm.optim.list_optimizers()]
         if optim.name not in known:
@@ -54,7 +54,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> None:
-    """Set momentum and weight decay of every group for the phase that begins."""
+    """Set momentum and weight decay of every group for a new phase."""
     for group in optimizer.param_groups:
         if optim.name == SGD:
             group["momentum"] = optim.momentum
@@ -85,7 +85,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, frozen: 
 
 
 def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether its step can be part of a CUDA graph: it must neither count nor decide on the host."""
+    """Return whether an optimizer's step can be part of a CUDA graph: it must neither count nor decide on the host."""
     return isinstance(optimizer, torch.optim.SGD) and bool(optimizer.defaults["fused"])
 
 
@@ -196,7 +196,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
     """
     skipped = (~norm.isfinite()).float()
     if optimizer.defaults.get("fused"):
-        vars(optimizer).update(grad_scale=None, found_inf=skipped)  # which fused optimizers read
+        vars(optimizer).update(grad_scale=None, found_inf=skipped)  # fused optimizers read these
     elif norm.device.type == "cpu":
         if skipped.item():
             return skipped

@@ -77,7 +77,7 @@ class Totals:
         return 100 * correct / images
 
     def pool(self, rank: int) -> None:
-        """Let rank 0 hold the sums of all ranks, and the others nothing: what rank 0 saves is then everything."""
+        """Move the sums of all ranks to rank 0, and clear those of the others: rank 0 then saves everything."""
         if not joined():
             return
         loss, correct, images = summed(torch.stack([*self.sums[:2], torch.full_like(self.loss, self.images)])) * (

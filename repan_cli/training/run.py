@@ -65,7 +65,7 @@ class Training:
 
     @cached_property
     def attach_rates(self) -> list[Tensor]:
-        """Return the attach rates of the blocks that restart."""
+        """Return the attach rates of the restarting blocks."""
         return attach_rates(self.model, only=self.restarted)
 
     @cached_property
@@ -73,7 +73,9 @@ class Training:
         return [block for _, block in rep_blocks(self.model)]
 
     def read_attach_rates(self) -> tuple[bool, bool]:
-        """Return whether the attach rates of the blocks that restart are 1, and those of the others: it is a sync."""
+        """Return whether the attach rates of the restarting blocks, and of the other blocks, are 1. This is a
+        host-device sync.
+        """
         steered = {id(rate) for rate in self.attach_rates}
         others = [block.attach_rate for block in self.blocks if id(block.attach_rate) not in steered]
         here, there = (all(rate == 1 for rate in _numbers(rates)) for rates in (self.attach_rates, others))

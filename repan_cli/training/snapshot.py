@@ -75,7 +75,7 @@ def restore(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, An
             run.scaler.load_state_dict(plain["scaler"])
         if "images" in plain:
             sums = torch.stack([tensors[name] for name in SUMS]).to(run.runtime.device)
-            unknown = torch.full((len(KEYS), 2), math.nan)  # in files of versions that noted nothing
+            unknown = torch.full((len(KEYS), 2), math.nan)  # missing in files of older versions
             noted = tensors.get("totals.noted", unknown).to(run.runtime.device)
             run.progress.totals = Totals(sums, noted, plain["images"], plain["first_loss"])
             if run.runtime.rank:  # rank 0 holds the sums of all
@@ -103,7 +103,7 @@ def _restore_optimizer(run: Training, tensors: Mapping[str, Tensor], plain: Mapp
     for name, rest in plain["parameters"].items():
         run.optimizer.state[parameters[name]].update(rest)
     for group, saved in zip(run.optimizer.param_groups, plain["groups"], strict=True):
-        group.update({name: value for name, value in saved.items() if name != "lr"})  # which the position sets
+        group.update({name: value for name, value in saved.items() if name != "lr"})  # the position sets it
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:

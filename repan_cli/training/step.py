@@ -74,14 +74,16 @@ def _steps_in(run: Training, elapsed: float) -> int:
 
 
 def recorded_as(phase: Phase, task: Task) -> Hashable:
-    """Return what a recorded update fixes beside the shapes of its inputs: phases that agree share recordings."""
+    """Return the properties that a recorded update depends on besides the shapes of its inputs: phases that agree share
+    recordings.
+    """
     settings = phase.optim
     rules = (settings.momentum, settings.nesterov, settings.weight_decay, settings.decay)
     return task.recorded_as, rules, settings.clip, settings.clip_params
 
 
 def storage(run: Training) -> frozenset[int]:
-    """Return where everything lies that recorded updates and evaluations read and write."""
+    """Return the places of all tensors that recorded updates and evaluations read and write."""
     models = {run.model, run.scored}
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     tensors += [each for memory in run.optimizer.state.values() for each in memory.values() if torch.is_tensor(each)]
@@ -125,7 +127,7 @@ def _sum(values: list[Tensor]) -> Tensor:
 
 
 def _without_exchange(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Leave gradients on their rank meanwhile."""
+    """Skip the exchange of gradients within the context."""
     inner = getattr(model, "_orig_mod", model)
     assert isinstance(inner, nn.parallel.DistributedDataParallel), "several ranks train a wrapped network"
     return inner.no_sync()
@@ -148,7 +150,7 @@ def _cast(run: Training) -> contextlib.AbstractContextManager[None]:
 
 
 def _step(run: Training, phase: Phase, frozen: bool) -> Tensor:
-    """Change the weights by their gradients; gives whether that was left out, 0 or 1."""
+    """Update the weights from their gradients; returns whether that was skipped, 0 or 1."""
     if run.trunk_live is not None:
         optim.mask_trunk_gradients(run.optimizer, run.trunk_live)
     elif frozen:
@@ -169,7 +171,7 @@ def _step(run: Training, phase: Phase, frozen: bool) -> Tensor:
 
 @contextlib.contextmanager
 def _counted_at_once(norms: Sequence[BatchNorm]) -> Iterator[None]:
-    """Let no BN count its batches meanwhile: they all do it in one operation at the end instead of one each."""
+    """Stop BN layers from counting their batches within the context: one operation at the end counts for all."""
     counting = {
         norm: norm.num_batches_tracked for norm in norms if norm.training and norm.num_batches_tracked is not None
     }

@@ -18,10 +18,10 @@ from repan_cli.training.teacher import LogitCache, Teacher
 class Task(Protocol):
     @property
     def recorded_as(self) -> Hashable:
-        """Return what tells its computation from another task's, where that is recorded and done again."""
+        """Return the identity of the task's computation, which recordings depend on."""
 
     def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches with what is looked up for them before the step."""
+        """Yield the batches with values that are looked up for them before the step."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch, a scalar, and its logits (B, num_classes)."""

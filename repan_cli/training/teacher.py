@@ -118,7 +118,7 @@ class LogitCache:
 
     @cached_property
     def filled(self) -> npt.NDArray[np.bool_]:
-        """Return which (image, view) the table knows."""
+        """Return the (image, view) pairs that the table has."""
         return np.zeros(self.table.shape[:2], dtype=bool)
 
     @property
@@ -150,7 +150,7 @@ class LogitCache:
         return self.filled[index.numpy(), views.numpy()]
 
     def _fill(self, batches: list[Batch]) -> None:
-        """Ask the teacher for all of the batches that is not there yet."""
+        """Ask the teacher for all logits of the batches that are missing."""
         rows = [torch.from_numpy(np.flatnonzero(~self._known(batch))) for batch in batches]
         parts = [Batch(*_rows(batch, row)) for batch, row in zip(batches, rows, strict=True)]
         whole = Batch(*(torch.cat(part) for part in zip(*(part[:4] for part in parts), strict=True)))
