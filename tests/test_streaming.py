@@ -220,7 +220,7 @@ def test_unreadable_headers_are_found_before_the_first_step(tmp_path, capsys):
 
 def test_imagenet_is_all_of_its_classes(tmp_path, monkeypatch):
     write_folders(tmp_path / "imagenet", parts=("train", "val"), size=(40, 30))
-    with pytest.raises(InputError, match="holds 2 of ImageNet's 1000 classes: half-downloaded"):
+    with pytest.raises(InputError, match="holds 2 of ImageNet's 1000 classes: is the download incomplete"):
         datasets.load("imagenet", tmp_path)
     monkeypatch.setattr(builtin, "IMAGENET_CLASSES", 2)
     data = datasets.load("imagenet", tmp_path)
