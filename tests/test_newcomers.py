@@ -172,7 +172,8 @@ def test_runs_without_a_control_are_not_called_one(tmp_path, capsys):
     assert "control" not in table.rows(only)[0]
     write_run(tmp_path / "b", cycle__rule="reset")
     _, out, err = run(capsys, "compare", tmp_path)
-    assert "these runs have no control: the first group takes its place; choose another with --control RUN" in (out + err)
+    expected = "these runs have no control: the first group takes its place; choose another with --control RUN"
+    assert expected in out + err
 
 
 def test_names_in_tables_stay_whole_at_80_columns(monkeypatch, capsys):
