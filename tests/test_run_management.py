@@ -73,10 +73,10 @@ def test_own_networks_and_blocks_are_named_again(several):
     assert stopped.go_on.endswith("stopped --model 'my net.py:build' --block blocks.py:mine")
 
 
-def test_the_list_is_a_table_and_json(several, capsys):
+def test_the_list_is_a_table_and_json(several, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
     _, out, _ = run(capsys, "list", "runs")
-    assert "runs/cycle/stopped" in out
-    assert "repan cycle --resume runs/cycle/stopped" in out
+    assert "continue with: repan cycle --resume runs/cycle/stopped" in out.splitlines()
     _, out, _ = run(capsys, "list", "runs", "stopped", "--json")
     (facts,) = json.loads(out).values()
     assert (facts["state"], facts["best"]) == ("interrupted", 70.0)

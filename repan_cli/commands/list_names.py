@@ -21,7 +21,7 @@ from repan_cli.registry import Registry, did_you_mean
 from repan_cli.runs.listing import Run, runs_below
 from repan_cli.runs.trackers import TRACKERS
 from repan_cli.system.files import to_json
-from repan_cli.system.text import count, duration, percent
+from repan_cli.system.text import count, duration, percent, shown
 from repan_cli.training.schedules import SCHEDULES
 
 Facts = dict[str, Any]
@@ -124,13 +124,16 @@ def _list_runs(options: ListOptions) -> None:
     if not found:
         which = f" match '{options.pattern}'" if options.pattern and not place else ""
         raise InputError(f"no runs below {place or 'runs'}{which}; give a folder instead of a glob to search it")
-    titles = ["run", "command", "state", "val best", "test", "age", "go on with"]
+    titles = ["run", "command", "state", "val best", "test", "age"]
     print_table(titles, (_run_row(each) for each in found))
+    for each in found:  # whole lines, to be copied
+        if each.go_on:
+            print(f"continue with: {shown(each.go_on)}")
 
 
 def _run_row(run: Run) -> tuple[str, ...]:
     age = duration(run.age) if run.age < DAY else count(int(run.age // DAY), "day")
-    return str(run.path), run.command, run.state, percent(run.best), percent(run.test), age, run.go_on
+    return str(run.path), run.command, run.state, percent(run.best), percent(run.test), age
 
 
 DAY = 24 * 3600
@@ -143,17 +146,17 @@ def run(options: ListOptions) -> None:
         return
     rows = KINDS[options.kind]()
     if options.pattern:
-        shown = {name: text for name, text in rows.items() if fnmatch.fnmatch(name, options.pattern)}
-        if not shown:
+        listed = {name: text for name, text in rows.items() if fnmatch.fnmatch(name, options.pattern)}
+        if not listed:
             hint = did_you_mean(options.pattern, rows)
             raise InputError(f"no {options.kind} match '{options.pattern}'{hint}; try '*{options.pattern.strip('*')}*'")
-        shown = {name: text or _look(name) for name, text in shown.items()}
+        listed = {name: text or _look(name) for name, text in listed.items()}
     else:
-        shown = {name: text for name, text in rows.items() if not name.startswith(FOREIGN)}
+        listed = {name: text for name, text in rows.items() if not name.startswith(FOREIGN)}
     if options.as_json:
-        print(to_json(shown))
+        print(to_json(listed))
         return
-    print_table([options.kind, ""], ((name, _as_line(facts)) for name, facts in shown.items()))
-    if len(rows) > len(shown) and not options.pattern:
-        more = f"and {len(rows) - len(shown)} of timm's and torchvision's: repan list {options.kind} 'timm:*'"
+    print_table([options.kind, ""], ((name, _as_line(facts)) for name, facts in listed.items()))
+    if len(rows) > len(listed) and not options.pattern:
+        more = f"and {len(rows) - len(listed)} of timm's and torchvision's: repan list {options.kind} 'timm:*'"
         print(f"{more}; or your own, as file.py:function")
