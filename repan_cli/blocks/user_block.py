@@ -1,6 +1,6 @@
-"""Block families of a person's own: a function that returns branches, registered by name or named `file.py:function`.
+"""Block families of a user's own: a function that returns branches, registered by name or named `file.py:function`.
 
-A family is checked before it is entered, see `block_check`. No name in a file is imported by itself: only what a person
+A family is checked before it is entered, see `block_check`. No name in a file is imported by itself: only what a user
 gives is, by `use_block`.
 """
 
@@ -11,7 +11,7 @@ from repan_cli.blocks.families import FAMILIES, NATIVE, SHIPPED, BranchesOf, Fam
 from repan_cli.errors import InputError
 from repan_cli.system.user_code import function_of, names_a_file
 
-UNNAMED = "a block family of a person's own"
+UNNAMED = "a block family of a user's own"
 
 
 def is_own(name: str | None) -> bool:

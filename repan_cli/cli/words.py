@@ -16,7 +16,7 @@ SWITCHES = {"true": True, "false": False}
 
 
 def as_typed(words: list[str]) -> list[str]:
-    """Return a command line as a person would type it.
+    """Return a command line as a user would type it.
 
     `--KEY=VALUE` and `--KEY VALUE` of a setting become `KEY=VALUE`, underscores in the name of an option become
     hyphens, and a switch that is said to be true or false, as programs write it, is given or left out.

@@ -17,7 +17,7 @@ KEPT = ("cycle", "epoch", "loss", "train_top1", "val_top1", "lr", "steps", *KEYS
 """The figures of an epoch that a record keeps."""
 
 MACHINE = ("versions", "python", "device", "gpu", "cuda", "precision", "threads")
-"""The facts of env.json that a record keeps. None names a person's machine or folders."""
+"""The facts of env.json that a record keeps. None names a user's machine or folders."""
 
 PRIVATE = ("run.out", "data.root")
 """Settings that are folders of the machine that made the run."""

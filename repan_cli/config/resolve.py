@@ -127,7 +127,7 @@ def baseline_layer(layer: Layer) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration, a line that says where it came from, what of it the command line gave, and what a person's `own`
+    """A configuration, a line that says where it came from, what of it the command line gave, and what a user's `own`
     file.
     """
 

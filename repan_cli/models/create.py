@@ -38,7 +38,7 @@ WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 def resolve(name: str, image_size: int) -> str:
     """Return the full name that `name` means for images of `image_size` pixels.
 
-    `timm:NAME` and `torchvision:NAME` are exactly theirs, `file.py:function` is a person's own; `repvgg` is
+    `timm:NAME` and `torchvision:NAME` are exactly theirs, `file.py:function` is a user's own; `repvgg` is
     `repvgg_a1`; on small images `NAME_cifar` is preferred where it exists, else a short name is timm's. Raises
     InputError, with the closest names, for one that does not exist.
     """
@@ -63,7 +63,7 @@ def resolve(name: str, image_size: int) -> str:
 
 
 def wanted_size(name: str) -> int | None:
-    """Return the side of the images that a network is made for; None for a person's own, which does not say.
+    """Return the side of the images that a network is made for; None for a user's own, which does not say.
 
     A short name means timm's, as on large images, or the network for small images where there is no other.
     """

@@ -24,7 +24,7 @@ def missing(card: ModelCard) -> list[str]:
 
 
 def given_again(card: ModelCard, block: str | None, source: str) -> ModelCard:
-    """Return the description of a network with the block family that a person gave in the place of their own in it.
+    """Return the description of a network with the block family that the user gave in place of the one in it.
 
     A family by a path in a file is never imported by itself. Raises InputError, naming the file that is needed, where
     a family is neither registered nor given; where one is given and none is needed.

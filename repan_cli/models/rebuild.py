@@ -37,16 +37,16 @@ def build_untrained(
 ) -> nn.Module:
     """Build the network that a checkpoint describes, in its form, with fresh weights.
 
-    A person's own network is given again as `network`, the plain module or its name, and their own block family as
+    A user's own network is given again as `network`, the plain module or its name, and their own block family as
     `block`: a path in a file is never imported by itself. Raises InputError where it is missing, or the network is far
     larger than the weights: a file of some bytes fills no memory by the name of a giant.
     """
     card = own_block.given_again(saved.card, block, source)
-    with contextlib.nullcontext() if _is_of_a_person(card, network) else _no_larger_than(saved.weights, source):
+    with contextlib.nullcontext() if _is_of_a_user(card, network) else _no_larger_than(saved.weights, source):
         return _build(card, source, network)
 
 
-def _is_of_a_person(card: ModelCard, network: nn.Module | str | None) -> bool:
+def _is_of_a_user(card: ModelCard, network: nn.Module | str | None) -> bool:
     """Return whether a network is built by a user's own code."""
     return isinstance(network, nn.Module) or user_file.names_a_file(card.model) or bool(own_block.needed(card))
 
@@ -126,7 +126,7 @@ def rebuild(
     weights do not fit the network that the file describes.
     """
     merges = any(change.kind == "merge" for change in saved.card.structure.changes)
-    drawn = merges or _is_of_a_person(saved.card, network)  # a user's own network may do anything with its weights
+    drawn = merges or _is_of_a_user(saved.card, network)  # a user's own network may do anything with its weights
     with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else NothingIsDrawn():
         model = build_untrained(saved, source, network, block)
     checkpoint.load_weights(model, saved.weights, source)

@@ -290,7 +290,7 @@ def claim_default(command: str, *names: str) -> Path:
 
 
 def _in_a_name(name: str) -> str:
-    """Return a name as a part of a folder's: of a file of a person's own without its folders."""
+    """Return a name as a part of a folder's: of a file of a user's own without its folders."""
     file, colon, function = name.rpartition(".py:")
     short = f"{Path(file).name}-{function}" if colon else name
     return short.replace(":", "-").replace("/", "-")

@@ -95,10 +95,10 @@ def open_artifact(
     Args:
         source: a file that repan wrote, weights of others (with `model`), a run directory, a network's name, or
             `hf-hub:ORG/NAME`.
-        model: the network that weights of others are of, or a person's own, `file.py:function`.
+        model: the network that weights of others are of, or a user's own, `file.py:function`.
         pretrained: whether a network by its name gets the weights that timm or torchvision offers.
         block: the block family of a network by its name, where that is built of blocks; of a file with blocks of a
-            person's own their family, `file.py:function`.
+            user's own their family, `file.py:function`.
         trusted: whether the code in a TorchScript file may be run.
 
     Raises InputError, naming the source, when it is missing or damaged, or does not name its network.

@@ -83,12 +83,12 @@ class Session:
 
     @property
     def user_model(self) -> str | None:
-        """Return the name `file.py:function` of a person's own network, which its checkpoints are read with."""
+        """Return the name `file.py:function` of a user's own network, which its checkpoints are read with."""
         return self.network.name if user_file.names_a_file(self.network.name) else None
 
     @property
     def own_code(self) -> str:
-        """Return the options that name a person's own network and blocks, which its checkpoints are read with."""
+        """Return the options that name a user's own network and blocks, which its checkpoints are read with."""
         family = self.network.expansion.family
         block = f" --block {quoted(family)}" if names_a_file(family) else ""
         return (f" --model {quoted(self.user_model)}" if self.user_model else "") + block

@@ -208,7 +208,7 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
 
 
 def _with_own_blocks(config: Config, saved: Checkpoint, source: str) -> Checkpoint:
-    """Return a checkpoint that names blocks of a person's own as the settings do."""
+    """Return a checkpoint that names blocks of a user's own as the settings do."""
     if not own_block.needed(saved.card):
         return saved
     return dataclasses.replace(saved, card=models.given_again(saved.card, config.block.name, source))

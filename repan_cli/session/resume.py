@@ -170,7 +170,7 @@ def _same(saved: Checkpoint, key: str, value: object) -> bool:
 def _same_network(saved: Checkpoint, given: str) -> bool:
     """Return whether a name means the network of the run.
 
-    A person's own network is told by its weights, wherever its file is now.
+    A user's own network is told by its weights, wherever its file is now.
     """
     stored = saved.card.model
     if user_file.names_a_file(stored):

@@ -13,7 +13,7 @@ from repan_cli.system.weight_files import RUNTIME_DESCRIPTION, file_in, may_be_w
 
 
 def file_of(source: str) -> Path | None:
-    """Return the file that a person means; None where it is the name of a network."""
+    """Return the file that a user means; None where it is the name of a network."""
     path = Path(source)
     if path.is_dir():
         return file_in(path)

@@ -106,7 +106,7 @@ def use_threads(asked: int | None) -> int:
 
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Variables by which a person or a launcher says how many threads a process has."""
+"""Variables by which a user or a launcher says how many threads a process has."""
 
 
 def find_device(name: str) -> torch.device:
