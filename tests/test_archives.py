@@ -174,11 +174,11 @@ def many_small_entries():
 ATTACKS = {
     "two directories": (two_directories, "a directory that is not where its end record says"),
     "two directories, the other way": (two_directories_in_front, "a directory that is not where its end record says"),
-    "prefix": (lambda: evil_pickle() + saved(), "elsewhere|no checkpoint|more than tensors"),
-    "prefix of an archive": (lambda: saved()[:200] + saved(), "elsewhere|not where its end record says"),
+    "prefix": (lambda: evil_pickle() + saved(), "misplaced|not a checkpoint|more than tensors"),
+    "prefix of an archive": (lambda: saved()[:200] + saved(), "misplaced|not where its end record says"),
     "bytes before the directory": (an_entry_between, "bytes that belong to no entry"),
     "bytes behind the end": (lambda: saved() + b"\0", "something was added"),
-    "a second archive behind": (lambda: saved() + stored([("archive/data.pkl", b"x")]), "elsewhere|not where"),
+    "a second archive behind": (lambda: saved() + stored([("archive/data.pkl", b"x")]), "misplaced|not where"),
     "comment": (lambda: saved()[:-2] + b"\5\0hello", "something was added"),
     "comment as long as a seal": (lambda: saved()[:-2] + b"\x4d\0" + b"x" * 77, "a comment that repan did not write"),
     "seal with an end record in it": (
@@ -206,10 +206,10 @@ ATTACKS = {
     "64-bit: another size": (lambda: disagreeing_wide_record(40, 60), "two end records that disagree"),
     "64-bit: another count": (lambda: disagreeing_wide_record(32, 1), "two end records that disagree"),
     "64-bit: an extended record": (lambda: disagreeing_wide_record(4, 48), "an invalid 64-bit end record"),
-    "64-bit: elsewhere": (locator_elsewhere, "not where its end record says|two end records|elsewhere"),
+    "64-bit: elsewhere": (locator_elsewhere, "not where its end record says|two end records|misplaced"),
     "64-bit: sizes beside others": (wide_size_without_need, "64-bit sizes that disagree"),
     "64-bit: a lacking record": (lambda: edited(10, b"\xff\xff", mark=b"PK\5\6"), "disagree|lacks its 64-bit"),
-    "a long directory": (many_small_entries, "would fill the memory|no checkpoint|more than tensors"),
+    "a long directory": (many_small_entries, "would fill the memory|not a checkpoint|more than tensors"),
     "cut off": (lambda: saved()[:-30], "cut off"),
     "a directory of nothing": (lambda: saved()[:4] + end_record(0, 0, 4), "belong to no entry|holds nothing"),
 }

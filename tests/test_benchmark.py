@@ -60,7 +60,7 @@ def test_files(capsys, small_run):
 def test_bad_words(capsys, small_run):
     assert "unknown model 'repvg'; did you mean" in one_line(capsys, "benchmark", "repvg")
     assert "no file x.pt" in one_line(capsys, "benchmark", "x.pt")
-    assert "--block is for a network by its name" in one_line(
+    assert "--block is for a network given by name" in one_line(
         capsys, "benchmark", small_run.folder / "best.pt", "--block", "acb"
     )
     assert "--batch" in one_line(capsys, "benchmark", "repvgg", "-b", "0")
