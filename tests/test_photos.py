@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -187,8 +188,14 @@ def test_data_are_found_again_from_another_folder(tmp_path, monkeypatch, capsys,
     assert run(capsys, "evaluate", tmp_path / "here" / "my run" / "fused.pt")[0] == 0
 
 
-def test_the_commit_of_the_folder_is_noted():
-    assert re.fullmatch(r"[0-9a-f]{40}", directory.git_commit() or "")
+def test_the_commit_of_the_folder_is_noted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "first")
+    for command in (("git", "init", "-q"), words):
+        subprocess.run(command, check=True)
+    told = subprocess.run(("git", "rev-parse", "HEAD"), capture_output=True, text=True, check=True).stdout.strip()
+    assert re.fullmatch(r"[0-9a-f]{40}", told)
+    assert directory.git_commit() == told
 
 
 @pytest.mark.parametrize("harm", ["header", "pixels"])
