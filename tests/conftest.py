@@ -18,6 +18,7 @@ pytest.register_assert_rewrite("support")
 
 from support import CPU, captured, repan
 
+from repan_cli.blocks import FAMILIES
 from repan_cli.data import datasets
 from repan_cli.data.batches import Augmentation
 from repan_cli.data.in_memory import InMemoryLoader
@@ -61,6 +62,14 @@ def _no_curves() -> Iterator[None]:
     """Leave curves.png undrawn by commands in this process: Matplotlib takes as long as a short run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw_curves", lambda records, target, **options: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _families() -> Iterator[None]:
+    """Forget the block families that the tests of a file register: the next file may run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FAMILIES, "_entries", dict(FAMILIES._entries))
         yield
 
 

@@ -34,8 +34,6 @@ def test_the_names_are_those_that_exist():
     from timm import optim
 
     from repan_cli.blocks import FAMILIES
-
-    pass
     from repan_cli.training.schedules import SCHEDULES
 
     assert completion.blocks() == list(FAMILIES)

@@ -72,7 +72,7 @@ QUICK = ["--dataset", "digits", "--epochs", "1", "data.batch_size=128", "run.pre
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with a person's own network in it."""
+    """A folder with a user's own network in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(NET)
     (tmp_path / "helper.py").write_text("")

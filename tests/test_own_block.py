@@ -1,4 +1,4 @@
-"""Block families of a person's own: checked when they are registered, named again where a file needs them."""
+"""Block families of a user's own: checked when they are registered, named again where a file needs them."""
 
 import json
 import shutil
@@ -43,14 +43,14 @@ NET = ("--model", "repvgg_a0_cifar", "--dataset", "digits")
 
 
 @pytest.fixture(autouse=True)
-def _families(monkeypatch):
+def _families_of_a_test(monkeypatch):
     """Forget what a test registers."""
     monkeypatch.setattr(FAMILIES, "_entries", dict(FAMILIES._entries))
 
 
 @pytest.fixture
 def forget(monkeypatch):
-    """Forget all families of a person's own, as another process would not know them."""
+    """Forget all families of a user's own, as another process would not know them."""
 
     def forget():
         monkeypatch.setattr(FAMILIES, "_entries", {k: v for k, v in FAMILIES._entries.items() if not is_own(k)})

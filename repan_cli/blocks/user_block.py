@@ -44,9 +44,8 @@ def register_block(name: str, build: BranchesOf) -> None:
 
 def use_block(name: str | None) -> str | None:
     """Return the name of a family that a user gave; a name of the form `file.py:function` is imported and registered.
-    Raises InputError, in one line, if the file has no such function, or if the branches do not merge exactly.
 
-    Raises InputError, in a line, when the file has no such function, or for branches that do not merge exactly.
+    Raises InputError, in one line, if the file has no such function, or if the branches do not merge exactly.
     """
     if name is not None and names_a_file(name):
         register_block(name, function_of(name, what="a block family"))
