@@ -65,7 +65,7 @@ class MergedProbe:
     @torch.no_grad()
     def run(self, images: Iterable[Tensor], seen: Mapping[str, Seen]) -> None:
         """Run batches (N, C, H, W) through the network, and pass each block's input and output to its function in
-        `seen`. Raises InputError when a block is not reached.
+        `seen`.
 
         Raises InputError when a block is not reached.
         """

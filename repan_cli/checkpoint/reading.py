@@ -199,7 +199,7 @@ def _of_code(path: Path, why: str) -> str:
 
 def _checked(file: IO[bytes], path: Path) -> IO[bytes]:
     """Return the bytes that torch may read: those that were checked, not the file, which another reader may see
-    differently. Raises InputError for a file that would take far more memory than it has bytes.
+    differently.
 
     Raises InputError for a file that would take far more memory than it has bytes.
     """

@@ -166,10 +166,9 @@ def _there(key: str) -> bool:
 
 
 def agree(facts: Mapping[str, str], mend: str) -> None:
-    """Compare values that must be the same on all ranks. Raises InputError on each rank, with the first rank that
-    differs and the difference.
+    """Compare values that must be the same on all ranks.
 
-    Raises InputError on each rank, with the first rank that differs and in what.
+    Raises InputError on each rank, with the first rank that differs and the difference.
     """
     if not joined():
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,12 @@ def cannot(title: str, conversion: Conversion, error: Exception) -> InputError:
     return InputError(f"{conversion.source} cannot be written for {title}: {first_line(error)}")
 
 
-class OneByOne(nn.Module):
+class OneByOne(nn.Module, abc.ABC):
     """A network that another program runs for one image (1, C, H, W) at a time; here for any number."""
 
+    @abc.abstractmethod
     def run(self, image: Tensor) -> Tensor:
         """Return the logits (1, classes) of one image."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
