@@ -33,7 +33,7 @@ def commands() -> Iterator[str]:
         yield f"## repan {name}\n\n{_joined(text)}\n"
         calls = [line.strip().removeprefix("[bold]").removesuffix("[/bold]") for line in examples.splitlines()]
         yield "\n".join(["```text", *filter(None, calls), "```\n"])
-        yield "| | |\n| --- | --- |"
+        yield "| option | meaning |\n| --- | --- |"
         for _, _, how, default in declared(command.options):
             yield _option_row(how, default)
         yield ""
@@ -59,7 +59,7 @@ def settings() -> Iterator[str]:
     for key, entry in SCHEMA.items():
         if key.rpartition(".")[0] != section:
             section = key.rpartition(".")[0]
-            yield f"\n## {section or 'epochs'}\n\n| setting | type | default | |\n| --- | --- | --- | --- |"
+            yield f"\n## {section or 'epochs'}\n\n| setting | type | default | meaning |\n| --- | --- | --- | --- |"
         facts = entry.describe()
         yield f"| `{key}` | {_cell(str(facts['type']))} | `{_cell(as_text(facts['default']))}` | {_cell(entry.text)} |"
 
@@ -76,11 +76,10 @@ def presets_page() -> Iterator[str]:
             folder = name.partition("/")[0]
             yield f"\n## {folder}\n"
         about, facts = _header(path.read_text(encoding="utf-8"))
-        yield f"### {name}\n\n{about}\n"
+        yield f"### {name}\n\n{_plain(about)}\n"
         yield f"```text\n{facts.pop('Command')}\n```\n"
-        yield "| | |\n| --- | --- |"
         for fact, text in facts.items():
-            yield f"| {fact} | {_cell(text)} |"
+            yield f"- {fact}: {_plain(text)}"
         yield ""
 
 
@@ -94,6 +93,11 @@ def _header(text: str) -> tuple[str, dict[str, str]]:
 
 def _joined(text: str) -> str:
     return " ".join(text.split())
+
+
+def _plain(text: str) -> str:
+    """Escape the signs that Markdown would read as emphasis or tags."""
+    return text.replace("*", "\\*").replace("<", "&lt;")
 
 
 def _cell(text: str) -> str:
