@@ -34,7 +34,7 @@ def advice(command="cycle", **given):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"optim__name": "adamw", "baseline__optim__lr": "0.1"}, "lr=0.1 is far above what adamw usually takes"),
+        ({"optim__name": "adamw", "baseline__optim__lr": "0.1"}, "lr=0.1 is far above the usual rate for adamw"),
         ({"cycle__attach_epochs": "2"}, "cycle.attach_epochs has no effect with cycle.attach=zero-gamma, which has no"),
         ({"teacher__alpha": "0.9"}, "teacher.alpha has no effect without a teacher"),
         ({"ema__decay": "0.9"}, "ema.decay has no effect while ema.enabled is false"),
