@@ -134,7 +134,7 @@ def test_a_part_that_cannot_be_is_said(tmp_path):
     with pytest.raises(InputError, match="^data.classes=11, but digits has 10 classes: give at most as many$"):
         datasets.load("digits", "data", classes=11)
     with pytest.raises(
-        InputError, match="one training image per class .* data.val_fraction=0, or data.per_class above"
+        InputError, match="one training image per class, .* data.val_fraction=0, or data.per_class above"
     ):
         datasets.load("digits", "data", per_class=1)
     assert len(datasets.load("digits", "data", per_class=1, val_fraction=0).train.labels) == 10

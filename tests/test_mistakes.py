@@ -58,7 +58,7 @@ MISTAKES = [
     ("train -m RepVGG -d digits", r"unknown model 'RepVGG'; did you mean repvgg\?"),
     ("train -m timm:resnet19 -d digits", r"unknown model 'timm:resnet19'; did you mean timm:resnet18"),
     ("train -m best.pt -d digits", r"model.name=best.pt is a file of weights: give it as --init"),
-    ("train -m net.py -d digits", r"model.name=net.py needs the function in it .*: net.py:FUNCTION"),
+    ("train -m net.py -d digits", r"model.name=net.py does not name a function: give net.py:FUNCTION"),
     ("train -m net.py:build -d digits", r"net.py has no function 'build'"),
     (f"train {D} --block repvg", r"unknown block family 'repvg'; did you mean repvgg"),
     ("train -m repvgg", r"no data set: give --dataset NAME, see 'repan list datasets'"),

@@ -89,7 +89,7 @@ def _warn_of_last(folder: Path, name: str) -> None:
     if not first:
         warn_once(f"{folder} has no best.pt yet, because no epoch has ended: using {name}, its last weights")
     elif '"val_top1": null' not in first:  # a run with a validation part to choose by
-        warn_once(f"{folder} has no best.pt any more: using {name}, its last weights, not the best ones")
+        warn_once(f"{folder} has lost its best.pt: using {name}, its last weights, not the best ones")
 
 
 def no_checkpoint(path: Path) -> str:
