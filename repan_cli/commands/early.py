@@ -35,7 +35,7 @@ from repan_cli.config.conventions import (
     WEIGHT_ENDINGS,
     WEIGHT_FORMATS,
 )
-from repan_cli.config.resolve import Resolved
+from repan_cli.config.resolve import Resolved, data_given
 from repan_cli.config.settings import PREVIOUS, Config, baseline_phase, replace
 from repan_cli.data import class_folders, datasets
 from repan_cli.errors import InputError
@@ -174,9 +174,10 @@ def _check_evaluate(options: EvaluateOptions) -> None:
 
 
 def _check_data(name: str | None, root: str | None) -> None:
-    """Check the data that are asked for by name, where their place is known, too."""
+    """Check the data that are asked for by name or folder, where their place is known, too."""
     if name is None:
         return
+    name, root = data_given(name, root)
     if root is not None and name != "folder":
         datasets.check(name, root)
     elif name != "folder":

@@ -41,8 +41,8 @@ def load(
     Raises InputError when the network names none, or the classes are not the network's.
     """
     card = artifact.card
-    if dataset is not None and root is None and config.is_folder_of_data(dataset):
-        dataset, root = "folder", dataset
+    if dataset is not None:
+        dataset, root = config.data_given(dataset, root)
     if dataset is None and not card.knows_its_data:
         raise InputError(f"{artifact.source} does not say which data it is for: give --dataset and --data-root")
     arguments = settings(artifact, dataset, root)
