@@ -1,4 +1,4 @@
-"""What `repan fuse` writes: every format agrees, opens without repan, is the same bytes again, and runs no code."""
+"""Files of `repan fuse`: every format agrees, opens without repan, has the same bytes each time, and runs no code."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in the README and in docs works, and what they say of the project is so."""
+"""Every command and Python block in the README and in docs works, and their statements about the project hold."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Formats of other programs: each agrees in its program, is checked before it is opened, and no code is run unasked."""
+"""Formats of other programs: each agrees in its program, is checked before it is opened, and runs no code unasked."""
 
 import ctypes
 import json
@@ -255,7 +255,7 @@ def test_a_missing_package_is_named_with_its_extra(capsys, saved, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_proven_here_is_not_written(capsys, saved, tmp_path, monkeypatch):
+def test_an_unproven_file_is_not_written(capsys, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "missing", lambda *names: [])
     monkeypatch.setattr(coreml.platform, "system", lambda: "Linux")
     line = one_line(capsys, "fuse", saved, "-f", "coreml", "-o", tmp_path / "x")

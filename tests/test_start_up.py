@@ -1,4 +1,4 @@
-"""Starting up: what can be known without PyTorch is said without it, and a command imports no more than it needs."""
+"""Start-up: mistakes are found without importing PyTorch, and a command imports only what it needs."""
 
 import subprocess
 import sys
@@ -123,7 +123,7 @@ def test_commands_start_without_the_compiler_and_without_loggers():
 
 
 @pytest.mark.soak  # a process that imports PyTorch
-def test_what_is_asked_of_the_compiler_meanwhile_is_its_own():
+def test_the_compiler_answers_while_its_import_is_deferred():
     code = (
         "import sys, torch; from repan_cli.system.lean import lean_imports\n"
         "with lean_imports():\n"
@@ -134,7 +134,7 @@ def test_what_is_asked_of_the_compiler_meanwhile_is_its_own():
     assert done.stdout.split() == ["torch._dynamo.config", "7"]
 
 
-def test_what_is_loaded_already_stays_as_it_is():
+def test_loaded_modules_stay_as_they_are():
     import torch._dynamo
 
     with lean_imports():

@@ -1,4 +1,4 @@
-"""Processes that load images may hang: a run can be stopped, says what it waits for, and ends."""
+"""Loading processes may hang: the run can be stopped, names the image it waits for, and ends."""
 
 import multiprocessing
 import os
@@ -51,7 +51,7 @@ def test_a_stop_is_heard_while_an_image_hangs(loader):
     assert not multiprocessing.active_children()
 
 
-def test_the_wait_is_said_and_ends_with_the_name_of_the_image(loader, monkeypatch, capsys):
+def test_the_wait_is_reported_and_ends_with_the_name_of_the_image(loader, monkeypatch, capsys):
     monkeypatch.setattr(workers, "SAID_AFTER", 0.2)
     monkeypatch.setattr(workers, "LIMIT", 0.6)
     with pytest.raises(StuckLoaderError, match=r"no images arrived for 0\.6 s; being read: photos/5\.png"):
