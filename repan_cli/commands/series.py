@@ -206,7 +206,7 @@ def _how(series: Series) -> str:
 
 
 def _own_code(series: Series) -> dict[str, str]:
-    """Return the settings that name a user's own network and block, which their checkpoints are read with."""
+    """Return the settings that name a user-defined network and block, which their checkpoints are read with."""
     shared = series.resolved.config
     names = {"model.name": shared.model.name, "block.name": shared.block.name}
     return {key: name for key, name in names.items() if name and names_a_file(name)}

@@ -34,7 +34,7 @@ SINGLE_IMAGES = 2
 """Images of all that the error in float32 is measured on, whole."""
 
 SUSPICIOUS = 1e-3
-"""Error in float32 from which on whole images are compared in float64, too: right merges are at 1e-6."""
+"""Error in float32 above which whole images are also compared in float64; right merges have 1e-6."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The proof that a merged network is the one it came from, in float64: every block by itself, and all it returns."""
+"""Prove that a merged network equals the original, in float64: each block by itself, and the network's outputs."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _count(self, given: list[Tensor], marks: list[Any], *, moved: bool) -> None:
-        """Count the reads of one call; one that returns what it was given reads nothing."""
+        """Count the reads of one call; a module that returns its input reads nothing."""
         for each, mark in zip(given, marks, strict=True):
             if moved and mark is not None and mark[0] and mark[1] == each._version:
                 self.found.readers[mark[0]] += 1

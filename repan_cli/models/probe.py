@@ -192,8 +192,8 @@ def copied(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _disturb(model: nn.Module, images: Tensor) -> None:
-    """Give every BN random affine parameters and statistics near those of the images, and what is all zeros a value:
-    then the images reach the output, and no mistake hides behind a fresh BN or a zero.
+    """Give every BN random affine parameters and statistics near those of the images, and replace parameters that are
+    all zero. Then images reach the output, and no mistake hides behind a fresh BN or a zero.
     """
     draw = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

@@ -17,7 +17,7 @@ RUNTIME_PACKAGES = {
     "tflite": ("litert_torch", "ai_edge_litert"),
     "coreml": ("coremltools",),
 }
-"""The packages by which each format of another program is written and run; the name is that of the extra, too."""
+"""The packages that write and run each format of another program; the name of the extra is that of the format."""
 
 
 def missing(*packages: str) -> list[str]:
