@@ -401,7 +401,7 @@ def test_one_seed_is_reported(capsys, runs):
     _, out, err = run(capsys, "compare", runs / "repan_0", runs / "none_0")
     assert "±" not in out
     assert "[" not in out
-    assert "one seed has no spread" in err
+    assert "one seed gives no spread" in err
 
 
 def test_csv_has_a_row_a_group(capsys, runs):
