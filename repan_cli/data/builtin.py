@@ -6,7 +6,9 @@ Image folders `ROOT/NAME/{train,test}/<class>/*` are accepted in place of the fi
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,17 +45,28 @@ DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def _load_digits(root: Path, reading: ReadOptions) -> RawDataset:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise InputError("the digits data set comes with scikit-learn: pip install 'repan-cli[demo]'") from None
-    bunch = load_digits()
-    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    labels = bunch.target.astype(np.int64)
+    pixels, labels = _digits_of_sklearn()
+    images = np.round(pixels * (255 / 16)).astype(np.uint8)[..., None]
+    labels = labels.astype(np.int64)
     test = stratified(labels, 0.2, seed=0)
     whole = ArrayImages(images, labels)
-    names = tuple(str(name) for name in bunch.target_names)
-    return RawDataset(names, {"train": whole.take(~test), "test": whole.take(test)})
+    return RawDataset(DIGITS, {"train": whole.take(~test), "test": whole.take(test)})
+
+
+def _digits_of_sklearn() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the images, (1797, 8, 8), and the labels. Importing scikit-learn takes a second, so its file is read."""
+    found = importlib.util.find_spec("sklearn")
+    if found is None or not found.submodule_search_locations:
+        raise InputError("the digits data set comes with scikit-learn: pip install 'repan-cli[demo]'")
+    file = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    if not file.is_file():
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        return bunch.images, bunch.target
+    with gzip.open(file, "rt") as text:
+        table = np.loadtxt(text, delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1]
 
 
 # ---------------------------------------------------------------------------------------------- torchvision's
