@@ -14,7 +14,7 @@ import torch
 from support import ROOT, StopAt, assert_same, metrics, one_line, run, start, wait_for
 
 from repan_cli import checkpoint, runs
-from repan_cli.data import builtin
+from repan_cli.data import digits as digits_of_sklearn
 from repan_cli.data.batches import Loader
 from repan_cli.data.subset import stratified
 from repan_cli.session import recorder
@@ -207,7 +207,7 @@ def test_other_data_are_refused(capsys, begun, monkeypatch):
     pass
 
     digits = stratified
-    monkeypatch.setattr(builtin, "stratified", lambda labels, fraction, seed: digits(labels, fraction, seed + 1))
+    monkeypatch.setattr(digits_of_sklearn, "stratified", lambda labels, fraction, seed: digits(labels, fraction, seed + 1))
     assert "the images of digits are not those that the run began with" in one_line(capsys, "cycle", "--resume", begun)
 
 

@@ -14,7 +14,7 @@ from repan_cli import models
 from repan_cli.blocks import FAMILIES
 from repan_cli.commands import early
 from repan_cli.config import names
-from repan_cli.data import builtin
+from repan_cli.data import digits
 from repan_cli.system.lean import lean_imports
 
 MISTAKES = [
@@ -156,8 +156,8 @@ def test_garbage_is_collected_again_after_an_import_that_fails():
 
 def test_digits_are_read_without_scikit_learn_being_imported():
     code = (
-        "import sys, pathlib; from repan_cli.data import builtin, types\n"
-        "raw = builtin._load_digits(pathlib.Path('data'), types.ReadOptions())\n"
+        "import sys, pathlib; from repan_cli.data import digits, types\n"
+        "raw = digits.load(pathlib.Path('data'), types.ReadOptions())\n"
         "print(len(raw.parts['train'].labels), *(name for name in ('sklearn', 'scipy') if name in sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -169,7 +169,7 @@ def test_digits_are_those_of_scikit_learn():
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    images, labels = builtin._digits_of_sklearn()
+    images, labels = digits.pixels_and_labels()
     assert (images == bunch.images).all()
     assert (labels == bunch.target).all()
 

@@ -6,9 +6,7 @@ Image folders `ROOT/NAME/{train,test}/<class>/*` are accepted in place of the fi
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +16,9 @@ import numpy as np
 from PIL import Image
 
 from repan_cli.config.conventions import DATASET_PREFIXES, LARGE_IMAGE
-from repan_cli.data import pickled_arrays
+from repan_cli.data import digits, pickled_arrays
 from repan_cli.data.folders import load_folders
 from repan_cli.data.image_files import UnreadableImageError, as_mode
-from repan_cli.data.subset import stratified
 from repan_cli.data.types import (
     DATASETS,
     IMAGENET_MEAN,
@@ -38,36 +35,6 @@ from repan_cli.data.types import (
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
 from repan_cli.system.text import first_line, quoted
-
-DIGITS = tuple(str(digit) for digit in range(10))
-
-# ---------------------------------------------------------------------------------------------- digits
-
-
-def _load_digits(root: Path, reading: ReadOptions) -> RawDataset:
-    pixels, labels = _digits_of_sklearn()
-    images = np.round(pixels * (255 / 16)).astype(np.uint8)[..., None]
-    labels = labels.astype(np.int64)
-    test = stratified(labels, 0.2, seed=0)
-    whole = ArrayImages(images, labels)
-    return RawDataset(DIGITS, {"train": whole.take(~test), "test": whole.take(test)})
-
-
-def _digits_of_sklearn() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the images, (1797, 8, 8), and the labels. Importing scikit-learn takes a second, so its file is read."""
-    found = importlib.util.find_spec("sklearn")
-    if found is None or not found.submodule_search_locations:
-        raise InputError("the digits data set comes with scikit-learn: pip install 'repan-cli[demo]'")
-    file = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
-    if not file.is_file():
-        from sklearn.datasets import load_digits
-
-        bunch = load_digits()
-        return bunch.images, bunch.target
-    with gzip.open(file, "rt") as text:
-        table = np.loadtxt(text, delimiter=",")
-    return table[:, :-1].reshape(-1, 8, 8), table[:, -1]
-
 
 # ---------------------------------------------------------------------------------------------- torchvision's
 
@@ -164,7 +131,9 @@ def _read_mnist(part: Any) -> RawDataset:
 
 
 def _read_svhn(part: Any) -> RawDataset:
-    return RawDataset(DIGITS, {"all": ArrayImages(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1)), part.labels)})
+    return RawDataset(
+        digits.DIGITS, {"all": ArrayImages(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1)), part.labels)}
+    )
 
 
 TRAIN_OR_NOT = {"train": {"train": True}, "test": {"train": False}}
@@ -335,7 +304,7 @@ DATASETS.register("folder")(
 
 DATASETS.register("digits")(
     DatasetSpec(
-        "8x8 handwritten digits from scikit-learn, no download: the demo", _load_digits, (0.305,), (0.376,), flip=False
+        "8x8 handwritten digits from scikit-learn, no download: the demo", digits.load, (0.305,), (0.376,), flip=False
     )
 )
 DATASETS.register("cifar10")(
