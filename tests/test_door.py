@@ -139,7 +139,7 @@ def test_values_become_what_one_would_type(given, words, shortcuts):
         ({"cycles": 2}, "no argument 'cycles'"),
         ({"optim": {"lrr": 1}}, "unknown setting 'optim.lrr'; did you mean optim.lr"),
         ({"model": torch.nn.Linear(1, 1)}, "model cannot be a Linear.*'file.py:function'"),
-        ({"lr": 0.1, "optim.lr": 0.2}, "--lr and optim.lr= are the same setting"),
+        ({"lr": 0.1, "optim.lr": 0.2}, r"lr=\.\.\. and optim.lr= are the same setting"),
         ({"model": "nonsense"}, "nonsense"),
         ({"dataset": None}, "no data set"),
     ],
