@@ -23,6 +23,7 @@ from repan_cli.errors import InputError
 from repan_cli.models import own_block, user_file
 from repan_cli.models.changes import Expansion, apply, set_report
 from repan_cli.models.create import create
+from repan_cli.system.python_words import told_in_python
 
 TIMES_THE_FILE, TIMES_THE_NAMES = 8, 16
 """Limits of a network while it is built, as multiples of the bytes and of the tensors of its file. Branches that are
@@ -152,5 +153,6 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, block: str |
 
     Raises InputError, naming the file, when it is damaged, not repan's, or does not fit the network.
     """
-    file = checkpoint.chosen_in(path)
-    return rebuild(checkpoint.load(file), str(file), model, block)
+    with told_in_python({"--model": "model", "--block": "block"}):
+        file = checkpoint.chosen_in(path)
+        return rebuild(checkpoint.load(file), str(file), model, block)
