@@ -363,7 +363,7 @@ def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, monkeypatch,
 def test_an_existing_run_directory_is_left_alone(capsys, small_run):
     before = {path: path.stat().st_mtime_ns for path in small_run.folder.iterdir()}
     line = one_line(capsys, "cycle", *DIGITS, "--out", small_run.folder)
-    assert "exists already" in line
+    assert "already exists" in line
     assert "--out" in line
     assert {path: path.stat().st_mtime_ns for path in small_run.folder.iterdir()} == before
 
@@ -407,12 +407,12 @@ def test_places_that_cannot_be_written(capsys, small_run, tmp_path):
     assert "is a folder: name a file in it" in one_line(capsys, "fuse", last, "-o", tmp_path)
     other = tmp_path / "thesis.pt"
     other.write_text("years of work")
-    assert "exists already: give another --out, or --overwrite" in one_line(capsys, "fuse", last, "-o", other)
+    assert "already exists: give another --out, or --overwrite" in one_line(capsys, "fuse", last, "-o", other)
     assert other.read_text() == "years of work"
     copy = tmp_path / "new" / "folder" / "trained.pt"
     assert run(capsys, "fuse", last, "-o", copy)[0] == 0
     copy = shutil.copy(last, tmp_path / "trained.pt")
-    assert "exists already: give another --out, or --overwrite" in one_line(capsys, "fuse", last, "-o", copy)
+    assert "already exists: give another --out, or --overwrite" in one_line(capsys, "fuse", last, "-o", copy)
     assert checkpoint.load(copy).card.form == "multi-branch"
     assert run(capsys, "fuse", last, "-o", copy, "--overwrite")[0] == 0
     assert checkpoint.load(copy).card.form == "fused"
@@ -423,7 +423,7 @@ def test_bad_words_for_fuse_evaluate_and_list(capsys, small_run, tmp_path):
     assert "cannot write the format 'onx'" in one_line(capsys, "fuse", last, "-f", "onx")
     assert "a.onnx ends in .onnx, but --format is pt" in one_line(capsys, "fuse", last, "-o", "a.onnx", "-f", "pt")
     assert "is the checkpoint itself" in one_line(capsys, "fuse", last, "-o", last)
-    assert "--split tset is none of test, val, train; did you mean test" in one_line(
+    assert "--split tset is not one of test, val, train; did you mean test" in one_line(
         capsys, "evaluate", last, "--split", "tset"
     )
     assert "unknown kind of name 'model'; did you mean models" in one_line(capsys, "list", "model")

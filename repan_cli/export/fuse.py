@@ -152,7 +152,7 @@ def check_finite(model: nn.Module) -> None:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise InputError(
-                f"'{name}' holds values that are not finite: the network has diverged; take an earlier checkpoint"
+                f"'{name}' holds values that are not finite: the network has diverged; use an earlier checkpoint"
             )
 
 

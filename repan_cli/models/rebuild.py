@@ -64,7 +64,9 @@ def _no_larger_than(weights: Mapping[str, Tensor], source: str) -> Iterator[None
         if tensor is not None:
             found, count = found + tensor.numel() * tensor.element_size(), count + 1
             if found > most or count > most_tensors:
-                raise InputError(f"{source} does not fit the network: what it names is many times larger than the file")
+                raise InputError(
+                    f"{source} does not fit the network: it describes a network many times larger than the file"
+                )
 
     hooks = [register(registered) for register in REGISTERED]
     try:
