@@ -509,7 +509,7 @@ def test_a_real_run_is_compared_with_itself(capsys, small_run, tmp_path):
         "sd": None,
         "values": [group["test_top1"]["mean"]],
     }
-    assert (group["epochs"], group["images"]) == (7, 7 * small_run.summary["images"]["train"])
+    assert (group["epochs"], group["images"]) == (8, 8 * small_run.summary["images"]["train"])
     assert group["dataset"] == "digits"
     assert small_run.summary["classes"] == 10
     assert "svg" in page_of(capsys, tmp_path)

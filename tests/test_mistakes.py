@@ -1,9 +1,9 @@
 """Common mistakes on the command line: each ends with its exit code and one line that names the cause and the fix."""
 
-import builtins
 import errno
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -140,21 +140,9 @@ def test_a_mistake_is_one_line(capsys, desk, monkeypatch, words, says):
     assert sorted(desk.rglob("*")) == before
 
 
-def without(name, monkeypatch):
-    """As if a package were not installed."""
-    whole = builtins.__import__
-
-    def missing(wanted, *rest, **options):
-        if wanted.split(".")[0] == name:
-            raise ImportError(f"No module named '{name}'", name=name)
-        return whole(wanted, *rest, **options)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-
-
 def test_an_optional_package_is_not_there(capsys, desk, monkeypatch):
     monkeypatch.chdir(desk)
-    without("sklearn", monkeypatch)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     code, out, err = run(capsys, "train", *D.split(" "))
     assert (code, out) == (2, "")
     assert err == "Error: the digits data set comes with scikit-learn: pip install 'repan-cli[demo]'\n"

@@ -77,11 +77,11 @@ def test_a_teacher_of_ones_own_names_the_setting_of_teachers(digits, tmp_path, m
         teachers._ours("t.pt", config.TeacherConfig(name="t.pt"), digits, saved)
 
 
-def test_the_broken_files_of_a_folder_are_named_at_the_end(tmp_path, cycle_run, capsys):
+def test_the_broken_files_of_a_folder_are_named_at_the_end(tmp_path, few_blocks, small_run, capsys):
     for name in ("a.png", "c.png"):
         Image.new("L", (8, 8)).save(tmp_path / name)
     (tmp_path / "b.png").write_bytes(b"no image")
-    code, out, err = run(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path, "--top", "1")
+    code, out, err = run(capsys, "predict", small_run.folder / "fused.pt", tmp_path, "--top", "1")
     assert code == 2
     assert out.count(".png") == 2
     last = err.splitlines()[-1]
@@ -135,8 +135,8 @@ def test_a_run_resumed_inside_a_phase_prints_the_header_of_its_table(capsys):
     assert said.index("phase") < said.index("cycle 1/1")
 
 
-def test_fused_weights_to_start_from_are_answered_with_the_plain_form(cycle_run, capsys):
-    fused = cycle_run.folder / "fused.pt"
+def test_fused_weights_to_start_from_are_answered_with_the_plain_form(few_blocks, small_run, capsys):
+    fused = small_run.folder / "fused.pt"
     said = one_line(capsys, "train", "--dataset", "digits", "--init", fused)
     assert f"repan fuse {fused} --form conv-bn" in said
 

@@ -168,6 +168,7 @@ def stopped(capsys, *words):
         StopAt(patch, 2)
         code, _, err = run(capsys, "train", *SMALL, *words)
     assert code == 75, err
+    return err
 
 
 def test_data_are_found_again_from_another_folder(tmp_path, monkeypatch, capsys, few_blocks):
@@ -175,7 +176,7 @@ def test_data_are_found_again_from_another_folder(tmp_path, monkeypatch, capsys,
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     flat(tmp_path / "here" / "photos")
-    stopped(capsys, "--dataset", "photos", "--out", "my run")
+    assert stopped(capsys, "--dataset", "photos", "--out", "my run").count("drawn as its test part") == 1
     card = checkpoint.load("my run/last.pt").card
     assert card.config["data.root"] == "photos"
     env = json.loads(Path("my run/env.json").read_text())
@@ -185,7 +186,14 @@ def test_data_are_found_again_from_another_folder(tmp_path, monkeypatch, capsys,
     code, _, err = run(capsys, "train", "--resume", tmp_path / "here" / "my run")
     assert code == 0, err
     assert "repan evaluate '" in err  # a path with a space, quoted
-    assert run(capsys, "evaluate", tmp_path / "here" / "my run" / "fused.pt")[0] == 0
+    assert "drawn as its test part" not in err  # as was told when the run began
+    code, _, err = run(capsys, "evaluate", tmp_path / "here" / "my run" / "fused.pt")
+    assert code == 0, err
+    assert "drawn as its test part" not in err
+    Image.new("RGB", (16, 16)).save(tmp_path / "here" / "photos" / "ant" / "more.png")
+    err = run(capsys, "evaluate", tmp_path / "here" / "my run" / "fused.pt")[2]
+    assert "4 of the 21 images are drawn as its test part" in err  # another split
+    assert "is not the one" in err
 
 
 def test_the_commit_of_the_folder_is_noted(tmp_path, monkeypatch):

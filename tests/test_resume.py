@@ -14,7 +14,7 @@ import torch
 from support import ROOT, StopAt, assert_same, metrics, one_line, run, start, wait_for
 
 from repan_cli import checkpoint, runs
-from repan_cli.data import builtin
+from repan_cli.data import digits
 from repan_cli.data.batches import Loader
 from repan_cli.data.subset import stratified
 from repan_cli.session import recorder
@@ -206,8 +206,8 @@ def test_the_same_value_more_cycles_and_workers_may_be_given(capsys, begun):
 def test_other_data_are_refused(capsys, begun, monkeypatch):
     pass
 
-    digits = stratified
-    monkeypatch.setattr(builtin, "stratified", lambda labels, fraction, seed: digits(labels, fraction, seed + 1))
+    drawn = stratified
+    monkeypatch.setattr(digits, "stratified", lambda labels, fraction, seed: drawn(labels, fraction, seed + 1))
     assert "the images of digits are not those that the run began with" in one_line(capsys, "cycle", "--resume", begun)
 
 

@@ -125,7 +125,8 @@ def test_the_card_lists_the_measured_figures(folder):
     front, text = (folder / "README.md").read_text().split("---\n")[1:3]
     assert yaml.safe_load(front)["library_name"] == "timm"
     assert "| top-1 accuracy on the validation part, % | 61.25 |" in text
-    assert f"repan fuse {folder.parent / 'net.pt'} --format timm" in text
+    assert "repan fuse net.pt --format timm" in text
+    assert str(folder.parent) not in text
     assert "parameters, merged" in text
 
 

@@ -56,7 +56,9 @@ class RepBlock(nn.Module):
         rate = self.attach_rate.item()
         for branch in self.sides:
             side_weight, side_bias = branch.equivalent_kernel()
-            weight, bias = weight + rate * side_weight, bias + rate * side_bias
+            if rate != 1:
+                side_weight, side_bias = rate * side_weight, rate * side_bias
+            weight, bias = weight + side_weight, bias + side_bias
         return weight, bias
 
     def equivalent_kernel(self) -> Kernel:

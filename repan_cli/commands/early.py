@@ -35,14 +35,16 @@ from repan_cli.config.conventions import (
     WEIGHT_ENDINGS,
     WEIGHT_FORMATS,
 )
-from repan_cli.config.resolve import Resolved, data_given
+from repan_cli.config.files import read_file
+from repan_cli.config.resolve import Resolved, data_given, typed
+from repan_cli.config.schema import Layer
 from repan_cli.config.settings import PREVIOUS, Config, baseline_phase, replace
 from repan_cli.data import class_folders, datasets
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
 from repan_cli.runs.trackers import TRACKERS
 from repan_cli.session import sources
-from repan_cli.system.files import write_bytes, write_folder
+from repan_cli.system.files import read_json, write_bytes, write_folder
 from repan_cli.system.launcher import own_rank, restarts
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import ONNX_PACKAGES, need, need_runtime
@@ -62,11 +64,11 @@ def check(module: str, *arguments: Any) -> None:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def _check_training(command: str, resolved: Resolved | str, *_: Any) -> None:
+def _check_training(command: str, resolved: Resolved | str, given: Layer | None = None, *_: Any) -> None:
     """Check a run that is to begin, by its settings, or the one that `--resume` names."""
     if isinstance(resolved, str):
         if own_rank() == 0:
-            runs.find(command, resolved)
+            _check_unfinished(command, runs.find(command, resolved), given or {})
         return
     config = resolved.config
     if own_rank() == 0 and not restarts():
@@ -81,6 +83,20 @@ def _check_training(command: str, resolved: Resolved | str, *_: Any) -> None:
     asked = {**resolved.own, **resolved.given}
     for text in (*unusual(config), *without_effect(config, asked, cycles=command == "cycle")):
         warn(text)
+
+
+def _check_unfinished(command: str, path: Path, given: Layer) -> None:
+    """Raise InputError for a run that has all its results, unless more cycles are asked for."""
+    is_series = (path / runs.SERIES).exists()
+    if is_series or "cycle.count" in given or runs.state_of(path) != "done" or runs.command_of(path) != command:
+        return
+    try:
+        settings, summary = typed(read_file(path / "config.yaml")), read_json(path / "summary.json")
+    except InputError:  # the files of the run are looked at closely later
+        return
+    made = len(summary.get("cycles", ()))  # more than in the settings, where more were asked for once
+    more = max(made, settings.get("cycle.count", made)) if settings.get("cycle.lr") == "restart" else None
+    raise runs.is_finished(path, more if command == "cycle" else None)
 
 
 def _check_dry_run(command: str, resolved: Resolved, *_: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from repan_cli import checkpoint, export
 from repan_cli.checkpoint.card import FUSED
+from repan_cli.checkpoint.published import for_others
 from repan_cli.commands.early import quantize_target
 from repan_cli.commands.options import QuantizeOptions
 from repan_cli.config.conventions import OPSET
@@ -153,7 +154,8 @@ class _Job:
 
 def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, checkpoint.Checkpoint]:
     if artifact.form == FUSED:
-        return artifact.network, artifact.checkpoint()
+        saved = artifact.checkpoint()
+        return artifact.network, dataclasses.replace(saved, card=for_others(saved.card))
     network, _ = export.fuse(artifact.network, images)
     return network, checkpoint.capture_fused(network, artifact.checkpoint(), changes_of(network))
 

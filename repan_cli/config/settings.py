@@ -57,6 +57,7 @@ class BlockConfig:
         None,
         "Block family, see 'repan list blocks', or your own as file.py:function; null: the network's own blocks if "
         "it has any, else repvgg.",
+        path=True,
     )
     kernel: tuple[int, ...] = setting(
         (), "Kernel sizes of the convolutions that become blocks, such as [3,5]; [] means all above 1.", low=1

@@ -135,14 +135,19 @@ def _scored(
 ) -> Iterator[tuple[float, dict[str, Tensor]]]:
     """Yield the weights under every way of naming, with the number of names that are then the network's.
 
-    A tensor of another shape counts as half a one.
+    A tensor of another shape counts as half a one. Namings that come to the same are looked at once.
     """
+    seen: list[dict[str, int]] = []
     for naming in (dict, *_namings(model)):
         try:
             given = naming(weights)
         except Exception:
             continue
         named = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        tensors = {name: id(value) for name, value in named.items()}
+        if tensors in seen:
+            continue
+        seen.append(tensors)
         if merged.are_in(named):
             named = merged.unmerged(named)
         common = own.keys() & named.keys()

@@ -23,6 +23,7 @@ from repan_cli.errors import InputError
 from repan_cli.models import own_block, user_file
 from repan_cli.models.changes import Expansion, apply, set_report
 from repan_cli.models.create import create
+from repan_cli.system.python_words import told_in_python
 
 TIMES_THE_FILE, TIMES_THE_NAMES = 8, 16
 """Limits of a network while it is built, as multiples of the bytes and of the tensors of its file. Branches that are
@@ -135,13 +136,18 @@ def rebuild(
     return model.eval()
 
 
+DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+"""The functions that fill a tensor at random, and those of `nn.init` that no mode sees the inside of."""
+
+
 class NothingIsDrawn(TorchFunctionMode):
     """Leaves fresh weights as the memory is, where all of them will be replaced: drawing 25 million takes 0.3 s."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def load(path: str | Path, model: nn.Module | str | None = None, *, block: str | None = None) -> nn.Module:
@@ -154,5 +160,6 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, block: str |
 
     Raises InputError, naming the file, when it is damaged, not repan's, or does not fit the network.
     """
-    file = checkpoint.chosen_in(path)
-    return rebuild(checkpoint.load(file), str(file), model, block)
+    with told_in_python({"--model": "model", "--block": "block"}):
+        file = checkpoint.chosen_in(path)
+        return rebuild(checkpoint.load(file), str(file), model, block)

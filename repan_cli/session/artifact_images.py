@@ -18,7 +18,7 @@ from repan_cli.data.image_files import UnreadableImageError
 from repan_cli.data.types import ArrayImages, Dataset
 from repan_cli.errors import InputError
 from repan_cli.models import probe
-from repan_cli.session import data_place
+from repan_cli.session import places
 from repan_cli.session.artifact import Artifact, are_of_imagenet
 from repan_cli.session.network import check_classes
 from repan_cli.system.notices import warn
@@ -108,8 +108,8 @@ def settings(artifact: Artifact, dataset: str | None = None, root: str | None = 
         typed = config.typed(stored)
     except InputError as error:
         raise InputError(f"{artifact.source} describes its data with {first_line(error)}") from None
-    arguments = datasets.settings_of(config.replace(config.Config(), typed).data) | {"root": data_place.found(card)}
-    arguments["download"] = dataset is not None
+    arguments = datasets.settings_of(config.replace(config.Config(), typed).data) | {"root": places.data_root(card)}
+    arguments |= {"download": dataset is not None, "known_split": card.split_digest}
     asked = {"name": dataset, "root": root, "image_size": card.image_size, "channels": card.in_chans}
     if dataset not in (None, arguments["name"]):  # the part that it was trained on is one of its own data
         arguments |= {"classes": None, "per_class": None}
@@ -132,7 +132,7 @@ def real_images(artifact: Artifact, root: str | None, count: int) -> tuple[Tenso
         return None, "its data are not known"
     arguments = settings(artifact, None, root)
     try:
-        if arguments["name"] in data_place.WITHOUT_FILES:
+        if arguments["name"] in places.WITHOUT_FILES:
             return _of_memory(artifact, arguments, count), ""
         folder = Path(arguments["root"])
         folder = folder if arguments["name"] == "folder" else folder / arguments["name"]
