@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from repan_cli.cli import training
 from repan_cli.commands import early
-from repan_cli.commands.declaration import declared
+from repan_cli.commands.declaration import Option, declared
 from repan_cli.commands.options import CycleOptions, TrainOptions
 from repan_cli.config.schema import as_text
 from repan_cli.config.settings import OVERLAY, SCHEMA
@@ -21,6 +21,7 @@ from repan_cli.errors import InputError, InterruptedRunError
 from repan_cli.registry import did_you_mean
 from repan_cli.runs.trackers import read_metrics
 from repan_cli.system.notices import LOGGER
+from repan_cli.system.python_words import told_in_python
 from repan_cli.training.events import Epoch, Event
 from repan_cli.training.listeners import listening
 
@@ -131,12 +132,13 @@ def _run(
         with console.showing_activity():
             made.append(getattr(found, entry)(*arguments, **chosen))
 
-    filled = _options(command, options, given)
-    with _as_before(), listening(_epochs(on_epoch)) if on_epoch else contextlib.nullcontext():
-        try:
-            training.train(command, filled, dispatch=call, fail=_raise)
-        except InterruptedRunError as stop:
-            raise KeyboardInterrupt(_how(command, stop)) from None
+    with told_in_python(*_arguments(options)):
+        filled = _options(command, options, given)
+        with _as_before(), listening(_epochs(on_epoch)) if on_epoch else contextlib.nullcontext():
+            try:
+                training.train(command, filled, dispatch=call, fail=_raise)
+            except InterruptedRunError as stop:
+                raise KeyboardInterrupt(_how(command, stop)) from None
     path = made[-1]
     return Summary(Path(), {}) if path is None else read_summary(path)
 
@@ -192,6 +194,19 @@ def _options(
         else:
             settings |= _setting(command, name, value, sorted(names | RENAMED.keys() - RENAMED.values()))
     return options(settings=tuple(f"{key}={_text(key, value)}" for key, value in settings.items()), **chosen)
+
+
+def _arguments(options: type[TrainOptions | CycleOptions]) -> tuple[dict[str, str], frozenset[str]]:
+    """Return the arguments of a function by the options of its command, and the options without a value."""
+    ours = {option: name for name, option in RENAMED.items()}
+    found: dict[str, str] = {}
+    flags: set[str] = set()
+    for name, kind, how, _ in declared(options):
+        if isinstance(how, Option) and name not in FOR_PROCESSES:
+            words = {f"--{name.replace('_', '-')}", *how.flags}
+            found |= dict.fromkeys(words, ours.get(name, name))
+            flags |= words if kind is bool else set()
+    return found, frozenset(flags)
 
 
 def _option_value(name: str, value: Any) -> Any:

@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support import ROOT, assert_same, one_line, run
+from support import ROOT, assert_same, card_of, one_line, run, small_net
 
 import repan_cli
+from repan_cli import checkpoint
 from repan_cli.cli.words import as_typed
 from repan_cli.commands.options import CycleOptions, TrainOptions
 from repan_cli.display import console
 from repan_cli.display.notebook import NotebookLive
-from repan_cli.door import _options
+from repan_cli.door import _arguments, _options
 from repan_cli.errors import InputError
 from repan_cli.system.notices import LOGGER
+from repan_cli.system.python_words import in_python
 from repan_cli.training.events import Epoch
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
@@ -137,7 +139,7 @@ def test_values_become_what_one_would_type(given, words, shortcuts):
         ({"cycles": 2}, "no argument 'cycles'"),
         ({"optim": {"lrr": 1}}, "unknown setting 'optim.lrr'; did you mean optim.lr"),
         ({"model": torch.nn.Linear(1, 1)}, "model cannot be a Linear.*'file.py:function'"),
-        ({"lr": 0.1, "optim.lr": 0.2}, "--lr and optim.lr= are the same setting"),
+        ({"lr": 0.1, "optim.lr": 0.2}, r"lr=\.\.\. and optim.lr= are the same setting"),
         ({"model": "nonsense"}, "nonsense"),
         ({"dataset": None}, "no data set"),
     ],
@@ -276,3 +278,51 @@ def test_lists_come_as_python_writes_them():
     assert SCHEMA["block.kernel"].parse("[3, 5]") == (3, 5)
     assert SCHEMA["run.trackers"].parse("['tensorboard', \"wandb\"]") == ("tensorboard", "wandb")
     assert TrainOptions().settings == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "no network: give --model NAME, see 'repan list models'",
+            "no network: give model=NAME, see 'repan list models'",
+        ),
+        ("give --model net.py:net (files are not", "give model='net.py:net' (files are not"),
+        ("give --block FILE.py:FUNCTION, or", "give block=FILE.py:FUNCTION, or"),
+        ("with --init 'my run/last.pt'", "with init='my run/last.pt'"),
+        ("--model is for a network of your own", "model=... is for a network of your own"),
+        ("did you mean --data-root a/b?", "did you mean data_root='a/b'?"),
+        ("--seed and --seeds cannot be combined", "seed=... and seeds=... cannot be combined"),
+        ("what --control adds: give one", "what control=True adds: give one"),
+        ("begin anew with -c run/config.yaml --out NEW", "begin anew with config='run/config.yaml' out=NEW"),
+        ("resume it by repan cycle --resume run --model x", "resume it by repan cycle --resume run --model x"),
+        ("the files of 'repan fuse --format timm'; --epochs", "the files of 'repan fuse --format timm'; epochs=..."),
+        ("well--known -x --trust-code optim.lr=1", "well--known -x --trust-code optim.lr=1"),
+    ],
+)
+def test_errors_name_the_arguments_of_python(text, expected):
+    assert in_python(text, *_arguments(CycleOptions)) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"model": "repvgg"}, "give dataset=NAME"),
+        ({"dataset": "digits"}, "give model=NAME"),
+        ({**NET, "seed": 1, "seeds": [1, 2]}, "seed=... and seeds=... cannot be combined"),
+        ({"resume": "gone", "config": "recipes/cifar"}, "config=... cannot be combined with resume="),
+        ({**NET, "lr": 0.1, "optim.lr": 0.2}, "lr=... and optim.lr= are the same setting"),
+    ],
+)
+def test_no_error_of_a_function_names_an_option(given, says):
+    with pytest.raises(InputError) as error:
+        repan_cli.train(**given)
+    assert says in str(error.value)
+    assert "--" not in str(error.value)
+
+
+def test_load_names_its_own_arguments(tmp_path):
+    net = small_net()
+    checkpoint.save(checkpoint.capture(net, card_of(net, "net.py:build")), tmp_path / "a.pt")
+    with pytest.raises(InputError, match=r"give model='net.py:build' \(files"):
+        repan_cli.load(tmp_path / "a.pt")

@@ -47,7 +47,7 @@ def test_classes_without_parts_are_split_by_the_seed_alone(tmp_path, caplog):
 @pytest.mark.parametrize("inside", ["set", "deep/set"])
 def test_a_root_one_or_two_levels_too_high_is_answered_with_the_folder(tmp_path, inside):
     write_folders(tmp_path / "up" / inside)
-    with pytest.raises(InputError, match=f"is no data set of image folders; did you mean --data-root .*up/{inside}"):
+    with pytest.raises(InputError, match=f"is not a data set of image folders; did you mean --data-root .*up/{inside}"):
         datasets.load("folder", tmp_path / "up")
     flat(tmp_path / "flat" / inside)
     with pytest.raises(InputError, match=f"did you mean --data-root .*flat/{inside}"):
@@ -168,6 +168,7 @@ def stopped(capsys, *words):
         StopAt(patch, 2)
         code, _, err = run(capsys, "train", *SMALL, *words)
     assert code == 75, err
+    return err
 
 
 def test_data_are_found_again_from_another_folder(tmp_path, monkeypatch, capsys, few_blocks):
@@ -175,7 +176,7 @@ def test_data_are_found_again_from_another_folder(tmp_path, monkeypatch, capsys,
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     flat(tmp_path / "here" / "photos")
-    stopped(capsys, "--dataset", "photos", "--out", "my run")
+    assert stopped(capsys, "--dataset", "photos", "--out", "my run").count("drawn as its test part") == 1
     card = checkpoint.load("my run/last.pt").card
     assert card.config["data.root"] == "photos"
     env = json.loads(Path("my run/env.json").read_text())
@@ -185,7 +186,14 @@ def test_data_are_found_again_from_another_folder(tmp_path, monkeypatch, capsys,
     code, _, err = run(capsys, "train", "--resume", tmp_path / "here" / "my run")
     assert code == 0, err
     assert "repan evaluate '" in err  # a path with a space, quoted
-    assert run(capsys, "evaluate", tmp_path / "here" / "my run" / "fused.pt")[0] == 0
+    assert "drawn as its test part" not in err  # as was told when the run began
+    code, _, err = run(capsys, "evaluate", tmp_path / "here" / "my run" / "fused.pt")
+    assert code == 0, err
+    assert "drawn as its test part" not in err
+    Image.new("RGB", (16, 16)).save(tmp_path / "here" / "photos" / "ant" / "more.png")
+    err = run(capsys, "evaluate", tmp_path / "here" / "my run" / "fused.pt")[2]
+    assert "4 of the 21 images are drawn as its test part" in err  # another split
+    assert "is not the one" in err
 
 
 def test_the_commit_of_the_folder_is_noted(tmp_path, monkeypatch):
@@ -229,7 +237,7 @@ def test_the_home_folder_is_known_in_every_path(tmp_path, monkeypatch, capsys):
     )
     (tmp_path / "old").mkdir()
     begin = ("train", "--model=repvgg", "--dataset=digits")
-    assert f"{tmp_path}/old exists already" in one_line(capsys, *begin, "--out=~/old")
+    assert f"{tmp_path}/old already exists" in one_line(capsys, *begin, "--out=~/old")
     assert f"no file {tmp_path}/gone.pt" in one_line(capsys, "info", "~/gone.pt")
     assert f"no run directory {tmp_path}/gone" in one_line(capsys, "train", "--resume=~/gone")
     assert f"unknown setting 'x' in {tmp_path}" not in one_line(capsys, *begin, "--config=~/gone.yaml")

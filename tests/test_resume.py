@@ -14,7 +14,7 @@ import torch
 from support import ROOT, StopAt, assert_same, metrics, one_line, run, start, wait_for
 
 from repan_cli import checkpoint, runs
-from repan_cli.data import builtin
+from repan_cli.data import digits
 from repan_cli.data.batches import Loader
 from repan_cli.data.subset import stratified
 from repan_cli.session import recorder
@@ -206,8 +206,8 @@ def test_the_same_value_more_cycles_and_workers_may_be_given(capsys, begun):
 def test_other_data_are_refused(capsys, begun, monkeypatch):
     pass
 
-    digits = stratified
-    monkeypatch.setattr(builtin, "stratified", lambda labels, fraction, seed: digits(labels, fraction, seed + 1))
+    drawn = stratified
+    monkeypatch.setattr(digits, "stratified", lambda labels, fraction, seed: drawn(labels, fraction, seed + 1))
     assert "the images of digits are not those that the run began with" in one_line(capsys, "cycle", "--resume", begun)
 
 
@@ -269,7 +269,7 @@ def test_when_all_are_damaged_nothing_is_deleted(capsys, begun):
     assert code == 2
     assert len(err.splitlines()) == 1
     assert "holds no state to resume from (" in err
-    assert f"begin anew with -c {begun / 'config.yaml'} --out NEW" in err
+    assert f"start a new run with -c {begun / 'config.yaml'} --out NEW" in err
     assert {path.name: path.read_bytes() for path in begun.iterdir() if path.name != ".lock"} == {
         name: content for name, content in before.items() if name != ".lock"
     }
@@ -310,7 +310,7 @@ def test_a_second_writer_is_refused_until_the_first_is_killed(capsys, tmp_path):
     for _ in range(5):
         err = one_line(capsys, "train", "--resume", folder)
         assert f"is being written by process {first.pid} on " in err
-    assert "exists already; nothing was touched: continue with --resume" in one_line(
+    assert "already exists; nothing was changed: continue with --resume" in one_line(
         capsys, "train", *words, "--out", folder
     )
     first.kill()

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import platform
+import re
+from datetime import datetime, timedelta
 
 import pytest
 from support import FP32, one_line, run, small_net, write_run
@@ -64,6 +66,17 @@ def test_runs_are_listed_with_their_state_and_how_they_go_on(several):
     assert found["seeds/seed_0"].go_on == f"repan cycle --resume {several}/seeds"
     assert (found["done"].best, found["done"].test) == (70.0, 70.0)
     assert list(found)[-1] in ("stopped", "elsewhere")  # the oldest last
+
+
+def test_a_clock_that_was_set_back_is_told(several, capsys):
+    ahead = datetime.now().astimezone() + timedelta(hours=30)
+    status(several / "stopped", state="interrupted", time=ahead.isoformat())
+    _, out, _ = run(capsys, "list", "runs", "*stopped")
+    assert "in the future" in out.splitlines()[1]
+    assert "repan cycle --resume" in out
+    status(several / "stopped", state="interrupted", time=datetime.now().astimezone().isoformat())
+    _, out, _ = run(capsys, "list", "runs", "*stopped")
+    assert re.search(r"\d s$", out.splitlines()[1].rstrip())
 
 
 def test_own_networks_and_blocks_are_named_again(several):

@@ -1,9 +1,11 @@
 """Formats of other programs: each agrees in its program, is checked before it is opened, and no code is run unasked."""
 
+import ctypes
 import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from repan_cli.errors import InputError
 from repan_cli.export import runtimes
 from repan_cli.export.runtimes import coreml, openvino_files
 from repan_cli.session.artifact import open_artifact
-from repan_cli.system import packages
+from repan_cli.system import packages, signals
 from repan_cli.system.packages import RUNTIME_PACKAGES, missing
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
@@ -204,6 +206,44 @@ def test_a_model_that_may_never_end_is_refused(tmp_path, kind):
         openvino_files.OpenVinoNetwork(tmp_path / "model.xml")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="signal stacks are Linux's")
+def test_a_thread_has_its_signal_stack_again_after_another_was_set():
+    buffers = [ctypes.create_string_buffer(65536) for _ in range(2)]
+
+    def in_a_thread():
+        own, other = (signals._SignalStack(ctypes.addressof(buffer), 0, 65536) for buffer in buffers)
+        libc = ctypes.CDLL(None)
+        assert libc.sigaltstack(ctypes.byref(own), None) == 0
+        with signals.kept_signal_stack():
+            assert libc.sigaltstack(ctypes.byref(other), None) == 0
+            assert signal_stack() == (other.address, 0, 65536)
+        found = signal_stack()
+        libc.sigaltstack(ctypes.byref(signals._SignalStack(None, 2, 0)), None)  # none, before the buffers go
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(in_a_thread).result() == (ctypes.addressof(buffers[0]), 0, 65536)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signal stacks are Linux's")
+@pytest.mark.parametrize("kind", [needs("openvino")])
+def test_networks_of_openvino_leave_no_freed_signal_stack(capsys, saved, tmp_path, kind):
+    """OpenVINO frees the signal stacks that it sets; a process that keeps a freed one dies of its next signal."""
+    assert run(capsys, "fuse", saved, "-f", kind, "-o", tmp_path / "net")[0] == 0
+    before = signal_stack()
+    networks = [openvino_files.OpenVinoNetwork(tmp_path / "net_openvino" / "model.xml") for _ in range(2)]
+    while networks:
+        assert signal_stack() == before
+        del networks[0]
+    assert signal_stack() == before
+
+
+def signal_stack():
+    stack = signals._SignalStack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack.address, stack.flags, stack.size
+
+
 # ---------------------------------------------------------------------------------------------- what is missing
 
 
@@ -219,7 +259,7 @@ def test_what_cannot_be_proven_here_is_not_written(capsys, saved, tmp_path, monk
     monkeypatch.setattr(packages, "missing", lambda *names: [])
     monkeypatch.setattr(coreml.platform, "system", lambda: "Linux")
     line = one_line(capsys, "fuse", saved, "-f", "coreml", "-o", tmp_path / "x")
-    assert "--format coreml cannot be verified here: Core ML runs on macOS alone; --unproven writes it" in line
+    assert "--format coreml cannot be verified here: Core ML runs only on macOS; --unproven writes it" in line
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """Starting up: what can be known without PyTorch is said without it, and a command imports no more than it needs."""
 
+import gc
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from repan_cli import models
 from repan_cli.blocks import FAMILIES
 from repan_cli.commands import early
 from repan_cli.config import names
+from repan_cli.data import digits
 from repan_cli.system.lean import lean_imports
 
 MISTAKES = [
@@ -29,7 +31,7 @@ MISTAKES = [
     ("train --model repvgg --dataset digits --block acbb", "unknown block family 'acbb'; did you mean acb?"),
     ("train --model repvgg --dataset digits optim.name=adamx", "unknown optimizer 'adamx'; did you mean"),
     ("train --model repvgg --dataset digits optim.schedule=cosin", "unknown schedule 'cosin'; did you mean cosine?"),
-    ("train --model repvgg --dataset digits --out {root}", "exists already; nothing was touched"),
+    ("train --model repvgg --dataset digits --out {root}", "already exists; nothing was changed"),
     ("train --model repvgg --dataset digits --init gone.pt", "no checkpoint gone.pt"),
     ("train --model gone.py:net --dataset digits", "no file gone.py"),
     ("distill --model repvgg --dataset digits --teacher gone.pt", "no teacher's file gone.pt"),
@@ -132,6 +134,44 @@ def test_what_is_asked_of_the_compiler_meanwhile_is_its_own():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.split() == ["torch._dynamo.config", "7"]
+
+
+def test_no_garbage_is_collected_while_modules_are_imported(monkeypatch):
+    with lean_imports():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert not gc.get_freeze_count()
+    monkeypatch.delitem(sys.modules, "torch")
+    with lean_imports():
+        pass
+    assert gc.get_freeze_count() > 10_000
+    gc.unfreeze()
+
+
+def test_garbage_is_collected_again_after_an_import_that_fails():
+    with pytest.raises(ImportError, match="gone"), lean_imports():
+        raise ImportError("gone")
+    assert gc.isenabled()
+
+
+def test_digits_are_read_without_scikit_learn_being_imported():
+    code = (
+        "import sys, pathlib; from repan_cli.data import digits, types\n"
+        "raw = digits.load(pathlib.Path('data'), types.ReadOptions())\n"
+        "print(len(raw.parts['train'].labels), *(name for name in ('sklearn', 'scipy') if name in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["1438"]
+
+
+@pytest.mark.soak  # scikit-learn takes a second
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images, labels = digits.pixels_and_labels()
+    assert (images == bunch.images).all()
+    assert (labels == bunch.target).all()
 
 
 def test_what_is_loaded_already_stays_as_it_is():

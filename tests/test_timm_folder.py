@@ -125,7 +125,8 @@ def test_the_card_tells_what_was_measured(folder):
     front, text = (folder / "README.md").read_text().split("---\n")[1:3]
     assert yaml.safe_load(front)["library_name"] == "timm"
     assert "| top-1 accuracy on the validation part, % | 61.25 |" in text
-    assert f"repan fuse {folder.parent / 'net.pt'} --format timm" in text
+    assert "repan fuse net.pt --format timm" in text
+    assert str(folder.parent) not in text
     assert "parameters, merged" in text
 
 
@@ -147,7 +148,7 @@ def test_the_same_network_gives_the_same_folder(capsys, folder, tmp_path):
     assert run(capsys, "fuse", folder.parent / "net.pt", "-f", "timm", "-o", tmp_path / "plain")[0] == 0
     for file in folder.iterdir():
         assert (tmp_path / "plain_timm" / file.name).read_bytes() == file.read_bytes()
-    assert "exists already" in one_line(
+    assert "already exists" in one_line(
         capsys, "fuse", folder.parent / "net.pt", "-f", "timm", "-o", tmp_path / "plain"
     )
     (tmp_path / "plain_timm" / "notes.txt").write_text("mine")

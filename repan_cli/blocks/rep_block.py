@@ -148,10 +148,10 @@ def fill_all(tensors: list[Tensor], value: float) -> None:
 def reinit_branches(
     block: RepBlock, attach: str, *, branch_init: str = "kaiming", generator: torch.Generator | None = None
 ) -> None:
-    """Reset the side branches in place. They begin at attach rate 0 (`attach="ramp"`), at rate 1 but silent
-    (`zero-gamma`), or at rate 1 (`one`).
+    """Reset the side branches in place.
 
-    They begin at attach rate 0 (`attach="ramp"`), at rate 1 but silent (`zero-gamma`), or at rate 1 (`one`).
+    They begin at attach rate 0 (`attach="ramp"`), at rate 1 with a zero last gamma (`zero-gamma`), or at rate 1
+    (`one`).
     """
     for branch in block.sides:
         branch.reset(branch_init, generator)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from repan_cli.checkpoint.card import FUSED, Change, ModelCard
 from repan_cli.checkpoint.preprocessing import as_texts, preprocessing
+from repan_cli.checkpoint.published import for_others
 from repan_cli.system.files import to_json, write_atomically
 
 FORMAT = 1
@@ -93,11 +94,12 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def capture_fused(model: nn.Module, origin: Checkpoint, changes: Iterable[Change]) -> Checkpoint:
     """Return the checkpoint of a network that was merged from `origin`, which its description names by digest.
 
-    `changes` are those that make the merged network's blocks of the plain one.
+    `changes` are those that make the merged network's blocks of the plain one. Merged networks are for others too, so
+    that they do not tell the folders of their author.
     """
     structure = replace(origin.card.structure, changes=tuple(Change(*change) for change in changes))
     card = replace(origin.card, structure=structure, form=FUSED, fused_from=origin.digest(), run=None)
-    return capture(model, card)
+    return capture(model, for_others(card))
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from repan_cli import checkpoint, export, models
 from repan_cli.checkpoint.card import FUSED, PLAIN, ModelCard, Structure
 from repan_cli.checkpoint.format import Checkpoint
+from repan_cli.checkpoint.published import for_others
 from repan_cli.commands.early import Content, Target, fuse_targets
 from repan_cli.commands.options import FuseOptions
 from repan_cli.config.conventions import GRAPH_FORMATS, OPSET, RUNTIME_FORMATS, WEIGHT_FORMATS
@@ -66,9 +67,11 @@ def run(options: FuseOptions) -> None:
     _check_mergeable(artifact, targets, options.form)
     images, seen = _images(artifact, options.data_root)
     fused, report = _merged(artifact, images)
-    result = (
-        checkpoint.capture_fused(fused, artifact.checkpoint(), changes_of(fused)) if report else artifact.checkpoint()
-    )
+    saved = artifact.checkpoint()
+    if report:
+        result = checkpoint.capture_fused(fused, saved, changes_of(fused))
+    else:
+        result = dataclasses.replace(saved, card=for_others(saved.card))
     bound = max(FILE_TOLERANCE, 10 * (report.rel_error_fp32 if report else 0.0))
     proof = dataclasses.asdict(report) if report else {}
     job = _Job(artifact, fused, result, images, options, bound, proof)
@@ -107,7 +110,8 @@ def _check_mergeable(artifact: Artifact, targets: Sequence[Target], form: str) -
         )
     check_finite(artifact.network)
     if fresh := untrained_norms(artifact.network):
-        warn(f"{count(len(fresh), 'BN')} of {artifact.source} never saw an image, such as {fresh[0]}: is it trained?")
+        told = f"{count(len(fresh), 'BN')} of {artifact.source} never saw an image, such as {fresh[0]}"
+        warn(f"{told}: is the network trained?")
 
 
 def _images(artifact: Artifact, data_root: str | None) -> tuple[Tensor, dict[str, Any]]:
@@ -169,7 +173,8 @@ class _Job:
         return runtimes.contents(name, runtimes.KINDS[name].convert(job), header)
 
     def _for_timm(self) -> dict[str, bytes]:
-        saved = timm_folder.network_of_timm(self.fused, self.result.card, self.options.checkpoint)
+        card = for_others(self.result.card, keeps_place=False)
+        saved = timm_folder.network_of_timm(self.fused, card, self.options.checkpoint)
         return timm_folder.files(saved, model_card.readme(saved.card, self.options.checkpoint, proof=self.proof))
 
     def _onnx(self, program: ExportedProgram, card: ModelCard) -> bytes:
@@ -226,7 +231,7 @@ class _Job:
         if error is not None and not error <= (self.half_bound if self.options.half else self.bound):
             raise MergeError(f"{target.path} would differ from the network: relative error {error:.1e}; not written")
         size = sum(map(len, content.values())) if isinstance(content, dict) else len(content)
-        use = _use(target, form, self.result.card)
+        use = _use(target, form, dataclasses.replace(self.result.card, model=self.artifact.card.model))
         return Written(str(target.path), target.kind, form, size, error, opened_by, use)
 
     def _opened(self, kind: str, copy: Path) -> tuple[nn.Module | None, str]:

@@ -132,8 +132,14 @@ def _list_runs(options: ListOptions) -> None:
 
 
 def _run_row(run: Run) -> tuple[str, ...]:
-    age = duration(run.age) if run.age < DAY else count(int(run.age // DAY), "day")
-    return str(run.path), run.command, run.state, percent(run.best), percent(run.test), age
+    return str(run.path), run.command, run.state, percent(run.best), percent(run.test), _age(run.age)
+
+
+def _age(seconds: float) -> str:
+    """Return an age in words; one below -1 s is that of a run whose clock was ahead of today's."""
+    if seconds < -1:
+        return "in the future"
+    return duration(max(0, seconds)) if seconds < DAY else count(int(seconds // DAY), "day")
 
 
 DAY = 24 * 3600

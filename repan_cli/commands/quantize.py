@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from repan_cli import checkpoint, export
 from repan_cli.checkpoint.card import FUSED
+from repan_cli.checkpoint.published import for_others
 from repan_cli.commands.early import quantize_target
 from repan_cli.commands.options import QuantizeOptions
 from repan_cli.config.conventions import OPSET
@@ -153,7 +154,8 @@ class _Job:
 
 def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, checkpoint.Checkpoint]:
     if artifact.form == FUSED:
-        return artifact.network, artifact.checkpoint()
+        saved = artifact.checkpoint()
+        return artifact.network, dataclasses.replace(saved, card=for_others(saved.card))
     network, _ = export.fuse(artifact.network, images)
     return network, checkpoint.capture_fused(network, artifact.checkpoint(), changes_of(network))
 
@@ -205,9 +207,9 @@ def _report_latency(result: dict[str, Any]) -> None:
     """Report the speed of both files, and warn if int8 is slower."""
     found, program = result["latency"], PROGRAMS[result["target"]]
     if found is None:
-        tell(f"one image        not timed: {program} is not here")
+        tell(f"one image        not timed: {program} is not installed")
         return
     single, small, ratio = found["float32"], found["int8"], found["speedup"]
     tell(f"one image        {single:.2f} ms in float32, {small:.2f} ms in int8 ({ratio:.2f}x), by {program} here")
     if ratio < SLOWER:
-        warn(f"int8 is {1 / ratio:.1f}x slower than float32 by {program} on this machine: take the float32 file")
+        warn(f"int8 is {1 / ratio:.1f}x slower than float32 by {program} on this machine: use the float32 file")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +21,16 @@ from repan_cli.config.schema import Layer
 from repan_cli.display.comparison import show
 from repan_cli.display.console import tell
 from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError
-from repan_cli.session import control, resume, runner
+from repan_cli.session import control, places, resume, runner
 from repan_cli.session.build import Session, prepare
 from repan_cli.system.files import read_json, to_json
 from repan_cli.system.launcher import own_rank, rank_count
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
 from repan_cli.system.text import count, percent, quoted
-from repan_cli.system.user_code import names_a_file
+from repan_cli.system.user_code import names_a_file, own_code, own_code_options
 
-MAY_CHANGE = set(resume.MAY_CHANGE) - {"cycle.count", "teacher.name"}
+MAY_CHANGE = set(resume.MAY_CHANGE) - {"cycle.count", *resume.OF_TEACHERS}
 """Settings that may change when a series is resumed: runs that have not begun have nothing to check them against."""
 
 
@@ -86,6 +86,7 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
     with runs.RunDirectory(series.path, reopen=not out) as folder:
         folder.write_text("config.yaml", config.dump(shared, cycles=command == "cycle"))
         about = {"command": command, "seeds": seeds, "control": with_control, "settings": resolved.source}
+        about |= places.noted(shared)
         folder.write_json(runs.SERIES, about)
         _carry_out(series, folder, {}, ready, as_json=as_json)
     return path
@@ -95,10 +96,10 @@ def refuse(resolved: Resolved, *, with_control: bool) -> None:
     """Raise InputError for settings that cannot be made into a series."""
     if rank_count() > 1:
         raise InputError(
-            "--seeds and --control run in one process: start each run under torchrun by itself, then compare"
+            "--seeds and --control run in one process: start each run separately under torchrun, then compare"
         )
     if with_control and resolved.config.cycle.restart == "none":
-        raise InputError("cycle.restart=none is what --control adds: give one")
+        raise InputError("cycle.restart=none and --control both ask for a run without restarts: give one")
 
 
 def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
@@ -111,7 +112,7 @@ def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | Non
         return resume.run(command, name, given, as_json=as_json)
     if about["command"] != command:
         raise InputError(f"{path} is a series of 'repan {about['command']}': resume it with that command")
-    resolved = _settings_of(command, path, given)
+    resolved = _settings_of(command, path, given, about)
     resolved = dataclasses.replace(resolved, source=about["settings"])
     refuse(resolved, with_control=about["control"])
     with runs.RunDirectory(path, reopen=True) as folder:
@@ -120,7 +121,7 @@ def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | Non
     return path
 
 
-def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
+def _settings_of(command: str, path: Path, given: Layer, about: Mapping[str, Any]) -> Resolved:
     """Return the shared settings of the runs of a series, with allowed changes. Raises InputError for others."""
     stored = config.resolve(command, str(path / "config.yaml"), {})
     before, asked = config.flatten(stored.config), config.typed(given)
@@ -133,10 +134,13 @@ def _settings_of(command: str, path: Path, given: Layer) -> Resolved:
     if network and names_a_file(network):  # the file is named again, wherever it is now
         models.check_given(network, asked.get("model.name"), str(path))
         may_change = may_change | {"model.name"}
+    resume.check_own_teachers(before, asked, path)
+    may_change = may_change | {key for key in resume.OF_TEACHERS if names_a_file(before.get(key))}
     for key, value in asked.items():
         if key not in may_change and value != before.get(key):
             raise InputError(f"{key} cannot change in a resumed series (it was {before.get(key)}): start a new one")
-    return dataclasses.replace(stored, config=config.replace(stored.config, asked))
+    changed = {**before, **places.found(before, about), **asked}
+    return dataclasses.replace(stored, config=config.from_flat(changed))
 
 
 def _carry_out(series: Series, folder: runs.RunDirectory, given: Layer, ready: list[Session], *, as_json: bool) -> None:
@@ -172,7 +176,8 @@ def _make(series: Series, member: Member, given: Layer, ready: Session | None) -
         if any((path / name).exists() for name in (runs.LAST, runs.PREVIOUS)):
             if runs.state_of(path) == control.WAITING:
                 tell(f"continues from the end of the baseline of {path.name.removeprefix(control.PREFIX)}")
-            resume.run(series.command, str(path), {**given, **_own_code(series)}, as_json=False)
+            own = own_code(config.flatten(series.resolved.config))
+            resume.run(series.command, str(path), {**given, **own}, as_json=False)
             return
         runs.discard_unsaved(path)
         resolved = series.of(member)
@@ -200,16 +205,8 @@ def _stop_between_runs(series: Series, signals: StopSignals) -> None:
 
 
 def _how(series: Series) -> str:
-    words = {"model.name": "--model", "block.name": "--block"}
-    own = "".join(f" {words[key]} {quoted(name)}" for key, name in _own_code(series).items())
+    own = own_code_options(config.flatten(series.resolved.config))
     return f"continue with: repan {series.command} --resume {quoted(series.path)}{own}"
-
-
-def _own_code(series: Series) -> dict[str, str]:
-    """Return the settings that name a user's own network and block, which their checkpoints are read with."""
-    shared = series.resolved.config
-    names = {"model.name": shared.model.name, "block.name": shared.block.name}
-    return {key: name for key, name in names.items() if name and names_a_file(name)}
 
 
 # ---------------------------------------------------------------------------------------------- the end

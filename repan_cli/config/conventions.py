@@ -67,3 +67,10 @@ def is_resized(crop: str, size: int) -> bool:
     Others are cropped to a square and resized to their side at once.
     """
     return crop == "resized" or (crop == "auto" and size > SMALL_IMAGE)
+
+
+PLACES = "places"
+"""The key, in what is noted beside a run's settings, of the absolute paths of those that are relative."""
+
+DATA_ROOT, PLACE_OF_DATA = "data.root", "data_root"
+"""The setting of the folder of the data, and the key of its absolute path in files that have no other places."""

@@ -16,10 +16,9 @@ import numpy as np
 from PIL import Image
 
 from repan_cli.config.conventions import DATASET_PREFIXES, LARGE_IMAGE
-from repan_cli.data import pickled_arrays
+from repan_cli.data import digits, pickled_arrays
 from repan_cli.data.folders import load_folders
 from repan_cli.data.image_files import UnreadableImageError, as_mode
-from repan_cli.data.subset import stratified
 from repan_cli.data.types import (
     DATASETS,
     IMAGENET_MEAN,
@@ -36,25 +35,6 @@ from repan_cli.data.types import (
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
 from repan_cli.system.text import first_line, quoted
-
-DIGITS = tuple(str(digit) for digit in range(10))
-
-# ---------------------------------------------------------------------------------------------- digits
-
-
-def _load_digits(root: Path, reading: ReadOptions) -> RawDataset:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise InputError("the digits data set comes with scikit-learn: pip install 'repan-cli[demo]'") from None
-    bunch = load_digits()
-    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    labels = bunch.target.astype(np.int64)
-    test = stratified(labels, 0.2, seed=0)
-    whole = ArrayImages(images, labels)
-    names = tuple(str(name) for name in bunch.target_names)
-    return RawDataset(names, {"train": whole.take(~test), "test": whole.take(test)})
-
 
 # ---------------------------------------------------------------------------------------------- torchvision's
 
@@ -151,7 +131,9 @@ def _read_mnist(part: Any) -> RawDataset:
 
 
 def _read_svhn(part: Any) -> RawDataset:
-    return RawDataset(DIGITS, {"all": ArrayImages(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1)), part.labels)})
+    return RawDataset(
+        digits.DIGITS, {"all": ArrayImages(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1)), part.labels)}
+    )
 
 
 TRAIN_OR_NOT = {"train": {"train": True}, "test": {"train": False}}
@@ -322,7 +304,7 @@ DATASETS.register("folder")(
 
 DATASETS.register("digits")(
     DatasetSpec(
-        "8x8 handwritten digits from scikit-learn, no download: the demo", _load_digits, (0.305,), (0.376,), flip=False
+        "8x8 handwritten digits from scikit-learn, no download: the demo", digits.load, (0.305,), (0.376,), flip=False
     )
 )
 DATASETS.register("cifar10")(

@@ -57,6 +57,7 @@ def load(
     download: bool = True,
     network_size: int | None = None,
     keep: bool = False,
+    known_split: str = "",
 ) -> Dataset:
     """Read a data set, or a part of it, and hold out its validation part.
 
@@ -65,7 +66,8 @@ def load(
     `val_fraction` of the training set, stratified and drawn by `split_seed` alone, is held out; where it has neither,
     `test_fraction` before that is the test set. `class_order` is that of the classes of a folder set; with `only` just
     that part of it is read, and the others are empty. `download` allows to fetch a set that is not there.
-    `keep` leaves it to the loader to skip images. `network_size`: of folders whose images have no size of their own.
+    `keep` leaves it to the loader to skip images. `network_size`: of folders whose images have no size of their own. Of
+    a `known_split`, by its digest, the user has been told.
     """
     spec = _specification(name)
     mean, std = _statistics(spec, channels)
@@ -79,15 +81,12 @@ def load(
         network_size=network_size,
         keep=keep,
     )
-    raw, digest = spec.load(Path(root), reading), ""
-    _check_labels(name, raw)
-    if classes is not None and classes != len(raw.classes):
-        raw = first_classes(name, raw, classes)
+    raw, digest, drawn = _read(name, spec, Path(root), reading, classes), "", ""
     if only is not None:
         return _alone(name, spec, raw, reading, (mean, std), only)
     _warn_of_empty_classes(name, raw)
     if raw.parts.keys() == {"train"}:
-        raw, digest = _with_test_part(name, Path(root), raw, test_fraction, split_seed)
+        raw, digest, drawn = _with_test_part(name, Path(root), raw, test_fraction, split_seed)
     if per_class is not None:
         raw = first_images(raw, per_class)
     parts = {part: _fitted(images, reading) for part, images in raw.parts.items()}
@@ -96,8 +95,17 @@ def load(
         val, test = None, parts["val"]
     if val is None and val_fraction > 0:
         train, val, digest = _with_validation_part(name, train, val_fraction, split_seed, digest)
+    if drawn and digest != known_split:
+        warn(drawn)
     look = (mean, std, spec.flip, spec.policy, _size(train, raw, reading))
     return Dataset(name, raw.classes, *look, train, val, test, digest)
+
+
+def _read(name: str, spec: DatasetSpec, root: Path, reading: ReadOptions, classes: int | None) -> RawDataset:
+    """Read a data set with all its parts, of its classes the first so many."""
+    raw = spec.load(root, reading)
+    _check_labels(name, raw)
+    return raw if classes in (None, len(raw.classes)) else first_classes(name, raw, classes)
 
 
 def _with_validation_part(name: str, train: Part, fraction: float, seed: int, before: str) -> tuple[Part, Part, str]:
@@ -105,27 +113,27 @@ def _with_validation_part(name: str, train: Part, fraction: float, seed: int, be
     held_out = stratified(train.labels, fraction, seed)
     if not held_out.any():
         raise InputError(
-            f"with one training image a class none of {name} can be held out: set data.val_fraction=0, or "
+            f"{name} has one training image per class, so none can be held out: set data.val_fraction=0, or "
             "data.per_class above 1"
         )
     return train.take(~held_out), train.take(held_out), _digest_of_split(held_out, train.labels, before)
 
 
-def _with_test_part(name: str, root: Path, raw: RawDataset, fraction: float, seed: int) -> tuple[RawDataset, str]:
-    """Draw a test part from a set that has but a training part; returns the digest of the draw beside it."""
+def _with_test_part(name: str, root: Path, raw: RawDataset, fraction: float, seed: int) -> tuple[RawDataset, str, str]:
+    """Draw a test part from a set that has but a training part. Returns the digest of the draw, and its description."""
     train = raw.parts["train"]
     drawn = stratified(train.labels, fraction, seed)
     if not drawn.any():
-        raise InputError(f"{root} has one training image a class, and no val or test part: nothing can be reported")
+        raise InputError(f"{root} has one training image per class, and no val or test part: nothing can be reported")
     flat = name == "folder" and not class_folders.named_parts(root)
     lacks = f"{root} has no parts" if flat else f"neither {root / 'val'} nor {root / 'test'}"
     of = "images" if flat else f"training images of {name}"
-    warn(
+    told = (
         f"{lacks}: {drawn.sum():,} of the {len(drawn):,} {of} are drawn as its test part, evenly over the classes "
         "(data.test_fraction, data.split_seed)"
     )
     parts = {"train": train.take(~drawn), "test": train.take(drawn)}
-    return raw._replace(parts=parts), _digest_of_split(drawn, train.labels, "")
+    return raw._replace(parts=parts), _digest_of_split(drawn, train.labels, ""), told
 
 
 def _digest_of_split(held_out: Mask, labels: Labels, before: str) -> str:

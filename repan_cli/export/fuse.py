@@ -153,7 +153,7 @@ def check_finite(model: nn.Module) -> None:
             raise InputError(f"'{name}' has no values yet: run the network once, on images, before it is merged")
         if value.is_floating_point() and not _is_finite(value):
             raise InputError(
-                f"'{name}' holds values that are not finite: the network has diverged; take an earlier checkpoint"
+                f"'{name}' holds values that are not finite: the network has diverged; use an earlier checkpoint"
             )
 
 

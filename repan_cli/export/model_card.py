@@ -105,6 +105,7 @@ def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any]) -> str:
     colour = "RGB" if card.in_chans == 3 else "grey"
     steps = preprocessing(card)
     note = SQUARES if steps["crop_mode"] == SQUARE else ""
+    typed = Path(source).name if Path(source).is_absolute() else source  # a card tells no folder of its author
     return TEMPLATE.format(
         title=Path(source).stem.rpartition(":")[2] or name,
         architecture=name,
@@ -116,7 +117,7 @@ def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any]) -> str:
         merge=MERGE if card.form == MULTI_BRANCH else "",
         figures="\n".join(rows) or "| none was measured | |",
         preparation=f"{_sentence(steps['preprocessing'])} (mean {mean}, std {std}).{note}",
-        commands="\n".join([*_training(card), f"repan fuse {shlex.quote(source)} --format timm"]),
+        commands="\n".join([*_training(card), f"repan fuse {shlex.quote(typed)} --format timm"]),
     )
 
 

@@ -23,6 +23,7 @@ from repan_cli.errors import InputError
 from repan_cli.models import own_block, user_file
 from repan_cli.models.changes import Expansion, apply, set_report
 from repan_cli.models.create import create
+from repan_cli.system.python_words import told_in_python
 
 TIMES_THE_FILE, TIMES_THE_NAMES = 8, 16
 """Limits of a network while it is built, as multiples of the bytes and of the tensors of its file. Branches that are
@@ -63,7 +64,9 @@ def _no_larger_than(weights: Mapping[str, Tensor], source: str) -> Iterator[None
         if tensor is not None:
             found, count = found + tensor.numel() * tensor.element_size(), count + 1
             if found > most or count > most_tensors:
-                raise InputError(f"{source} does not fit the network: what it names is many times larger than the file")
+                raise InputError(
+                    f"{source} does not fit the network: it describes a network many times larger than the file"
+                )
 
     hooks = [register(registered) for register in REGISTERED]
     try:
@@ -157,5 +160,6 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, block: str |
 
     Raises InputError, naming the file, when it is damaged, not repan's, or does not fit the network.
     """
-    file = checkpoint.chosen_in(path)
-    return rebuild(checkpoint.load(file), str(file), model, block)
+    with told_in_python({"--model": "model", "--block": "block"}):
+        file = checkpoint.chosen_in(path)
+        return rebuild(checkpoint.load(file), str(file), model, block)

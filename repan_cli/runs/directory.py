@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import repan_cli
+from repan_cli.config.conventions import PLACES
 from repan_cli.errors import InputError, OutOfSpaceError
 from repan_cli.system.files import flush, read_json, temporary_file, to_json, write_atomically
-from repan_cli.system.text import quoted
+from repan_cli.system.text import count, quoted
 
 PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "scipy", "pillow", "typer", "rich")
 
@@ -199,7 +200,9 @@ def read_series(path: Path) -> dict[str, Any] | None:
         return None
     try:
         about = json.loads((path / SERIES).read_text(encoding="utf-8"))
-        return {name: about[name] for name in ("command", "seeds", "control", "settings")}
+        return {name: about[name] for name in ("command", "seeds", "control", "settings")} | {
+            name: about[name] for name in (PLACES,) if name in about
+        }
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path / SERIES} is damaged: resume the runs in {path} one by one") from None
 
@@ -211,7 +214,7 @@ def goes_on(path: Path) -> bool:
 
 def existing(path: Path) -> str:
     mend = f"continue with --resume {quoted(path)}, or give another --out" if goes_on(path) else "give another --out"
-    return f"the run directory {path} exists already; nothing was touched: {mend}"
+    return f"the run directory {path} already exists; nothing was changed: {mend}"
 
 
 def find(command: str, name: str) -> Path:
@@ -252,6 +255,13 @@ def state_of(path: Path) -> str | None:
         state = read_json(path / "status.json").get("state")
         return state if isinstance(state, str) else None
     return None
+
+
+def is_finished(path: Path, cycles: int | None) -> InputError:
+    """Return the error for a finished run that is resumed. A run of `cycles` may get more of them, others may not."""
+    begin = f"; begin another run from its weights with --init {quoted(path / LAST)}"
+    more = begin if cycles is None else f"; for more than its {count(cycles, 'cycle')} give --cycles"
+    return InputError(f"{path} is finished{more}")
 
 
 def discard_unsaved(path: Path) -> None:

@@ -17,7 +17,7 @@ from repan_cli.runs.directory import HEARTBEAT, SERIES, command_of, goes_on
 from repan_cli.runs.trackers import read_metrics
 from repan_cli.system.files import read_json
 from repan_cli.system.text import quoted
-from repan_cli.system.user_code import names_a_file
+from repan_cli.system.user_code import own_code_options
 
 KILLED, UNKNOWN = "killed", "not known"
 
@@ -103,11 +103,9 @@ def _test(path: Path) -> float | None:
 
 
 def _how(path: Path, command: str) -> str:
-    """Return the command that resumes a run, including the user's own network and blocks."""
+    """Return the command that resumes a run, including the user's own networks and blocks."""
     whole = path.parent if (path.parent / SERIES).exists() else path
     settings: dict[str, Any] = {}
     with contextlib.suppress(InputError):
         settings = read_file(path / "config.yaml")
-    named = {"--model": str(settings.get("model.name")), "--block": str(settings.get("block.name"))}
-    own = "".join(f" {option} {quoted(name)}" for option, name in named.items() if names_a_file(name))
-    return f"repan {command} --resume {quoted(whole)}{own}"
+    return f"repan {command} --resume {quoted(whole)}{own_code_options(settings)}"

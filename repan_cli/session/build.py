@@ -36,7 +36,7 @@ from repan_cli.data.types import Dataset
 from repan_cli.errors import InputError
 from repan_cli.models import user_file
 from repan_cli.runs import trackers
-from repan_cli.session import batch_size, data_place
+from repan_cli.session import batch_size, places
 from repan_cli.session.agreement import agree_on_images, agree_on_network, agree_on_position, agree_on_settings
 from repan_cli.session.network import (
     Network,
@@ -56,7 +56,7 @@ from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import doing, warn
 from repan_cli.system.ranks import first_on_each_machine
 from repan_cli.system.text import quoted
-from repan_cli.system.user_code import names_a_file
+from repan_cli.system.user_code import names_a_file, own_code_options
 from repan_cli.training.cuda_graphs import CudaRecorder, Graphs
 from repan_cli.training.evaluation import Score, eval_batch, evaluate
 from repan_cli.training.optim import build_optimizer, can_be_recorded
@@ -94,6 +94,12 @@ class Session:
         return (f" --model {quoted(self.user_model)}" if self.user_model else "") + block
 
     @property
+    def own_code_again(self) -> str:
+        """Return the words that give all of a user's own code again when the run is resumed."""
+        family = self.network.expansion.family
+        return own_code_options({**flatten(self.config), "model.name": self.network.name, "block.name": family})
+
+    @property
     def names(self) -> tuple[str, str, str]:
         """Return the full names of the network and its block family, and the name of the data set."""
         return self.network.name, self.network.expansion.family, self.dataset.name
@@ -119,7 +125,7 @@ class Session:
             repan=repan_cli.__version__,
             command=self.command,
             labels_digest=data.labels_digest,
-            surroundings={**surroundings(self.training.runtime), **data_place.noted(self.config)},
+            surroundings={**surroundings(self.training.runtime), **places.noted(self.config)},
             teachers=dict(self.training.task_of.digests),
         )
 
@@ -193,6 +199,8 @@ def load_dataset(config: Config, network_size: int | None, saved: Checkpoint | N
     A run that goes on with `data.on_error=skip`, and had begun with all images, keeps their places.
     """
     arguments = {**datasets.settings_of(config.data), "network_size": network_size}
+    if saved is not None:
+        arguments["known_split"] = saved.card.split_digest
     data = datasets.load(**arguments)
     if saved is None or config.data.on_error == "stop" or data.labels_digest == saved.card.labels_digest:
         return data

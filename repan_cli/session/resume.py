@@ -17,7 +17,7 @@ from repan_cli.config.settings import Config
 from repan_cli.display.console import tell
 from repan_cli.errors import InputError
 from repan_cli.models import own_block, user_file
-from repan_cli.session import data_place, runner
+from repan_cli.session import places, runner
 from repan_cli.session.agreement import file_of_first_rank
 from repan_cli.session.build import Session, prepare, surroundings
 from repan_cli.session.network import state_of
@@ -26,8 +26,10 @@ from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import warn
 from repan_cli.system.ranks import join_ranks, joined, of_first_rank
 from repan_cli.system.text import count, quoted
+from repan_cli.system.user_code import names_a_file
 
-MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "data.on_error", "run.patience", "run.threads", "teacher.name")
+OF_TEACHERS = ("teacher.name", "teacher.model", "baseline.teacher.name", "baseline.teacher.model")
+MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "data.on_error", "run.patience", "run.threads", *OF_TEACHERS)
 """Settings that may differ in a resumed run. They do not change the result, but for the last bits by `run.threads` and
 images that cannot be read any more by `data.on_error`; a teacher must be the same one."""
 
@@ -99,10 +101,7 @@ def _conclude(session: Session, folder: runs.RunDirectory) -> None:
         folder.status("done")
         tell(f"{path} has its results and is now marked as finished")
         return
-    open_ended = session.command == "cycle" and cycle.lr == "restart"
-    more = f"; for more than its {count(cycle.count, 'cycle')} give --cycles" if open_ended else ""
-    begin = f"; begin another run from its weights with --init {quoted(path / runs.LAST)}"
-    raise InputError(f"{path} is finished{more or begin}")
+    raise runs.is_finished(path, cycle.count if session.command == "cycle" and cycle.lr == "restart" else None)
 
 
 def newest_state(path: Path) -> tuple[Path, Checkpoint]:
@@ -124,7 +123,7 @@ def newest_state(path: Path) -> tuple[Path, Checkpoint]:
         for problem in problems:
             warn(f"{problem}: resuming from {file.name}")
         return file, saved
-    begin = f"begin anew with -c {quoted(path / 'config.yaml')} --out NEW"
+    begin = f"start a new run with -c {quoted(path / 'config.yaml')} --out NEW"
     raise InputError(f"{path} holds no state to resume from ({'; '.join(problems)}): {begin}")
 
 
@@ -148,14 +147,27 @@ def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
         )
     begun = state_of(saved, str(path)).progress["phase"]
     _check_cycles(whole, asked.get("cycle.count", whole.cycle.count), begun)
-    changed = {"data.root": data_place.found(saved.card), **{key: asked[key] for key in MAY_CHANGE if key in asked}}
+    changed = places.found(stored, saved.card.surroundings) | {key: asked[key] for key in MAY_CHANGE if key in asked}
+    check_own_teachers(stored, asked, path)
     block = asked.get("block.name", saved.card.block)
     if own_block.needed(saved.card):
         models.given_again(saved.card, asked.get("block.name"), str(path))
     own = asked.get("model.name") if user_file.names_a_file(saved.card.model) else None
     models.check_given(saved.card.model, own, str(path))
     names = {"model.name": own or saved.card.model, "block.name": block}
-    return config.replace(whole, {**changed, **names, "run.out": str(path)})
+    return config.from_flat({**config.flatten(whole), **changed, **names, "run.out": str(path)})
+
+
+def check_own_teachers(stored: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError for a teacher of a user's own network that was not given again: files are never imported by
+    themselves.
+    """
+    for key in OF_TEACHERS:
+        if key not in asked and names_a_file(stored.get(key)):
+            raise InputError(
+                f"{path} has a teacher that is a network of your own, {stored[key]}: give {key}={stored[key]} "
+                "(files are not imported automatically)"
+            )
 
 
 def _same(saved: Checkpoint, key: str, value: object) -> bool:

@@ -252,7 +252,7 @@ def _stopped(
         draw(session, folder, display, summary)
     ranks = session.training.runtime.ranks
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
-    how = f"continue with: {command} {session.command} --resume {quoted(folder.path)}{session.own_code}"
+    how = f"continue with: {command} {session.command} --resume {quoted(folder.path)}{session.own_code_again}"
     if not saved:
         return InterruptedRunError(f"stopped at once, without saving; from its last save {how}", folder.path)
     if asked:

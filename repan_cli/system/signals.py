@@ -1,10 +1,13 @@
-"""Signals that ask a run to stop."""
+"""Signals that ask a run to stop, and the memory on which they are handled."""
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -56,3 +59,28 @@ class StopSignals:
 def _is_for_nohup(number: int) -> bool:
     """Return whether the process was begun so that a terminal that closes does not end it."""
     return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+
+
+class _SignalStack(ctypes.Structure):
+    """C's `stack_t` on Linux: the memory on which a thread handles its signals."""
+
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+@contextmanager
+def kept_signal_stack() -> Iterator[None]:
+    """Give the thread back, at the end, the alternate signal stack that it had.
+
+    OpenVINO's CPU plugin sets a stack of its own and frees it when a network is closed. If networks are closed in
+    another order than they were opened in, the thread keeps a freed stack, and the next signal ends the process.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc, stack = ctypes.CDLL(None), _SignalStack()
+    known = libc.sigaltstack(None, ctypes.byref(stack)) == 0
+    try:
+        yield
+    finally:
+        if known:
+            libc.sigaltstack(ctypes.byref(stack), None)

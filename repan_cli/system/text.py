@@ -46,6 +46,16 @@ def at_home(path: str) -> str:
         return path
 
 
+def from_home(path: str) -> str:
+    """Return a path with '~' in place of the home folder that it begins with: `at_home` undoes it."""
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # there is none
+        return path
+    inside = path.startswith(home.rstrip("/") + "/") and home != "/"
+    return "~" + path[len(home.rstrip("/")) :] if inside else path
+
+
 def quoted(path: object) -> str:
     """Return a path or a word quoted for a shell, for commands that are printed to be copied."""
     return shlex.quote(str(path))

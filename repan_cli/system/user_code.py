@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
-from repan_cli.system.text import first_line
+from repan_cli.system.text import first_line, quoted
 
 
 def names_a_file(name: str | None) -> bool:
     """Return whether a name means a function in a file: `net.py:build`."""
     path, colon, _ = (name or "").rpartition(":")
     return bool(colon) and path.endswith(".py")
+
+
+OPTIONS = {
+    "model.name": "--model ",
+    "block.name": "--block ",
+    "teacher.model": "teacher.model=",
+    "baseline.teacher.model": "baseline.teacher.model=",
+}
+"""The settings that may name a user's own code, as they are given again when a run goes on."""
+
+
+def own_code(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that name a user's own code, given typed values by dotted key."""
+    return {key: settings[key] for key in OPTIONS if names_a_file(settings.get(key))}
+
+
+def own_code_options(settings: Mapping[str, Any]) -> str:
+    """Return the words that give a user's own code again, each with a space before it."""
+    return "".join(f" {OPTIONS[key]}{quoted(name)}" for key, name in own_code(settings).items())
 
 
 def function_of(name: str, *, what: str) -> Callable[..., Any]:
@@ -37,7 +56,7 @@ def function_of(name: str, *, what: str) -> Callable[..., Any]:
 
 def _imported(path: Path, what: str) -> ModuleType:
     if not path.is_file():
-        raise InputError(f"no file {path} to take {what} from")
+        raise InputError(f"no file {path} to load {what} from")
     spec = importlib.util.spec_from_file_location(f"repan_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None, "every name that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from repan_cli.errors import InputError
 from repan_cli.export.runtimes.kinds import Conversion, Kind, cannot
 from repan_cli.system.packages import need_runtime
+from repan_cli.system.signals import kept_signal_stack
 from repan_cli.system.text import first_line
 
 FILES = ("model.xml", "model.bin")
@@ -58,7 +59,8 @@ class OpenVinoNetwork(nn.Module):
         core = openvino.Core()
         settings: dict[str, Any] = {**EXACT, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
         try:
-            self._compiled = core.compile_model(core.read_model(model), "CPU", settings)
+            with kept_signal_stack():
+                self._compiled = core.compile_model(core.read_model(model), "CPU", settings)
         except Exception as error:
             name = model if isinstance(model, Path) else "the network"
             raise InputError(f"{name} cannot be opened by OpenVINO: {first_line(error)}") from None

@@ -1,0 +1,42 @@
+"""The handwritten digits that come with scikit-learn: the demo's data."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from repan_cli.data.subset import stratified
+from repan_cli.data.types import ArrayImages, RawDataset, ReadOptions
+from repan_cli.errors import InputError
+
+DIGITS = tuple(str(digit) for digit in range(10))
+
+
+def load(root: Path, reading: ReadOptions) -> RawDataset:
+    """Return all images with a fixed test part."""
+    pixels, labels = pixels_and_labels()
+    images = np.round(pixels * (255 / 16)).astype(np.uint8)[..., None]
+    labels = labels.astype(np.int64)
+    test = stratified(labels, 0.2, seed=0)
+    whole = ArrayImages(images, labels)
+    return RawDataset(DIGITS, {"train": whole.take(~test), "test": whole.take(test)})
+
+
+def pixels_and_labels() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the images, (1797, 8, 8), and the labels. Importing scikit-learn takes a second, so its file is read."""
+    found = importlib.util.find_spec("sklearn")
+    if found is None or not found.submodule_search_locations:
+        raise InputError("the digits data set comes with scikit-learn: pip install 'repan-cli[demo]'")
+    file = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    if not file.is_file():
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        return bunch.images, bunch.target
+    with gzip.open(file, "rt") as text:
+        table = np.loadtxt(text, delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1]

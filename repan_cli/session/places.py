@@ -1,0 +1,71 @@
+"""The files and folders that a run's settings name, found again from another folder than the one that it began in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from repan_cli.checkpoint.card import ModelCard
+from repan_cli.config.conventions import DATA_ROOT, PLACE_OF_DATA, PLACES
+from repan_cli.config.settings import Config, DataConfig, flatten
+from repan_cli.system.text import at_home
+from repan_cli.system.weight_files import split_key
+
+READ_AGAIN = (DATA_ROOT, "data.class_order", "teacher.name", "baseline.teacher.name")
+"""The settings whose files are read again when a run goes on. A user's own code is never found by itself."""
+
+WITHOUT_FILES = ("digits", "synthetic")
+
+
+def noted(config: Config) -> dict[str, Any]:
+    """Return what is noted beside the settings: the absolute paths of those that are relative, by their keys."""
+    found = {key: str(Path(path).absolute()) for key, path in _relative(config)}
+    return {PLACES: found} if found else {}
+
+
+def _relative(config: Config) -> Iterator[tuple[str, str]]:
+    settings = flatten(config)
+    for key in READ_AGAIN:
+        path = settings.get(key)
+        if not isinstance(path, str) or Path(path).is_absolute():
+            continue
+        if key == DATA_ROOT:
+            if config.data.name not in WITHOUT_FILES:
+                yield key, path
+        elif split_key(path)[0].exists():  # else it is the name of a network, or a word
+            yield key, path
+
+
+def found(settings: Mapping[str, Any], places: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the paths of settings that are not there as they were typed, but are where they were noted to be.
+
+    Args:
+        settings: typed values by dotted key.
+        places: what was noted, of a file the surroundings in its card.
+    """
+    before = (places or {}).get(PLACES)
+    before = {**before} if isinstance(before, Mapping) else {}
+    before |= {DATA_ROOT: places[PLACE_OF_DATA]} if places and PLACE_OF_DATA in places else {}
+    name = str(settings.get("data.name"))
+    noted_at = {key: at_home(path) for key, path in before.items() if key in READ_AGAIN and isinstance(path, str)}
+    return {
+        key: path
+        for key, path in noted_at.items()
+        if settings.get(key) is not None
+        and not _file(key, str(settings[key]), name).exists()
+        and _file(key, path, name).exists()
+    }
+
+
+def data_root(card: ModelCard) -> str:
+    """Return where the data of a network lie: as was typed, or, where they are not there, as was noted."""
+    typed = {DATA_ROOT: DataConfig().root, **{key: value for key, value in card.config.items() if value is not None}}
+    return found(typed, card.surroundings).get(DATA_ROOT, at_home(str(typed[DATA_ROOT])))
+
+
+def _file(key: str, path: str, name: str) -> Path:
+    """Return the file or folder that a setting needs."""
+    if key == DATA_ROOT:
+        return Path(at_home(path)) if name == "folder" else Path(at_home(path)) / name
+    return split_key(path)[0]
