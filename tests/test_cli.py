@@ -153,9 +153,9 @@ def test_fuse_writes_every_format_with_its_proof(capsys, cycle_run, tmp_path):
 def test_fuse_needs_no_options(capsys, cycle_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(cycle_run.folder / "last.pt", "checkpoint.pt")
-    code, _, err = run(capsys, "fuse", "checkpoint.pt")
-    assert code == 0
-    assert "in float64" in err
+    code, out, err = run(capsys, "fuse", "checkpoint.pt")
+    assert (code, err) == (0, "")
+    assert "in float64" in out
     assert (tmp_path / "checkpoint_fused.pt").exists()
     assert "already fused" in one_line(capsys, "fuse", "checkpoint_fused.pt")
 
@@ -172,8 +172,8 @@ def test_evaluate(capsys, cycle_run):
     assert score.keys() >= {"top1", "top5", "loss", "images", "form", "dataset", "split"}
     assert (score["form"], score["split"], score["dataset"], score["images"]) == ("fused", "val", "digits", 143)
     code, out, err = run(capsys, "evaluate", cycle_run.folder / "best.pt")
-    assert (code, out) == (0, "")
-    assert f"multi-branch  {cycle_run.summary['test']['top1']:.2f}" in err
+    assert (code, err) == (0, "")
+    assert f"multi-branch  {cycle_run.summary['test']['top1']:.2f}" in out
 
 
 def test_what_was_trained_on_a_part_of_a_data_set_is_scored_on_that_part(capsys, few_blocks, cycle_run, tmp_path):

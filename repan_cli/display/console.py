@@ -289,6 +289,11 @@ def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: b
     console.print(table)
 
 
+def print_line(text: str) -> None:
+    """Print a line of results on stdout, for commands that are called for them."""
+    print(shown(text))
+
+
 def tell(text: str) -> None:
     """Print a line on stderr."""
     on_stderr().print(shown(text), soft_wrap=True, markup=False)
