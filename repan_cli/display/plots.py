@@ -58,6 +58,8 @@ def draw_curves(
     drawn = [accuracy, loss, *rates]
     drawn[-1].set(xlabel="epoch")
     drawn[-1].xaxis.get_major_locator().set_params(integer=True)
+    if len(records) == 1:
+        drawn[-1].set(xlim=(0.5, 1.5), xticks=[1])
     for axes in drawn:
         axes.grid(alpha=0.25)
     _mark_cycles(records, drawn)
