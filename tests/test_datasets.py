@@ -231,11 +231,13 @@ def test_bad_folders_are_named(tmp_path, harm, says):
 
 
 def test_missing_folders_are_named(tmp_path):
-    with pytest.raises(InputError, match=f"no folder {tmp_path}/train"):
-        datasets.load("folder", tmp_path)
-    write_folders(tmp_path, parts=("train",), count=1)
+    root = tmp_path / "a" / "set"  # the folders of other tests lie beside that of this one, and may hold images
+    root.mkdir(parents=True)
+    with pytest.raises(InputError, match=f"no folder {root}/train"):
+        datasets.load("folder", root)
+    write_folders(root, parts=("train",), count=1)
     with pytest.raises(InputError, match="one training image a class, and no val or test part"):
-        datasets.load("folder", tmp_path)
+        datasets.load("folder", root)
 
 
 def test_asking_for_a_part_that_is_not_there():

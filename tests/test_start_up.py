@@ -15,6 +15,7 @@ from repan_cli.blocks import FAMILIES
 from repan_cli.commands import early
 from repan_cli.config import names
 from repan_cli.data import digits
+from repan_cli.system import packages
 from repan_cli.system.lean import lean_imports
 
 MISTAKES = [
@@ -184,3 +185,12 @@ def test_what_is_loaded_already_stays_as_it_is():
 
 def test_every_command_that_opens_a_network_is_checked_early():
     assert early.CHECKS.keys() >= {"info", "evaluate", "predict", "benchmark", "fuse", "quantize", "train", "series"}
+
+
+def test_hints_name_the_interpreter_that_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(packages.sys, "executable", str(tmp_path / "my env" / "bin" / "python"))
+    assert packages.how_to_install("onnx", "sklearn").endswith("/my env/bin/python' -m pip install onnx scikit-learn")
+    monkeypatch.chdir(tmp_path)
+    assert packages.how_to_install("onnx") == "'my env/bin/python' -m pip install onnx"
+    monkeypatch.setattr(packages.shutil, "which", lambda name: packages.sys.executable)
+    assert packages.how_to_install("onnx") == "python -m pip install onnx"

@@ -129,7 +129,7 @@ def _write(folder: Path, details: Details, classes: tuple[str, ...], title: str)
         if lacking:
             warn(f"confusion.png: no font here has {' '.join(lacking[:10])}, which is drawn as a box; install one")
         return [*written, str(folder / "confusion.png")]
-    tell(f"no confusion.png: {plots.HOW_TO_GET}")
+    tell(f"no confusion.png: {plots.how_to_get()}")
     return written
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from repan_cli import config
-from repan_cli.data import class_folders, image_files
+from repan_cli.data import class_folders, digits, image_files
 from repan_cli.data.subset import first_classes, first_images, stratified
 from repan_cli.data.types import (
     DATASETS,
@@ -178,6 +178,8 @@ def check_name(name: str) -> None:
 def check(name: str, root: str | Path) -> None:
     """Raise InputError for an unknown data set, and for image folders that are not there. Reads no image."""
     check_name(name)
+    if name == "digits":
+        digits.check()
     folder = {"folder": Path(root), "imagenet": Path(root) / "imagenet"}.get(name)
     if folder is not None:
         class_folders.training_folder(folder, class_folders.parts_in(folder))
