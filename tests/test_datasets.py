@@ -240,6 +240,19 @@ def test_missing_folders_are_named(tmp_path):
         datasets.load("folder", root)
 
 
+@pytest.mark.parametrize("content", ["train/ant", "cifar-100-python"])
+def test_the_folder_of_a_data_set_in_place_of_the_one_around_it_is_answered_with_that(tmp_path, content):
+    root = tmp_path / "my data" / "cifar100"
+    root.mkdir(parents=True)
+    datasets.check("cifar100", root)  # an empty one may be meant to be filled
+    (root / content).mkdir(parents=True)
+    with pytest.raises(InputError, match="cifar100 holds cifar100 itself; did you mean --data-root '.*/my data'"):
+        datasets.check("cifar100", root)
+    datasets.check("cifar10", root)
+    (root / "cifar100").mkdir()
+    datasets.check("cifar100", root)
+
+
 def test_asking_for_a_part_that_is_not_there():
     data = datasets.load("digits", "data", val_fraction=0)
     with pytest.raises(InputError, match="no validation part"):

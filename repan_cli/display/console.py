@@ -281,7 +281,7 @@ def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: b
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE
     longest = max((len(row[0]) for row in cells), default=0)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(title))
     for number, name in enumerate(title):  # a name that fits is kept whole, to be copied
         table.add_column(name, overflow="fold", no_wrap=not number and longest <= console.width // 2)
     for row in cells:
