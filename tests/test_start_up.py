@@ -1,6 +1,7 @@
 """Starting up: what can be known without PyTorch is said without it, and a command imports no more than it needs."""
 
 import gc
+import json
 import subprocess
 import sys
 
@@ -38,6 +39,8 @@ MISTAKES = [
     ("distill --model repvgg --dataset digits --teacher gone.pt", "no teacher's file gone.pt"),
     ("train --model repvgg --dataset digits -c cifar", "no configuration file or preset 'cifar'"),
     ("cycle --resume gone", "no run directory gone"),
+    ("cycle --resume finished", "finished is finished; begin another run from its weights with --init"),
+    ("train --model repvgg --dataset cifar100 --data-root cifar100", "did you mean --data-root .?"),
 ]
 
 IN_ONE_PROCESS = """
@@ -70,6 +73,12 @@ def without_torch(lines, cwd):
 
 
 def test_mistakes_are_told_without_pytorch(tmp_path):
+    (tmp_path / "cifar100" / "train").mkdir(parents=True)
+    (tmp_path / "finished").mkdir()
+    facts = {"status": {"state": "done"}, "env": {"command": "cycle"}, "summary": {"cycles": [{}]}}
+    for name, content in facts.items():
+        (tmp_path / "finished" / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "finished" / "config.yaml").write_text("cycle: {count: 1}")
     found = without_torch([line.format(root=ROOT) for line, _ in MISTAKES], tmp_path)
     for (line, expected), (code, torch_came, said) in zip(MISTAKES, found, strict=True):
         assert (code, torch_came) == ("2", "False"), f"{line}: {said}"
