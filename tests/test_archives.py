@@ -183,7 +183,7 @@ ATTACKS = {
     "comment as long as a seal": (lambda: saved()[:-2] + b"\x4d\0" + b"x" * 77, "a comment that repan did not write"),
     "seal with an end record in it": (
         lambda: saved()[:-2] + b"\x4d\0" + b"repan sha256 " + end_record(0, 0, 0) + b"0" * 42,
-        "a comment that repan did not write|do not match its check sum",
+        "a comment that repan did not write|do not match its checksum",
     ),
     "deflated": (lambda: stored(parts_of(saved()), zipfile.ZIP_DEFLATED), "compressed entries"),
     "packed by the local header": (lambda: edited(8, b"\x08\0", mark=b"PK\3\4", which=4), "disagrees with"),

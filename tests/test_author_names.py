@@ -118,16 +118,16 @@ def repvit(weights):
 
 
 FAMILIES = {
-    "repvgg_a0": (REPVGG, 64),
-    "mobileone_s0": (MOBILEONE, 64),
-    "fastvit_t8": (fastvit, 64),
-    "repvit_m0_9": (repvit, 64),
-    "repvgg_a0 mmlab": (OPENMMLAB, 64),
-    "mobileone_s0 mmlab": (OPENMMLAB_ONE, 64),
+    "repvgg_a0": REPVGG,
+    "mobileone_s0": MOBILEONE,
+    "fastvit_t8": fastvit,
+    "repvit_m0_9": repvit,
+    "repvgg_a0 mmlab": OPENMMLAB,
+    "mobileone_s0 mmlab": OPENMMLAB_ONE,
     # made up after the rest
-    "mobileone_s4": (MOBILEONE, 64),
-    "fastvit_s12": (fastvit, 64),
-    "repvit_m1": (repvit, 64),
+    "mobileone_s4": MOBILEONE,
+    "fastvit_s12": fastvit,
+    "repvit_m1": repvit,
 }
 
 
@@ -145,34 +145,43 @@ def gentle(model, seed=0):
     return model.eval()
 
 
-SLOW = ("mobileone_s4", "mobileone_s0 mmlab", "fastvit_s12", "repvit_m1", "repvit_m0_9")
+SMALL = list(FAMILIES)[:6]
 
 
+@pytest.mark.usefixtures("small_timm")
 @pytest.mark.parametrize("form", ["multi-branch", "merged", "merged timm"])
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.soak) if name in SLOW else name for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", SMALL)
 def test_names_of_authors_load_into_timms_network(tmp_path, family, form):
-    rename, size = FAMILIES[family]
-    name = family.partition(" ")[0]
+    loads_by_names_of_authors(tmp_path, family, form)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("form", ["multi-branch", "merged", "merged timm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_load_into_timms_network_as_it_is(tmp_path, family, form):
+    loads_by_names_of_authors(tmp_path, family, form)
+
+
+def loads_by_names_of_authors(folder, family, form):
+    rename, name = FAMILIES[family], family.partition(" ")[0]
     torch.manual_seed(0)
     model = gentle(timm.create_model(name, num_classes=10))
     theirs = timm.utils.reparameterize_model(model) if "merged" in form else model
     weights = theirs.state_dict() if "timm" in form else rename(theirs.state_dict())
     if form == "multi-branch":
         assert not set(weights) <= set(model.state_dict())
-    torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "theirs.pth")
-    found = open_artifact(str(tmp_path / "theirs.pth"), f"timm:{name}").network
-    x = torch.randn(2, 3, size, size)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, folder / "theirs.pth")
+    found = open_artifact(str(folder / "theirs.pth"), f"timm:{name}").network
+    x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert relative(found(x), model(x)) < 1e-5
 
 
-def test_fuse_counts_the_blocks_of_timms_networks(tmp_path, capsys):
+def test_fuse_counts_the_blocks_of_timms_networks(tmp_path, capsys, small_timm):
     torch.save(gentle(timm.create_model("repvgg_a0", num_classes=10)).state_dict(), tmp_path / "a0.pth")
     code, out, err = run(capsys, "fuse", tmp_path / "a0.pth", "--model", "timm:repvgg_a0", "--out", tmp_path / "f.pt")
     assert code == 0, err
-    assert "merged 22 blocks" in out
+    assert "merged 7 blocks" in out
     assert "outside of blocks" not in out
 
 

@@ -104,7 +104,7 @@ def longer(whole: bytes, draw: random.Random) -> bytes:
 
 
 def with_another_weight(whole: bytes, ending: str) -> bytes:
-    """With a weight changed by other software, which knows the container but not the check sums."""
+    """With a weight changed by other software, which knows the container but not the checksums."""
     if ending == ".safetensors":
         weights = safetensors.torch.load(whole)
         weights["head.bias"] += 1
@@ -200,7 +200,7 @@ def test_a_file_without_its_check_sum_is_refused(whole, tmp_path, ending):
         again = whole[ending].replace(b"repan sha256 ", b"repan-sha256 ")
     path = tmp_path / f"a{ending}"
     path.write_bytes(again)
-    with pytest.raises(InputError, match="check sum of the file is missing"):
+    with pytest.raises(InputError, match="checksum of the file is missing"):
         checkpoint.load(path)
 
 
@@ -313,7 +313,7 @@ def test_a_description_is_a_closed_schema(saved, tmp_path, key, value, says):
 
 
 def sealed_as_ours(path):
-    """Give an archive the check sum that repan writes, as somebody may who means harm."""
+    """Give an archive the checksum that repan writes, as somebody may who means harm."""
     buffer = io.BytesIO(path.read_bytes())
     buffer.seek(-2, io.SEEK_END)
     buffer.write((len(CHECKSUM) + DIGITS).to_bytes(2, "little") + CHECKSUM)

@@ -64,7 +64,7 @@ def test_what_is_not_read_is_named_and_counted(tmp_path, caplog):
     for name in ("a.heic", "b.HEIC", "notes.txt", "noending"):
         (tmp_path / "train" / "ant" / name).write_bytes(b"x")
     datasets.load("folder", tmp_path)
-    assert f"1 folder of {tmp_path} skipped, not part of a data set: extra" in caplog.text
+    assert f"skipped 1 folder of {tmp_path} that are no part of a data set: extra" in caplog.text
     assert "4 files" in caplog.text
     assert ".heic 2, no ending 1, .txt 1" in caplog.text
 
@@ -207,3 +207,16 @@ def test_only_the_part_that_is_evaluated_is_needed(capsys, hub, tmp_path):
     assert "no folder for the part train" in one_line(
         capsys, "evaluate", hub, "--dataset", "folder", "--data-root", tmp_path / "d", "--split", "train"
     )
+
+
+@pytest.mark.parametrize("command", ["evaluate", "quantize"])
+def test_a_folder_is_taken_as_the_data_set(capsys, hub, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    classes = [str(n) for n in range(1, 13)]
+    write_folders(tmp_path / "d", parts=("train", "test"), classes=classes, count=2, size=(64, 64))
+    more = ("--out", tmp_path / "int8.onnx", "--overwrite") if command == "quantize" else ()
+    for place in (tmp_path / "d", "~/d"):
+        code, _, err = run(capsys, command, hub, "--dataset", place, "--json", *more)
+        assert code == 0, err
+    both = one_line(capsys, command, hub, "--dataset", tmp_path / "d", "--data-root", tmp_path, *more)
+    assert "is a folder, and data.root=" in both

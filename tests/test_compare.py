@@ -248,11 +248,11 @@ def test_a_seed_that_was_run_twice_counts_once(capsys, runs):
 def test_other_data_and_other_classes_are_warned_of(capsys, tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", classes=20)
-    assert as_json(capsys, tmp_path)[0]["warnings"] == ["these runs know different numbers of classes: 20, 100"]
+    assert as_json(capsys, tmp_path)[0]["warnings"] == ["these runs have different numbers of classes: 20, 100"]
     assert [group["label"] for group in as_json(capsys, tmp_path)[0]["groups"]] == ["100 classes", "20 classes"]
     write_run(tmp_path / "c", dataset="cifar10", classes=10)
-    assert as_json(capsys, tmp_path)[0]["warnings"] == ["these runs are of different data sets: cifar10, cifar100"]
-    assert "Warning: these runs are of different data sets" in run(capsys, "compare", tmp_path)[2]
+    assert as_json(capsys, tmp_path)[0]["warnings"] == ["these runs use different data sets: cifar10, cifar100"]
+    assert "Warning: these runs use different data sets" in run(capsys, "compare", tmp_path)[2]
 
 
 def test_folders_of_images_are_told_apart_by_where_they_lie(tmp_path):
@@ -509,7 +509,7 @@ def test_a_real_run_is_compared_with_itself(capsys, small_run, tmp_path):
         "sd": None,
         "values": [group["test_top1"]["mean"]],
     }
-    assert (group["epochs"], group["images"]) == (7, 7 * small_run.summary["images"]["train"])
+    assert (group["epochs"], group["images"]) == (8, 8 * small_run.summary["images"]["train"])
     assert group["dataset"] == "digits"
     assert small_run.summary["classes"] == 10
     assert "svg" in page_of(capsys, tmp_path)

@@ -133,7 +133,9 @@ def test_a_part_of_folders_in_memory_and_read_one_by_one(tmp_path, crop):
 def test_a_part_that_cannot_be_is_said(tmp_path):
     with pytest.raises(InputError, match="^data.classes=11, but digits has 10 classes: give at most as many$"):
         datasets.load("digits", "data", classes=11)
-    with pytest.raises(InputError, match="one training image a class .* data.val_fraction=0, or data.per_class above"):
+    with pytest.raises(
+        InputError, match="one training image per class, .* data.val_fraction=0, or data.per_class above"
+    ):
         datasets.load("digits", "data", per_class=1)
     assert len(datasets.load("digits", "data", per_class=1, val_fraction=0).train.labels) == 10
     folder = write_folders(tmp_path, parts=("train", "val", "test"))
@@ -236,7 +238,7 @@ def test_missing_folders_are_named(tmp_path):
     with pytest.raises(InputError, match=f"no folder {root}/train"):
         datasets.load("folder", root)
     write_folders(root, parts=("train",), count=1)
-    with pytest.raises(InputError, match="one training image a class, and no val or test part"):
+    with pytest.raises(InputError, match="one training image per class, and no val or test part"):
         datasets.load("folder", root)
 
 

@@ -78,9 +78,9 @@ def test_a_lost_best_checkpoint_is_said_and_kept_in_the_summary(capsys, tmp_path
     monkeypatch.setattr(runner, "finish", without_best)
     code, _, err = run(capsys, *RUN, "--out", tmp_path / "run")
     assert code == 0, err
-    assert "best.pt is gone" in err
+    assert "best.pt is missing" in err
     assert "the first with the best validation" not in err
-    assert "best.pt is gone" in json.loads((tmp_path / "run" / "summary.json").read_text())["chosen"]["note"]
+    assert "best.pt is missing" in json.loads((tmp_path / "run" / "summary.json").read_text())["chosen"]["note"]
 
 
 def test_metrics_are_replaced_as_a_whole_and_only_where_something_must_go(tmp_path, monkeypatch, capsys):
@@ -98,7 +98,7 @@ def test_metrics_are_replaced_as_a_whole_and_only_where_something_must_go(tmp_pa
     assert [record["epoch"] for record in trackers.read_metrics(path)] == [1, 3]
     trackers.rewind(tmp_path, 0, 3)
     assert [record["epoch"] for record in trackers.read_metrics(path)] == [1, 3]
-    assert "1 damaged line left out" in capsys.readouterr().err
+    assert "skipped 1 damaged line" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(trackers, "write_bytes", failing)
         with pytest.raises(OSError, match="No space"):

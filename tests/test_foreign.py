@@ -76,12 +76,12 @@ def test_what_is_left_out_and_what_was_chosen_is_said(capsys, theirs, tmp_path, 
     monkeypatch.chdir(tmp_path)
     weights = theirs.state_dict()
     torch.save(FILES["criterion-bare"](weights), "c.pth")
-    assert "2 tensors of c.pth outside of the network left out: criterion, val_acc" in told(capsys, "c.pth")
+    assert "skipped 2 tensors of c.pth outside of the network: criterion, val_acc" in told(capsys, "c.pth")
     torch.save(FILES["ema-key"](weights), "e.pth")
-    assert "'state_dict_ema' is taken, the average, not 'state_dict'" in told(capsys, "e.pth")
+    assert "using 'state_dict_ema', the average, not 'state_dict'" in told(capsys, "e.pth")
     assert "several" not in told(capsys, "e.pth::state_dict")
     torch.save(FILES["distilled"](weights), "d.pth")
-    assert "'student' is taken, not 'teacher'; d.pth::teacher takes another" in told(capsys, "d.pth")
+    assert "using 'student', not 'teacher'; d.pth::teacher selects another" in told(capsys, "d.pth")
 
 
 def told(capsys, source):

@@ -25,7 +25,7 @@ def model(nodes, initializers=(), *, out=("batch", 10), **more):
 
 
 def write(path, built):
-    """As repan would have written it: with its description and its check sum."""
+    """As repan would have written it: with its description and its checksum."""
     card = card_of(nn.Identity(), block=None, config={"data.name": "digits"})
     path.write_bytes(onnx_file.seal(built, checkpoint.header(Checkpoint({}, card))))
     return path

@@ -71,7 +71,7 @@ def test_quantize(capsys, few_blocks, small_run, tmp_path):
     _, text, _ = run(capsys, "evaluate", out, "--json")
     assert json.loads(text)["top1"] == found["int8"]["top1"]
     assert json.loads(text)["precision"] == "int8"
-    assert "exists already" in one_line(capsys, "quantize", small_run.folder / "best.pt", "-o", out)
+    assert "already exists" in one_line(capsys, "quantize", small_run.folder / "best.pt", "-o", out)
     assert "name a file that ends in .onnx" in one_line(capsys, "quantize", small_run.folder, "-o", tmp_path / "x.pt")
     assert "is already exported" in one_line(capsys, "quantize", out)
     again = tmp_path / "again.onnx"
@@ -178,7 +178,7 @@ def test_what_int8_costs_and_brings_is_told(capsys, few_blocks, small_run, tmp_p
     assert "int8 is 2.0x slower than float32 by ONNX Runtime on this machine" in err
     fast, slow = slow, fast
     assert "slower" not in run(capsys, *words)[2]
-    assert "not timed: TensorRT is not here" in run(capsys, *words, "--target", "tensorrt")[1]
+    assert "not timed: TensorRT is not installed" in run(capsys, *words, "--target", "tensorrt")[1]
 
 
 def test_layers_are_left_out_until_it_is_good_enough(capsys, few_blocks, small_run, tmp_path, monkeypatch):
@@ -204,5 +204,7 @@ def test_layers_are_left_out_until_it_is_good_enough(capsys, few_blocks, small_r
 
 def test_bad_words(capsys, small_run, tmp_path):
     words = ("quantize", small_run.folder / "best.pt", "-o", tmp_path / "a.onnx")
-    assert "--target trt is none of ort, tensorrt, openvino" in one_line(capsys, *words, "--target", "trt")
-    assert "--max-drop -1: must be at least 0" in one_line(capsys, *words, "--max-drop", "-1")
+    assert "--target trt is not one of ort, tensorrt, openvino" in one_line(capsys, *words, "--target", "trt")
+    assert "--max-drop must be at least 0 points of top-1 accuracy, got -1" in one_line(
+        capsys, *words, "--max-drop", "-1"
+    )

@@ -59,7 +59,7 @@ MISTAKES = [
     ("train -m RepVGG -d digits", r"unknown model 'RepVGG'; did you mean repvgg\?"),
     ("train -m timm:resnet19 -d digits", r"unknown model 'timm:resnet19'; did you mean timm:resnet18"),
     ("train -m best.pt -d digits", r"model.name=best.pt is a file of weights: give it as --init"),
-    ("train -m net.py -d digits", r"model.name=net.py needs the function in it .*: net.py:FUNCTION"),
+    ("train -m net.py -d digits", r"model.name=net.py does not name a function: give net.py:FUNCTION"),
     ("train -m net.py:build -d digits", r"net.py has no function 'build'"),
     (f"train {D} --block repvg", r"unknown block family 'repvg'; did you mean repvgg"),
     ("train -m repvgg", r"no data set: give --dataset NAME, see 'repan list datasets'"),
@@ -89,7 +89,7 @@ MISTAKES = [
         "train -m resnet18 -d digits --init best.pt",
         r"best.pt holds .* repvgg_a0_cifar, not resnet18_cifar: give --model",
     ),
-    (f"train {D} --out run", r"the run directory run exists already; .*: continue with --resume run, or give another"),
+    (f"train {D} --out run", r"the run directory run already exists; .*: continue with --resume run, or give another"),
     (f"train {D} --out best.pt/x", r"cannot create the run directory best.pt/x: Not a directory; give another --out"),
     ("train --resume nowhere", r"no run directory nowhere to resume"),
     ("train --resume empty", r"empty is not a run directory: it has no config.yaml"),
@@ -98,7 +98,7 @@ MISTAKES = [
     ("cycle --resume run", r"run is a run of 'repan train': resume it with that command"),
     ("fuse nowhere.pt", r"nowhere.pt"),
     ("fuse empty", r"empty is a folder without best.pt or last.pt: name a file in it"),
-    ("evaluate best.pt --split tset", r"--split tset is none of .*; did you mean test\?"),
+    ("evaluate best.pt --split tset", r"--split tset is not one of .*; did you mean test\?"),
 ]
 
 

@@ -173,7 +173,7 @@ def test_a_pipe_that_is_called_an_image_is_not_waited_for(tmp_path):
 
 def test_a_preset_of_many_megabytes(capsys, tmp_path):
     (tmp_path / "big.yaml").write_bytes(b"# nothing\n" * 1_000_000)
-    assert "is no preset: 10,000,000 bytes" in one_line(capsys, "train", *DIGITS, "-c", tmp_path / "big.yaml")
+    assert "is not a preset: 10,000,000 bytes" in one_line(capsys, "train", *DIGITS, "-c", tmp_path / "big.yaml")
     assert files.MOST_TEXT > 2**19
 
 

@@ -197,7 +197,7 @@ def test_another_number_of_classes_starts_a_new_classifier_and_needs_a_baseline(
     found = made(digits, model__name="timm:resnet10t", model__init=tmp_path / "theirs.pth")
     assert found.new_classifier
     assert not found.finished
-    assert "fc starts anew" in capsys.readouterr().err
+    assert "fc is re-initialized" in capsys.readouterr().err
     x = torch.randn(4, 1, 8, 8)
     assert relative(found.model.eval().forward_features(x), source.forward_features(x)) < 1e-5
     assert all(block.attach_rate == 1 for _, block in rep_blocks(found.model)), "silent branches that train at once"
@@ -370,6 +370,6 @@ def test_repans_own_weights_of_other_classes_start_a_new_classifier(capsys, digi
     found = made(digits, model__init=tmp_path / "best.pt")
     assert found.new_classifier
     assert not found.finished
-    assert "starts anew" in capsys.readouterr().err
+    assert "is re-initialized" in capsys.readouterr().err
     x = torch.randn(4, 1, 8, 8)
     assert relative(found.model.eval().forward_features(x), model.eval().forward_features(x)) < 1e-5

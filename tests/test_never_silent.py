@@ -34,7 +34,7 @@ def advice(command="cycle", **given):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"optim__name": "adamw", "baseline__optim__lr": "0.1"}, "lr=0.1 is far above what adamw usually takes"),
+        ({"optim__name": "adamw", "baseline__optim__lr": "0.1"}, "lr=0.1 is far above the usual rate for adamw"),
         ({"cycle__attach_epochs": "2"}, "cycle.attach_epochs has no effect with cycle.attach=zero-gamma, which has no"),
         ({"teacher__alpha": "0.9"}, "teacher.alpha has no effect without a teacher"),
         ({"ema__decay": "0.9"}, "ema.decay has no effect while ema.enabled is false"),
@@ -93,7 +93,7 @@ def test_a_run_that_stopped_in_its_first_epoch_has_lost_nothing(tmp_path, caplog
     (tmp_path / "last.pt").write_bytes(b"x")
     (tmp_path / "metrics.jsonl").write_text("")
     assert fuse_targets(FuseOptions(checkpoint=str(tmp_path)))[0].path == tmp_path / "last_fused.pt"
-    assert "has no best.pt yet, as no epoch of it has ended: last.pt is taken" in caplog.text
+    assert "has no best.pt yet, because no epoch has ended: using last.pt" in caplog.text
     assert "lost" not in caplog.text
     (tmp_path / "best.pt").write_bytes(b"x")
     assert fuse_targets(FuseOptions(checkpoint=str(tmp_path)))[0].path == tmp_path / "best_fused.pt"
@@ -103,7 +103,7 @@ def test_a_run_that_lost_its_best_weights_says_so(tmp_path, caplog):
     (tmp_path / "last.pt").write_bytes(b"x")
     (tmp_path / "metrics.jsonl").write_text('{"cycle": 0, "val_top1": 50.0}\n')
     assert file_in(tmp_path).name == "last.pt"
-    assert "has lost its best.pt: last.pt is taken" in caplog.text
+    assert "has lost its best.pt: using last.pt" in caplog.text
     caplog.clear()
     (tmp_path / "metrics.jsonl").write_text('{"cycle": 0, "val_top1": null}\n')
     assert file_in(tmp_path).name == "last.pt"

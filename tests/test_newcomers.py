@@ -77,15 +77,15 @@ def test_a_teacher_of_ones_own_names_the_setting_of_teachers(digits, tmp_path, m
         teachers._ours("t.pt", config.TeacherConfig(name="t.pt"), digits, saved)
 
 
-def test_the_broken_files_of_a_folder_are_named_at_the_end(tmp_path, cycle_run, capsys):
+def test_the_broken_files_of_a_folder_are_named_at_the_end(tmp_path, few_blocks, small_run, capsys):
     for name in ("a.png", "c.png"):
         Image.new("L", (8, 8)).save(tmp_path / name)
     (tmp_path / "b.png").write_bytes(b"no image")
-    code, out, err = run(capsys, "predict", cycle_run.folder / "fused.pt", tmp_path, "--top", "1")
+    code, out, err = run(capsys, "predict", small_run.folder / "fused.pt", tmp_path, "--top", "1")
     assert code == 2
     assert out.count(".png") == 2
     last = err.splitlines()[-1]
-    assert last == f"Error: 1 of 3 images could not be read: {tmp_path}/b.png; the other 2 images answered"
+    assert last == f"Error: 1 of 3 images could not be read: {tmp_path}/b.png; the other 2 images are classified"
     assert f"Warning: cannot read the image {tmp_path}/b.png" in err
 
 
@@ -95,7 +95,7 @@ def test_an_arm_that_the_grid_has_no_more_is_said(tmp_path, capsys):
     (tmp_path / "out" / "two").mkdir(parents=True)
     (tmp_path / "out" / "two" / "arm.yaml").write_text("epochs: 3\n")
     _, _, err = run(capsys, "study", grid, "--out", tmp_path / "out", "--dry-run")
-    assert f"holds runs of two, not arms of {grid} any more" in " ".join(err.split())
+    assert f"holds runs of two, which are no longer arms of {grid}" in " ".join(err.split())
 
 
 def test_long_labels_name_only_what_tells_groups_apart(tmp_path, capsys):
@@ -106,10 +106,8 @@ def test_long_labels_name_only_what_tells_groups_apart(tmp_path, capsys):
     assert "optim.weight_decay=0.001 " in out
     assert "branch_init" not in out
     said = " ".join(err.split())
-    assert (
-        "labels name what tells the groups apart; they also differ in cycle.attach, cycle.branch_init, optim.clip"
-        in said
-    )
+    assert "labels show only the settings that distinguish the groups; they also differ in cycle.attach, " in said
+    assert "cycle.attach, cycle.branch_init, optim.clip" in said
 
 
 def epoch(rate=1.0):
@@ -137,8 +135,8 @@ def test_a_run_that_goes_on_inside_a_phase_has_the_header_of_its_table(capsys):
     assert said.index("phase") < said.index("cycle 1/1")
 
 
-def test_fused_weights_to_start_from_are_answered_with_the_plain_form(cycle_run, capsys):
-    fused = cycle_run.folder / "fused.pt"
+def test_fused_weights_to_start_from_are_answered_with_the_plain_form(few_blocks, small_run, capsys):
+    fused = small_run.folder / "fused.pt"
     said = one_line(capsys, "train", "--dataset", "digits", "--init", fused)
     assert f"repan fuse {fused} --form conv-bn" in said
 
@@ -147,7 +145,7 @@ def test_an_image_that_cannot_be_read_is_told_with_the_way_out(tmp_path, caplog)
     root = write_folders(tmp_path / "photos")
     broken = next((root / "train" / "ant").iterdir())
     broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(InputError, match=f"{broken.name}.*; data.on_error=skip leaves such images"):
+    with pytest.raises(InputError, match=f"{broken.name}.*; data.on_error=skip skips such training images"):
         datasets.load("folder", root)
     datasets.load("folder", root, on_error="skip")
     assert "1 of 12 images of the training folder cannot be read and are left out" in caplog.text

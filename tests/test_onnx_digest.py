@@ -215,7 +215,7 @@ def test_half_a_file_is_refused(ours):
 
 
 def as_version_0_1(path):
-    """A file as version 0.1 wrote it: a check sum as the last metadata, no digests."""
+    """A file as version 0.1 wrote it: a checksum as the last metadata, no digests."""
     model, header = built(), described()
     header.pop("preprocessing")
     entries = {"classes": "[]", "repan": json.dumps(header), "seal": CHECKSUM.decode() + "0" * DIGITS}
@@ -227,7 +227,7 @@ def as_version_0_1(path):
 
 
 def test_files_of_version_0_1(capsys, ours, tmp_path, monkeypatch):
-    """They open; one that was changed by a program that leaves notes behind the check sum is said to be changed."""
+    """They open; one that was changed by a program that leaves notes behind the checksum is said to be changed."""
     old = as_version_0_1(tmp_path / "old.onnx")
     found, err = score(capsys, old)
     assert CHANGED not in err
@@ -240,7 +240,7 @@ def test_files_of_version_0_1(capsys, ours, tmp_path, monkeypatch):
     assert onnx_file.read(saved(old, noted, monkeypatch)).change == f"{CHANGED} onnxsim"
     content = old.read_bytes()
     old.write_bytes(content[:400] + bytes([content[400] ^ 1]) + content[401:])
-    assert "its bytes do not match its check sum" in one_line(capsys, "evaluate", old)
+    assert "its bytes do not match its checksum" in one_line(capsys, "evaluate", old)
 
 
 def test_onnx_runtime_gets_the_bytes_that_were_checked(ours, monkeypatch):

@@ -293,8 +293,8 @@ def test_every_command_uses_it(capsys, file, forget):
     [
         ("my_block.py:wrong", "block family my_block.py:wrong does not merge exactly"),
         ("my_block.py:bild", "my_block.py has no function 'bild'; did you mean build?"),
-        ("my_block.py", "block.name=my_block.py needs the function in it that returns the branches"),
-        ("none.py:build", "no file none.py to take a block family from"),
+        ("my_block.py", "block.name=my_block.py does not name a function: give my_block.py:FUNCTION"),
+        ("none.py:build", "no file none.py to load a block family from"),
     ],
 )
 def test_a_wrong_file_is_one_line(capsys, file, tmp_path, given, says):

@@ -47,7 +47,7 @@ def test_classes_without_parts_are_split_by_the_seed_alone(tmp_path, caplog):
 @pytest.mark.parametrize("inside", ["set", "deep/set"])
 def test_a_root_one_or_two_levels_too_high_is_answered_with_the_folder(tmp_path, inside):
     write_folders(tmp_path / "up" / inside)
-    with pytest.raises(InputError, match=f"is no data set of image folders; did you mean --data-root .*up/{inside}"):
+    with pytest.raises(InputError, match=f"is not a data set of image folders; did you mean --data-root .*up/{inside}"):
         datasets.load("folder", tmp_path / "up")
     flat(tmp_path / "flat" / inside)
     with pytest.raises(InputError, match=f"did you mean --data-root .*flat/{inside}"):
@@ -237,7 +237,7 @@ def test_the_home_folder_is_known_in_every_path(tmp_path, monkeypatch, capsys):
     )
     (tmp_path / "old").mkdir()
     begin = ("train", "--model=repvgg", "--dataset=digits")
-    assert f"{tmp_path}/old exists already" in one_line(capsys, *begin, "--out=~/old")
+    assert f"{tmp_path}/old already exists" in one_line(capsys, *begin, "--out=~/old")
     assert f"no file {tmp_path}/gone.pt" in one_line(capsys, "info", "~/gone.pt")
     assert f"no run directory {tmp_path}/gone" in one_line(capsys, "train", "--resume=~/gone")
     assert f"unknown setting 'x' in {tmp_path}" not in one_line(capsys, *begin, "--config=~/gone.yaml")

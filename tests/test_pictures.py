@@ -149,7 +149,7 @@ def test_pictures_are_written_with_their_classes(capsys, saved):
 def test_nothing_is_overwritten(capsys, saved):
     (saved / "seen").mkdir()
     (saved / "seen" / "two.png").write_bytes(b"mine")
-    assert "two.png exists already: give another --save" in one_line(
+    assert "two.png already exists: give another --save" in one_line(
         capsys, "predict", "net.pt", "photos", "--save", "seen"
     )
     assert (saved / "seen" / "two.png").read_bytes() == b"mine"

@@ -241,6 +241,7 @@ def test_threads_are_what_is_asked_else_what_is_free(monkeypatch, caplog):
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert (device.use_threads(None), used) == (3, [3])
     assert (
-        "trains with 3 threads, as other processes use this machine's 4 cores; run.threads=4 takes all" in caplog.text
+        "training uses 3 threads, because other processes use this machine's 4 cores; run.threads=4 uses all"
+        in caplog.text
     )
     assert (device.use_threads(7), used) == (7, [3, 7])

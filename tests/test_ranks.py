@@ -9,15 +9,17 @@ import time
 
 import pytest
 import torch
+from conftest import FEW
 from shared_bn_on_cpu import of_one_process
 from support import ROOT, metrics, run, wait_for
 
 from repan_cli import checkpoint, config
+from repan_cli.models import repvgg_cifar
 from repan_cli.session.build import prepare
 from repan_cli.training.events import Epoch
 from repan_cli.training.loop import fit
 
-SMALL = "--model repvgg_a0 --dataset digits data.batch_size=128 run.precision=fp32 --seed 3 --lr 0.05".split()  # noqa: SIM905
+RUN = "--model repvgg_a0 --dataset digits data.batch_size=128 run.precision=fp32 --seed 3 --lr 0.05".split()  # noqa: SIM905
 EPOCH = 10  # 1,295 images: the 15 behind the last full batch are one more
 
 
@@ -27,6 +29,12 @@ def torchrun(*arguments, restarts=0, program=("-m", "repan_cli"), **options):
     command = [sys.executable, "-m", "torch.distributed.run", *launch, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, **pipes, **options)
+
+
+def two_ranks(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "two_ranks.py"), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def ended(process, seconds=240):
@@ -50,15 +58,28 @@ class Halves:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """A run of two ranks."""
-    folder = tmp_path_factory.mktemp("ranks") / "run"
-    code, out = ended(torchrun("train", *SMALL, "--epochs", "2", "--out", folder))
+    """A run of two ranks, of the network of `few_blocks`."""
+    return made_by(two_ranks, tmp_path_factory.mktemp("ranks") / "run")
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """The same of the whole network, started by torchrun."""
+    return made_by(torchrun, tmp_path_factory.mktemp("deep") / "run")
+
+
+def made_by(start, folder):
+    code, out = ended(start("train", *RUN, "--epochs", "2", "--out", folder))
     assert code == 0, out
     return folder, out
 
 
-def test_two_ranks_train_as_one_process_whose_bn_sees_the_same_halves(together):
-    folder, _ = together
+@pytest.mark.parametrize(
+    ("made", "depths"), [("together", FEW), pytest.param("deep", repvgg_cifar.DEPTHS_A, marks=pytest.mark.soak)]
+)
+def test_two_ranks_train_as_one_process_whose_bn_sees_the_same_halves(request, monkeypatch, made, depths):
+    folder, _ = request.getfixturevalue(made)
+    monkeypatch.setattr(repvgg_cifar, "DEPTHS_A", depths)
     given = {"model.name": "repvgg_a0", "data.name": "digits", "data.batch_size": "128", "run.precision": "fp32"}
     given |= {"run.seed": "3", "optim.lr": "0.05", "epochs": "2"}
     session = prepare("train", config.resolve("train", None, given))
@@ -77,7 +98,7 @@ def test_two_ranks_train_as_one_process_whose_bn_sees_the_same_halves(together):
 @pytest.mark.soak
 def test_two_ranks_with_shared_statistics_train_as_one_process(few_blocks, tmp_path, monkeypatch):
     folder, program = tmp_path / "run", (ROOT / "tests" / "shared_bn_on_cpu.py",)
-    words = ("train", *SMALL[:-1], "0.002", "--epochs", "1", "run.sync_bn=true")
+    words = ("train", *RUN[:-1], "0.002", "--epochs", "1", "run.sync_bn=true")
     code, out = ended(torchrun(*words, "--out", folder, program=program))
     assert code == 0, out
     given = {"model.name": "repvgg_a0", "data.name": "digits", "data.batch_size": "128"}
@@ -97,7 +118,7 @@ def test_two_ranks_with_shared_statistics_train_as_one_process(few_blocks, tmp_p
     assert summary["fused"]["rel_error_fp64"] < 1e-10
 
 
-def test_scores_of_two_ranks_are_those_of_one(together, capsys):
+def test_scores_of_two_ranks_are_those_of_one(few_blocks, together, capsys):
     folder, _ = together
     best = max(row["val_top1"] for row in metrics(folder))
     code, out, _ = run(capsys, "evaluate", folder / "best.pt", "--split", "val", "--json")
@@ -134,9 +155,9 @@ def workers(launcher):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_either_rank_stops_both_and_the_run_goes_on(tmp_path, together, rank):
+def test_a_signal_to_either_rank_stops_both_and_the_run_goes_on(tmp_path, deep, rank):
     folder = tmp_path / "run"
-    launcher = torchrun("train", *SMALL, "--epochs", "2", "--out", folder)
+    launcher = torchrun("train", *RUN, "--epochs", "2", "--out", folder)
     wait_for(folder / "last.pt")
     time.sleep(0.5)
     os.kill(workers(launcher)[rank], signal.SIGTERM)
@@ -145,7 +166,7 @@ def test_a_signal_to_either_rank_stops_both_and_the_run_goes_on(tmp_path, togeth
     assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
     code, out = ended(torchrun("train", "--resume", folder))
     assert code == 0, out
-    expected, found = (checkpoint.load(path / "last.pt").weights for path in (together[0], folder))
+    expected, found = (checkpoint.load(path / "last.pt").weights for path in (deep[0], folder))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -153,7 +174,7 @@ def test_a_signal_to_either_rank_stops_both_and_the_run_goes_on(tmp_path, togeth
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_job_soon(tmp_path, rank):
     folder = tmp_path / "run"
-    launcher = torchrun("train", *SMALL, "--epochs", "50", "--out", folder)
+    launcher = torchrun("train", *RUN, "--epochs", "50", "--out", folder)
     wait_for(folder / "last_previous.pt")
     os.kill(workers(launcher)[rank], signal.SIGKILL)
     began = time.monotonic()
@@ -165,13 +186,13 @@ def test_a_killed_rank_ends_the_job_soon(tmp_path, rank):
 @pytest.mark.soak
 @pytest.mark.parametrize("attempt", range(5))
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_begun_anew_and_the_run_ends_as_if_nothing_had_been(tmp_path, together, rank, attempt):
+def test_a_killed_rank_is_begun_anew_and_the_run_ends_as_if_nothing_had_been(tmp_path, deep, rank, attempt):
     folder = tmp_path / "run"
-    launcher = torchrun("train", *SMALL, "--epochs", "2", "--out", folder, "run.save_every=1", restarts=2)
+    launcher = torchrun("train", *RUN, "--epochs", "2", "--out", folder, "run.save_every=1", restarts=2)
     wait_for(folder / "last_previous.pt")
     time.sleep(0.2 * attempt)
     os.kill(workers(launcher)[rank], signal.SIGKILL)
     code, out = ended(launcher)
     assert code == 0, out
-    expected, found = (checkpoint.load(path / "last.pt").weights for path in (together[0], folder))
+    expected, found = (checkpoint.load(path / "last.pt").weights for path in (deep[0], folder))
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import timm
 import torch
-from conftest import FEW
+from conftest import FEW, narrow_timm
 from PIL import Image
 from support import ROOT, captured, run
 
@@ -18,7 +18,7 @@ from repan_cli.config.grid import read_grid
 from repan_cli.models import repvgg_cifar
 from repan_cli.system.packages import missing
 
-pytestmark = pytest.mark.usefixtures("few_blocks")
+pytestmark = pytest.mark.usefixtures("few_blocks", "small_timm")
 
 README = (ROOT / "README.md").read_text()
 PAGES = "\n".join([README, *(path.read_text() for path in sorted((ROOT / "docs").rglob("*.md")))])
@@ -37,6 +37,9 @@ def commands() -> list[str]:
 
 OPTIONAL = ("lightning", "optuna", "transformers")
 """Packages of which a page shows the use, and that need not be there."""
+
+GENERATED = ("reference/commands.md", "reference/settings.md", "reference/presets.md")
+"""Pages that docs/generate_reference.py writes."""
 
 NET = """from torch import nn
 
@@ -68,12 +71,15 @@ def workplace(small_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(small_run.folder, folder / "runs" / "demo")
     shutil.copy(small_run.folder / "best.pt", folder / "checkpoint.pt")
-    shutil.copytree(small_run.folder, folder / "runs" / "plain")
+    for name in ("plain", "photos"):
+        shutil.copytree(small_run.folder, folder / "runs" / name)
     (folder / "images").mkdir()
     Image.new("L", (8, 8), 200).save(folder / "images" / "one.png")
     (folder / "net.py").write_text(NET)
     own_block(folder)
-    torch.save(timm.create_model("repvgg_a0", num_classes=3).state_dict(), folder / "theirs.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        narrow_timm(patch)
+        torch.save(timm.create_model("repvgg_a0", num_classes=3).state_dict(), folder / "theirs.pth")
     for stopped in (folder / "runs" / "stopped", folder / "runs" / "cycle" / "stopped"):
         shutil.copytree(small_run.folder, stopped)
         shutil.copy(stopped / "last_previous.pt", stopped / "last.pt")
@@ -104,7 +110,7 @@ def test_commands_work(capsys, workplace, monkeypatch, command):
     if words[0] == "study":
         words.append("--dry-run")
     if words[0] == "benchmark":
-        words += ["--seconds", "0", "-b", "1"]
+        words += ["--seconds", "0", "-b", "1", "--training-batch", "4"]
     code, _, err = run(capsys, *words)
     assert code == 0, err
 
@@ -116,7 +122,7 @@ def test_the_readme_is_short():
 def test_links_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            made = target in ("reference/commands.md", "reference/settings.md")  # by docs/generate_reference.py
+            made = target in GENERATED
             assert made or "://" in target or (page.parent / target).exists(), (page, target)
 
 

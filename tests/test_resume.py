@@ -269,7 +269,7 @@ def test_when_all_are_damaged_nothing_is_deleted(capsys, begun):
     assert code == 2
     assert len(err.splitlines()) == 1
     assert "holds no state to resume from (" in err
-    assert f"begin anew with -c {begun / 'config.yaml'} --out NEW" in err
+    assert f"start a new run with -c {begun / 'config.yaml'} --out NEW" in err
     assert {path.name: path.read_bytes() for path in begun.iterdir() if path.name != ".lock"} == {
         name: content for name, content in before.items() if name != ".lock"
     }
@@ -310,7 +310,7 @@ def test_a_second_writer_is_refused_until_the_first_is_killed(capsys, tmp_path):
     for _ in range(5):
         err = one_line(capsys, "train", "--resume", folder)
         assert f"is being written by process {first.pid} on " in err
-    assert "exists already; nothing was touched: continue with --resume" in one_line(
+    assert "already exists; nothing was changed: continue with --resume" in one_line(
         capsys, "train", *words, "--out", folder
     )
     first.kill()

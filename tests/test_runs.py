@@ -44,9 +44,9 @@ def test_a_default_directory_that_cannot_be_made(tmp_path, monkeypatch):
 
 
 def test_an_existing_directory_is_refused(tmp_path):
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         runs.RunDirectory(tmp_path)
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         runs.check_free(str(tmp_path))
     runs.check_free(None)
 

@@ -259,7 +259,7 @@ def test_what_cannot_be_proven_here_is_not_written(capsys, saved, tmp_path, monk
     monkeypatch.setattr(packages, "missing", lambda *names: [])
     monkeypatch.setattr(coreml.platform, "system", lambda: "Linux")
     line = one_line(capsys, "fuse", saved, "-f", "coreml", "-o", tmp_path / "x")
-    assert "--format coreml cannot be verified here: Core ML runs on macOS alone; --unproven writes it" in line
+    assert "--format coreml cannot be verified here: Core ML runs only on macOS; --unproven writes it" in line
     assert not list(tmp_path.iterdir())
 
 

@@ -81,8 +81,8 @@ def test_batches_are_halved_until_memory_suffices():
         scoring.examine(Told(logits, most=0), source(labels), 5)
 
 
-def test_tables_and_both_forms(capsys, cycle_run, tmp_path):
-    words = ["evaluate", cycle_run.folder / "best.pt", "--fused", "--out", tmp_path / "tables", "--json"]
+def test_tables_and_both_forms(capsys, few_blocks, small_run, tmp_path):
+    words = ["evaluate", small_run.folder / "best.pt", "--fused", "--out", tmp_path / "tables", "--json"]
     code, out, err = run(capsys, *words)
     assert code == 0, err
     found = json.loads(out)
@@ -98,10 +98,10 @@ def test_tables_and_both_forms(capsys, cycle_run, tmp_path):
     assert (tmp_path / "tables" / "confusion.png").exists() or missing("matplotlib")
 
 
-def test_tables_that_cannot_be_written_are_told_before_anything_is_scored(capsys, cycle_run, tmp_path):
+def test_tables_that_cannot_be_written_are_told_before_anything_is_scored(capsys, few_blocks, small_run, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/tables"):
-        assert "--out" in one_line(capsys, "evaluate", cycle_run.folder / "best.pt", "--out", out)
+        assert "--out" in one_line(capsys, "evaluate", small_run.folder / "best.pt", "--out", out)
 
 
 def test_weights_of_others_on_ones_own_images(capsys, tmp_path):

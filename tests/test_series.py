@@ -318,7 +318,7 @@ def test_settings_that_change_the_result_cannot_change_in_the_middle(capsys, con
 def test_the_same_command_again_offers_to_go_on(capsys, controlled):
     folder, _, _ = controlled(capsys)
     err = one_line(capsys, "cycle", *CYCLE, "--seeds", "3,4", "--out", folder)
-    assert f"exists already; nothing was touched: continue with --resume {folder}" in err
+    assert f"already exists; nothing was changed: continue with --resume {folder}" in err
 
 
 def test_a_network_of_ones_own_is_named_again(capsys, tmp_path):
@@ -368,7 +368,7 @@ def test_what_cannot_be_built_leaves_no_folder(capsys, tmp_path, monkeypatch):
 
 def test_several_processes_are_refused(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "start each run under torchrun by itself" in one_line(
+    assert "start each run separately under torchrun" in one_line(
         capsys, "cycle", *CYCLE, "--control", "--out", tmp_path / "a"
     )
 

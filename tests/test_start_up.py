@@ -33,7 +33,7 @@ MISTAKES = [
     ("train --model repvgg --dataset digits --block acbb", "unknown block family 'acbb'; did you mean acb?"),
     ("train --model repvgg --dataset digits optim.name=adamx", "unknown optimizer 'adamx'; did you mean"),
     ("train --model repvgg --dataset digits optim.schedule=cosin", "unknown schedule 'cosin'; did you mean cosine?"),
-    ("train --model repvgg --dataset digits --out {root}", "exists already; nothing was touched"),
+    ("train --model repvgg --dataset digits --out {root}", "already exists; nothing was changed"),
     ("train --model repvgg --dataset digits --init gone.pt", "no checkpoint gone.pt"),
     ("train --model gone.py:net --dataset digits", "no file gone.py"),
     ("distill --model repvgg --dataset digits --teacher gone.pt", "no teacher's file gone.pt"),
@@ -147,6 +147,7 @@ def test_what_is_asked_of_the_compiler_meanwhile_is_its_own():
 
 
 def test_no_garbage_is_collected_while_modules_are_imported(monkeypatch):
+    gc.unfreeze()
     with lean_imports():
         assert not gc.isenabled()
     assert gc.isenabled()

@@ -214,7 +214,7 @@ def test_a_dry_run_starts_nothing(study, tmp_path):
         (["--arms", "plane"], "no arm 'plane' in grid.yaml; did you mean plain?"),
         (["--seeds", "a"], "--seeds: expected numbers such as 0, 1, 2"),
         (["--seeds", "1,1"], "--seeds: a seed is given twice"),
-        (["--jobs", "0"], "--jobs 0: at least 1 run at once is needed"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["lr=1"], "arm plain: unknown setting 'lr'; did you mean optim.lr or cycle.lr?"),
         (["run.seed=1"], "run.seed is set for each run of a study: give --seeds"),
         (["cycle.count=1", "--arms", "plain"], "cycle.count has no effect: none of the chosen arms reads it"),
@@ -231,7 +231,7 @@ def test_bad_words_are_said(study, words, says):
     [
         ("arms:", "arm:", "unknown key 'arm'; did you mean arms?"),
         ("about: one cosine", "abut: one cosine", "arm plain: unknown key 'abut'; did you mean about?"),
-        ("command: train", "command: tran", "arm plain: command: 'tran' is none of cycle, train, distill"),
+        ("command: train", "command: tran", "arm plain: command: 'tran' is not one of cycle, train, distill"),
         ("command: train", "like: restart", "arm plain: like: no arm 'restart'; did you mean restarts?"),
         ("command: train", "like: plain", "arm plain: 'like' leads back to plain"),
         ("control: true", "control: 1", "arm plain: control: expected true or false"),

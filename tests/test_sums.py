@@ -356,7 +356,7 @@ class BySize(nn.Module):
 
 
 LEFT = {
-    "used twice": (TwoOutputs, {"3.a.0": "its sum stays: the output of one of its branches is used elsewhere, too"}),
+    "used twice": (TwoOutputs, {"3.a.0": "its sum stays: the output of one of its branches is also used elsewhere"}),
     "other stride": (OtherStride, {}),
     "activation between": (Between, {}),
     "train only": (TrainOnly, {"3.b.1": "the forward pass does not reach it"}),
@@ -367,7 +367,7 @@ LEFT = {
         {"3.a.0": "its sum stays: its branches pad in different ways: reflect, zeros"},
     ),
     "by size": (BySize, {"3": "a sum of branches stays: its forward cannot be traced: symbolically traced"}),
-    "batch statistics": (BatchStatistics, {"3.b": "no single convolution returns what it reads"}),
+    "batch statistics": (BatchStatistics, {"3.b": "its input is not the output of a single convolution"}),
 }
 
 

@@ -148,7 +148,7 @@ def test_the_same_network_gives_the_same_folder(capsys, folder, tmp_path):
     assert run(capsys, "fuse", folder.parent / "net.pt", "-f", "timm", "-o", tmp_path / "plain")[0] == 0
     for file in folder.iterdir():
         assert (tmp_path / "plain_timm" / file.name).read_bytes() == file.read_bytes()
-    assert "exists already" in one_line(
+    assert "already exists" in one_line(
         capsys, "fuse", folder.parent / "net.pt", "-f", "timm", "-o", tmp_path / "plain"
     )
     (tmp_path / "plain_timm" / "notes.txt").write_text("mine")

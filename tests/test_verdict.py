@@ -32,7 +32,7 @@ def test_what_stands_apart_is_named_with_its_interval(tmp_path):
     assert re.fullmatch(r"configuration 2 \(\+5\.03 points, 95% interval .*\) lies above the control, .*\.", first)
     assert "configuration 3" in second
     assert "below the control" in second
-    assert last == "Of 20 such intervals one misses by chance; there are 2."
+    assert last == "One in 20 such intervals misses by chance; this page has 2."
 
 
 def test_what_cannot_be_told_apart_says_how_much_may_hide(tmp_path):

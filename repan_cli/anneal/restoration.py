@@ -72,8 +72,7 @@ def restore_running(kernel: Kernel, norm: BatchNorm, *, unit_gamma: bool) -> Tru
 
 @torch.no_grad()
 def write_trunk(block: RepBlock, kernel: Kernel, trunk: TrunkParams | None) -> None:
-    """Copy the parameters into the existing storage: optimizers, DDP and captured graphs keep their references. A trunk
-    without BN (`trunk` None) takes the kernel as it is.
+    """Copy the parameters into the existing storage: optimizers, DDP and captured graphs keep their references.
 
     A trunk without BN (`trunk` None) takes the kernel as it is.
     """

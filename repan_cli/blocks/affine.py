@@ -1,8 +1,9 @@
-"""Convolutions as sums over taps: what follows one another, and what is added, becomes one convolution.
+"""Represent convolutions as sums over taps, so that chains and sums of linear layers become one convolution.
 
-A map `y[o] = sum over taps (r, c) of W(r, c) x[stride * o + (r, c)] + bias` reads zeros, or what `mode` says, outside
-of its input. Every linear part of a block is one: a convolution, a BN in eval mode, average pooling, padding, cropping,
-a factor a channel. Nothing here looks at values, so that a network of the same structure merges the same way.
+A map `y[o] = sum over taps (r, c) of W(r, c) x[stride * o + (r, c)] + bias` reads zeros outside of its input, or what
+the padding mode `mode` says. Every linear part of a block is such a map: a convolution, a BN in eval mode, average
+pooling, padding, cropping, a factor per channel. No decision here depends on the values of weights, so networks of the
+same structure merge in the same way.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class ConvMap:
 
     @property
     def channels(self) -> int | None:
-        """Return C_out; None where it is as many as come in."""
+        """Return C_out; None if it equals the number of input channels."""
         weight = next(iter(self.taps.values()))
         return len(weight) if weight.ndim else None if self.bias is None or not self.bias.ndim else len(self.bias)
 
@@ -99,17 +100,16 @@ def convolution(
 
 
 def behind(first: ConvMap, second: ConvMap) -> ConvMap:
-    """Return the map of `second` applied to what `first` returns.
+    """Return the map of `second` applied to the output of `first`.
 
-    Raises ValueError where no convolution is: zeros around the map between the two are not what `first` makes of zeros
-    around its input.
+    Raises ValueError if no convolution equals it: `second` pads with zeros, but `first` would give other values there.
     """
     mode = first.mode if first.reads_outside else second.mode
     if second.reads_outside:
         if second.mode != "zeros" and not first.is_pointwise:
-            raise ValueError(f"it pads by {second.mode} what another layer has padded or strided")
+            raise ValueError(f"it applies {second.mode} padding to the output of a layer that pads or strides")
         if second.mode == "zeros" and (not _is_zero_around(first, second) or first.bias is not None):
-            raise ValueError("it pads with zeros what a layer with a kernel, BN or bias before it returns")
+            raise ValueError("it pads with zeros the output of a layer with a kernel, BN or bias")
     groups = _shared(first.groups, second.groups)
     taps: dict[Tap, Tensor] = {}
     for (row, column), inner in first.taps.items():
@@ -128,7 +128,7 @@ def behind(first: ConvMap, second: ConvMap) -> ConvMap:
 
 
 def _is_zero_around(first: ConvMap, second: ConvMap) -> bool:
-    """Return whether a map, but for its bias, would return zeros where another reads beyond its borders."""
+    """Return whether a map without its bias gives zeros at the places that another map reads beyond its borders."""
     axes = [axis for axis in (0, 1) if second.reads_beyond(axis)]
     zero = all(tap[axis] <= 0 <= first.excess[axis] + tap[axis] for tap in first.taps for axis in axes)
     return zero and not (first.reads_outside and first.mode != "zeros")
@@ -149,14 +149,14 @@ def _bias_behind(first: ConvMap, second: ConvMap) -> Tensor | None:
 
 
 def _shared(one: int | None, other: int | None) -> int | None:
-    """Return the number of groups in which two maps of so many can both be written; None is a factor a channel."""
+    """Return the number of groups in which both maps can be written; None stands for a factor per channel."""
     if one is None or other is None:
         return other if one is None else one
     return math.gcd(one, other)
 
 
 def _product(inner: Tensor, of_inner: int | None, outer: Tensor, of_outer: int | None, groups: int | None) -> Tensor:
-    """Return the weight of one tap behind another, in `groups`."""
+    """Return the weight of one tap applied after another, in `groups`."""
     if of_inner is None and of_outer is None:
         return inner * outer
     if of_outer is None:
@@ -192,10 +192,7 @@ def regrouped(weight: Tensor, groups: int, wanted: int) -> Tensor:
 
 
 def added(maps: Iterable[tuple[ConvMap, float]]) -> ConvMap:
-    """Return the map of the sum of several, each with a factor.
-
-    Raises ValueError where they do not step alike, or pad in two ways.
-    """
+    """Return the sum of several maps, each with a factor. Raises ValueError if strides or padding modes differ."""
     rows = [*maps]
     if len({each.stride for each, _ in rows}) > 1:
         raise ValueError("its branches have different strides")
@@ -224,7 +221,7 @@ def _in_groups(weight: Tensor, groups: int | None, wanted: int | None, channels:
     if groups is not None:
         return regrouped(weight, groups, wanted)
     if channels is None or channels % wanted:
-        raise ValueError("one of its branches has another number of channels")
+        raise ValueError("one of its branches has a different number of channels")
     index = torch.arange(channels)
     wide = weight.new_zeros(channels, channels // wanted)
     wide[index, index % (channels // wanted)] = weight

@@ -1,4 +1,4 @@
-"""Checks of a block family's branches over many geometries, for all that training and merging require."""
+"""Check a block family's branches over many geometries, for everything that training and merging require."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from repan_cli.errors import InputError
 from repan_cli.system.text import first_line
 
 USUAL = Geometry(8, 8, (3, 3), padding=(1, 1))
-"""A geometry that every family has to take."""
+"""A geometry that every family must accept."""
 
 TRIES = 28
 TOLERANCE = 1e-10
@@ -31,8 +31,6 @@ HEIGHT, WIDTH = 11, 12
 def check(name: str, build: Callable[..., Any]) -> None:
     """Raise InputError, with the geometry, if branches from `build` break a rule. Draws nothing from the global
     generator.
-
-    Draws nothing from the global generator.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -105,7 +103,7 @@ def _shape_problem(made: Any, again: Any) -> str | None:
 
 
 def _branch_problems(block: RepBlock, branch: Branch, x: Tensor) -> Iterator[str]:
-    """Yield what is wrong with a branch of a block in float64, its name left open; `x` is (N, C_in, H, W)."""
+    """Yield the faults of a branch of a block in float64, as messages without its name; `x` is (N, C_in, H, W)."""
     expected = block.trunk(x)
     if branch(x).shape != expected.shape:
         yield f"returns {tuple(branch(x).shape)} from {{}}, its trunk {tuple(expected.shape)}"
@@ -133,7 +131,9 @@ def _state(branch: Branch) -> list[Tensor]:
 
 
 def _merge_problems(block: RepBlock, branch: Branch, x: Tensor, when: str) -> Iterator[str]:
-    """Yield what is wrong with the equivalent kernel of a branch, whose BN are given statistics that hide nothing."""
+    """Yield the faults of a branch's equivalent kernel. Its BN layers get random statistics, so that no fault is
+    hidden.
+    """
     _disturb(branch)
     weight, bias = branch.equivalent_kernel()
     conv = block.trunk.conv
@@ -152,7 +152,7 @@ def _merge_problems(block: RepBlock, branch: Branch, x: Tensor, when: str) -> It
 
 
 def _disturb(branch: Branch) -> None:
-    """Give every BN random statistics and affine parameters, and what is all zeros a value."""
+    """Give every BN random statistics and affine parameters, and replace parameters that are all zero."""
     for module in branch.modules():
         if isinstance(module, BatchNorm) and module.running_mean is not None and module.running_var is not None:
             module.running_mean.normal_()

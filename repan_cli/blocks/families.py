@@ -83,8 +83,7 @@ def make_block(name: str, geometry: Geometry, *, copies: int | None = None) -> R
 
 
 def block_around(conv: nn.Conv2d, norm: BatchNorm | None, name: str, *, copies: int | None = None) -> RepBlock:
-    """Make a block of the family `name` around an existing convolution as trunk, with its BN if it has one. The side
-    branches are fresh, on the convolution's device, in its dtype and memory format.
+    """Make a block of the family `name` around an existing convolution as trunk, with its BN if it has one.
 
     The side branches are fresh, on the convolution's device, in its dtype and memory format.
     """
@@ -151,4 +150,4 @@ def qarep(geometry: Geometry) -> list[Branch]:
 
 
 SHIPPED = frozenset(FAMILIES)
-"""The families of this package; any other is a user's own, see `user_block`."""
+"""The families of this package; all others are user-defined, see `user_block`."""

@@ -71,6 +71,8 @@ def conv_kernel(conv: nn.Conv2d) -> Kernel:
 def embed(kernel: Kernel, size: Size, offset: Size) -> Kernel:
     """Write a smaller kernel into zeros of `size` (kh, kw), its first tap at `offset` (row, column)."""
     weight, bias = kernel
+    if weight.shape[2:] == size:
+        return kernel
     canvas = weight.new_zeros(*weight.shape[:2], *size)
     (top, left), (height, width) = offset, weight.shape[2:]
     canvas[:, :, top : top + height, left : left + width] = weight
@@ -94,7 +96,7 @@ def compose(first: Kernel, second: Kernel, groups: int) -> Kernel:
 def averaged(kernel: Kernel, size: Size) -> Kernel:
     """Return the kernel of a 1x1 convolution followed by the average over windows of `size` (DBB, transform V)."""
     weight, bias = kernel
-    return weight.expand(-1, -1, *size) / (size[0] * size[1]), bias
+    return (weight / (size[0] * size[1])).expand(-1, -1, *size), bias
 
 
 def identity_kernel(channels: int, groups: int) -> Kernel:

@@ -56,7 +56,9 @@ class RepBlock(nn.Module):
         rate = self.attach_rate.item()
         for branch in self.sides:
             side_weight, side_bias = branch.equivalent_kernel()
-            weight, bias = weight + rate * side_weight, bias + rate * side_bias
+            if rate != 1:
+                side_weight, side_bias = rate * side_weight, rate * side_bias
+            weight, bias = weight + side_weight, bias + side_bias
         return weight, bias
 
     def equivalent_kernel(self) -> Kernel:
@@ -146,10 +148,10 @@ def fill_all(tensors: list[Tensor], value: float) -> None:
 def reinit_branches(
     block: RepBlock, attach: str, *, branch_init: str = "kaiming", generator: torch.Generator | None = None
 ) -> None:
-    """Reset the side branches in place. They begin at attach rate 0 (`attach="ramp"`), at rate 1 but silent
-    (`zero-gamma`), or at rate 1 (`one`).
+    """Reset the side branches in place.
 
-    They begin at attach rate 0 (`attach="ramp"`), at rate 1 but silent (`zero-gamma`), or at rate 1 (`one`).
+    They begin at attach rate 0 (`attach="ramp"`), at rate 1 with a zero last gamma (`zero-gamma`), or at rate 1
+    (`one`).
     """
     for branch in block.sides:
         branch.reset(branch_init, generator)

@@ -1,7 +1,7 @@
-"""Block families of a user's own: a function that returns branches, registered by name or named `file.py:function`.
+"""User-defined block families: a function that returns branches, registered by name or given as `file.py:function`.
 
-A family is checked before it is entered, see `block_check`. No name in a file is imported by itself: only what a user
-gives is, by `use_block`.
+A family is checked when it is registered, see `block_check`. A file is imported only if the user names it
+(`use_block`), never because a checkpoint does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UNNAMED = "a block family of a user's own"
 
 
 def is_own(name: str | None) -> bool:
-    """Return whether a name is that of a user's own block family, registered or not."""
+    """Return whether a name is that of a user-defined block family, registered or not."""
     return name is not None and name != NATIVE and name not in SHIPPED
 
 
@@ -35,7 +35,7 @@ def register_block(name: str, build: BranchesOf) -> None:
     if not isinstance(name, str) or not name.strip():
         raise InputError(f"register_block needs a name for the family, got {name!r}")
     if not is_own(name):
-        raise InputError(f"the block family {name} is part of repan: take another name")
+        raise InputError(f"the block family {name} is part of repan: choose another name")
     if not callable(build):
         raise InputError(f"register_block('{name}', ...) needs a function of a geometry, got {type(build).__name__}")
     check(name, build)

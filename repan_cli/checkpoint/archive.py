@@ -4,7 +4,7 @@ Two readers of one zip file may see two files: one looks for the directory at it
 the end record; one reads the sizes of the directory, the other those of an entry's own header. What was checked through
 one reader says nothing of what the other finds. So an archive is parsed here, once, and accepted only in the form that
 has one meaning: entries that are stored, not compressed, one behind the other without a gap from the first byte on,
-the directory behind them, the end record behind that, and nothing else but the check sum of repan's as a comment.
+the directory behind them, the end record behind that, and nothing else but the checksum of repan's as a comment.
 PyTorch gets a new archive, made of the entries that were found, and never the bytes of the file.
 
 Archives above 4 GiB have 64-bit fields as PyTorch and zipfile write them: wherever the 32-bit field says 0xFFFFFFFF,
@@ -107,7 +107,7 @@ class Archive:
             entry = self.entries[name]
             content = _bytes_at(self._file, entry.start, entry.size)
             if entry.crc not in (0, zlib.crc32(content)):
-                raise InputError(f"{self._label} is damaged: the check sum of {name} differs; use another copy")
+                raise InputError(f"{self._label} is damaged: the checksum of {name} differs; use another copy")
             self._held[name] = content
         return self._held[name]
 
@@ -180,7 +180,7 @@ def _directory_of(file: IO[bytes], total: int) -> tuple[int, int, int]:
 
 
 def _end_record(file: IO[bytes], total: int) -> int:
-    """Find the end record: at the end of the file, before nothing but repan's check sum."""
+    """Find the end record: at the end of the file, before nothing but repan's checksum."""
     for comment in (0, COMMENT_BYTES):
         place = total - comment - END.size
         if place < 0:

@@ -85,8 +85,8 @@ def _preferred(found: list[_Network], path: Path) -> dict[str, Tensor]:
         others = ", ".join(f"'{network.key}'" for network in found if network is not chosen)
         other = next(network.key for network in found if network is not chosen)
         warn(
-            f"{path} holds several networks: '{chosen.key}' is taken{', the average' * chosen.is_average}, not "
-            f"{others}; {path}::{other} takes another"
+            f"{path} holds several networks: using '{chosen.key}'{', the average' * chosen.is_average}, not "
+            f"{others}; {path}::{other} selects another"
         )
     return chosen.weights
 

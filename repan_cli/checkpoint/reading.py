@@ -99,12 +99,12 @@ def load_any(source: str | Path) -> Checkpoint | dict[str, Tensor]:
         return foreign_weights(content, path, key)
     checkpoint = _verified(content, path)
     if not is_sealed:  # it was lost, or another program wrote the file again
-        raise InputError(f"{path} is damaged: the check sum of the file is missing; use another copy")
+        raise InputError(f"{path} is damaged: the checksum of the file is missing; use another copy")
     return checkpoint
 
 
 def check_seal(path: Path) -> bool:
-    """Return whether a file of any format carries a check sum. Raises InputError when it does not fit the bytes."""
+    """Return whether a file of any format carries a checksum. Raises InputError when it does not fit the bytes."""
     with path.open("rb") as file:
         if path.suffix != ".safetensors":
             file.seek(max(0, path.stat().st_size - len(CHECKSUM) - DIGITS))
@@ -115,7 +115,7 @@ def check_seal(path: Path) -> bool:
         expected = sum_around(file, place)
         file.seek(place)
         if file.read(DIGITS) != expected:
-            raise InputError(f"{path} is damaged: its bytes do not match its check sum; use another copy")
+            raise InputError(f"{path} is damaged: its bytes do not match its checksum; use another copy")
         return True
 
 
@@ -138,7 +138,7 @@ def card_of(meta: Mapping[str, Any], path: Path) -> ModelCard:
     try:
         return ModelCard.from_meta(meta)
     except ValueError as error:
-        raise InputError(f"{path} describes its network with {error}: it is damaged, or of another version") from None
+        raise InputError(f"{path} describes its network with {error}: it is damaged, or from another version") from None
 
 
 def _longest_text(path: Path) -> int:

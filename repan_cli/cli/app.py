@@ -198,7 +198,7 @@ COMMANDS = {
     ),
     "info": Command(
         options.InfoOptions,
-        """Show the contents of a file: network, form, classes, results, settings; of other files what they hold.
+        """Show the contents of a file: network, form, classes, results, settings Also for files of other programs.
 
     Example:
 
@@ -282,7 +282,7 @@ for _name, _command in COMMANDS.items():
 def _check_split(chosen: Any) -> None:
     split = getattr(chosen, "split", None)
     if split is not None and split not in SPLITS:
-        fail(InputError(f"--split {split} is none of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}"))
+        fail(InputError(f"--split {split} is not one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}"))
 
 
 def main() -> None:

@@ -98,7 +98,9 @@ def _artifact(options: BenchmarkOptions) -> Artifact:
     is_file = Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS
     if is_file or names_a_repository(source):
         if block is not None and not names_a_file(block):
-            raise InputError("--block is for a network given by name, or for your own blocks: a file has its blocks")
+            raise InputError(
+                "--block is for a network given by name, or for your own blocks: a file already contains its blocks"
+            )
         return open_artifact(source, options.model, block=block, trusted=options.trust_code)
     name = models.resolve(source, image_size or models.SMALL_IMAGE)
     native = block if name in models.BUILT_OF_BLOCKS else None

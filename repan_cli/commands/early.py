@@ -36,7 +36,7 @@ from repan_cli.config.conventions import (
     WEIGHT_FORMATS,
 )
 from repan_cli.config.files import read_file
-from repan_cli.config.resolve import Resolved, typed
+from repan_cli.config.resolve import Resolved, data_given, typed
 from repan_cli.config.schema import Layer
 from repan_cli.config.settings import PREVIOUS, Config, baseline_phase, replace
 from repan_cli.data import class_folders, datasets
@@ -117,7 +117,7 @@ def _check_block(name: str) -> None:
     if not names_a_file(name):
         _check_known("block family", name, {**names.blocks(), **_registered_blocks()})
     elif not (path := Path(name.rpartition(":")[0])).is_file():
-        raise InputError(f"no file {path} to take a block family from")
+        raise InputError(f"no file {path} to load a block family from")
 
 
 def _registered_blocks() -> dict[str, str]:
@@ -177,7 +177,7 @@ def info_source(source: str) -> tuple[Path, str | None]:
     path = sources.file_of(str(plain))
     if path is None:
         known = any(source.removeprefix("timm:") in each for each in (names.builtin(), names.of_timm(), names.ALIASES))
-        raise InputError(f"no file {source}" + (f"; repan list models {source} tells of networks" if known else ""))
+        raise InputError(f"no file {source}" + (f"; repan list models {source} lists networks" if known else ""))
     sources.check(str(path))
     return path, key
 
@@ -190,9 +190,10 @@ def _check_evaluate(options: EvaluateOptions) -> None:
 
 
 def _check_data(name: str | None, root: str | None) -> None:
-    """Check the data that are asked for by name, where their place is known, too."""
+    """Check the data that are asked for by name or folder, where their place is known, too."""
     if name is None:
         return
+    name, root = data_given(name, root)
     if root is not None and name != "folder":
         datasets.check(name, root)
     elif name != "folder":
@@ -201,7 +202,7 @@ def _check_data(name: str | None, root: str | None) -> None:
 
 def _check_predict(options: PredictOptions) -> None:
     if options.top < 1:
-        raise InputError(f"--top {options.top}: must be at least 1")
+        raise InputError(f"--top must be at least 1, got {options.top}")
     for _ in images_in(options.images):
         pass
     sources.check(options.checkpoint, options.model)
@@ -287,12 +288,12 @@ def fuse_targets(options: FuseOptions) -> list[Target]:
 
 
 def check_writable(target: Path, *, overwrite: bool) -> None:
-    """Raise InputError for a file that exists already, and for one whose folder cannot be made."""
+    """Raise InputError for a file that already exists, and for one whose folder cannot be made."""
     above = next(folder for folder in target.absolute().parents if folder.exists())
     if not above.is_dir():
         raise InputError(f"no folder {target.parent} to write {target.name} into: {above} is a file")
     if target.exists() and not overwrite:
-        raise InputError(f"{target} exists already: give another --out, or --overwrite")
+        raise InputError(f"{target} already exists: give another --out, or --overwrite")
 
 
 def _default_stem(path: Path) -> Path:
@@ -304,7 +305,7 @@ def _default_stem(path: Path) -> Path:
 def _check_form(endings: set[str], options: FuseOptions) -> None:
     form = options.form
     if form not in FORMS:
-        raise InputError(f"--form {form} is none of {', '.join(FORMS)}")
+        raise InputError(f"--form {form} is not one of {', '.join(FORMS)}")
     if form == "conv-bn" and endings - set(WEIGHT_FORMATS):
         raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
     if options.half and endings != {"onnx"}:
@@ -343,14 +344,14 @@ def quantize_target(options: QuantizeOptions) -> Path:
     check_writable(target, overwrite=options.overwrite)
     _check_opset(options.opset, INT8_OPSETS)
     if options.images < 1:
-        raise InputError(f"--images {options.images}: must be at least 1")
+        raise InputError(f"--images must be at least 1, got {options.images}")
     if options.target not in INT8_TARGETS:
         hint = did_you_mean(options.target, INT8_TARGETS)
-        raise InputError(f"--target {options.target} is none of {', '.join(INT8_TARGETS)}{hint}")
+        raise InputError(f"--target {options.target} is not one of {', '.join(INT8_TARGETS)}{hint}")
     if options.target == "openvino":
         need_runtime("openvino")
     if options.max_drop is not None and not options.max_drop >= 0:
-        raise InputError(f"--max-drop {options.max_drop:g}: must be at least 0, in points of top-1 accuracy")
+        raise InputError(f"--max-drop must be at least 0 points of top-1 accuracy, got {options.max_drop:g}")
     return target
 
 

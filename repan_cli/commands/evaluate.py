@@ -127,7 +127,7 @@ def _write(folder: Path, details: Details, classes: tuple[str, ...], title: str)
     if plots.available():
         lacking = plots.draw_confusion(counts, classes, folder / "confusion.png", title=title)
         if lacking:
-            warn(f"confusion.png: no font here has {' '.join(lacking[:10])}, which is drawn as a box; install one")
+            warn(f"confusion.png: no installed font has {' '.join(lacking[:10])}: it is drawn as a box")
         return [*written, str(folder / "confusion.png")]
     tell(f"no confusion.png: {plots.how_to_get()}")
     return written

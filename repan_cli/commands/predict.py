@@ -34,7 +34,7 @@ def run(options: PredictOptions) -> None:
     Images that cannot be read are named, the others answered, and the exit code is 2.
     """
     if options.top < 1:
-        raise InputError(f"--top {options.top}: must be at least 1")
+        raise InputError(f"--top must be at least 1, got {options.top}")
     files = list(images_in(options.images))
     targets = _targets(options.save, files) if options.save else {}
     artifact = open_artifact(options.checkpoint, options.model, block=options.block, trusted=options.trust_code)
@@ -55,7 +55,7 @@ def run(options: PredictOptions) -> None:
         for line in unreadable:
             warn(line)
         named = some([line.removeprefix("cannot read the image ").partition(": ")[0] for line in unreadable])
-        answered = f"the other {count(len(rows), 'image')} answered" if rows else "no image answered"
+        answered = f"the other {count(len(rows), 'image')} are classified" if rows else "none is classified"
         raise InputError(f"{len(unreadable)} of {count(len(files), 'image')} could not be read: {named}; {answered}")
 
 
@@ -79,7 +79,7 @@ def _targets(folder: Path, files: Sequence[Path]) -> dict[Path, Path]:
         targets[file] = folder / name
     for target in (*targets.values(), folder / TABLE):
         if target.exists():
-            raise InputError(f"{target} exists already: give another --save")
+            raise InputError(f"{target} already exists: give another --save")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -103,7 +103,7 @@ def _save(folder: Path, rows: Sequence[dict[str, Any]], targets: Mapping[Path, P
         table.writerow([row["image"], target.name, classes[0]["class"], classes[0]["probability"]])
     write_bytes(folder / TABLE, text.getvalue().encode())
     if boxes := pictures.lacking(each["class"] for row in rows for each in row["classes"][:LINES]):
-        warn(f"no font here has {' '.join(boxes[:MOST_SAID])}, which pictures show as boxes: install one that has")
+        warn(f"no installed font has {' '.join(boxes[:MOST_SAID])}: pictures show boxes instead")
     tell(f"wrote {count(len(rows), 'picture')} and {TABLE} into {folder}")
 
 
@@ -127,7 +127,7 @@ def _predicted(
     logits = logits.float().cpu()
     if broken := [file for file, row in zip(read, logits, strict=True) if not row.isfinite().all()]:
         raise InputError(
-            f"the network gives no finite logits for {broken[0]}: take a checkpoint from before it diverged"
+            f"the network gives no finite logits for {broken[0]}: use a checkpoint from before it diverged"
         )
     probabilities = logits.softmax(dim=1)
     classes = artifact.card.classes

@@ -207,9 +207,9 @@ def _report_latency(result: dict[str, Any]) -> None:
     """Report the speed of both files, and warn if int8 is slower."""
     found, program = result["latency"], PROGRAMS[result["target"]]
     if found is None:
-        print_line(f"one image        not timed: {program} is not here")
+        print_line(f"one image        not timed: {program} is not installed")
         return
     single, small, ratio = found["float32"], found["int8"], found["speedup"]
     print_line(f"one image        {single:.2f} ms in float32, {small:.2f} ms in int8 ({ratio:.2f}x), by {program} here")
     if ratio < SLOWER:
-        warn(f"int8 is {1 / ratio:.1f}x slower than float32 by {program} on this machine: take the float32 file")
+        warn(f"int8 is {1 / ratio:.1f}x slower than float32 by {program} on this machine: use the float32 file")

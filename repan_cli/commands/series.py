@@ -96,10 +96,10 @@ def refuse(resolved: Resolved, *, with_control: bool) -> None:
     """Raise InputError for settings that cannot be made into a series."""
     if rank_count() > 1:
         raise InputError(
-            "--seeds and --control run in one process: start each run under torchrun by itself, then compare"
+            "--seeds and --control run in one process: start each run separately under torchrun, then compare"
         )
     if with_control and resolved.config.cycle.restart == "none":
-        raise InputError("cycle.restart=none is what --control adds: give one")
+        raise InputError("cycle.restart=none and --control both ask for a run without restarts: give one")
 
 
 def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:

@@ -108,7 +108,7 @@ def _read(options: StudyOptions) -> tuple[Study, Grid]:
         if key in given:
             raise InputError(f"{key} is set for each run of a study: give {instead}")
     if options.jobs is not None and options.jobs < 1:
-        raise InputError(f"--jobs {options.jobs}: at least 1 run at once is needed")
+        raise InputError(f"--jobs must be at least 1, got {options.jobs}")
     if rank_count() > 1:
         raise InputError("'repan study' starts its runs itself: call it without torchrun")
     seeds = grid.seeds if options.seeds is None else parse_seeds(options.seeds.split(","), "--seeds")
@@ -146,7 +146,7 @@ def _tell_of_removed(study: Study, grid: Grid) -> None:
     """Warn about arms that have runs in the study's folder but are no longer in the grid."""
     there = sorted(path.parent.name for path in study.out.glob(f"*/{ARM_FILE}"))
     if removed := [name for name in there if name not in grid.arms]:
-        warn(f"{study.out} holds runs of {', '.join(removed)}, not arms of {grid.path} any more: skipped")
+        warn(f"{study.out} holds runs of {', '.join(removed)}, which are no longer arms of {grid.path}: skipped")
 
 
 def _preview(study: Study, grid: Grid, jobs: Sequence[Job], *, as_json: bool) -> None:

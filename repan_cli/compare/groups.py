@@ -184,7 +184,9 @@ def compare(
     firsts = [runs[0] for runs in members]
     keys = _differing(firsts)
     if untold := sorted(set(keys) - set(_telling(firsts, keys))):
-        warnings.append(f"labels name what tells the groups apart; they also differ in {', '.join(untold)}")
+        warnings.append(
+            f"labels show only the settings that distinguish the groups; they also differ in {', '.join(untold)}"
+        )
     groups = _labelled([members[number] for number in dict.fromkeys((*chosen, *range(len(members))))])
     named = _named_by_folder(groups) if by_folder else groups
     return Comparison(named, (*warnings, *doubts, *_unequal_lengths(named)), len(chosen))
@@ -214,9 +216,9 @@ def _different_problems(results: Sequence[Result]) -> list[str]:
     names = sorted({result.dataset for result in results})
     classes = sorted({result.classes for result in results if result.classes})
     if len(names) > 1:
-        return [f"these runs are of different data sets: {', '.join(names)}"]
+        return [f"these runs use different data sets: {', '.join(names)}"]
     if len(classes) > 1:
-        return [f"these runs know different numbers of classes: {', '.join(map(str, classes))}"]
+        return [f"these runs have different numbers of classes: {', '.join(map(str, classes))}"]
     return []
 
 

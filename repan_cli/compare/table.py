@@ -78,7 +78,7 @@ def legend(comparison: Comparison) -> str:
     if spread:
         words += "; mean ± standard deviation over seeds"
     if len(spread) < len(comparison.groups):
-        words += "; one seed has no spread, and the difference no interval"
+        words += "; one seed gives no spread and no interval"
     gains = [comparison.gain(group, over=over) for group in comparison.groups for over in comparison.controls]
     methods = {gain.method for gain in gains if gain and gain.method}
     if methods:

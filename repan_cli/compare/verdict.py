@@ -47,7 +47,7 @@ def verdict(comparison: Comparison) -> str:
     ]
     if len(known) > 1:
         chance = round(1 / (1 - CONFIDENCE))
-        sentences.append(f"Of {chance} such intervals one misses by chance; there are {len(known)}.")
+        sentences.append(f"One in {chance} such intervals misses by chance; this page has {len(known)}.")
     return " ".join(sentences)
 
 

@@ -6,7 +6,7 @@ wins: defaults < `base:` file < `-c` file < command line.
 """
 
 from repan_cli.config.files import dump, find_preset, parse_assignments, parse_yaml, presets, read_file
-from repan_cli.config.resolve import Resolved, build, is_folder_of_data, resolve, typed
+from repan_cli.config.resolve import Resolved, build, data_given, resolve, typed
 from repan_cli.config.schema import Layer, as_text
 from repan_cli.config.settings import (
     OVERLAY,
@@ -49,11 +49,11 @@ __all__ = [
     "as_text",
     "baseline_phase",
     "build",
+    "data_given",
     "dump",
     "find_preset",
     "flatten",
     "from_flat",
-    "is_folder_of_data",
     "parse_assignments",
     "parse_yaml",
     "presets",

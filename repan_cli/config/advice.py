@@ -26,7 +26,7 @@ def unusual(config: Config) -> Iterator[str]:
     for key, optim in phases.items():
         if optim.name.startswith(ADAPTIVE) and optim.lr > LARGE_RATE and (optim.name, optim.lr) not in said:
             said.add((optim.name, optim.lr))
-            yield f"{key}.lr={optim.lr:g} is far above what {optim.name} usually takes, about {USUAL_RATE}"
+            yield f"{key}.lr={optim.lr:g} is far above the usual rate for {optim.name}, about {USUAL_RATE}"
 
 
 def without_effect(config: Config, given: Mapping[str, Any], *, cycles: bool) -> Iterator[str]:

@@ -130,7 +130,7 @@ def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         with path.open(encoding="utf-8") as file:
             text = file.read(MOST_TEXT)
         if len(text) == MOST_TEXT:
-            raise InputError(f"{path} is no preset: {path.stat().st_size:,} bytes is too large for settings")
+            raise InputError(f"{path} is not a preset: {path.stat().st_size:,} bytes is too large for settings")
         layer = parse_yaml(text, str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None

@@ -134,7 +134,7 @@ def _arm(path: Path, name: str, entries: Mapping[str, Any], shared: Layer) -> Ar
         command = str(entry.get("command", command))
         about, control = str(entry.get("about", "")), _flag(entry.get("control", "false"), where)
     if command not in COMMANDS:
-        raise InputError(f"{path}: arm {name}: command: '{command}' is none of {', '.join(COMMANDS)}")
+        raise InputError(f"{path}: arm {name}: command: '{command}' is not one of {', '.join(COMMANDS)}")
     return Arm(name, about, command, control, layer)
 
 

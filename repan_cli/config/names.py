@@ -119,7 +119,7 @@ def check_model(name: str) -> None:
     if names_a_file(name):
         path = Path(name.rpartition(":")[0]).expanduser()
         if not path.is_file():
-            raise InputError(f"no file {path} to take a network from")
+            raise InputError(f"no file {path} to load a network from")
         return
     if name.startswith(TORCHVISION):
         known = [TORCHVISION + each for each in of_torchvision()]

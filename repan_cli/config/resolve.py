@@ -101,18 +101,24 @@ def _section_problems(config: Config) -> Iterator[str]:
 
 def folder_as_data(layer: Layer) -> Layer:
     """Return a layer that names a folder as its data set, as `folder` with this root. Raises InputError for two."""
-    name = layer.get("data.name")
-    if not isinstance(name, str) or not is_folder_of_data(name):
+    name, root = layer.get("data.name"), layer.get("data.root")
+    if not isinstance(name, str) or data_given(name, None)[0] == name:
         return layer
-    if layer.get("data.root") is not None:
-        raise InputError(f"data.name={name} is a folder, and data.root={layer['data.root']} another: give one of them")
-    return {**layer, "data.name": "folder", "data.root": at_home(name)}
+    name, root = data_given(name, None if root is None else str(root))
+    return {**layer, "data.name": name, "data.root": root}
 
 
-def is_folder_of_data(name: str) -> bool:
-    """Return whether the name of a data set is unknown, but is that of an existing folder."""
+def data_given(name: str, root: str | None) -> tuple[str, str | None]:
+    """Return the name and the root of a data set; a folder in place of a name is the root of `folder`.
+
+    Raises InputError for a folder beside another root.
+    """
     known = name in RECIPES or name.partition("/")[0] in DATASET_PREFIXES
-    return not known and bool(name) and Path(at_home(name)).is_dir()
+    if known or not name or not Path(at_home(name)).is_dir():
+        return name, root
+    if root is not None:
+        raise InputError(f"data.name={name} is a folder, and data.root={root} another: give one of them")
+    return "folder", at_home(name)
 
 
 def baseline_layer(layer: Layer) -> dict[str, Any]:

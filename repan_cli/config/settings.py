@@ -46,9 +46,9 @@ class ModelConfig:
             yield "model.pretrained and model.init both say which weights to start from: give one"
         name = self.name or ""
         if name.endswith(WEIGHT_ENDINGS):
-            yield f"model.name={name} is a file of weights: give it as --init, and --model where it is not repan's"
+            yield f"model.name={name} is a file of weights: give it as --init, and --model if repan did not write it"
         if name.endswith(".py"):
-            yield f"model.name={name} needs the function in it that builds the network: {name}:FUNCTION"
+            yield f"model.name={name} does not name a function: give {name}:FUNCTION, which builds the network"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class BlockConfig:
 
     def problems(self) -> Iterator[str]:
         if (self.name or "").endswith(".py"):
-            yield f"block.name={self.name} needs the function in it that returns the branches: {self.name}:FUNCTION"
+            yield f"block.name={self.name} does not name a function: give {self.name}:FUNCTION, which returns branches"
 
 
 @dataclass(frozen=True)

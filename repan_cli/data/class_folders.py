@@ -87,7 +87,7 @@ def files_below(folder: Path) -> list[Path]:
 def part_folders(root: Path) -> dict[str, Path]:
     """Return the result of `parts_in`, with a warning about other folders next to the parts."""
     if named_parts(root) and (strange := [folder.name for folder in _folders(root) if part_of(folder) is None]):
-        warn(f"{count_of(len(strange), 'folder')} of {root} skipped, not part of a data set: {_some(strange)}")
+        warn(f"skipped {count_of(len(strange), 'folder')} of {root} that are no part of a data set: {_some(strange)}")
     return parts_in(root)
 
 
@@ -150,7 +150,7 @@ def training_folder(root: Path, parts: dict[str, Path]) -> Path:
     if not root.is_dir():
         raise InputError(f"no folder {root}: expected {EXPECTED.format(root)}; --data-root names another place")
     if (meant := _meant(root)) is not None:
-        raise InputError(f"{root} is no data set of image folders; did you mean --data-root {quoted(meant)}?")
+        raise InputError(f"{root} is not a data set of image folders; did you mean --data-root {quoted(meant)}?")
     loose = next((entry for entry in _entries(root) if is_image(entry)), None)
     if loose:
         raise InputError(f"{root} holds {loose.name} and no class folders: expected {EXPECTED.format(root)}")
@@ -279,9 +279,8 @@ def list_images(folder: Path, classes: Sequence[str], *, whole: bool = True) -> 
     if lacking and whole:
         raise InputError(f"{folder} lacks {len(lacking)} of the class folders, such as '{min(lacking)}'")
     if strange:
-        raise InputError(
-            f"{folder} has, unlike the training set, {len(strange)} of the class folders, such as '{min(strange)}'"
-        )
+        found = count_of(len(strange), "class folder")
+        raise InputError(f"{folder} has {found} that the training set lacks, such as '{min(strange)}'")
     paths: list[Path] = []
     labels: list[int] = []
     others: Counter[str] = Counter()

@@ -114,7 +114,7 @@ def _with_validation_part(name: str, train: Part, fraction: float, seed: int, be
     held_out = stratified(train.labels, fraction, seed)
     if not held_out.any():
         raise InputError(
-            f"with one training image a class none of {name} can be held out: set data.val_fraction=0, or "
+            f"{name} has one training image per class, so none can be held out: set data.val_fraction=0, or "
             "data.per_class above 1"
         )
     return train.take(~held_out), train.take(held_out), _digest_of_split(held_out, train.labels, before)
@@ -125,7 +125,7 @@ def _with_test_part(name: str, root: Path, raw: RawDataset, fraction: float, see
     train = raw.parts["train"]
     drawn = stratified(train.labels, fraction, seed)
     if not drawn.any():
-        raise InputError(f"{root} has one training image a class, and no val or test part: nothing can be reported")
+        raise InputError(f"{root} has one training image per class, and no val or test part: nothing can be reported")
     flat = name == "folder" and not class_folders.named_parts(root)
     lacks = f"{root} has no parts" if flat else f"neither {root / 'val'} nor {root / 'test'}"
     of = "images" if flat else f"training images of {name}"
@@ -172,7 +172,7 @@ def settings_of(data: config.DataConfig) -> dict[str, Any]:
 
 
 MARKS = ("train", "test", "val", "cifar-10*", "*_32x32.mat", "MNIST", "FashionMNIST", "*_data*")
-"""What the folder of a data set by name holds: parts, or the files of its makers."""
+"""The content of the folder of a data set by name: parts, or the files of its makers."""
 
 
 def check_name(name: str) -> None:

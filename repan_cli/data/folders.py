@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 LARGEST_RESIDENT = 16 * 2**30
 LOOKED_AT = 200_000
-MEND = "; data.on_error=skip leaves such images of the training folder out"
-MEND_SCORED = "; repair or remove it: images to be scored are never left out"
+MEND = "; data.on_error=skip skips such training images"
+MEND_SCORED = "; repair or remove it: evaluation skips no image"
 
 
 def load_folders(root: Path, reading: ReadOptions) -> RawDataset:

@@ -68,7 +68,7 @@ class StreamingLoader(Loader):
 
     def _training(self, rows: Sequence[Tensor], plan: EpochPlan, position: tuple[int, ...]) -> Iterator[Batch]:
         samples = Samples(self.part, self._training_transform(), position, skip=self.skip)
-        yield from self._load(samples, rows, mend="; data.on_error=skip leaves such training images out")
+        yield from self._load(samples, rows, mend="; data.on_error=skip skips such training images")
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         samples = Samples(self.part, self._plain_transform(), None, skip=False)

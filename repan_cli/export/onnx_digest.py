@@ -1,6 +1,6 @@
 """Digests of an `.onnx` file: they distinguish a damaged file from one that another program saved again or changed.
 
-A file as repan wrote it ends with a check sum of its bytes. Its place is one that no other program gives it, so a file
+A file as repan wrote it ends with a checksum of its bytes. Its place is one that no other program gives it, so a file
 that was saved again does not end so; then the digests of what the file holds decide, which do not depend on how it is
 serialised. Neither says who wrote a file: anybody can make them.
 """
@@ -21,7 +21,7 @@ from repan_cli.errors import InputError
 from repan_cli.system.files import to_json
 
 HEADER, DIGESTS, SEAL = "repan", "repan.digests", "seal"
-"""The keys of the metadata that hold the description of the network, the digests and the check sum."""
+"""The keys of the metadata that hold the description of the network, the digests and the checksum."""
 
 END = b"\x0a\x04" + SEAL.encode()
 """The last bytes of a file: the key of the last entry, behind its value. Other programs write the key first."""
@@ -47,7 +47,7 @@ class Digests:
 
 
 def serialized(model: Any, entries: Mapping[str, str]) -> bytes:
-    """Return the file of a model with these entries as its metadata, its digests, and a check sum at the end."""
+    """Return the file of a model with these entries as its metadata, its digests, and a checksum at the end."""
     del model.metadata_props[:]
     for key, value in entries.items():
         model.metadata_props.add(key=key, value=value)
@@ -62,14 +62,14 @@ def serialized(model: Any, entries: Mapping[str, str]) -> bytes:
 def change_of(path: Path, content: bytes, model: Any) -> str | None:
     """Return how a file differs from the one that repan wrote; None if it does not, or if repan did not write it.
 
-    Raises InputError for a file that is damaged: one with a check sum that does not fit, or, where another program
+    Raises InputError for a file that is damaged: one with a checksum that does not fit, or, where another program
     saved it, with other weights in the same graph, or another description.
     """
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     if _fits(path, content, earlier=DIGESTS not in metadata) or HEADER not in metadata:
         return None
     by = f"changed since repan wrote it, by {_producer(model, metadata)}"
-    if DIGESTS not in metadata:  # by an earlier version, which ended with its check sum
+    if DIGESTS not in metadata:  # by an earlier version, which ended with its checksum
         return by
     try:
         told = json.loads(metadata[DIGESTS])
@@ -88,7 +88,7 @@ def change_of(path: Path, content: bytes, model: Any) -> str | None:
 
 
 def _fits(path: Path, content: bytes, *, earlier: bool) -> bool:
-    """Return whether a file ends with a check sum that fits. Raises InputError where it ends with one that does not.
+    """Return whether a file ends with a checksum that fits. Raises InputError where it ends with one that does not.
 
     Its mark or the bytes behind it show that there is one: either may be damaged. `earlier`: in the place where version
     0.1 wrote it.
@@ -100,7 +100,7 @@ def _fits(path: Path, content: bytes, *, earlier: bool) -> bool:
             whole = marked and content.endswith(end)
             if whole and sum_around(io.BytesIO(content), place) == content[place : place + DIGITS]:
                 return True
-            raise InputError(f"{path} is damaged: its bytes do not match its check sum; use another copy")
+            raise InputError(f"{path} is damaged: its bytes do not match its checksum; use another copy")
     return False
 
 

@@ -50,7 +50,7 @@ def model_of(program: ExportedProgram, opset: int = OPSET) -> Any:
 
 
 def seal(model: Any, header: dict[str, Any]) -> bytes:
-    """Return an ONNX model without details of the machine it was made on, with a description and a check sum."""
+    """Return an ONNX model without details of the machine it was made on, with a description and a checksum."""
     for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")

@@ -1,4 +1,4 @@
-"""The changes that turn convolutions of a network into blocks, and carrying them out."""
+"""Describe the changes that turn convolutions of a network into blocks, and carry them out."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Selection:
     """The choice of convolutions that become blocks, or of blocks that restart.
 
     Args:
-        kernel: sizes of the larger side of the kernel; empty is all above 1, None all.
-        include: globs of names; empty is all.
-        exclude: globs of names that are left out.
-        limit: at most this many, those with the most weights first.
+        kernel: sizes of the larger side of the kernel; empty means all above 1, None means all.
+        include: globs of layer names; empty means all.
+        exclude: globs of layer names to skip.
+        limit: the largest number of blocks; layers with the most weights come first.
     """
 
     kernel: tuple[int, ...] | None = ()
@@ -76,14 +76,14 @@ EVERYTHING = Selection(kernel=None, include=("*",))
 
 @dataclass(frozen=True)
 class Expansion:
-    """The blocks that a network is to have: the family, the changes, and why other convolutions are left alone."""
+    """The planned blocks of a network: their family, the changes, and why other convolutions are left alone."""
 
     family: str
     changes: tuple[Change, ...]
     left: Mapping[str, str]
 
     def after(self, earlier: Expansion | None) -> Expansion:
-        """Return this expansion, as one made of a network that had an earlier one."""
+        """Return this expansion joined with the earlier one of the same network."""
         return dataclasses.replace(self, changes=(*earlier.changes, *self.changes)) if earlier else self
 
     def structure(self, native: Mapping[str, Any]) -> Structure:
@@ -98,7 +98,7 @@ class Expansion:
 
 
 def summary(left: Mapping[str, str]) -> str:
-    """Return the reasons for which convolutions are left alone, the most frequent first, each with a name."""
+    """Summarize why convolutions are left alone: the most frequent reason first, each with one layer's name."""
     if not left:
         return "it has none"
     first = {reason: name for name, reason in reversed(list(left.items()))}
@@ -113,7 +113,7 @@ def report_of(model: nn.Module) -> Expansion | None:
 
 
 def changes_of(model: nn.Module) -> tuple[Change, ...]:
-    """Return the changes that made a network's blocks; none for one that was left as it was built."""
+    """Return the changes that made a network's blocks; an empty tuple if it is as it was built."""
     report = report_of(model)
     return report.changes if report else ()
 
@@ -129,8 +129,8 @@ def set_report(model: nn.Module, report: Expansion) -> None:
 def apply(model: nn.Module, changes: Iterable[Change], *, attach: str = "ramp", whole: bool = False) -> nn.Module:
     """Make the changes in a network, in place, and return it. Fresh branches draw from the global generator.
 
-    Sums of branches become convolutions, or with `whole` layers by themselves; a network that itself adds them is
-    returned as another.
+    Sums of branches become convolutions, or with `whole` layers that compute the sum as before. If the network itself
+    computes the sum, a new network is returned.
     """
     for (kind, name), same in itertools.groupby(changes, key=lambda change: change[:2]):
         module = model.get_submodule(name)
@@ -173,7 +173,7 @@ def _block_of(model: nn.Module, module: nn.Module, change: Change) -> RepBlock:
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put a module in the place of another, and return the network, which '' replaces."""
+    """Replace the module of a name, and return the network; the name '' replaces the network itself."""
     parent, _, leaf = name.rpartition(".")
     if not leaf:
         return module

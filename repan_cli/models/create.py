@@ -130,7 +130,7 @@ def create(
 def _timm(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
     short = name.removeprefix(TIMM)
     if not timm.is_model(short):  # Hub names in files are not followed either
-        raise InputError(f"this timm ({timm.__version__}) has no model {short}; another may have it")
+        raise InputError(f"this timm ({timm.__version__}) has no model {short}; another version may have it")
     if pretrained and not timm.is_model_pretrained(short):
         raise InputError(f"timm has no pretrained weights of {short}; give a file of weights with --init")
     try:
@@ -146,9 +146,11 @@ def _timm(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
 def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool) -> nn.Module:
     short = name.removeprefix(TORCHVISION)
     if in_chans != 3:
-        raise InputError(f"torchvision's networks read 3 channels, the images have {in_chans}: take one of timm's")
+        raise InputError(f"torchvision's networks read 3 channels, the images have {in_chans}: use one of timm's")
     if short not in torchvision.models.list_models(torchvision.models):
-        raise InputError(f"this torchvision ({torchvision.__version__}) has no model {short}; another may have it")
+        raise InputError(
+            f"this torchvision ({torchvision.__version__}) has no model {short}; another version may have it"
+        )
     auxiliary = {"aux_logits": False, "init_weights": True} if short in WITH_AUXILIARY_HEADS else {}
     model = torchvision.models.get_model(short, weights=None, num_classes=num_classes, **auxiliary)
     if pretrained:

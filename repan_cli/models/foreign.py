@@ -106,13 +106,13 @@ def _tell(fitted: Fitted, source: str) -> None:
     if fitted.rivals:
         others = ", ".join(f"'{name.rstrip('.')}'" for name in fitted.rivals)
         warn(
-            f"{source} holds several such networks: '{fitted.prefix.rstrip('.')}' is taken, not {others}; "
-            f"{source}::{fitted.rivals[0].rstrip('.')} takes another"
+            f"{source} holds several such networks: using '{fitted.prefix.rstrip('.')}', not {others}; "
+            f"{source}::{fitted.rivals[0].rstrip('.')} selects another"
         )
     left = [name for name in fitted.outside if not name.startswith(fitted.rivals)]
     if left:
         named = ", ".join(dict.fromkeys(name.partition(".")[0] for name in left))
-        warn(f"{count(len(left), 'tensor')} of {source} outside of the network left out: {named[:100]}")
+        warn(f"skipped {count(len(left), 'tensor')} of {source} outside of the network: {named[:100]}")
 
 
 def _nested(one: str, other: str) -> bool:
@@ -135,14 +135,19 @@ def _scored(
 ) -> Iterator[tuple[float, dict[str, Tensor]]]:
     """Yield the weights under every way of naming, with the number of names that are then the network's.
 
-    A tensor of another shape counts as half a one.
+    A tensor of another shape counts as half a one. Namings that come to the same are looked at once.
     """
+    seen: list[dict[str, int]] = []
     for naming in (dict, *_namings(model)):
         try:
             given = naming(weights)
         except Exception:
             continue
         named = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        tensors = {name: id(value) for name, value in named.items()}
+        if tensors in seen:
+            continue
+        seen.append(tensors)
         if merged.are_in(named):
             named = merged.unmerged(named)
         common = own.keys() & named.keys()

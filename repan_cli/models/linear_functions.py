@@ -1,6 +1,6 @@
-"""Read the linear functions of images, by the arguments that they are called with, as convolutions over taps.
+"""Read linear functions of images, with the arguments of a call, as convolutions over taps.
 
-All raise ValueError, saying why, for arguments with which they are none.
+All raise ValueError, with the reason, if the arguments make the function something else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIDES = 4
 """Dimensions of a batch of images."""
 
 Arguments = dict[str | int, Any]
-"""The arguments of a function by name, or by position where they have no name; the images themselves are None."""
+"""The arguments of a call by name, or by position if they have no name; the images themselves are None."""
 
 MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
@@ -28,13 +28,13 @@ MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "c
 def of_channels(value: Any) -> Tensor:
     """Return a number, or one for each channel (C,). Raises ValueError for any other tensor."""
     if not isinstance(value, (int, float, Tensor)):
-        raise ValueError("it calculates with what is no number")
+        raise ValueError("it uses a value that is not a number")
     tensor = exact(value) if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
     if tensor.numel() == 1 and tensor.ndim <= SIDES:
         return tensor.reshape(())
     shape = (1,) * (SIDES - tensor.ndim) + tuple(tensor.shape)
     if len(shape) != SIDES or shape[0] != 1 or shape[2:] != (1, 1):
-        raise ValueError(f"it calculates with a tensor of shape {tuple(tensor.shape)}, not one number a channel")
+        raise ValueError(f"it calculates with a tensor of shape {tuple(tensor.shape)}, not one number per channel")
     return tensor.flatten()
 
 
@@ -48,7 +48,7 @@ def _pair(value: Any) -> Size:
 def _convolution(given: Arguments) -> ConvMap:
     weight, bias = exact(given["weight"]), given.get("bias")
     if weight.ndim != SIDES:
-        raise ValueError("it is no convolution of images")
+        raise ValueError("it is not a convolution of images")
     padding, dilation = given.get("padding", 0), _pair(given.get("dilation", 1))
     if isinstance(padding, str):
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
@@ -122,7 +122,7 @@ def _slice(given: Arguments) -> ConvMap:
 
 
 def _cut(each: Any) -> tuple[tuple[int, int], int]:
-    """Return what a slice cuts away before and behind, and its step."""
+    """Return the numbers of rows or columns that a slice removes at the start and at the end, and its step."""
     if not isinstance(each, slice):
         raise ValueError("it takes single rows or columns")
     start, stop, step = each.start or 0, each.stop, each.step or 1

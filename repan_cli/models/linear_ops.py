@@ -44,13 +44,14 @@ KNOWN = {
     *(*PLUS, *MINUS, *TIMES, *OVER, *NEGATED, *COPIES, *DROPOUTS, *STACKS, *SUMS, *MEANS),
     *(function for functions, _ in FUNCTIONS for function in functions),
 }
-"""Functions and methods that may be linear, by what they are given."""
+"""Functions and methods that are linear for some arguments."""
 
 
 class Reader:
-    """Reads nodes of a traced module as maps of another node's value; `constants` are those that no input reaches.
+    """Reads nodes of a traced module as linear maps of another node's value. `constants` are the nodes that no input
+    reaches.
 
-    All methods raise ValueError, saying why, for what is no convolution.
+    All methods raise ValueError, with the reason, for operations that are not a convolution.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
@@ -63,13 +64,13 @@ class Reader:
                 self.constants.add(node)
 
     def read(self, node: fx.Node, source: fx.Node) -> ConvMap:
-        """Return the map from the value of `source` to that of `node`."""
+        """Return the linear map from the value of `source` to the value of `node`."""
         for each in self.between(source, node):  # before any kernel is computed
             self._check_kind(each)
         return self._read(node, {source: IDENTITY})
 
     def between(self, source: fx.Node, sink: fx.Node) -> list[fx.Node]:
-        """Return the nodes by which a value comes from another, the last one with them."""
+        """Return the nodes on the paths from `source` to `sink`, `sink` included."""
         found: dict[fx.Node, None] = {}
         pending = [sink]
         while pending:
@@ -80,18 +81,20 @@ class Reader:
         return [*found]
 
     def _check_kind(self, node: fx.Node) -> None:
-        """Raise ValueError for what is no linear operation, whatever it is given."""
+        """Raise ValueError for an operation that is not linear for any arguments."""
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
             if type(module).__module__.startswith("torch.nn.") and not is_layer(module):
-                raise ValueError(f"the layer {type(module).__name__} is no convolution, norm, average or padding")
+                raise ValueError(
+                    f"the layer {type(module).__name__} is not a convolution, norm, average pooling or padding"
+                )
         elif node.op not in ("call_function", "call_method"):
-            raise ValueError(f"{_name(node)} is none of its layers")
+            raise ValueError(f"{_name(node)} is not one of its layers")
         elif node.target not in KNOWN:
-            raise ValueError(f"{_name(node)} is no convolution, norm, average or padding")
+            raise ValueError(f"{_name(node)} is not a convolution, norm, average pooling or padding")
 
     def terms(self, node: fx.Node) -> list[tuple[fx.Node, float]]:
-        """Return the values, and their signs, that a node adds; none for another node."""
+        """Return the values that a node adds, with their signs; an empty list if the node is not a sum."""
         if node.target in (*PLUS, *MINUS) and len(node.args) == 2 and not node.kwargs:
             sign = -1.0 if node.target in MINUS else 1.0
             rows = [(each, by) for each, by in zip(node.args, (1.0, sign), strict=True) if self._is_variable(each)]
@@ -123,14 +126,14 @@ class Reader:
             return added((self._read(term, known), factor) for term, factor in terms)
         inputs = [each for each in node.all_input_nodes if each not in self.constants]
         if len(inputs) != 1:
-            raise ValueError(f"{_name(node)} is no part of a sum of convolutions")
+            raise ValueError(f"{_name(node)} is not part of a sum of convolutions")
         before = self._read(inputs[0], known)
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
             return behind(before, layer(module, before.channels))
         if node.op in ("call_function", "call_method"):
             return behind(before, self._function(node, inputs[0]))
-        raise ValueError(f"{_name(node)} is none of its layers")
+        raise ValueError(f"{_name(node)} is not one of its layers")
 
     # ------------------------------------------------------------------------------------------ functions
 
@@ -145,7 +148,7 @@ class Reader:
         for functions, read in FUNCTIONS:
             if target in functions:
                 return read(given)
-        raise ValueError(f"{_name(node)} is no convolution, norm, average or padding")
+        raise ValueError(f"{_name(node)} is not a convolution, norm, average pooling or padding")
 
     def _arguments(self, node: fx.Node, source: fx.Node) -> Arguments:
         def value(each: Any) -> Any:
@@ -174,7 +177,7 @@ class Reader:
         return self._values[node]
 
     def _with_constant(self, node: fx.Node, source: fx.Node, given: Arguments) -> ConvMap:
-        """Read a sum or product with a number, or with one for each channel."""
+        """Read a sum or product with a constant: one number, or one per channel."""
         behind_it = node.args[0] is source
         constant = of_channels(given[1] if behind_it else given[0])
         target = node.target
@@ -203,7 +206,7 @@ def _name(node: fx.Node) -> str:
 
 
 class BranchSum(nn.Module):
-    """A sum of branches, as its module computes it, as a layer of its own."""
+    """A layer that computes a sum of branches as its module did, branch by branch."""
 
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__()
@@ -214,21 +217,21 @@ class BranchSum(nn.Module):
         return found
 
     def as_map(self) -> ConvMap:
-        """Return the convolution that it equals."""
+        """Return the convolution that the sum equals."""
         first, last = next(iter(self.body.graph.nodes)), self.body.graph.output_node().args[0]
         assert isinstance(last, fx.Node)
         return Reader(self.body, self.body.graph).read(last, first)
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Return whether a module is read as a whole, and not by what its forward does."""
+    """Return whether a module is read by its type, without tracing its forward."""
     return (
         isinstance(module, (RepBlock, BranchSum, BatchNorm, *PADS, *NOTHING, nn.AvgPool2d)) or type(module) is nn.Conv2d
     )
 
 
 def layer(module: nn.Module, channels: int | None) -> ConvMap:
-    """Return a module in eval mode as a map; `channels` is the number of those it is given, where it is known."""
+    """Return the linear map of a module in eval mode; `channels` is the number of its input channels, if known."""
     if isinstance(module, RepBlock):
         return _of_geometry(Geometry.of(module.trunk.conv), module.equivalent_kernel(), bias=True)
     if isinstance(module, BranchSum):
@@ -285,9 +288,9 @@ ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 @torch.no_grad()
 def _observed(module: nn.Module, channels: int | None) -> ConvMap:
-    """Read a module with any code by its effect on single pixels: a 1x1 convolution, and padding around it.
+    """Read a module of unknown code by its response to single pixels: a 1x1 convolution, with padding around it.
 
-    Authors of multi-branch blocks write layers so that assign the borders of a map by hand.
+    Some multi-branch networks have layers that write the borders of a feature map by hand; their code cannot be traced.
     """
     channels = channels or next(_inputs(module), None)
     kind = f"{type(module).__name__}"
@@ -301,7 +304,7 @@ def _observed(module: nn.Module, channels: int | None) -> ConvMap:
     except Exception as error:
         raise ValueError(f"the layer {kind} is not known") from error
     if found.ndim != SIDES or wanted.ndim != SIDES:
-        raise ValueError(f"the layer {kind} returns no images")
+        raise ValueError(f"the layer {kind} does not return images")
     rest, moved = found[0], found[1:] - found[0]
     places = moved.abs().amax((0, 1)).nonzero().tolist()
     if len(places) != 1 or (rest - rest[:, :1, :1]).abs().max() > ROUNDING[like.dtype] * rest.abs().max():
@@ -313,13 +316,15 @@ def _observed(module: nn.Module, channels: int | None) -> ConvMap:
     ours = torch.einsum("oi,nihw->nohw", matrix, exact(sample))
     ours = F.pad(ours, [column, width - 1 - column, row, height - 1 - row]) + bias.view(-1, 1, 1)
     if ours.shape != wanted.shape or (ours - wanted).abs().max() > ROUNDING[like.dtype] * wanted.abs().max():
-        raise ValueError(f"the layer {kind} is no convolution")
+        raise ValueError(f"the layer {kind} is not a convolution")
     taps = {(-row, -column): weight}
     return ConvMap(taps, bias if bias.any() else None, groups, (1, 1), (height - 1, width - 1))
 
 
 def _grouped(module: nn.Module, matrix: Tensor) -> tuple[Tensor, int]:
-    """Write a matrix (C_out, C_in) in as many groups as a layer inside of a module has, where it is one of these."""
+    """Write a matrix (C_out, C_in) as a grouped kernel, with the largest number of groups of a convolution in the
+    module that fits.
+    """
     for groups in sorted({each.groups for each in module.modules() if isinstance(each, nn.Conv2d)}, reverse=True):
         blocks = matrix.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
         weight = torch.cat([blocks[group, :, group] for group in range(groups)])

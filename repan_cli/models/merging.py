@@ -1,6 +1,7 @@
-"""The plan of a merge beyond existing blocks: timm's own blocks, sums of branches, BN behind convolutions.
+"""Plan a merge beyond existing blocks: timm's own blocks, sums of branches, and BN layers after convolutions.
 
-All is seen in passes that cost no arithmetic; the proof in float64 follows where the plan is carried out.
+Planning watches forward passes on the meta device, which cost no arithmetic. The proof in float64 follows when the plan
+is carried out.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from repan_cli.models.twins import twin, without_arithmetic
 
 @dataclass
 class MergePlan:
-    """The changes that merge a network, in their order, and why others are left: `left`, by the name of a layer.
+    """The changes that merge a network, in order. `left` gives the reason for each layer that stays, by its name.
 
-    `adapted` is the network with its own multi-branch blocks as blocks, on the same tensors.
+    `adapted` is the network with timm's own multi-branch blocks as `RepBlock`s, on the same tensors.
     """
 
     adapted: nn.Module
@@ -56,7 +57,7 @@ def place_of(change: Change) -> str:
 
 @torch.no_grad()
 def plan_merge(model: nn.Module, images: Tensor) -> MergePlan:
-    """Plan to merge a network in eval mode, which is left as it is; `images` (N, C, H, W) are like those it takes."""
+    """Plan the merge of a network in eval mode, without changing it; `images` (N, C, H, W) are sample inputs."""
     found, one = MergePlan(model), images[:1]
     if any(map(is_own_block, model.modules())):
         found.adapted = twin(model)
@@ -72,7 +73,7 @@ def plan_merge(model: nn.Module, images: Tensor) -> MergePlan:
 
 
 def _look(model: nn.Module, images: Tensor) -> tuple[Observed, list[Change]]:
-    """Return the findings of one pass, and the convolutions that may take in a BN."""
+    """Observe one forward pass; also return the convolutions into which a BN may be folded."""
     seen, sightings = observe(model, images)
     return seen, to_expand(model, sightings, "plain", EVERYTHING)[0]
 
@@ -108,29 +109,29 @@ def _with_sums(found: MergePlan, seen: Observed) -> nn.Module:
 
 
 def _sums_of(module: nn.Module, seen: Observed, name: str) -> tuple[list[str], dict[str, str]]:
-    """Return the places of the sums that a module adds, and why others stay. Raises ValueError where none is known."""
+    """Return the sums that a module computes, by place, and why others stay. Raises ValueError if it computes none."""
     if next(module.parameters(), None) is None:
         return [], {}
     if seen.calls[name] != 1:
         raise ValueError(f"it is called {seen.calls[name]} times")
     graph = sums.trace(module)
     if seen.arguments[name] != sum(node.op == "placeholder" for node in graph.nodes):
-        raise ValueError("it is called with arguments by name, or beyond those it needs")
+        raise ValueError("it is called with keyword arguments, or with more arguments than it needs")
     merged, left = sums.find(module, graph)
     return list(dict.fromkeys(each.place for each in merged)), left
 
 
 def _folds(model: nn.Module, wanted: list[Change], seen: Observed, found: MergePlan) -> list[Change]:
-    """Return the changes that fold a BN into the convolution it reads, which nothing else reads."""
+    """Return the changes that fold a BN into the convolution that it, and nothing else, reads."""
     blocks = {name for name, _ in rep_blocks(found.adapted)}
     folds = []
     for change in wanted:
         if change.norm is None or change.name in blocks:
             continue
         if seen.readers[change.name] > 1:
-            found.left[change.norm] = "what it reads is read elsewhere, too"
+            found.left[change.norm] = "its input is also used elsewhere"
         elif seen.uses[change.name] or seen.uses[change.norm]:
-            found.left[change.norm] = "its weights, or those of its convolution, are used elsewhere, too"
+            found.left[change.norm] = "its weights, or those of its convolution, are also used elsewhere"
         else:
             folds.append(change)
     folded = {change.norm for change in folds}
@@ -144,4 +145,4 @@ def _folds(model: nn.Module, wanted: list[Change], seen: Observed, found: MergeP
 def _why_left(name: str, seen: Observed) -> str:
     if not seen.calls[name]:
         return "the forward pass does not reach it"
-    return "no single convolution returns what it reads"
+    return "its input is not the output of a single convolution"

@@ -1,4 +1,4 @@
-"""Observation of one pass of a network: who adds images, and who reads the outputs and weights of convolutions."""
+"""Observe one forward pass: which modules add images, and which read the outputs and weights of convolutions."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError
 from repan_cli.models.changes import apply
 from repan_cli.models.outputs import Leaves, difference, differences, inner_modules, inner_outputs, leaves
-from repan_cli.models.twins import cut
+from repan_cli.models.twins import cut, deep_copy
 from repan_cli.system.text import first_line
 
 TOLERANCE = 1e-10
@@ -138,7 +137,7 @@ class Probe:
 
     def changed(self, changes: Iterable[Change]) -> nn.Module:
         """Return a copy with changes made. Leaves the global generator as it was."""
-        model = copy.deepcopy(self.model)
+        model = deep_copy(self.model)
         with torch.random.fork_rng(devices=[]):
             return apply(model, changes)
 
@@ -180,7 +179,7 @@ class Probe:
 def copied(model: nn.Module) -> nn.Module:
     """Return a copy of a network. Raises InputError for one whose weights are computed by hooks."""
     try:
-        return copy.deepcopy(model)
+        return deep_copy(model)
     except RuntimeError as error:
         computed = [name for name, module in model.named_modules() if isinstance(vars(module).get("weight"), Tensor)]
         where = computed[0] if computed else "the network"

@@ -64,7 +64,9 @@ def _no_larger_than(weights: Mapping[str, Tensor], source: str) -> Iterator[None
         if tensor is not None:
             found, count = found + tensor.numel() * tensor.element_size(), count + 1
             if found > most or count > most_tensors:
-                raise InputError(f"{source} does not fit the network: what it names is many times larger than the file")
+                raise InputError(
+                    f"{source} does not fit the network: it describes a network many times larger than the file"
+                )
 
     hooks = [register(registered) for register in REGISTERED]
     try:
@@ -134,13 +136,18 @@ def rebuild(
     return model.eval()
 
 
+DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+"""The functions that fill a tensor at random, and those of `nn.init` that no mode sees the inside of."""
+
+
 class NothingIsDrawn(TorchFunctionMode):
     """Leaves fresh weights as the memory is, where all of them will be replaced: drawing 25 million takes 0.3 s."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def load(path: str | Path, model: nn.Module | str | None = None, *, block: str | None = None) -> nn.Module:

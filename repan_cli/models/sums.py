@@ -1,8 +1,8 @@
-"""Sums of parallel convolutions in any forward, each replaced by one convolution.
+"""Find sums of parallel convolutions in any module's forward, and replace each by one convolution.
 
-The module that adds is traced by `torch.fx`; what lies between the value that all terms read and the sum, post-norm
-included, is read as one convolution over taps. Nothing depends on the values of weights, so that the same module is
-changed in the same way when its file is opened again.
+The module that computes the sum is traced by `torch.fx`. All terms of a sum read one value; everything between that
+value and the sum, a norm after the sum included, is read as one convolution over taps. The result does not depend on
+the values of weights, so the same module is changed in the same way when its file is opened again.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ CALLS = ("call_function", "call_method")
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum of a traced module: `inner` lies between what all terms read, `source`, and `sink`, which is one of it.
+    """A sum in a traced module.
 
-    `place` is the name, in the module, that the convolution `found` is to have.
+    All terms read the value of `source`; the sum is the value of `sink`; `inner` are the nodes between them and `sink`
+    itself. `found` is the convolution that replaces them, and `place` its name in the module.
     """
 
     place: str
@@ -40,7 +41,7 @@ class Sum:
 
 
 class _Tracer(fx.Tracer):
-    """Traces through layers of any kind; what cannot be traced, and what `whole` names, is one step."""
+    """Traces into modules. A module that cannot be traced, or that `whole` selects by name, stays one node."""
 
     def __init__(self, whole: Callable[[str], bool] = lambda name: False) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Make inputs of the arguments without a default; the others keep theirs."""
+        """Make arguments without a default inputs of the graph; the others keep their default values."""
         _, *parameters = inspect.signature(inspect.unwrap(root_fn)).parameters.values()
         if any(each.kind is not each.POSITIONAL_OR_KEYWORD for each in parameters):
             raise ValueError("its forward takes any arguments")
@@ -81,9 +82,9 @@ class _Tracer(fx.Tracer):
 
 
 def trace(module: nn.Module) -> fx.Graph:
-    """Return the forward of a module in eval mode as a graph, with what its children do.
+    """Return the forward of a module in eval mode as a graph, including the work of its children.
 
-    Raises ValueError where it cannot be traced, such as one that decides by the size of images.
+    Raises ValueError if it cannot be traced, for example if it branches on the size of the images.
     """
     try:
         return _Tracer().trace(module)
@@ -92,7 +93,7 @@ def trace(module: nn.Module) -> fx.Graph:
 
 
 def _traced_around(module: nn.Module, graph: fx.Graph, sums: list[Sum]) -> fx.Graph:
-    """Return the graph in which children without a part in the sums stay as they are."""
+    """Trace again, and keep children that take no part in the sums as single nodes."""
     inner = {node for each in sums for node in each.inner}
     touched = {
         name for node in graph.nodes if node in inner for name, _ in node.meta.get("nn_module_stack", {}).values()
@@ -104,7 +105,9 @@ def _traced_around(module: nn.Module, graph: fx.Graph, sums: list[Sum]) -> fx.Gr
 
 
 def find(module: nn.Module, graph: fx.Graph) -> tuple[list[Sum], dict[str, str]]:
-    """Return the sums of a traced module that are one convolution, and why others of convolutions are none."""
+    """Return the sums in a traced module that equal one convolution, and for other sums of convolutions the reason why
+    not.
+    """
     reader = Reader(module, graph)
     order = {node: number for number, node in enumerate(graph.nodes)}
     dominators = _dominators(graph, reader)
@@ -134,7 +137,7 @@ def find(module: nn.Module, graph: fx.Graph) -> tuple[list[Sum], dict[str, str]]
 
 
 def _dominators(graph: fx.Graph, reader: Reader) -> dict[fx.Node, fx.Node]:
-    """Return for each node the nearest one that all its values come from."""
+    """Return each node's immediate dominator: the nearest node that every path to it passes through."""
     chains: dict[fx.Node, list[fx.Node]] = {}
     nearest: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -153,7 +156,7 @@ def _dominators(graph: fx.Graph, reader: Reader) -> dict[fx.Node, fx.Node]:
 
 
 def _adds_from(source: fx.Node, node: fx.Node, inner: list[fx.Node], reader: Reader) -> bool:
-    """Return whether a node adds values that all come from another."""
+    """Return whether a node adds values that all depend on one other node."""
     terms = reader.terms(node)
     return bool(terms) and all(term is source or term in inner for term, _ in terms)
 
@@ -166,12 +169,12 @@ def _as_sum(
     inner: list[fx.Node],
     order: Mapping[fx.Node, int],
 ) -> Sum:
-    """Return a sum as one convolution. Raises ValueError, saying why, where it is none or would be larger."""
+    """Return a sum as one convolution. Raises ValueError, with the reason, if it is not one or would be larger."""
     found = reader.read(sink, source)
     nodes = sorted(inner, key=order.__getitem__)
     for node in nodes:
         if node is not sink and any(user not in inner for user in node.users):
-            raise ValueError("the output of one of its branches is used elsewhere, too")
+            raise ValueError("the output of one of its branches is also used elsewhere")
         if node.target in IN_PLACE or node.kwargs.get("inplace"):
             _check_in_place(node, source, order)
     weights = _weights(module, nodes)
@@ -186,11 +189,11 @@ def _as_sum(
 def _check_in_place(node: fx.Node, source: fx.Node, order: Mapping[fx.Node, int]) -> None:
     changed = node.args[0]
     if changed is source or (isinstance(changed, fx.Node) and any(order[user] > order[node] for user in changed.users)):
-        raise ValueError("it changes in place what is read elsewhere")
+        raise ValueError("it changes in place a tensor that is used elsewhere")
 
 
 def _weights(module: nn.Module, nodes: list[fx.Node]) -> int:
-    """Return the number of weights, without biases, of the layers of a sum; pooling counts as a kernel a channel."""
+    """Return the number of weights, without biases, in the layers of a sum; pooling counts one kernel per channel."""
     total, channels = 0, 1
     pools: list[int] = []
     for node in nodes:
@@ -223,7 +226,7 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 
 def _is_of_branches(reader: Reader, source: fx.Node, sink: fx.Node) -> bool:
-    """Return whether two terms or more of a sum are convolutions of one value, each by itself."""
+    """Return whether at least two terms of a sum are, each by itself, convolutions of the same value."""
 
     def reads(term: fx.Node) -> bool:
         try:
@@ -235,14 +238,14 @@ def _is_of_branches(reader: Reader, source: fx.Node, sink: fx.Node) -> bool:
 
 
 def _flat(reader: Reader, node: fx.Node) -> Iterator[tuple[fx.Node, float]]:
-    """Yield the terms of a sum of sums."""
+    """Yield the terms of nested sums, with their factors."""
     for term, factor in reader.terms(node):
         inside = [*_flat(reader, term)] if len(term.users) == 1 else []
         yield from ((each, by * factor) for each, by in inside) if inside else [(term, factor)]
 
 
 def _place(module: nn.Module, graph: fx.Graph, nodes: list[fx.Node]) -> str:
-    """Return the name for the convolution of a sum: that of its first one, else of its first layer."""
+    """Return the name for the merged convolution: that of the first convolution in the sum, else of its first layer."""
     if has_place_for_merged(module):
         return PLACE
     order = {node: number for number, node in enumerate(graph.nodes)}
@@ -259,12 +262,12 @@ def _place(module: nn.Module, graph: fx.Graph, nodes: list[fx.Node]) -> str:
 
 @torch.no_grad()
 def merge(module: nn.Module, places: list[str] | None = None, *, whole: bool = False) -> nn.Module:
-    """Return a module with one convolution in the place of each sum; the given one is left as it is.
+    """Return a module in which one convolution replaces each sum; the given module is unchanged.
 
     Args:
-        module: it is read in eval mode, whatever mode it is in.
-        places: the names of the convolutions; None takes all there are.
-        whole: put the sums as layers of their own there, as they are, and not their convolutions.
+        module: the module; it is read in eval mode, whatever mode it is in.
+        places: the names of the convolutions to make; None makes all.
+        whole: put a `BranchSum`, which computes the sum as before, in each place instead of a convolution.
 
     Raises InputError for a place where there is no such sum.
     """
@@ -320,7 +323,7 @@ def _has_inputs(node: fx.Node) -> bool:
 
 
 def _layer_of(module: nn.Module, graph: fx.Graph, found: Sum) -> nn.Module:
-    """Return a sum, as its module computes it, as a layer of its own."""
+    """Return a layer that computes a sum as its module does, branch by branch."""
     part = fx.Graph()
     known = {found.source: part.placeholder("x")}
     needed = {*found.inner} | {each for node in found.inner for each in _constants(node, found)}

@@ -214,7 +214,7 @@ def goes_on(path: Path) -> bool:
 
 def existing(path: Path) -> str:
     mend = f"continue with --resume {quoted(path)}, or give another --out" if goes_on(path) else "give another --out"
-    return f"the run directory {path} exists already; nothing was touched: {mend}"
+    return f"the run directory {path} already exists; nothing was changed: {mend}"
 
 
 def find(command: str, name: str) -> Path:

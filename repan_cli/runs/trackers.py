@@ -102,7 +102,7 @@ def rewind(folder: Path, cycle: int, epoch: int) -> None:
     if path.exists() and path.read_bytes() != lines:
         damaged = path.read_text(encoding="utf-8", errors="replace").splitlines()[:-1]
         if lost := sum(_record(line) is None for line in damaged):
-            warn(f"{path}: {count(lost, 'damaged line')} left out")
+            warn(f"{path}: skipped {count(lost, 'damaged line')}")
         write_bytes(path, lines)
     table = _as_csv(records)
     if (folder / "metrics.csv").exists() and (folder / "metrics.csv").read_bytes() != table:

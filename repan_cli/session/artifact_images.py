@@ -41,8 +41,8 @@ def load(
     Raises InputError when the network names none, or the classes are not the network's.
     """
     card = artifact.card
-    if dataset is not None and root is None and config.is_folder_of_data(dataset):
-        dataset, root = "folder", dataset
+    if dataset is not None:
+        dataset, root = config.data_given(dataset, root)
     if dataset is None and not card.knows_its_data:
         raise InputError(f"{artifact.source} does not say which data it is for: give --dataset and --data-root")
     arguments = settings(artifact, dataset, root)
@@ -83,7 +83,7 @@ def _check(artifact: Artifact, data: Dataset, *, told: bool) -> None:
         return
     if len(card.classes) != len(data.classes):
         counts = f"{artifact.source} knows {len(card.classes)} classes, {data.name} has {len(data.classes)}"
-        raise InputError(f"{counts}: give data of its classes")
+        raise InputError(f"{counts}: give data with the same classes")
     if told or data.name != "folder" or tuple(card.classes) == data.classes or are_of_imagenet(data.classes):
         return
     text, numbered = data.classes, sorted(data.classes, key=class_folders.natural)
@@ -93,7 +93,7 @@ def _check(artifact: Artifact, data: Dataset, *, told: bool) -> None:
         why = f"{artifact.source} names its classes differently ('{card.classes[0]}', not '{text[0]}')"
     taken = f"its outputs are assumed to be the folders in the order {', '.join(text[:3])}, ..."
     other = f" (by number they are {', '.join(numbered[:3])}, ...: --classes natural)" if numbered != [*text] else ""
-    warn(f"{why}: {taken}{other}; --classes FILE gives another, a name a line")
+    warn(f"{why}: {taken}{other}; --classes FILE gives another order, one name per line")
 
 
 def settings(artifact: Artifact, dataset: str | None = None, root: str | None = None) -> dict[str, Any]:

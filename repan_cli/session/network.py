@@ -178,7 +178,7 @@ def _take(model: nn.Module, weights: Mapping[str, Tensor], config: Config) -> bo
     source, layers = _source(config), classifier_layers(model)
     new = models.load_foreign(model, weights, source, may_be_new=layers)
     if new:
-        warn(f"{source} knows other classes: {', '.join(layers)} starts anew")
+        warn(f"{source} has other classes: {', '.join(layers)} is re-initialized")
     return new
 
 
@@ -195,7 +195,7 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
         layers = classifier_layers(model)
         own = {n: value for n, value in model.state_dict().items() if n.rpartition(".")[0] in layers}
         weights = {**weights, **own}
-        warn(f"{source} knows other classes{_other_names(card.classes, saved)}: {', '.join(layers)} starts anew")
+        warn(f"{source} has other classes{_other_names(card.classes, saved)}: {', '.join(layers)} is re-initialized")
     checkpoint.load_weights(model, weights, source)
     _check_output(model, name, dataset)
     expansion = Expansion.from_card(saved.card)

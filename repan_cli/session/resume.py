@@ -123,7 +123,7 @@ def newest_state(path: Path) -> tuple[Path, Checkpoint]:
         for problem in problems:
             warn(f"{problem}: resuming from {file.name}")
         return file, saved
-    begin = f"begin anew with -c {quoted(path / 'config.yaml')} --out NEW"
+    begin = f"start a new run with -c {quoted(path / 'config.yaml')} --out NEW"
     raise InputError(f"{path} holds no state to resume from ({'; '.join(problems)}): {begin}")
 
 

@@ -111,7 +111,7 @@ def finish(session: Session, folder: runs.RunDirectory, display: Display, record
     model = models.rebuild(chosen, str(source), session.user_model)
     summary["chosen"] = {"file": source.name, "cycle": chosen.card.cycle, "epoch": chosen.card.epoch}
     if source.name == runs.LAST and math.isfinite(session.training.progress.best_top1):
-        summary["chosen"]["note"] = "best.pt is gone: these are the last weights, not the best ones by validation"
+        summary["chosen"]["note"] = "best.pt is missing: these are the last weights, not the best ones by validation"
         warn(f"{folder.path}: {summary['chosen']['note']}")
     with doing("scoring the test images"):
         summary["test"] = _score(session, model)

@@ -163,8 +163,8 @@ def _ours(name: str, settings: config.TeacherConfig, dataset: Dataset, saved: Ch
     card = saved.card
     if names_a_file(card.model) and settings.model is None:
         raise InputError(
-            f"the teacher {name} holds a network of your own, {card.model}: give teacher.model={card.model} (no file "
-            "is imported by itself)"
+            f"the teacher {name} holds a network of your own, {card.model}: give teacher.model={card.model} (files "
+            "are not imported automatically)"
         )
     check_classes(f"the teacher {name}", card.classes, dataset)
     if card.in_chans != dataset.channels:

@@ -98,8 +98,8 @@ def use_threads(asked: int | None) -> int:
         asked, usable = min(host.free_cores(), torch.get_num_threads()), host.usable_cores()
         if asked < torch.get_num_threads():
             warn(
-                f"trains with {count(asked, 'thread')}, as other processes use this machine's {count(usable, 'core')}; "
-                f"run.threads={usable} takes all"
+                f"training uses {count(asked, 'thread')}, because other processes use this machine's "
+                f"{count(usable, 'core')}; run.threads={usable} uses all"
             )
     torch.set_num_threads(asked)
     return asked

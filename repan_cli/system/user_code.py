@@ -56,7 +56,7 @@ def function_of(name: str, *, what: str) -> Callable[..., Any]:
 
 def _imported(path: Path, what: str) -> ModuleType:
     if not path.is_file():
-        raise InputError(f"no file {path} to take {what} from")
+        raise InputError(f"no file {path} to load {what} from")
     spec = importlib.util.spec_from_file_location(f"repan_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None, "every name that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)

@@ -19,13 +19,16 @@ KINDS: tuple[tuple[bytes, str], ...] = (
     (rb"\x1f\x8b|BZh|\xfd7zXZ\0|7z\xbc\xaf|Rar!", "is a compressed archive: unpack it, and give the file in it"),
     (rb"\x93NUMPY", "is an array of NumPy's, not weights by name: save a state_dict() with torch.save"),
     (rb"\x89HDF", "is an HDF5 file, as Keras writes it, and not PyTorch's: save a state_dict() with torch.save"),
-    (rb"GGUF", "is a GGUF file, as llama.cpp reads it, and not PyTorch's: take the .safetensors of the same network"),
+    (
+        rb"GGUF",
+        "is a GGUF file, as llama.cpp reads it, and not PyTorch's: use the .safetensors file of the same network",
+    ),
     (
         rb"\x89PNG|\xff\xd8\xff|GIF8|BM....\0{4}|RIFF....WEBP",
         "is an image: repan predict NETWORK IMAGE",
     ),
     (rb"%PDF", f"is a PDF document, not the weights: {DOWNLOAD}"),
-    (rb"....TFL3", "is a TensorFlow Lite file, and not PyTorch's: take the weights it was made of"),
+    (rb"....TFL3", "is a TensorFlow Lite file, and not PyTorch's: use the weights it was made from"),
 )
 """First bytes of files that are often taken for weights, with what they are and how to proceed."""
 
@@ -87,9 +90,9 @@ def _warn_of_last(folder: Path, name: str) -> None:
     with metrics.open(encoding="utf-8", errors="replace") as file:
         first = file.readline(4096)
     if not first:
-        warn_once(f"{folder} has no best.pt yet, as no epoch of it has ended: {name} is taken, its last weights")
+        warn_once(f"{folder} has no best.pt yet, because no epoch has ended: using {name}, its last weights")
     elif '"val_top1": null' not in first:  # a run with a validation part to choose by
-        warn_once(f"{folder} has lost its best.pt: {name} is taken, its last weights, not the best ones")
+        warn_once(f"{folder} has lost its best.pt: using {name}, its last weights, not the best ones")
 
 
 def no_checkpoint(path: Path) -> str:

@@ -105,7 +105,7 @@ def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 MEANS, SQUARES = ("momentum_buffer", "exp_avg"), ("exp_avg_sq",)
-"""The state that is carried over: averages of gradients, and of their squares. Any other state of a block starts anew.
+"""The state that is carried over: averages of gradients, and of their squares. Any other state of a block is reset.
 """
 
 

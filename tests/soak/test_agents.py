@@ -138,7 +138,10 @@ def test_a_signal_to_one_agent_saves_and_another_world_size_goes_on(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    time.sleep(12)
+    ends = time.monotonic() + 90
+    while json.loads((tmp_path / "run" / "status.json").read_text())["state"] != "running":
+        assert time.monotonic() < ends, "the run does not go on"
+        time.sleep(0.1)
     again.send_signal(signal.SIGTERM)
     _, err = again.communicate(timeout=60)
     assert again.returncode == 75, err

@@ -48,7 +48,7 @@ def convert(conversion: Conversion) -> dict[str, bytes]:
 
 def why_not() -> str | None:
     """Return why this machine cannot run Core ML."""
-    return None if platform.system() == "Darwin" else "Core ML runs on macOS alone"
+    return None if platform.system() == "Darwin" else "Core ML runs only on macOS"
 
 
 class CoreMLNetwork(OneByOne):

@@ -39,7 +39,7 @@ def opened(description: Path, kinds: Mapping[str, Kind]) -> tuple[str, str]:
         raise InputError(f"{description} is damaged, or was not written by repan fuse; use another copy") from None
     kind = kinds.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise InputError(f"{description} is of a format that this version does not know")
+        raise InputError(f"{description} has a format that this version of repan does not know: upgrade repan")
     folder = description.parent
     if not sums or not sums.keys() <= set(kind.files):
         raise InputError(f"{description} names files that {kind.title} does not have: refused")
