@@ -350,7 +350,7 @@ def test_a_damaged_description_of_a_series_is_one_line(capsys, tmp_path):
         (["--seeds", "1,-2"], "must be at least 0"),
         (["--seeds", "1,2,1"], "a seed is given twice"),
         (["--seeds", "1,2", "--seed", "1"], "--seed and --seeds"),
-        (["--control", "cycle.restart=none"], "cycle.restart=none is what --control adds"),
+        (["--control", "cycle.restart=none"], "cycle.restart=none and --control both ask for a run without restarts"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, monkeypatch, words, says):
