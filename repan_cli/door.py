@@ -34,10 +34,10 @@ RENAMED = {"config": "config_file"}
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """The results of a run, or with `seeds` or `control` of several, which `runs` then holds.
+    """The results of a run. With `seeds` or `control` there are several runs, which `runs` holds.
 
-    `figures` is what its summary.json says, of several runs their comparison.json. Of several processes only the first
-    has any.
+    `figures` is the content of summary.json, or of comparison.json for several runs. Under torchrun only the first
+    process has any.
     """
 
     path: Path

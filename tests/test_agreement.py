@@ -1,4 +1,4 @@
-"""Ranks agree before they train together: on a part of the store, on facts, on one GPU each, on who fetches data."""
+"""Ranks agree on code, settings and data before they train; each has a GPU of its own, and one fetches the data."""
 
 import dataclasses
 import threading

@@ -1,4 +1,4 @@
-"""The restart keeps the function, in place; the plan of a run is a pure function of position."""
+"""A restart keeps the function, in place; the plan of a run is a pure function of position."""
 
 import copy
 import dataclasses
@@ -139,7 +139,7 @@ def test_fresh_branches_depend_on_the_generator_alone():
 
 
 @pytest.mark.parametrize("wrong", [{"rule": "calibrat"}, {"attach": "slow"}, {"branch_init": "x"}, {"trunk_scale": 1}])
-def test_choices_that_do_not_exist_are_named(wrong):
+def test_unknown_choices_are_named(wrong):
     model = small_net()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(InputError, match="is not a choice"):
@@ -253,7 +253,7 @@ def gradients(block, x):
 
 @pytest.mark.parametrize("trunk_scale", ["merged", "keep", "pace"])
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_carried_momentum_is_what_the_new_coordinates_would_have_gathered(family, trunk_scale):
+def test_carried_momentum_equals_that_of_the_new_coordinates(family, trunk_scale):
     """Against autograd on the same images: weights as eval mode sees them, gamma and beta as train mode does."""
     x = torch.randn(64, 6, 12, 12, dtype=torch.float64)
     block = randomize_norms(make_block(family, Geometry(6, 6, (3, 3), padding=(1, 1)))).double()

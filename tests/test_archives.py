@@ -331,7 +331,7 @@ def test_an_archive_above_4_gib_is_parsed_as_pytorch_writes_it(tmp_path):
         assert reader.get_record_size("data/0") == 2**32 + 100
 
 
-def test_what_torch_gets_is_what_was_read(tmp_path):
+def test_torch_gets_the_bytes_that_were_checked(tmp_path):
     """A file that changes behind the check changes numbers at most."""
     path = tmp_path / "changing.pt"
     path.write_bytes(saved())

@@ -1,4 +1,4 @@
-"""Weights by the names of the authors of multi-branch blocks, with branches and merged, in timm's networks."""
+"""Weights with the layer names of multi-branch blocks' authors load into timm's networks, multi-branch or merged."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Timing in turns, and what `repan benchmark` tells."""
+"""Forms of a network are timed in turns; `repan benchmark` prints and returns the figures."""
 
 import importlib.metadata
 import json
@@ -97,7 +97,7 @@ def test_the_suite_measures_against_the_targets(capsys):
     assert {row["work"].split(",")[0] for row in found["targets"]} > {"loader", "repan --help"}
 
 
-def test_the_suite_names_what_it_does_not_know(capsys):
+def test_the_suite_names_unknown_cases(capsys):
     code, _, err = suite(capsys, "--only", "step,stop")
     assert code == 2
     assert "--only: no stop; there are ceilings, losses, step" in err

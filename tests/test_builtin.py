@@ -1,4 +1,4 @@
-"""The data sets that are known by name, read from small files in the very format that their makers publish."""
+"""Built-in data sets are read from small files in the format that their makers publish."""
 
 import gzip
 import hashlib
@@ -154,7 +154,7 @@ def test_bad_batches_are_named(tmp_path, monkeypatch, content, says):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "mnist", "svhn"])
-def test_what_cannot_be_downloaded_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, name):
+def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, name):
     def refuse(*args, **kwargs):
         raise OSError("no route to host")
 

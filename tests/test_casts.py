@@ -1,4 +1,6 @@
-"""Weights that a recorded step casts together: the bits of autocast, and no weight that is computed with first."""
+"""A recorded step casts its weights together, with the bits of autocast, and skips weights that the layer computes with
+first.
+"""
 
 import pytest
 import timm

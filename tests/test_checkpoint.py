@@ -320,7 +320,7 @@ def sealed_as_ours(path):
     path.write_bytes(checkpoint.sealed(buffer, buffer.tell()))
 
 
-def test_what_is_needed_of_a_description_is_named(saved):
+def test_missing_keys_of_a_description_are_named(saved):
     meta = saved.card.as_meta()
     for key in ("model", "block", "form", "structure", "classes", "in_chans", "image_size", "mean", "std"):
         with pytest.raises(ValueError, match=f"no '{key}'"):

@@ -1,4 +1,4 @@
-"""Image folders as people have them, the order of their classes, and what a file of weights tells of them."""
+"""Image folders in common layouts, the order of their classes, and the classes that a weights file stores."""
 
 import json
 import unicodedata
@@ -58,7 +58,7 @@ def test_every_ending_that_pillow_reads(tmp_path, ending):
     assert len(datasets.load("folder", tmp_path, val_fraction=0).train.labels) == 13
 
 
-def test_what_is_not_read_is_named_and_counted(tmp_path, caplog):
+def test_skipped_files_are_named_and_counted(tmp_path, caplog):
     write_folders(tmp_path)
     (tmp_path / "extra" / "ant").mkdir(parents=True)
     for name in ("a.heic", "b.HEIC", "notes.txt", "noending"):
@@ -77,7 +77,7 @@ JUNK = (
 
 
 @pytest.mark.parametrize("junk", JUNK)
-def test_what_systems_leave_is_never_data(tmp_path, caplog, junk):
+def test_files_of_the_system_are_never_data(tmp_path, caplog, junk):
     write_folders(tmp_path)
     (tmp_path / junk).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / junk).write_bytes(b"no image")
@@ -115,7 +115,7 @@ def test_composed_and_decomposed_names_are_one_class(tmp_path):
     assert data.train.labels.tolist() == [0, 0, 1, 2]
 
 
-def test_the_order_of_classes_is_told(tmp_path):
+def test_the_order_of_classes_is_reported(tmp_path):
     write_folders(tmp_path, classes=[str(number) for number in range(1, 13)], count=1)
     text = datasets.load("folder", tmp_path, val_fraction=0)
     assert text.classes[:3] == ("1", "10", "11")
@@ -159,7 +159,7 @@ def numbers(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "model.safetensors"])
-def test_a_folder_of_the_hub_tells_everything(hub, name):
+def test_a_folder_of_the_hub_describes_its_network(hub, name):
     found = open_artifact(str(hub / name))
     card = found.card
     assert (card.model, card.image_size, card.crop_share) == ("timm:resnet10t", 64, 0.9)
@@ -167,7 +167,7 @@ def test_a_folder_of_the_hub_tells_everything(hub, name):
     assert card.classes[:3] == ("1", "2", "3")
 
 
-def test_classes_that_a_file_tells_order_the_data(capsys, hub, numbers):
+def test_the_classes_in_a_file_order_the_data(capsys, hub, numbers):
     words = ("--dataset", "folder", "--data-root", numbers, "--json")
     code, out, err = run(capsys, "evaluate", hub, *words)
     assert (code, err) == (0, "")

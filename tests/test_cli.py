@@ -1,4 +1,4 @@
-"""The commands as people type them: what they print, where, their exit codes, and what is said of bad input."""
+"""The commands as users type them: output, streams, exit codes, and messages for bad input."""
 
 import csv
 import json
@@ -182,7 +182,7 @@ def test_evaluate(capsys, small_run):
     assert f"multi-branch  {small_run.summary['test']['top1']:.2f}" in out
 
 
-def test_what_was_trained_on_a_part_of_a_data_set_is_scored_on_that_part(capsys, small_run, tmp_path):
+def test_networks_trained_on_a_part_of_a_data_set_are_scored_on_that_part(capsys, small_run, tmp_path):
     part, out = ("data.classes=3", "data.per_class=30"), tmp_path / "run"
     words = ("--dataset", "digits", "--epochs", 1, "data.batch_size=32", "run.precision=fp32", *part)
     code, text, err = run(capsys, "train", "--model", "repvgg_a0_cifar", *words, "--out", out, "--json")
@@ -460,7 +460,7 @@ def test_a_diverging_run_says_so(capsys, tmp_path):
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "diverged"
 
 
-def test_a_ramp_longer_than_its_cycle_is_said(capsys, tmp_path):
+def test_a_ramp_longer_than_its_cycle_is_reported(capsys, tmp_path):
     words = ["--cycles", 1, "--epochs", 1, "--baseline-epochs", 1, "cycle.attach=ramp", "cycle.attach_epochs=4"]
     code, _, err = run(capsys, "cycle", *DIGITS, *words, "--out", tmp_path / "run", "data.batch_size=256")
     assert code == 0

@@ -1,4 +1,4 @@
-"""Runs side by side: how they are grouped, the figures of a group, and the table, JSON, CSV and page of them."""
+"""Comparison of runs: grouping, the figures of a group, and the table, JSON, CSV and HTML page."""
 
 import csv
 import io
@@ -116,7 +116,7 @@ def test_runs_that_differ_in_their_seed_are_one_group(capsys, runs):
     assert err == ""
 
 
-def test_what_does_not_change_the_result_does_not_part_a_group(tmp_path):
+def test_settings_without_effect_on_the_result_do_not_split_a_group(tmp_path):
     assert WITHOUT_EFFECT - {"run.trackers"} <= set(config.SCHEMA)
     write_run(tmp_path / "a")
     quiet = {"data__workers": "3", "run__device": "cpu", "data__root": "elsewhere", "run__log_every": "7"}
@@ -231,7 +231,7 @@ def test_there_can_be_several_controls(capsys, arms, monkeypatch):
     assert lines[8] == f"- left out: {arms / 'same' / 'seed_2'}: not finished (done)"
 
 
-def test_two_kinds_of_control_are_said(capsys, runs):
+def test_two_kinds_of_control_are_reported(capsys, runs):
     write_run(runs / "other", cycle__restart="none", block__name="acb")
     code, _, err = run(capsys, "compare", runs)
     assert code == 0
@@ -294,7 +294,7 @@ def test_runs_are_found_by_name_file_folder_and_glob(runs, monkeypatch):
     assert len(find_runs([str(runs / "repan_[01]")])) == 2
 
 
-def test_what_is_no_run_is_one_line(capsys, tmp_path):
+def test_a_folder_that_is_not_a_run_is_one_line(capsys, tmp_path):
     assert f"no run directory {tmp_path / 'nothing'}" in one_line(capsys, "compare", tmp_path / "nothing")
     assert f"no run directory in {tmp_path}" in one_line(capsys, "compare", tmp_path)
     write_run(tmp_path / "a")
@@ -320,7 +320,7 @@ def test_what_is_no_run_is_one_line(capsys, tmp_path):
         ("config.yaml", "a: [", "config.yaml line"),
     ],
 )
-def test_unfinished_and_damaged_runs_are_said_and_left_out(capsys, runs, name, content, says):
+def test_unfinished_and_damaged_runs_are_listed_and_skipped(capsys, runs, name, content, says):
     (runs / "repan_1" / name).write_text(content)
     found, err = as_json(capsys, runs)
     assert found["groups"][1]["seeds"] == [0, 2]
@@ -375,7 +375,7 @@ def test_nothing_finished_is_an_error(capsys, tmp_path):
 # ---------------------------------------------------------------------------------------------- on screen, as a page
 
 
-def test_the_table_is_on_stdout_and_what_it_means_on_stderr(capsys, runs, monkeypatch):
+def test_the_table_is_on_stdout_and_its_legend_on_stderr(capsys, runs, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     code, out, err = run(capsys, "compare", runs)
     assert code == 0
@@ -397,11 +397,11 @@ def test_on_a_narrow_terminal_names_have_their_own_lines(capsys, runs, monkeypat
     assert "2  cycle.restart=repan" in out
 
 
-def test_one_seed_is_said(capsys, runs):
+def test_one_seed_is_reported(capsys, runs):
     _, out, err = run(capsys, "compare", runs / "repan_0", runs / "none_0")
     assert "±" not in out
     assert "[" not in out
-    assert "one seed has no spread" in err
+    assert "one seed gives no spread" in err
 
 
 def test_csv_has_a_row_a_group(capsys, runs):

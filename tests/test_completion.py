@@ -1,4 +1,4 @@
-"""What Tab offers: every name that can be typed, pieces of words as bash cuts them, and no wait for torch."""
+"""Tab completes every name that can be typed, for words as bash splits them, without importing torch."""
 
 import json
 import os
@@ -131,7 +131,7 @@ def test_completing_is_light():
     assert not loaded_after(code + "completion.kinds()") & {"torch", "torchvision", "timm", "numpy", "sklearn"}
 
 
-def test_list_tells_all_of_settings_and_presets(capsys):
+def test_list_describes_settings_and_presets(capsys):
     rows = json.loads(run(capsys, "list", "settings", "--json")[1])
     assert rows["cycle.rule"]["choices"] == ["calibrate", "running", "reset"]
     assert rows["optim.lr"] == {"text": "Peak learning rate.", "type": "float", "default": 0.1, "above": 0}

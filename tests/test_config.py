@@ -1,4 +1,4 @@
-"""Settings: text becomes what people mean, every mistake is named, all at once, and layers win in order."""
+"""Settings: text is read as users mean it, all mistakes are named at once, and later layers override earlier ones."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ from repan_cli.errors import InputError
         ("run.out", "null", None),
     ],
 )
-def test_text_means_what_people_mean(key, text, value):
+def test_text_is_read_as_users_mean_it(key, text, value):
     assert config.flatten(config.build({key: text}))[key] == value
 
 
@@ -140,7 +140,7 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
         config.read_file(binary)
 
 
-def test_what_is_printed_reads_back_to_the_same(tmp_path):
+def test_printed_settings_read_back_the_same(tmp_path):
     given = {
         "model.name": "repvgg",
         "optim.clip": "null",

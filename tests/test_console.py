@@ -1,4 +1,4 @@
-"""What people see: numbers as people say them, plain lines without a terminal, brackets that are no markup."""
+"""Screen output: readable numbers, plain lines without a terminal, brackets that are not read as markup."""
 
 import io
 import math
@@ -147,7 +147,7 @@ def test_on_a_terminal_the_live_display_follows_the_run(tmp_path):
         assert "restart" in screen(shown)[0]
 
 
-def test_compiling_is_said_while_it_lasts(tmp_path):
+def test_compiling_is_shown_while_it_lasts(tmp_path):
     shown = display(tmp_path, compiles=True)
     shown.show(CycleStart(0))
     assert "compiling the training pass (run.compile)" in shown.console.file.getvalue()
@@ -163,7 +163,7 @@ def test_time_left(seconds, text):
     assert live.clock(seconds) == text
 
 
-def test_what_is_left_is_told_from_the_pace():
+def test_the_remaining_time_follows_from_the_pace():
     here = live.Position(epochs={0: 2, 1: 3}, steps=10)
     assert here.left(0.0) == (None, None)
     for number in range(1, 6):
@@ -199,14 +199,14 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch):
     assert shown._live() is None
 
 
-def test_zero_gammas_are_said(tmp_path):
+def test_zero_gammas_are_reported(tmp_path):
     shown = display(tmp_path)
     shown.show(CycleStart(1, True, 22, 3, None, None, 0.5, 0.51, 3e-7))
     assert "3 channels had gamma 0" in shown.console.file.getvalue()
 
 
 @pytest.mark.parametrize(("after", "warned"), [(0.9, False), (1.1, True)])
-def test_a_restart_that_breaks_train_mode_is_said(tmp_path, after, warned):
+def test_a_restart_that_breaks_train_mode_is_reported(tmp_path, after, warned):
     shown = display(tmp_path)
     shown.show(CycleStart(1, True, 22, 0, None, None, 0.5, after, 3e-7))
     assert ("Warning: the restart kept the function in eval mode only" in shown.console.file.getvalue()) == warned

@@ -1,4 +1,4 @@
-"""What a step costs, in counts: timings on shared machines are noise, operators and host syncs are not."""
+"""Costs of a step in counts: operators and host-device syncs are exact, where timings on shared machines are noise."""
 
 import dataclasses
 import traceback

@@ -1,4 +1,4 @@
-"""Recorded updates: the same losses as updates that are done one by one, across cycles, without a second recording.
+"""Recorded updates: the losses of updates done one by one, across cycles, without a second recording.
 
 A tape takes the place of a CUDA graph, see `tapes`.
 """
@@ -219,7 +219,7 @@ class Refuses(Tapes):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
-def test_what_cannot_be_recorded_is_done_as_it_is(digits):
+def test_work_that_cannot_be_recorded_is_done_without_recording(digits):
     def make(**options):
         return training(digits, plan(**SHORT), batch_size=80, log_every=1, **options)
 
@@ -259,7 +259,7 @@ def test_where_updates_are_recorded(monkeypatch, machine, given, why):
 
 
 @pytest.mark.parametrize(("said", "meant"), [("true", "on"), ("no", "off"), ("on", "on"), ("auto", "auto")])
-def test_switches_may_be_said_as_booleans(said, meant):
+def test_switches_may_be_given_as_booleans(said, meant):
     chosen = config.build({}, {"run.graph": said, "run.compile": said})
     assert dataclasses.asdict(chosen.run) | {"graph": meant, "compile": meant} == dataclasses.asdict(chosen.run)
 

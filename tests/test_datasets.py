@@ -1,4 +1,4 @@
-"""Data sets: reading, splitting, and what is said when they cannot be read."""
+"""Data sets: reading, splitting, and the messages for data that cannot be read."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_a_part_of_the_classes_is_the_first_by_name_in_every_part(digits):
     assert (everything.classes, everything.split_digest) == (digits.classes, digits.split_digest)
 
 
-def test_classes_that_stay_keep_their_order_and_are_numbered_anew(monkeypatch):
+def test_remaining_classes_keep_their_order_and_are_renumbered(monkeypatch):
     names, labels = ("wasp", "ant", "cow", "bee"), np.array([3, 0, 1, 2, 1, 3])
     images = ArrayImages(np.arange(6, dtype=np.uint8).repeat(16).reshape(6, 4, 4, 1), labels)
     spec = DatasetSpec("", lambda root, reading: RawDataset(names, {"train": images, "test": images}), (0,), (1,))
@@ -130,7 +130,7 @@ def test_a_part_of_folders_in_memory_and_read_one_by_one(tmp_path, crop):
     assert np.array_equal(there, last)
 
 
-def test_a_part_that_cannot_be_is_said(tmp_path):
+def test_a_part_that_cannot_be_is_reported(tmp_path):
     with pytest.raises(InputError, match="^data.classes=11, but digits has 10 classes: give at most as many$"):
         datasets.load("digits", "data", classes=11)
     with pytest.raises(

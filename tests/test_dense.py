@@ -1,13 +1,14 @@
 """Networks that return dictionaries, lists and tuples of tensors: segmentation, detection, several heads."""
 
 import copy
+import json
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torchvision
-from support import randomize_norms, relative, run
+from support import one_line, randomize_norms, relative, run
 from torch import nn
 
 from repan_cli import export, models
@@ -16,7 +17,7 @@ from repan_cli.errors import MergeError
 from repan_cli.export import onnx_file
 from repan_cli.export.trace import trace
 from repan_cli.models.expand import expand
-from repan_cli.models.outputs import leaves
+from repan_cli.models.outputs import all_leaves, difference, leaves
 
 X = torch.randn(2, 3, 24, 20, generator=torch.Generator().manual_seed(0))
 Found = namedtuple("Found", ["logits", "maps"])
@@ -140,6 +141,89 @@ def test_a_segmenting_network_is_written_in_every_format(tmp_path, capsys):
     assert code == 0, err
     assert "folded 47 BNs" in out
     assert len([*tmp_path.glob("out.*")]) == 4
+
+
+DETECTOR = """
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FrozenBatchNorm2d
+
+def build(num_classes, in_chans):
+    parts = []
+    for width, to in ((3, 8), (8, 16), (16, 16)):
+        parts += [nn.Conv2d(width, to, 3, stride=2, padding=1, bias=False), FrozenBatchNorm2d(to), nn.ReLU()]
+    backbone = nn.Sequential(*parts)
+    backbone.out_channels = 16
+    anchors = AnchorGenerator(((8, 16),), ((1.0,),))
+    sizes = {"min_size": 64, "max_size": 64, "rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_test": 20}
+    sizes |= {"box_detections_per_img": 10, "box_score_thresh": THRESH}
+    return FasterRCNN(backbone, 3, rpn_anchor_generator=anchors, **sizes)
+"""
+
+
+@pytest.fixture
+def detector(tmp_path):
+    """A file that builds a small detector, and its weights."""
+    (tmp_path / "net.py").write_text(DETECTOR.replace("THRESH", "0.0"))
+    name = f"{tmp_path / 'net.py'}:build"
+    torch.manual_seed(0)
+    model = models.create(name, num_classes=3, in_chans=3).eval()
+    for key, tensor in model.state_dict().items():
+        if key.endswith(("running_var", "running_mean")):
+            tensor.uniform_(0.1, 0.5)
+        elif tensor.ndim > 1 and "rpn.head.bbox" not in key:
+            tensor.normal_(0, (1.5 if "backbone" in key else 0.7) * tensor[0].numel() ** -0.5)  # scores lie far apart
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    return name, model
+
+
+@pytest.mark.soak
+def test_a_detector_goes_into_onnx_for_one_image_at_a_time(detector, tmp_path, capsys):
+    name, model = detector
+    words = ["fuse", tmp_path / "w.pth", "--model", name, "-o", tmp_path / "out"]
+    code, out, err = run(capsys, *words, "-f", "onnx", "--opset", "17", "--json")
+    assert code == 0, err
+    (file,) = json.loads(out)["files"]
+    assert file["images"] == "one at a time"
+    assert file["rel_error"] < 1e-4
+    network = onnx_file.open_file(tmp_path / "out.onnx")
+    assert network.outputs == ["0.boxes", "0.labels", "0.scores"]
+    assert onnx_file.graph(tmp_path / "out.onnx").opset_import[0].version == 17
+    image = torch.randn(1, 3, *given_size(network))
+    found, (expected,) = network(image), model(image)
+    assert 0 < len(expected["boxes"]) <= 10
+    for key, value in expected.items():
+        assert found[f"0.{key}"].shape == value.shape
+        assert torch.allclose(found[f"0.{key}"].to(value), value, rtol=1e-4, atol=1e-4)
+    (tmp_path / "out.onnx").unlink()
+    for more in (("-f", "pt2"), ("-f", "onnx", "--half")):
+        assert "cannot be exported as a graph" in one_line(capsys, *words, *more)
+
+
+def test_a_detector_that_finds_nothing_is_not_written(detector, tmp_path, capsys):
+    name, _ = detector
+    (tmp_path / "net.py").write_text(DETECTOR.replace("THRESH", "2.0"))
+    words = ["fuse", tmp_path / "w.pth", "--model", name, "-o", tmp_path / "out", "-f", "onnx"]
+    line = one_line(capsys, *words)
+    assert "w.pth cannot be written as ONNX: it finds nothing in the images that it was tried on" in line
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def given_size(network):
+    return network.session.get_inputs()[0].shape[2:]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("side", [320, 800])
+def test_torchvisions_faster_rcnn_agrees_in_onnx_runtime(side):
+    model = small("fasterrcnn_mobilenet_v3_large_320_fpn", num_classes=5)
+    images = torch.rand(2, 3, side, side)
+    fused, report = export.fuse(model, images)
+    assert (report.folded, report.left) == (46, {})
+    network = onnx_file.OnnxNetwork(onnx_file.model_for_one_image(fused, images[:1]).SerializeToString(), several=True)
+    for image in (*images.split(1), torch.zeros_like(images[:1])):
+        assert difference(all_leaves(network(image)), all_leaves(fused(image))) < 1e-4
 
 
 def small(name, **kwargs):

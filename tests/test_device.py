@@ -20,7 +20,7 @@ def test_generators_repeat():
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_auto_precision_is_what_the_processor_computes_in(monkeypatch):
+def test_auto_precision_is_that_of_the_processor(monkeypatch):
     cpu = torch.device("cpu")
     for supported, expected in ((True, "bf16"), (False, "fp32")):
         for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):

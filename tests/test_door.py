@@ -1,4 +1,4 @@
-"""`repan_cli.train`, `distill` and `cycle`: what the commands run, from Python, notebooks and sweeps."""
+"""`repan_cli.train`, `distill` and `cycle` run what the commands run, from Python, notebooks and searches."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_several_seeds_are_a_summary_of_summaries(tmp_path):
         repan_cli.cycle(resume=summary.runs[0].path)
 
 
-def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path):
+def test_an_interrupt_saves_and_says_how_to_continue(tmp_path):
     before, stopped = handlers(), []
 
     def stop(epoch):
@@ -91,7 +91,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path):
     assert_same(tmp_path / "a", tmp_path / "b")
 
 
-def test_what_a_listener_raises_ends_the_run_and_nothing_else(tmp_path):
+def test_an_exception_in_a_listener_ends_only_the_run(tmp_path):
     class Pruned(Exception):
         pass
 
@@ -123,7 +123,7 @@ def test_it_runs_in_any_thread(tmp_path):
         ({"pretrained": True, "teacher": None}, (), {"pretrained": True, "teacher": None}),
     ],
 )
-def test_values_become_what_one_would_type(given, words, shortcuts):
+def test_values_are_written_as_users_type_them(given, words, shortcuts):
     options = _options("cycle", CycleOptions, given)
     assert options.settings == words
     assert {name: getattr(options, name) for name in shortcuts} == shortcuts
@@ -144,7 +144,7 @@ def test_values_become_what_one_would_type(given, words, shortcuts):
         ({"dataset": None}, "no data set"),
     ],
 )
-def test_what_cannot_be_used_is_an_input_error(tmp_path, monkeypatch, given, says):
+def test_unusable_input_is_an_input_error(tmp_path, monkeypatch, given, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=says):
         repan_cli.train(**{**NET, **given})

@@ -1,4 +1,4 @@
-"""The ends of runs: what has its results is done, whatever follows; a lost terminal, best.pt or line costs nothing."""
+"""The end of a run: a run with its results is done, and a lost terminal, best.pt or log line does not end it."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def failing(*_, **__):
 
 
 @pytest.mark.parametrize("where", [(plots, "draw_curves"), (summary, "_report")])
-def test_what_fails_behind_the_summary_is_a_warning(capsys, tmp_path, monkeypatch, few_blocks, where):
+def test_a_failure_after_the_summary_is_a_warning(capsys, tmp_path, monkeypatch, few_blocks, where):
     monkeypatch.setattr(*where, failing)
     code, _, err = run(capsys, *RUN, "--out", tmp_path / "run")
     assert code == 0, err
@@ -68,7 +68,7 @@ def test_a_stop_behind_the_summary_undoes_nothing(capsys, tmp_path, monkeypatch,
     assert state_of(tmp_path / "run") == "done"
 
 
-def test_a_lost_best_checkpoint_is_said_and_kept_in_the_summary(capsys, tmp_path, monkeypatch, few_blocks):
+def test_a_lost_best_checkpoint_is_reported_and_noted_in_the_summary(capsys, tmp_path, monkeypatch, few_blocks):
     finish = runner.finish
 
     def without_best(session, folder, *rest):
@@ -142,11 +142,12 @@ def test_a_child_does_not_hold_the_lock_of_its_parent(tmp_path):
 
 
 def test_a_hangup_asks_to_stop_unless_nohup_has_begun_the_run():
-    with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert signals.received == signal.SIGHUP
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been begun by nohup
     try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not signals()

@@ -1,4 +1,4 @@
-"""Any network becomes multi-branch without changing its function; what cannot is left alone, with the reason."""
+"""Any network becomes multi-branch without changing its function; the rest is left alone, with the reason."""
 
 import copy
 import itertools
@@ -211,7 +211,7 @@ class Shared(nn.Module):
         (net(a=conv(kernel=1)), "a", "not chosen: kernel 1x1"),
     ],
 )
-def test_what_cannot_be_a_block_is_left_alone_with_the_reason(model, name, reason):
+def test_other_convolutions_are_left_alone_with_the_reason(model, name, reason):
     model = model.double().eval()
     assert reason in left(model, name)
     expected = model(X.double())

@@ -1,4 +1,4 @@
-"""A training step on a GPU that is not there: nothing lies on the host by mistake, nothing waits for it."""
+"""A training step on a simulated GPU: no tensor stays on the host by mistake, and no step waits for the device."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Losses around a restart: the windows run over epochs, and every run's records tell those of any position."""
+"""Losses around a restart: the windows span epochs, and every run's records suffice for any position."""
 
 import dataclasses
 import json

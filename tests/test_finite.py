@@ -1,4 +1,4 @@
-"""Numbers that are no numbers: networks that hold or give them are refused, and no JSON has them."""
+"""NaN and infinity: networks that hold or return them are refused, and no JSON contains them."""
 
 import json
 import math

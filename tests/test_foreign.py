@@ -1,4 +1,4 @@
-"""Weights as trainers save them: wrapped, averaged, beside other things, or no weights at all."""
+"""Weights as trainers save them: wrapped, averaged, beside other things, or not weights at all."""
 
 import json
 import zipfile
@@ -72,7 +72,7 @@ def test_the_network_is_found_wherever_a_trainer_put_it(theirs, tmp_path, wrappi
     assert relative(found.network(x), theirs(x)) < 1e-6
 
 
-def test_what_is_left_out_and_what_was_chosen_is_said(capsys, theirs, tmp_path, monkeypatch):
+def test_what_is_left_out_and_what_was_chosen_is_reported(capsys, theirs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights = theirs.state_dict()
     torch.save(FILES["criterion-bare"](weights), "c.pth")
@@ -100,7 +100,7 @@ def test_a_key_chooses_among_several(theirs, tmp_path, capsys):
     assert "did you mean net_ema?" in one_line(capsys, "info", f"{path}::net_emma", "--model", NAME)
 
 
-def test_weights_of_another_depth_are_not_taken_for_things_outside(theirs, tmp_path):
+def test_weights_of_another_depth_are_not_mistaken_for_other_entries(theirs, tmp_path):
     torch.save(under("model.", timm.create_model("resnet14t").state_dict()), tmp_path / "deeper.pth")
     with pytest.raises(InputError, match=r"it has, unlike the network, .*layer1\.0\.bn3"):
         open_artifact(str(tmp_path / "deeper.pth"), NAME)
@@ -187,7 +187,7 @@ def test_files_without_weights_are_called_by_name(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Git LFS pointer", "web page", "is empty", "JSON text"])
-def test_safetensors_that_are_none_are_called_by_name(kind, tmp_path):
+def test_files_that_are_not_safetensors_are_named(kind, tmp_path):
     OTHERS[kind](tmp_path / "theirs.safetensors")
     with pytest.raises(InputError, match=kind):
         checkpoint.load_any(tmp_path / "theirs.safetensors")

@@ -1,4 +1,4 @@
-"""What `repan fuse` writes: every format agrees, opens without repan, is the same bytes again, and runs no code."""
+"""Files of `repan fuse`: every format agrees, opens without repan, has the same bytes each time, and runs no code."""
 
 import io
 import json
@@ -404,7 +404,9 @@ def test_predict_names_what_it_cannot_read(capsys, small_run, tmp_path):
     assert "no image" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path / "none.png")
     (tmp_path / "empty").mkdir()
     assert "holds no images" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path / "empty")
-    assert "--top 0" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path, "--top", "0")
+    assert "--top must be at least 1, got 0" in one_line(
+        capsys, "predict", small_run.folder / "fused.pt", tmp_path, "--top", "0"
+    )
 
 
 def test_info_of_every_format(capsys, exported, tmp_path):

@@ -1,4 +1,4 @@
-"""Merging proves itself: right merges pass, wrong ones are refused and nothing is written."""
+"""Merging proves itself: right merges pass; wrong ones are refused, and nothing is written."""
 
 import pytest
 import torch

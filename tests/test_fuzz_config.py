@@ -1,4 +1,4 @@
-"""Configuration files that were mistyped, mangled or made to hurt: each is read, or refused in lines that say where."""
+"""Configuration files that are mistyped, mangled or hostile are read, or refused with the place of the fault."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""Files changed at random, a little of what `tests/soak/test_fuzz.py` does for an hour, and all that it found."""
+"""Files changed at random: a short part of `tests/soak/test_fuzz.py`, and every case that it has found."""
 
 import pytest
 from fuzzing import CORPUS, READERS, fuzz, outcome
@@ -16,7 +16,7 @@ def test_changed_files_are_read_or_refused(name):
 FOUND = sorted(path for name in READERS for path in (CORPUS / name).glob("*"))
 
 
-def test_what_was_found_is_refused_since():
+def test_files_that_the_fuzzer_found_are_refused():
     for path in FOUND:
         assert outcome(READERS[path.parent.name], path) is None, path
 

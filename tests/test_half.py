@@ -1,4 +1,4 @@
-"""ONNX files in float16: what they cost is measured, printed and stored; what float16 cannot hold is refused."""
+"""ONNX files in float16: their error is measured, printed and stored; values beyond float16 are refused."""
 
 import json
 import types

@@ -1,4 +1,4 @@
-"""ONNX files made to read other files, to run for ever, to call what is not there or to fill the memory."""
+"""ONNX files that read other files, run forever, call missing functions or fill the memory are refused."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_it_is_refused_in_one_line(capsys, tmp_path, name, command):
     assert says in one_line(capsys, command, path, *images)
 
 
-def test_what_fills_the_memory_fails_in_one_line(capsys, tmp_path):
+def test_running_out_of_memory_is_one_line(capsys, tmp_path):
     size = helper.make_tensor("size", TensorProto.INT64, [1], [10**13])
     nodes = [
         helper.make_node("ConstantOfShape", ["size"], ["big"]),
@@ -105,7 +105,7 @@ def test_logits_of_another_shape(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\0" * 100, b"\xff" * 100])
-def test_what_is_no_onnx_file(tmp_path, content):
+def test_files_that_are_not_onnx(tmp_path, content):
     (tmp_path / "a.onnx").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.onnx (is damaged|cannot be opened)"):
         onnx_file.open_file(tmp_path / "a.onnx")

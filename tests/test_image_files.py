@@ -1,4 +1,4 @@
-"""Image files of every kind: each is read as what it shows, or refused by name."""
+"""Image files of every kind are read correctly, or refused by name."""
 
 import numpy as np
 import pytest

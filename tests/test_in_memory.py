@@ -1,4 +1,4 @@
-"""Views of resident images: the right pixels, drawn from position alone, every image once an epoch."""
+"""Views of images in memory: the right pixels, drawn from position alone, every image once per epoch."""
 
 import numpy as np
 import pytest

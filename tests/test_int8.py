@@ -1,4 +1,6 @@
-"""Int8: the report finds what suffers, the file is what was scored, calibration never sees the test set."""
+"""Int8: the report finds the layers that lose most, the scored file is the written one, calibration never uses test
+images.
+"""
 
 import itertools
 import json
@@ -129,7 +131,7 @@ def zero_points(model):
             yield node, values.get(node.input[0]), values[node.input[2]]
 
 
-def test_tensorrt_gets_what_it_takes(few_blocks, graph):
+def test_files_for_tensorrt_have_its_scales_and_biases(few_blocks, graph):
     """Signed and symmetric: no zero point but 0, no bias in 32 bits."""
     content, model = quantized(graph, target="tensorrt")
     found = list(zero_points(model))
@@ -168,7 +170,7 @@ def test_openvino_runs_its_file(few_blocks, graph):
     assert relative(OpenVinoNetwork(content)(X), onnx_file.OnnxNetwork(content)(X)) < 0.1
 
 
-def test_what_int8_costs_and_brings_is_told(capsys, few_blocks, small_run, tmp_path, monkeypatch):
+def test_what_int8_costs_and_brings_is_reported(capsys, few_blocks, small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "interleaved", lambda cases, seconds: dict(zip(cases, (fast, slow), strict=True)))
     fast, slow = timing.Timing(0.001, 0.001, 0.001, 5), timing.Timing(0.002, 0.002, 0.002, 5)
     words = ("quantize", small_run.folder / "best.pt", "--images", "64", "--overwrite", "-o", tmp_path / "a.onnx")

@@ -1,4 +1,4 @@
-"""The algebra of merging, each rule against the convolution it claims to equal."""
+"""The algebra of merging: each rule equals the convolution that it replaces."""
 
 import pytest
 import torch

@@ -235,7 +235,7 @@ def test_a_ragged_last_group_is_an_update(digits):
     assert [event.step for event in events if isinstance(event, StepEnd)][:2] == [2, 3]
 
 
-def test_the_average_of_weights_is_scored_and_starts_anew_after_a_restart(digits):
+def test_the_weight_average_is_scored_and_reset_by_a_restart(digits):
     model = small_net(in_chans=1)
     average = ModelEmaV3(model, decay=0.9)
     run = training(digits, plan(cycle__attach="ramp"), model=model, ema=average)

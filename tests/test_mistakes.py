@@ -1,6 +1,4 @@
-"""Fifty mistakes that people make on the command line: each ends with its exit code and one line that names the thing
-and the mend.
-"""
+"""Common mistakes on the command line: each ends with its exit code and one line that names the cause and the fix."""
 
 import errno
 import re
@@ -179,7 +177,7 @@ def test_no_words_at_all_show_the_help(capsys):
     assert "Error" not in err
 
 
-def test_what_nobody_foresaw_keeps_its_traceback(capsys, desk, monkeypatch):
+def test_unexpected_errors_keep_their_traceback(capsys, desk, monkeypatch):
     pass
 
     def fail(*args, **options):

@@ -1,4 +1,4 @@
-"""The networks: what is registered, their sizes, and the names people type."""
+"""The networks: registered names, sizes, and the short names that users type."""
 
 import pytest
 import timm
@@ -89,7 +89,7 @@ def test_all_are_registered_with_timm():
 @pytest.mark.parametrize(
     "name", ["timm:resnet18", "timm:repvit_m1", "timm:mobileone_s0", "timm:nf_resnet50", "torchvision:resnet18"]
 )
-def test_the_table_of_what_can_cycle_is_what_looking_finds(name):
+def test_the_catalog_agrees_with_the_networks(name):
     listed = names.catalog()[name]
     try:
         found = catalog.look(name)

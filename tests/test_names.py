@@ -1,4 +1,4 @@
-"""Names that no one expects: of files, folders and classes. One line each, and nothing that a terminal obeys."""
+"""Unusual names of files, folders and classes: one line each, and no control character reaches the terminal."""
 
 import errno
 import os
@@ -77,7 +77,7 @@ def test_a_word_that_is_no_text(capsys, words):
     assert r"'caf\udce9' is not UTF-8 text" in one_line(capsys, *words)
 
 
-def test_a_terminal_that_knows_few_letters():
+def test_a_terminal_with_few_letters():
     """LANG=C, no HOME, a dumb terminal: what it lacks is spelled out."""
     poor = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     command = [sys.executable, "-m", "repan_cli", "list", "blocks"]

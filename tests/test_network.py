@@ -1,4 +1,4 @@
-"""Where a run's network comes from: own files, foreign weights, pretrained ones, repan's checkpoints."""
+"""Sources of a run's network: user files, foreign weights, pretrained weights, repan's checkpoints."""
 
 import argparse
 import dataclasses
@@ -340,7 +340,7 @@ def test_bf16_is_left_where_its_gradients_are_wrong(digits, capsys, size, precis
 # ---------------------------------------------------------------------------------------------- dry run
 
 
-def test_a_dry_run_tells_everything_and_writes_nothing(capsys, place):
+def test_a_dry_run_describes_the_run_and_writes_nothing(capsys, place):
     before = sorted(place.iterdir())
     words = ["cycle", "--model", "timm:resnet10t", "--dataset", "digits", "--dry-run"]
     code, out, err = run(capsys, *words, "--json")

@@ -1,4 +1,4 @@
-"""What takes long shows itself, what is out of the ordinary is said, and a signal is answered at once."""
+"""Long work shows its progress, unusual settings cause warnings, and signals are answered at once."""
 
 import contextlib
 import io
@@ -46,7 +46,7 @@ def advice(command="cycle", **given):
         ),
     ],
 )
-def test_what_few_want_is_said(given, said):
+def test_what_few_want_is_reported(given, said):
     assert any(said in line for line in advice(**given)), advice(**given)
 
 
@@ -63,11 +63,11 @@ def test_what_few_want_is_said(given, said):
         {"cycle__restart": "none", "cycle__lr": "continuous", "cycle__reseed": "same"},
     ],
 )
-def test_what_has_its_effect_is_not(given):
+def test_settings_with_an_effect_are_not_reported(given):
     assert not advice(**given)
 
 
-def test_the_settings_of_ones_own_file_are_looked_at_but_no_defaults(tmp_path):
+def test_settings_of_a_users_file_are_checked_but_defaults_are_not(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("base: recipes/digits\nema:\n  decay: 0.5\ncycle:\n  attach_epochs: 5.0\n")
     found = config.resolve("cycle", str(mine), DIGITS)
@@ -82,7 +82,7 @@ def test_warnings_come_before_a_run_begins(capsys):
     assert "Warning: ema.decay has no effect while ema.enabled is false" in err
 
 
-def test_groups_of_unequal_length_are_said(tmp_path, capsys):
+def test_groups_of_unequal_length_are_reported(tmp_path, capsys):
     write_run(tmp_path / "long", cycle__count="1")
     write_run(tmp_path / "short", val=(50.0, 60.0, 70.0, 69.0, 68.0, 67.0), cycle__rule="reset")
     _, _, err = run(capsys, "compare", tmp_path)
@@ -137,7 +137,7 @@ def test_a_file_gets_a_line_when_something_takes_long(monkeypatch):
     assert said_by(console).count("\n") == 1
 
 
-def test_a_terminal_shows_what_is_being_done_and_takes_it_back(monkeypatch):
+def test_a_terminal_shows_the_current_work_and_erases_it(monkeypatch):
     monkeypatch.setattr("repan_cli.display.activity.AT_ONCE", 0.01)
     console = Console(file=io.StringIO(), force_terminal=True, width=60)
     with notices.watched_by(Activity(console)), notices.doing("proving the merged network"):
@@ -204,7 +204,7 @@ def watch(monkeypatch):
     return pace.PaceWatch(32, threads=2, now=clock), clock
 
 
-def test_a_collapse_of_the_pace_is_said_once_until_it_recovers(watch, caplog):
+def test_a_slowdown_is_reported_once_until_it_recovers(watch, caplog):
     watch, clock = watch
     for _ in range(3):
         epoch(watch, clock, 1.0)
@@ -219,7 +219,7 @@ def test_a_collapse_of_the_pace_is_said_once_until_it_recovers(watch, caplog):
     assert caplog.text.count("images/s, 32 before") == 2
 
 
-def test_what_is_slow_for_a_moment_or_a_little_is_not(watch, caplog):
+def test_short_or_small_slowdowns_are_not_reported(watch, caplog):
     watch, clock = watch
     epoch(watch, clock, 1.0)
     epoch(watch, clock, 3.0)

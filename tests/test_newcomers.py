@@ -1,4 +1,4 @@
-"""What newcomers stumble over: other words, names that are nearly right, streams that are full, labels too long."""
+"""Mistakes of new users: words of other programs, misspelled names, full streams, labels that are too long."""
 
 import subprocess
 import sys
@@ -89,7 +89,7 @@ def test_the_broken_files_of_a_folder_are_named_at_the_end(tmp_path, few_blocks,
     assert f"Warning: cannot read the image {tmp_path}/b.png" in err
 
 
-def test_an_arm_that_the_grid_has_no_more_is_said(tmp_path, capsys):
+def test_an_arm_removed_from_the_grid_is_reported(tmp_path, capsys):
     grid = tmp_path / "grid.yaml"
     grid.write_text("settings:\n  model: {name: repvgg}\n  data: {name: digits}\narms:\n  one: {command: train}\n")
     (tmp_path / "out" / "two").mkdir(parents=True)
@@ -129,7 +129,7 @@ def test_an_attach_rate_that_never_changes_is_not_shown(capsys):
     assert " 0.25 " in said
 
 
-def test_a_run_that_goes_on_inside_a_phase_has_the_header_of_its_table(capsys):
+def test_a_run_resumed_inside_a_phase_prints_the_header_of_its_table(capsys):
     said = shown(capsys, ramps=False, events=(epoch(), epoch()))
     assert said.count("phase") == 1
     assert said.index("phase") < said.index("cycle 1/1")
@@ -163,7 +163,7 @@ def test_an_image_that_cannot_be_read_is_told_with_the_way_out(tmp_path, caplog)
         ("study", "missing argument 'GRID': a YAML file of arms, or a built-in grid: small, whole, full; see"),
     ],
 )
-def test_a_missing_argument_is_told_with_what_may_stand_there(capsys, command, told):
+def test_a_missing_argument_is_reported_with_its_possible_values(capsys, command, told):
     said = one_line(capsys, command)
     assert said.startswith(f"Error: {told}")
     assert said.endswith(f"; see 'repan {command} --help'\n")

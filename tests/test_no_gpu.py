@@ -1,4 +1,4 @@
-"""What a GPU would meet first, on machines without one."""
+"""GPU code paths that can be tested on machines without a GPU."""
 
 import contextlib
 import json
@@ -57,7 +57,7 @@ def test_a_dry_run_records(recorded, capsys):
     assert recorded[0].recorded >= 1
 
 
-def test_a_run_that_stops_and_goes_on_records(recorded, capsys, tmp_path):
+def test_a_run_that_stops_and_resumes_records(recorded, capsys, tmp_path):
     """Catches tensors that loading a saved state replaces."""
     with pytest.MonkeyPatch.context() as patch:
         StopAt(patch, 8)
@@ -242,7 +242,7 @@ def test_speed_counts_finished_work(digits, monkeypatch):
 # ---------------------------------------------------------------------------------------------- numbers
 
 
-def test_float32_is_true_but_for_training_that_asks():
+def test_float32_is_true_except_in_training_that_asks_for_tf32():
     """Catches evaluation, calibration and restarts in TF32, PyTorch's default for convolutions."""
 
     def allowed():

@@ -1,4 +1,4 @@
-"""An ONNX file that another program saved again or changed opens, and says so; a damaged one is refused."""
+"""An ONNX file that another program changed opens with a warning; a damaged one is refused."""
 
 import hashlib
 import importlib

@@ -49,7 +49,7 @@ def test_groups_hold_every_parameter_once_by_role():
 
 
 @pytest.mark.parametrize(("decay", "decaying"), [("weights", {"weight"}), ("all", {"weight", "norm", "classifier"})])
-def test_what_decays(decay, decaying):
+def test_which_parameters_decay(decay, decaying):
     optimizer = optim.build_optimizer(small_net(), OptimConfig(weight_decay=0.5, decay=decay))
     assert {g["role"] for g in optimizer.param_groups if g["weight_decay"] == 0.5} == decaying
     assert {g["weight_decay"] for g in optimizer.param_groups} <= {0.0, 0.5}

@@ -1,4 +1,4 @@
-"""Block families of a user's own: checked when they are registered, named again where a file needs them."""
+"""User-defined block families are checked when they are registered, and given again for files that need them."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ def test_the_families_of_the_package_pass_the_check(family):
     check(family, FAMILIES[family].branches)
 
 
-def test_the_check_tries_what_differs():
+def test_the_check_tries_different_geometries():
     tried = list(_geometries())
     for part in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "in_channels"):
         assert len({getattr(geometry, part) for geometry in tried}) > 1, part
@@ -176,7 +176,7 @@ class Calls:
         (lambda: [], "fails: TypeError"),
     ],
 )
-def test_what_is_wrong_with_a_family_is_said_and_nothing_registered(build, says):
+def test_what_is_wrong_with_a_family_is_reported_and_nothing_registered(build, says):
     with pytest.raises(InputError, match=says) as raised:
         repan_cli.register_block("mine", build)
     assert len(str(raised.value).splitlines()) == 1
@@ -374,7 +374,7 @@ def test_a_folder_and_a_file_are_alike(small_run):
         repan_cli.load(small_run.folder.parent)
 
 
-def test_geometries_are_said_in_words():
+def test_geometries_are_described_in_words():
     from repan_cli.blocks.block_check import _described
 
     assert "8 to 8 channels in 1 groups" in _described(Geometry(8, 8, (3, 3)))

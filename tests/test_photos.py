@@ -1,4 +1,4 @@
-"""Folders of photographs as people have them: classes without parts, a root one level off, sizes of all kinds."""
+"""Folders of photographs: classes without parts, a root one level off, images of all sizes."""
 
 import json
 import re
@@ -84,7 +84,7 @@ def test_parts_inside_of_classes_are_no_set(tmp_path):
         datasets.check("folder", tmp_path)
 
 
-def test_loose_images_are_said_to_need_class_folders(tmp_path):
+def test_loose_images_need_class_folders(tmp_path):
     root = flat(tmp_path / "photos" / "inner") / "ant"
     shutil.move(root, tmp_path / "loose")
     shutil.rmtree(tmp_path / "photos")

@@ -1,4 +1,4 @@
-"""Pickles of data sets: the genuine forms are read, and nothing that a file names is called."""
+"""Pickles of data sets: genuine ones are read, and nothing that a file names is called."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""Pictures: the first batch of a run, what a network sees in images, and what no font can write."""
+"""Pictures: the first batch of a run, classified images, and letters that no font has."""
 
 import csv
 import json
@@ -215,7 +215,7 @@ def test_the_confusion_has_a_title_and_names_as_they_are(drawn, tmp_path):
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["größe $x$", r"\x1b[2J"]
 
 
-def test_letters_that_no_font_has_are_told(drawn, tmp_path, monkeypatch):
+def test_letters_that_no_font_has_are_reported(drawn, tmp_path, monkeypatch):
     from matplotlib import font_manager
 
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])

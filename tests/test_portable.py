@@ -1,4 +1,4 @@
-"""What other systems lack or do otherwise: Windows and macOS, by stand-ins."""
+"""Windows and macOS, by stand-ins: functions that these systems lack or implement differently."""
 
 import errno
 import importlib.util
@@ -62,7 +62,7 @@ class Msvcrt(ModuleType):
 
 
 @pytest.mark.parametrize("module", [host, device, files, directory, streaming, signals])
-def test_modules_import_without_what_only_unix_has(windows, monkeypatch, module):
+def test_modules_import_without_unix_only_modules(windows, monkeypatch, module):
     assert imported_anew(monkeypatch, module)
 
 
@@ -80,7 +80,7 @@ def test_without_bound_cores_all_of_them_count(windows, monkeypatch):
     assert host.usable_cores() == 1
 
 
-def test_macos_tells_memory_in_bytes(monkeypatch):
+def test_macos_reports_memory_in_bytes(monkeypatch):
     there = host.peak_memory()
     monkeypatch.setattr(sys, "platform", "darwin")
     assert 1024 * host.peak_memory() == pytest.approx(there, rel=0.5)
@@ -163,7 +163,7 @@ def test_a_full_disk_is_known_without_every_number(monkeypatch):
     assert imported_anew(monkeypatch, errors).FULL == (errno.ENOSPC, errno.EFBIG)
 
 
-def test_what_loads_images_can_be_sent_to_another_process(tmp_path):
+def test_image_loaders_can_be_pickled(tmp_path):
     """Windows and macOS start the processes that load afresh, and send them all they need."""
     reader = image_files.ArrayReader(np.zeros((3, 8, 8, 3), dtype=np.uint8))
     part = LazyImages(reader, np.arange(3), np.arange(3))
@@ -231,7 +231,7 @@ def test_without_proc_the_load_tells_of_free_cores(monkeypatch, tmp_path):
     assert host.free_cores() == 8
 
 
-def test_threads_are_what_is_asked_else_what_is_free(monkeypatch, caplog):
+def test_threads_are_those_asked_for_else_the_free_cores(monkeypatch, caplog):
     used = []
     monkeypatch.setattr(torch, "set_num_threads", used.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)

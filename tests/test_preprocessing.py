@@ -1,4 +1,4 @@
-"""Every file says how its images are prepared, and who follows it with other tools gets the same answers."""
+"""Every file describes the preparation of its images, and other programs that follow it get the same answers."""
 
 import dataclasses
 import json

@@ -37,7 +37,7 @@ def program(content):
     return torch.export.load(io.BytesIO(content))
 
 
-def test_the_graph_is_what_compilers_ask_for(content, network, caplog):
+def test_the_graph_has_the_form_that_compilers_require(content, network, caplog):
     found = program(content)
     assert not caplog.records
     assert found.graph_signature.user_inputs == ("images",)

@@ -1,4 +1,4 @@
-"""Several processes train as one: the same losses, exact scores, one that stops or dies takes the others along."""
+"""Several processes train like one: the same losses and exact scores; if one stops or dies, all do."""
 
 import json
 import os
@@ -155,7 +155,7 @@ def workers(launcher):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_either_rank_stops_both_and_the_run_goes_on(tmp_path, deep, rank):
+def test_a_signal_to_either_rank_stops_both_and_the_run_resumes(tmp_path, deep, rank):
     folder = tmp_path / "run"
     launcher = torchrun("train", *RUN, "--epochs", "2", "--out", folder)
     wait_for(folder / "last.pt")
@@ -186,7 +186,7 @@ def test_a_killed_rank_ends_the_job_soon(tmp_path, rank):
 @pytest.mark.soak
 @pytest.mark.parametrize("attempt", range(5))
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_begun_anew_and_the_run_ends_as_if_nothing_had_been(tmp_path, deep, rank, attempt):
+def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(tmp_path, deep, rank, attempt):
     folder = tmp_path / "run"
     launcher = torchrun("train", *RUN, "--epochs", "2", "--out", folder, "run.save_every=1", restarts=2)
     wait_for(folder / "last_previous.pt")

@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in the README and in docs works, and what they say of the project is so."""
+"""Every command and Python block in the README and in docs works, and their statements about the project hold."""
 
 import json
 import re
@@ -60,9 +60,16 @@ def own_block(folder):
         patch.setattr(repvgg_cifar, "DEPTHS_A", FEW)
         code, *texts = captured("cycle", *words.split(), "--block", "my_block.py:build", "--out", "runs/own_block")
     assert code == 0, texts
-    stopped = folder / "runs" / "own_stopped"
-    shutil.copytree(folder / "runs" / "own_block", stopped)
+    stop(folder / "runs" / "own_block", folder / "runs" / "own_stopped")
+
+
+def stop(finished, stopped):
+    """Copy a run as it was before its last epoch."""
+    shutil.copytree(finished, stopped)
     shutil.copy(stopped / "last_previous.pt", stopped / "last.pt")
+    (stopped / "summary.json").unlink()
+    status = json.loads((stopped / "status.json").read_text())
+    (stopped / "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +88,7 @@ def workplace(small_run, tmp_path_factory):
         narrow_timm(patch)
         torch.save(timm.create_model("repvgg_a0", num_classes=3).state_dict(), folder / "theirs.pth")
     for stopped in (folder / "runs" / "stopped", folder / "runs" / "cycle" / "stopped"):
-        shutil.copytree(small_run.folder, stopped)
-        shutil.copy(stopped / "last_previous.pt", stopped / "last.pt")
+        stop(small_run.folder, stopped)
     shutil.copytree(small_run.folder, folder / "runs" / "study" / "seed_0")
     shutil.copy(small_run.folder / "config.yaml", folder / "runs" / "study")
     shutil.copytree(ROOT / "docs" / "results", folder / "docs" / "results")

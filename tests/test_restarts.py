@@ -1,4 +1,4 @@
-"""What the callbacks for other loops share: images from any loader, and the same restart in every process."""
+"""The common part of the callbacks: images from any loader, and the same restart in every process."""
 
 import subprocess
 import sys

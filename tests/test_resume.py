@@ -1,4 +1,4 @@
-"""A run that is stopped goes on as if it had not been: the same bits, every sample once, nothing lost."""
+"""A resumed run is bit-for-bit identical to an uninterrupted one: every sample once, nothing lost."""
 
 import dataclasses
 import json
@@ -152,7 +152,7 @@ def test_five_stops_in_one_epoch_repeat_and_miss_no_sample(capsys, tmp_path, who
     assert_same(folder, whole("train"))
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, whole):
+def test_ctrl_c_saves_and_says_how_to_continue(capsys, tmp_path, whole):
     folder = tmp_path / "run"
     code, err = stopped(capsys, "train", *words("train", folder), at=8, number=signal.SIGINT)
     assert code == 130
@@ -174,7 +174,7 @@ def begun(capsys, tmp_path):
     return folder
 
 
-def test_what_changes_the_computation_cannot_change(capsys, begun):
+def test_settings_that_change_the_computation_cannot_change(capsys, begun):
     for change in (
         "optim.lr=0.3",
         "--epochs=2",
@@ -229,7 +229,7 @@ def test_a_run_is_found_by_name_by_file_and_as_the_latest(capsys, begun, tmp_pat
     assert "has no config.yaml" in one_line(capsys, "cycle", "--resume", tmp_path)
 
 
-def test_an_edited_configuration_is_said_and_a_read_only_folder_is_one_line(capsys, begun, monkeypatch):
+def test_an_edited_configuration_is_reported_and_a_read_only_folder_is_one_line(capsys, begun, monkeypatch):
     text = (begun / "config.yaml").read_text()
     assert "seed: 3" in text
     (begun / "config.yaml").write_text(text.replace("seed: 3", "seed: 4"))
@@ -294,7 +294,7 @@ def test_a_teacher_may_move_but_not_change(capsys, tmp_path, whole):
     resumed(capsys, "distill", folder, "--teacher", tmp_path / "moved.pt")
 
 
-def test_the_log_tells_of_the_stop(begun):
+def test_the_log_records_the_stop(begun):
     assert "stopped by SIGTERM, everything is saved; continue with" in (begun / "log.txt").read_text()
 
 

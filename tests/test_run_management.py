@@ -1,4 +1,6 @@
-"""Many runs: listed with how they go on, ended by patience or a limit of hours, begun with the batch that fits."""
+"""Many runs: listed with the command that continues them, ended by patience or a time limit, started with the batch
+that fits.
+"""
 
 import dataclasses
 import json
@@ -49,7 +51,7 @@ def several(tmp_path, monkeypatch):
     return runs
 
 
-def test_runs_are_listed_with_their_state_and_how_they_go_on(several):
+def test_runs_are_listed_with_their_state_and_the_command_that_continues_them(several):
     found = {each.path.relative_to(several).as_posix(): each for each in runs_below(several)}
     states = {name: each.state for name, each in found.items()}
     assert states == {
@@ -68,7 +70,7 @@ def test_runs_are_listed_with_their_state_and_how_they_go_on(several):
     assert list(found)[-1] in ("stopped", "elsewhere")  # the oldest last
 
 
-def test_a_clock_that_was_set_back_is_told(several, capsys):
+def test_a_clock_that_was_set_back_is_reported(several, capsys):
     ahead = datetime.now().astimezone() + timedelta(hours=30)
     status(several / "stopped", state="interrupted", time=ahead.isoformat())
     _, out, _ = run(capsys, "list", "runs", "*stopped")
@@ -131,7 +133,7 @@ def test_patience_needs_something_to_choose_by():
 # ---------------------------------------------------------------------------------------------- a limit of hours
 
 
-def test_a_limit_of_hours_saves_and_goes_on(tmp_path, capsys, few_blocks):
+def test_a_limit_of_hours_saves_and_the_run_resumes(tmp_path, capsys, few_blocks):
     code, _, err = run(capsys, "train", *SMALL, "--epochs", "2", "run.max_hours=1e-9", "--out", tmp_path / "run")
     assert code == 75
     assert "stopped after run.max_hours=1e-09, everything is saved; continue with: repan train --resume" in err
@@ -173,7 +175,7 @@ def test_the_largest_batch_that_fits_is_taken(digits, monkeypatch, caplog):
         chosen(small, 2**10, monkeypatch, caplog)
 
 
-def test_what_does_not_fit_is_halved():
+def test_a_batch_that_does_not_fit_is_halved():
     tried = []
 
     def fits(number):

@@ -1,4 +1,4 @@
-"""Run directories: names, files that are never half there, and a directory that exists is left alone."""
+"""Run directories: names, files that are never half written, and existing directories that stay untouched."""
 
 import json
 import os

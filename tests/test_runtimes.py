@@ -1,4 +1,4 @@
-"""Formats of other programs: each agrees in its program, is checked before it is opened, and no code is run unasked."""
+"""Formats of other programs: each agrees in its program, is checked before it is opened, and runs no code unasked."""
 
 import ctypes
 import json
@@ -183,8 +183,8 @@ DAMAGED = {
     "lacks model.torchscript": lambda folder: (folder / "model.torchscript").unlink(),
     "names files that TorchScript does not have": changed(lambda told: told["files"].update({"../x": "0"})),
     "names files that TorchScript does not": changed(lambda told: told.update(files={})),
-    "of a format that this version does not know": changed(lambda told: told.update(runtime="other")),
-    "of a format that this version does": changed(lambda told: told.update(runtime=["a"])),
+    "has a format that this version of repan does not know": changed(lambda told: told.update(runtime="other")),
+    "has a format that this version of repan does": changed(lambda told: told.update(runtime=["a"])),
     "was not written by repan fuse": changed(lambda told: told.pop("files")),
     "was not written by repan": lambda folder: (folder / "repan.json").write_text("[1]"),
     "so its classes and images are not known": changed(lambda told: told["meta"].update(evil=1)),
@@ -255,7 +255,7 @@ def test_a_missing_package_is_named_with_its_extra(capsys, saved, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_proven_here_is_not_written(capsys, saved, tmp_path, monkeypatch):
+def test_an_unproven_file_is_not_written(capsys, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "missing", lambda *names: [])
     monkeypatch.setattr(coreml.platform, "system", lambda: "Linux")
     line = one_line(capsys, "fuse", saved, "-f", "coreml", "-o", tmp_path / "x")

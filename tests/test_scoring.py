@@ -1,4 +1,4 @@
-"""Scores in detail: every figure against one that is worked out by hand."""
+"""Detailed scores: every figure equals one computed by hand."""
 
 import csv
 import json

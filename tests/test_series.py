@@ -1,4 +1,4 @@
-"""Several runs by one command: each is the run that it would be alone, a stop costs nothing, and they are compared."""
+"""Several runs by one command: each is the run that it would be alone, a stop costs nothing, and all are compared."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def controlled(tmp_path_factory):
 
 
 @pytest.mark.soak
-def test_every_run_and_every_control_is_what_it_would_be_alone(capsys, tmp_path, controlled):
+def test_every_run_and_every_control_is_the_same_as_alone(capsys, tmp_path, controlled):
     folder, _, _ = controlled(capsys)
     done(capsys, "cycle", *CYCLE, "--seed", 4, "--out", tmp_path / "alone")
     done(capsys, "cycle", *CYCLE, "--seed", 4, "cycle.restart=none", "--out", tmp_path / "control")
@@ -167,7 +167,7 @@ def test_a_network_of_ones_own_has_a_control(capsys, tmp_path, monkeypatch):
         pytest.param(3 * STEPS + 4, signal.SIGTERM, 75, "seed_4", (3, 4), marks=pytest.mark.soak),
     ],
 )
-def test_a_stopped_series_goes_on_to_the_same_end(capsys, tmp_path, controlled, at, number, code, stopped_in, seeds):
+def test_a_stopped_series_resumes_to_the_same_end(capsys, tmp_path, controlled, at, number, code, stopped_in, seeds):
     expected, _, _ = controlled(capsys)
     folder = tmp_path / "series"
     with pytest.MonkeyPatch.context() as patch:
@@ -209,7 +209,7 @@ def test_a_signal_while_a_run_is_ending_stops_before_the_next(capsys, tmp_path, 
     assert [row["seed"] for row in json.loads(out)["runs"]] == [0, 1]
 
 
-def test_ctrl_c_before_a_run_has_begun_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+def test_ctrl_c_before_a_run_has_begun_says_how_to_continue(capsys, tmp_path, monkeypatch):
     prepare, calls = build.prepare, []
 
     def impatient(*arguments):
@@ -235,7 +235,7 @@ def test_inside_another_a_stop_is_heard_by_both():
         assert not fresh()
 
 
-def test_what_was_killed_before_it_had_a_state_is_begun_anew(capsys, tmp_path):
+def test_what_was_killed_before_it_had_a_state_is_restarted(capsys, tmp_path):
     folder = tmp_path / "series"
     done(capsys, "train", *TRAIN, "--seeds", "0,1", "--out", folder)
     shutil.rmtree(folder / "seed_1")
@@ -315,7 +315,7 @@ def test_settings_that_change_the_result_cannot_change_in_the_middle(capsys, con
         assert f"{option} cannot be combined with --resume" in one_line(capsys, "cycle", "--resume", folder, *words)
 
 
-def test_the_same_command_again_offers_to_go_on(capsys, controlled):
+def test_the_same_command_again_offers_to_resume(capsys, controlled):
     folder, _, _ = controlled(capsys)
     err = one_line(capsys, "cycle", *CYCLE, "--seeds", "3,4", "--out", folder)
     assert f"already exists; nothing was changed: continue with --resume {folder}" in err
@@ -350,7 +350,14 @@ def test_a_damaged_description_of_a_series_is_one_line(capsys, tmp_path):
         (["--seeds", "1,-2"], "must be at least 0"),
         (["--seeds", "1,2,1"], "a seed is given twice"),
         (["--seeds", "1,2", "--seed", "1"], "--seed and --seeds"),
+<<<<<<< HEAD
         (["--control", "cycle.restart=none"], "cycle.restart=none and --control both ask for a run without restarts"),
+=======
+        (
+            ["--control", "cycle.restart=none"],
+            "cycle.restart=none and --control both ask for a run without restarts: give one",
+        ),
+>>>>>>> main
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, monkeypatch, words, says):
@@ -359,7 +366,7 @@ def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_built_leaves_no_folder(capsys, tmp_path, monkeypatch):
+def test_a_run_that_cannot_be_built_leaves_no_folder(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--model", "nonsense", "--dataset", "digits", "--seeds", "0,1", "--out", "series"]
     assert "nonsense" in one_line(capsys, "train", *words)

@@ -1,4 +1,4 @@
-"""Images that are read one by one: the right pixels, drawn from position alone, whoever loads them."""
+"""Images read one by one: the right pixels, drawn from position alone, whichever process loads them."""
 
 import numpy as np
 import pytest

@@ -120,7 +120,7 @@ def test_settings_go_to_the_arms_that_read_them(study):
     assert given == {"train": ["data.root=there"], "cycle": ["cycle.attach=ramp", "data.root=there"]}
 
 
-def test_other_settings_than_before_are_refused_but_for_where_it_runs(study):
+def test_changed_settings_are_refused_except_those_of_the_machine(study):
     study("--seeds", "0", "--data-root", "here")
     code, _, err, calls = study("epochs=3", "--data-root", "there")
     assert (code, calls) == (2, [])
@@ -188,7 +188,7 @@ def test_several_at_once_share_the_cores_and_the_devices(study, monkeypatch):
     assert {int(threads) for _, threads, _ in calls} <= {max(cores // 2, 1), (cores + 1) // 2}
 
 
-def test_what_was_killed_before_its_first_save_begins_anew(study, tmp_path):
+def test_a_run_killed_before_its_first_save_starts_over(study, tmp_path):
     folder = tmp_path / "out" / "plain" / "seed_0"
     folder.mkdir(parents=True)
     (folder / "config.yaml").touch()
@@ -220,7 +220,7 @@ def test_a_dry_run_starts_nothing(study, tmp_path):
         (["cycle.count=1", "--arms", "plain"], "cycle.count has no effect: none of the chosen arms reads it"),
     ],
 )
-def test_bad_words_are_said(study, words, says):
+def test_bad_words_are_reported(study, words, says):
     code, _, err, calls = study(*words)
     assert (code, calls) == (2, [])
     assert err.splitlines()[0] == f"Error: {says}"
@@ -243,7 +243,7 @@ def test_bad_words_are_said(study, words, says):
         ("about: one cosine", "optim.lr: 1", "arm plain: unknown key 'optim.lr'; it belongs below 'settings:'"),
     ],
 )
-def test_bad_grids_are_said(study, tmp_path, old, new, says):
+def test_bad_grids_are_reported(study, tmp_path, old, new, says):
     assert old in GRID
     (tmp_path / "grid.yaml").write_text(GRID.replace(old, new, 1))
     code, _, err, calls = study()
@@ -262,7 +262,7 @@ def test_the_grids_that_ship():
 
 
 @pytest.mark.parametrize(("grid", "arm"), ARMS, ids=[f"{grid}-{arm.name}" for grid, arm in ARMS])
-def test_the_arms_differ_in_what_they_are_about_alone(grid, arm):
+def test_the_arms_differ_only_in_their_subject(grid, arm):
     """All epochs together are those of the control, data and optimizer too, but for the learning rate of each cycle."""
     shared = read_grid(grids()[grid]).arms["one_cosine"].resolve({}).config
     settings = arm.resolve({}).config

@@ -1,4 +1,4 @@
-"""Sums of branches in anybody's forward merge into one convolution; what is no such sum is left, and said."""
+"""Sums of branches in any forward merge into one convolution; other sums are left alone, with the reason."""
 
 import copy
 import pickle
@@ -372,7 +372,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", list(LEFT))
-def test_what_is_no_sum_of_convolutions_is_left_and_said(name):
+def test_other_sums_are_left_alone_with_the_reason(name):
     make, left = LEFT[name]
     model = net(make())
     expected = model(X)

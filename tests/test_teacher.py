@@ -1,4 +1,4 @@
-"""Distillation: the loss, a teacher that sees images its own way, the cache of its logits, where teachers come from."""
+"""Distillation: the loss, a teacher with its own image size, the cache of its logits, and sources of teachers."""
 
 import json
 

@@ -121,7 +121,7 @@ def test_repan_reads_the_folder(capsys, folder, tmp_path):
     assert theirs.preparation.mean == wanted.preparation.mean
 
 
-def test_the_card_tells_what_was_measured(folder):
+def test_the_card_lists_the_measured_figures(folder):
     front, text = (folder / "README.md").read_text().split("---\n")[1:3]
     assert yaml.safe_load(front)["library_name"] == "timm"
     assert "| top-1 accuracy on the validation part, % | 61.25 |" in text
@@ -157,7 +157,7 @@ def test_the_same_network_gives_the_same_folder(capsys, folder, tmp_path):
     assert (tmp_path / "plain_timm" / "notes.txt").read_text() == "mine"
 
 
-def test_what_timm_cannot_build_is_refused(capsys, small_run, few_blocks, tmp_path):
+def test_networks_that_timm_cannot_build_are_refused(capsys, small_run, few_blocks, tmp_path):
     line = one_line(capsys, "fuse", small_run.folder / "best.pt", "-f", "timm", "-o", tmp_path / "x")
     assert "repvgg_a0_cifar is of repan's own; use --format safetensors, onnx or pt2" in line
     assert not list(tmp_path.iterdir())
@@ -209,7 +209,7 @@ def test_push_and_fetch(capsys, folder, tmp_path, monkeypatch):
     assert "cannot fetch hf-hub:someone/other: the Hub cannot" in one_line(capsys, "info", "hf-hub:someone/other")
 
 
-def test_what_push_refuses(capsys, folder, tmp_path, monkeypatch):
+def test_folders_that_push_refuses(capsys, folder, tmp_path, monkeypatch):
     with stub_hub(monkeypatch, tmp_path / "cache", token="secret") as hub:
         assert "there is no token" in one_line(capsys, "push", folder, "someone/net")
         assert "'net' is not a Hub name" in one_line(capsys, "push", folder, "net")

@@ -1,4 +1,4 @@
-"""Trackers: what they are given arrives once, whatever is stopped and made again, and none of them ends a run."""
+"""Trackers receive each record once, through stops and resumes, and a failing one does not end the run."""
 
 import importlib.util
 import json
@@ -127,7 +127,7 @@ def test_a_tracker_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", list(trackers.TRACKERS))
-def test_a_missing_package_is_said_before_anything_is_written(capsys, tmp_path, monkeypatch, name):
+def test_a_missing_package_is_reported_before_anything_is_written(capsys, tmp_path, monkeypatch, name):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None if package == name else found(package))
     line = one_line(capsys, "train", *DIGITS, f"run.trackers={name}", "--out", tmp_path / "run")

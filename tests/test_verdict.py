@@ -1,4 +1,4 @@
-"""The sentence of a comparison, the sampling error of its test set, and what all its runs share."""
+"""The verdict of a comparison, the sampling error of its test set, and the settings that all its runs share."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def arms(folder, **points):
     return compare(results)
 
 
-def test_what_stands_apart_is_named_with_its_interval(tmp_path):
+def test_a_decided_difference_is_named_with_its_interval(tmp_path):
     said = verdict(arms(tmp_path, none=(70, 71, 72), arm1=(75, 76, 77.1), arm2=(60, 61, 62.1)))
     first, second, last = re.split(r"(?<=\.) ", said)
     assert re.fullmatch(r"configuration 2 \(\+5\.03 points, 95% interval .*\) lies above the control, .*\.", first)
@@ -35,7 +35,7 @@ def test_what_stands_apart_is_named_with_its_interval(tmp_path):
     assert last == "One in 20 such intervals misses by chance; this page has 2."
 
 
-def test_what_cannot_be_told_apart_says_how_much_may_hide(tmp_path):
+def test_an_undecided_comparison_says_how_large_a_difference_may_hide(tmp_path):
     comparison = arms(tmp_path, none=(70, 71, 72), arm1=(71, 69, 73))
     said = verdict(comparison)
     assert "configuration 2 cannot be distinguished from the control" in said
@@ -73,14 +73,14 @@ def test_the_sampling_error_is_that_of_the_binomial(tmp_path):
 
 
 @pytest.mark.parametrize("images", [0, -3, None])
-def test_a_number_of_images_that_is_none_is_left_out(tmp_path, images):
+def test_a_missing_number_of_images_is_left_out(tmp_path, images):
     path = write_run(tmp_path / "a", 0, 70)
     summary = json.loads((path / "summary.json").read_text())
     (path / "summary.json").write_text(json.dumps({**summary, "test": {"top1": 70.0, "images": images}}))
     assert read_result(path).test_images is None
 
 
-def test_what_all_share_is_said_once(tmp_path):
+def test_shared_settings_are_shown_once(tmp_path):
     results = [
         read_result(write_run(tmp_path / str(n), n, 70, optim__lr=f"0.{n + 1}", data__cutout="4")) for n in (0, 1)
     ]

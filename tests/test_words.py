@@ -69,7 +69,7 @@ def test_docstrings_of_public_functions_begin_with_an_imperative() -> None:
     assert [f"{place}: {text.splitlines()[0]}" for place, text in found if not imperative(first_word(text))] == []
 
 
-def test_the_check_finds_what_is_no_imperative() -> None:
+def test_the_check_finds_words_that_are_not_imperatives() -> None:
     wrong = ("The", "A", "Raises", "What", "uint8", "(N", "`auto`", "1x1", "None", "Seconds")
     assert [word for word in wrong if imperative(word)] == []
     assert all(map(imperative, ("Return", "Raise", "Pass", "Build")))

@@ -15,10 +15,11 @@ from repan_cli.blocks.kernel import exact
 
 
 class CoordinateChange(NamedTuple):
-    """The change of a block's coordinates that a restart made.
+    """The change of a block's coordinates in a restart.
 
-    A gradient of the trunk's weights is `ratio` (C_out,) times what it was; that of its gamma is a sum of what those of
-    the last gammas in the block were, times `shares`, (C_out,) each; without any it is not known.
+    The new gradient of the trunk's weights is `ratio` (C_out,) times the old one. The new gradient of its gamma is the
+    sum of the old gradients of the last gammas in the block, each times its `shares` (C_out,). Without shares it is
+    unknown.
     """
 
     block: RepBlock
@@ -34,7 +35,7 @@ class Coordinates(NamedTuple):
 
 
 def coordinates_of(block: RepBlock, *, taken_over: bool) -> Coordinates:
-    """Return the factor on the trunk's weights, and the last gammas of the branches that the trunk takes over: all of
+    """Return the factor on the trunk's weights, and the last gammas of the branches that the trunk absorbs: all of
     them, or none with `taken_over` false.
     """
     norms = [getattr(branch, "norm", None) for branch in (block.trunk, *block.branches) if taken_over]

@@ -22,11 +22,11 @@ Tap = tuple[int, int]
 
 @dataclass(frozen=True)
 class ConvMap:
-    """One linear map of images, in float64 on the CPU.
+    """A linear map of images, in float64 on the CPU.
 
-    `taps` maps an offset (row, column) in pixels to its weight: (C_out, C_in / groups), or with `groups` None the
-    factor of each channel, (C,) or one for all, (). `bias` (C_out,) is None where there is none by structure. `excess`
-    is what padding adds to the size less what the kernel takes: outputs = (inputs + excess - 1) // stride + 1.
+    `taps` maps an offset (row, column) in pixels to its weight: (C_out, C_in / groups), or with `groups` None one
+    factor per channel, (C,), or one for all, (). `bias` (C_out,) is None if the map has none by structure. `excess` is
+    the size that padding adds minus the size that the kernel consumes: outputs = (inputs + excess - 1) // stride + 1.
     """
 
     taps: dict[Tap, Tensor]
@@ -76,9 +76,8 @@ def padded(rows: tuple[int, int], columns: tuple[int, int], mode: str = "zeros")
 def convolution(
     kernel: Kernel, *, bias: bool, groups: int | None, stride: Size, padding: Size, dilation: Size, mode: str = "zeros"
 ) -> ConvMap:
-    """Return the map of a convolution with `kernel`; `bias` tells whether it has one by structure.
-
-    With `groups` None the weight is (1, 1, kh, kw): one for every channel, as pooling has it.
+    """Return the map of a convolution with `kernel`; `bias` says whether it has a bias by structure. With `groups` None
+    the weight is (1, 1, kh, kw), the same for every channel, as in pooling.
     """
     weight, shift = kernel
     size = size_of(weight.shape[2:])

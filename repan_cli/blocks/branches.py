@@ -148,10 +148,10 @@ class ConvBN(nn.Module):
 
 
 def _reached(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Leave out the rows and columns of its input that lie behind the last step of a strided 1x1 convolution.
+    """Crop the rows and columns of the input that lie after the last step of a strided 1x1 convolution.
 
-    On CPUs PyTorch's (2.15's, for one) gradient of its weights writes outside of its memory where there are such, for
-    few channels in channels-last format.
+    If there are such rows, the gradient of the weights in PyTorch's CPU kernels (2.15, for one) writes outside of its
+    memory, for few channels in channels-last format.
     """
     if conv.kernel_size != (1, 1) or conv.stride == (1, 1) or conv.in_channels >= FEW_CHANNELS or any(conv.padding):
         return x

@@ -45,11 +45,11 @@ MOST_DIRECTORY = 2**22
 """Bytes of a directory, enough for 50,000 tensors; a longer one may take an eighth of its file."""
 
 ROOT = "archive"
-"""The folder that all entries are in when an archive is written anew."""
+"""The folder of all entries in a rewritten archive."""
 
 
 class _Malformed(Exception):
-    """A fault of an archive, as the end of a sentence that begins with the file's name."""
+    """A fault of an archive; its text completes a sentence that begins with the file's name."""
 
 
 class Entry(NamedTuple):
@@ -339,7 +339,7 @@ def _closing(directory: bytes, count: int, place: int) -> bytes:
 
 
 class _Joined(io.RawIOBase):
-    """Bytes and ranges of a file, one behind the other, as one file to read from."""
+    """Reads a sequence of bytes and ranges of a file as if it were one file."""
 
     def __init__(self, file: IO[bytes], pieces: list[Piece]) -> None:
         self._file, self._pieces, self._place = file, pieces, 0

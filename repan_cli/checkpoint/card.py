@@ -65,7 +65,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class RunState:
-    """The state that a run goes on from, beside tensors; only in its last.pt.
+    """The state that a run resumes from, beside tensors; only in its last.pt.
 
     `progress` is the position with the plain memory of optimizer and scaler, `begun` what the recorder had noted.
     `finished` tells that the run began with trained weights, so that it has no baseline.

@@ -30,7 +30,7 @@ from repan_cli.export.fuse import check_finite, untrained_norms
 from repan_cli.export.trace import Normalized, trace
 from repan_cli.models import user_file
 from repan_cli.models.changes import changes_of
-from repan_cli.models.outputs import difference, leaves
+from repan_cli.models.outputs import all_leaves, difference
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
 from repan_cli.system.files import make_folder, to_json
@@ -48,7 +48,9 @@ HALF_IMAGES, HALF_NOISE, BATCH = 256, 64, 32
 
 @dataclass(frozen=True)
 class Written:
-    """A file or folder, with the error of its network against the merged one, what opened it, and how it is used."""
+    """A file or folder, with the error of its network against the merged one, what opened it, how it is used, and how
+    many images its graph takes.
+    """
 
     path: str
     format: str
@@ -57,6 +59,7 @@ class Written:
     rel_error: float | None
     opened_by: str
     use: str
+    images: str | None
 
 
 def run(options: FuseOptions) -> None:
@@ -157,7 +160,12 @@ class _Job:
             network, card = Normalized(network, card.mean, card.std), dataclasses.replace(card, normalizes=True)
         if target.kind in RUNTIME_FORMATS:
             return self._for_runtime(target.kind, network, self._header(card))
-        program = trace(network, self.images, self.artifact.source)
+        try:
+            program = trace(network, self.images, self.artifact.source)
+        except InputError:
+            if target.kind != "onnx" or self.options.half or isinstance(self.expected[0], Tensor):
+                raise
+            return self._onnx_of_one_image(network, card)
         try:
             return self._onnx(program, card) if target.kind == "onnx" else pt2_file.write(program, self._header(card))
         except InputError as error:
@@ -177,8 +185,18 @@ class _Job:
         saved = timm_folder.network_of_timm(self.fused, card, self.options.checkpoint)
         return timm_folder.files(saved, model_card.readme(saved.card, self.options.checkpoint, proof=self.proof))
 
+    def _onnx_of_one_image(self, network: nn.Module, card: ModelCard) -> bytes:
+        try:
+            return onnx_file.seal(onnx_file.model_for_one_image(network, self.images, self._opset), self._header(card))
+        except InputError as error:
+            raise InputError(f"{self.artifact.source} {error}") from error
+
+    @property
+    def _opset(self) -> int:
+        return OPSET if self.options.opset is None else self.options.opset
+
     def _onnx(self, program: ExportedProgram, card: ModelCard) -> bytes:
-        opset = OPSET if self.options.opset is None else self.options.opset
+        opset = self._opset
         if not self.options.half:
             return onnx_file.write(program, self._header(card), opset)
         _ = self.half_bound  # this refuses a network that float16 cannot hold
@@ -232,7 +250,8 @@ class _Job:
             raise MergeError(f"{target.path} would differ from the network: relative error {error:.1e}; not written")
         size = sum(map(len, content.values())) if isinstance(content, dict) else len(content)
         use = _use(target, form, dataclasses.replace(self.result.card, model=self.artifact.card.model))
-        return Written(str(target.path), target.kind, form, size, error, opened_by, use)
+        images = _images_of(target.kind, network)
+        return Written(str(target.path), target.kind, form, size, error, opened_by, use, images)
 
     def _opened(self, kind: str, copy: Path) -> tuple[nn.Module | None, str]:
         """Open a written file like its readers: the network, and the program that opened it; None if it cannot run
@@ -250,8 +269,14 @@ class _Job:
     def _error(self, network: nn.Module) -> float:
         """Return the larger relative error of two, in batches of two sizes."""
         given = self._given(self.images)
-        found = network(given), network(given[:1])
-        return max(difference(leaves(each), leaves(wanted)) for each, wanted in zip(found, self.expected, strict=True))
+        if getattr(network, "one_by_one", False):
+            pairs = [
+                (network(one), self.fused(image))
+                for one, image in zip(given.split(1), self.images.split(1), strict=True)
+            ]
+        else:
+            pairs = [*zip((network(given), network(given[:1])), self.expected, strict=True)]
+        return max(difference(all_leaves(found), all_leaves(wanted)) for found, wanted in pairs)
 
     def _given(self, images: Tensor) -> Tensor:
         """Return normalised images as the graph takes them."""
@@ -329,13 +354,15 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
     if "float16" in facts:
         print_line(f"float16         {_cost(facts['float16'])}")
     for file in facts["files"]:
-        print_line(f"use             {file['use']}")
-    for count_of in dict.fromkeys(filter(None, (_batch_of(file["format"]) for file in facts["files"]))):
+        print_line(f"use             {file['use']}", whole=True)
+    for count_of in dict.fromkeys(filter(None, (file["images"] for file in facts["files"]))):
         print_line(f"images          {_input(artifact, count_of, with_normalize=with_normalize)}")
 
 
-def _batch_of(kind: str) -> str | None:
+def _images_of(kind: str, network: nn.Module | None) -> str | None:
     """Return how many images a graph takes at once; None for a format that is no graph."""
+    if getattr(network, "one_by_one", False):
+        return "one at a time"
     if kind in RUNTIME_FORMATS:
         return "any N" if runtimes.KINDS[kind].any_batch else "one at a time"
     return "any N" if kind in GRAPH_FORMATS else None

@@ -86,7 +86,7 @@ def _ours(path: Path, saved: Checkpoint, network: str | None, block: str | None)
     `layers` maps the name of each block to its family and shape. `left_alone` maps the name of each other convolution
     to the reason why it is no block.
     """
-    needs = _needs(saved, network, block)  # a user's own is not imported
+    needs = _needs(saved, network, block)  # a user's file is not imported
     model = None if needs else models.rebuild(saved, str(path), network, block)
     blocks = dict(rep_blocks(model)) if model else {}
     broken = _not_finite(saved.weights)

@@ -61,7 +61,7 @@ class Study:
         return Job(f"{arm.name} seed {seed}", folder, begin, (arm.command, "--resume", str(folder), *words, *own))
 
     def _own(self, arm: Arm, key: str) -> str | None:
-        """Return the name of a user's own network or block of an arm, which a resume is given again."""
+        """Return the name of a user-defined network or block of an arm, which a resume is given again."""
         name = None if key in self.given else arm.layer.get(key)
         return str(name) if name and ".py:" in str(name) else None
 

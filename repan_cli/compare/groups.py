@@ -32,7 +32,7 @@ WITHOUT_EFFECT = {
     ),
     *("run.compile", "run.graph", "data.workers", "teacher.cache"),
 }
-"""Settings that may differ within a group: the seed, where results go, how fast they are computed and what is said."""
+"""Settings that may differ within a group: the seed, the output folder, the speed of computation and the display."""
 
 ONLY_AT_RESTARTS = {
     f"cycle.{name}"

@@ -147,7 +147,7 @@ class Scale(NamedTuple):
         return round(self.start + place * (self.end - self.start), 1)
 
     def ticks(self, most: int = 8) -> list[float]:
-        """Return round values within the stretch, at most so many."""
+        """Return round values within a range, at most this many."""
         rough = (self.high - self.low) / most or 1
         unit = 10 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 5, 10, 20) if unit * factor >= rough)

@@ -123,7 +123,7 @@ def sampling(comparison: Comparison) -> str | None:
 
 
 def _error(top1: float, images: int) -> float:
-    """Return the standard error, in points, of an accuracy in percent that so many images give."""
+    """Return the standard error, in points, of an accuracy in percent measured on this number of images."""
     share = top1 / 100
     return 100 * math.sqrt(max(share * (1 - share), 0.0) / images)
 

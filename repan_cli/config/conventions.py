@@ -45,11 +45,11 @@ SAME_RESULT = frozenset(
         "run.trackers",
     }
 )
-"""Settings that do not change what a run computes: a resumed run, and a study that goes on, may have others."""
+"""Settings that do not change the result of a run: a resumed run or study may change them."""
 
 
 OPSET = 18
-"""The version that torch.onnx writes, and that files have where none is asked for."""
+"""The version that torch.onnx writes, and the default of files."""
 
 OPSETS = range(11, 22)
 """The versions that are offered, each tried in ONNX Runtime by a test."""

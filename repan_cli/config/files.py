@@ -98,7 +98,7 @@ def named_files() -> list[tuple[str, Path]]:
 
 
 def presets() -> dict[str, Path]:
-    """Return the shipped presets by name, such as recipes/cifar; grids of studies are none."""
+    """Return the shipped presets by name, such as recipes/cifar, without the grids of studies."""
     return {name: path for name, path in named_files() if not name.startswith("studies/")}
 
 

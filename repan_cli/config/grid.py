@@ -92,7 +92,9 @@ def find_grid(name: str) -> Path:
 
 
 def read_grid(path: Path) -> Grid:
-    """Read a grid. Raises InputError in a line for a file that is none, a key that is unknown, or arms in a circle."""
+    """Read a grid. Raises InputError, in one line, for a file that is not a grid, an unknown key, or arms that refer to
+    each other in a circle.
+    """
     try:
         tree = parse_tree(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ from repan_cli.errors import InputError
 
 
 def first_classes(name: str, raw: RawDataset, count: int) -> RawDataset:
-    """Keep the first `count` classes by name alone, numbered anew in the order that they had."""
+    """Keep only the first `count` classes by name, renumbered in their order."""
     if count > len(raw.classes):
         raise InputError(f"data.classes={count}, but {name} has {len(raw.classes)} classes: give at most as many")
     by_name = sorted(range(len(raw.classes)), key=lambda number: raw.classes[number])
@@ -24,7 +24,7 @@ def first_classes(name: str, raw: RawDataset, count: int) -> RawDataset:
 
 
 def _renumbered(part: Part, numbers: Labels) -> Part:
-    """Keep the images whose class has a new number in `numbers` (classes,), where -1 is none."""
+    """Keep the images whose class has a new number in `numbers` (classes,); -1 drops the class."""
     kept = part.take(numbers[part.labels] >= 0)
     labels = numbers[kept.labels]
     return (

@@ -44,7 +44,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class LazyImages:
-    """Pictures that are read when they are asked for: number `index[i]` of the reader's, of class `labels[i]`."""
+    """Images that are read on access: image `index[i]` of the reader, of class `labels[i]`."""
 
     read: Reader
     labels: Labels

@@ -30,7 +30,7 @@ from repan_cli.system.seeding import seed_for
 from repan_cli.system.signals import STOP_SIGNALS
 
 LOOK, SAID_AFTER, LIMIT = 1.0, 30.0, 300.0
-"""Seconds between two looks at the stop signals, until the wait is said, and until it ends."""
+"""Seconds between two checks for stop signals, until the wait is reported, and until it ends the run."""
 
 AHEAD = 2
 """Batches that each process has loaded or is loading, as PyTorch has it."""
@@ -69,8 +69,8 @@ class Sample(NamedTuple):
 
 
 class Samples(Dataset[Sample]):
-    """The samples of a part for the processes that load. With a position, training samples; unreadable ones are
-    replaced by the next that can be read where `skip` says so.
+    """The samples of a part, for the loading processes. With a position they are training samples; with `skip`, the
+    next readable sample replaces an unreadable one.
     """
 
     def __init__(self, part: LazyImages, transform: Any, position: tuple[int, ...] | None, *, skip: bool) -> None:
@@ -165,9 +165,8 @@ class Loading:
         self.samples, self.iterator, self.count = samples, iterator, count
 
     def taken(self, stop: Callable[[], bool]) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, bool]]]:
-        """Give one batch after the other.
-
-        Raises StoppedError when `stop` says so while a batch is waited for, StuckLoaderError when none comes.
+        """Yield the batches. Raises StoppedError if `stop` returns true during a wait, StuckLoaderError if no batch
+        arrives.
         """
         for _ in range(self.count):
             yield self._next(stop)

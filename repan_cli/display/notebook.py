@@ -1,4 +1,4 @@
-"""The live display of a run in a notebook: one output of the cell, drawn anew once a second."""
+"""The live display of a run in a notebook: one output of the cell, redrawn once per second."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def _has(font: Any, letter: str) -> bool:
 
 
 def fitted(text: str, width: int, size: int) -> tuple[str, Any]:
-    """Return a text that is cut where it is wider than so many pixels, with its font."""
+    """Return a text, cut if it is wider than `width` pixels, with its font."""
     text = shown(text, but="")
     font = font_for(text, size)
     if font.getlength(text) <= width:

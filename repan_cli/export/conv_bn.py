@@ -90,6 +90,6 @@ def _identity(norm: BatchNorm, name: str, bias: Tensor) -> dict[str, Tensor]:
     ones = torch.ones_like(bias)
     state = {"running_mean": torch.zeros_like(bias), "running_var": ones, "bias": bias}
     state["weight"] = (ones.double() * (1 + norm.eps) ** 0.5).to(bias.dtype)
-    if norm.num_batches_tracked is not None:
-        state["num_batches_tracked"] = torch.ones_like(norm.num_batches_tracked)
+    if (counter := getattr(norm, "num_batches_tracked", None)) is not None:  # a frozen BN has none
+        state["num_batches_tracked"] = torch.ones_like(counter)
     return {f"{name}.{key}": value for key, value in state.items()}

@@ -31,16 +31,16 @@ PROOF_IMAGES = 8
 EXACT_IMAGES = 2
 
 SUSPICIOUS = 1e-3
-"""Error in float32 from which on whole images are compared in float64, too: right merges are at 1e-6."""
+"""Error in float32 above which whole images are also compared in float64; right merges have 1e-6."""
 
 
 @dataclass(frozen=True)
 class FuseReport:
     """The agreement of the merged network with the one it came from, and what it saves.
 
-    `blocks` counts the blocks and other sums of branches that became one convolution, `folded` the convolutions outside
-    of them that took in the BN behind them. `left` tells, by the name of a layer, what stays and why. `gmacs` are the
-    billions of multiplications that convolutions and matrix products make of one image.
+    `blocks` counts the blocks and other sums of branches that became one convolution, `folded` the convolutions, merged
+    ones among them, that took in the norm behind them. `left` tells, by the name of a layer, what stays and why.
+    `gmacs` are the billions of multiplications that convolutions and matrix products make of one image.
     """
 
     rel_error_fp64: float
@@ -121,6 +121,7 @@ def _report_of(
     """Round both networks to float32, in place, and compare them on batches, the first of which is one whole image."""
     from torch.utils.flop_counter import FlopCounterMode  # which imports Triton where that is installed
 
+    merging = {name for name, _ in rep_blocks(found.adapted)} | {place_of(change) for change in found.sums}
     folded = {place_of(change) for change in found.folds}
     merged.float()
     exact.float()
@@ -134,7 +135,7 @@ def _report_of(
     return FuseReport(
         rel_error_fp64=max([*errors.of_blocks.values(), *errors.of_outputs.values()], default=0.0),
         rel_error_fp32=single,
-        blocks=len(errors.of_blocks.keys() - folded),
+        blocks=len(errors.of_blocks.keys() - (folded - merging)),
         folded=len(folded),
         params_before=count_parameters(exact),
         params_after=count_parameters(merged),
@@ -148,6 +149,8 @@ def _report_of(
 def check_finite(model: nn.Module) -> None:
     """Raise InputError naming the first weight or statistic that is not finite."""
     for name, value in model.state_dict().items():
+        if nn.parameter.is_lazy(value):
+            raise InputError(f"'{name}' has no values yet: run the network once, on images, before it is merged")
         if value.is_floating_point() and not _is_finite(value):
             raise InputError(
                 f"'{name}' holds values that are not finite: the network has diverged; use an earlier checkpoint"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from repan_cli.errors import InputError
 from repan_cli.export.onnx_digest import HEADER, change_of, serialized
 from repan_cli.export.opset import at_opset
 from repan_cli.export.trace import output_names, quiet
+from repan_cli.models.outputs import all_leaves
 from repan_cli.system.files import to_json
 from repan_cli.system.packages import ONNX_PACKAGES, need
 from repan_cli.system.text import first_line
@@ -47,6 +49,33 @@ def model_of(program: ExportedProgram, opset: int = OPSET) -> Any:
         raise InputError(f"cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
     assert exported is not None, "the exporter by dynamo returns a program"
     return at_opset(exported.model_proto, opset)
+
+
+def model_for_one_image(network: nn.Module, images: Tensor, opset: int = OPSET) -> Any:
+    """Return the model of a network that returns several tensors, for one image of this size (C, H, W) at a time.
+
+    PyTorch's older exporter writes detectors, whose number of results depends on the image, which `torch.export` cannot
+    follow. It records one pass: that of the image in which most is found, since a pass that finds nothing leaves out
+    the steps behind. Raises InputError as `write` does, and where nothing is found in any.
+    """
+    need("writing ONNX", "onnx", *PACKAGES)
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        try:
+            with quiet(), torch.no_grad():
+                passes = [(all_leaves(network(image)), image) for image in images.split(1)]
+                found, image = max(passes, key=lambda each: sum(value.numel() for value in each[0].values()))
+                if not all(value.numel() for value in found.values()):
+                    raise ValueError("it finds nothing in the images that it was tried on")
+                names = [*found]
+                torch.onnx.export(
+                    network, (image,), file, dynamo=False, opset_version=OPSET, input_names=[INPUT], output_names=names
+                )
+        except Exception as error:
+            raise InputError(f"cannot be written as ONNX: {first_line(error)}") from error
+        return at_opset(onnx.load(file), opset)
 
 
 def seal(model: Any, header: dict[str, Any]) -> bytes:
@@ -89,6 +118,11 @@ class OnnxNetwork(nn.Module):
         outputs = [each.name for each in self.session.get_outputs()]
         self.outputs = outputs if several else outputs[:1]
         self.named = several and outputs != [OUTPUT]
+
+    @property
+    def one_by_one(self) -> bool:
+        """Return whether the network returns several tensors of one image, whose sizes may differ between images."""
+        return self.named and self.batch == 1
 
     def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
         ready = images.detach().cpu().to(self.dtype).contiguous()

@@ -1,4 +1,4 @@
-"""The proof that a merged network is the one it came from, in float64: every block by itself, and all it returns."""
+"""Prove that a merged network equals the original, in float64: each block by itself, and the network's outputs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from repan_cli.blocks import RepBlock
+from repan_cli.checkpoint.card import Change
 from repan_cli.errors import MergeError
-from repan_cli.models.changes import apply
-from repan_cli.models.linear_ops import BranchSum
+from repan_cli.models.changes import apply, put
+from repan_cli.models.linear_ops import BranchSum, NormBehind
 from repan_cli.models.merging import MergePlan
+from repan_cli.models.norms import split_norm
 from repan_cli.models.outputs import Leaves, difference, differences, inner_modules, inner_outputs, leaves
 from repan_cli.models.probe import CEILING, NUDGE, noise
 from repan_cli.models.rebuild import NothingIsDrawn
@@ -111,18 +113,31 @@ def _compared(merged: nn.Module, found: MergePlan, errors: dict[str, float]) -> 
     """Give a network whose every block compares itself with its convolution, and notes its largest error."""
     blocked = twin(found.adapted, blocks=lambda block: block)
     with NothingIsDrawn():
-        blocked = apply(apply(blocked, found.sums, whole=True), found.folds)
+        blocked = apply(blocked, found.sums, whole=True)
+        for change in found.folds:
+            _fold(blocked, change)
     convs = {name: conv for name, conv in merged.named_modules() if isinstance(conv, nn.Conv2d)}
     hooks = [
         block.register_forward_hook(_comparison(name, convs[name], errors))
         for name, block in blocked.named_modules()
-        if isinstance(block, (RepBlock, BranchSum)) and name in convs
+        if isinstance(block, (RepBlock, BranchSum, NormBehind)) and name in convs
     ]
     try:
         yield blocked
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _fold(blocked: nn.Module, change: Change) -> None:
+    """Put the norm that a convolution takes in behind the layer that it is made of."""
+    layer = blocked.get_submodule(change.name)
+    if change.norm is None or not isinstance(layer, (RepBlock, BranchSum)):
+        apply(blocked, [change])
+        return
+    norm, rest = split_norm(blocked.get_submodule(change.norm))
+    put(blocked, change.norm, rest.eval())
+    put(blocked, change.name, NormBehind(layer, norm))
 
 
 def _comparison(

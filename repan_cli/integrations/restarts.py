@@ -82,7 +82,7 @@ class Restarts:
             raise InputError("calibration_images must be at least 2, and attach_epochs at least 0")
 
     def network_in(self, model: nn.Module) -> nn.Module:
-        """Return the network with the blocks in a loop's model. Raises InputError where there is none."""
+        """Return the network with blocks inside a loop's model. Raises InputError if there is none."""
         model = unwrapped(model)
         try:
             found = model.get_submodule(self.network)

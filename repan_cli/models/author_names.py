@@ -59,7 +59,7 @@ SIGNS = {
     "multi-branch, the RepViT authors' names": ("token_mixer.0.conv.c",),
     "multi-branch, repan's names": (".trunk.conv",),
 }
-"""The parts of the names of weights by which a form of others' multi-branch networks is known."""
+"""Parts of weight names that identify a form of other authors' multi-branch networks."""
 
 
 SIGN_OF = {"acb": ".square_conv.", "dbb": ".dbb_origin."}

@@ -16,8 +16,9 @@ from repan_cli.blocks import NATIVE, RepBlock, block_around, reinit_branches
 from repan_cli.blocks.kernel import BatchNorm
 from repan_cli.checkpoint.card import Change, ModelCard, Structure
 from repan_cli.errors import InputError
+from repan_cli.models.norms import split_norm
 from repan_cli.models.sums import merge
-from repan_cli.models.timm_blocks import adapt, split_norm
+from repan_cli.models.timm_blocks import adapt
 
 
 class NotChosen(str):
@@ -163,7 +164,7 @@ def _block_of(model: nn.Module, module: nn.Module, change: Change) -> RepBlock:
         trunk = cast("RepBlock", module).trunk
         conv, norm = trunk.conv, trunk.batch_norm
     else:
-        conv = cast("nn.Conv2d", module)
+        conv = module.reparameterize() if isinstance(module, RepBlock) else cast("nn.Conv2d", module)
         if change.norm is not None:
             norm, rest = split_norm(model.get_submodule(change.norm))
             put(model, change.norm, rest.train(norm.training))

@@ -63,9 +63,9 @@ def resolve(name: str, image_size: int) -> str:
 
 
 def wanted_size(name: str) -> int | None:
-    """Return the side of the images that a network is made for; None for a user's own, which does not say.
+    """Return the side of the images that a network is made for; None for a user-defined network, which does not say.
 
-    A short name means timm's, as on large images, or the network for small images where there is no other.
+    A short name means timm's network, as for large images, or the network for small images if timm has none.
     """
     if user_file.names_a_file(name):
         return None
@@ -83,7 +83,7 @@ def wanted_size(name: str) -> int | None:
 
 
 def _with_tag(name: str) -> str:
-    """Return a name of timm's with the tag of its pretrained weights. Raises InputError for a tag that is none."""
+    """Return timm's name with the tag of its pretrained weights. Raises InputError for an unknown tag."""
     short, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{short}.*")]
     if tag not in tags:

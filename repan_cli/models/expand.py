@@ -18,8 +18,9 @@ from repan_cli.blocks import NATIVE, Geometry, check_family, rep_blocks, use_blo
 from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError
 from repan_cli.models.changes import Expansion, NotChosen, Selection, apply, report_of, set_report, summary
+from repan_cli.models.norms import check_norm
 from repan_cli.models.probe import Probe, Sightings, watch
-from repan_cli.models.timm_blocks import check_norm, is_own_block
+from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.registry import did_you_mean
 from repan_cli.system.images import ImagesLike, first_batch
 

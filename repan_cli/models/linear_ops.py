@@ -6,7 +6,6 @@ import operator
 from collections.abc import Iterator
 from typing import Any, cast
 
-import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -24,7 +23,7 @@ from repan_cli.models.linear_functions import (
     of_channels,
     padding_of,
 )
-from repan_cli.models.timm_blocks import check_norm
+from repan_cli.models.norms import activation_of, check_norm, is_fixed, is_norm
 
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 PADS = (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
@@ -223,11 +222,14 @@ class BranchSum(nn.Module):
         return Reader(self.body, self.body.graph).read(last, first)
 
 
+class NormBehind(nn.Sequential):
+    """A block or a sum of branches, and the norm that reads it, as one layer."""
+
+
 def is_layer(module: nn.Module) -> bool:
     """Return whether a module is read by its type, without tracing its forward."""
-    return (
-        isinstance(module, (RepBlock, BranchSum, BatchNorm, *PADS, *NOTHING, nn.AvgPool2d)) or type(module) is nn.Conv2d
-    )
+    known = isinstance(module, (RepBlock, BranchSum, BatchNorm, *PADS, *NOTHING, nn.AvgPool2d))
+    return known or type(module) is nn.Conv2d or is_fixed(module)
 
 
 def layer(module: nn.Module, channels: int | None) -> ConvMap:
@@ -240,7 +242,7 @@ def layer(module: nn.Module, channels: int | None) -> ConvMap:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             raise ValueError("it has hooks, such as those of weight norm, or a forward of its own")
         return _of_geometry(Geometry.of(module), conv_kernel(module), bias=module.bias is not None)
-    if isinstance(module, BatchNorm):
+    if is_norm(module):
         return _of_norm(module)
     if type(module) is nn.AvgPool2d:
         return average({key: getattr(module, key) for key in OF_POOL[1:]})
@@ -263,12 +265,10 @@ def _of_geometry(geometry: Geometry, kernel: tuple[Tensor, Tensor], *, bias: boo
     )
 
 
-def _of_norm(module: BatchNorm) -> ConvMap:
+def _of_norm(module: nn.Module) -> ConvMap:
     norm = check_norm(module)
-    if isinstance(norm, timm.layers.BatchNormAct2d):
-        rest = [part for part in (norm.drop, norm.act) if not isinstance(part, nn.Identity)]
-        if rest:
-            raise ValueError(f"its BN carries a {type(rest[-1]).__name__}")
+    if rest := activation_of(module):
+        raise ValueError(f"its BN carries a {type(rest[-1]).__name__}")
     return scaling(*norm_affine(norm))
 
 

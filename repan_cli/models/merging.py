@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from repan_cli.blocks import rep_blocks
-from repan_cli.blocks.kernel import BatchNorm
 from repan_cli.checkpoint.card import Change
 from repan_cli.models import sums
 from repan_cli.models.changes import EVERYTHING, apply
 from repan_cli.models.expand import to_expand
+from repan_cli.models.norms import is_norm
 from repan_cli.models.observing import Observed, observe
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.models.twins import twin, without_arithmetic
@@ -122,11 +122,10 @@ def _sums_of(module: nn.Module, seen: Observed, name: str) -> tuple[list[str], d
 
 
 def _folds(model: nn.Module, wanted: list[Change], seen: Observed, found: MergePlan) -> list[Change]:
-    """Return the changes that fold a BN into the convolution that it, and nothing else, reads."""
-    blocks = {name for name, _ in rep_blocks(found.adapted)}
+    """Return the changes that fold a norm into the convolution that it, and nothing else, reads."""
     folds = []
     for change in wanted:
-        if change.norm is None or change.name in blocks:
+        if change.norm is None:
             continue
         if seen.readers[change.name] > 1:
             found.left[change.norm] = "its input is also used elsewhere"
@@ -137,7 +136,7 @@ def _folds(model: nn.Module, wanted: list[Change], seen: Observed, found: MergeP
     folded = {change.norm for change in folds}
     inside = {id(part) for _, block in rep_blocks(model) for part in block.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, BatchNorm) and name not in folded and id(module) not in inside:
+        if is_norm(module) and name not in folded and id(module) not in inside:
             found.left.setdefault(name, _why_left(name, seen))
     return folds
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from repan_cli.blocks.kernel import BatchNorm
+from repan_cli.models.norms import is_norm
 from repan_cli.models.probe import Sightings, watch
 
 SIDES = 4
@@ -49,7 +49,7 @@ class _Watch(TorchFunctionMode):
         self.owners = {
             id(tensor): name
             for name, module in model.named_modules()
-            if isinstance(module, (nn.Conv2d, BatchNorm))
+            if isinstance(module, nn.Conv2d) or is_norm(module)
             for tensor in (*module._parameters.values(), *module._buffers.values())
             if tensor is not None
         }
@@ -74,7 +74,7 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _count(self, given: list[Tensor], marks: list[Any], *, moved: bool) -> None:
-        """Count the reads of one call; one that returns what it was given reads nothing."""
+        """Count the reads of one call; a module that returns its input reads nothing."""
         for each, mark in zip(given, marks, strict=True):
             if moved and mark is not None and mark[0] and mark[1] == each._version:
                 self.found.readers[mark[0]] += 1
@@ -97,7 +97,7 @@ def observe(model: nn.Module, images: Tensor) -> tuple[Observed, Sightings]:
     found = Observed()
     mode = _Watch(found, model)
     with _hooked(model, mode), mode:
-        return found, watch(model, images)
+        return found, watch(model, images, is_norm=is_norm)
 
 
 @contextmanager

@@ -15,13 +15,17 @@ Leaves = dict[str, Tensor]
 
 def leaves(output: Any) -> Leaves:
     """Return the floating tensors in what a network returns."""
-    return dict(_leaves(output, ()))
+    return {name: value for name, value in _leaves(output, ()) if value.is_floating_point()}
+
+
+def all_leaves(output: Any) -> Leaves:
+    """Return all tensors in what a network returns, numbers such as those of classes as float64."""
+    return {name: value if value.is_floating_point() else value.double() for name, value in _leaves(output, ())}
 
 
 def _leaves(output: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
     if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield ".".join(path), output
+        yield ".".join(path), output
     elif isinstance(output, Mapping):
         for key, part in output.items():
             yield from _leaves(part, (*path, str(key)))

@@ -11,7 +11,7 @@ from repan_cli.system.user_code import names_a_file
 
 
 def needed(card: ModelCard) -> list[str]:
-    """Return the users' own families that a network is built with; a merged one has no branches."""
+    """Return the user-defined families that a network is built with; a merged one has no branches."""
     if card.form == FUSED:
         return []
     named = [change.family for change in card.structure.changes] + [card.structure.native.get("block")]

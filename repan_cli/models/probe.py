@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,10 @@ def noise(*shape: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------- watching
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, BatchNorm)
+
+
 class Sightings(NamedTuple):
     """The findings of one forward pass.
 
@@ -52,8 +56,11 @@ class Sightings(NamedTuple):
 
 
 @torch.no_grad()
-def watch(model: nn.Module, images: Tensor) -> Sightings:
-    """Look at one forward pass of a network; on the meta device it costs no arithmetic."""
+def watch(model: nn.Module, images: Tensor, *, is_norm: Callable[[nn.Module], bool] = is_batch_norm) -> Sightings:
+    """Look at one forward pass of a network; on the meta device it costs no arithmetic.
+
+    `is_norm` tells which modules are sought behind convolutions: a frozen BN is no part of a block that is trained.
+    """
     calls: Counter[nn.Module] = Counter()
     convs = [module for module in model.modules() if isinstance(module, _ConvNd)]
     norms: dict[nn.Module, list[nn.Module]] = {conv: [] for conv in convs}
@@ -70,7 +77,7 @@ def watch(model: nn.Module, images: Tensor) -> Sightings:
             norms[conv].append(norm)
 
     inside = {id(part) for _, block in rep_blocks(model) for part in block.modules()}
-    free_norms = [m for m in model.modules() if isinstance(m, BatchNorm) and id(m) not in inside]
+    free_norms = [m for m in model.modules() if is_norm(m) and id(m) not in inside]
     hooks = [conv.register_forward_hook(after_conv) for conv in convs]
     hooks += [norm.register_forward_pre_hook(before_norm) for norm in free_norms]
     try:
@@ -191,8 +198,8 @@ def copied(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _disturb(model: nn.Module, images: Tensor) -> None:
-    """Give every BN random affine parameters and statistics near those of the images, and what is all zeros a value:
-    then the images reach the output, and no mistake hides behind a fresh BN or a zero.
+    """Give every BN random affine parameters and statistics near those of the images, and replace parameters that are
+    all zero. Then images reach the output, and no mistake hides behind a fresh BN or a zero.
     """
     draw = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

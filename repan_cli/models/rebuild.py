@@ -38,7 +38,7 @@ def build_untrained(
 ) -> nn.Module:
     """Build the network that a checkpoint describes, in its form, with fresh weights.
 
-    A user's own network is given again as `network`, the plain module or its name, and their own block family as
+    A user-defined network is given again as `network`, the plain module or its name, and their own block family as
     `block`: a path in a file is never imported by itself. Raises InputError where it is missing, or the network is far
     larger than the weights: a file of some bytes fills no memory by the name of a giant.
     """
@@ -48,7 +48,7 @@ def build_untrained(
 
 
 def _is_of_a_user(card: ModelCard, network: nn.Module | str | None) -> bool:
-    """Return whether a network is built by a user's own code."""
+    """Return whether a network is built by a user's code."""
     return isinstance(network, nn.Module) or user_file.names_a_file(card.model) or bool(own_block.needed(card))
 
 
@@ -103,7 +103,7 @@ def _without_branches(change: Change) -> Change:
 
 
 def check_given(stored: str, given: str | None, source: str) -> None:
-    """Raise InputError for a user's own network that was not given again: no file is imported by itself."""
+    """Raise InputError for a user-defined network that was not given again: no file is imported by itself."""
     if user_file.names_a_file(stored) and given is None:
         raise InputError(
             f"{source} holds a network of your own, {stored}: give --model {stored} "
@@ -129,7 +129,7 @@ def rebuild(
     weights do not fit the network that the file describes.
     """
     merges = any(change.kind == "merge" for change in saved.card.structure.changes)
-    drawn = merges or _is_of_a_user(saved.card, network)  # a user's own network may do anything with its weights
+    drawn = merges or _is_of_a_user(saved.card, network)  # a user-defined network may do anything with its weights
     with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else NothingIsDrawn():
         model = build_untrained(saved, source, network, block)
     checkpoint.load_weights(model, saved.weights, source)

@@ -10,14 +10,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-from timm.layers import BatchNormAct2d
 from torch import nn
 
 from repan_cli.blocks import NATIVE, Branch, ConvBN, Geometry, IdentityBN, RepBlock, ScaledIdentity
-from repan_cli.blocks.kernel import BatchNorm, running_stats
-
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
-"""The BN types that are understood; a subclass may compute something else."""
+from repan_cli.blocks.kernel import BatchNorm
+from repan_cli.models.norms import split_norm
 
 Adapter = Callable[[nn.Module], nn.Module]
 _ADAPTERS: dict[tuple[str, str], Adapter] = {}
@@ -49,36 +46,6 @@ def adapt(module: nn.Module) -> nn.Module:
 
 def _class_of(module: nn.Module) -> tuple[str, str]:
     return type(module).__module__, type(module).__name__
-
-
-def check_norm(norm: nn.Module) -> BatchNorm:
-    """Return the BN that a module is. Raises ValueError for one that cannot be folded."""
-    if not isinstance(norm, BatchNorm) or type(norm) not in NORMS or "forward" in vars(norm):
-        raise ValueError(f"its norm is a {type(norm).__name__}, whose forward is its own")
-    if norm.running_mean is None:
-        raise ValueError("its BN keeps no running statistics (track_running_stats=False)")
-    return norm
-
-
-def split_norm(module: nn.Module) -> tuple[BatchNorm, nn.Module]:
-    """Return a BN by itself, on the same parameters and statistics, always affine; and the activation it carried.
-
-    Raises ValueError for a BN that cannot be folded.
-    """
-    norm = check_norm(module)
-    if norm.weight is None:
-        _, var = running_stats(norm)
-        norm.weight = nn.Parameter(var.new_ones(norm.num_features))
-        norm.bias = nn.Parameter(var.new_zeros(norm.num_features))
-        norm.affine = True
-    if not isinstance(norm, BatchNormAct2d):
-        return norm, nn.Identity()
-    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
-    plain.weight, plain.bias = norm.weight, norm.bias
-    for name, buffer in norm.named_buffers(recurse=False):
-        setattr(plain, name, buffer)
-    rest = [part for part in (norm.drop, norm.act) if not isinstance(part, nn.Identity)]
-    return plain.train(norm.training), rest[0] if len(rest) == 1 else nn.Sequential(*rest) if rest else nn.Identity()
 
 
 # ---------------------------------------------------------------------------------------------- branches

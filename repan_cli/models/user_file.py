@@ -1,4 +1,4 @@
-"""Networks from a user's own Python file, named `file.py:function`."""
+"""Networks from a user's Python file, named `file.py:function`."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from repan_cli.system.text import count, quoted
 PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "scipy", "pillow", "typer", "rich")
 
 LOCKED = 2**30
-"""The byte that is locked on Windows: far behind the text, which others could not read otherwise."""
+"""The byte that is locked on Windows: far after the text, since others cannot read a locked range."""
 
 
 def _lock(path: Path) -> IO[str]:
@@ -97,7 +97,7 @@ HEARTBEAT = 30
 """Seconds between two signs of life in status.json."""
 
 LAST, PREVIOUS = "last.pt", "last_previous.pt"
-"""The files that a run goes on from: the newest state, and the one before it, for when that is damaged."""
+"""The files that a run resumes from: the newest state, and the one before it, for when that is damaged."""
 
 SERIES = "series.json"
 """The file by which a folder of several runs, made by one command, is known."""
@@ -175,7 +175,7 @@ class RunDirectory:
 
 
 class Heartbeat:
-    """Calls `beat` every so many seconds, from a thread of its own, between `start` and `stop`."""
+    """Calls `beat` at a fixed interval in seconds, from its own thread, between `start` and `stop`."""
 
     def __init__(self, beat: Callable[[], None], *, seconds: float) -> None:
         self.beat, self.seconds = beat, seconds
@@ -284,7 +284,7 @@ def check_free(path: str | None) -> None:
 
 
 def claim_default(command: str, *names: str) -> Path:
-    """Make runs/<command>/<date-time>-<names>, with a number behind it where two runs begin in one second."""
+    """Make runs/<command>/<date-time>-<names>; a number is appended if two runs begin in the same second."""
     stem = "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), *map(_in_a_name, names)])
     for path in _numbered(Path("runs") / command / stem[:MOST_NAME]):
         try:
@@ -300,7 +300,7 @@ def claim_default(command: str, *names: str) -> Path:
 
 
 def _in_a_name(name: str) -> str:
-    """Return a name as a part of a folder's: of a file of a user's own without its folders."""
+    """Return a name as part of a folder's name; of a user's file, without its folders."""
     file, colon, function = name.rpartition(".py:")
     short = f"{Path(file).name}-{function}" if colon else name
     return short.replace(":", "-").replace("/", "-")

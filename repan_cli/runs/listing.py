@@ -103,7 +103,7 @@ def _test(path: Path) -> float | None:
 
 
 def _how(path: Path, command: str) -> str:
-    """Return the command that resumes a run, including the user's own networks and blocks."""
+    """Return the command that resumes a run, including the user's network and blocks."""
     whole = path.parent if (path.parent / SERIES).exists() else path
     settings: dict[str, Any] = {}
     with contextlib.suppress(InputError):

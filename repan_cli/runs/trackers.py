@@ -32,7 +32,7 @@ KINDS = ("epoch", "cycle_end", "final", "restart")
 
 class Tracker(Protocol):
     def log(self, kind: str, epochs: int, figures: Mapping[str, Any]) -> None:
-        """Note the figures of one of KINDS, after so many epochs of the run."""
+        """Record the figures of one of KINDS, after this number of epochs of the run."""
 
     def close(self) -> None:
         """Release files and connections."""

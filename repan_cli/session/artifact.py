@@ -128,7 +128,7 @@ def open_artifact(
 
 
 def _of_runtime(description: Path, *, trusted: bool) -> Artifact:
-    """Open the network in another program's files. Raises InputError for code that nobody vouches for."""
+    """Open the network in another program's files. Raises InputError for code without `--trust-code`."""
     name, text = runtimes.opened(description, runtimes.KINDS)
     kind, folder = runtimes.KINDS[name], description.parent
     if name == "torchscript" and not trusted:

@@ -22,7 +22,7 @@ MOST, STEPS = 4096, 16
 """Images of a batch at most, and steps that an epoch keeps at least: larger batches learn little in an epoch."""
 
 SHARE = 0.6
-"""Part of the free memory that a step may take; optimizer, teacher and the images themselves need some, too."""
+"""Share of the free memory that a step may take; optimizer, teacher and images need some as well."""
 
 TRIED = 4
 """Images by which the memory of a step is measured."""

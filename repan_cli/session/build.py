@@ -83,12 +83,12 @@ class Session:
 
     @property
     def user_model(self) -> str | None:
-        """Return the name `file.py:function` of a user's own network, which its checkpoints are read with."""
+        """Return the name `file.py:function` of a user-defined network, which its checkpoints are read with."""
         return self.network.name if user_file.names_a_file(self.network.name) else None
 
     @property
     def own_code(self) -> str:
-        """Return the options that name a user's own network and blocks, which its checkpoints are read with."""
+        """Return the options that name a user-defined network and blocks, which its checkpoints are read with."""
         family = self.network.expansion.family
         block = f" --block {quoted(family)}" if names_a_file(family) else ""
         return (f" --model {quoted(self.user_model)}" if self.user_model else "") + block
@@ -135,7 +135,7 @@ def prepare(
 ) -> Session:
     """Build everything that a run needs, without writing anything.
 
-    A run that goes on is in the state that was `saved` in its `folder`. Raises InputError for what cannot be used.
+    A resumed run is in the state that was `saved` in its `folder`. Raises InputError for what cannot be used.
     """
     config = resolved.config
     if own_rank() == 0:
@@ -196,7 +196,7 @@ def surroundings(machine: Runtime) -> dict[str, Any]:
 def load_dataset(config: Config, network_size: int | None, saved: Checkpoint | None = None) -> Dataset:
     """Read the data of a run. Image folders without a size of their own get that of the network.
 
-    A run that goes on with `data.on_error=skip`, and had begun with all images, keeps their places.
+    A resumed run with `data.on_error=skip`, and had begun with all images, keeps their places.
     """
     arguments = {**datasets.settings_of(config.data), "network_size": network_size}
     if saved is not None:
@@ -250,9 +250,8 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
 
 
 def _wrapped(model: nn.Module, config: Config, machine: Runtime) -> nn.Module | None:
-    """Return the network as training calls it; None where that is the network itself.
-
-    On several ranks it exchanges gradients. It is compiled where that is asked for.
+    """Return the network as training calls it; None if that is the network itself. On several ranks the result
+    exchanges gradients; with `run.compile` it is compiled.
     """
     wrapped = model
     if machine.ranks > 1:
@@ -310,9 +309,8 @@ def share_statistics(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _average(model: nn.Module, ema: EmaConfig) -> ModelEmaV3 | None:
-    """Make the average of the weights, where one is asked for.
-
-    Its decay grows from 0, as the first weights are soon old.
+    """Make the weight average, if the settings ask for one. Its decay grows from 0, since the first weights soon become
+    old.
     """
     return ModelEmaV3(model, decay=ema.decay, use_warmup=True) if ema.enabled else None
 

@@ -82,7 +82,7 @@ def file_of(source: str) -> str:
 
 
 def described(weights: Path) -> Described | None:
-    """Read the description beside a file of weights; None where there is none of a network of timm's."""
+    """Read the description beside a file of weights; None if it does not describe a network of timm's."""
     file = weights.parent / HUB_CONFIG
     if not file.is_file() or file.stat().st_size > LONGEST:
         return None

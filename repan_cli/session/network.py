@@ -208,7 +208,7 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
 
 
 def _with_own_blocks(config: Config, saved: Checkpoint, source: str) -> Checkpoint:
-    """Return a checkpoint that names blocks of a user's own as the settings do."""
+    """Return a checkpoint in which user-defined blocks have the names that the settings give them."""
     if not own_block.needed(saved.card):
         return saved
     return dataclasses.replace(saved, card=models.given_again(saved.card, config.block.name, source))
@@ -230,7 +230,7 @@ def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Netw
             f"the images of {dataset.name} are not those that the run began with: some were added, removed or moved"
         )
     name = config.model.name
-    assert name is not None, "a run that goes on has the full name of its network"
+    assert name is not None, "a resumed run has the full name of its network"
     saved = _with_own_blocks(config, saved, "the run")
     model = models.build_untrained(saved, "the run", name)
     checkpoint.load_weights(model, saved.weights, "the run")

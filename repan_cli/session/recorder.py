@@ -128,9 +128,8 @@ class Record:
             tracker.log(kind, epochs, figures)
 
     def save_last(self) -> None:
-        """Save the weights and everything else that the run needs to go on from here.
-
-        Raises DivergedError instead when an update since the last save was not finite.
+        """Save the weights and everything else that the run needs to resume from here. Raises DivergedError instead if
+        an update since the last save was not finite.
         """
         training, began = self.session.training, time.perf_counter()
         if training.progress.totals is not None:

@@ -105,9 +105,8 @@ def _conclude(session: Session, folder: runs.RunDirectory) -> None:
 
 
 def newest_state(path: Path) -> tuple[Path, Checkpoint]:
-    """Read the newest whole state of a run: last.pt, or with a warning the one before.
-
-    Raises InputError where there is none.
+    """Read the newest intact state of a run: last.pt, or with a warning the one before it. Raises InputError if there
+    is none.
     """
     problems = []
     for file in (path / runs.LAST, path / runs.PREVIOUS):
@@ -182,7 +181,7 @@ def _same(saved: Checkpoint, key: str, value: object) -> bool:
 def _same_network(saved: Checkpoint, given: str) -> bool:
     """Return whether a name means the network of the run.
 
-    A user's own network is told by its weights, wherever its file is now.
+    A user-defined network is told by its weights, wherever its file is now.
     """
     stored = saved.card.model
     if user_file.names_a_file(stored):

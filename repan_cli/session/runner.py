@@ -42,7 +42,7 @@ from repan_cli.training.loop import fit
 from repan_cli.training.run import Training
 
 STEPS_BETWEEN_STOPS = 10
-"""On GPUs asking the other ranks is a host-device sync, so that they are asked after so many steps only."""
+"""Steps between two questions to the other ranks, each of which is a host-device sync on GPUs."""
 
 
 ALONE_AFTER = 5

@@ -173,7 +173,7 @@ def _tests(summary: dict[str, Any]) -> dict[int, float]:
 
 
 def _sampling_error(test: dict[str, Any]) -> float:
-    """Return the standard error, in points, of an accuracy in percent that so many test images give."""
+    """Return the standard error, in points, of an accuracy in percent measured on this number of test images."""
     share = test["top1"] / 100
     return 100 * math.sqrt(share * (1 - share) / test["images"])
 

@@ -87,9 +87,9 @@ def _allow_tf32(allowed: bool) -> None:
 
 
 def use_threads(asked: int | None) -> int:
-    """Let PyTorch compute with so many threads on the CPU, and return their number.
+    """Set the number of PyTorch's CPU threads, and return it.
 
-    None means the cores that are free now, or what OMP_NUM_THREADS says: two threads on one free core are many times
+    None means the number of cores that are free now, or OMP_NUM_THREADS: two threads on one free core are many times
     slower than one.
     """
     if asked is None:

@@ -40,7 +40,7 @@ def image_batches(images: ImagesLike) -> Iterator[Tensor]:
 
 
 def first_batch(images: ImagesLike) -> Tensor:
-    """Return the first batch (N, C, H, W). Raises InputError where there is none."""
+    """Return the first batch (N, C, H, W). Raises InputError if there is none."""
     for batch in image_batches(images):
         return batch
     raise InputError(f"no images: {WANTED}")

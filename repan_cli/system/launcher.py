@@ -26,5 +26,5 @@ def local_ranks() -> int:
 
 
 def restarts() -> int:
-    """Return how often torchrun has restarted this process. Each machine counts by itself."""
+    """Return the number of times that torchrun has restarted this process. Each machine counts separately."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -21,7 +21,7 @@ RUNTIME_PACKAGES = {
     "tflite": ("litert_torch", "ai_edge_litert"),
     "coreml": ("coremltools",),
 }
-"""The packages by which each format of another program is written and run."""
+"""The packages that write and run each format of another program."""
 
 
 def missing(*packages: str) -> list[str]:

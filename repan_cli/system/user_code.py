@@ -1,4 +1,4 @@
-"""Functions from a user's own Python file, named `file.py:function`. A name in a checkpoint is never imported."""
+"""Functions from a user's Python file, named `file.py:function`. A name in a checkpoint is never imported."""
 
 from __future__ import annotations
 

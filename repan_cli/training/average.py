@@ -66,5 +66,5 @@ class WeightAverage:
             torch._foreach_copy_(copies, originals)
 
     def share(self, step: int) -> float:
-        """Return the share of the weights after so many steps, counted from 1."""
+        """Return the weights' share in the average after this number of steps, counted from 1."""
         return 1.0 - self.ema.get_decay(step)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers that do nothing with their float32 weights but what autocast would cast them for.
+    """Return the layers that use their float32 weights only as autocast would cast them.
 
-    Those that compute with them first, such as by standardising them, go on doing that in float32, as do layers that
-    share their weights with others.
+    Layers that first compute with their weights, for example to standardize them, are excluded: they do that in
+    float32. So are layers that share weights.
     """
     users = Counter(id(each) for module in model.modules() for each in module._parameters.values())
     return [
@@ -36,7 +36,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def at_once(found: Sequence[nn.Module]) -> Iterator[None]:
-    """Give such layers their weights in the type of the autocast that is on, meanwhile."""
+    """Give such layers their weights in autocast's type, within the context."""
     places = [place for place in _places(found) if place.weight.requires_grad]
     if not places:
         yield
@@ -48,7 +48,7 @@ def at_once(found: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def given(places: Sequence[Place], weights: Sequence[Tensor]) -> Iterator[None]:
-    """Put weights in the places of others meanwhile."""
+    """Put weights in the places of others, within the context."""
     for place, weight in zip(places, weights, strict=True):
         place.layer._parameters[place.name] = weight  # type: ignore[assignment] # as functional_call does
     try:

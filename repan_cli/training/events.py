@@ -41,7 +41,7 @@ class LossLog:
 
 @dataclass(frozen=True)
 class StepEnd:
-    """The optimizer has made a step: here a run can be stopped, and go on later as if it had not been."""
+    """The end of an optimizer step. Here a run can be stopped, and resumed as if it had not been stopped."""
 
     cycle: int
     epoch: int

@@ -97,7 +97,7 @@ def rates_to_device(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 
 
 def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Zero the optimizer's memory in place: after a restart its coordinates have changed."""
+    """Zero the optimizer's state in place: its coordinates change in a restart."""
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
@@ -110,8 +110,8 @@ MEANS, SQUARES = ("momentum_buffer", "exp_avg"), ("exp_avg_sq",)
 
 
 def carry_momentum(optimizer: torch.optim.Optimizer, changes: Iterable[CoordinateChange]) -> None:
-    """Rewrite the optimizer's memory, in place, in the coordinates after a restart: trunks go on as they were moving,
-    fresh branches start at rest, and everything outside of blocks keeps what it has.
+    """Rewrite the optimizer's state, in place, in the coordinates after a restart: trunks keep their momentum, fresh
+    branches start at rest, and everything outside of blocks keeps its state.
     """
     for change in changes:
         trunk, state = change.block.trunk, optimizer.state
@@ -141,7 +141,7 @@ def _carried_gamma(
 
 
 def drop_trunk_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Leave the trunks out of the next step, its decay and momentum, and out of the gradient's norm."""
+    """Exclude the trunks from the next step, its decay and momentum, and from the gradient's norm."""
     for group in optimizer.param_groups:
         if group["trunk"]:
             for parameter in group["params"]:

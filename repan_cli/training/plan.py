@@ -43,7 +43,7 @@ class Phase:
 
     @property
     def carries_momentum(self) -> bool:
-        """Return whether the optimizer's memory goes on into this phase."""
+        """Return whether the optimizer's state is carried into this phase."""
         return self.settings is not None and self.settings.momentum == "carry"
 
     def attach_rate(self, elapsed: float) -> float | None:

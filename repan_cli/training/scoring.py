@@ -33,26 +33,25 @@ class Details:
     calibration_error: float
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """Return each class with what it was taken for, (P, 2) in order, and for how many images, (P,).
-
-        There are no more pairs than images, where a table of all would be the square of the classes.
+        """Return the pairs of true and predicted class, (P, 2) in order, and the number of images of each, (P,). There
+        are at most as many pairs as images; a full table would have the square of the classes.
         """
         found, counts = (self.labels * self.classes + self.predicted).unique(return_counts=True)
         return torch.stack([found // self.classes, found % self.classes], dim=1), counts
 
     def confusion(self) -> Tensor:
-        """Return the images of class i that were taken for class j, (C, C)."""
+        """Return the number of images of class i that are predicted as class j, (C, C)."""
         pairs, counts = self.pairs()
         table = torch.zeros(self.classes, self.classes, dtype=torch.int64)
         table[pairs[:, 0], pairs[:, 1]] = counts
         return table
 
     def class_images(self) -> list[int]:
-        """Return how many images each class has."""
+        """Return the number of images of each class."""
         return torch.bincount(self.labels, minlength=self.classes).tolist()
 
     def class_accuracy(self) -> list[float | None]:
-        """Return the percentage of each class that was recognised; None where it has no image."""
+        """Return the percentage of each class that is predicted correctly; None for a class without images."""
         right = torch.bincount(self.labels[self.labels == self.predicted], minlength=self.classes).tolist()
         return [100 * good / all_ if all_ else None for good, all_ in zip(right, self.class_images(), strict=True)]
 
@@ -109,7 +108,7 @@ def _binned(confidence: Tensor, right: Tensor) -> Tensor:
 
 
 def agreement(one: Details, other: Details) -> float:
-    """Return the percentage of images that both take for the same class."""
+    """Return the percentage of images for which both networks predict the same class."""
     return 100 * (one.predicted == other.predicted).double().mean().item()
 
 

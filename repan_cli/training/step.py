@@ -25,7 +25,7 @@ from repan_cli.training.tasks import Task
 
 
 def update(run: Training, phase: Phase, task: Task, group: list[Batch], elapsed: float) -> None:
-    """Do one step of the optimizer, `elapsed` epochs into the phase, on the mean loss over the images of `group`."""
+    """Make one optimizer step, `elapsed` epochs into the phase, on the mean loss over the images of `group`."""
     how = _how(run, phase, elapsed)
     optim.set_learning_rate(run.optimizer, phase.learning_rate(elapsed), frozen=how.frozen)
     if (rate := phase.attach_rate(elapsed)) is not None:
@@ -57,7 +57,7 @@ class _How(NamedTuple):
 
 
 def _how(run: Training, phase: Phase, elapsed: float) -> _How:
-    """Return how the update is made. The device is asked for its attach rates in a phase's first update alone."""
+    """Return the kind of update to make. The device is asked for its attach rates only in a phase's first update."""
     if run.rates_of is not phase:
         run.rates_of, run.rates_are_one = phase, run.read_attach_rates()
     steered, others = run.rates_are_one

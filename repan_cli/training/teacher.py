@@ -72,7 +72,7 @@ class Teacher:
 
     @cached_property
     def lower(self) -> tuple[list[casts.Place], tuple[Tensor, ...]]:
-        """Return the weights that autocast would cast anew for every batch, cast once, as nobody trains them."""
+        """Return the weights that autocast would cast for every batch, cast once, since they are not trained."""
         if not torch.is_autocast_enabled(self.runtime.device.type):
             return [], ()
         return casts.kept(self.model, torch.get_autocast_dtype(self.runtime.device.type))

@@ -70,7 +70,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "apart"])
 @pytest.mark.parametrize("killed", [0, 1])
 @pytest.mark.parametrize("delay", [0.0, 0.7])
-def test_a_killed_worker_of_two_agents_is_begun_anew_to_the_same_end(tmp_path, whole, killed, delay, shared):
+def test_a_killed_worker_of_two_agents_is_restarted_and_the_run_ends_the_same(tmp_path, whole, killed, delay, shared):
     outs = [tmp_path / "run", tmp_path / ("run" if shared else "elsewhere")]
     given = [["train", *RUN, "--epochs", "2", "run.save_every=1", "--out", out] for out in outs]
     agents, logs = both(tmp_path, given, restarts=3)
@@ -123,7 +123,7 @@ def test_other_settings_on_a_node_are_refused_by_name(tmp_path):
     assert "ranks differ in setting epochs: 3 on rank 1, 2 on rank 0" in text
 
 
-def test_a_signal_to_one_agent_saves_and_another_world_size_goes_on(tmp_path):
+def test_a_signal_to_one_agent_saves_and_another_world_size_resumes(tmp_path):
     words = ["train", *RUN, "--epochs", "20", "--out", tmp_path / "run"]
     agents, logs = both(tmp_path, [words, words])
     wait_for(tmp_path / "run" / "last_previous.pt")

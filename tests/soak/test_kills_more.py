@@ -68,7 +68,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, whole, seed):
     assert not [path for path in folder.glob("**/.*") if path.name not in (".lock",)], "leftovers of kills"
 
 
-def test_of_two_resumes_at_one_moment_one_goes_on(tmp_path):
+def test_one_of_two_simultaneous_resumes_continues(tmp_path):
     folder = tmp_path / "run"
     process = start("train", *SMALL, "--epochs", "3", "--out", folder)
     wait_for(folder / "last.pt")

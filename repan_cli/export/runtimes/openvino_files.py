@@ -18,7 +18,7 @@ from repan_cli.system.text import first_line
 
 FILES = ("model.xml", "model.bin")
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
-"""OpenVINO computes in bfloat16 by itself where the processor can, with an error of 1e-2."""
+"""OpenVINO uses bfloat16 by default if the processor supports it, with an error of 1e-2."""
 
 ENDLESS = re.compile(rb'type="(Loop|TensorIterator)"')
 """Layers by which a small file may compute for ever; none is written."""
