@@ -350,14 +350,10 @@ def test_a_damaged_description_of_a_series_is_one_line(capsys, tmp_path):
         (["--seeds", "1,-2"], "must be at least 0"),
         (["--seeds", "1,2,1"], "a seed is given twice"),
         (["--seeds", "1,2", "--seed", "1"], "--seed and --seeds"),
-<<<<<<< HEAD
-        (["--control", "cycle.restart=none"], "cycle.restart=none and --control both ask for a run without restarts"),
-=======
         (
             ["--control", "cycle.restart=none"],
             "cycle.restart=none and --control both ask for a run without restarts: give one",
         ),
->>>>>>> main
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, monkeypatch, words, says):
