@@ -28,9 +28,7 @@ Checkpoint = Annotated[
 ]
 Network = Annotated[
     str | None,
-    Option(
-        ("--model", "-m"), "Network that another program's weights belong to, or your own as file.py:function.", "NAME"
-    ),
+    Option(("--model", "-m"), "Network of another program's weights, or your own as file.py:function.", "NAME"),
 ]
 OwnBlock = Annotated[
     str | None, Option(("--block",), "Your own block family, if the network uses one: file.py:function.", "NAME")
@@ -78,9 +76,7 @@ class FuseOptions:
     with_normalize: Annotated[
         bool, Option(("--with-normalize",), "Include the normalisation of images in the graph.")
     ] = False
-    unproven: Annotated[
-        bool, Option(("--unproven",), "Also write a file that this machine cannot verify (Core ML).")
-    ] = False
+    unproven: Annotated[bool, Option(("--unproven",), "Also write unverified files (Core ML).")] = False
     half: Annotated[bool, Option(("--half",), "Write the ONNX file in float16 and measure its cost.")] = False
     opset: Opset = None
     model: Network = None
