@@ -1,8 +1,8 @@
 """A fuzzer for each reader of files: genuine ones are changed at random, and each is read or refused in a line.
 
-What else happens is a finding: another exception, more than `MOST_SECONDS` of CPU, or the end of the process, which leaves its
-last file as `case` in the folder for temporary files. Found files are kept under `tests/corpus/READER`, and read by the
-fast tests from then on. By hand:
+What else happens is a finding: another exception, more than `MOST_SECONDS` of CPU, or the end of the process, which
+leaves its last file as `case` in the folder for temporary files. Found files are kept under `tests/corpus/READER`, and
+read by the fast tests from then on. By hand:
 
     python tests/fuzzing.py READER SECONDS [SEED]
 """

@@ -594,7 +594,7 @@ def test_the_own_network_of_a_person_is_given_again(tmp_path):
     model = expand(net(conv=conv(), norm=nn.BatchNorm2d(8)).float(), images=X)
     card = card_of(model, "net.py:build", classes=tuple("abcdefgh"))
     checkpoint.save(checkpoint.capture(model, card), tmp_path / "a.pt")
-    with pytest.raises(InputError, match="a network of your own, net.py:build: give --model net.py:build"):
+    with pytest.raises(InputError, match="a network of your own, net.py:build: give model=.net.py:build."):
         repan_cli.load(tmp_path / "a.pt")
     loaded = repan_cli.load(tmp_path / "a.pt", net(conv=conv(), norm=nn.BatchNorm2d(8)).float())
     assert torch.equal(loaded(X), model(X))
