@@ -39,7 +39,7 @@ def write(program: ExportedProgram, header: dict[str, Any], opset: int = OPSET) 
 def model_of(program: ExportedProgram, opset: int = OPSET) -> Any:
     """Return the model of a graph, without a description. Raises InputError as `write` does."""
     need("writing ONNX", "onnx", *PACKAGES)
-    names = [name or OUTPUT for name in output_names(program)]
+    names = _checked([name or OUTPUT for name in output_names(program)])
     try:
         with quiet():
             exported = torch.onnx.export(
@@ -49,6 +49,13 @@ def model_of(program: ExportedProgram, opset: int = OPSET) -> Any:
         raise InputError(f"cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
     assert exported is not None, "the exporter by dynamo returns a program"
     return at_opset(exported.model_proto, opset)
+
+
+def _checked(names: list[str]) -> list[str]:
+    """Return the names of outputs. Raises InputError where one is that of the input, which no graph can have twice."""
+    if INPUT in names:
+        raise InputError(f"returns an output called '{INPUT}', the name of the input in ONNX files: rename it")
+    return names
 
 
 def model_for_one_image(network: nn.Module, images: Tensor, opset: int = OPSET) -> Any:
@@ -69,10 +76,12 @@ def model_for_one_image(network: nn.Module, images: Tensor, opset: int = OPSET) 
                 found, image = max(passes, key=lambda each: sum(value.numel() for value in each[0].values()))
                 if not all(value.numel() for value in found.values()):
                     raise ValueError("it finds nothing in the images that it was tried on")
-                names = [*found]
+                names = _checked([*found])
                 torch.onnx.export(
                     network, (image,), file, dynamo=False, opset_version=OPSET, input_names=[INPUT], output_names=names
                 )
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(f"cannot be written as ONNX: {first_line(error)}") from error
         return at_opset(onnx.load(file), opset)
