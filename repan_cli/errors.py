@@ -36,8 +36,11 @@ TOO_MANY = (errno.EMFILE, errno.ENFILE)
 """The error numbers of too many open files."""
 
 
-NO_MEMORY = ("can't allocate memory", "failed to map segment", "can't start new thread")
-"""The messages of PyTorch, the loader of its libraries and Python when memory runs out."""
+NO_MEMORY = (
+    *("can't allocate memory", "failed to map segment", "can't start new thread"),
+    *("CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
+"""The messages of PyTorch, the loader of its libraries, Python, and the libraries of GPUs when memory runs out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -179,10 +179,10 @@ def loads_by_names_of_authors(folder, family, form):
 
 def test_fuse_counts_the_blocks_of_timms_networks(tmp_path, capsys, small_timm):
     torch.save(gentle(timm.create_model("repvgg_a0", num_classes=10)).state_dict(), tmp_path / "a0.pth")
-    code, _, err = run(capsys, "fuse", tmp_path / "a0.pth", "--model", "timm:repvgg_a0", "--out", tmp_path / "f.pt")
+    code, out, err = run(capsys, "fuse", tmp_path / "a0.pth", "--model", "timm:repvgg_a0", "--out", tmp_path / "f.pt")
     assert code == 0, err
-    assert "merged 7 blocks" in err
-    assert "outside of blocks" not in err
+    assert "merged 7 blocks" in out
+    assert "outside of blocks" not in out
 
 
 def test_a_family_that_cannot_be_loaded_is_named(tmp_path):

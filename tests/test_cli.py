@@ -159,9 +159,9 @@ def test_fuse_writes_every_format_with_its_proof(capsys, small_run, tmp_path):
 def test_fuse_needs_no_options(capsys, small_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(small_run.folder / "last.pt", "checkpoint.pt")
-    code, _, err = run(capsys, "fuse", "checkpoint.pt")
-    assert code == 0
-    assert "in float64" in err
+    code, out, err = run(capsys, "fuse", "checkpoint.pt")
+    assert (code, err) == (0, "")
+    assert "in float64" in out
     assert (tmp_path / "checkpoint_fused.pt").exists()
     assert "already fused" in one_line(capsys, "fuse", "checkpoint_fused.pt")
 
@@ -178,8 +178,8 @@ def test_evaluate(capsys, small_run):
     assert score.keys() >= {"top1", "top5", "loss", "images", "form", "dataset", "split"}
     assert (score["form"], score["split"], score["dataset"], score["images"]) == ("fused", "val", "digits", 143)
     code, out, err = run(capsys, "evaluate", small_run.folder / "best.pt")
-    assert (code, out) == (0, "")
-    assert f"multi-branch  {small_run.summary['test']['top1']:.2f}" in err
+    assert (code, err) == (0, "")
+    assert f"multi-branch  {small_run.summary['test']['top1']:.2f}" in out
 
 
 def test_networks_trained_on_a_part_of_a_data_set_are_scored_on_that_part(capsys, small_run, tmp_path):

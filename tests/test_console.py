@@ -1,13 +1,14 @@
 """Screen output: readable numbers, plain lines without a terminal, brackets that are not read as markup."""
 
 import io
+import math
 
 import pytest
 from rich.console import Console
 
 from repan_cli.display import console, live
 from repan_cli.runs import directory
-from repan_cli.system.text import SPARKLINE_WIDTH, count, duration, sparkline
+from repan_cli.system.text import SPARKLINE_WIDTH, count, duration, loss_text, sparkline, wrapped
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, LossLog, StepEnd
 
 
@@ -224,3 +225,35 @@ def test_brackets_are_not_markup(tmp_path):
 def test_a_warning_amid_a_run_goes_through_the_console_of_the_live_display(tmp_path):
     shown = console.Display(epochs={0: 1}, steps=1)
     assert shown.console is console.on_stderr()
+
+
+def test_sentences_break_between_words_and_commands_stay_whole():
+    said = "the restart kept the function in eval mode only: the BN statistics had not settled"
+    assert wrapped(said, 40).split("\n") == [
+        "the restart kept the function in eval",
+        "mode only: the BN statistics had not",
+        "settled",
+    ]
+    assert wrapped(said, 40, before=9).split("\n")[0] == "the restart kept the function"
+    assert wrapped("short", 40, before=9) == "short"
+    path = "no folder " + "a/" * 60
+    assert wrapped(path, 40) == "no folder\n" + "a/" * 60, "a path is copied, too"
+    for command in ("continue with: repan cycle --resume runs/cycle/a", "python3 -m pip install something of a name"):
+        assert wrapped(command, 20) == command
+    assert wrapped("", 40, before=9) == ""
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (0.6931, "0.693"),
+        (999.9, "999.900"),
+        (1086.52, "1087"),
+        (1.09e7, "1.1e+07"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+    ],
+)
+def test_losses_fit_their_column(loss, text):
+    assert loss_text(loss) == text
+    assert len(text) <= 7

@@ -233,11 +233,26 @@ def test_bad_folders_are_named(tmp_path, harm, says):
 
 
 def test_missing_folders_are_named(tmp_path):
-    with pytest.raises(InputError, match=f"no folder {tmp_path}/train"):
-        datasets.load("folder", tmp_path)
-    write_folders(tmp_path, parts=("train",), count=1)
+    root = tmp_path / "a" / "set"  # the folders of other tests lie beside that of this one, and may hold images
+    root.mkdir(parents=True)
+    with pytest.raises(InputError, match=f"no folder {root}/train"):
+        datasets.load("folder", root)
+    write_folders(root, parts=("train",), count=1)
     with pytest.raises(InputError, match="one training image per class, and no val or test part"):
-        datasets.load("folder", tmp_path)
+        datasets.load("folder", root)
+
+
+@pytest.mark.parametrize("content", ["train/ant", "cifar-100-python"])
+def test_the_folder_of_a_data_set_in_place_of_the_one_around_it_is_answered_with_that(tmp_path, content):
+    root = tmp_path / "my data" / "cifar100"
+    root.mkdir(parents=True)
+    datasets.check("cifar100", root)  # an empty one may be meant to be filled
+    (root / content).mkdir(parents=True)
+    with pytest.raises(InputError, match="cifar100 holds cifar100 itself; did you mean --data-root '.*/my data'"):
+        datasets.check("cifar100", root)
+    datasets.check("cifar10", root)
+    (root / "cifar100").mkdir()
+    datasets.check("cifar100", root)
 
 
 def test_asking_for_a_part_that_is_not_there():

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import types
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from repan_cli import config
 from repan_cli.data.batches import Augmentation
 from repan_cli.data.in_memory import InMemoryLoader
 from repan_cli.data.types import ArrayImages
+from repan_cli.errors import is_out_of_memory
+from repan_cli.session import batch_size
 from repan_cli.system.device import Runtime
 from repan_cli.training import cuda_graphs, optim
 from repan_cli.training.cuda_graphs import Graphs
@@ -151,3 +154,53 @@ def test_the_fake_gpu_notices(fault, error):
         weight.grad = None
         (weight * 2).sum().backward()
         assert weight.grad.device == GPU
+
+
+# ---------------------------------------------------------------------------------------------- batch sizes
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_batch_size_is_tried_on_the_gpu(few_blocks, monkeypatch, precision):
+    """Steps run on the device alone; one that finds no memory is halved, with its memory given back."""
+    step, tried, emptied, states = batch_size._step, [], [], []
+
+    def limited(trial, images, machine):
+        tried.append(len(images))
+        assert {images.device, *(each.device for each in trial.parameters())} == {GPU}
+        step(trial, images, machine)
+        assert all(parameter.grad is None for parameter in trial.parameters())
+        if len(images) > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(batch_size, "_step", limited)
+    monkeypatch.setattr(
+        batch_size, "_bytes_kept", lambda trial, images, machine: limited(trial, images, machine) or 2**22
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**31))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states.append(device))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.append(device))
+    data = types.SimpleNamespace(channels=3, image_size=32, train=types.SimpleNamespace(labels=range(50_000)))
+    with fake_gpu() as operators:
+        model, _ = network("repvgg_a0_cifar")
+        operators.crossings.clear()
+        found, free = batch_size._fitting(model, data, Runtime(GPU, precision))
+        assert [name for name, _ in operators.crossings] == ["aten._to_copy"], "the images alone"
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert (found, free) == (64, 2**30)
+    assert tried == [4, 256, 128, 64]
+    assert len(emptied) == 3
+    assert states == [GPU, GPU], "what is drawn afterwards is as it was"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA to enable device-side assertions.",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_the_libraries_of_the_gpu_tell_a_lack_of_memory_in_their_own_words(text):
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))

@@ -13,6 +13,7 @@ from support import run
 
 from repan_cli.cli import app
 from repan_cli.session import runner
+from repan_cli.system.weight_files import no_checkpoint
 
 D = "-m repvgg_a0_cifar -d digits"
 MISTAKES = [
@@ -145,7 +146,7 @@ def test_an_optional_package_is_not_there(capsys, desk, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     code, out, err = run(capsys, "train", *D.split(" "))
     assert (code, out) == (2, "")
-    assert err == "Error: the digits data set comes with scikit-learn: pip install 'repan-cli[demo]'\n"
+    assert re.fullmatch("Error: the data set digits needs sklearn: .*python.* -m pip install scikit-learn\n", err)
 
 
 @pytest.mark.parametrize(
@@ -185,3 +186,11 @@ def test_unexpected_errors_keep_their_traceback(capsys, desk, monkeypatch):
     monkeypatch.setattr(runner, "prepare", fail)
     with pytest.raises(ZeroDivisionError):
         run(capsys, "train", *D.split(" "), "--out", desk / "new")
+
+
+def test_only_files_that_may_hold_weights_are_suggested_for_one_that_is_missing(tmp_path):
+    for name in ("nets.py", "net1.png", "netz.pt"):
+        (tmp_path / name).touch()
+    assert no_checkpoint(tmp_path / "net.pt") == f"no checkpoint {tmp_path}/net.pt; did you mean {tmp_path}/netz.pt?"
+    (tmp_path / "netz.pt").unlink()
+    assert no_checkpoint(tmp_path / "net.pt") == f"no checkpoint {tmp_path}/net.pt"

@@ -351,10 +351,10 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(capsys, place):
     assert facts["logits_moved"] < 1e-4
     assert facts["rel_error_fp64"] < 1e-10
     assert facts["estimated_seconds"] > 0
-    code, _, err = run(capsys, *words)
+    code, out, _ = run(capsys, *words)
     assert code == 0
     for text in ("nothing was written", "left alone", "kernel 1x1", "about", "MiB"):
-        assert text in err
+        assert text in out
     assert sorted(place.iterdir()) == before
 
 

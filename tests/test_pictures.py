@@ -181,6 +181,11 @@ def drawn(monkeypatch):
     return found
 
 
+def test_one_epoch_is_marked_as_one(drawn, tmp_path):
+    draw_curves(RECORDS[:1], tmp_path / "a.png", title="run")
+    assert list(drawn[0].axes[-1].get_xticks()) == [1]
+
+
 @pytest.mark.parametrize(
     ("changes", "labels"),
     [

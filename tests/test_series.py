@@ -388,8 +388,8 @@ def test_without_out_the_folder_is_named_after_the_run(capsys, tmp_path, monkeyp
 
 def test_a_dry_run_is_one_run_and_says_of_how_many(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, err = done(capsys, "cycle", *CYCLE, "--seeds", "0,1,2", "--control", "--dry-run")
-    assert "for each of 6 runs" in err
+    out, _ = done(capsys, "cycle", *CYCLE, "--seeds", "0,1,2", "--control", "--dry-run")
+    assert "for each of 6 runs" in out
     out, _ = done(capsys, "cycle", *CYCLE, "--control", "--dry-run", "--json")
     assert json.loads(out)["runs"] == 2
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """Start-up: mistakes are found without importing PyTorch, and a command imports only what it needs."""
 
 import gc
+import json
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from repan_cli.blocks import FAMILIES
 from repan_cli.commands import early
 from repan_cli.config import names
 from repan_cli.data import digits
+from repan_cli.system import packages
 from repan_cli.system.lean import lean_imports
 
 MISTAKES = [
@@ -37,6 +39,8 @@ MISTAKES = [
     ("distill --model repvgg --dataset digits --teacher gone.pt", "no teacher's file gone.pt"),
     ("train --model repvgg --dataset digits -c cifar", "no configuration file or preset 'cifar'"),
     ("cycle --resume gone", "no run directory gone"),
+    ("cycle --resume finished", "finished is finished; begin another run from its weights with --init"),
+    ("train --model repvgg --dataset cifar100 --data-root cifar100", "did you mean --data-root .?"),
 ]
 
 IN_ONE_PROCESS = """
@@ -69,6 +73,12 @@ def without_torch(lines, cwd):
 
 
 def test_mistakes_are_told_without_pytorch(tmp_path):
+    (tmp_path / "cifar100" / "train").mkdir(parents=True)
+    (tmp_path / "finished").mkdir()
+    facts = {"status": {"state": "done"}, "env": {"command": "cycle"}, "summary": {"cycles": [{}]}}
+    for name, content in facts.items():
+        (tmp_path / "finished" / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "finished" / "config.yaml").write_text("cycle: {count: 1}")
     found = without_torch([line.format(root=ROOT) for line, _ in MISTAKES], tmp_path)
     for (line, expected), (code, torch_came, said) in zip(MISTAKES, found, strict=True):
         assert (code, torch_came) == ("2", "False"), f"{line}: {said}"
@@ -137,15 +147,18 @@ def test_the_compiler_answers_while_its_import_is_deferred():
 
 
 def test_no_garbage_is_collected_while_modules_are_imported(monkeypatch):
+    gc.unfreeze()
     with lean_imports():
         assert not gc.isenabled()
     assert gc.isenabled()
-    assert not gc.get_freeze_count()
     monkeypatch.delitem(sys.modules, "torch")
-    with lean_imports():
-        pass
-    assert gc.get_freeze_count() > 10_000
     gc.unfreeze()
+    try:
+        with lean_imports():
+            pass
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
 
 
 def test_garbage_is_collected_again_after_an_import_that_fails():
@@ -184,3 +197,12 @@ def test_loaded_modules_stay_as_they_are():
 
 def test_every_command_that_opens_a_network_is_checked_early():
     assert early.CHECKS.keys() >= {"info", "evaluate", "predict", "benchmark", "fuse", "quantize", "train", "series"}
+
+
+def test_hints_name_the_interpreter_that_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(packages.sys, "executable", str(tmp_path / "my env" / "bin" / "python"))
+    assert packages.how_to_install("onnx", "sklearn").endswith("/my env/bin/python' -m pip install onnx scikit-learn")
+    monkeypatch.chdir(tmp_path)
+    assert packages.how_to_install("onnx") == "'my env/bin/python' -m pip install onnx"
+    monkeypatch.setattr(packages.shutil, "which", lambda name: packages.sys.executable)
+    assert packages.how_to_install("onnx") == "python -m pip install onnx"

@@ -238,6 +238,9 @@ def test_bad_words_are_reported(study, words, says):
         ("  plain:", "  a/b:", "arm 'a/b': a name of letters, digits, '_', '-', '+' and '.' is needed"),
         ("seeds: [0, 1]", "seeds: 3", "seeds: expected numbers such as 0, 1, 2"),
         ("settings:\n", "settings: [1]\nx:\n", "unknown key 'x'; known are about, settings, arms, seeds"),
+        ("arms:", "command: train\narms:", "unknown key 'command'; it belongs into an arm"),
+        ("arms:", "cycle: {count: 1}\narms:", "unknown key 'cycle'; it belongs below 'settings:'"),
+        ("about: one cosine", "optim.lr: 1", "arm plain: unknown key 'optim.lr'; it belongs below 'settings:'"),
     ],
 )
 def test_bad_grids_are_reported(study, tmp_path, old, new, says):

@@ -10,6 +10,7 @@ from support import DIGITS, ROOT, one_line, repan, run
 from repan_cli.errors import InputError
 from repan_cli.runs import trackers
 from repan_cli.session import recorder
+from repan_cli.system.packages import how_to_install
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
 
@@ -130,7 +131,7 @@ def test_a_missing_package_is_reported_before_anything_is_written(capsys, tmp_pa
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None if package == name else found(package))
     line = one_line(capsys, "train", *DIGITS, f"run.trackers={name}", "--out", tmp_path / "run")
-    assert line == f"Error: run.trackers={name} needs the package {name}: pip install 'repan-cli[{name}]'\n"
+    assert line == f"Error: run.trackers={name} needs the package {name}: {how_to_install(name)}\n"
     assert not (tmp_path / "run").exists()
 
 

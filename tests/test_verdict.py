@@ -49,6 +49,11 @@ def test_one_seed_gives_no_verdict(tmp_path):
     assert said.startswith("One seed is not enough: configuration 2 ends 2.00 points above the control")
 
 
+def test_a_gain_of_nothing_is_called_level(tmp_path):
+    said = verdict(arms(tmp_path, none=(70,), arm1=(70,)))
+    assert said.startswith("One seed is not enough: configuration 2 ends level with the control")
+
+
 @pytest.mark.parametrize(("figures", "says"), [((70,), "70.00 from one seed"), ((70, 72), "71.00 ± 1.41 over 2 seeds")])
 def test_a_single_configuration_is_told_alone(tmp_path, figures, says):
     assert f"Test top-1 {says}. Nothing to compare with" in verdict(arms(tmp_path, arm1=figures))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 import repan_cli
-from repan_cli.cli.dispatch import debugging, dispatch, fail
+from repan_cli.cli.dispatch import debugging, dispatch, fail, say_error
 from repan_cli.cli.options import filled, signature_of
 from repan_cli.cli.streams import accept_any_text, open_streams, say
 from repan_cli.cli.training import train
@@ -345,7 +345,7 @@ def _usage(error: Any) -> int:
     message = error.format_message().partition(" (Possible options")[0].replace("\n", " ").strip().rstrip(".?")
     if message:  # without arguments the help was shown already
         message = (message[0].lower() + message[1:]).replace(". Did you mean", "; did you mean")
-        print(f"Error: {shown(message)}{_mend(error, message)}", file=sys.stderr)
+        say_error(f"{shown(message)}{_mend(error, message)}")
     return error.exit_code
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -24,7 +25,7 @@ from repan_cli.errors import (
 )
 from repan_cli.system.launcher import own_rank, rank_count
 from repan_cli.system.lean import lean_imports
-from repan_cli.system.text import first_line, shown
+from repan_cli.system.text import first_line, shown, wrapped
 
 WITHOUT_TORCH = ("list_names", "version", "compare", "study")
 """Modules of commands that start at once."""
@@ -75,8 +76,16 @@ def fail(error: Exception) -> NoReturn:
     rank = own_rank()
     with contextlib.suppress(OSError):  # stderr may be closed
         for line in shown(str(known)).split("\n"):
-            print(f"Error{f' of rank {rank}' if rank else ''}: {line}", file=sys.stderr)
+            say_error(line, f" of rank {rank}" if rank else "")
     raise typer.Exit(known.exit_code) from None
+
+
+def say_error(line: str, of: str = "") -> None:
+    """Print an error on stderr; on a terminal it breaks between words."""
+    begin = f"Error{of}: "
+    if sys.stderr.isatty():
+        line = wrapped(line, shutil.get_terminal_size().columns, before=len(begin))
+    print(begin + line, file=sys.stderr)
 
 
 def _as_known(error: Exception) -> RepanError | None:

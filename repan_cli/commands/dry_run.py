@@ -14,7 +14,7 @@ import torch
 from repan_cli import export
 from repan_cli.blocks import rep_blocks
 from repan_cli.config.resolve import Resolved
-from repan_cli.display.console import print_table, tell
+from repan_cli.display.console import print_line, print_table
 from repan_cli.errors import InputError
 from repan_cli.session import summary
 from repan_cli.session.build import Session, prepare
@@ -147,7 +147,7 @@ def _report(session: Session, resolved: Resolved, facts: Mapping[str, Any]) -> N
     if "logits_moved" in facts:
         rows["restart"] = f"moves the logits by {facts['logits_moved']:.0e}, {duration(facts['restart_seconds'])}"
     rows["merge"] = facts.get("fuse") or f"exact to {facts['rel_error_fp64']:.0e} in float64"
-    tell(f"dry run of repan {session.command}: nothing was written")
-    print_table(["", ""], rows.items(), to_stderr=True)
+    print_line(f"dry run of repan {session.command}: nothing was written")
+    print_table(["", ""], rows.items())
     if facts["left_alone"]:
-        print_table(["left alone", "why"], by_reason(facts["left_alone"]), to_stderr=True)
+        print_table(["left alone", "why"], by_reason(facts["left_alone"]))

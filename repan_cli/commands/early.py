@@ -319,7 +319,7 @@ def _check_form(endings: set[str], options: FuseOptions) -> None:
         if kind in endings:
             need_runtime(kind)
     if "onnx" in endings:
-        need("writing ONNX", "onnx", *ONNX_PACKAGES)
+        need("writing ONNX", *ONNX_PACKAGES)
 
 
 def _check_opset(opset: int | None, offered: range) -> None:
@@ -335,7 +335,7 @@ def _check_quantize(options: QuantizeOptions) -> None:
 
 def quantize_target(options: QuantizeOptions) -> Path:
     """Return the file that an int8 network is written into. Raises InputError for what cannot be written."""
-    need("int8", "onnx", *ONNX_PACKAGES)
+    need("int8", *ONNX_PACKAGES)
     path = Path(options.checkpoint)
     folder, stem = (path, file_in(path).stem) if path.is_dir() else (path.parent, path.stem.rpartition(":")[2])
     target = options.out or folder / f"{stem}_int8.onnx"

@@ -12,7 +12,7 @@ from repan_cli.checkpoint.card import FUSED
 from repan_cli.commands.options import EvaluateOptions
 from repan_cli.data.build import eval_loader
 from repan_cli.display import plots
-from repan_cli.display.console import print_table, tell
+from repan_cli.display.console import print_line, print_table, tell
 from repan_cli.errors import InputError
 from repan_cli.export.fuse import check_finite
 from repan_cli.session import artifact_images
@@ -129,28 +129,28 @@ def _write(folder: Path, details: Details, classes: tuple[str, ...], title: str)
         if lacking:
             warn(f"confusion.png: no installed font has {' '.join(lacking[:10])}: it is drawn as a box")
         return [*written, str(folder / "confusion.png")]
-    tell(f"no confusion.png: {plots.HOW_TO_GET}")
+    tell(f"no confusion.png: {plots.how_to_get()}")
     return written
 
 
 def _report(source: str, result: dict[str, Any], found: dict[str, Details], classes: tuple[str, ...]) -> None:
     by = f"{result['runtime']}, {result['precision']}"
-    tell(f"{source} ({by}) on {result['images']:,} {result['split']} images of {result['dataset']}")
+    print_line(f"{source} ({by}) on {result['images']:,} {result['split']} images of {result['dataset']}")
     names = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss", "calibration_error": "calibration error %"}
     names = {name: title for name, title in names.items() if name in result}
     rows = []
     for form, details in found.items():
         figures = _figures(details)
         rows.append((form, *(f"{figures[name]:.4f}" if name == "loss" else percent(figures[name]) for name in names)))
-    print_table(["form", *names.values()], rows, to_stderr=True)
+    print_table(["form", *names.values()], rows)
     if "agreement" in result:
-        tell(f"both forms name the same class for {percent(result['agreement'])} % of the images")
+        print_line(f"both forms name the same class for {percent(result['agreement'])} % of the images")
     details = found[result["form"]]
     scored = [(top1, name) for name, top1 in result["class_top1"].items() if top1 is not None]
     if len(scored) > 2:
-        tell("weakest classes  " + ", ".join(f"{name} {percent(top1)}" for top1, name in sorted(scored)[:WORST]))
+        print_line("weakest classes  " + ", ".join(f"{name} {percent(top1)}" for top1, name in sorted(scored)[:WORST]))
     mistakes = worst_confusions(details, WORST)
     if taken := [f"{classes[one]} for {classes[other]} ({times})" for one, other, times in mistakes]:
-        tell("mostly mistaken  " + ", ".join(taken))
+        print_line("mostly mistaken  " + ", ".join(taken))
     for path in result.get("out", ()):
-        tell(f"wrote            {path}")
+        print_line(f"wrote            {path}")

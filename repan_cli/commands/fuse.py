@@ -22,7 +22,7 @@ from repan_cli.commands.early import Content, Target, fuse_targets
 from repan_cli.commands.options import FuseOptions
 from repan_cli.config.conventions import GRAPH_FORMATS, OPSET, RUNTIME_FORMATS, WEIGHT_FORMATS
 from repan_cli.config.names import TIMM, TORCHVISION
-from repan_cli.display.console import print_table, tell
+from repan_cli.display.console import print_line, print_table
 from repan_cli.errors import InputError, MergeError
 from repan_cli.export import half, model_card, onnx_file, pt2_file, runtimes, timm_folder
 from repan_cli.export.conv_bn import as_plain
@@ -335,28 +335,28 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
     real = f"{seen['real']} real" if seen["real"] else f"no real ({seen['why_not_real']})"
     if "blocks" in facts:
         folded = f", folded {count(facts['folded'], 'BN')} outside of blocks" if facts["folded"] else ""
-        tell(f"merged {count(facts['blocks'], 'block')} of {source}{folded} in {facts['seconds']:.2f} s")
+        print_line(f"merged {count(facts['blocks'], 'block')} of {source}{folded} in {facts['seconds']:.2f} s")
         for names, reason in by_reason(facts["left"]):
-            tell(f"left alone      {names}: {reason}")
+            print_line(f"left alone      {names}: {reason}")
         double, single = facts["rel_error_fp64"], facts["rel_error_fp32"]
-        tell(f"relative error  {double:.1e} in float64 (bound {export.TOLERANCE:.0e}), {single:.1e} in float32")
-        tell(f"parameters      {facts['params_before']:,} before, {facts['params_after']:,} after")
+        print_line(f"relative error  {double:.1e} in float64 (bound {export.TOLERANCE:.0e}), {single:.1e} in float32")
+        print_line(f"parameters      {facts['params_before']:,} before, {facts['params_after']:,} after")
         before, after = (short(1e9 * facts[name]) for name in ("gmacs_before", "gmacs_after"))
-        tell(f"MACs            {before} before, {after} after, for one image")
+        print_line(f"MACs            {before} before, {after} after, for one image")
     else:
-        tell(f"{source} is merged already")
-    tell(f"compared on     {seen['random']} random images and {real}")
+        print_line(f"{source} is merged already")
+    print_line(f"compared on     {seen['random']} random images and {real}")
     rows = [
         (file["path"], file_size(file["bytes"]), _agreement(file["rel_error"]), file["opened_by"])
         for file in facts["files"]
     ]
-    print_table(["wrote", "size", "agrees", "opened by"], rows, to_stderr=True)
+    print_table(["wrote", "size", "agrees", "opened by"], rows)
     if "float16" in facts:
-        tell(f"float16         {_cost(facts['float16'])}")
+        print_line(f"float16         {_cost(facts['float16'])}")
     for file in facts["files"]:
-        tell(f"use             {file['use']}")
+        print_line(f"use             {file['use']}")
     for count_of in dict.fromkeys(filter(None, (file["images"] for file in facts["files"]))):
-        tell(f"images          {_input(artifact, count_of, with_normalize=with_normalize)}")
+        print_line(f"images          {_input(artifact, count_of, with_normalize=with_normalize)}")
 
 
 def _images_of(kind: str, network: nn.Module | None) -> str | None:

@@ -18,7 +18,7 @@ from repan_cli.commands.early import info_source
 from repan_cli.commands.options import InfoOptions
 from repan_cli.config.conventions import GRAPH_ENDINGS
 from repan_cli.config.settings import SCHEMA
-from repan_cli.display.console import print_table
+from repan_cli.display.console import print_line, print_table
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file, pt2_file, runtimes
 from repan_cli.models import own_block, user_file
@@ -26,7 +26,7 @@ from repan_cli.models.author_names import form_in
 from repan_cli.session import hub_folder
 from repan_cli.session.artifact import open_artifact, open_weights, written_in
 from repan_cli.system.files import to_json
-from repan_cli.system.text import by_reason, quoted
+from repan_cli.system.text import by_reason, file_size, quoted
 from repan_cli.system.weight_files import RUNTIME_DESCRIPTION
 
 
@@ -39,13 +39,25 @@ def run(options: InfoOptions) -> None:
         return
     layers, left, settings = (facts.pop(name, {}) for name in ("layers", "left_alone", "config"))
     changed = {key: value for key, value in settings.items() if _is_changed(key, value)}
-    print_table(["", str(path)], [(name, _text(value)) for name, value in facts.items()])
-    if layers:
-        print_table(["block", "convolution"], layers.items())
-    if left:
-        print_table(["left alone", "why"], by_reason(left))
-    if changed:
-        print_table(["setting", "where it is not the default"], [(key, _text(value)) for key, value in changed.items()])
+    print_table(["", str(path)], [(name, _fact(name, value)) for name, value in facts.items()])
+    settings = [(key, _text(value)) for key, value in changed.items()]
+    for titles, rows in (
+        (["block", "convolution"], [*layers.items()]),
+        (["left alone", "why"], [*by_reason(left)]),
+        (["setting", "where it is not the default"], settings),
+    ):
+        if rows:
+            print_line("")
+            print_table(titles, rows)
+
+
+def _fact(name: str, value: Any) -> str:
+    """Return a fact as text, large numbers as people read them."""
+    if isinstance(value, int) and name == "bytes":
+        return f"{value:,} ({file_size(value)})"
+    if isinstance(value, int) and name == "parameters":
+        return f"{value:,}"
+    return _text({key: each for key, each in value.items() if each is not None} if name == "metrics" else value)
 
 
 def _is_changed(key: str, value: Any) -> bool:

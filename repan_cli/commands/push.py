@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from repan_cli.commands.options import PushOptions
-from repan_cli.display.console import tell
+from repan_cli.display.console import print_line
 from repan_cli.errors import InputError
 from repan_cli.session import hub_folder
 from repan_cli.session.artifact import open_artifact
@@ -36,10 +36,10 @@ def run(options: PushOptions) -> None:
     if options.as_json:
         print(to_json(result))
         return
-    tell(f"uploaded         {', '.join(files)}")
-    tell(f"to               {address}")
-    tell(f'use              timm.create_model("hf-hub:{options.name}", pretrained=True)')
-    tell(f"                 repan evaluate hf-hub:{options.name}")
+    print_line(f"uploaded         {', '.join(files)}")
+    print_line(f"to               {address}")
+    print_line(f'use              timm.create_model("hf-hub:{options.name}", pretrained=True)')
+    print_line(f"                 repan evaluate hf-hub:{options.name}")
 
 
 def _upload(folder: Path, files: list[str], name: str, *, private: bool) -> str:

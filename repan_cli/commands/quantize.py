@@ -18,7 +18,7 @@ from repan_cli.commands.options import QuantizeOptions
 from repan_cli.config.conventions import OPSET
 from repan_cli.data.batches import Loader
 from repan_cli.data.build import eval_loader
-from repan_cli.display.console import print_table, tell
+from repan_cli.display.console import print_line, print_table
 from repan_cli.errors import InputError
 from repan_cli.export import int8, onnx_file
 from repan_cli.export.fuse import check_finite
@@ -182,34 +182,34 @@ def _scores(figures: Mapping[str, Any]) -> list[str]:
 def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth]) -> None:
     per_channel = result["per_channel"]
     worst = sorted(layers, key=lambda layer: layer.worst(per_channel=per_channel))[:SHOWN]
-    tell(f"{source}: the {count(len(worst), 'layer')} of {len(layers)} that lose most in int8")
+    print_line(f"{source}: the {count(len(worst), 'layer')} of {len(layers)} that lose most in int8")
     titles = ["layer", "channel spread", "input outlier", "weights dB", "by channel dB", "input dB"]
     rows = [(layer.name, *(f"{value:.1f}" for value in dataclasses.astuple(layer)[1:])) for layer in worst]
-    print_table(titles, rows, to_stderr=True)
+    print_table(titles, rows)
     scales = "one scale a channel" if per_channel else "one scale a layer"
     calibrated = f"calibrated on {count(result['calibration_images'], 'training image')}, {scales}"
-    tell(f"{result['int8']['images']:,} {result['split']} images of {result['dataset']}; {calibrated}")
+    print_line(f"{result['int8']['images']:,} {result['split']} images of {result['dataset']}; {calibrated}")
     rows = [
         (name, *_scores(each), f"{each['loss']:.4f}", file_size(each["bytes"]))
         for name, each in (("float32", result["float32"]), ("int8", result["int8"]))
     ]
     titles = [title for name, title in RANKS.items() if name in result["int8"]]
-    print_table(["", *titles, "loss", "size"], rows, to_stderr=True)
+    print_table(["", *titles, "loss", "size"], rows)
     if result["left_out"]:
-        tell(f"in float32       {count(len(result['left_out']), 'layer')}: {', '.join(result['left_out'])}")
+        print_line(f"in float32       {count(len(result['left_out']), 'layer')}: {', '.join(result['left_out'])}")
     _report_latency(result)
-    tell(f"both name the same class for {percent(result['agreement'])} % of the images")
-    tell(f"wrote            {result['out']}")
-    tell(f"next             repan evaluate {quoted(result['out'])}")
+    print_line(f"both name the same class for {percent(result['agreement'])} % of the images")
+    print_line(f"wrote            {result['out']}")
+    print_line(f"next             repan evaluate {quoted(result['out'])}")
 
 
 def _report_latency(result: dict[str, Any]) -> None:
     """Report the speed of both files, and warn if int8 is slower."""
     found, program = result["latency"], PROGRAMS[result["target"]]
     if found is None:
-        tell(f"one image        not timed: {program} is not installed")
+        print_line(f"one image        not timed: {program} is not installed")
         return
     single, small, ratio = found["float32"], found["int8"], found["speedup"]
-    tell(f"one image        {single:.2f} ms in float32, {small:.2f} ms in int8 ({ratio:.2f}x), by {program} here")
+    print_line(f"one image        {single:.2f} ms in float32, {small:.2f} ms in int8 ({ratio:.2f}x), by {program} here")
     if ratio < SLOWER:
         warn(f"int8 is {1 / ratio:.1f}x slower than float32 by {program} on this machine: use the float32 file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import NamedTuple
@@ -25,8 +26,8 @@ def render(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> 
     parts = [
         f"<h1>{escape(_title(comparison))}</h1>",
         f"<p class=quiet>{escape(about(comparison))}</p>",
-        f"<p class=verdict>{escape(verdict(comparison))}</p>",
-        *(f"<p class=note>{escape(note)}</p>" for note in notes(comparison, left_out)),
+        f"<p class=verdict>{_whole_options(verdict(comparison))}</p>",
+        *(f"<p class=note>{_whole_options(note)}</p>" for note in notes(comparison, left_out)),
         _section("Results", _table(titles(comparison), _numbered(comparison)), *_words(comparison)),
         *_common_section(comparison),
         *_curves_section(comparison),
@@ -57,6 +58,11 @@ def _table(titles: Sequence[str], content: Sequence[Sequence[str]]) -> str:
 def _breakable(text: str) -> str:
     """Escape a text, and let lines break behind its slashes."""
     return escape(text).replace("/", "/<wbr>")
+
+
+def _whole_options(text: str) -> str:
+    """Escape a sentence, and keep the options in it on one line."""
+    return re.sub(r"--[a-z][\w-]*(?: [\d,A-Z]+\b)?", r"<code>\g<0></code>", escape(text))
 
 
 def _numbered(comparison: Comparison) -> list[tuple[str, ...]]:
@@ -211,7 +217,9 @@ def _chart(comparison: Comparison, curves: Sequence[Curve | None], cut: float | 
 
 def _svg(height: float, label: str, *parts: str) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height:g}" role=img aria-label="{escape(label)}">\n' + "\n".join(parts) + "</svg>"
+        f'<div class=wide><svg class=chart viewBox="0 0 {WIDTH} {height:g}" role=img aria-label="{escape(label)}">\n'
+        + "\n".join(parts)
+        + "</svg></div>"
     )
 
 
@@ -249,6 +257,9 @@ def _drawn(group: Group, found: Curve, x: Scale, y: Scale, number: int, *, band:
     style = _style(number).replace("line", "band" if band else "line")
     if band and len(group.seeds) == 1:
         return ""
+    if len(found.mean) == 1 and not band:  # one point makes no line
+        place = f"cx={x(1)} cy={y(found.mean[0])} r=4"
+        return f'<circle class="{style.replace("line", "dot")}" {place}><title>{escape(group.label)}</title></circle>'
     shape = f"M{path(found.high)}L{path(found.low, -1)}Z" if band else f"M{path(found.mean)}"
     return f'<path clip-path="url(#plot)" class="{style}" d="{shape}"><title>{escape(group.label)}</title></path>'
 
@@ -317,6 +328,8 @@ tbody th { font-weight: 500; white-space: normal; min-width: 12rem; }
   font-size: .9rem; }
 .key svg { display: inline; margin-right: .5rem; vertical-align: middle; width: 30px; height: 12px; }
 svg { display: block; width: 100%; height: auto; }
+.chart { min-width: 40rem; }
+.verdict code, .note code { font-size: .9em; white-space: nowrap; }
 .line { fill: none; stroke: currentColor; stroke-width: 2.2; stroke-linejoin: round; }
 .band { fill: currentColor; opacity: .2; }
 .dot { fill: currentColor; fill-opacity: .6; stroke: currentColor; stroke-width: 1.5; }

@@ -93,6 +93,9 @@ def _called(comparison: Comparison, group: Group) -> str:
 
 
 def _points(mean: float) -> str:
+    """Return a distance from a value, which follows."""
+    if abs(mean) < 0.005:
+        return "level with"
     return f"{abs(mean):.2f} points {'above' if mean >= 0 else 'below'}"
 
 

@@ -34,6 +34,7 @@ from repan_cli.data.types import (
 )
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
+from repan_cli.system.packages import how_to_install
 from repan_cli.system.text import first_line, quoted
 
 # ---------------------------------------------------------------------------------------------- torchvision's
@@ -62,7 +63,7 @@ def _from_torchvision(
                 make = _without_unpickling(getattr(datasets, class_name))
                 found = {name: make(root / folder, download=reading.download, **which) for name, which in parts.items()}
         except ImportError as error:
-            raise InputError(f"{folder} needs the package {error.name}: pip install {error.name}") from None
+            raise InputError(f"{folder} needs the package {error.name}: {how_to_install(error.name or '')}") from None
         except (OSError, RuntimeError) as error:
             for path in new_folders:
                 with contextlib.suppress(OSError):  # only empty folders are removed

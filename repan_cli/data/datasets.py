@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from repan_cli import config
-from repan_cli.data import class_folders, image_files
+from repan_cli.data import class_folders, digits, image_files
 from repan_cli.data.subset import first_classes, first_images, stratified
 from repan_cli.data.types import (
     DATASETS,
@@ -35,6 +35,7 @@ from repan_cli.data.types import (
 )
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
+from repan_cli.system.text import quoted
 
 Numbers = tuple[float, ...]
 
@@ -170,14 +171,25 @@ def settings_of(data: config.DataConfig) -> dict[str, Any]:
     }
 
 
+MARKS = ("train", "test", "val", "cifar-10*", "*_32x32.mat", "MNIST", "FashionMNIST", "*_data*")
+"""The content of the folder of a data set by name: parts, or the files of its makers."""
+
+
 def check_name(name: str) -> None:
     """Raise InputError for an unknown data set."""
     _specification(name)
 
 
 def check(name: str, root: str | Path) -> None:
-    """Raise InputError for an unknown data set, and for image folders that are not there. Reads no image."""
+    """Raise InputError for an unknown data set, for image folders that are not there, and for the folder of a data set
+    in place of the one around it. Reads no image.
+    """
     check_name(name)
+    place = Path(root).absolute()
+    if place.name == name and not (place / name).exists() and any(file for mark in MARKS for file in place.glob(mark)):
+        raise InputError(f"{root} holds {name} itself; did you mean --data-root {quoted(Path(root).parent)}?")
+    if name == "digits":
+        digits.check()
     folder = {"folder": Path(root), "imagenet": Path(root) / "imagenet"}.get(name)
     if folder is not None:
         class_folders.training_folder(folder, class_folders.parts_in(folder))

@@ -11,7 +11,7 @@ import numpy as np
 
 from repan_cli.data.subset import stratified
 from repan_cli.data.types import ArrayImages, RawDataset, ReadOptions
-from repan_cli.errors import InputError
+from repan_cli.system.packages import need
 
 DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -26,12 +26,17 @@ def load(root: Path, reading: ReadOptions) -> RawDataset:
     return RawDataset(DIGITS, {"train": whole.take(~test), "test": whole.take(test)})
 
 
+def check() -> None:
+    """Raise InputError if the package that holds the images is missing. Imports nothing."""
+    need("the data set digits", "sklearn")
+
+
 def pixels_and_labels() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return the images, (1797, 8, 8), and the labels. Importing scikit-learn takes a second, so its file is read."""
+    check()
     found = importlib.util.find_spec("sklearn")
-    if found is None or not found.submodule_search_locations:
-        raise InputError("the digits data set comes with scikit-learn: pip install 'repan-cli[demo]'")
-    file = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    places = found.submodule_search_locations if found else None
+    file = Path(next(iter(places or ("",)))) / "datasets" / "data" / "digits.csv.gz"
     if not file.is_file():
         from sklearn.datasets import load_digits
 

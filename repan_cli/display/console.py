@@ -27,7 +27,7 @@ from repan_cli.display.live import Position, View, figures
 from repan_cli.display.notebook import NotebookLive
 from repan_cli.runs.directory import Heartbeat
 from repan_cli.system.notices import LOGGER, watched_by
-from repan_cli.system.text import duration, percent, shown
+from repan_cli.system.text import duration, loss_text, percent, shown, wrapped
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, LossLog, StepEnd
 
 SECONDS_BETWEEN_LINES = 30
@@ -188,11 +188,11 @@ class Display:
         if event.restarted:
             self.say(f"{name}: merged and regrew {event.blocks} blocks, logits moved {event.logit_error:.0e}")
             before, after = event.loss_before or 0.0, event.loss_after_restart or 0.0
-            loss = f"training loss {before:.3f} -> {after:.3f}"
+            loss = f"training loss {loss_text(before)} -> {loss_text(after)}"
             val = f", val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}"
             self.say(loss + (val if event.top1_before is not None else ""))
             if after > before + LOSS_JUMP:
-                self.say(Text.assemble(("Warning: ", WARNING), JUMPED))
+                self.say(_warning(JUMPED))
         elif event.cycle:
             self.say(f"{name}: no merging (control), momentum {'kept' if event.carried else 'zeroed'}")
         if event.zero_gammas:
@@ -233,7 +233,7 @@ class Display:
         cells = [
             self.name(event.cycle),
             f"{event.epoch}/{self.epochs[event.cycle]}",
-            f"{event.loss:.3f}",
+            loss_text(event.loss),
             percent(event.train_top1),
             percent(event.val_top1) + ("*" if event.best else " "),
             f"{event.lr:.4f}",
@@ -257,7 +257,7 @@ class Display:
         table.add_row(self.name(0) if 0 in self.epochs else "start", *[""] * 5, *_figures(summary["baseline"]))
         for row in summary["cycles"]:
             around = percent(row["top1_before"]), percent(row["top1_after_restart"])
-            felt = ("-" if loss is None else f"{loss:.3f}" for loss in _felt(row))
+            felt = ("-" if loss is None else loss_text(loss) for loss in _felt(row))
             table.add_row(self.name(row["cycle"]), *around, *felt, *_figures(row))
         self.say()
         self.say(table)
@@ -281,7 +281,7 @@ def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: b
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE
     longest = max((len(row[0]) for row in cells), default=0)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(title))
     for number, name in enumerate(title):  # a name that fits is kept whole, to be copied
         table.add_column(name, overflow="fold", no_wrap=not number and longest <= console.width // 2)
     for row in cells:
@@ -289,17 +289,32 @@ def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: b
     console.print(table)
 
 
+def print_line(text: str) -> None:
+    """Print a line of results on stdout, for commands that are called for them."""
+    print(shown(text))
+
+
 def tell(text: str) -> None:
-    """Print a line on stderr."""
-    on_stderr().print(shown(text), soft_wrap=True, markup=False)
+    """Print a line on stderr; on a terminal it breaks between words."""
+    on_stderr().print(_on_terminal(shown(text)), soft_wrap=True, markup=False)
+
+
+def _on_terminal(text: str, before: int = 0) -> str:
+    """Wrap a sentence where stderr is a terminal, after so many columns of its line."""
+    console = on_stderr()
+    return wrapped(text, console.width, before=before) if console.is_terminal else text
+
+
+def _warning(text: str) -> Text:
+    said = "Warning: "
+    return Text.assemble((said, WARNING), _on_terminal(text, len(said)))
 
 
 class _NoticeHandler(logging.Handler):
     """Prints notices on stderr, above a live display where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = Text.assemble(("Warning: ", WARNING), shown(record.getMessage()))
-        on_stderr().print(line, soft_wrap=True)
+        on_stderr().print(_warning(shown(record.getMessage())), soft_wrap=True)
 
 
 @contextlib.contextmanager

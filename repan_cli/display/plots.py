@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from repan_cli.system.packages import how_to_install
 from repan_cli.system.text import shown
 
-HOW_TO_GET = "it needs matplotlib, pip install 'repan-cli[plot]'"
 MOST_NAMES, FEW = 8, 20
 BOXES = "Last Resort"
 """The font that has every letter, all of them as boxes."""
@@ -22,6 +22,11 @@ MOST_NAMED = 40
 
 def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def how_to_get() -> str:
+    """Return what drawing needs, and the command that installs it."""
+    return f"it needs matplotlib, {how_to_install('matplotlib')}"
 
 
 def draw_curves(
@@ -58,6 +63,8 @@ def draw_curves(
     drawn = [accuracy, loss, *rates]
     drawn[-1].set(xlabel="epoch")
     drawn[-1].xaxis.get_major_locator().set_params(integer=True)
+    if len(records) == 1:
+        drawn[-1].set(xlim=(0.5, 1.5), xticks=[1])
     for axes in drawn:
         axes.grid(alpha=0.25)
     _mark_cycles(records, drawn)

@@ -36,7 +36,7 @@ class HalfReport:
 
 def as_half(model: Any) -> Any:
     """Return an ONNX model with weights and arithmetic in float16; input and output stay float32."""
-    need("float16", "onnx", "onnx", "onnxruntime")
+    need("float16", "onnx", "onnxruntime")
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     try:

@@ -165,7 +165,7 @@ def quantize(
         target: the program that the file is made for, one of `TARGETS`.
         left_out: the names of layers that stay in float32.
     """
-    need("int8", "onnx", *onnx_file.PACKAGES)
+    need("int8", *onnx_file.PACKAGES)
     import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process

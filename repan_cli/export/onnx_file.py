@@ -38,7 +38,7 @@ def write(program: ExportedProgram, header: dict[str, Any], opset: int = OPSET) 
 
 def model_of(program: ExportedProgram, opset: int = OPSET) -> Any:
     """Return the model of a graph, without a description. Raises InputError as `write` does."""
-    need("writing ONNX", "onnx", *PACKAGES)
+    need("writing ONNX", *PACKAGES)
     names = _checked([name or OUTPUT for name in output_names(program)])
     try:
         with quiet():
@@ -65,7 +65,7 @@ def model_for_one_image(network: nn.Module, images: Tensor, opset: int = OPSET) 
     follow. It records one pass: that of the image in which most is found, since a pass that finds nothing leaves out
     the steps behind. Raises InputError as `write` does, and where nothing is found in any.
     """
-    need("writing ONNX", "onnx", *PACKAGES)
+    need("writing ONNX", *PACKAGES)
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +112,7 @@ class OnnxNetwork(nn.Module):
 
     def __init__(self, content: bytes | Path, threads: int | None = None, *, several: bool = False) -> None:
         super().__init__()
-        need("opening ONNX", "onnx", "onnxruntime")
+        need("opening ONNX", "onnxruntime")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -180,7 +180,7 @@ class OnnxFile:
 
     def network(self) -> OnnxNetwork:
         """Return its network. ONNX Runtime gets the bytes that were checked. Raises InputError where it cannot."""
-        need("opening ONNX", "onnx", "onnx", "onnxruntime")
+        need("opening ONNX", "onnx", "onnxruntime")
         renamed = self.change is not None and len(self.model.graph.output) == 1  # the only output is the logits
         try:
             return OnnxNetwork(self.content, several=self.header is not None and not renamed)
@@ -195,7 +195,7 @@ def read(path: Path) -> OnnxFile:
 
     Raises InputError for one that is damaged or no ONNX file, reads other files, or may never end.
     """
-    need("opening ONNX", "onnx", "onnx")
+    need("opening ONNX", "onnx")
     import onnx
 
     try:

@@ -7,7 +7,7 @@ from typing import Any
 from repan_cli.integrations.restarts import Restarted, Restarts
 from repan_cli.system.packages import need
 
-need("repan_cli.integrations.lightning", "lightning", "lightning")
+need("repan_cli.integrations.lightning", "lightning")
 
 from lightning.pytorch import Callback  # noqa: E402 (there is a clearer error where it is missing)
 

@@ -10,7 +10,7 @@ from typing import Any
 from repan_cli.integrations.restarts import Restarted, Restarts
 from repan_cli.system.packages import need
 
-need("repan_cli.integrations.transformers", "transformers", "transformers", "accelerate")
+need("repan_cli.integrations.transformers", "transformers", "accelerate")
 
 from transformers import TrainerCallback  # noqa: E402 (there is a clearer error where it is missing)
 from transformers.trainer_callback import ExportableState  # noqa: E402

@@ -23,7 +23,7 @@ from repan_cli.errors import InputError
 from repan_cli.registry import Registry
 from repan_cli.system.files import to_json, write_atomically, write_bytes
 from repan_cli.system.notices import warn
-from repan_cli.system.packages import missing
+from repan_cli.system.packages import how_to_install, missing
 from repan_cli.system.text import count, first_line
 
 KINDS = ("epoch", "cycle_end", "final", "restart")
@@ -151,7 +151,7 @@ TRACKERS: Registry[type[OnRequest]] = Registry("tracker")
 
 
 def _missing(package: str) -> str | None:
-    how = f"run.trackers={package} needs the package {package}: pip install 'repan-cli[{package}]'"
+    how = f"run.trackers={package} needs the package {package}: {how_to_install(package)}"
     return how if missing(package) else None
 
 

@@ -105,6 +105,7 @@ def _fits(trial: nn.Module, images: Tensor, machine: Runtime, number: int) -> bo
             raise
         return False
     finally:
+        trial.zero_grad(set_to_none=True)  # of a step that broke off
         torch.cuda.empty_cache()
     return True
 

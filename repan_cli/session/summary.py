@@ -161,7 +161,7 @@ def draw(session: Session, folder: runs.RunDirectory, display: Display, summary:
     """Draw the curves of a run, with test top-1 at the end of each finished phase."""
     title = (f"repan {session.command}", *session.names, f"seed {session.config.run.seed}")
     if not plots.available():
-        display.say(f"no curves.png: {plots.HOW_TO_GET}")
+        display.say(f"no curves.png: {plots.how_to_get()}")
     elif records := read_metrics(folder / "metrics.jsonl"):
         plots.draw_curves(records, folder / "curves.png", title=", ".join(title), tests=_tests(summary))
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
+import shutil
+import sys
+from pathlib import Path
 
 from repan_cli.errors import InputError
 
@@ -17,7 +21,7 @@ RUNTIME_PACKAGES = {
     "tflite": ("litert_torch", "ai_edge_litert"),
     "coreml": ("coremltools",),
 }
-"""The packages that write and run each format of another program; the name of the extra is that of the format."""
+"""The packages that write and run each format of another program."""
 
 
 def missing(*packages: str) -> list[str]:
@@ -25,12 +29,29 @@ def missing(*packages: str) -> list[str]:
     return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
-def need(what: str, extra: str, *packages: str) -> None:
-    """Raise InputError, with the line that installs them, if a package that `what` needs is missing."""
+NAMES_OF_PIP = {"sklearn": "scikit-learn", "litert_torch": "litert-torch", "ai_edge_litert": "ai-edge-litert"}
+"""The names of packages on the index, where they are imported by another one."""
+
+
+def how_to_install(*packages: str) -> str:
+    """Return the command that installs packages for the Python that runs here."""
+    return shlex.join([_python(), "-m", "pip", "install", *(NAMES_OF_PIP.get(name, name) for name in packages)])
+
+
+def _python() -> str:
+    """Return the running interpreter as it is typed: 'python' where that finds it, else its path."""
+    here = Path(sys.executable)
+    if shutil.which("python") == str(here):
+        return "python"
+    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else str(here)
+
+
+def need(what: str, *packages: str) -> None:
+    """Raise InputError, with the command that installs it, if a package that `what` needs is missing."""
     if lacking := missing(*packages):
-        raise InputError(f"{what} needs {' and '.join(lacking)}: pip install 'repan-cli[{extra}]'")
+        raise InputError(f"{what} needs {' and '.join(lacking)}: {how_to_install(*lacking)}")
 
 
 def need_runtime(kind: str) -> None:
     """Raise InputError if a package is missing that writes and runs a format of another program."""
-    need(f"the format {kind}", kind, *RUNTIME_PACKAGES[kind])
+    need(f"the format {kind}", *RUNTIME_PACKAGES[kind])

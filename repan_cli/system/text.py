@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import shlex
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -69,8 +71,34 @@ def quoted(path: object) -> str:
     return shlex.quote(str(path))
 
 
+COMMAND = re.compile(r"\b(repan|torchrun|pip|python3?) [-a-z]")
+
+
+def wrapped(text: str, width: int, *, before: int = 0) -> str:
+    """Wrap a sentence between words, for a terminal; one with a command in it is left as it is, to be copied.
+
+    Args:
+        text: lines of text.
+        width: columns of the terminal.
+        before: columns of the line that are taken.
+    """
+    if COMMAND.search(text) or not text.strip():
+        return text
+    wrapper = textwrap.TextWrapper(
+        max(width, 20), initial_indent=" " * before, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join("\n".join(wrapper.wrap(line)) for line in text.split("\n"))[before:]
+
+
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def loss_text(value: float) -> str:
+    """Return a loss in at most seven characters: 0.693, 1087, 1.1e+07."""
+    if not abs(value) < 1e7:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def count(number: int, noun: str) -> str:

@@ -38,6 +38,9 @@ LOOKED_AT = 4096
 SETTINGS = (".yaml", ".yml")
 
 
+NEVER_WEIGHTS = (".py", ".txt", ".md", ".csv", ".json", ".jsonl", ".log", ".png", ".jpg", ".jpeg", ".html", *SETTINGS)
+"""Endings of files that nobody means who misspells the name of a file of weights."""
+
 OF_A_RUN = ("best.pt", "last.pt")
 """The files of a run that stand for it, the first of them first."""
 
@@ -94,7 +97,8 @@ def _warn_of_last(folder: Path, name: str) -> None:
 
 def no_checkpoint(path: Path) -> str:
     """Return the message for a missing file of weights, with similar names nearby."""
-    beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = [*path.parent.iterdir()] if path.parent.is_dir() else []
+    beside = [str(other) for other in near if other.suffix.lower() not in NEVER_WEIGHTS]
     if path.exists():
         return f"{path} is not a regular file: name a file of weights, or a run's folder"
     return f"no checkpoint {path}{did_you_mean(str(path), beside)}"
