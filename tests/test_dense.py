@@ -242,6 +242,9 @@ def test_a_detector_goes_into_onnx_for_one_image_at_a_time(detector, tmp_path, c
     for key, value in expected.items():
         assert found[f"0.{key}"].shape == value.shape
         assert torch.allclose(found[f"0.{key}"].to(value), value, rtol=1e-4, atol=1e-4)
+    code, out, err = run(capsys, *words[:-1], tmp_path / "raw", "-f", "onnx", "--with-normalize", "--json")
+    assert code == 0, err
+    assert json.loads(out)["files"][0]["rel_error"] < 1e-4
     (tmp_path / "out.onnx").unlink()
     for more in (("-f", "pt2"), ("-f", "onnx", "--half")):
         assert "cannot be exported as a graph" in one_line(capsys, *words, *more)

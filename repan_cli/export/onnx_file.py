@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def model_for_one_image(network: nn.Module, images: Tensor, opset: int = OPSET) 
     need("writing ONNX", *PACKAGES)
     import onnx
 
+    network = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)  # the exporter changes its mode
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         try:
