@@ -13,7 +13,7 @@ from torch import nn
 
 from repan_cli import export, models
 from repan_cli.blocks import RepBlock, rep_blocks
-from repan_cli.errors import MergeError
+from repan_cli.errors import InputError, MergeError
 from repan_cli.export import onnx_file
 from repan_cli.export.trace import trace
 from repan_cli.models.expand import expand
@@ -72,6 +72,52 @@ def test_every_leaf_is_compared(form):
     assert len(list(rep_blocks(model))) == 2
     found = leaves(model(X))
     assert all(relative(found[name], expected[name]) < 1e-5 for name in found)
+
+
+class Odd(Heads):
+    """Returns leaves whose places read alike, complex numbers, numbers of classes."""
+
+    def forward(self, x):
+        found = super().forward(x)
+        logits = found["logits"]
+        return {"a.b": logits, "a": {"b": 2 * logits}, "wave": torch.fft.rfft(logits), "top": logits.argmax(1)}
+
+
+def test_leaves_that_read_alike_and_complex_ones_are_compared():
+    torch.manual_seed(0)
+    model = randomize_norms(Odd("dict")).eval()
+    fused, report = export.fuse(model, X)
+    assert report.rel_error_fp64 < 1e-12
+    found = leaves(fused(X))
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "a.b": (2, 4),
+        "a.b_2": (2, 4),
+        "wave": (2, 3, 2),
+    }
+    network = onnx_file.OnnxNetwork(onnx_file.model_of(trace(fused, X, "it")).SerializeToString(), several=True)
+    for count in (1, 2):
+        assert difference(all_leaves(network(X[:count])), all_leaves(fused(X[:count]))) < 1e-5
+
+
+def test_an_output_with_the_name_of_the_input_is_refused():
+    class Images(Heads):
+        def forward(self, x):
+            return {"images": super().forward(x)["logits"]}
+
+    torch.manual_seed(0)
+    program = trace(Images("dict").eval(), X, "it")
+    with pytest.raises(InputError, match="returns an output called 'images', the name of the input in ONNX files"):
+        onnx_file.model_of(program)
+
+
+def test_text_in_an_output_is_named():
+    class Says(Heads):
+        def forward(self, x):
+            return {**super().forward(x), "version": "1"}
+
+    torch.manual_seed(0)
+    with pytest.raises(InputError, match="it cannot be exported as a graph: it returns text beside its tensors"):
+        trace(Says("dict").eval(), X, "it")
 
 
 class Watchful(nn.Module):
@@ -196,6 +242,9 @@ def test_a_detector_goes_into_onnx_for_one_image_at_a_time(detector, tmp_path, c
     for key, value in expected.items():
         assert found[f"0.{key}"].shape == value.shape
         assert torch.allclose(found[f"0.{key}"].to(value), value, rtol=1e-4, atol=1e-4)
+    code, out, err = run(capsys, *words[:-1], tmp_path / "raw", "-f", "onnx", "--with-normalize", "--json")
+    assert code == 0, err
+    assert json.loads(out)["files"][0]["rel_error"] < 1e-4
     (tmp_path / "out.onnx").unlink()
     for more in (("-f", "pt2"), ("-f", "onnx", "--half")):
         assert "cannot be exported as a graph" in one_line(capsys, *words, *more)
@@ -215,7 +264,7 @@ def given_size(network):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("side", [320, 800])
+@pytest.mark.parametrize("side", [320, 640])
 def test_torchvisions_faster_rcnn_agrees_in_onnx_runtime(side):
     model = small("fasterrcnn_mobilenet_v3_large_320_fpn", num_classes=5)
     images = torch.rand(2, 3, side, side)

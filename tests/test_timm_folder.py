@@ -11,7 +11,7 @@ import torch
 import yaml
 from hub import stub_hub
 from PIL import Image
-from support import card_of, one_line, randomize_norms, relative, run
+from support import StopAt, card_of, one_line, randomize_norms, relative, run
 
 from repan_cli import checkpoint, export, models
 from repan_cli.data import preprocess
@@ -207,6 +207,40 @@ def test_push_and_fetch(capsys, folder, tmp_path, monkeypatch):
         assert relative(theirs(images), again) < 1e-6
     assert hub_folder.file_of("hf-hub:someone/net").endswith("model.safetensors")
     assert "cannot fetch hf-hub:someone/other: the Hub cannot" in one_line(capsys, "info", "hf-hub:someone/other")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("where", ["hf-hub:someone/net", "local-dir:"])
+def test_runs_begin_from_the_hub_and_learn_from_it(capsys, tmp_path, monkeypatch, where):
+    """`--init` and `--teacher` in every command that trains; stopped, they go on without the Hub, from the cache."""
+    saved(tmp_path / "net.pt", channels=1)
+    assert run(capsys, "fuse", tmp_path / "net.pt", "-f", "timm", "-o", tmp_path / "net")[0] == 0
+    folder = tmp_path / "net_timm"
+    source = f"{where}{folder}" if where.endswith(":") else where
+    quick = ["--dataset", "digits", "data.batch_size=256", "data.workers=0", "run.precision=fp32", "--epochs", "2"]
+    small = ["--model", "mobilenetv1_cifar"]
+    runs = {
+        "train": ["--init", source],
+        "distill": [*small, "--teacher", source, "teacher.cache=none"],
+        "cycle": ["--init", source, "--block", "repvgg", "--teacher", source, "--cycles", "1"],
+    }
+    with stub_hub(monkeypatch, tmp_path / "cache") as hub:
+        hub.files |= {file.name: file.read_bytes() for file in folder.iterdir()}
+        for name, words in runs.items():
+            with pytest.MonkeyPatch.context() as patch:
+                StopAt(patch, 8)
+                code, _, err = run(capsys, name, *words, *quick, "--out", tmp_path / name)
+            assert code == 75, (name, err)
+            assert "continue with" in err
+            if name != "train":
+                assert "timm:mobilenetv3_small_050 on 32x32 images" in err
+        code, _, err = run(capsys, "cycle", *runs["cycle"][:2], *runs["cycle"][4:], *quick)
+        assert code == 2
+        assert "is a plain network: give --block NAME" in err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in runs:
+        code, _, err = run(capsys, name, "--resume", tmp_path / name)
+        assert code == 0, (name, err)
 
 
 def test_folders_that_push_refuses(capsys, folder, tmp_path, monkeypatch):

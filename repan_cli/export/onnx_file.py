@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def write(program: ExportedProgram, header: dict[str, Any], opset: int = OPSET) 
 def model_of(program: ExportedProgram, opset: int = OPSET) -> Any:
     """Return the model of a graph, without a description. Raises InputError as `write` does."""
     need("writing ONNX", *PACKAGES)
-    names = [name or OUTPUT for name in output_names(program)]
+    names = _checked([name or OUTPUT for name in output_names(program)])
     try:
         with quiet():
             exported = torch.onnx.export(
@@ -51,6 +52,13 @@ def model_of(program: ExportedProgram, opset: int = OPSET) -> Any:
     return at_opset(exported.model_proto, opset)
 
 
+def _checked(names: list[str]) -> list[str]:
+    """Return the names of outputs. Raises InputError where one is that of the input, which no graph can have twice."""
+    if INPUT in names:
+        raise InputError(f"returns an output called '{INPUT}', the name of the input in ONNX files: rename it")
+    return names
+
+
 def model_for_one_image(network: nn.Module, images: Tensor, opset: int = OPSET) -> Any:
     """Return the model of a network that returns several tensors, for one image of this size (C, H, W) at a time.
 
@@ -58,9 +66,10 @@ def model_for_one_image(network: nn.Module, images: Tensor, opset: int = OPSET) 
     follow. It records one pass: that of the image in which most is found, since a pass that finds nothing leaves out
     the steps behind. Raises InputError as `write` does, and where nothing is found in any.
     """
-    need("writing ONNX", "onnx", *PACKAGES)
+    need("writing ONNX", *PACKAGES)
     import onnx
 
+    network = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)  # the exporter changes its mode
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         try:
@@ -69,10 +78,12 @@ def model_for_one_image(network: nn.Module, images: Tensor, opset: int = OPSET) 
                 found, image = max(passes, key=lambda each: sum(value.numel() for value in each[0].values()))
                 if not all(value.numel() for value in found.values()):
                     raise ValueError("it finds nothing in the images that it was tried on")
-                names = [*found]
+                names = _checked([*found])
                 torch.onnx.export(
                     network, (image,), file, dynamo=False, opset_version=OPSET, input_names=[INPUT], output_names=names
                 )
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(f"cannot be written as ONNX: {first_line(error)}") from error
         return at_opset(onnx.load(file), opset)

@@ -70,7 +70,10 @@ def trace(network: nn.Module, images: Tensor, name: str) -> ExportedProgram:
     network.to(memory_format=torch.contiguous_format)
     try:
         with quiet():
-            network = network if isinstance(network(images[:2]), Tensor) else PlainOutputs(network)
+            found = network(images[:2])
+            if any(isinstance(part, (str, bytes)) for part in pytree.tree_leaves(found)):
+                raise ValueError("it returns text beside its tensors")
+            network = network if isinstance(found, Tensor) else PlainOutputs(network)
             program = torch.export.export(network, (images[:2].contiguous(),), dynamic_shapes=({0: Dim("batch")},))
     except Exception as error:
         raise InputError(f"{name} cannot be exported as a graph: {first_line(error)}") from error

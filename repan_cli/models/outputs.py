@@ -14,13 +14,26 @@ Leaves = dict[str, Tensor]
 
 
 def leaves(output: Any) -> Leaves:
-    """Return the floating tensors in what a network returns."""
-    return {name: value for name, value in _leaves(output, ()) if value.is_floating_point()}
+    """Return the floating tensors in what a network returns; complex ones as pairs of real numbers."""
+    return {name: value for name, value in _named(output).items() if value.is_floating_point()}
 
 
 def all_leaves(output: Any) -> Leaves:
     """Return all tensors in what a network returns, numbers such as those of classes as float64."""
-    return {name: value if value.is_floating_point() else value.double() for name, value in _leaves(output, ())}
+    named = _named(output)
+    return {name: value if value.is_floating_point() else value.double() for name, value in named.items()}
+
+
+def _named(output: Any) -> Leaves:
+    """Return all tensors by their place; of two whose places read alike, such as `a.b`, the second gets a number."""
+    found: Leaves = {}
+    for name, value in _leaves(output, ()):
+        number = 2
+        unique = name
+        while unique in found:
+            unique, number = f"{name}_{number}", number + 1
+        found[unique] = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+    return found
 
 
 def _leaves(output: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:

@@ -92,6 +92,8 @@ def build(command: str, config: Config, dataset: Dataset, weights: Weights = Non
     if weights is not None:
         check_finite(network.model)
     if command == "cycle" and not any(rep_blocks(network.model)):
+        if isinstance(weights, Checkpoint) and config.block.name is None:
+            raise InputError(f"{_source(config)} is a plain network: give --block NAME (see 'repan list blocks')")
         left = models.summary(network.expansion.left)
         raise InputError(f"no convolution of {name} can become a block: {left}")
     if command == "cycle" and config.cycle.restart != "none" and models.form_of(network.model) == checkpoint.PLAIN:

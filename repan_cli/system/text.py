@@ -39,8 +39,16 @@ NAMES_SHOWN = 6
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
+LOCAL = "local-dir:"
+"""The words by which timm knows a folder from a name."""
+
+
 def at_home(path: str) -> str:
-    """Return a path with the home folder in place of a '~' that it begins with: shells leave that of --out=~/x."""
+    """Return a path with the home folder in place of a '~' that it begins with: shells leave that of --out=~/x.
+
+    timm's `local-dir:` in front of a folder is left out.
+    """
+    path = path.removeprefix(LOCAL)
     if not path.startswith("~"):
         return path
     try:
