@@ -50,8 +50,8 @@ def test_a_file_in_float16(capsys, small_run, tmp_path, normalize):
 
 
 def test_the_cost_is_printed(capsys, small_run, tmp_path):
-    _, _, err = run(capsys, "fuse", small_run.folder, "-o", tmp_path / "half.onnx", "--half")
-    line = next(line for line in err.splitlines() if line.startswith("float16"))
+    _, out, _ = run(capsys, "fuse", small_run.folder, "-o", tmp_path / "half.onnx", "--half")
+    line = next(line for line in out.splitlines() if line.startswith("float16"))
     assert "relative error" in line
     assert "% of 256 real images" in line
 
