@@ -1,8 +1,8 @@
 """A fuzzer for each reader of files: genuine ones are changed at random, and each is read or refused in a line.
 
-What else happens is a finding: another exception, more than `MOST_SECONDS`, or the end of the process, which leaves its
-last file as `case` in the folder for temporary files. Found files are kept under `tests/corpus/READER`, and read by the
-fast tests from then on. By hand:
+What else happens is a finding: another exception, more than `MOST_SECONDS` of CPU, or the end of the process, which
+leaves its last file as `case` in the folder for temporary files. Found files are kept under `tests/corpus/READER`, and
+read by the fast tests from then on. By hand:
 
     python tests/fuzzing.py READER SECONDS [SEED]
 """
@@ -287,7 +287,7 @@ READERS = {
 
 def outcome(reader: Reader, path: Path) -> str | None:
     """Read a file; returns what must not happen, in a line, or None."""
-    began = time.monotonic()
+    began = time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -298,8 +298,8 @@ def outcome(reader: Reader, path: Path) -> str | None:
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {str(error)[:100]} ({Path(last.filename).name}:{last.lineno})"
-    seconds = time.monotonic() - began
-    return f"{seconds:.0f} s" if seconds > MOST_SECONDS else None
+    seconds = time.process_time() - began
+    return f"{seconds:.0f} s of CPU" if seconds > MOST_SECONDS else None
 
 
 class Tally(NamedTuple):

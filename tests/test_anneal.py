@@ -21,6 +21,22 @@ from repan_cli.training.plan import Phase, cycle_plan, training_plan
 RULES = ("calibrate", "running", "reset")
 
 
+ATTACH = ("ramp", "zero-gamma", "compensated")
+
+
+def crossed(families, middle):
+    """Every family with each of three choices and each way to attach.
+
+    All pairs of the three are fast tests, the rest is long.
+    """
+    return [
+        pytest.param(family, one, attach, marks=() if (n + a + b) % 3 == 0 else pytest.mark.soak)
+        for n, family in enumerate(families)
+        for a, one in enumerate(middle)
+        for b, attach in enumerate(ATTACH)
+    ]
+
+
 def images(seed: int = 0, count: int = 64) -> torch.Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
@@ -35,9 +51,7 @@ def trained(family: str) -> torch.nn.Module:
 
 
 @pytest.mark.usefixtures("few_blocks")
-@pytest.mark.parametrize("attach", ["ramp", "zero-gamma", "compensated"])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(("family", "rule", "attach"), crossed(FAMILIES, RULES))
 @torch.no_grad()
 def test_every_rule_keeps_the_function_in_eval_mode(family, rule, attach):
     model = trained(family).double()
@@ -50,9 +64,10 @@ def test_every_rule_keeps_the_function_in_eval_mode(family, rule, attach):
 
 
 @pytest.mark.usefixtures("few_blocks")
-@pytest.mark.parametrize("attach", ["ramp", "zero-gamma", "compensated"])
-@pytest.mark.parametrize("trunk_scale", ["merged", "keep", "pace"])
-@pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].post_norm])
+@pytest.mark.parametrize(
+    ("family", "trunk_scale", "attach"),
+    crossed([name for name in FAMILIES if not FAMILIES[name].post_norm], ["merged", "keep", "pace"]),
+)
 @torch.no_grad()
 def test_calibrate_keeps_the_function_in_train_mode(family, trunk_scale, attach):
     """On the calibration batch, in a network whose every BN is in a block; the bound is 1 %, the error 1e-5."""
@@ -222,7 +237,7 @@ def _fold_of(block):
 
 
 @pytest.mark.usefixtures("few_blocks")
-@pytest.mark.parametrize("attach", ["ramp", "zero-gamma", "compensated"])
+@pytest.mark.parametrize("attach", ATTACH)
 @pytest.mark.parametrize("family", list(FAMILIES))
 @torch.no_grad()
 def test_pace_keeps_the_function_in_float64(family, attach):

@@ -543,6 +543,21 @@ def test_records_compare_like_the_runs_they_were_made_of(capsys, arms, tmp_path)
         assert (tmp_path / "copy" / name).read_bytes() == (kept / name).read_bytes()
 
 
+def test_a_record_tells_no_folder_of_its_author(capsys, tmp_path):
+    paths = {
+        "teacher__name": "/home/someone/t.pt",
+        "model__init": "/home/someone/w.pt::ema",
+        "data__class_order": "text",
+    }
+    run_of = write_run(tmp_path / "arm" / "a", 0, **paths)
+    code, _, err = run(capsys, "compare", run_of, "--records", tmp_path / "kept")
+    assert code == 0, err
+    text = (tmp_path / "kept" / "arm" / "0.json").read_text()
+    assert "/home" not in text
+    settings = json.loads(text)["settings"]
+    assert (settings["teacher.name"], settings["model.init"]) == ("t.pt", "w.pt::ema")
+
+
 def test_two_runs_cannot_be_one_record(capsys, arms, tmp_path):
     write_run(arms / "repan" / "again", 0)
     code, _, err = run(capsys, "compare", arms, "--by-folder", "--records", tmp_path / "kept")

@@ -62,7 +62,7 @@ CASES = {
 }
 
 
-QUICK = ("zero-gamma", "frozen trunk", "frozen, no momentum")
+QUICK = ("zero-gamma", "frozen, no momentum")
 
 
 def pair(digits, make):

@@ -148,7 +148,9 @@ def test_a_wrong_leaf_is_named():
         export.fuse(model, X)
 
 
-@pytest.mark.parametrize("form", ["dict", "ordered", "list", "tuples"])
+@pytest.mark.parametrize(
+    "form", ["dict", "tuples", *(pytest.param(f, marks=pytest.mark.soak) for f in ("ordered", "list"))]
+)
 def test_several_outputs_go_into_onnx(form):
     fused, _ = export.fuse(heads(form), X)
     model = onnx_file.model_of(trace(fused, X, "it"))

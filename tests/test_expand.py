@@ -1,6 +1,7 @@
 """Any network becomes multi-branch without changing its function; the rest is left alone, with the reason."""
 
 import copy
+import functools
 import itertools
 import random
 from collections import OrderedDict
@@ -74,7 +75,7 @@ def geometries(count: int) -> list[tuple]:
     return rows
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(160, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [25, pytest.param(160, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("family", list(FAMILIES))
 @torch.no_grad()
 def test_a_grid_of_layers_is_exact_or_refused_by_name(family, count, record_property):
@@ -332,9 +333,14 @@ def test_planning_leaves_the_network_and_the_generator_alone():
 # ---------------------------------------------------------------------------------------------- selection
 
 
+@functools.cache
+def resnet() -> nn.Module:
+    return timm.create_model("resnet18_cifar", num_classes=10)
+
+
 def chosen(**settings: object) -> set[str]:
-    model, x = timm.create_model("resnet18_cifar", num_classes=10), X[:2, :, :8, :8]
-    return {change.name for change in plan(model, x, family="rep", selection=Selection(**settings)).changes}
+    selection, x = Selection(**settings), X[:2, :, :8, :8]
+    return {change.name for change in plan(resnet(), x, family="rep", selection=selection).changes}
 
 
 def test_selection():
@@ -404,19 +410,31 @@ def test_own_blocks_are_kept_on_small_images_too(size):
     assert len(plan(model, torch.randn(2, 3, size, size), family=None, selection=Selection()).changes) == 43
 
 
-ALIKE = ("repvit_m1",)
-"""Networks of the same blocks as another one."""
+SMALL_OWN_BLOCKS = {
+    "repvgg_a0": 7,
+    "mobileone_s0": 11,
+    "fastvit_t8": 15,
+    "repvit_m0_9": 8,
+    "repghostnet_050": 32,
+    "lcnetv2_base": 8,
+}
+"""With the networks of `small_timm`."""
 
 
-@pytest.mark.parametrize(
-    ("name", "blocks"),
-    [
-        pytest.param(name, blocks, marks=pytest.mark.soak if name in ALIKE else ())
-        for name, blocks in OWN_BLOCKS.items()
-    ],
-)
-@torch.no_grad()
+@pytest.mark.usefixtures("small_timm")
+@pytest.mark.parametrize(("name", "blocks"), SMALL_OWN_BLOCKS.items())
 def test_own_blocks_of_timm_are_adapted(name, blocks):
+    own_blocks_are_adapted(name, blocks)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("name", "blocks"), OWN_BLOCKS.items())
+def test_own_blocks_of_whole_networks_of_timm_are_adapted(name, blocks):
+    own_blocks_are_adapted(name, blocks)
+
+
+@torch.no_grad()
+def own_blocks_are_adapted(name, blocks):
     if name not in timm.list_models():
         pytest.skip(f"this timm has no {name}")
     torch.manual_seed(0)
@@ -440,7 +458,7 @@ def test_own_blocks_of_timm_are_adapted(name, blocks):
     assert {key: shape for key, shape in blocks_of_timm.items() if key not in mixers}.items() <= ours.items()
 
 
-def test_a_family_can_be_asked_for_beside_own_blocks():
+def test_a_family_can_be_asked_for_beside_own_blocks(small_timm):
     model = timm.create_model("repvit_m0_9", num_classes=10).eval()
     x = torch.randn(2, 3, 64, 64)
     expected = model(x)
@@ -449,7 +467,7 @@ def test_a_family_can_be_asked_for_beside_own_blocks():
     assert relative(model(x), expected) < 1e-4
 
 
-def test_stochastic_depth_inside_a_block_keeps_it_as_it_is():
+def test_stochastic_depth_inside_a_block_keeps_it_as_it_is(small_timm):
     model = timm.create_model("repvgg_a0", num_classes=10, drop_path_rate=0.1).eval()
     assert "drop_path" in left(model, "stages.0.1", family=None, images=torch.randn(2, 3, 32, 32))
 
@@ -562,9 +580,9 @@ def test_only_the_blocks_that_are_named_restart():
 
 @pytest.mark.parametrize("form", ["multi-branch", "fused"])
 @pytest.mark.parametrize(
-    ("name", "block"), [("timm:resnet10t", "dbb"), ("timm:repvgg_a0", None), ("mobilenetv1_cifar", "mobileone")]
+    ("name", "block"), [("timm:test_resnet", "dbb"), ("timm:repvgg_a0", None), ("mobilenetv1_cifar", "mobileone")]
 )
-def test_a_file_rebuilds_an_expanded_network(tmp_path, name, block, form):
+def test_a_file_rebuilds_an_expanded_network(tmp_path, small_timm, name, block, form):
     x = torch.randn(2, 3, 32, 32)
     model = models.create(name, num_classes=10, in_chans=3)
     expand(model, block, images=x, branches=2 if block == "mobileone" else None)
@@ -594,7 +612,7 @@ def test_the_own_network_of_a_person_is_given_again(tmp_path):
     model = expand(net(conv=conv(), norm=nn.BatchNorm2d(8)).float(), images=X)
     card = card_of(model, "net.py:build", classes=tuple("abcdefgh"))
     checkpoint.save(checkpoint.capture(model, card), tmp_path / "a.pt")
-    with pytest.raises(InputError, match="a network of your own, net.py:build: give --model net.py:build"):
+    with pytest.raises(InputError, match="a network of your own, net.py:build: give model=.net.py:build."):
         repan_cli.load(tmp_path / "a.pt")
     loaded = repan_cli.load(tmp_path / "a.pt", net(conv=conv(), norm=nn.BatchNorm2d(8)).float())
     assert torch.equal(loaded(X), model(X))

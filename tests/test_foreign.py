@@ -15,13 +15,13 @@ from repan_cli import checkpoint, models
 from repan_cli.errors import InputError
 from repan_cli.session.artifact import open_artifact
 
-NAME = "timm:resnet10t"
+NAME = "timm:test_resnet"
 
 
 @pytest.fixture(scope="module")
 def theirs():
     torch.manual_seed(1)
-    return randomize_norms(timm.create_model("resnet10t", num_classes=10)).eval()
+    return randomize_norms(timm.create_model("test_resnet", num_classes=10)).eval()
 
 
 def under(prefix, weights):

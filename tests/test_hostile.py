@@ -32,6 +32,7 @@ COMMANDS = {
     "cycle": ["cycle", "--model", "repvgg_a0_cifar", "--dataset", "digits", "--init", "FILE", "--out", "run"],
 }
 SLOW = dict.fromkeys(("many_lists_old.pth", "deep.pt", "laughs.pt"), ("info",))
+SLOW |= dict.fromkeys(("many_branches.pt", "many_changes.pt"), ("info", "cycle"))
 """Files that take a second to refuse, and the commands that they suffice for."""
 
 MARK = "touch marker"

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from repan_cli.data import datasets, image_files
 from repan_cli.errors import InputError
@@ -160,3 +160,21 @@ def test_each_of_twenty_kinds_of_files_has_one_outcome(tmp_path, name):
         datasets.load("folder", tmp_path, image_size=8, val_fraction=0)
     left = datasets.load("folder", tmp_path, image_size=8, val_fraction=0, on_error="skip")
     assert len(left.train.labels) == 5
+
+
+@pytest.mark.parametrize("size", [(1, 12), (12, 1), (7, 7), (1, 1)])
+def test_jpegs_below_8_pixels_are_read(tmp_path, size):
+    Image.new("RGB", size, (200, 30, 10)).save(tmp_path / "small.jpg")
+    image_files.check(tmp_path / "small.jpg", whole=True)
+    assert image_files.open_image(tmp_path / "small.jpg").size == size
+
+
+@pytest.mark.parametrize("failure", [ZeroDivisionError(), KeyError("tile"), IndexError("\nindex"), MemoryError()])
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, failure):
+    def load(image):
+        raise failure
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(image_files.UnreadableImageError, match=r"^cannot read the image .*a\.png: \S.*$"):
+        image_files.check(tmp_path / "a.png", whole=True)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from conftest import FEW
 from support import card_of, one_line, relative, run, small_net
 from torch import nn
 
@@ -16,6 +17,7 @@ from repan_cli.commands import quantize
 from repan_cli.data import build
 from repan_cli.export import int8, onnx_file
 from repan_cli.export.trace import trace
+from repan_cli.models import repvgg_cifar
 from repan_cli.system import timing
 from repan_cli.system.packages import missing
 
@@ -107,10 +109,12 @@ def test_calibration_is_asked_for_the_training_part_alone(capsys, few_blocks, sm
 # ---------------------------------------------------------------------------------------------- for other programs
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def graph():
     """A merged network of convolutions and a linear layer, and its file in float32."""
-    model = reparameterize(small_net("repvgg"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repvgg_cifar, "DEPTHS_A", FEW)
+        model = reparameterize(small_net("repvgg"))
     header = checkpoint.header(checkpoint.capture(model, card_of(model)))
     return model, onnx_file.write(trace(model, X, "net"), header), header
 

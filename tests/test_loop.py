@@ -94,15 +94,21 @@ def test_a_restart_keeps_accuracy_and_logits(digits):
     assert start.logit_error < 1e-5
 
 
-@pytest.mark.parametrize(("rule", "jumps"), [("calibrate", False), ("running", True), ("reset", True)])
-def test_the_loss_across_a_restart_tells_the_rules_apart(digits, rule, jumps):
-    """On a deep network whose statistics have settled: `calibrate` keeps its training loss, the others do not."""
-    deep = small_net(name="repvgg_b0_cifar", in_chans=1)
-    run = training(digits, plan(baseline=False, cycle__rule=rule), model=deep)
+@pytest.fixture(scope="module")
+def settled(digits):
+    """A deep network whose statistics have settled."""
+    run = training(digits, plan(baseline=False), model=small_net(name="repvgg_b0_cifar", in_chans=1))
     with torch.no_grad():
         for epoch in range(40):
             for images, *_ in run.train.training_batches(192, 7, 7, epoch):
                 run.model.train()(images)
+    return run.model
+
+
+@pytest.mark.parametrize(("rule", "jumps"), [("calibrate", False), ("running", True), ("reset", True)])
+def test_the_loss_across_a_restart_tells_the_rules_apart(digits, settled, rule, jumps):
+    """`calibrate` keeps the training loss, the others do not."""
+    run = training(digits, plan(baseline=False, cycle__rule=rule), model=copy.deepcopy(settled))
     start = next(fit(run))
     assert (abs(start.loss_after_restart - start.loss_before) > 0.1) == jumps
 

@@ -142,7 +142,7 @@ def test_a_layer_that_was_asked_for_and_cannot_merge_is_named(capsys, place):
 # ---------------------------------------------------------------------------------------------- foreign weights
 
 
-def tiny(name: str = "resnet10t", classes: int = 10) -> nn.Module:
+def tiny(name: str = "test_resnet", classes: int = 10) -> nn.Module:
     torch.manual_seed(1)
     return randomize_norms(timm.create_model(name, num_classes=classes, in_chans=1)).eval()
 
@@ -162,7 +162,7 @@ WRAPPINGS = {
 def test_weights_of_others_are_taken_where_they_belong(digits, tmp_path, wrapping):
     source = tiny()
     torch.save(WRAPPINGS[wrapping](source.state_dict()), tmp_path / "theirs.pth")
-    found = made(digits, model__name="timm:resnet10t", model__init=tmp_path / "theirs.pth", block__name="dbb")
+    found = made(digits, model__name="timm:test_resnet", model__init=tmp_path / "theirs.pth", block__name="dbb")
     assert found.finished
     assert found.expansion.family == "dbb"
     x = torch.randn(4, 1, 8, 8)
@@ -182,19 +182,19 @@ def test_prefixes_of_wrappers_come_off_in_any_nesting(tmp_path, prefixes):
 def test_safetensors_of_others_and_weights_of_a_multi_branch_network(digits, tmp_path):
     source = tiny()
     safetensors.torch.save_file(source.state_dict(), tmp_path / "theirs.safetensors")
-    found = made(digits, model__name="timm:resnet10t", model__init=tmp_path / "theirs.safetensors")
+    found = made(digits, model__name="timm:test_resnet", model__init=tmp_path / "theirs.safetensors")
     x = torch.randn(4, 1, 8, 8)
     assert relative(found.model.eval()(x), source(x)) < 1e-5
     randomize_norms(found.model, 5)
     torch.save(found.model.state_dict(), tmp_path / "branches.pth")
-    again = made(digits, model__name="timm:resnet10t", model__init=tmp_path / "branches.pth")
+    again = made(digits, model__name="timm:test_resnet", model__init=tmp_path / "branches.pth")
     assert torch.equal(again.model.eval()(x), found.model(x))
 
 
 def test_another_number_of_classes_starts_a_new_classifier_and_needs_a_baseline(capsys, digits, tmp_path):
     source = tiny(classes=7)
     torch.save(source.state_dict(), tmp_path / "theirs.pth")
-    found = made(digits, model__name="timm:resnet10t", model__init=tmp_path / "theirs.pth")
+    found = made(digits, model__name="timm:test_resnet", model__init=tmp_path / "theirs.pth")
     assert found.new_classifier
     assert not found.finished
     assert "fc is re-initialized" in capsys.readouterr().err
@@ -220,7 +220,7 @@ def test_another_number_of_classes_starts_a_new_classifier_and_needs_a_baseline(
 def test_weights_that_do_not_fit_are_named(digits, tmp_path, content, says):
     torch.save(content, tmp_path / "theirs.pth")
     with pytest.raises(InputError, match=says):
-        made(digits, model__name="timm:resnet10t", model__init=tmp_path / "theirs.pth")
+        made(digits, model__name="timm:test_resnet", model__init=tmp_path / "theirs.pth")
 
 
 def test_foreign_weights_need_the_name_of_their_network(digits, tmp_path):
@@ -234,7 +234,7 @@ def test_foreign_weights_need_the_name_of_their_network(digits, tmp_path):
 
 def test_pretrained_weights_of_timm(digits, monkeypatch, tmp_path):
     """From a file in place of the download, through timm's own loading."""
-    source = timm.create_model("resnet10t", num_classes=1000)
+    source = timm.create_model("test_resnet", num_classes=1000)
     safetensors.torch.save_file(source.state_dict(), tmp_path / "weights.safetensors")
     create = timm.create_model
 
@@ -243,7 +243,7 @@ def test_pretrained_weights_of_timm(digits, monkeypatch, tmp_path):
         return create(name, **kwargs, pretrained_cfg_overlay=overlay)
 
     monkeypatch.setattr(timm, "create_model", with_file)
-    found = made(digits, model__name="timm:resnet10t", model__pretrained=True)
+    found = made(digits, model__name="timm:test_resnet", model__pretrained=True)
     assert found.trained
     assert found.new_classifier
     weight = found.model.get_submodule("layer1.0.conv1").trunk.conv.weight
@@ -271,8 +271,8 @@ def test_weights_that_cannot_be_fetched_are_one_line(digits, monkeypatch):
 
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", no_network)
-    with pytest.raises(InputError, match=r"of resnet10t \(no route to host\); give their file: --init FILE to train"):
-        made(digits, model__name="timm:resnet10t", model__pretrained=True)
+    with pytest.raises(InputError, match=r"of test_resnet \(no route to host\); give their file: --init FILE to train"):
+        made(digits, model__name="timm:test_resnet", model__pretrained=True)
     without = next(name for name in timm.list_models("*resnet*") if not timm.is_model_pretrained(name))
     with pytest.raises(InputError, match="no pretrained weights of"):
         made(digits, model__name=f"timm:{without}", model__pretrained=True)
@@ -328,7 +328,7 @@ def test_a_file_cannot_name_just_any_network(tmp_path):
 @pytest.mark.parametrize(("size", "precision"), [(8, "fp32"), (32, "bf16")])
 def test_bf16_is_left_where_its_gradients_are_wrong(digits, capsys, size, precision):
     """A strided kernel on a map smaller than its stride, on a CPU: not merely inexact but uninitialised memory."""
-    found = made(digits, model__name="timm:resnet10t")
+    found = made(digits, model__name="timm:test_resnet")
     data = dataclasses.replace(digits, image_size=size)
     machine = network.safe_precision(Runtime(CPU, "bf16"), found, data, chosen="auto")
     assert machine.precision == precision

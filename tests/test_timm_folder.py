@@ -80,8 +80,18 @@ def test_timm_sees_what_repan_sees(tmp_path, side, size):
     assert relative(found, wanted) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", pytest.param("mobileone_s0", marks=pytest.mark.soak)])
-def test_timms_own_blocks_keep_silent_branches(capsys, tmp_path, name):
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+def test_timms_own_blocks_keep_silent_branches(capsys, small_timm, tmp_path, name):
+    own_blocks_keep_silent_branches(capsys, tmp_path, name)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+def test_own_blocks_of_whole_networks_keep_silent_branches(capsys, tmp_path, name):
+    own_blocks_keep_silent_branches(capsys, tmp_path, name)
+
+
+def own_blocks_keep_silent_branches(capsys, tmp_path, name):
     model = saved(tmp_path / "net.pt", f"timm:{name}", None)
     assert run(capsys, "fuse", tmp_path / "net.pt", "-f", "timm", "-o", tmp_path / "plain")[0] == 0
     theirs = timm.create_model(f"local-dir:{tmp_path / 'plain_timm'}", pretrained=True).eval()

@@ -1,4 +1,4 @@
-"""The words of docstrings: no relative clauses, and functions begin with an imperative verb."""
+"""The words of docstrings and messages: no relative clauses, and functions begin with an imperative verb."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ NOT_VERBS = RELATIVE | {
 }
 SHOWN = ("register", "family", "_adapts", "callback")
 """Decorators that put the docstring into a list for users, where it describes a thing."""
+
+TELLING = ("InputError", "ValueError", "RuntimeError", "warn", "warn_once", "tell", "say", "doing", "fail")
+"""Functions and errors whose first argument users read."""
 
 
 @cache
@@ -73,3 +76,24 @@ def test_the_check_finds_words_that_are_not_imperatives() -> None:
     wrong = ("The", "A", "Raises", "What", "uint8", "(N", "`auto`", "1x1", "None", "Seconds")
     assert [word for word in wrong if imperative(word)] == []
     assert all(map(imperative, ("Return", "Raise", "Pass", "Build")))
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Yield the place and the beginning of every literal text that is raised, warned of, or printed."""
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and node.args and _called(node) in TELLING:
+                text = node.args[0]
+                part = text.values[0] if isinstance(text, ast.JoinedStr) and text.values else text
+                if isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.strip():
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", part.value.strip()
+
+
+def _called(node: ast.Call) -> str:
+    return getattr(node.func, "id", None) or getattr(node.func, "attr", "")
+
+
+def test_no_message_begins_with_a_relative_clause() -> None:
+    found = list(messages())
+    assert len(found) > 250
+    assert [place for place, text in found if first_word(text).capitalize() in RELATIVE] == []

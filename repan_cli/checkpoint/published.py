@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from repan_cli.checkpoint.card import ModelCard
 from repan_cli.config.conventions import DATA_ROOT, PLACE_OF_DATA, PLACES
-from repan_cli.system.text import from_home
+from repan_cli.system.text import from_home, last_part
 
 NAMED_AGAIN = ("model.name", "block.name")
 """Settings that may name a user's own file, which has to be given again."""
@@ -30,9 +29,9 @@ def for_others(card: ModelCard, *, keeps_place: bool = True) -> ModelCard:
         model=_below_home(card.model),
         block=_below_home(card.block),
         structure=replace(structure, changes=changes, native=native),
-        config={key: (_below_home if key in kept else _last_part)(value) for key, value in card.config.items()},
+        config={key: (_below_home if key in kept else last_part)(value) for key, value in card.config.items()},
         surroundings=None if card.surroundings is None else _surroundings(card.surroundings, keeps_place=keeps_place),
-        teachers=card.teachers and {_last_part(name): digest for name, digest in card.teachers.items()},
+        teachers=card.teachers and {last_part(name): digest for name, digest in card.teachers.items()},
     )
 
 
@@ -45,7 +44,3 @@ def _surroundings(noted: Mapping[str, Any], *, keeps_place: bool) -> dict[str, A
 
 def _below_home(value: Any) -> Any:
     return from_home(value) if isinstance(value, str) else value
-
-
-def _last_part(value: Any) -> Any:
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

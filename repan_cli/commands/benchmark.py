@@ -19,7 +19,7 @@ from repan_cli.checkpoint.card import FUSED
 from repan_cli.commands.options import BenchmarkOptions
 from repan_cli.config.conventions import ARTIFACT_ENDINGS
 from repan_cli.config.names import names_a_repository
-from repan_cli.display.console import print_table, tell
+from repan_cli.display.console import print_line, print_table
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
 from repan_cli.export.runtimes.openvino_files import OpenVinoNetwork
@@ -276,9 +276,11 @@ def _machine(machine: Runtime) -> dict[str, Any]:
 
 
 def _report(result: dict[str, Any]) -> None:
-    tell(f"{result['model']}, {result['block']} blocks, images of {result['image_size']}x{result['image_size']}")
+    print_line(f"{result['model']}, {result['block']} blocks, images of {result['image_size']}x{result['image_size']}")
     gpu = result["gpu"] or result["processor"]
-    tell(f"{gpu}, {count(result['threads'], 'thread')}, {result['precision']}; PyTorch {result['versions']['torch']}")
+    print_line(
+        f"{gpu}, {count(result['threads'], 'thread')}, {result['precision']}; PyTorch {result['versions']['torch']}"
+    )
     sizes = [
         (each["form"], f"{each['parameters']:,}", short(1e9 * each["gmacs"]))
         for each in result["forms"]

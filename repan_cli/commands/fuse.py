@@ -354,7 +354,7 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
     if "float16" in facts:
         print_line(f"float16         {_cost(facts['float16'])}")
     for file in facts["files"]:
-        print_line(f"use             {file['use']}")
+        print_line(f"use             {file['use']}", whole=True)
     for count_of in dict.fromkeys(filter(None, (file["images"] for file in facts["files"]))):
         print_line(f"images          {_input(artifact, count_of, with_normalize=with_normalize)}")
 

@@ -28,7 +28,7 @@ Checkpoint = Annotated[
 ]
 Network = Annotated[
     str | None,
-    Option(("--model", "-m"), "Network of other programs' weights, or your own as file.py:function.", "NAME"),
+    Option(("--model", "-m"), "Network of another program's weights, or your own as file.py:function.", "NAME"),
 ]
 OwnBlock = Annotated[
     str | None, Option(("--block",), "Your own block family, if the network uses one: file.py:function.", "NAME")
@@ -76,7 +76,7 @@ class FuseOptions:
     with_normalize: Annotated[
         bool, Option(("--with-normalize",), "Include the normalisation of images in the graph.")
     ] = False
-    unproven: Annotated[bool, Option(("--unproven",), "Also write what this machine cannot run: Core ML.")] = False
+    unproven: Annotated[bool, Option(("--unproven",), "Also write unverified files (Core ML).")] = False
     half: Annotated[bool, Option(("--half",), "Write the ONNX file in float16 and measure its cost.")] = False
     opset: Opset = None
     model: Network = None
@@ -308,7 +308,7 @@ Resume = Annotated[
 Seeds = Annotated[
     str | None, Option(("--seeds",), "Run once with each of these seeds and compare.", "N,N,...", panel=RUN)
 ]
-Control = Annotated[bool, Option(("--control",), "Also run the same without restarts and compare.", panel=RUN)]
+Control = Annotated[bool, Option(("--control",), "Also train without restarts, as a control, and compare.", panel=RUN)]
 PrintConfig = Annotated[bool, Option(("--print-config",), "Print the settings as YAML and exit.", panel=RUN)]
 DryRun = Annotated[
     bool, Option(("--dry-run",), "Try every part of the run once, describe the run, write nothing.", panel=RUN)

@@ -38,7 +38,7 @@ def run(options: PushOptions) -> None:
         return
     print_line(f"uploaded         {', '.join(files)}")
     print_line(f"to               {address}")
-    print_line(f'use              timm.create_model("hf-hub:{options.name}", pretrained=True)')
+    print_line(f'use              timm.create_model("hf-hub:{options.name}", pretrained=True)', whole=True)
     print_line(f"                 repan evaluate hf-hub:{options.name}")
 
 

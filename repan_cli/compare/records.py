@@ -12,6 +12,7 @@ from repan_cli.errors import InputError
 from repan_cli.runs.felt import KEYS
 from repan_cli.runs.trackers import read_metrics
 from repan_cli.system.files import read_json, to_json, write_bytes
+from repan_cli.system.text import last_part
 
 KEPT = ("cycle", "epoch", "loss", "train_top1", "val_top1", "lr", "steps", *KEYS)
 """The figures of an epoch that a record keeps."""
@@ -20,7 +21,7 @@ MACHINE = ("versions", "python", "device", "gpu", "cuda", "precision", "threads"
 """The facts of env.json that a record keeps. None names a user's machine or folders."""
 
 PRIVATE = ("run.out", "data.root")
-"""Settings that are folders of the machine that made the run."""
+"""Settings that are folders of the machine that made the run. Of other absolute paths the last part is kept."""
 
 DIGITS = 6
 """Significant digits of the figures of an epoch."""
@@ -54,7 +55,7 @@ def _record(result: Result) -> dict[str, Any]:
     summary = {key: value for key, value in read_json(result.path / "summary.json").items() if key != "control"}
     return {
         "command": result.command,
-        "settings": {key: value for key, value in layer.items() if key not in PRIVATE},
+        "settings": {key: last_part(value) for key, value in layer.items() if key not in PRIVATE},
         "machine": {key: machine[key] for key in MACHINE if key in machine},
         "summary": summary,
         "epochs": [_epoch(record) for record in read_metrics(result.path / "metrics.jsonl")],

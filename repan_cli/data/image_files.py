@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from repan_cli.errors import InputError
+from repan_cli.system.text import first_line
 
 MODES = {1: "L", 3: "RGB"}
 NUMBERS = {"F": "floats", "I": "32-bit integers"}
@@ -43,15 +44,17 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         why = "it is not an image, or is truncated" if path.stat().st_size else "it is empty"
         raise UnreadableImageError(f"cannot read the image {path}: {why}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(f"cannot read the image {path}: {error}") from None
+    except InputError:
+        raise
+    except Exception as error:  # a decoder may fail in any way on a damaged file
+        raise UnreadableImageError(f"cannot read the image {path}: {first_line(error)}") from None
 
 
 def check(path: Path, *, whole: bool) -> None:
     """Raise UnreadableImageError for a file that does not begin like an image; `whole`: that cannot be decoded."""
     with _opened(path) as image:
         if whole:
-            image.draft("RGB", (image.width // 8, image.height // 8))  # JPEGs: as small as they can be
+            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))  # JPEGs: as small as they can be
             image.load()
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -289,9 +290,13 @@ def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: b
     console.print(table)
 
 
-def print_line(text: str) -> None:
-    """Print a line of results on stdout, for commands that are called for them."""
-    print(shown(text))
+def print_line(text: str, *, whole: bool = False) -> None:
+    """Print a line of results on stdout, for commands that are called for them.
+
+    On a terminal it breaks between words, unless it is code to copy, and so stays `whole`.
+    """
+    text = shown(text)
+    print(text if whole or not sys.stdout.isatty() else wrapped(text, shutil.get_terminal_size().columns))
 
 
 def tell(text: str) -> None:

@@ -14,7 +14,7 @@ OF_FROZEN = {"weight", "bias", "running_mean", "running_var"}
 """The buffers of a frozen BN, whoever wrote it: torchvision, timm, detectron2, DETR."""
 
 EPS = 1e-5
-"""That of frozen BNs that do not name it."""
+"""The epsilon of a frozen BN that does not store one."""
 
 
 def is_fixed(module: nn.Module) -> bool:

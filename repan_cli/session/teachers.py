@@ -194,7 +194,7 @@ def _theirs(name: str, settings: config.TeacherConfig, dataset: Dataset, weights
 
 def _pretrained(name: str, dataset: Dataset) -> TeacherModel:
     if Path(name).suffix in WEIGHT_ENDINGS:
-        raise InputError(f"no teacher's file {name}")
+        raise InputError(f"no teacher's file {name}: give its place with --teacher")
     full = models.resolve(name, LARGE_IMAGE)  # short names are timm's own, made for large images
     if models.has_new_classifier(full, len(dataset.classes)):
         raise InputError(

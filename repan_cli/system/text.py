@@ -9,6 +9,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def on_one_line(text: str) -> str:
@@ -64,6 +65,11 @@ def from_home(path: str) -> str:
         return path
     inside = path.startswith(home.rstrip("/") + "/") and home != "/"
     return "~" + path[len(home.rstrip("/")) :] if inside else path
+
+
+def last_part(value: Any) -> Any:
+    """Return the name of a file or folder that is given by its absolute path, and any other value as it is."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def quoted(path: object) -> str:
