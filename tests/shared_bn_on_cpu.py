@@ -8,7 +8,7 @@ import dataclasses
 from unittest import mock
 
 import torch
-from conftest import FEW
+from shared_fixtures import FEW
 from torch import nn
 
 from repan_cli.cli import app

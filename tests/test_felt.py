@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import CPU
+from shared_fixtures import CPU
 from support import plan, training, write_run
 
 from repan_cli.compare import table

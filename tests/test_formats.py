@@ -142,8 +142,8 @@ def test_a_machine_without_repan_opens_them(exported, net, tmp_path):
 
 
 PLAIN = [
-    *("timm:test_resnet", "timm:mobilenetv3_small_050", "timm:repvgg_a0", "timm:mobileone_s0"),
-    pytest.param("timm:regnety_002", marks=pytest.mark.soak),
+    *("timm:test_resnet", "timm:test_efficientnet", "timm:repvgg_a0", "timm:mobileone_s0"),
+    *(pytest.param(name, marks=pytest.mark.soak) for name in ("timm:mobilenetv3_small_050", "timm:regnety_002")),
 ]
 
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import FEW
+from shared_fixtures import FEW
 from support import card_of, one_line, relative, run, small_net
 from torch import nn
 

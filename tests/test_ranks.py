@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from conftest import FEW
 from shared_bn_on_cpu import of_one_process
+from shared_fixtures import FEW
 from support import ROOT, metrics, run, wait_for
 
 from repan_cli import checkpoint, config

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import timm
 import torch
-from conftest import FEW, narrow_timm
 from PIL import Image
+from shared_fixtures import FEW, narrow_timm
 from support import ROOT, captured, run
 
 from repan_cli import config

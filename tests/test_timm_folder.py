@@ -23,7 +23,7 @@ from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.system.files import write_folder
 
 
-def saved(path, name="timm:mobilenetv3_small_050", family="acb", *, channels=3, **more):
+def saved(path, name="timm:test_efficientnet", family="acb", *, channels=3, **more):
     """A checkpoint of an expanded network, as training would write it, and the network."""
     torch.manual_seed(0)
     model = models.create(name, num_classes=10, in_chans=channels)
@@ -71,7 +71,7 @@ def test_timm_alone_computes_the_same(folder, tmp_path):
 )
 def test_timm_sees_what_repan_sees(tmp_path, side, size):
     image = photo(tmp_path / "photo.png", size)
-    card = card_of(torch.nn.Identity(), "timm:mobilenetv3_small_050", block=None, image_size=side)
+    card = card_of(torch.nn.Identity(), "timm:test_efficientnet", block=None, image_size=side)
     cfg = timm_folder.config_of(card)["pretrained_cfg"]
     transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg), is_training=False)
     wanted = Artifact("", torch.nn.Identity(), card).preparation.file(tmp_path / "photo.png")
@@ -120,7 +120,7 @@ def test_repan_reads_the_folder(capsys, folder, tmp_path):
     assert ours.card.classes == wanted.card.classes
     code, out, err = run(capsys, "info", folder, "--json")
     assert code == 0, err
-    assert json.loads(out)["model"] == "timm:mobilenetv3_small_050"
+    assert json.loads(out)["model"] == "timm:test_efficientnet"
 
     again = shutil.copytree(folder, tmp_path / "again")  # as another program saves it: without our description
     safetensors.torch.save_file(safetensors.torch.load_file(folder / "model.safetensors"), again / "model.safetensors")

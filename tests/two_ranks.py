@@ -8,7 +8,7 @@ import socket
 import sys
 
 import sklearn.datasets  # noqa: F401
-from conftest import FEW
+from shared_fixtures import FEW
 
 from repan_cli.cli import app
 from repan_cli.commands import train  # noqa: F401
