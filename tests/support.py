@@ -196,7 +196,7 @@ def start(*arguments, **options):
     return subprocess.Popen(command, env=environment, **pipes, **options)
 
 
-def wait_for(path, seconds=60):
+def wait_for(path, seconds=300):
     ends = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < ends, f"no {path}"
