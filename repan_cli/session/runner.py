@@ -58,7 +58,10 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
     if session.training.runtime.rank:
         follow(session)
         return None
-    return begin(session, resolved, as_json=as_json)
+    try:
+        return begin(session, resolved, as_json=as_json)
+    except KeyboardInterrupt:  # between the making of the folder and the first step
+        raise InterruptedRunError("stopped before training began; there is no save to resume from") from None
 
 
 def begin(session: Session, resolved: Resolved, *, as_json: bool) -> Path:
