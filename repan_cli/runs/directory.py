@@ -218,7 +218,7 @@ def goes_on(path: Path) -> bool:
 
 def existing(path: Path) -> str:
     mend = "give another --out"
-    if goes_on(path) and state_of(path) == "done":
+    if (path / LAST).exists() and state_of(path) == "done" and not (path / SERIES).exists():
         mend += f", where --init {quoted(path / LAST)} goes on from its weights"
     elif goes_on(path):
         mend = f"continue with --resume {quoted(path)}, or {mend}"
