@@ -12,6 +12,7 @@ from PIL import Image
 from support import run
 
 from repan_cli.cli import app
+from repan_cli.commands import early
 from repan_cli.session import runner
 from repan_cli.system.weight_files import no_checkpoint
 
@@ -64,6 +65,7 @@ MISTAKES = [
     # data
     ("train -m repvgg -d cifar-100", r"unknown data set 'cifar-100'; did you mean cifar100"),
     ("train -m repvgg -d empty", r"no folder empty/train, nor classes in empty: expected .*; --data-root names"),
+    ("train -m repvgg -d one", r"one holds only one class \('cat'\), at least two are needed: expected .*"),
     ("train -m repvgg -d photos --data-root empty", r"data.name=photos is a folder, and data.root=empty another: give"),
     (
         "train -m repvgg -d folder --data-root empty",
@@ -87,14 +89,23 @@ MISTAKES = [
         "train -m resnet18 -d digits --init best.pt",
         r"best.pt holds .* repvgg_a0_cifar, not resnet18_cifar: give --model",
     ),
-    (f"train {D} --out run", r"the run directory run already exists; .*: continue with --resume run, or give another"),
+    (
+        f"train {D} --out run",
+        r"the run directory run already exists; .*: give another --out, where --init run/last.pt",
+    ),
     (f"train {D} --out best.pt/x", r"cannot create the run directory best.pt/x: Not a directory; give another --out"),
     ("train --resume nowhere", r"no run directory nowhere to resume"),
     ("train --resume empty", r"empty is not a run directory: it has no config.yaml"),
+    ("cycle --resume of_study", r"of_study is the folder of a study: 'repan study GRID --out of_study', with the grid"),
+    (f"train {D} --out of_study", r"the run directory of_study already exists; .*'repan study GRID --out of_study'"),
+    ("list runs", r"no runs below runs yet: 'repan cycle' begins one$"),
+    ("list runs empty", r"no runs below empty yet"),
+    ("list runs x*", r"no runs below runs match 'x\*'; give a folder instead of a glob to search it"),
     ("cycle --resume latest", r"no run of 'repan cycle' under runs: name its directory"),
     ("train --resume run", r"run is finished; begin another run from its weights with --init run/last.pt"),
     ("cycle --resume run", r"run is a run of 'repan train': resume it with that command"),
     ("fuse nowhere.pt", r"nowhere.pt"),
+    ("fuse best.pt -f onnxx", r"cannot write the format 'onnxx'; did you mean onnx\?$"),
     ("fuse empty", r"empty is a folder without best.pt or last.pt: name a file in it"),
     ("evaluate best.pt --split tset", r"--split tset is not one of .*; did you mean test\?"),
 ]
@@ -113,6 +124,10 @@ def desk(tmp_path_factory):
     for name in ("best.pt", "fused.pt"):
         shutil.copy(folder / "run" / name, folder)
     (folder / "empty").mkdir()
+    (folder / "one" / "cat").mkdir(parents=True)
+    (folder / "of_study" / "arm").mkdir(parents=True)
+    (folder / "of_study" / "arm" / "arm.yaml").write_text("epochs: 1\n")
+    Image.new("RGB", (16, 16)).save(folder / "one" / "cat" / "a.png")
     for part in ("train", "test"):
         for name in ("cat", "dog"):
             (folder / "photos" / part / name).mkdir(parents=True)
@@ -175,6 +190,26 @@ def test_no_words_at_all_show_the_help(capsys):
     assert code in (0, 2)
     assert "Usage: " in out + err
     assert "Error" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (f"train {D}", "stopped before the run began; nothing was written"),
+        ("train --resume run", "stopped before the run continued; its last save is whole"),
+        ("evaluate best.pt", "stopped before the end"),
+    ],
+)
+def test_ctrl_c_in_the_first_seconds_is_one_line(capsys, desk, monkeypatch, words, says):
+    def pressed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(early, "check", pressed)
+    before = sorted(desk.rglob("*"))
+    code, _, err = run(capsys, *words.split())
+    assert (code, err) == (130, f"Error: {says}\n")
+    assert sorted(desk.rglob("*")) == before
 
 
 def test_unexpected_errors_keep_their_traceback(capsys, desk, monkeypatch):

@@ -13,7 +13,7 @@ from support import run, write_run
 from repan_cli import config
 from repan_cli.commands.early import fuse_targets
 from repan_cli.commands.options import FuseOptions
-from repan_cli.config.advice import unusual, without_effect
+from repan_cli.config.advice import unusual, why_loss_jumped, without_effect
 from repan_cli.display.activity import Activity
 from repan_cli.errors import InputError
 from repan_cli.session import pace
@@ -227,3 +227,22 @@ def test_short_or_small_slowdowns_are_not_reported(watch, caplog):
     watch.take(CycleEnd(0, 1, 1, 1, 1, 1))
     epoch(watch, clock, 1.0)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "said", "unsaid"),
+    [
+        ({}, 50_000, "had not settled: train longer before it", "cycle."),
+        ({}, 19, "19 training images in batches of 128 are few: set a smaller --batch-size", "cycle."),
+        ({}, 19, "measured on 19 images: more training images help", "cycle."),
+        ({"cycle.calibration_images": "20"}, 50_000, "on 20 images: raise cycle.calibration_images", "batch-size"),
+        ({"data.batch_size": "2", "cycle.rule": "calibrate"}, 190, "on 190 images", "batch-size"),
+        ({"cycle.rule": "running"}, 19, "cycle.rule=running changed the function in train mode", "settled"),
+        ({"cycle.attach": "one", "cycle.rule": "reset"}, 9, "cycle.rule=reset and cycle.attach=one changed", "settled"),
+    ],
+)
+def test_a_loss_that_jumped_is_explained_by_the_settings_of_the_run(given, images, said, unsaid):
+    found = config.resolve("cycle", None, {**DIGITS, "data.batch_size": "128", **given}).config
+    text = why_loss_jumped(found, images)
+    assert said in text
+    assert unsaid not in text.replace("raise cycle.", "raise ")

@@ -103,7 +103,7 @@ def test_long_labels_name_only_what_tells_groups_apart(tmp_path, capsys):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", **many)
     _, out, err = run(capsys, "compare", tmp_path / "a", tmp_path / "b")
-    assert "optim.weight_decay=0.001 " in out
+    assert "optim.weight_decay=0.001\n" in out
     assert "branch_init" not in out
     said = " ".join(err.split())
     assert "labels show only the settings that distinguish the groups; they also differ in cycle.attach, " in said
@@ -160,7 +160,7 @@ def test_an_image_that_cannot_be_read_is_told_with_the_way_out(tmp_path, caplog)
     [
         ("list", "missing argument 'KIND': models, blocks, datasets, optimizers, presets, runs"),
         ("fuse", "missing argument 'CHECKPOINT': a file "),
-        ("study", "missing argument 'GRID': a YAML file of arms, or a built-in grid: small, whole, full; see"),
+        ("study", "missing argument 'GRID': a YAML file of arms, or a built-in grid: full, quick, small, whole; see"),
     ],
 )
 def test_a_missing_argument_is_reported_with_its_possible_values(capsys, command, told):
@@ -228,3 +228,8 @@ def test_no_line_of_the_changelog_stands_twice():
     section = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
     items = [line for line in section.splitlines() if line.startswith("- ")]
     assert len(items) == len(set(items))
+
+
+def test_a_table_in_a_file_has_no_spaces_at_the_ends_of_lines(capsys):
+    print_table(["name", "value"], [("a", "1"), ("longer", "a much longer value"), ("empty", "")])
+    assert capsys.readouterr().out == "name    value\na       1\nlonger  a much longer value\nempty\n"

@@ -77,9 +77,8 @@ def restart(
     for key, value in (("rule", rule), ("attach", attach), ("branch_init", branch_init), ("trunk_scale", trunk_scale)):
         choices = CHOICES[key]
         if value not in choices:
-            raise InputError(
-                f"{key}='{value}' is not a choice{did_you_mean(str(value), choices)}: {', '.join(choices)}"
-            )
+            hint = did_you_mean(str(value), choices) or f": {', '.join(choices)}"
+            raise InputError(f"{key}='{value}' is not a choice{hint}")
     if not isinstance(model, nn.Module):
         raise InputError(f"restart works in place, on a network, not on {model!r}: load it first, by repan_cli.load")
     model = unwrapped(model)

@@ -103,7 +103,8 @@ def _by_key(found: list[_Network], path: Path, key: str) -> dict[str, Tensor]:
             return inner
     known = [each for network in found for each in (network.key, *_fronts(network.weights)) if each]
     there = ", ".join(dict.fromkeys(known))
-    raise InputError(f"{path} holds nothing under '{key}'{did_you_mean(key, known)}: it has {there[:200]}")
+    hint = did_you_mean(key, known) or f": it has {there[:200]}"
+    raise InputError(f"{path} holds nothing under '{key}'{hint}")
 
 
 def _fronts(weights: Mapping[str, Tensor]) -> list[str]:

@@ -48,6 +48,15 @@ RECORDS = re.compile(
 
 SAVE_AGAIN = "save its state_dict() alone with torch.save"
 
+OF_LIBRARIES = re.compile(
+    r"torch\.nn\.modules\.\w+\.[A-Z]\w*|torch\.nn\.parallel\.\w+\.[A-Z]\w*|torch\.optim\.\w+\.[A-Z]\w*"
+    r"|torch\.nn\.functional\.\w+|torch\._utils\._rebuild_\w+|(timm\.(models|layers)|torchvision\.(models|ops))(\.\w+)+"
+    r"|numpy\.(ndarray|dtype)|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)|collections\.\w+"
+    r"|(builtins|__builtin__)\.(set|frozenset|slice|range|complex|bytearray|object|int|float|list|dict|tuple|str)"
+    r"|_?copyreg\._reconstructor|copy_reg\._reconstructor|argparse\.Namespace|pathlib\.\w*Path|datetime\.\w+"
+)
+"""Names in the pickles of whole networks that do no harm: only a file without others may be advised to be opened."""
+
 EXPORTS = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load"}
 """Files of networks that are no checkpoints, and what opens them."""
 
@@ -173,13 +182,13 @@ def _read_pt(path: Path) -> Any:
             source = _checked(file, path)
             with torch.serialization.safe_globals(PLAIN_TYPES), _NothingIsCopied(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of others' pickle protocols
-                return torch.load(source, map_location="cpu", weights_only=True)
+                try:
+                    return torch.load(source, map_location="cpu", weights_only=True)
+                except pickle.UnpicklingError as error:
+                    raise InputError(_of_code(path, str(error), source)) from None
     except InputError:
         refuse_other_kinds(path)
         raise
-    except pickle.UnpicklingError as error:
-        refuse_other_kinds(path)
-        raise InputError(_of_code(path, str(error))) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:  # the reader of a damaged archive raises nearly anything
@@ -187,14 +196,29 @@ def _read_pt(path: Path) -> Any:
         raise InputError(f"{path} is damaged, or not a checkpoint; use another copy") from None
 
 
-def _of_code(path: Path, why: str) -> str:
-    """Describe what an unpickler of plain types refused: an object of some class, or damage."""
+def _of_code(path: Path, why: str, source: IO[bytes]) -> str:
+    """Describe what an unpickler of plain types refused: an object of some class, code that is run, or damage."""
     name = re.search(r"(?:GLOBAL|global) ([A-Za-z_][\w.]*\.\w+)", why)
-    what = f"an object of {name[1]}, such as a whole pickled network" if name else "more than tensors and plain types"
+    if name is None:
+        return f"{path} is damaged, or holds more than tensors and plain types: refused, no code is run; {SAVE_AGAIN}"
+    names = _globals_of(source)
+    if code := [each for each in (*names, name[1]) if not OF_LIBRARIES.fullmatch(each)]:
+        return f"{path} would run {code[0]} when it is opened: refused, no code is run; {SAVE_AGAIN}"
+    whole = f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), 'weights.pt')"
+    mend = f"if you trust it, save its weights: {whole}" if names else SAVE_AGAIN
     return (
-        f"{path} is damaged, or holds {what}: refused, no code is run; if you trust it, save its weights: "
-        f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), 'weights.pt')"
+        f"{path} is damaged, or holds an object of {name[1]}, such as a whole pickled network: refused, no code is "
+        f"run; {mend}"
     )
+
+
+def _globals_of(source: IO[bytes]) -> list[str]:
+    """Return the names in a file that mean code, other than those that torch itself allows; none if it is unknown."""
+    try:
+        source.seek(0)
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
+    except Exception:  # a file in torch's old format, or damage
+        return []
 
 
 def _checked(file: IO[bytes], path: Path) -> IO[bytes]:

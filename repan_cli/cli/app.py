@@ -198,7 +198,7 @@ COMMANDS = {
     ),
     "info": Command(
         options.InfoOptions,
-        """Show the contents of a file: network, form, classes, results, settings Also for files of other programs.
+        """Show the contents of a file: network, form, classes, results, settings. Also for files of other programs.
 
     Example:
 

@@ -16,6 +16,7 @@ from repan_cli.errors import (
     FULL,
     TOO_MANY,
     InputError,
+    InterruptedRunError,
     LostRankError,
     OutOfSpaceError,
     RepanError,
@@ -45,9 +46,18 @@ def dispatch(module: str, *arguments: Any, entry: str = "run", **options: Any) -
     except BrokenPipeError:  # the reader of stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        fail(_stopped(module, entry))
     except Exception as error:
         fail(error)
+
+
+def _stopped(module: str, entry: str) -> InterruptedRunError:
+    """Return the error for Ctrl-C outside training, which saves and reports by itself."""
+    if entry == "go_on":
+        return InterruptedRunError("stopped before the run continued; its last save is whole")
+    if module in ("train", "series"):
+        return InterruptedRunError("stopped before the run began; nothing was written")
+    return InterruptedRunError("stopped before the end")
 
 
 @contextlib.contextmanager

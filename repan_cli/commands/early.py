@@ -270,8 +270,8 @@ def fuse_targets(options: FuseOptions) -> list[Target]:
     endings = options.formats or (ending or "pt",)
     for wanted in endings:
         if wanted not in FORMATS:
-            hint = did_you_mean(wanted, FORMATS)
-            raise InputError(f"cannot write the format '{wanted}'{hint}: choose {', '.join(FORMATS)}")
+            hint = did_you_mean(wanted, FORMATS) or f"; choose {', '.join(FORMATS)}"
+            raise InputError(f"cannot write the format '{wanted}'{hint}")
     if ending in FORMATS and ending not in endings:
         raise InputError(f"--out {out} ends in .{ending}, but --format is {', '.join(endings)}: make them agree")
     stem = out.with_suffix("") if out and ending in FORMATS else out or _default_stem(path)

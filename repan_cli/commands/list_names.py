@@ -123,7 +123,8 @@ def _list_runs(options: ListOptions) -> None:
         return
     if not found:
         which = f" match '{options.pattern}'" if options.pattern and not place else ""
-        raise InputError(f"no runs below {place or 'runs'}{which}; give a folder instead of a glob to search it")
+        mend = "; give a folder instead of a glob to search it" if which else " yet: 'repan cycle' begins one"
+        raise InputError(f"no runs below {place or 'runs'}{which}{mend}")
     titles = ["run", "command", "state", "val best", "test", "age"]
     print_table(titles, (_run_row(each) for each in found))
     for each in found:  # whole lines, to be copied

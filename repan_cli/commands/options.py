@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from repan_cli.commands.declaration import Argument, Option
+from repan_cli.config.grid import grids
 
 WHAT, HOW_LONG, RUN = "Model and data", "Length and learning rate", "The run"
 """Headings under which the help of the training commands lists their options."""
@@ -222,7 +223,7 @@ class CompareOptions:
 class StudyOptions:
     """Options of `repan study`."""
 
-    grid: Annotated[str, Argument("GRID", "A YAML file of arms, or a built-in grid: small, whole, full.", "grids")]
+    grid: Annotated[str, Argument("GRID", f"A YAML file of arms, or a built-in grid: {', '.join(grids())}.", "grids")]
     settings: Annotated[
         tuple[str, ...], Argument("[KEY=VALUE]...", "Settings of every arm; they override the grid's.", "words")
     ] = ()

@@ -24,16 +24,13 @@ from repan_cli.config.grid import Arm, Grid, find_grid, parse_seeds, read_grid
 from repan_cli.display.comparison import show
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError, RepanError
+from repan_cli.runs.directory import ARM_FILE
 from repan_cli.runs.processes import Job, Pool
 from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.launcher import rank_count
 from repan_cli.system.notices import warn
 from repan_cli.system.signals import StopSignals
 from repan_cli.system.text import count, quoted
-
-ARM_FILE = "arm.yaml"
-"""The file of an arm's settings, beside the folders of its runs: `repan COMMAND -c ARM_FILE` makes such a run."""
-
 
 OWN_CODE = ("model.name", "block.name")
 """Settings that may name a function in a file, `file.py:function`."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from repan_cli.config.settings import Config, baseline_phase
+from repan_cli.system.text import count
 
 ADAPTIVE = ("adam", "nadam", "radam", "adan", "adabelief", "lion", "lamb", "sophia", "rmsprop", "adopt")
 """Beginnings of the names of optimizers whose steps are as large as their rate, whatever the gradient is."""
@@ -55,3 +56,24 @@ def _why_not(config: Config, key: str, *, cycles: bool) -> str | None:
     if key in ("optim.nesterov", "optim.momentum") and config.optim.name.startswith(ADAPTIVE):
         return f"on optim.name={config.optim.name}"
     return None
+
+
+FEW_STEPS, FEW_IMAGES = 4, 200
+"""Batches of an epoch, and images to calibrate on, below which the BN statistics of a restart are rough."""
+
+
+def why_loss_jumped(config: Config, images: int) -> str:
+    """Explain a training loss that rose across a restart, by the settings of the run and its training images."""
+    cycle, batch = config.cycle, config.data.batch_size
+    chosen = [f"cycle.rule={cycle.rule}"] * (cycle.rule != "calibrate") + ["cycle.attach=one"] * (cycle.attach == "one")
+    if chosen:
+        return f"{' and '.join(chosen)} changed the function in train mode; the defaults do not"
+    causes = []
+    if images < FEW_STEPS * batch:
+        causes.append(f"{count(images, 'training image')} in batches of {batch} are few: set a smaller --batch-size")
+    measured = min(images, cycle.calibration_images)
+    if measured < FEW_IMAGES:
+        more = "raise cycle.calibration_images" if measured < images else "more training images help"
+        causes.append(f"they were measured on {count(measured, 'image')}: {more}")
+    mend = "; ".join([*causes, "train longer before the restart" if causes else "train longer before it"])
+    return f"the restart kept the function in eval mode only, as the BN statistics had not settled: {mend}"

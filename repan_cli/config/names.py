@@ -182,7 +182,7 @@ def _text_of(node: ast.expr | None) -> str:
 
 
 def unknown_optimizer(name: str, known: list[str]) -> InputError:
-    return InputError(f"unknown optimizer '{name}'{did_you_mean(name, known)}; see repan list optimizers")
+    return InputError(f"unknown optimizer '{name}'{did_you_mean(name, known) or '; see repan list optimizers'}")
 
 
 def _called(node: ast.expr) -> str:

@@ -154,6 +154,12 @@ def training_folder(root: Path, parts: dict[str, Path]) -> Path:
     loose = next((entry for entry in _entries(root) if is_image(entry)), None)
     if loose:
         raise InputError(f"{root} holds {loose.name} and no class folders: expected {EXPECTED.format(root)}")
+    folders = _folders(root)
+    if len(folders) == 1 and part_of(folders[0]) is None and _holds_images(folders[0]):
+        raise InputError(
+            f"{root} holds only one class ('{folders[0].name}'), at least two are needed: expected "
+            f"{EXPECTED.format(root)}"
+        )
     raise InputError(
         f"no folder {root / 'train'}, nor classes in {root}: expected {EXPECTED.format(root)}; --data-root names "
         "another place"

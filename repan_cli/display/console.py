@@ -36,10 +36,7 @@ REFRESHES = 5
 NAME_WIDTH = 14
 WIDE = 1000
 LOSS_JUMP = 0.5
-JUMPED = (
-    "the restart kept the function in eval mode only: the BN statistics had not settled (train longer before it, or in "
-    "smaller batches), or cycle.rule=running, reset or cycle.attach=one was chosen"
-)
+JUMPED = "the restart kept the function in eval mode only"
 COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8}{:>8} {:>7}"
 WITHOUT_RATE = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7}"
 WARNING = "bold magenta"
@@ -77,7 +74,8 @@ class Display:
     """Shows one run.
 
     `epochs` holds the length of each phase, the baseline being cycle 0; `steps` are those of an epoch. `compiles` says
-    that the first step takes long, `ramps` that the attach rate changes.
+    that the first step takes long, `ramps` that the attach rate changes. `jumped` explains a training loss that rose
+    across a restart.
     """
 
     def __init__(
@@ -88,8 +86,10 @@ class Display:
         log: Path | None = None,
         compiles: bool = False,
         ramps: bool = True,
+        jumped: str = JUMPED,
     ) -> None:
         self.epochs, self.compiles, self.ramps, self.titled = epochs, compiles, ramps, False
+        self.jumped = jumped
         self.position = Position(epochs, steps, cycle=min(epochs))
         self.view = View(self.position, self.name)
         self.console = on_stderr()
@@ -193,7 +193,7 @@ class Display:
             val = f", val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}"
             self.say(loss + (val if event.top1_before is not None else ""))
             if after > before + LOSS_JUMP:
-                self.say(_warning(JUMPED))
+                self.say(_warning(self.jumped))
         elif event.cycle:
             self.say(f"{name}: no merging (control), momentum {'kept' if event.carried else 'zeroed'}")
         if event.zero_gammas:
@@ -287,7 +287,12 @@ def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: b
         table.add_column(name, overflow="fold", no_wrap=not number and longest <= console.width // 2)
     for row in cells:
         table.add_row(*map(Text, row))
-    console.print(table)
+    if console.is_terminal or console.is_jupyter:
+        console.print(table)
+        return
+    with console.capture() as drawn:
+        console.print(table)
+    console.file.write("".join(f"{line.rstrip()}\n" for line in drawn.get().removesuffix("\n").split("\n")))
 
 
 def print_line(text: str, *, whole: bool = False) -> None:

@@ -140,7 +140,7 @@ def _timm(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
     except Exception as error:
         if not pretrained:
             raise
-        raise _not_fetched(short, error) from error
+        raise _not_fetched(name, error) from error
 
 
 def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool) -> nn.Module:
@@ -160,13 +160,14 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
                     progress=False, check_hash=True
                 )
         except Exception as error:
-            raise _not_fetched(short, error) from error
+            raise _not_fetched(name, error) from error
         main = {key: value for key, value in weights.items() if not (auxiliary and key.lower().startswith("aux"))}
         load_foreign(model, main, f"the pretrained {short}", may_be_new=classifier_layers(model))
     return model
 
 
 def _not_fetched(name: str, error: Exception) -> InputError:
+    """Return the error, with the whole name: a short one may mean repan's own network."""
     return InputError(
         f"cannot fetch the pretrained weights of {name} ({first_line(error)}); give their file: --init FILE to train, "
         f"elsewhere FILE --model {name}"

@@ -103,6 +103,10 @@ SERIES = "series.json"
 """The file by which a folder of several runs, made by one command, is known."""
 
 
+ARM_FILE = "arm.yaml"
+"""The file of the settings of a study's arm, beside its runs: `repan COMMAND -c ARM_FILE` makes such a run."""
+
+
 class RunDirectory:
     """The folder of one run, which one process at a time may write to: until it leaves the `with`, or is gone.
 
@@ -213,8 +217,19 @@ def goes_on(path: Path) -> bool:
 
 
 def existing(path: Path) -> str:
-    mend = f"continue with --resume {quoted(path)}, or give another --out" if goes_on(path) else "give another --out"
+    mend = "give another --out"
+    if (path / LAST).exists() and state_of(path) == "done" and not (path / SERIES).exists():
+        mend += f", where --init {quoted(path / LAST)} goes on from its weights"
+    elif goes_on(path):
+        mend = f"continue with --resume {quoted(path)}, or {mend}"
+    elif _is_of_study(path):
+        mend += f"; it is the folder of a study, which 'repan study GRID --out {quoted(path)}' continues"
     return f"the run directory {path} already exists; nothing was changed: {mend}"
+
+
+def _is_of_study(path: Path) -> bool:
+    """Return whether a folder holds the arms of a study: a file of settings beside the runs of each."""
+    return any(path.glob(f"*/{ARM_FILE}"))
 
 
 def find(command: str, name: str) -> Path:
@@ -225,6 +240,9 @@ def find(command: str, name: str) -> Path:
     if not path.is_dir():
         raise InputError(f"no run directory {path} to resume")
     if not (path / "config.yaml").exists():
+        if _is_of_study(path):
+            again = f"'repan study GRID --out {quoted(path)}'"
+            raise InputError(f"{path} is the folder of a study: {again}, with the grid it was begun with, continues it")
         raise InputError(f"{path} is not a run directory: it has no config.yaml")
     return path
 

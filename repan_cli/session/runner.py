@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from repan_cli import runs
+from repan_cli.config.advice import why_loss_jumped
 from repan_cli.config.files import dump
 from repan_cli.config.resolve import Resolved
 from repan_cli.data.batches import Batch
@@ -58,7 +59,10 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
     if session.training.runtime.rank:
         follow(session)
         return None
-    return begin(session, resolved, as_json=as_json)
+    try:
+        return begin(session, resolved, as_json=as_json)
+    except KeyboardInterrupt:  # between the making of the folder and the first step
+        raise InterruptedRunError("stopped before training began; there is no save to resume from") from None
 
 
 def begin(session: Session, resolved: Resolved, *, as_json: bool) -> Path:
@@ -96,6 +100,7 @@ def carry_out(
         log=folder / "log.txt",
         compiles=session.config.run.compile == "on",
         ramps=any(phase.attach_rate(0.0) not in (None, 1.0) for phase in training.plan),
+        jumped=why_loss_jumped(session.config, training.train.count),
     )
     display.facts({**header(session, resolved), "run": str(folder.path)})
     record = Record(session, folder, begun)
