@@ -91,6 +91,32 @@ def test_shared_settings_are_shown_once(tmp_path):
     assert "optim.momentum" not in shared, "a default"
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([{"baseline__epochs": "7"}] * 2, {"baseline.epochs": "7"}),
+        ([{"baseline__optim__lr": "0.3"}] * 2, {"baseline.optim.lr": "0.3"}),
+        ([{"baseline__teacher__name": "null"}] * 2, {"baseline.teacher.name": "null"}),
+        ([{"optim__clip": "null"}] * 2, {"optim.clip": "null"}),
+        ([{"baseline__epochs": "3"}, {"epochs": "3"}], {"baseline.epochs": "3"}),
+        ([{"baseline__epochs": "3"}, {"baseline__epochs": "4"}], {"baseline.epochs": None}),
+    ],
+)
+def test_shared_settings_beyond_the_plain_ones_are_shown(tmp_path, given, says):
+    results = [read_result(write_run(tmp_path / str(n), n, 70, **each)) for n, each in enumerate(given)]
+    shared = common_settings(compare(results))
+    assert {key: shared.get(key) for key in says} == says
+
+
+@pytest.mark.parametrize(("lines", "says"), [(("a: 4", "a: 4"), "4"), (("a: 4", "a: 5"), None), (("a: 4", ""), None)])
+def test_a_shared_setting_of_another_version_is_shown(tmp_path, lines, says):
+    for n, line in enumerate(lines):
+        file = write_run(tmp_path / str(n), n, 70) / "config.yaml"
+        file.write_text(f"{file.read_text()}later: {{{line}}}\n")
+    shared = common_settings(compare([read_result(tmp_path / name) for name in "01"]))
+    assert shared.get("later.a") == says
+
+
 def test_the_page_has_all_of_it(capsys, tmp_path):
     comparison = arms(tmp_path, none=(70, 71, 72), arm1=(75, 76, 77.1))
     page = page_of(capsys, tmp_path)

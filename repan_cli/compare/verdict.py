@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from repan_cli.compare.groups import WITHOUT_EFFECT, Comparison, Group
+from repan_cli.compare.groups import WITHOUT_EFFECT, Comparison, Group, has_setting, setting_of
 from repan_cli.compare.results import Result
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread
 from repan_cli.config.schema import as_text
-from repan_cli.config.settings import SCHEMA
+from repan_cli.config.settings import OVERLAY, SCHEMA
 from repan_cli.system.text import count
 
 ALWAYS = ("model.name", "block.name", "data.name")
@@ -129,15 +129,21 @@ def _error(top1: float, images: int) -> float:
 
 
 def common_settings(comparison: Comparison) -> dict[str, str]:
-    """Return what all runs are set to: network, block, data, and all else that is not the default, as typed."""
+    """Return what all runs are set to: network, block, data, and all else that is not the default, as typed.
+
+    It lists the baseline's own settings, and those that this version does not know.
+    """
     results = _results(comparison)
+    present = {key for result in results for key in result.settings} - WITHOUT_EFFECT - {"data.root"}
+    ordered = [*SCHEMA, *OVERLAY, *sorted(present - SCHEMA.keys() - OVERLAY.keys())]
     shared: dict[str, str] = {}
-    for key in SCHEMA:
-        values = {repr(result.settings.get(key)) for result in results}
-        value = results[0].settings.get(key)
-        unusual = key in ALWAYS or value != SCHEMA[key].default
-        if len(values) == 1 and value is not None and unusual and key not in WITHOUT_EFFECT and key != "data.root":
-            shared[key] = as_text(value)
+    for key in ordered:
+        if key not in present or not all(has_setting(result, key) for result in results):
+            continue
+        values = [setting_of(result, key) for result in results]
+        usual = key in SCHEMA and values[0] == SCHEMA[key].default
+        if len(set(map(repr, values))) == 1 and (key in ALWAYS or not usual):
+            shared[key] = as_text(values[0])
     return shared
 
 
