@@ -44,6 +44,33 @@ def test_an_undecided_comparison_says_how_large_a_difference_may_hide(tmp_path):
     assert "misses by chance" not in said, "of one interval there is nothing to say"
 
 
+@pytest.mark.parametrize(
+    ("points", "says"),
+    [
+        ({"none": (70, 72), "arm1": (70, 72)}, "configuration 2 is level with the control"),
+        ({"none": (70.1, 69.8, 71.3), "arm1": (72.2, 71.9, 73.4)}, "configuration 2 is 2.10 points above the control"),
+        ({"none": (70, 70), "arm1": (69, 69, 69)}, "configuration 2 is 1.00 points below the control"),
+    ],
+)
+def test_equal_differences_give_no_estimate(capsys, tmp_path, points, says):
+    comparison = arms(tmp_path, **points)
+    gain = comparison.gain(comparison.groups[1])
+    assert (gain.low, gain.high) == (None, None)
+    said = verdict(comparison)
+    assert said.startswith(f"With every seed alike, {says}.")
+    assert "gives no estimate of how large a difference could go undetected." in said
+    assert re.search(r"sampling error of a network's test top-1 is ± 2\.\d\d points by 400 test images\.$", said)
+    assert "0.00 points" not in said
+    assert "a difference that is the same with every seed has no interval" in page_of(capsys, tmp_path)
+
+
+def test_equal_differences_do_not_hide_the_others(tmp_path):
+    said = verdict(arms(tmp_path, none=(70, 71, 72), arm1=(75, 76, 77.1), arm2=(70, 71, 72)))
+    assert "configuration 2 (+5.03 points" in said
+    assert "configuration 3 is level with the control" in said
+    assert "misses by chance" not in said, "of one interval there is nothing to say"
+
+
 def test_one_seed_gives_no_verdict(tmp_path):
     said = verdict(arms(tmp_path, none=(70,), arm1=(72,)))
     assert said.startswith("One seed is not enough: configuration 2 ends 2.00 points above the control")

@@ -80,10 +80,12 @@ def legend(comparison: Comparison) -> str:
     if len(spread) < len(comparison.groups):
         words += "; one seed gives no spread and no interval"
     gains = [comparison.gain(group, over=over) for group in comparison.groups for over in comparison.controls]
-    methods = {gain.method for gain in gains if gain and gain.method}
+    methods = {gain.method for gain in gains if gain and gain.method and not gain.constant}
     if methods:
         how = " or ".join(METHODS[method] for method in sorted(methods))
         words += f"; in brackets the {CONFIDENCE:.0%} confidence interval, {how}"
+    if any(gain and gain.constant for gain in gains):
+        words += "; a difference that is the same with every seed has no interval"
     if _if_felt(comparison, "felt"):
         words += (
             "; felt: training loss of the 200 steps after a restart, divided by a control's over the same steps; of "

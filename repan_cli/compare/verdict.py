@@ -33,7 +33,8 @@ def verdict(comparison: Comparison) -> str:
     if not gains:
         return _alone(comparison.groups)
     known = [(group, gain) for group, gain in gains if gain.low is not None and gain.high is not None]
-    if not known:
+    constant = [(group, gain) for group, gain in gains if gain.constant]
+    if not known and not constant:
         best, gain = max(gains, key=lambda each: each[1].mean)
         return (
             f"One seed is not enough: {_called(comparison, best)} ends {_points(gain.mean)} the control, and another "
@@ -44,6 +45,7 @@ def verdict(comparison: Comparison) -> str:
         *([f"{_all(comparison, above)} above the control, beyond the variation between seeds."] if above else []),
         *([f"{_all(comparison, below)} below the control, beyond the variation between seeds."] if below else []),
         *([_undecided(comparison, same)] if same else []),
+        *([_constant(comparison, constant)] if constant else []),
     ]
     if len(known) > 1:
         chance = round(1 / (1 - CONFIDENCE))
@@ -88,6 +90,17 @@ def _undecided(comparison: Comparison, same: Sequence[Known]) -> str:
     )
 
 
+def _constant(comparison: Comparison, found: Sequence[Known]) -> str:
+    """Name the groups that differ from the control by the same amount with every seed."""
+    named = ", ".join(f"{_called(comparison, group)} is {_points(gain.mean)} the control" for group, gain in found)
+    errors = _errors(comparison)
+    images = f" The sampling error of a network's test top-1 is {'; '.join(errors)}." if errors else ""
+    return (
+        f"With every seed alike, {named}. A difference that does not vary between seeds gives no estimate of how large "
+        f"a difference could go undetected.{images}"
+    )
+
+
 def _called(comparison: Comparison, group: Group) -> str:
     return f"configuration {number_of(comparison, group)}"
 
@@ -110,16 +123,21 @@ def sampling(comparison: Comparison) -> str | None:
     """Describe the number of test images, and how precisely they measure the accuracy of one network; None where runs
     did not record it.
     """
-    results = _results(comparison)
-    sizes = sorted({result.test_images for result in results if result.test_images})
-    if not sizes:
+    errors = _errors(comparison)
+    if not errors:
         return None
+    shared = " All runs share these images, so differences are known more precisely." if len(errors) == 1 else ""
+    return f"Sampling error, one standard deviation of a network's test top-1: {'; '.join(errors)}.{shared}"
+
+
+def _errors(comparison: Comparison) -> list[str]:
+    """Return the largest sampling error of each number of test images."""
+    results = _results(comparison)
     errors = []
-    for size in sizes:
+    for size in sorted({result.test_images for result in results if result.test_images}):
         largest = max(_error(result.test_top1, size) for result in results if result.test_images == size)
         errors.append(f"± {largest:.2f} points by {count(size, 'test image')}")
-    shared = " All runs share these images, so differences are known more precisely." if len(sizes) == 1 else ""
-    return f"Sampling error, one standard deviation of a network's test top-1: {'; '.join(errors)}.{shared}"
+    return errors
 
 
 def _error(top1: float, images: int) -> float:
