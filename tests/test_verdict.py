@@ -10,6 +10,7 @@ from support import page_of, write_run
 from repan_cli.compare.groups import compare
 from repan_cli.compare.results import read_result
 from repan_cli.compare.verdict import common_settings, numbered, sampling, verdict
+from repan_cli.system.sampling import interval
 
 
 def arms(folder, **points):
@@ -97,6 +98,16 @@ def test_the_sampling_error_is_that_of_the_binomial(tmp_path):
     assert f"± {100 * math.sqrt(0.7 * 0.3 / 400):.2f} points by 400 test images. All runs share these" in said
     write_run(tmp_path / "old", 0, 70)
     assert sampling(compare([read_result(tmp_path / "old")])) is None, "of a run that did not note it"
+
+
+def test_shares_near_the_ends_have_an_interval(tmp_path):
+    said = sampling(arms(tmp_path, none=(100, 99.75), arm1=(100, 99.5)))
+    low, high = interval(99.5, 400)
+    assert said.startswith("Sampling error of a network's test top-1: 99.50 [")
+    assert f"99.50 [{low:.2f}, {high:.2f}] as a 95% interval by 400 test images. All runs" in said
+    assert "± " not in said
+    both = sampling(arms(tmp_path / "both", none=(70, 100), arm1=(70, 100)))
+    assert f"± 2.29 points and 100.00 [{interval(100, 400)[0]:.2f}, 100.00] as a 95% interval by 400 test" in both
 
 
 @pytest.mark.parametrize("images", [0, -3, None])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from repan_cli.compare.groups import WITHOUT_EFFECT, Comparison, Group, has_setting, setting_of
@@ -10,6 +9,7 @@ from repan_cli.compare.results import Result
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread
 from repan_cli.config.schema import as_text
 from repan_cli.config.settings import OVERLAY, SCHEMA
+from repan_cli.system.sampling import is_extreme, standard_error, with_error
 from repan_cli.system.text import count
 
 ALWAYS = ("model.name", "block.name", "data.name")
@@ -127,23 +127,25 @@ def sampling(comparison: Comparison) -> str | None:
     if not errors:
         return None
     shared = " All runs share these images, so differences are known more precisely." if len(errors) == 1 else ""
-    return f"Sampling error, one standard deviation of a network's test top-1: {'; '.join(errors)}.{shared}"
+    kind = ", one standard deviation" if any("±" in error for error in errors) else ""
+    return f"Sampling error{kind} of a network's test top-1: {'; '.join(errors)}.{shared}"
 
 
 def _errors(comparison: Comparison) -> list[str]:
-    """Return the largest sampling error of each number of test images."""
+    """Return the largest sampling error for each number of test images, and the widest interval near 0 and 100 %."""
     results = _results(comparison)
     errors = []
     for size in sorted({result.test_images for result in results if result.test_images}):
-        largest = max(_error(result.test_top1, size) for result in results if result.test_images == size)
-        errors.append(f"± {largest:.2f} points by {count(size, 'test image')}")
+        shares = {result.test_top1 for result in results if result.test_images == size}
+        extreme = {share for share in shares if is_extreme(share, size)}
+        told = []
+        if usual := shares - extreme:
+            told.append(f"± {max(standard_error(share, size) for share in usual):.2f} points")
+        if extreme:
+            widest = min(extreme, key=lambda share: abs(share - 50))
+            told.append(f"{with_error(widest, size)} as a {CONFIDENCE:.0%} interval")
+        errors.append(f"{' and '.join(told)} by {count(size, 'test image')}")
     return errors
-
-
-def _error(top1: float, images: int) -> float:
-    """Return the standard error, in points, of an accuracy in percent measured on this number of images."""
-    share = top1 / 100
-    return 100 * math.sqrt(max(share * (1 - share), 0.0) / images)
 
 
 def common_settings(comparison: Comparison) -> dict[str, str]:
