@@ -28,7 +28,7 @@ from repan_cli.display.live import Position, View, figures
 from repan_cli.display.notebook import NotebookLive
 from repan_cli.runs.directory import Heartbeat
 from repan_cli.system.notices import LOGGER, watched_by
-from repan_cli.system.text import duration, loss_text, percent, shown, wrapped
+from repan_cli.system.text import count, duration, loss_text, percent, shown, wrapped
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, LossLog, StepEnd
 
 SECONDS_BETWEEN_LINES = 30
@@ -187,7 +187,7 @@ class Display:
         self.position.cycle, self.position.epoch, self.position.step = event.cycle, 1, 0
         self.position.doing = "training"
         if event.restarted:
-            self.say(f"{name}: merged and regrew {event.blocks} blocks, logits moved {event.logit_error:.0e}")
+            self.say(f"{name}: merged and regrew {count(event.blocks, 'block')}, logits moved {event.logit_error:.0e}")
             before, after = event.loss_before or 0.0, event.loss_after_restart or 0.0
             loss = f"training loss {loss_text(before)} -> {loss_text(after)}"
             val = f", val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}"
