@@ -161,6 +161,8 @@ def test_the_page_has_all_of_it(capsys, tmp_path):
     assert "lies above the control" in page
     assert "400 test images" in page
     assert page.count("data.name=cifar100") == 1
+    assert page.count("2 configurations compared") == 1
+    assert "<title>repan on cifar100</title>" in page
     for group in comparison.groups:
         assert numbered(comparison, group) in page
     assert [numbered(comparison, group)[:2] for group in comparison.groups] == ["1.", "2."]
