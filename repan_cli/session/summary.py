@@ -187,7 +187,7 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     records = read_metrics(folder / "metrics.jsonl")
     validation = [record["val_top1"] for record in records if record["val_top1"] is not None]
     if summary["cycles"]:
-        display.table(summary)
+        display.table(summary, records)
     rows = {"chosen": f"{chosen['file']}, {display.name(chosen['cycle'])}, epoch {chosen['epoch']}"}
     if not chosen["epoch"]:
         start = percent(summary["baseline"]["top1"])
