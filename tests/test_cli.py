@@ -20,6 +20,7 @@ from repan_cli.commands import version
 from repan_cli.commands.declaration import shortcuts
 from repan_cli.commands.options import CycleOptions
 from repan_cli.display.plots import draw_curves
+from repan_cli.training.plan import cycle_plan
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
 
@@ -265,6 +266,22 @@ def test_every_shortcut_is_an_option_of_cycle(capsys):
     for name, key in shortcuts(CycleOptions).items():
         assert f"--{name.replace('_', '-')}" in out
         assert key in config.SCHEMA or key in config.OVERLAY
+
+
+@pytest.mark.parametrize(
+    ("given", "baseline"),
+    [
+        ({"optim.lr": "0.02", "epochs": "3"}, (0.02, 3)),
+        ({"optim.lr": "0.02", "baseline.optim.lr": "0.3", "epochs": "3", "baseline.epochs": "4"}, (0.3, 4)),
+    ],
+)
+def test_the_rate_and_length_of_cycles_are_the_baselines_too_as_help_says(capsys, given, baseline):
+    first, *others = cycle_plan(config.build(given), baseline=True)
+    assert (first.optim.lr, first.epochs) == baseline
+    assert {phase.epochs for phase in others} == {3}
+    _, out, _ = run(capsys, "cycle", "--help")
+    words = " ".join(out.replace("│", " ").split())
+    assert words.count("of the baseline unless it has its own.") == 2
 
 
 @pytest.mark.parametrize("command", ["cycle", "train", "fuse", "evaluate", "info", "list"])

@@ -95,8 +95,10 @@ def test_one_seed_has_no_interval(ours, theirs):
     assert difference(ours, theirs) == (1, None, None, None, None)
 
 
-def test_figures_without_any_spread_have_an_interval_of_no_width():
-    assert difference({0: 2, 1: 2}, {5: 1, 6: 1})[:3] == (1, 1, 1)
+def test_figures_without_any_spread_have_no_interval():
+    assert difference({0: 2, 1: 2}, {5: 1, 6: 1}) == (1, None, None, "welch", 2)
+    assert difference({0: 2, 1: 3}, {0: 1, 1: 2}) == (1, None, None, "paired", 1)
+    assert difference({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.00001}).low is not None
 
 
 # ---------------------------------------------------------------------------------------------- groups

@@ -205,6 +205,13 @@ def test_zero_gammas_are_reported(tmp_path):
     assert "3 channels had gamma 0" in shown.console.file.getvalue()
 
 
+@pytest.mark.parametrize(("blocks", "told"), [(1, "1 block,"), (22, "22 blocks,")])
+def test_the_blocks_of_a_restart_are_counted(tmp_path, blocks, told):
+    shown = display(tmp_path)
+    shown.show(CycleStart(1, True, blocks, 0, None, None, 0.5, 0.51, 3e-7))
+    assert f"merged and regrew {told} logits moved" in shown.console.file.getvalue()
+
+
 @pytest.mark.parametrize(("after", "warned"), [(0.9, False), (1.1, True)])
 def test_a_restart_that_breaks_train_mode_is_reported(tmp_path, after, warned):
     shown = display(tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -20,6 +21,30 @@ from repan_cli.training.loop import fit
 
 def record(cycle, loss, *parts, steps=100):
     return {"cycle": cycle, "steps": steps, "loss": loss, **dict(zip(felt.KEYS, parts, strict=True))}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "says"),
+    [
+        ([(41, 41, 41)] * 2, ("50", "123")),
+        ([(41, 41, 41), (41,)], ("41-50", "41-123")),
+        ([(300,), (500,)], ("50", "200")),
+        ([(100, 100)], ("50", "200")),
+        ([(1,)], ("1", "1")),
+        ([], ("50", "200")),
+        ([(None,)], ("50", "200")),
+    ],
+)
+def test_the_steps_that_a_window_covers_are_named(lengths, says):
+    courses = [[record(1, 1.0, 1, 1, 1, steps=steps) for steps in course] for course in lengths]
+    assert tuple(felt.covered(courses, window) for window in felt.HEADS) == says
+
+
+def test_a_run_names_the_steps_of_short_cycles(small_run):
+    records = [json.loads(line) for line in (small_run.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = sum(each["steps"] for each in records if each["cycle"] == 1)
+    assert steps < 200
+    assert re.search(rf"loss +{min(steps, 50)} +{steps}\b.*\n.* before +steps +steps\b", small_run.stderr)
 
 
 def test_a_window_of_one_epoch_is_its_part():
@@ -93,10 +118,10 @@ def test_losses_are_those_of_the_steps(digits, monkeypatch, batch_size, accumula
         assert found[key] == pytest.approx(expected, rel=1e-5), key
 
 
-def felt_run(folder, losses, *, lr=0.05, **given):
+def felt_run(folder, losses, *, lr=0.05, steps=352, **given):
     folder = write_run(folder, **given)
     lines = [
-        {**record(n // 2, *[loss] * 4, steps=352), "epoch": n % 2 + 1, "val_top1": 50.0, "lr": lr}
+        {**record(n // 2, *[loss] * 4, steps=steps), "epoch": n % 2 + 1, "val_top1": 50.0, "lr": lr}
         for n, loss in enumerate(losses)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -110,6 +135,14 @@ def test_compare_sets_a_restart_beside_its_control_at_the_same_steps(tmp_path):
     none, repan = comparison.groups
     assert comparison.felt(repan) == {1: pytest.approx(1.3)}
     assert comparison.felt(none) == {}
+
+
+@pytest.mark.parametrize(("steps", "says"), [(352, "200"), (41, "82")])
+def test_compare_names_the_steps_that_were_averaged(tmp_path, steps, says):
+    felt_run(tmp_path / "repan", [2, 1, 1.5, 1], steps=steps)
+    felt_run(tmp_path / "none", [2, 1, 1, 1], steps=steps, cycle__restart="none")
+    comparison = compare([read_result(path) for path in find_runs([str(tmp_path)])])
+    assert f"training loss of the {says} steps after a restart" in table.legend(comparison)
 
 
 def test_a_control_at_another_rate_says_nothing_of_a_restart(tmp_path):

@@ -40,7 +40,7 @@ def test_rounding_to_256_levels():
 
 
 def test_signal_to_noise_of_uniform_values():
-    """6.02 dB a bit: 8 bits of uniform values are 48.2 dB (any text on quantisation)."""
+    """6.02 dB a bit: 8 bits of uniform values are 48.2 dB (any text on quantization)."""
     values = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     found = int8.sqnr(values, int8.quantized(values, values.min(), values.max()))
     assert found == pytest.approx(48.2, abs=0.1)

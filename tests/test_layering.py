@@ -35,6 +35,7 @@ LIGHT_FILES = {
     *(f"repan_cli.system.{name}" for name in ("files", "host", "launcher", "notices", "packages", "signals", "text")),
     *(f"repan_cli.{name}" for name in ("commands.early", "session.sources", "session.hub_folder")),
     *("repan_cli.system.lean", "repan_cli.system.weight_files", "repan_cli.training.schedules"),
+    "repan_cli.system.sampling",
     "repan_cli.system.user_code",
     "repan_cli.training.events",
 }

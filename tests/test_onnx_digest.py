@@ -77,7 +77,7 @@ def half(model, **options):
     return by("onnxruntime.transformers.float16", "convert_float_to_float16")(model, **options)
 
 
-def quantised(model):
+def quantized(model):
     quantization = importlib.import_module("onnxruntime.quantization")
     return quantization.quantize_dynamic(model, "int8.onnx", op_types_to_quantize=["Gemm"]) or onnx.load("int8.onnx")
 
@@ -110,7 +110,7 @@ OTHER = {
     "float16 inside": (lambda model: half(model, keep_io_types=True), "another program"),
     "opset 15": (lambda model: version_converter.convert_version(model, 15), "another program"),
     "opset 21": (lambda model: version_converter.convert_version(model, 21), "another program"),
-    "quantised": (quantised, "onnx.quantize"),
+    "quantized": (quantized, "onnx.quantize"),
     "renamed": (renamed, "another program"),
     "of one batch size": (with_fixed_batch, "another program"),
 }

@@ -212,7 +212,7 @@ def test_unreadable_headers_are_found_before_the_first_step(tmp_path, capsys):
     for crop in ("resized", "pad"):
         data = datasets.load("folder", tmp_path, image_size=16, crop=crop, on_error="skip", val_fraction=0)
         assert len(data.train.labels) == 11
-        assert "1 of 12 images of the training folder cannot be read and are left out" in capsys.readouterr().err
+        assert "1 of 12 images of the training folder cannot be read and is left out" in capsys.readouterr().err
     (tmp_path / "test" / "bee" / "3.png").write_bytes(b"")
     with pytest.raises(InputError, match="test/bee/3.png"):
         datasets.load("folder", tmp_path, image_size=16, crop="resized", on_error="skip")

@@ -20,7 +20,7 @@ from repan_cli.session.artifact import open_artifact
 from repan_cli.system.device import start_runtime
 from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.notices import doing, warn
-from repan_cli.system.text import percent
+from repan_cli.system.text import count, percent
 from repan_cli.training.evaluation import eval_batch
 from repan_cli.training.scoring import Details, agreement, examine, worst_confusions
 
@@ -47,7 +47,7 @@ def run(options: EvaluateOptions) -> None:
         networks[FUSED] = export.fuse(artifact.network, batch.cpu())[0]
     found = {}
     for form, network in networks.items():
-        with doing(f"scoring {images.count:,} images, {form}"):
+        with doing(f"scoring {count(images.count, 'image')}, {form}"):
             found[form], size = examine(machine.place(network), images, len(data.classes))
         if size < eval_batch(images):
             warn(f"only batches of {size} images fit in memory, which took longer")
@@ -89,7 +89,7 @@ def _figures(details: Details) -> dict[str, Any]:
 
 def _title(source: str, result: dict[str, Any]) -> str:
     """Describe what a picture shows: the network, the images, their number, and the accuracy."""
-    images = f"{result['images']:,} {result['split']} images of {result['dataset']}"
+    images = f"{count(result['images'], result['split'] + ' image')} of {result['dataset']}"
     return f"{source} ({result['form']}) on {images}: top-1 {percent(result['top1'])} %"
 
 
@@ -135,7 +135,7 @@ def _write(folder: Path, details: Details, classes: tuple[str, ...], title: str)
 
 def _report(source: str, result: dict[str, Any], found: dict[str, Details], classes: tuple[str, ...]) -> None:
     by = f"{result['runtime']}, {result['precision']}"
-    print_line(f"{source} ({by}) on {result['images']:,} {result['split']} images of {result['dataset']}")
+    print_line(f"{source} ({by}) on {count(result['images'], result['split'] + ' image')} of {result['dataset']}")
     names = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss", "calibration_error": "calibration error %"}
     names = {name: title for name, title in names.items() if name in result}
     rows = []

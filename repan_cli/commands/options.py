@@ -267,6 +267,7 @@ Settings = Annotated[
 Model = Annotated[str | None, Option(("--model", "-m"), metavar="NAME", setting="model.name", panel=WHAT)]
 Dataset = Annotated[str | None, Option(("--dataset", "-d"), metavar="NAME", setting="data.name", panel=WHAT)]
 Root = Annotated[str | None, Option(("--data-root",), metavar="FOLDER", setting="data.root", panel=WHAT)]
+TOO = ", and of the baseline unless it has its own."
 Rate = Annotated[str | None, Option(("--lr",), metavar="RATE", setting="optim.lr", panel=HOW_LONG)]
 Epochs = Annotated[str | None, Option(("--epochs",), "Length of the run.", "N", setting="epochs", panel=HOW_LONG)]
 Init = Annotated[str | None, Option(("--init",), "Start from these weights.", "FILE", setting="model.init", panel=WHAT)]
@@ -367,10 +368,10 @@ class CycleOptions:
     ] = None
     cycles: Annotated[str | None, Option(("--cycles",), metavar="N", setting="cycle.count", panel=HOW_LONG)] = None
     epochs: Annotated[
-        str | None, Option(("--epochs",), "Length of each cycle.", "N", setting="epochs", panel=HOW_LONG)
+        str | None, Option(("--epochs",), f"Length of each cycle{TOO}", "N", setting="epochs", panel=HOW_LONG)
     ] = None
     lr: Annotated[
-        str | None, Option(("--lr",), "Peak learning rate of each cycle.", "RATE", setting="optim.lr", panel=HOW_LONG)
+        str | None, Option(("--lr",), f"Peak learning rate of cycles{TOO}", "RATE", setting="optim.lr", panel=HOW_LONG)
     ] = None
     init: Annotated[
         str | None,

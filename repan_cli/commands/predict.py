@@ -55,7 +55,8 @@ def run(options: PredictOptions) -> None:
         for line in unreadable:
             warn(line)
         named = some([line.removeprefix("cannot read the image ").partition(": ")[0] for line in unreadable])
-        answered = f"the other {count(len(rows), 'image')} are classified" if rows else "none is classified"
+        verb = "is" if len(rows) == 1 else "are"
+        answered = f"the other {count(len(rows), 'image')} {verb} classified" if rows else "none is classified"
         raise InputError(f"{len(unreadable)} of {count(len(files), 'image')} could not be read: {named}; {answered}")
 
 

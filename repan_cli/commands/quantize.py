@@ -50,7 +50,7 @@ def run(options: QuantizeOptions) -> None:
     opset = OPSET if options.opset is None else options.opset
     artifact = open_artifact(options.checkpoint, options.model, block=options.block)
     if artifact.runtime != "PyTorch":
-        raise InputError(f"{artifact.source} is already exported: quantise the checkpoint that it came from")
+        raise InputError(f"{artifact.source} is already exported: quantize the checkpoint that it came from")
     check_finite(artifact.network)
     machine = start_runtime("cpu", "fp32")
     data = artifact_images.load(artifact, options.dataset, options.data_root, split=None, order=options.classes)
@@ -188,7 +188,7 @@ def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth])
     print_table(titles, rows)
     scales = "one scale a channel" if per_channel else "one scale a layer"
     calibrated = f"calibrated on {count(result['calibration_images'], 'training image')}, {scales}"
-    print_line(f"{result['int8']['images']:,} {result['split']} images of {result['dataset']}; {calibrated}")
+    print_line(f"{count(result['int8']['images'], result['split'] + ' image')} of {result['dataset']}; {calibrated}")
     rows = [
         (name, *_scores(each), f"{each['loss']:.4f}", file_size(each["bytes"]))
         for name, each in (("float32", result["float32"]), ("int8", result["int8"]))

@@ -268,7 +268,7 @@ def _labelled(members: list[tuple[Result, ...]]) -> tuple[Group, ...]:
     commands, classes = (len({getattr(first, name) for first in firsts}) > 1 for name in ("command", "classes"))
     groups = []
     for first, runs in zip(firsts, members, strict=True):
-        settings = {key: _setting(first, key) for key in keys if _reads(first, key)}
+        settings = {key: setting_of(first, key) for key in keys if _reads(first, key)}
         words = [first.command] * commands + [
             f"{key}={_shown(value)}" for key, value in settings.items() if key in telling
         ]
@@ -288,7 +288,7 @@ def _telling(firsts: Sequence[Result], keys: list[str]) -> list[str]:
     """
 
     def labels(chosen: Sequence[str]) -> list[str]:
-        return [" ".join(f"{k}={_shown(_setting(each, k))}" for k in chosen if _reads(each, k)) for each in firsts]
+        return [" ".join(f"{k}={_shown(setting_of(each, k))}" for k in chosen if _reads(each, k)) for each in firsts]
 
     if max(map(len, labels(keys)), default=0) <= LONG_LABEL:
         return keys
@@ -305,7 +305,7 @@ def _differing(firsts: Sequence[Result]) -> list[str]:
     order = {key: place for place, key in enumerate([*SCHEMA, *OVERLAY])}
     differing = []
     for key in sorted(present, key=lambda key: (order.get(key, len(order)), key)):
-        values = {repr(_setting(first, key)) for first in firsts if _reads(first, key)}
+        values = {repr(setting_of(first, key)) for first in firsts if _reads(first, key)}
         if len(values) > 1:
             differing.append(key)
     return differing
@@ -317,10 +317,15 @@ def _reads(result: Result, key: str) -> bool:
         return False
     if key == "data.root":  # known sets are the same wherever they lie
         return result.dataset == "folder"
+    return has_setting(result, key)
+
+
+def has_setting(result: Result, key: str) -> bool:
+    """Return whether a run has a setting, given or by default."""
     return key in result.settings or (key in OVERLAY and result.command == "cycle")
 
 
-def _setting(result: Result, key: str) -> Any:
+def setting_of(result: Result, key: str) -> Any:
     """Return a setting's value; the baseline's are the main ones where nothing lies over them, without a teacher."""
     if key in result.settings or key not in OVERLAY:
         return result.settings[key]

@@ -24,7 +24,7 @@ def render(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> 
     `left_out` names the runs that are not in it, each with the reason.
     """
     parts = [
-        f"<h1>{escape(_title(comparison))}</h1>",
+        f"<h1>{escape(_heading(comparison))}</h1>",
         f"<p class=quiet>{escape(about(comparison))}</p>",
         f"<p class=verdict>{_whole_options(verdict(comparison))}</p>",
         *(f"<p class=note>{_whole_options(note)}</p>" for note in notes(comparison, left_out)),
@@ -34,11 +34,17 @@ def render(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> 
         _section("Test top-1, a point a seed", _strip(comparison), "Bars: the mean."),
         _section("Runs", _table(RUN_TITLES, _run_rows(comparison))),
     ]
-    return PAGE.format(title=escape(_title(comparison)), style=STYLE, body="\n".join(parts))
+    return PAGE.format(title=escape(_tab(comparison)), style=STYLE, body="\n".join(parts))
 
 
-def _title(comparison: Comparison) -> str:
+def _heading(comparison: Comparison) -> str:
     return f"{count(len(comparison.groups), 'configuration')} compared"
+
+
+def _tab(comparison: Comparison) -> str:
+    """Return the name of the page for a browser's tab, which tells it from others and does not repeat its heading."""
+    names = sorted({result.dataset for group in comparison.groups for result in group.results})
+    return f"repan on {', '.join(names)}"
 
 
 def _section(title: str, *parts: str) -> str:

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 CONFIDENCE = 0.95
 
+ROUNDING = 1e-9
+"""Points of standard error that are rounding errors of the figures."""
+
 
 def t_bound(freedom: float, confidence: float = CONFIDENCE) -> float:
     """Return t such that Student's T with `freedom` > 0 degrees of freedom lies in [-t, t] with this probability."""
@@ -30,13 +33,22 @@ class Spread(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A mean difference and its confidence interval; `method` (paired, welch) and interval are None for one seed."""
+    """A mean difference and its confidence interval.
+
+    `method` (paired, welch), `freedom` and interval are None for one seed; where no difference varies between the
+    seeds, which gives no estimate of the variation, only the interval is None.
+    """
 
     mean: float
     low: float | None = None
     high: float | None = None
     method: str | None = None
     freedom: float | None = None
+
+    @property
+    def constant(self) -> bool:
+        """Return whether several seeds were compared and none varies from the others."""
+        return self.freedom is not None and self.low is None
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
@@ -51,6 +63,8 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
         error, freedom = _welch(a, b) if min(len(ours), len(theirs)) > 1 else (0.0, 0.0)
     if freedom <= 0:
         return Difference(mean)
+    if error < ROUNDING:
+        return Difference(mean, None, None, method, freedom)
     half = t_bound(freedom) * error
     return Difference(mean, mean - half, mean + half, method, freedom)
 

@@ -8,6 +8,7 @@ from repan_cli import __version__
 from repan_cli.compare.groups import Comparison, Group
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread
 from repan_cli.runs.directory import now
+from repan_cli.runs.felt import HEADS, covered
 from repan_cli.system.text import count, duration, percent, short
 
 METHODS = {"paired": "paired by seed", "welch": "by Welch's t-test, as the seeds differ"}
@@ -80,16 +81,29 @@ def legend(comparison: Comparison) -> str:
     if len(spread) < len(comparison.groups):
         words += "; one seed gives no spread and no interval"
     gains = [comparison.gain(group, over=over) for group in comparison.groups for over in comparison.controls]
-    methods = {gain.method for gain in gains if gain and gain.method}
+    methods = {gain.method for gain in gains if gain and gain.method and not gain.constant}
     if methods:
         how = " or ".join(METHODS[method] for method in sorted(methods))
         words += f"; in brackets the {CONFIDENCE:.0%} confidence interval, {how}"
+    if any(gain and gain.constant for gain in gains):
+        words += "; a difference that is the same with every seed has no interval"
     if _if_felt(comparison, "felt"):
         words += (
-            "; felt: training loss of the 200 steps after a restart, divided by a control's over the same steps; of "
-            "several restarts the smallest and the largest"
+            f"; felt: training loss of the {_felt_steps(comparison)} steps after a restart, divided by a control's "
+            "over the same steps; of several restarts the smallest and the largest"
         )
     return f"{words}."
+
+
+def _felt_steps(comparison: Comparison) -> str:
+    """Return how many steps the losses after restarts were averaged over."""
+    courses = [
+        [record for record in result.records if record["cycle"] == cycle]
+        for group in comparison.groups
+        for cycle in comparison.felt(group)
+        for result in group.results
+    ]
+    return covered(courses, HEADS[-1])
 
 
 def markdown(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from repan_cli.compare.groups import WITHOUT_EFFECT, Comparison, Group
+from repan_cli.compare.groups import WITHOUT_EFFECT, Comparison, Group, has_setting, setting_of
 from repan_cli.compare.results import Result
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread
 from repan_cli.config.schema import as_text
-from repan_cli.config.settings import SCHEMA
+from repan_cli.config.settings import OVERLAY, SCHEMA
+from repan_cli.system.sampling import is_extreme, standard_error, with_error
 from repan_cli.system.text import count
 
 ALWAYS = ("model.name", "block.name", "data.name")
@@ -33,7 +33,8 @@ def verdict(comparison: Comparison) -> str:
     if not gains:
         return _alone(comparison.groups)
     known = [(group, gain) for group, gain in gains if gain.low is not None and gain.high is not None]
-    if not known:
+    constant = [(group, gain) for group, gain in gains if gain.constant]
+    if not known and not constant:
         best, gain = max(gains, key=lambda each: each[1].mean)
         return (
             f"One seed is not enough: {_called(comparison, best)} ends {_points(gain.mean)} the control, and another "
@@ -44,6 +45,7 @@ def verdict(comparison: Comparison) -> str:
         *([f"{_all(comparison, above)} above the control, beyond the variation between seeds."] if above else []),
         *([f"{_all(comparison, below)} below the control, beyond the variation between seeds."] if below else []),
         *([_undecided(comparison, same)] if same else []),
+        *([_constant(comparison, constant)] if constant else []),
     ]
     if len(known) > 1:
         chance = round(1 / (1 - CONFIDENCE))
@@ -88,6 +90,17 @@ def _undecided(comparison: Comparison, same: Sequence[Known]) -> str:
     )
 
 
+def _constant(comparison: Comparison, found: Sequence[Known]) -> str:
+    """Name the groups that differ from the control by the same amount with every seed."""
+    named = ", ".join(f"{_called(comparison, group)} is {_points(gain.mean)} the control" for group, gain in found)
+    errors = _errors(comparison)
+    images = f" The sampling error of a network's test top-1 is {'; '.join(errors)}." if errors else ""
+    return (
+        f"With every seed alike, {named}. A difference that does not vary between seeds gives no estimate of how large "
+        f"a difference could go undetected.{images}"
+    )
+
+
 def _called(comparison: Comparison, group: Group) -> str:
     return f"configuration {number_of(comparison, group)}"
 
@@ -110,34 +123,47 @@ def sampling(comparison: Comparison) -> str | None:
     """Describe the number of test images, and how precisely they measure the accuracy of one network; None where runs
     did not record it.
     """
-    results = _results(comparison)
-    sizes = sorted({result.test_images for result in results if result.test_images})
-    if not sizes:
+    errors = _errors(comparison)
+    if not errors:
         return None
+    shared = " All runs share these images, so differences are known more precisely." if len(errors) == 1 else ""
+    kind = ", one standard deviation" if any("±" in error for error in errors) else ""
+    return f"Sampling error{kind} of a network's test top-1: {'; '.join(errors)}.{shared}"
+
+
+def _errors(comparison: Comparison) -> list[str]:
+    """Return the largest sampling error for each number of test images, and the widest interval near 0 and 100 %."""
+    results = _results(comparison)
     errors = []
-    for size in sizes:
-        largest = max(_error(result.test_top1, size) for result in results if result.test_images == size)
-        errors.append(f"± {largest:.2f} points by {count(size, 'test image')}")
-    shared = " All runs share these images, so differences are known more precisely." if len(sizes) == 1 else ""
-    return f"Sampling error, one standard deviation of a network's test top-1: {'; '.join(errors)}.{shared}"
-
-
-def _error(top1: float, images: int) -> float:
-    """Return the standard error, in points, of an accuracy in percent measured on this number of images."""
-    share = top1 / 100
-    return 100 * math.sqrt(max(share * (1 - share), 0.0) / images)
+    for size in sorted({result.test_images for result in results if result.test_images}):
+        shares = {result.test_top1 for result in results if result.test_images == size}
+        extreme = {share for share in shares if is_extreme(share, size)}
+        told = []
+        if usual := shares - extreme:
+            told.append(f"± {max(standard_error(share, size) for share in usual):.2f} points")
+        if extreme:
+            widest = min(extreme, key=lambda share: abs(share - 50))
+            told.append(f"{with_error(widest, size)} as a {CONFIDENCE:.0%} interval")
+        errors.append(f"{' and '.join(told)} by {count(size, 'test image')}")
+    return errors
 
 
 def common_settings(comparison: Comparison) -> dict[str, str]:
-    """Return what all runs are set to: network, block, data, and all else that is not the default, as typed."""
+    """Return what all runs are set to: network, block, data, and all else that is not the default, as typed.
+
+    It lists the baseline's own settings, and those that this version does not know.
+    """
     results = _results(comparison)
+    present = {key for result in results for key in result.settings} - WITHOUT_EFFECT - {"data.root"}
+    ordered = [*SCHEMA, *OVERLAY, *sorted(present - SCHEMA.keys() - OVERLAY.keys())]
     shared: dict[str, str] = {}
-    for key in SCHEMA:
-        values = {repr(result.settings.get(key)) for result in results}
-        value = results[0].settings.get(key)
-        unusual = key in ALWAYS or value != SCHEMA[key].default
-        if len(values) == 1 and value is not None and unusual and key not in WITHOUT_EFFECT and key != "data.root":
-            shared[key] = as_text(value)
+    for key in ordered:
+        if key not in present or not all(has_setting(result, key) for result in results):
+            continue
+        values = [setting_of(result, key) for result in results]
+        usual = key in SCHEMA and values[0] == SCHEMA[key].default
+        if len(set(map(repr, values))) == 1 and (key in ALWAYS or not usual):
+            shared[key] = as_text(values[0])
     return shared
 
 

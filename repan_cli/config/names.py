@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
+from repan_cli.system.text import count
 from repan_cli.system.user_code import names_a_file
 
 PACKAGE = Path(__file__).parents[1]
@@ -61,7 +62,7 @@ class Support(NamedTuple):
 
     def describe(self) -> str:
         if self.cycles:
-            what = f"{self.own} blocks of its own" if self.own else f"{self.convs} convolution{'s' * (self.convs > 1)}"
+            what = f"{count(self.own, 'block')} of its own" if self.own else count(self.convs, "convolution")
             return f"cycles ({what}), fuses"
         return f"fuses only ({self.pairs} BN to fold)" if self.fuses else "trains only"
 

@@ -218,7 +218,7 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
     if len(classes) < 2:
         loose = next((entry for entry in entries if is_image(entry)), None)
         mend = f": {loose.name} and the others must be in one folder per class" if loose else ""
-        raise InputError(f"{folder} holds {len(classes)} class folders; at least two are needed{mend}")
+        raise InputError(f"{folder} holds {count_of(len(classes), 'class folder')}; at least two are needed{mend}")
     return dict(sorted(classes.items()))
 
 

@@ -138,6 +138,7 @@ def _outcomes(read: Callable[[int], T], count: int, *, skip: bool, mend: str) ->
         more = f" (and {count_of(len(failed) - 1, 'other')})" if len(failed) > 1 else ""
         raise UnreadableImageError(f"{failed[0]}{more}{mend}")
     if failed:
-        left_out = f"{len(failed)} of {count:,} images of the training folder cannot be read and are left out"
-        warn(f"{left_out}; one of them: {failed[0]}")
+        verb = "is" if len(failed) == 1 else "are"
+        told = f"{len(failed)} of {count_of(count, 'image')} of the training folder cannot be read and {verb} left out"
+        warn(f"{told}; one of them: {failed[0]}")
     return found

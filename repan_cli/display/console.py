@@ -14,7 +14,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -26,9 +26,10 @@ from rich.text import Text
 from repan_cli.display.activity import Activity
 from repan_cli.display.live import Position, View, figures
 from repan_cli.display.notebook import NotebookLive
+from repan_cli.runs import felt
 from repan_cli.runs.directory import Heartbeat
 from repan_cli.system.notices import LOGGER, watched_by
-from repan_cli.system.text import duration, loss_text, percent, shown, wrapped
+from repan_cli.system.text import count, duration, loss_text, percent, shown, wrapped
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, LossLog, StepEnd
 
 SECONDS_BETWEEN_LINES = 30
@@ -187,7 +188,7 @@ class Display:
         self.position.cycle, self.position.epoch, self.position.step = event.cycle, 1, 0
         self.position.doing = "training"
         if event.restarted:
-            self.say(f"{name}: merged and regrew {event.blocks} blocks, logits moved {event.logit_error:.0e}")
+            self.say(f"{name}: merged and regrew {count(event.blocks, 'block')}, logits moved {event.logit_error:.0e}")
             before, after = event.loss_before or 0.0, event.loss_after_restart or 0.0
             loss = f"training loss {loss_text(before)} -> {loss_text(after)}"
             val = f", val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}"
@@ -249,17 +250,21 @@ class Display:
         self.position.doing = "restart" if event.cycle < max(self.epochs) else "ending"
         self.say(f"{self.name(event.cycle)}: {val}test {percent(event.test_top1)}, {duration(event.seconds)}")
 
-    def table(self, summary: Mapping[str, Any]) -> None:
-        """Print a row per phase: validation top-1 and training loss around its start, top-1 at its end, time."""
+    def table(self, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Print a row per phase: validation top-1 and training loss around its start, top-1 at its end, time.
+
+        The `records` of the epochs tell how many steps the losses were averaged over.
+        """
         table = Table(box=None, pad_edge=False, header_style="bold")
-        losses = ("loss\nbefore", "50\nsteps", "200\nsteps")
+        cycles = [[each for each in records if each["cycle"] == row["cycle"]] for row in summary["cycles"]]
+        losses = ("loss\nbefore", *(f"{felt.covered(cycles, window)}\nsteps" for window in felt.HEADS))
         for title in ("phase", "val\nbefore", "after\nrestart", *losses, "val\nat end", "test", "time"):
             table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
         table.add_row(self.name(0) if 0 in self.epochs else "start", *[""] * 5, *_figures(summary["baseline"]))
         for row in summary["cycles"]:
             around = percent(row["top1_before"]), percent(row["top1_after_restart"])
-            felt = ("-" if loss is None else loss_text(loss) for loss in _felt(row))
-            table.add_row(self.name(row["cycle"]), *around, *felt, *_figures(row))
+            around_it = ("-" if loss is None else loss_text(loss) for loss in _felt(row))
+            table.add_row(self.name(row["cycle"]), *around, *around_it, *_figures(row))
         self.say()
         self.say(table)
 

@@ -1,4 +1,4 @@
-"""Int8: the precision of each layer in 8 bits, and static quantisation after training by ONNX Runtime.
+"""Int8: the precision of each layer in 8 bits, and static quantization after training by ONNX Runtime.
 
 Merged RepVGG-like networks are known to lose much of their accuracy in int8, because merging adds kernels of very
 different ranges (QARepVGG, Chu et al. 2022); the report shows in which layers.
@@ -40,7 +40,7 @@ EXTRA: Mapping[str, Mapping[str, bool]] = {
         "QuantizeBias": False,
     },
 }
-"""The options of ONNX Runtime's quantiser for each. TensorRT takes zero points of 0 alone and biases in float32."""
+"""The options of ONNX Runtime's quantizer for each. TensorRT takes zero points of 0 alone and biases in float32."""
 
 WITH_WEIGHTS = ("Conv", "Gemm", "MatMul")
 """The operators that layers become, whose second input is the weight."""
@@ -83,7 +83,7 @@ def quantized(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def sqnr(values: Tensor, approximate: Tensor) -> float:
-    """Signal over quantisation noise in dB; infinite where nothing is lost."""
+    """Signal over quantization noise in dB; infinite where nothing is lost."""
     noise, signal = (values - approximate).square().sum().item(), values.square().sum().item()
     return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
@@ -187,7 +187,7 @@ def quantize(
                 extra_options=dict(EXTRA[target]),
             )
         except Exception as error:
-            raise InputError(f"ONNX Runtime cannot quantise the network: {first_line(error)}") from error
+            raise InputError(f"ONNX Runtime cannot quantize the network: {first_line(error)}") from error
         model = onnx.load(done)
     model.producer_name, model.producer_version = "repan", ""
     del model.metadata_props[:]

@@ -9,7 +9,7 @@ at any epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,16 @@ def _mean(records: Records, window: int, pace: Pace, key: str, images_of: Any) -
             return None
         total, images, window = total + loss * count, images + count, max(window - steps, 0)
     return total / images if images else None
+
+
+def covered(courses: Iterable[Records], window: int) -> str:
+    """Return how many steps a window covers at the start of each course of records: 200, or 123 of as many steps.
+
+    Where the courses differ it is the lowest and the highest number: 123-200.
+    """
+    lengths = (sum(record.get("steps") or 0 for record in records) for records in courses)
+    found = sorted({min(window, length) for length in lengths if length}) or [window]
+    return "-".join(str(number) for number in dict.fromkeys((found[0], found[-1])))
 
 
 def around(records: Records, cycle: int, pace: Pace) -> dict[str, float | None]:

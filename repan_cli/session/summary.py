@@ -23,6 +23,7 @@ from repan_cli.runs.trackers import read_metrics
 from repan_cli.session.build import Session
 from repan_cli.session.network import describe_blocks
 from repan_cli.session.recorder import Record, chosen_file
+from repan_cli.system import sampling
 from repan_cli.system.notices import doing, warn
 from repan_cli.system.text import count, duration, first_line, percent, quoted, some, sparkline
 from repan_cli.training.evaluation import evaluate
@@ -172,10 +173,12 @@ def _tests(summary: dict[str, Any]) -> dict[int, float]:
     return {**baseline, **{row["cycle"]: row["test_top1"] for row in summary["cycles"]}}
 
 
-def _sampling_error(test: dict[str, Any]) -> float:
-    """Return the standard error, in points, of an accuracy in percent measured on this number of test images."""
-    share = test["top1"] / 100
-    return 100 * math.sqrt(share * (1 - share) / test["images"])
+def _test_text(test: dict[str, Any]) -> str:
+    """Describe the test accuracy with its sampling error."""
+    top1, images = test["top1"], test["images"]
+    kind = f"{sampling.CONFIDENCE:.0%} interval, " if sampling.is_extreme(top1, images) else ""
+    top5 = f", top-5 {percent(test['top5'])}" if "top5" in test else ""
+    return f"top-1 {sampling.with_error(top1, images)} ({kind}{count(images, 'image')}){top5}"
 
 
 def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], session: Session) -> None:
@@ -184,7 +187,7 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     records = read_metrics(folder / "metrics.jsonl")
     validation = [record["val_top1"] for record in records if record["val_top1"] is not None]
     if summary["cycles"]:
-        display.table(summary)
+        display.table(summary, records)
     rows = {"chosen": f"{chosen['file']}, {display.name(chosen['cycle'])}, epoch {chosen['epoch']}"}
     if not chosen["epoch"]:
         start = percent(summary["baseline"]["top1"])
@@ -194,8 +197,7 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     elif validation:
         rows["chosen"] += ", the first with the best validation top-1"
         rows["validation"] = f"{sparkline(validation)}  best epoch {percent(max(validation))}"
-    rows["test"] = f"top-1 {percent(test['top1'])} ± {_sampling_error(test):.2f} ({test['images']:,} images)"
-    rows["test"] += f", top-5 {percent(test['top5'])}" if "top5" in test else ""
+    rows["test"] = _test_text(test)
     if summary["cycles"] and runs.read_series(folder.path.parent) is None:
         rows["gain"] = (
             "not known from one run: --control trains the same epochs without restarts, --seeds 0,1,2 repeats"
