@@ -215,7 +215,7 @@ def test_a_folder_is_taken_as_the_data_set(capsys, hub, tmp_path, monkeypatch, c
     classes = [str(n) for n in range(1, 13)]
     write_folders(tmp_path / "d", parts=("train", "test"), classes=classes, count=2, size=(64, 64))
     more = ("--out", tmp_path / "int8.onnx", "--overwrite") if command == "quantize" else ()
-    for place in (tmp_path / "d", "~/d"):
+    for place in (tmp_path / "d", "~/d") if command == "evaluate" else ("~/d",):  # int8 takes seconds
         code, _, err = run(capsys, command, hub, "--dataset", place, "--json", *more)
         assert code == 0, err
     both = one_line(capsys, command, hub, "--dataset", tmp_path / "d", "--data-root", tmp_path, *more)
