@@ -68,7 +68,7 @@ def draw_curves(
     for axes in drawn:
         axes.grid(alpha=0.25)
     _mark_cycles(records, drawn)
-    accuracy.legend(loc="lower right", frameon=False)
+    accuracy.legend(loc="best", framealpha=0.85, edgecolor="none")
     figure.savefig(target, dpi=110)
 
 

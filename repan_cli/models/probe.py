@@ -40,6 +40,7 @@ def noise(*shape: int) -> Tensor:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
+    """Return whether a module is a BN whose statistics are trained."""
     return isinstance(module, BatchNorm)
 
 
