@@ -289,7 +289,7 @@ def training(digits, plan, *, model=None, val=True, runtime=FP32, settings=None,
 
 def plan(*, baseline=True, **settings):
     given = {"epochs": "2", "baseline.epochs": "2", "cycle.count": "1", "cycle.attach_epochs": "1", "optim.lr": "0.05"}
-    given |= {"cycle.lr": "restart", "cycle.attach": "ramp"}
+    given |= {"cycle.schedule": "restart", "cycle.attach": "ramp"}
     return cycle_plan(config.build(given, {k.replace("__", "."): v for k, v in settings.items()}), baseline=baseline)
 
 

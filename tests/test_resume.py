@@ -170,7 +170,7 @@ def begun(capsys, tmp_path):
     """A run of `cycle` that was stopped."""
     folder = tmp_path / "run"
     short = ["--baseline-epochs", "1", "--cycles", "1", "--epochs", "1", "cycle.calibration_images=64"]
-    code, _ = stopped(capsys, "cycle", *SMALL, *short, "cycle.lr=restart", "--out", folder, at=3)
+    code, _ = stopped(capsys, "cycle", *SMALL, *short, "cycle.schedule=restart", "--out", folder, at=3)
     assert code == 75
     return folder
 

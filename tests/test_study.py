@@ -215,7 +215,7 @@ def test_a_dry_run_starts_nothing(study, tmp_path):
         (["--seeds", "a"], "--seeds: expected numbers such as 0, 1, 2"),
         (["--seeds", "1,1"], "--seeds: a seed is given twice"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
-        (["lr=1"], "arm plain: unknown setting 'lr'; did you mean optim.lr or cycle.lr?"),
+        (["lr=1"], "arm plain: unknown setting 'lr'; did you mean optim.lr?"),
         (["run.seed=1"], "run.seed is set for each run of a study: give --seeds"),
         (["cycle.count=1", "--arms", "plain"], "cycle.count has no effect: none of the chosen arms reads it"),
     ],
@@ -271,12 +271,12 @@ def test_the_arms_differ_only_in_their_subject(grid, arm):
     assert (settings.model, settings.data, settings.ema) == (shared.model, shared.data, shared.ema)
     assert plan[0].optim == shared.optim
     for phase in plan[1:]:
-        assert phase.optim.lr == (0.05 if settings.cycle.lr == "restart" else 0.1)
+        assert phase.optim.lr == (0.05 if settings.cycle.schedule == "restart" else 0.1)
         assert phase.start_from == "last"
     family = arm.name.partition("_")[0]
     assert arm.command == ("train" if family == "one" else "cycle")
     if family != "one":
-        assert settings.cycle.lr == family
+        assert settings.cycle.schedule == family
         assert (settings.cycle.restart == "none") == arm.name.endswith("_none")
 
 

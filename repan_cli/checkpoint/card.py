@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from repan_cli.config.conventions import CROP_MODES, INTERPOLATIONS
+from repan_cli.config.renamed import present
 
 MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
 FORMS = (MULTI_BRANCH, FUSED, PLAIN)
@@ -83,7 +84,8 @@ class ModelCard:
     `model` is the full name, as `models.resolve` gives it, `block` the family of its blocks, `form` one of `FORMS`.
     `mean` and `std` are those of each channel, of images in [0, 1]; with `normalizes` the network itself applies them.
     `crop_share` is the part of the side of a resized image that is kept, by `crop_mode` and `interpolation`, where they
-    are not the usual ones. `config` holds the settings of the run by dotted key, `metrics` its figures at this point,
+    are not the usual ones. `config` holds the settings of the run by dotted key, by the names of the version that wrote
+    it: read `settings`. `metrics` are the run's figures at this point,
     `teachers` the digests of its teachers, `surroundings` what the last bits may depend on, `float16` what a file in
     that precision lost. The digests tell which images were held out, and how all images are labelled. What a file does
     not say is None.
@@ -120,7 +122,12 @@ class ModelCard:
     @property
     def knows_its_data(self) -> bool:
         """Return whether the card names the data set that the network was trained on."""
-        return "data.name" in self.config
+        return "data.name" in self.settings
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the run by the names that they have now; `config` and the digest stay as written."""
+        return present(self.config)
 
     def as_meta(self) -> dict[str, Any]:
         """Return the description in plain types, as files hold it."""
@@ -175,6 +182,17 @@ def _mapping(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_text, value))
 
 
+def _settings(value: Any) -> bool:
+    """Return whether a value is settings by dotted key, none of them with two values by an old and a new name."""
+    if not _mapping(value):
+        return False
+    try:
+        present(value)
+    except ValueError:
+        return False
+    return True
+
+
 def _optional(fits: Fits) -> Fits:
     return lambda value: value is None or fits(value)
 
@@ -222,7 +240,7 @@ FITS: dict[str, Fits] = {
     "image_size": _integer(1, LARGEST_IMAGE),
     "mean": _sequence(_number),
     "std": _sequence(lambda value: _number(value) and value > 0),
-    "config": _mapping,
+    "config": _settings,
     "split_digest": _text,
     "cycle": _integer(0, 2**31),
     "epoch": _optional(_integer(0, 2**31)),

@@ -69,6 +69,12 @@ def is_resized(crop: str, size: int) -> bool:
     return crop == "resized" or (crop == "auto" and size > SMALL_IMAGE)
 
 
+CONFIG_FILE, ARM_FILE = "config.yaml", "arm.yaml"
+"""The file of the settings of a run, and that of a study's arm beside its runs: `repan COMMAND -c` reads both."""
+
+BESIDE_CONFIG = ("status.json", "env.json", "summary.json")
+"""The files of a run, one of which at least lies beside its settings."""
+
 PLACES = "places"
 """The key, in what is noted beside a run's settings, of the absolute paths of those that are relative."""
 

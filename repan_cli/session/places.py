@@ -60,7 +60,7 @@ def found(settings: Mapping[str, Any], places: Mapping[str, Any] | None) -> dict
 
 def data_root(card: ModelCard) -> str:
     """Return where the data of a network lie: as was typed, or, where they are not there, as was noted."""
-    typed = {DATA_ROOT: DataConfig().root, **{key: value for key, value in card.config.items() if value is not None}}
+    typed = {DATA_ROOT: DataConfig().root, **{key: value for key, value in card.settings.items() if value is not None}}
     return found(typed, card.surroundings).get(DATA_ROOT, at_home(str(typed[DATA_ROOT])))
 
 
