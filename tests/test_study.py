@@ -16,6 +16,7 @@ from support import ROOT, run, start
 from repan_cli import config
 from repan_cli.config.grid import grids, read_grid
 from repan_cli.runs import processes
+from repan_cli.system import notices
 from repan_cli.training.plan import cycle_plan, training_plan
 
 GRID = """
@@ -69,6 +70,7 @@ def study(tmp_path, monkeypatch, capsys):
     (tmp_path / "grid.yaml").write_text(GRID)
     monkeypatch.setattr(processes, "REPAN", (sys.executable, "-S", str(tmp_path / "stub.py")))
     monkeypatch.setattr(processes, "POLL", 0.01)
+    monkeypatch.setattr(notices, "_SAID", set())
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
@@ -206,6 +208,27 @@ def test_a_dry_run_starts_nothing(study, tmp_path):
     states = {line["run"]: line["state"] for line in json.loads(out)["runs"]}
     assert states["out/plain/seed_0"] == "done"
     assert states["out/plain/seed_1"] == "to do"
+
+
+def test_the_folder_of_an_older_version_is_continued(study, tmp_path):
+    """Its finished runs are kept and its stopped one goes on, whichever name the grid has for a setting."""
+    older = GRID.replace("cycle: {count: 1}", "cycle: {count: 1, lr: restart}")
+    newer = older.replace("lr: restart", "schedule: restart")
+    (tmp_path / "grid.yaml").write_text(newer)
+    assert study()[0] == 0
+    arm = tmp_path / "out/restarts/arm.yaml"
+    for number, grid in enumerate((older, newer)):
+        assert "cycle.schedule: restart" in arm.read_text()
+        arm.write_text(arm.read_text().replace("cycle.schedule", "cycle.lr"))
+        (tmp_path / f"out/restarts/seed_{number}/status.json").write_text('{"state": "preempted"}')
+        (tmp_path / "grid.yaml").write_text(grid)
+        code, _, err, calls = study()
+        assert (code, made(calls)) == (0, [("cycle", True, f"restarts/seed_{number}")]), err
+        assert err.count("cycle.lr is now cycle.schedule") == (grid == older)
+        assert "cycle.schedule: restart" in arm.read_text()
+    code, _, err, calls = study("cycle.lr=continuous")
+    assert (code, calls) == (2, [])
+    assert "arm restarts: cycle.schedule is continuous, but its runs in out/restarts were made with restart" in err
 
 
 @pytest.mark.parametrize(

@@ -150,10 +150,10 @@ def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _by_present_names(layer: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the layer of a file by present names: users are told of old ones in theirs, not in those of runs."""
-    return present(layer, where=str(path)) if is_of_a_run(path) else as_given(layer, source=str(path))
+    return present(layer, where=str(path)) if _is_of_a_run(path) else as_given(layer, source=str(path))
 
 
-def is_of_a_run(path: Path) -> bool:
+def _is_of_a_run(path: Path) -> bool:
     """Return whether repan wrote a file of settings: that of a run, or that of a study's arm."""
     beside = path.name == CONFIG_FILE and any((path.parent / name).exists() for name in BESIDE_CONFIG)
     return beside or path.name == ARM_FILE
