@@ -192,9 +192,9 @@ def test_runs_and_records_by_old_and_new_names_are_one_group(capsys, older, tmp_
     assert capsys.readouterr().err == ""
 
 
-def test_the_records_that_ship_are_by_old_names_and_read():
+def test_the_records_that_ship_are_read_also_by_old_names():
     paths = sorted((ROOT / "docs/results").glob("*/continuous_*/*.json"))
-    assert paths and all('"cycle.lr"' in path.read_text() for path in paths)
+    assert any('"cycle.lr"' in path.read_text() for path in paths)
     for path in paths:
         settings = read_result(path).settings
         assert settings["cycle.schedule"] == "continuous" and "cycle.lr" not in settings
