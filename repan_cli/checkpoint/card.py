@@ -84,11 +84,10 @@ class ModelCard:
     `model` is the full name, as `models.resolve` gives it, `block` the family of its blocks, `form` one of `FORMS`.
     `mean` and `std` are those of each channel, of images in [0, 1]; with `normalizes` the network itself applies them.
     `crop_share` is the part of the side of a resized image that is kept, by `crop_mode` and `interpolation`, where they
-    are not the usual ones. `config` holds the settings of the run by dotted key, by the names of the version that wrote
-    it: read `settings`. `metrics` are the run's figures at this point,
-    `teachers` the digests of its teachers, `surroundings` what the last bits may depend on, `float16` what a file in
-    that precision lost. The digests tell which images were held out, and how all images are labelled. What a file does
-    not say is None.
+    are not the usual ones. `config` holds the run's settings under the names of the version that wrote them; to read a
+    setting use `settings`. `metrics` are the run's figures at this point, `teachers` the digests of its teachers,
+    `surroundings` what the last bits may depend on, and `float16` what a file in that precision lost. The digests tell
+    which images were held out, and how all images are labelled. A field that a file does not have is None.
     """
 
     model: str

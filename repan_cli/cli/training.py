@@ -21,8 +21,7 @@ def train(
     dispatch: Callable[..., None] = dispatch,
     fail: Callable[[Exception], NoReturn] = fail,
 ) -> None:
-    """Resolve the settings, then begin a run, several runs or a dry run, or resume one. `dispatch` calls a command's
-    module and `fail` takes errors: here as a process does, from Python as functions do.
+    """Resolve the settings, then begin a run, several runs or a dry run, or resume one.
 
     `dispatch` calls a command's module and `fail` takes errors: here as a process does, from Python as functions do.
     """
