@@ -15,6 +15,7 @@ from typing import NamedTuple
 gc.disable()  # until everything is imported
 
 import pytest
+import typer
 from filelock import FileLock
 from support import CPU, captured
 from timm.models import byobnet, fastvit, repvit
@@ -73,6 +74,22 @@ def _no_curves() -> Iterator[None]:
     """Leave curves.png undrawn by commands in this process: Matplotlib takes as long as a short run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw_curves", lambda records, target, **options: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _commands_once() -> Iterator[None]:
+    """Let Typer build the commands once and not for every call of `main` in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_disks() -> Iterator[None]:
+    """Leave files in the memory of the system, where tests that end processes find them too; no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

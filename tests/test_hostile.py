@@ -5,10 +5,10 @@ All of them go through the commands in one process of its own, whose memory is m
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import resource
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from support import ROOT, card_of, one_line, run, small_net
+from support import card_of, one_line, run, small_net
 from torch import nn
 
 from repan_cli import checkpoint
@@ -419,18 +419,19 @@ def outcome(words: list[str]) -> dict[str, object]:
     return {"code": code, "stderr": stderr, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def drive(*, whole: bool) -> None:
-    """In a process of its own: commands on every file of this folder, after one that is merely no checkpoint.
+def drive(folder: Path, whole: bool) -> None:
+    """In a process of its own: commands on every file of a folder, after one that is merely no checkpoint.
 
     `whole`: every command on every file, also on those that take a second to refuse.
     """
+    os.chdir(folder)
     Path("text.pt").write_text("no checkpoint")
     outcomes = {}
     for name in ("text.pt", *sorted(FILES)):
         for command in COMMANDS if whole else SLOW.get(name, COMMANDS):
             words = [name if word == "FILE" else word for word in COMMANDS[command]]
             outcomes[f"{name} {command}"] = outcome(words)
-    print(json.dumps(outcomes))
+    Path("outcomes.json").write_text(json.dumps(outcomes))
 
 
 @pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.soak)], ids=["some", "all"])
@@ -439,17 +440,12 @@ def outcomes(request, tmp_path_factory) -> dict[str, dict]:
     for name, make in FILES.items():
         make(folder / name)
     assert not (folder / "marker").exists()
-    drive = f"import test_hostile; test_hostile.drive(whole={request.param})"
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {drive}"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert result.returncode == 0, result.stderr
-    return {**json.loads(result.stdout), "folder": {"names": [path.name for path in folder.iterdir()]}}
+    child = multiprocessing.get_context("fork").Process(target=drive, args=(folder, request.param))
+    child.start()  # everything is imported in it
+    child.join(600)
+    child.kill()
+    outcomes = json.loads((folder / "outcomes.json").read_text())
+    return {**outcomes, "folder": {"names": [path.name for path in folder.iterdir()]}}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import statistics
 import time
@@ -16,6 +15,7 @@ from repan_cli.blocks import rep_blocks
 from repan_cli.config.resolve import Resolved
 from repan_cli.display.console import print_line, print_table
 from repan_cli.errors import InputError
+from repan_cli.models.twins import deep_copy
 from repan_cli.session import summary
 from repan_cli.session.build import Session, prepare
 from repan_cli.session.network import describe_blocks
@@ -68,7 +68,7 @@ def _restart(session: Session) -> dict[str, Any]:
     cycle = next((phase for phase in session.training.plan if phase.restarts), None)
     if cycle is None:
         return {}
-    model = copy.deepcopy(session.training.model)
+    model = deep_copy(session.training.model)
     began = time.perf_counter()
     alone = dataclasses.replace(session.training, model=model, wrapped=None, graphs=None)
     start = next(fit(dataclasses.replace(alone, plan=(cycle,), progress=Progress())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,16 @@ def check() -> None:
 
 
 def pixels_and_labels() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the images, (1797, 8, 8), and the labels. Importing scikit-learn takes a second, so its file is read."""
+    """Return the images, (1797, 8, 8), and the labels. They are read once in a process and must not be changed.
+
+    Importing scikit-learn takes a second, so its file is read.
+    """
     check()
+    return _read()
+
+
+@cache
+def _read() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     found = importlib.util.find_spec("sklearn")
     places = found.submodule_search_locations if found else None
     file = Path(next(iter(places or ("",)))) / "datasets" / "data" / "digits.csv.gz"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from repan_cli.export.fuse import check_finite
 from repan_cli.models import Expansion, Selection, own_block, probe, user_file
 from repan_cli.models.inspect import classifier_layers
 from repan_cli.models.probe import PROBE_IMAGES
+from repan_cli.models.twins import deep_copy
 from repan_cli.session import hub_folder
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
@@ -286,12 +286,12 @@ def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
 
     A copy is asked, as train mode moves statistics.
     """
-    images = noise(dataset)
+    images, copied = noise(dataset), deep_copy(model)
     expected = (len(images), len(dataset.classes))
     for mode in (False, True):
         try:
             with torch.random.fork_rng(devices=[]):
-                logits = copy.deepcopy(model).train(mode)(images)
+                logits = copied.train(mode)(images)
         except Exception as error:
             line = first_line(error).rstrip(". ")
             size = f"{dataset.channels}x{dataset.image_size}x{dataset.image_size}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Generator, Iterable, Iterator
@@ -16,6 +15,7 @@ from repan_cli.anneal.restart import RestartReport, restart
 from repan_cli.config.settings import CycleConfig
 from repan_cli.data.batches import Batch
 from repan_cli.errors import DivergedError, StoppedError
+from repan_cli.models.twins import deep_copy
 from repan_cli.runs import felt
 from repan_cli.system.notices import doing
 from repan_cli.system.seeding import generator_for, seed_for, seed_generators
@@ -154,7 +154,7 @@ def _look(run: Training, phase: Phase, task: Task) -> _Look:
     logits.
     """
     batch = next(run.train.training_batches(max(run.batch_size, LOOK_IMAGES), run.seed, phase.data_cycle(), 1))
-    loss, _ = task(copy.deepcopy(run.model).train(), batch)
+    loss, _ = task(deep_copy(run.model).train(), batch)
     top1 = evaluate(run.model, run.val, run.stop).top1 if run.val else None
     return _Look(top1, loss.item(), run.model.eval()(batch.images))
 
