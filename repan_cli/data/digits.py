@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn: the demo's data."""
+"""Load the handwritten digits that come with scikit-learn, the demo's data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def load(root: Path, reading: ReadOptions) -> RawDataset:
-    """Return all images with a fixed test part."""
+    """Return all images, with a fixed test part."""
     pixels, labels = pixels_and_labels()
     images = np.round(pixels * (255 / 16)).astype(np.uint8)[..., None]
     labels = labels.astype(np.int64)
@@ -27,12 +27,15 @@ def load(root: Path, reading: ReadOptions) -> RawDataset:
 
 
 def check() -> None:
-    """Raise InputError if the package that holds the images is missing. Imports nothing."""
+    """Raise InputError if the package that holds the images is missing; import nothing."""
     need("the data set digits", "sklearn")
 
 
 def pixels_and_labels() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the images, (1797, 8, 8), and the labels. Importing scikit-learn takes a second, so its file is read."""
+    """Return the images, (1797, 8, 8), and their labels.
+
+    The file is read directly, since importing scikit-learn takes a second.
+    """
     check()
     found = importlib.util.find_spec("sklearn")
     places = found.submodule_search_locations if found else None
