@@ -63,25 +63,12 @@ def load(
     """Read a data set, or one part of it, and hold out its validation part.
 
     A data set with both val and test keeps them. If it has only one of the two, that one is the test set, and
-    `val_fraction` of the training set is held out for validation. If it has neither, `test_fraction` of the training
-    set is held out first. Both draws are stratified and depend only on `split_seed`.
+    `val_fraction` of the training set is held out for validation. If it has neither, `test_fraction` is held out first.
+    Both draws are stratified and depend only on `split_seed`. A split whose digest is `known_split` is not reported.
 
-    Args:
-        name: the name of the data set.
-        root: the folder of the data.
-        image_size, channels: side and channels of the images; None keeps those of the set.
-        crop: see the setting `data.crop`.
-        on_error: `stop` or `skip`, for training images that cannot be read.
-        classes: keep the first classes by name, in all parts.
-        per_class: keep the first training images of each class.
-        class_order: the order of the classes of image folders: see the setting `data.class_order`, or a list.
-        only: read only this part of image folders; the other parts are empty.
-        download: fetch a set that is not there.
-        network_size: the side for image folders whose images have no common size.
-        keep: keep unreadable training images in the list; the loader skips them.
-        known_split: the digest of a drawn split that was reported before, so that it is not reported again.
-
-    Raises InputError for data that are missing, damaged, or do not fit the arguments.
+    `classes` keeps the first classes by name, `per_class` the first training images of each. With `only`, just that
+    part of image folders is read. `network_size` is the side for folders without a common size. With `keep`, the loader
+    skips unreadable images. Raises InputError for data that are missing, damaged, or do not fit the arguments.
     """
     spec = _specification(name)
     mean, std = _statistics(spec, channels)
