@@ -252,7 +252,7 @@ def _checked(file: IO[bytes], path: Path) -> IO[bytes]:
         size = archive.entries[small[0]].size / 2**20
         raise InputError(
             f"{path} holds {size:.1f} MiB besides its tensors, in '{small[0]}', such as a long history of losses: "
-            f"refused, as unpacked it may fill the memory; {SAVE_AGAIN}"
+            f"refused, because it may fill the memory when unpacked; {SAVE_AGAIN}"
         )
     _refuse_makers(io.BytesIO(archive.read("data.pkl")), path)
     return archive.rewritten(STORAGE)

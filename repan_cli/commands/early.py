@@ -141,7 +141,7 @@ def _check_phase(phase: Config) -> None:
     if Path(split_key(teacher.name)[0]).exists():
         _check_weights(teacher.name)
     elif Path(teacher.name).suffix in WEIGHT_ENDINGS:
-        raise InputError(f"no teacher's file {teacher.name}")
+        raise InputError(f"no file {teacher.name} for the teacher")
     else:
         names.check_model(teacher.name)
 
@@ -307,7 +307,7 @@ def _check_form(endings: set[str], options: FuseOptions) -> None:
     if form not in FORMS:
         raise InputError(f"--form {form} is not one of {', '.join(FORMS)}")
     if form == "conv-bn" and endings - set(WEIGHT_FORMATS):
-        raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
+        raise InputError("--form conv-bn writes weights, not a graph: use --format safetensors or pt")
     if options.half and endings != {"onnx"}:
         raise InputError("--half is for ONNX files: use --format onnx")
     if options.opset is not None and "onnx" not in endings:

@@ -109,7 +109,7 @@ def _check_mergeable(artifact: Artifact, targets: Sequence[Target], form: str) -
     kinds = {target.kind for target in targets}
     if artifact.form == FUSED and kinds <= set(WEIGHT_FORMATS) and form == "conv" and "pt" in kinds:
         raise InputError(
-            f"{artifact.source} is already fused; --format onnx, pt2 or safetensors writes it in another way"
+            f"{artifact.source} is already fused; --format onnx, pt2 or safetensors writes it in another format"
         )
     check_finite(artifact.network)
     if fresh := untrained_norms(artifact.network):

@@ -257,7 +257,7 @@ def _group_of(word: str, paths: Sequence[Path], members: list[tuple[Result, ...]
     if not found:
         raise InputError(f"the control {word} is not among the compared runs")
     if len(found) > 1:
-        raise InputError(f"--control {word} is runs of {len(found)} groups: name one run; its group is the control")
+        raise InputError(f"--control {word} matches runs of {len(found)} groups: name a run of the group you mean")
     return found[0]
 
 

@@ -208,7 +208,7 @@ def _number(value: Any) -> float | None:
 
 def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise ValueError(f"{value} is no figure")
+        raise ValueError(f"{value} is not a finite number")
     return float(value)
 
 

@@ -87,7 +87,7 @@ def files_below(folder: Path) -> list[Path]:
 def part_folders(root: Path) -> dict[str, Path]:
     """Return the result of `parts_in`; warn about other folders next to the parts."""
     if named_parts(root) and (strange := [folder.name for folder in _folders(root) if part_of(folder) is None]):
-        warn(f"skipped {count_of(len(strange), 'folder')} of {root} that are no part of a data set: {_some(strange)}")
+        warn(f"skipped {count_of(len(strange), 'folder')} of {root} that do not belong to a data set: {_some(strange)}")
     return parts_in(root)
 
 

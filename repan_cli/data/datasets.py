@@ -128,7 +128,7 @@ def _with_test_part(name: str, root: Path, raw: RawDataset, fraction: float, see
     train = raw.parts["train"]
     drawn = stratified(train.labels, fraction, seed)
     if not drawn.any():
-        raise InputError(f"{root} has one training image per class, and no val or test part: nothing can be reported")
+        raise InputError(f"{root} has one training image per class and no val or test part: add images to test on")
     flat = name == "folder" and not class_folders.named_parts(root)
     lacks = f"{root} has no parts" if flat else f"neither {root / 'val'} nor {root / 'test'}"
     of = "images" if flat else f"training images of {name}"

@@ -54,7 +54,7 @@ def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
             state |= _identity(cast("BatchNorm", plain.get_submodule(norm)), norm, bias)
         elif bias.any():
             raise InputError(
-                f"--form conv-bn: {conv} of the plain network has no BN and no bias to take the merged one"
+                f"--form conv-bn: {conv} of the plain network has no BN and no bias to take the merged bias"
             )
     state |= {f"{name}.attach_rate": block.attach_rate for name, block in rep_blocks(plain)}
     if differing := sorted(state.keys() ^ own.keys()):
@@ -65,8 +65,8 @@ def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
 
 def _no_place(name: str) -> InputError:
     return InputError(
-        f"--form conv-bn: the plain network has different layers at {name}: it keeps its branches, or timm merges it "
-        "in its own way; use --form conv"
+        f"--form conv-bn: the plain network has different layers at {name} (it keeps its branches, or timm merges it "
+        "in its own way); use --form conv"
     )
 
 

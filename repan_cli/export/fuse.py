@@ -109,7 +109,7 @@ def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, 
         shape = "x".join(map(str, images.shape))
         raise InputError(f"the network does not run on images of shape {shape}: {first_line(error)}") from error
     if not blocks and not found.changes:
-        raise InputError("there is nothing to merge: no block, and no BN behind a convolution")
+        raise InputError("there is nothing to merge: no block, and no BN after a convolution")
     few = _few(images, EXACT_IMAGES)
     small = cut(found.adapted, few.double())
     with doing(f"proving the merged network equal in float64, {count(len(blocks) + len(found.changes), 'place')}"):

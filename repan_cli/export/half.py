@@ -66,7 +66,7 @@ def bound(network: nn.Module, images: Tensor, name: str) -> float:
     expected = network(images)
     if not isinstance(expected, Tensor):
         raise InputError(
-            f"{name} returns a {type(expected).__name__}, and float16 is measured on logits: leave out --half"
+            f"{name} returns a {type(expected).__name__}, and float16 is measured on logits: omit --half"
         )
     try:
         found = copy.deepcopy(network).half()(images.half()).float()

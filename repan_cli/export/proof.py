@@ -108,7 +108,7 @@ def _of_parts(
     errors = dict(differences(inner_outputs(merged, images, names), expected))
     smooth = [name for name, value in expected.items() if value.numel() and nudged[name] <= CEILING]
     if not smooth:
-        return {}, MergeError("nothing that the network returns for these images can be compared; nothing was written")
+        return {}, MergeError("no output of the network for these images can be compared; nothing was written")
     wrong = [name for name in smooth if not errors[name] <= max(TOLERANCE, nudged[name])]
     return {name: errors[name] for name in smooth}, changed(wrong[0], errors[wrong[0]]) if wrong else None
 

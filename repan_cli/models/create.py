@@ -169,8 +169,8 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
 def _not_fetched(name: str, error: Exception) -> InputError:
     """Return the error, with the whole name: a short one may mean repan's own network."""
     return InputError(
-        f"cannot fetch the pretrained weights of {name} ({first_line(error)}); give their file: --init FILE to train, "
-        f"elsewhere FILE --model {name}"
+        f"cannot fetch the pretrained weights of {name} ({first_line(error)}); give a file of weights: --init FILE to "
+        f"train, else FILE --model {name}"
     )
 
 

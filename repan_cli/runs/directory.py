@@ -242,7 +242,7 @@ def find(command: str, name: str) -> Path:
     if not (path / "config.yaml").exists():
         if _is_of_study(path):
             again = f"'repan study GRID --out {quoted(path)}'"
-            raise InputError(f"{path} is the folder of a study: {again}, with the grid it was begun with, continues it")
+            raise InputError(f"{path} is the folder of a study: continue it with {again}, with its first grid")
         raise InputError(f"{path} is not a run directory: it has no config.yaml")
     return path
 

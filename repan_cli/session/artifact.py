@@ -163,7 +163,7 @@ def _described(path: Path, header: str | None) -> ModelCard:
 
 def _named(name: str, *, pretrained: bool, block: str | None) -> Artifact:
     if user_file.names_a_file(name):
-        raise InputError(f"{name} is a network without weights: give the file of its weights, and this as --model")
+        raise InputError(f"{name} is a network without weights: give the file of its weights, and --model {name}")
     use_block(block)
     full = models.resolve(name, LARGE_IMAGE)
     if full in models.BUILTIN and pretrained:

@@ -60,11 +60,11 @@ def fetched(source: str) -> str:
         raise InputError(f"cannot fetch {source}: the Hub cannot be reached ({first_line(error)})") from error
     except errors.EntryNotFoundError as error:
         raise InputError(
-            f"{source} holds no {HUB_CONFIG} that says which network it is: fetch its weights, give --model NAME"
+            f"{source} holds no {HUB_CONFIG} that names its network: download its weights, and give --model NAME"
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot fetch {source} ({first_line(error)}); 'hf auth login' opens what is private"
+            f"cannot fetch {source} ({first_line(error)}); for a private repository, run 'hf auth login' first"
         ) from error
     raise InputError(f"{source} holds none of {', '.join(HUB_WEIGHTS)}")
 
@@ -89,7 +89,7 @@ def described(weights: Path) -> Described | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        warn(f"{file} is not read: {type(error).__name__}; what it says of {weights.name} is not known")
+        warn(f"{file} cannot be read ({type(error).__name__}): its description of {weights.name} is ignored")
         return None
     architecture = content.get("architecture") if isinstance(content, dict) else None
     if not isinstance(architecture, str) or architecture not in of_timm():

@@ -253,15 +253,15 @@ def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint
     card, source = saved.card, _source(config)
     if card.form == checkpoint.FUSED:
         raise InputError(
-            f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run; or as a "
-            f"plain network, from the file that 'repan fuse {quoted(source)} --form conv-bn' writes, with --model"
+            f"{source} is fused and has no branches: start from last.pt, best.pt or cycle_NN.pt of its run, or from "
+            f"the plain network that 'repan fuse {quoted(source)} --form conv-bn' writes, with --model"
         )
     if card.model != name and not (user_file.names_a_file(name) and user_file.names_a_file(card.model)):
         raise InputError(f"{source} holds the network {card.model}, not {name}: give --model as it was trained")
     if config.block.name not in (None, card.block) and card.form != checkpoint.PLAIN:
         raise InputError(
             f"{source} holds blocks of the family {card.block}, not {config.block.name}: give --block as it was "
-            "trained (only one trained with --block plain may grow others)"
+            "trained (only a network trained with --block plain may get others)"
         )
     if card.split_digest != dataset.split_digest:
         warn(f"{source} was trained with another validation part: some of its training images are now held out")

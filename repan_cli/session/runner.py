@@ -263,7 +263,7 @@ def _stopped(
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
     how = f"continue with: {command} {session.command} --resume {quoted(folder.path)}{session.own_code_again}"
     if not saved:
-        return InterruptedRunError(f"stopped at once, without saving; from its last save {how}", folder.path)
+        return InterruptedRunError(f"stopped at once, without saving; the last save is whole: {how}", folder.path)
     if asked:
         reason = signals.reason or f"by {signal.Signals(asked).name}"
         return PreemptedRunError(f"stopped {reason}, everything is saved; {how}")

@@ -111,7 +111,7 @@ class PhaseTasks:
             return teacher
         if why := self.train.unnumbered:
             if settings.cache == "views":
-                raise InputError(f"teacher.cache=views: with {why} no view comes twice; set teacher.cache=none")
+                raise InputError(f"teacher.cache=views has no use: with {why} no view repeats; set teacher.cache=none")
             return teacher
         shape = (self.train.count, self.train.view_count, len(self.dataset.classes))
         return LogitCache(
@@ -194,7 +194,7 @@ def _theirs(name: str, settings: config.TeacherConfig, dataset: Dataset, weights
 
 def _pretrained(name: str, dataset: Dataset) -> TeacherModel:
     if Path(name).suffix in WEIGHT_ENDINGS:
-        raise InputError(f"no teacher's file {name}: give its place with --teacher")
+        raise InputError(f"no file {name} for the teacher: give its location with --teacher")
     full = models.resolve(name, LARGE_IMAGE)  # short names are timm's own networks, made for large images
     if models.has_new_classifier(full, len(dataset.classes)):
         raise InputError(
