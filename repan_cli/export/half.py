@@ -65,9 +65,7 @@ def bound(network: nn.Module, images: Tensor, name: str) -> float:
     """
     expected = network(images)
     if not isinstance(expected, Tensor):
-        raise InputError(
-            f"{name} returns a {type(expected).__name__}, and float16 is measured on logits: omit --half"
-        )
+        raise InputError(f"{name} returns a {type(expected).__name__}, and float16 is measured on logits: omit --half")
     try:
         found = copy.deepcopy(network).half()(images.half()).float()
     except RuntimeError:  # an operator that PyTorch lacks in float16 on CPUs
