@@ -1,16 +1,15 @@
 """Read PyTorch's zip archives, `.pt` and `.pt2`: parse them once, strictly, and write them anew for PyTorch.
 
 Two readers of one zip file may see two different files. One finds the directory by its recorded offset, another by its
-place in front of the end record. One takes the sizes from the directory, another from the header of each entry. What
-was checked through one reader therefore says nothing about what another finds.
+place in front of the end record. One takes sizes from the directory, another from the header of each entry. What was
+checked through one reader therefore says nothing about another.
 
 So an archive is parsed once, here, and accepted only in the one form that every reader understands alike. Entries are
-stored without compression, one after the other, without gaps, from the first byte on. The directory follows, then the
-end record. The only comment allowed is repan's checksum. PyTorch never sees the bytes of the file: it gets a new
-archive, written from the entries that were found here.
+stored without compression, one after the other, without gaps, from the first byte on. The directory and the end record
+follow. The only comment allowed is repan's checksum. PyTorch never sees the bytes of the file: it gets a new archive,
+written from the entries that were found here.
 
-Archives above 4 GiB have 64-bit fields as PyTorch and zipfile write them: wherever the 32-bit field is 0xFFFFFFFF, and
-nowhere else.
+Archives above 4 GiB have 64-bit fields as PyTorch and zipfile write them: where the 32-bit field is 0xFFFFFFFF.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def run(options: PushOptions) -> None:
 
 
 def _upload(folder: Path, files: list[str], name: str, *, private: bool) -> str:
-    """Upload files of a folder. Returns their address. Raises InputError, with the reason, if the upload fails."""
+    """Upload files of a folder and return their address. Raises InputError, with the reason, if the upload fails."""
     import huggingface_hub
     from huggingface_hub.utils.tqdm import disable_progress_bars
 

@@ -61,7 +61,7 @@ class TorchScriptNetwork(nn.Module):
         super().__init__()
         try:
             with quiet():
-                self._program = [torch.jit.load(str(path), map_location="cpu")]  # in a list: no part of this module
+                self._program = [torch.jit.load(str(path), map_location="cpu")]  # in a list: not a part of this module
         except Exception as error:
             raise InputError(f"{path} cannot be opened by PyTorch: {first_line(error)}") from None
 
