@@ -164,7 +164,7 @@ class Run(NamedTuple):
 def small_run(made_once: MadeOnce) -> Run:
     """A real run of `repan cycle` of the network of `few_blocks`, which tests that read it ask for, too."""
     words = "cycle --model repvgg_a0_cifar --dataset digits --baseline-epochs 4 --cycles 2 --epochs 2 --json --out"
-    settings = "cycle.lr=restart data.batch_size=128 run.precision=fp32"
+    settings = "cycle.schedule=restart data.batch_size=128 run.precision=fp32"
 
     def make(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +28,7 @@ import repan_cli.models  # noqa: F401 (registers the networks)
 from repan_cli import checkpoint, config
 from repan_cli.checkpoint import ModelCard
 from repan_cli.cli import app
+from repan_cli.config.renamed import RENAMED
 from repan_cli.data.batches import Augmentation
 from repan_cli.data.in_memory import InMemoryLoader
 from repan_cli.data.types import ArrayImages
@@ -263,6 +265,22 @@ def page_of(capsys, runs):
     return (runs / "page.html").read_text()
 
 
+def as_older_version(folder):
+    """Give the settings in the files below a folder the names that older versions wrote."""
+    old = {entry.key: name for name, entry in RENAMED.items()}
+
+    def named(settings):
+        return {old.get(key, key): value for key, value in settings.items()}
+
+    for path in folder.rglob("*.yaml"):
+        path.write_text(yaml.safe_dump(named(config.read_file(path))))
+    for path in folder.rglob("*.pt"):
+        saved = checkpoint.load(path)
+        card = dataclasses.replace(saved.card, config=named(saved.card.config))
+        checkpoint.save(dataclasses.replace(saved, card=card), path)
+    return folder
+
+
 # ---------------------------------------------------------------------------------------------- training by itself
 
 
@@ -289,7 +307,7 @@ def training(digits, plan, *, model=None, val=True, runtime=FP32, settings=None,
 
 def plan(*, baseline=True, **settings):
     given = {"epochs": "2", "baseline.epochs": "2", "cycle.count": "1", "cycle.attach_epochs": "1", "optim.lr": "0.05"}
-    given |= {"cycle.lr": "restart", "cycle.attach": "ramp"}
+    given |= {"cycle.schedule": "restart", "cycle.attach": "ramp"}
     return cycle_plan(config.build(given, {k.replace("__", "."): v for k, v in settings.items()}), baseline=baseline)
 
 

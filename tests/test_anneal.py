@@ -327,7 +327,7 @@ def plan(*, baseline: bool = True, **settings: str) -> tuple[Phase, ...]:
 
 def test_every_cycle_has_its_own_course():
     phases = plan(
-        cycle__lr="restart",
+        cycle__schedule="restart",
         cycle__count="3",
         cycle__lr_decay="0.5",
         optim__min_lr="0.001",
@@ -340,14 +340,14 @@ def test_every_cycle_has_its_own_course():
 
 
 def test_one_course_runs_through_baseline_and_cycles():
-    phases = plan(cycle__count="4", cycle__lr="continuous")
+    phases = plan(cycle__count="4", cycle__schedule="continuous")
     rates = [phase.learning_rate(epoch) for phase in phases for epoch in range(phase.epochs)]
     whole = training_plan(config.build({"epochs": "60", "optim.lr": "0.1"}))[0]
     assert rates == pytest.approx([whole.learning_rate(epoch) for epoch in range(60)])
 
 
 def test_one_course_without_a_baseline_begins_at_the_rate_of_the_cycles():
-    phases = plan(baseline=False, cycle__count="2", cycle__lr="continuous")
+    phases = plan(baseline=False, cycle__count="2", cycle__schedule="continuous")
     assert phases[0].cycle == 1
     assert phases[0].learning_rate(0) == 0.05
     assert phases[1].learning_rate(0) == pytest.approx(0.025)
@@ -355,7 +355,7 @@ def test_one_course_without_a_baseline_begins_at_the_rate_of_the_cycles():
 
 @pytest.mark.parametrize("course", ["restart", "continuous"])
 def test_the_control_differs_in_merging_alone(course):
-    pairs = zip(plan(cycle__lr=course), plan(cycle__lr=course, cycle__restart="none"), strict=True)
+    pairs = zip(plan(cycle__schedule=course), plan(cycle__schedule=course, cycle__restart="none"), strict=True)
     for with_rep, without in pairs:
         assert with_rep.restarts == (with_rep.cycle > 0)
         assert not without.restarts

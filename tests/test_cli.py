@@ -85,7 +85,9 @@ def test_people_read_stderr_and_log_txt(small_run):
 @pytest.mark.soak
 def test_the_saved_configuration_repeats_the_run_of_a_whole_network(tmp_path):
     words = "cycle --model repvgg_a0_cifar --dataset digits --baseline-epochs 4 --cycles 2 --epochs 2 --json"
-    settings = "cycle.lr=restart --baseline-lr 0.1 --lr 0.05 cycle.attach=ramp cycle.attach_epochs=1 run.precision=fp32"
+    settings = (
+        "cycle.schedule=restart --baseline-lr 0.1 --lr 0.05 cycle.attach=ramp cycle.attach_epochs=1 run.precision=fp32"
+    )
     done = repan(*words.split(), *settings.split(), "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "merged and regrew 22 blocks" in done.stderr

@@ -66,7 +66,7 @@ def test_mistakes_are_named(key, text, says):
     "given",
     [
         {"cycle.trunk_scale": "keep", "cycle.rule": "reset"},
-        {"cycle.lr": "continuous", "cycle.lr_decay": "0.5"},
+        {"cycle.schedule": "continuous", "cycle.lr_decay": "0.5"},
         {"data.val_fraction": "0", "cycle.start_from": "best"},
     ],
 )

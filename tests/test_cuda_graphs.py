@@ -49,7 +49,7 @@ THREE = {**SHORT, "cycle__count": "3"}
 CASES = {
     "zero-gamma": {"cycle__attach": "zero-gamma"},
     "ramp": {"cycle__attach": "ramp", "cycle__attach_epochs": "2"},
-    "one course": {"cycle__lr": "continuous", "optim__warmup_epochs": "1"},
+    "one course": {"cycle__schedule": "continuous", "optim__warmup_epochs": "1"},
     "frozen trunk": {
         "cycle__freeze_trunk": "true",
         "cycle__attach_epochs": "1.5",

@@ -62,7 +62,14 @@ def test_a_run_from_python_is_that_of_the_command_to_the_bit(capsys, tmp_path):
 
 def test_several_seeds_are_a_summary_of_summaries(tmp_path):
     summary = repan_cli.cycle(
-        **NET, **QUICK, seeds=[3, 4], cycles=1, baseline_epochs=1, lr=0.01, cycle={"lr": "restart"}, out=tmp_path / "a"
+        **NET,
+        **QUICK,
+        seeds=[3, 4],
+        cycles=1,
+        baseline_epochs=1,
+        lr=0.01,
+        cycle={"schedule": "restart"},
+        out=tmp_path / "a",
     )
     assert [each.figures["seed"] for each in summary.runs] == [3, 4]
     assert summary.test_top1 == pytest.approx(sum(each.test_top1 for each in summary.runs) / 2)

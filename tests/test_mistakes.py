@@ -32,7 +32,7 @@ MISTAKES = [
     # settings
     (f"train {D} epochs = 3", r"'epochs' is not KEY=VALUE, without a space beside the '='"),
     (f"train {D} fast", r"'fast' is not KEY=VALUE, such as optim.lr=0.1"),
-    (f"train {D} lr=0.1", r"unknown setting 'lr'; did you mean optim.lr or cycle.lr\?"),
+    (f"train {D} lr=0.1", r"unknown setting 'lr'; did you mean optim.lr\?"),
     (f"train {D} optim.weight-decay=1", r"unknown setting 'optim.weight-decay'; did you mean optim.weight_decay"),
     (f"train {D} optim=0.1", r"optim is a section: give optim.SETTING=VALUE, see 'repan list settings \"optim\.\*\"'"),
     (f"train {D} optim.lr=1 optim.lr=2", r"optim.lr is given twice on the command line"),
@@ -40,7 +40,10 @@ MISTAKES = [
     (f"train {D} --lr 0,1", r"optim.lr: '0,1' is not a finite number"),
     (f"train {D} --epochs 2.5", r"epochs: '2.5' is not a whole number"),
     (f"train {D} --batch-size 1", r"data.batch_size: 1 must be at least 2"),
-    (f"cycle {D} --lr 0.05 --baseline-lr 0.1", "optim.lr=0.05 has no effect with cycle.lr=continuous, one schedule"),
+    (
+        f"cycle {D} --lr 0.05 --baseline-lr 0.1",
+        "optim.lr=0.05 has no effect with cycle.schedule=continuous, one schedule",
+    ),
     (f"train {D} run.compile=maybe", r"run.compile: 'maybe' is not a choice; choose auto or on or off"),
     (f"train {D} data.augment=autoaugmnt", r"data.augment: 'autoaugmnt' is not a choice; did you mean autoaugment"),
     (f"train {D} optim.schedule=cosin", r"unknown schedule 'cosin'; did you mean cosine\?"),

@@ -60,7 +60,7 @@ def test_what_few_want_is_reported(given, said):
         {"teacher__name": "previous", "teacher__alpha": "0.9"},
         {"ema__enabled": "true", "ema__decay": "0.9"},
         {"cycle__rule": "running"},
-        {"cycle__restart": "none", "cycle__lr": "continuous", "cycle__reseed": "same"},
+        {"cycle__restart": "none", "cycle__schedule": "continuous", "cycle__reseed": "same"},
     ],
 )
 def test_settings_with_an_effect_are_not_reported(given):

@@ -265,7 +265,7 @@ def test_another_file_needs_none(capsys, file):
 
 @pytest.mark.soak
 def test_every_command_uses_it(capsys, file, forget):
-    cycle = ("--baseline-epochs", 1, "--cycles", 1, "cycle.lr=restart", "baseline.optim.warmup_epochs=0", *QUICK)
+    cycle = ("--baseline-epochs", 1, "--cycles", 1, "cycle.schedule=restart", "baseline.optim.warmup_epochs=0", *QUICK)
     code, _, err = run(capsys, "cycle", *NET, "--block", file, *cycle, "--out", "run")
     assert code == 0, err
     forget()

@@ -229,12 +229,12 @@ def test_a_finished_run_is_refused_before_anything_is_loaded(tmp_path, monkeypat
     def refused(command="cycle", given=None):
         early.check("series", command, str(tmp_path), given or {})
 
-    write(2, cycle__count=2, cycle__lr="restart")
+    write(2, cycle__count=2, cycle__schedule="restart")
     with pytest.raises(InputError, match="is finished; for more than its 2 cycles give --cycles"):
         refused()
     refused(given={"cycle.count": "3"})
     refused("train")  # told by what reads the run
-    write(6, cycle__count=2, cycle__lr="restart")  # which were asked for once
+    write(6, cycle__count=2, cycle__schedule="restart")  # which were asked for once
     with pytest.raises(InputError, match="for more than its 6 cycles give --cycles"):
         refused()
     write(2, cycle__count=2)

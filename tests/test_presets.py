@@ -77,7 +77,7 @@ def test_reference_presets_hold_the_released_settings(name):
         assert (settings.teacher.alpha, settings.teacher.temperature) == distillation
     if cycles:
         assert (settings.cycle.count, settings.cycle.attach_epochs, settings.cycle.freeze_trunk) == cycles
-        assert (settings.cycle.lr, settings.cycle.attach, settings.cycle.rule) == ("restart", "ramp", "running")
+        assert (settings.cycle.schedule, settings.cycle.attach, settings.cycle.rule) == ("restart", "ramp", "running")
         baseline = config.baseline_phase(settings)
         assert (baseline.epochs, baseline.optim.lr, baseline.optim.decay) == (160, 0.2, "all")
         released = RELEASED[name.replace("_cycle", "_train")]

@@ -54,7 +54,7 @@ def own_block(folder):
     """The block of the manual in its file, and runs with it, of which one is stopped."""
     piece = next(piece for piece in blocks("python") if "def build(geometry" in piece)
     (folder / "my_block.py").write_text(piece.partition("repan_cli.register_block(")[0])
-    words = "--model repvgg_a0_cifar --dataset digits --baseline-epochs 1 --epochs 1 --cycles 1 cycle.lr=restart"
+    words = "--model repvgg_a0_cifar --dataset digits --baseline-epochs 1 --epochs 1 --cycles 1 cycle.schedule=restart"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(repvgg_cifar, "DEPTHS_A", FEW)

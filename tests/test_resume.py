@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, StopAt, assert_same, metrics, one_line, run, start, wait_for
+from support import ROOT, StopAt, as_older_version, assert_same, metrics, one_line, run, start, wait_for
 
-from repan_cli import checkpoint, runs
+from repan_cli import checkpoint, config, runs
 from repan_cli.data import digits
 from repan_cli.data.batches import Loader
 from repan_cli.data.subset import stratified
-from repan_cli.session import recorder
+from repan_cli.session import recorder, resume
 from repan_cli.session.recorder import Record
 from repan_cli.system import files
 from repan_cli.training import loop
@@ -170,7 +170,7 @@ def begun(capsys, tmp_path):
     """A run of `cycle` that was stopped."""
     folder = tmp_path / "run"
     short = ["--baseline-epochs", "1", "--cycles", "1", "--epochs", "1", "cycle.calibration_images=64"]
-    code, _ = stopped(capsys, "cycle", *SMALL, *short, "cycle.lr=restart", "--out", folder, at=3)
+    code, _ = stopped(capsys, "cycle", *SMALL, *short, "cycle.schedule=restart", "--out", folder, at=3)
     assert code == 75
     return folder
 
@@ -191,6 +191,31 @@ def test_settings_that_change_the_computation_cannot_change(capsys, begun):
     assert "cannot be combined with --resume" in one_line(capsys, "cycle", "--resume", begun, "--out", "x")
     assert "is a run of 'repan cycle'" in one_line(capsys, "train", "--resume", begun)
     assert "unknown setting 'optim.lrr'" in one_line(capsys, "cycle", "--resume", begun, "optim.lrr=1")
+
+
+def test_a_run_of_an_older_version_has_its_settings(capsys, begun):
+    """By the names that the settings have now: a name that is lost would mean the default."""
+    _, saved = resume.newest_state(begun)
+    expected = resume._changed(saved, {}, begun)
+    assert expected.cycle.schedule == "restart", "not the default"
+    _, older = resume.newest_state(as_older_version(begun))
+    assert older.card.config["cycle.lr"] == "restart"
+    assert resume._changed(older, config.parse_assignments(["cycle.lr=restart"]), begun) == expected
+    resume._warn_of_edits(older, begun)
+    assert "changed" not in capsys.readouterr().err
+    assert "cycle.schedule cannot change on --resume (it was restart)" in one_line(
+        capsys, "cycle", "--resume", begun, "cycle.schedule=continuous"
+    )
+
+
+@pytest.mark.soak
+def test_a_run_of_an_older_version_ends_with_the_same_bits(capsys, begun, tmp_path):
+    expected = tmp_path / "expected"
+    shutil.copytree(begun, expected)
+    resumed(capsys, "cycle", expected)
+    err = resumed(capsys, "cycle", as_older_version(begun))
+    assert "cycle.lr" not in err
+    assert_same(begun, expected)
 
 
 @pytest.mark.soak

@@ -16,6 +16,7 @@ from support import ROOT, run, start
 from repan_cli import config
 from repan_cli.config.grid import grids, read_grid
 from repan_cli.runs import processes
+from repan_cli.system import notices
 from repan_cli.training.plan import cycle_plan, training_plan
 
 GRID = """
@@ -69,6 +70,7 @@ def study(tmp_path, monkeypatch, capsys):
     (tmp_path / "grid.yaml").write_text(GRID)
     monkeypatch.setattr(processes, "REPAN", (sys.executable, "-S", str(tmp_path / "stub.py")))
     monkeypatch.setattr(processes, "POLL", 0.01)
+    monkeypatch.setattr(notices, "_SAID", set())
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
@@ -208,6 +210,27 @@ def test_a_dry_run_starts_nothing(study, tmp_path):
     assert states["out/plain/seed_1"] == "to do"
 
 
+def test_the_folder_of_an_older_version_is_continued(study, tmp_path):
+    """Its finished runs are kept and its stopped one goes on, whichever name the grid has for a setting."""
+    older = GRID.replace("cycle: {count: 1}", "cycle: {count: 1, lr: restart}")
+    newer = older.replace("lr: restart", "schedule: restart")
+    (tmp_path / "grid.yaml").write_text(newer)
+    assert study()[0] == 0
+    arm = tmp_path / "out/restarts/arm.yaml"
+    for number, grid in enumerate((older, newer)):
+        assert "cycle.schedule: restart" in arm.read_text()
+        arm.write_text(arm.read_text().replace("cycle.schedule", "cycle.lr"))
+        (tmp_path / f"out/restarts/seed_{number}/status.json").write_text('{"state": "preempted"}')
+        (tmp_path / "grid.yaml").write_text(grid)
+        code, _, err, calls = study()
+        assert (code, made(calls)) == (0, [("cycle", True, f"restarts/seed_{number}")]), err
+        assert err.count("cycle.lr is now cycle.schedule") == (grid == older)
+        assert "cycle.schedule: restart" in arm.read_text()
+    code, _, err, calls = study("cycle.lr=continuous")
+    assert (code, calls) == (2, [])
+    assert "arm restarts: cycle.schedule is continuous, but its runs in out/restarts were made with restart" in err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -215,7 +238,7 @@ def test_a_dry_run_starts_nothing(study, tmp_path):
         (["--seeds", "a"], "--seeds: expected numbers such as 0, 1, 2"),
         (["--seeds", "1,1"], "--seeds: a seed is given twice"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
-        (["lr=1"], "arm plain: unknown setting 'lr'; did you mean optim.lr or cycle.lr?"),
+        (["lr=1"], "arm plain: unknown setting 'lr'; did you mean optim.lr?"),
         (["run.seed=1"], "run.seed is set for each run of a study: give --seeds"),
         (["cycle.count=1", "--arms", "plain"], "cycle.count has no effect: none of the chosen arms reads it"),
     ],
@@ -271,12 +294,12 @@ def test_the_arms_differ_only_in_their_subject(grid, arm):
     assert (settings.model, settings.data, settings.ema) == (shared.model, shared.data, shared.ema)
     assert plan[0].optim == shared.optim
     for phase in plan[1:]:
-        assert phase.optim.lr == (0.05 if settings.cycle.lr == "restart" else 0.1)
+        assert phase.optim.lr == (0.05 if settings.cycle.schedule == "restart" else 0.1)
         assert phase.start_from == "last"
     family = arm.name.partition("_")[0]
     assert arm.command == ("train" if family == "one" else "cycle")
     if family != "one":
-        assert settings.cycle.lr == family
+        assert settings.cycle.schedule == family
         assert (settings.cycle.restart == "none") == arm.name.endswith("_none")
 
 

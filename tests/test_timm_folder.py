@@ -147,7 +147,7 @@ def test_the_card_has_the_command_of_the_run(small_run, few_blocks):
     text = model_card.readme(card, str(small_run.folder / "best.pt"), proof={})
     command = next(line for line in text.splitlines() if line.startswith("repan cycle "))
     assert "model.name=repvgg_a0_cifar data.name=digits" in command
-    assert "cycle.lr=restart" in command
+    assert "cycle.schedule=restart" in command
     assert "data.batch_size=128" in command
     assert "run.out" not in command
     top1 = small_run.summary["test"]["top1"]

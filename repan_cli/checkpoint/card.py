@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from repan_cli.config.conventions import CROP_MODES, INTERPOLATIONS
+from repan_cli.config.renamed import present
 
 MULTI_BRANCH, FUSED, PLAIN = "multi-branch", "fused", "plain"
 FORMS = (MULTI_BRANCH, FUSED, PLAIN)
@@ -94,10 +95,10 @@ class ModelCard:
     applies them itself. `crop_share` is the part of a resized image's side that is kept. It is given, with `crop_mode`
     and `interpolation`, only if it differs from the usual one.
 
-    `config` holds the run's settings by dotted key, `metrics` its figures at this point. `teachers` holds the digests
-    of its teachers. `surroundings` lists what the last bits may depend on, `float16` what the conversion to that
-    precision lost. `split_digest` identifies the images that were held out, and `labels_digest` the labels of all
-    images.
+    `config` holds the run's settings under the names of the version that wrote them; use `settings` to read one.
+    `metrics` holds the run's figures at this point, `teachers` the digests of its teachers. `surroundings` lists what
+    the last bits may depend on, `float16` what the conversion to that precision lost. `split_digest` identifies the
+    images that were held out, and `labels_digest` the labels of all images.
     """
 
     model: str
@@ -131,7 +132,12 @@ class ModelCard:
     @property
     def knows_its_data(self) -> bool:
         """Return whether the card names the data set that the network was trained on."""
-        return "data.name" in self.config
+        return "data.name" in self.settings
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the run by the names that they have now; `config` and the digest stay as written."""
+        return present(self.config)
 
     def as_meta(self) -> dict[str, Any]:
         """Return the description in plain types, as files hold it."""
@@ -186,6 +192,17 @@ def _mapping(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_text, value))
 
 
+def _settings(value: Any) -> bool:
+    """Return whether a value is settings by dotted key, none of them with two values by an old and a new name."""
+    if not _mapping(value):
+        return False
+    try:
+        present(value)
+    except ValueError:
+        return False
+    return True
+
+
 def _optional(fits: Fits) -> Fits:
     return lambda value: value is None or fits(value)
 
@@ -233,7 +250,7 @@ FITS: dict[str, Fits] = {
     "image_size": _integer(1, LARGEST_IMAGE),
     "mean": _sequence(_number),
     "std": _sequence(lambda value: _number(value) and value > 0),
-    "config": _mapping,
+    "config": _settings,
     "split_digest": _text,
     "cycle": _integer(0, 2**31),
     "epoch": _optional(_integer(0, 2**31)),

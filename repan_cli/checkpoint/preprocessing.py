@@ -29,7 +29,7 @@ def preprocessing(card: ModelCard) -> dict[str, Any]:
     `mean` and `std` are those that the caller has to apply: 0 and 1 if the network normalizes. `fill` is the border
     color of the crop mode that has a border, each channel from 0 to 255.
     """
-    resized = is_resized(card.config.get("data.crop", "auto"), card.image_size)
+    resized = is_resized(card.settings.get("data.crop", "auto"), card.image_size)
     mode = (card.crop_mode or CENTER) if resized else SQUARE
     share = (card.crop_share or CROP_SHARE) if resized else 1.0
     channels = card.in_chans

@@ -29,7 +29,7 @@ def for_others(card: ModelCard, *, keeps_place: bool = True) -> ModelCard:
         model=_below_home(card.model),
         block=_below_home(card.block),
         structure=replace(structure, changes=changes, native=native),
-        config={key: (_below_home if key in kept else last_part)(value) for key, value in card.config.items()},
+        config={key: (_below_home if key in kept else last_part)(value) for key, value in card.settings.items()},
         surroundings=None if card.surroundings is None else _surroundings(card.surroundings, keeps_place=keeps_place),
         teachers=card.teachers and {last_part(name): digest for name, digest in card.teachers.items()},
     )

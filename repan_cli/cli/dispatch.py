@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ from repan_cli.errors import (
 )
 from repan_cli.system.launcher import own_rank, rank_count
 from repan_cli.system.lean import lean_imports
+from repan_cli.system.notices import LOGGER
 from repan_cli.system.text import first_line, shown, wrapped
 
 WITHOUT_TORCH = ("list_names", "version", "compare", "study")
@@ -71,6 +73,27 @@ def _loading(module: str) -> Iterator[None]:
     finally:
         if waits:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class _FirstNotice(logging.Handler):
+    """Load the display when a notice is sent, and hand the notice to it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        LOGGER.removeHandler(self)
+        importlib.import_module("repan_cli.display.console").show_notices()
+        LOGGER.handle(record)
+
+
+@contextlib.contextmanager
+def notices_shown() -> Iterator[None]:
+    """Print notices that are sent within the context, which few commands send before `dispatch` loads the display."""
+    waiting = _FirstNotice()
+    if not LOGGER.handlers:
+        LOGGER.addHandler(waiting)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(waiting)
 
 
 def debugging() -> bool:

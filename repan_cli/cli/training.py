@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from repan_cli import config
-from repan_cli.cli.dispatch import dispatch, fail
+from repan_cli.cli.dispatch import dispatch, fail, notices_shown
 from repan_cli.commands.declaration import shortcuts
 from repan_cli.commands.options import CycleOptions, TrainOptions
 from repan_cli.errors import InputError, RepanError
@@ -29,15 +29,15 @@ def train(
     resume = options.resume
     numbers: tuple[int, ...] = ()
     try:
-        given = _given(options)
-        if resume is not None:
-            others = {"--print-config": options.print_config, "--dry-run": options.dry_run, "--seeds": options.seeds}
-            _check_resume(given, {"-c": options.config_file, **others, "--control": control})
-        else:
-            numbers = _seeds(options.seeds, given)
-            resolved = config.resolve(command, options.config_file, given)
-            if rank_count() == 1 and _begun_anew(resolved.config.run.out):  # several ranks agree on it
-                resume, given = resolved.config.run.out, {}
+        with notices_shown():
+            given = _given(options)
+            if resume is not None:
+                _check_resume(given, options)
+            else:
+                numbers = _seeds(options.seeds, given)
+                resolved = config.resolve(command, options.config_file, given)
+                if rank_count() == 1 and _begun_anew(resolved.config.run.out):  # several ranks agree on it
+                    resume, given = resolved.config.run.out, {}
     except RepanError as error:
         fail(error)
     as_json = options.as_json
@@ -92,7 +92,14 @@ def _begun_anew(out: str | None) -> bool:
     return Path(out).exists()
 
 
-def _check_resume(given: dict[str, Any], others: dict[str, Any]) -> None:
+def _check_resume(given: dict[str, Any], options: TrainOptions | CycleOptions) -> None:
+    others = {
+        "-c": options.config_file,
+        "--print-config": options.print_config,
+        "--dry-run": options.dry_run,
+        "--seeds": options.seeds,
+        "--control": isinstance(options, CycleOptions) and options.control,
+    }
     for option, there in others.items():
         if there:
             raise InputError(f"{option} cannot be combined with --resume: the run keeps its settings")

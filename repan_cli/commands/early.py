@@ -95,7 +95,7 @@ def _check_unfinished(command: str, path: Path, given: Layer) -> None:
     except InputError:  # the files of the run are looked at closely later
         return
     made = len(summary.get("cycles", ()))  # more than in the settings, where more were asked for once
-    more = max(made, settings.get("cycle.count", made)) if settings.get("cycle.lr") == "restart" else None
+    more = max(made, settings.get("cycle.count", made)) if settings.get("cycle.schedule") == "restart" else None
     raise runs.is_finished(path, more if command == "cycle" else None)
 
 

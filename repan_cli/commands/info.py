@@ -106,7 +106,7 @@ def _ours(path: Path, saved: Checkpoint, network: str | None, block: str | None)
         **({"not finite": broken} if broken else {}),
         "layers": layers,
         "left_alone": dict(saved.card.structure.left),
-        "config": dict(saved.card.config),
+        "config": dict(saved.card.settings),
     }
 
 
@@ -138,7 +138,7 @@ def _of_runtime(description: Path) -> dict[str, Any]:
     card, digest = written
     more = {key: value for key, value in card.as_meta().items() if key not in ("config", "structure")}
     files = {file: (description.parent / file).stat().st_size for file in json.loads(text)["files"]}
-    return {"format": name, "files": files, **more, "digest": digest, "config": dict(card.config)}
+    return {"format": name, "files": files, **more, "digest": digest, "config": dict(card.settings)}
 
 
 def _exported(path: Path) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _exported(path: Path) -> dict[str, Any]:
         card, digest = written
         more = {key: value for key, value in card.as_meta().items() if key not in ("config", "structure")}
         more["preprocessing"] = preprocessing(card)["preprocessing"]
-        facts |= {**more, "digest": digest, "config": dict(card.config)}
+        facts |= {**more, "digest": digest, "config": dict(card.settings)}
     if onnx is not None:
         return facts | ({"changed": onnx.change} if onnx.change else {}) | _graph(onnx)
     if written is None:

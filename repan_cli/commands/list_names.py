@@ -13,6 +13,7 @@ from repan_cli.commands.options import ListOptions
 from repan_cli.config import names
 from repan_cli.config.files import presets
 from repan_cli.config.grid import grids, read_grid
+from repan_cli.config.renamed import as_given
 from repan_cli.config.schema import as_text
 from repan_cli.config.settings import OVERLAY, SCHEMA
 from repan_cli.display.console import print_table
@@ -69,7 +70,10 @@ def _studies() -> Rows:
     return {name: read_grid(path).about for name, path in grids().items()}
 
 
-@KINDS.register("settings")
+SETTINGS = "settings"
+
+
+@KINDS.register(SETTINGS)
 def _settings() -> dict[str, Facts]:
     rows = {key: entry.describe() for key, entry in SCHEMA.items()}
     overlay = {
@@ -154,11 +158,14 @@ def run(options: ListOptions) -> None:
         _list_runs(options)
         return
     rows = KINDS[options.kind]()
-    if options.pattern:
-        listed = {name: text for name, text in rows.items() if fnmatch.fnmatch(name, options.pattern)}
+    pattern = options.pattern
+    if pattern:
+        if options.kind == SETTINGS:
+            (pattern,) = as_given({pattern: ""})
+        listed = {name: text for name, text in rows.items() if fnmatch.fnmatch(name, pattern)}
         if not listed:
-            hint = did_you_mean(options.pattern, rows)
-            raise InputError(f"no {options.kind} match '{options.pattern}'{hint}; try '*{options.pattern.strip('*')}*'")
+            hint = did_you_mean(pattern, rows)
+            raise InputError(f"no {options.kind} match '{pattern}'{hint}; try '*{pattern.strip('*')}*'")
         listed = {name: text or _look(name) for name, text in listed.items()}
     else:
         listed = {name: text for name, text in rows.items() if not name.startswith(FOREIGN)}
@@ -166,6 +173,6 @@ def run(options: ListOptions) -> None:
         print(to_json(listed))
         return
     print_table([options.kind, ""], ((name, _as_line(facts)) for name, facts in listed.items()))
-    if len(rows) > len(listed) and not options.pattern:
+    if len(rows) > len(listed) and not pattern:
         more = f"and {len(rows) - len(listed)} of timm's and torchvision's: repan list {options.kind} 'timm:*'"
         print(f"{more}; or your own, as file.py:function")

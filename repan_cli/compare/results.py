@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repan_cli import config
+from repan_cli.config.renamed import present
 from repan_cli.errors import InputError
 from repan_cli.runs.directory import SERIES
 from repan_cli.runs.felt import KEYS, Pace
@@ -215,7 +216,8 @@ def _finite(value: float) -> float:
 def read_settings(path: Path, command: str) -> dict[str, Any]:
     """Read every setting of a run of `command`, by its dotted key.
 
-    Settings that this version knows are typed. A setting that the file omits has its default.
+    Settings that this version knows are typed, and have their present names. A setting that the file omits has its
+    default.
     """
     return _typed(config.parse_yaml(path.read_text(encoding="utf-8"), str(path)), command)
 
@@ -223,7 +225,7 @@ def read_settings(path: Path, command: str) -> dict[str, Any]:
 def _typed(layer: Mapping[str, Any], command: str) -> dict[str, Any]:
     cycles = command == "cycle"
     settings = {key: entry.default for key, entry in config.SCHEMA.items() if cycles or not key.startswith("cycle.")}
-    for key, text in layer.items():
+    for key, text in present(layer).items():
         entry = config.SCHEMA.get(key) or config.OVERLAY.get(key)
         try:
             settings[key] = entry.parse(text) if entry else _frozen(text)

@@ -71,6 +71,12 @@ def is_resized(crop: str, size: int) -> bool:
     return crop == "resized" or (crop == "auto" and size > SMALL_IMAGE)
 
 
+CONFIG_FILE, ARM_FILE = "config.yaml", "arm.yaml"
+"""The file of the settings of a run, and that of a study's arm beside its runs: `repan COMMAND -c` reads both."""
+
+BESIDE_CONFIG = ("status.json", "env.json", "summary.json")
+"""The files of a run, one of which at least lies beside its settings."""
+
 PLACES = "places"
 """In the notes beside a run's settings, the key of the absolute paths of settings that are relative."""
 

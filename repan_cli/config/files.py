@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from repan_cli.config.conventions import ARM_FILE, BESIDE_CONFIG, CONFIG_FILE
+from repan_cli.config.renamed import as_given, present, present_name
 from repan_cli.config.settings import SCHEMA, Config, flatten
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
@@ -123,7 +125,7 @@ MOST_TEXT = 2**20
 
 
 def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the layer of settings in a file, laid over that of its `base:` file."""
+    """Return the layer of settings in a file, laid over that of its `base:` file, by the names that they have now."""
     if path.resolve() in seen:
         raise InputError(f"{path}: 'base' leads back to itself")
     try:
@@ -131,7 +133,7 @@ def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             text = file.read(MOST_TEXT)
         if len(text) == MOST_TEXT:
             raise InputError(f"{path} is not a preset: {path.stat().st_size:,} bytes is too large for settings")
-        layer = parse_yaml(text, str(path))
+        layer = _by_present_names(parse_yaml(text, str(path)), path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
     base = layer.pop("base", None)
@@ -146,19 +148,30 @@ def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return {**read_file(found, seen=(*seen, path.resolve())), **layer}
 
 
+def _by_present_names(layer: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the layer of a file by present names: users are told of old ones in theirs, not in those of runs."""
+    return present(layer, where=str(path)) if _is_of_a_run(path) else as_given(layer, source=str(path))
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Return whether repan wrote a file of settings: that of a run, or that of a study's arm."""
+    beside = path.name == CONFIG_FILE and any((path.parent / name).exists() for name in BESIDE_CONFIG)
+    return beside or path.name == ARM_FILE
+
+
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """Return the layer of `KEY=VALUE` arguments from the command line."""
+    """Return the layer of `KEY=VALUE` arguments from the command line, by the present names of the settings."""
     layer: dict[str, Any] = {}
     for word in assignments:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            spaced = key in SCHEMA or word.startswith("=")
+            spaced = present_name(key) in SCHEMA or word.startswith("=")
             how = "without a space beside the '='" if spaced else "such as optim.lr=0.1"
             raise InputError(f"'{word}' is not KEY=VALUE, {how}")
         if key in layer:
             raise InputError(f"{key} is given twice on the command line")
         layer[key] = value
-    return layer
+    return as_given(layer)
 
 
 def dump(config: Config, *, cycles: bool = True) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from repan_cli.config.files import find_preset, flatten_tree, named_files, parse_tree, read_file
+from repan_cli.config.renamed import as_given
 from repan_cli.config.resolve import Resolved, resolve_layer
 from repan_cli.config.schema import Layer
 from repan_cli.config.settings import OVERLAY, SCHEMA
@@ -127,7 +128,7 @@ def parse_seeds(words: Any, source: str) -> tuple[int, ...]:
 def _shared(path: Path, settings: dict[str, Any]) -> Layer:
     base = settings.pop("base", None)
     below = read_file(find_preset(str(base), near=path)) if base else {}
-    return {**below, **flatten_tree(settings)}
+    return {**below, **as_given(flatten_tree(settings), source=str(path))}
 
 
 def _arm(path: Path, name: str, entries: Mapping[str, Any], shared: Layer) -> Arm:
@@ -136,7 +137,8 @@ def _arm(path: Path, name: str, entries: Mapping[str, Any], shared: Layer) -> Ar
     layer, command = dict(shared), "cycle"
     about, control = "", False
     for entry, where in reversed([*_line_of(path, name, entries)]):
-        layer |= flatten_tree(_mapping(entry.get("settings"), f"{where}: settings"))
+        own = flatten_tree(_mapping(entry.get("settings"), f"{where}: settings"))
+        layer |= as_given(own, source=str(path), where=where)
         command = str(entry.get("command", command))
         about, control = str(entry.get("about", "")), _flag(entry.get("control", "false"), where)
     if command not in COMMANDS:

@@ -181,7 +181,7 @@ def resolve_layer(command: str, layer: Layer, given: Layer, *, source: str) -> R
         raise InputError("no data set: give --dataset NAME, see 'repan list datasets'")
     if config.model.name is None and config.model.init is None:
         raise InputError("no network: give --model NAME, see 'repan list models'")
-    if command == "cycle" and config.cycle.lr == "continuous" and config.model.init is None:
+    if command == "cycle" and config.cycle.schedule == "continuous" and config.model.init is None:
         _refuse_two_rates(config, given)
     if command == "distill" and config.teacher.name in (None, PREVIOUS):
         raise InputError("no teacher: give --teacher FILE or timm:NAME ('previous' is for 'repan cycle')")
@@ -193,8 +193,8 @@ def _refuse_two_rates(config: Config, given: Layer) -> None:
     rate = baseline_phase(config).optim.lr
     if "optim.lr" in given and config.optim.lr != rate:
         raise InputError(
-            f"optim.lr={config.optim.lr:g} has no effect with cycle.lr=continuous, one schedule that starts at the "
-            f"baseline's {rate:g}: set cycle.lr=restart, or only baseline.optim.lr"
+            f"optim.lr={config.optim.lr:g} has no effect with cycle.schedule=continuous, one schedule that starts at "
+            f"the baseline's {rate:g}: set cycle.schedule=restart, or only baseline.optim.lr"
         )
 
 

@@ -179,7 +179,7 @@ class CycleConfig:
     restart: str = setting(
         "repan", "Restart of each cycle: repan merges and regrows; none is the control.", choices=("repan", "none")
     )
-    lr: str = setting(
+    schedule: str = setting(
         "continuous",
         "continuous: one schedule over baseline and cycles, from the baseline's rate; restart: one for each cycle.",
         choices=("continuous", "restart"),
@@ -226,8 +226,8 @@ class CycleConfig:
     def problems(self) -> Iterator[str]:
         if self.trunk_scale != "merged" and self.rule != "calibrate":
             yield f"cycle.trunk_scale={self.trunk_scale} belongs to cycle.rule=calibrate, not {self.rule}"
-        if self.lr == "continuous" and self.lr_decay != 1:
-            yield "cycle.lr_decay belongs to cycle.lr=restart; with continuous set it to 1"
+        if self.schedule == "continuous" and self.lr_decay != 1:
+            yield "cycle.lr_decay belongs to cycle.schedule=restart; with continuous set it to 1"
 
 
 PREVIOUS = "previous"

@@ -91,7 +91,7 @@ def config_of(card: ModelCard) -> dict[str, Any]:
 
 def crop_share(card: ModelCard) -> float:
     """Return the share of the resized picture's side that is kept: 1 if a square is resized as a whole."""
-    if not is_resized(card.config.get("data.crop", "auto"), card.image_size):
+    if not is_resized(card.settings.get("data.crop", "auto"), card.image_size):
         return 1.0
     return CROP_SHARE if card.crop_share is None else card.crop_share
 

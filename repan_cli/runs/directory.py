@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import repan_cli
-from repan_cli.config.conventions import PLACES
+from repan_cli.config.conventions import ARM_FILE, PLACES
 from repan_cli.errors import InputError, OutOfSpaceError
 from repan_cli.system.files import flush, read_json, temporary_file, to_json, write_atomically
 from repan_cli.system.text import count, quoted
@@ -101,10 +101,6 @@ LAST, PREVIOUS = "last.pt", "last_previous.pt"
 
 SERIES = "series.json"
 """The file that marks a folder of several runs made by one command."""
-
-
-ARM_FILE = "arm.yaml"
-"""The file with the settings of a study's arm, next to its runs: `repan COMMAND -c ARM_FILE` makes such a run."""
 
 
 class RunDirectory:

@@ -68,7 +68,7 @@ class Artifact:
             channels=card.in_chans,
             mean=(0.0,) * card.in_chans if card.normalizes else card.mean,
             std=(1.0,) * card.in_chans if card.normalizes else card.std,
-            resized=is_resized(card.config.get("data.crop", "auto"), card.image_size),
+            resized=is_resized(card.settings.get("data.crop", "auto"), card.image_size),
             crop=MiddleCrop(
                 share=CROP_SHARE if card.crop_share is None else card.crop_share,
                 mode=card.crop_mode or CENTER,

@@ -103,7 +103,7 @@ def settings(artifact: Artifact, dataset: str | None = None, root: str | None = 
     settings in a file that this version does not know.
     """
     card = artifact.card
-    stored = {key: config.as_text(value) for key, value in card.config.items() if key.startswith("data.")}
+    stored = {key: config.as_text(value) for key, value in card.settings.items() if key.startswith("data.")}
     try:
         typed = config.typed(stored)
     except InputError as error:

@@ -52,7 +52,7 @@ def begin(run: Path) -> None:
     for name in WEIGHTS:
         if (run / name).exists():  # without a validation part there is no best
             saved = checkpoint.load(run / name)
-            settings = {**saved.card.config, **_changes(target)}
+            settings = {**saved.card.settings, **_changes(target)}
             card = dataclasses.replace(saved.card, config=settings)
             checkpoint.save(dataclasses.replace(saved, card=card), draft / name)
     with runs.RunDirectory(draft, reopen=True) as folder:

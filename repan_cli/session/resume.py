@@ -104,7 +104,7 @@ def _conclude(session: Session, folder: runs.RunDirectory) -> None:
         folder.status("done")
         tell(f"{path} has its results and is now marked as finished")
         return
-    raise runs.is_finished(path, cycle.count if session.command == "cycle" and cycle.lr == "restart" else None)
+    raise runs.is_finished(path, cycle.count if session.command == "cycle" and cycle.schedule == "restart" else None)
 
 
 def newest_state(path: Path) -> tuple[Path, Checkpoint]:
@@ -138,7 +138,7 @@ def _set_aside(damaged: Path) -> None:
 
 def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
     """Return the run's configuration with the allowed changes. Raises InputError for others."""
-    stored, asked = saved.card.config, config.typed(given)
+    stored, asked = saved.card.settings, config.typed(given)
     whole = config.from_flat(stored)
     for key, value in asked.items():
         same = _same(saved, key, value)
@@ -180,7 +180,7 @@ def _same(saved: Checkpoint, key: str, value: object) -> bool:
         return _same_network(saved, str(value))
     if key == "block.name" and own_block.needed(saved.card):
         return is_own(str(value))  # recognized by its weights, wherever its file is now
-    return bool(value == saved.card.config.get(key))
+    return bool(value == saved.card.settings.get(key))
 
 
 def _same_network(saved: Checkpoint, given: str) -> bool:
@@ -197,9 +197,9 @@ def _same_network(saved: Checkpoint, given: str) -> bool:
 def _check_cycles(whole: Config, cycles: int, phase: int) -> None:
     if cycles == whole.cycle.count:
         return
-    if whole.cycle.lr == "continuous":
+    if whole.cycle.schedule == "continuous":
         raise InputError(
-            f"cycle.count cannot change with cycle.lr=continuous, one schedule over "
+            f"cycle.count cannot change with cycle.schedule=continuous, one schedule over "
             f"{count(whole.cycle.count, 'cycle')}: begin another run from its weights with --init"
         )
     if cycles < phase:
@@ -213,7 +213,7 @@ def _warn_of_edits(saved: Checkpoint, path: Path) -> None:
     except InputError as error:
         warn(f"{error}; the run continues with its original settings")
         return
-    before, free = saved.card.config, {*MAY_CHANGE, "run.out", "model.name"}
+    before, free = saved.card.settings, {*MAY_CHANGE, "run.out", "model.name"}
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in there.items() if key in before}
     edited = [
         f"{key} is {value} there, {before[key]} in the run"

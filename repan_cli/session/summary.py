@@ -95,7 +95,7 @@ def _describe_plan(plan: tuple[Phase, ...]) -> str:
         parts.append(
             f"{count(len(cycles), 'cycle')} of {count(cycles[0].epochs, 'epoch')} at lr {cycles[0].optim.lr:g}, {what}"
         )
-        if settings.lr == "continuous":
+        if settings.schedule == "continuous":
             parts.append("one learning-rate schedule over all")
         if settings.start_from != "last":
             judge = "the test set" if settings.start_from == "best-test" else "validation"

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class CycleStart:
     """The start of a phase, with the effect of its restart, which should be none.
 
-    The figures are validation top-1 and the loss in train mode on the same images, before and after the restart, and
-    how far the restart moved the logits in eval mode. `carried` is true if the optimizer's state was carried over.
+    The figures are validation top-1, and the loss in train mode on the same images, before and after the restart.
+    `logit_error` tells how far the restart moved the logits in eval mode. `carried` is true if the optimizer's state
+    was carried over.
     """
 
     cycle: int

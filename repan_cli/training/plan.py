@@ -81,7 +81,7 @@ def _phases(config: Config, baseline: Config, lengths: list[int], *, first: int)
     for cycle, epochs in enumerate(lengths, start=first):
         optim = _decayed(config.optim, config.cycle.lr_decay ** (cycle - 1)) if cycle else baseline.optim
         schedule = (0, epochs)
-        if config.cycle.lr == "continuous":
+        if config.cycle.schedule == "continuous":
             schedule = (done, sum(lengths))
             optim = _with_schedule_of(optim, baseline.optim if first == 0 else config.optim)
         teacher = config.teacher if cycle else baseline.teacher

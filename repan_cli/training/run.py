@@ -27,8 +27,8 @@ class Training:
     """Everything that the training loop works on.
 
     Attributes:
-        task_of: gives the task of a phase. It is asked once, when the phase begins and before its restart, because
-            phases may differ in their task, and a teacher may be the network as it is at that point.
+        task_of: gives the task of a phase. It is asked once, when the phase begins and before its restart. Phases may
+            differ in their task, and a teacher may be the network as it is at that point.
         val: the loader for validation; None if nothing was held out.
         restarted: the names of the blocks that restart; None means all.
         wrapped: the network as training calls it, for example compiled; None is the network itself.

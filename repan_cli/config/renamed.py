@@ -1,0 +1,92 @@
+"""Settings with a new name: users may write the old one for a version more, files that repan wrote keep it for good.
+
+`RENAMED` is the only table. `as_given` reads what a user typed or wrote, and says what to write from now on;
+`present` reads run directories, checkpoints and records of older versions, and says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import repan_cli
+from repan_cli.config.schema import as_text
+from repan_cli.config.settings import OVERLAY, SCHEMA
+from repan_cli.errors import InputError
+from repan_cli.system.notices import warn_once
+from repan_cli.system.text import on_one_line
+
+
+class Renamed(NamedTuple):
+    """The present name of a setting, and the version from which users' old name is refused."""
+
+    key: str
+    refused_from: str
+
+
+RENAMED = {"cycle.lr": Renamed("cycle.schedule", "0.3")}
+"""The settings that were renamed, by their old names. An entry stays: runs of older versions are read by it."""
+
+BASELINE = "baseline."
+
+
+def present_name(key: str) -> str:
+    """Return the name that a setting has now, also below `baseline`; an unknown key is returned as it is."""
+    start = BASELINE if key.startswith(BASELINE) else ""
+    entry = RENAMED.get(key.removeprefix(start))
+    name = f"{start}{entry.key}" if entry else key
+    return name if name in SCHEMA or name in OVERLAY else key
+
+
+def present(values: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:
+    """Return values by the present names of their settings, in the same order.
+
+    Raises InputError, which begins with `where`, for a setting that has two values, one by each name.
+    """
+    found: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for key, value in values.items():
+        name = present_name(key)
+        if name in found and not _same(name, found[name], value):
+            both = f"{names[name]}={as_text(found[name])} and {key}={as_text(value)}"
+            raise InputError(on_one_line(f"{_head(where)}{both} are the same setting: give {name} alone"))
+        found.setdefault(name, value)
+        names.setdefault(name, key)
+    return found
+
+
+def as_given(values: Mapping[str, Any], *, source: str = "", where: str | None = None) -> dict[str, Any]:
+    """Return what a user gave by the present names of the settings, with a notice for each old one.
+
+    Args:
+        values: values by dotted key.
+        source: the file that holds them, which notices name; empty for the command line.
+        where: the place in it, which errors name; by default the file.
+
+    Raises InputError for a setting with two values, and for an old name that is not read any more.
+    """
+    found = present(values, where=source if where is None else where)
+    for key in values:
+        if (name := present_name(key)) != key:
+            until = RENAMED[key.removeprefix(BASELINE)].refused_from
+            if _version(repan_cli.__version__) >= _version(until):
+                raise InputError(on_one_line(f"{_head(source if where is None else where)}{key} is now {name}"))
+            warn_once(on_one_line(f"{_head(source)}{key} is now {name}; the old name goes away with version {until}"))
+    return found
+
+
+def _head(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def _same(name: str, one: Any, other: Any) -> bool:
+    """Return whether two values of a setting, typed or as text, mean the same."""
+    entry = SCHEMA.get(name) or OVERLAY[name]
+    try:
+        return bool(entry.parse(as_text(one)) == entry.parse(as_text(other)))
+    except ValueError:
+        return bool(one == other)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")[:2]))
