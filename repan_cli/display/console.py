@@ -330,7 +330,7 @@ def _warning(text: str) -> Text:
 
 
 class _NoticeHandler(logging.Handler):
-    """Prints notices on stderr, above a live display where there is one."""
+    """Prints notices on stderr, above a live display if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         on_stderr().print(_warning(shown(record.getMessage())), soft_wrap=True)

@@ -112,7 +112,7 @@ def report_of(model: nn.Module) -> Expansion | None:
 
 
 def changes_of(model: nn.Module) -> tuple[Change, ...]:
-    """Return the changes that made a network's blocks; an empty tuple if it is as it was built."""
+    """Return the changes that made a network's blocks; an empty tuple if it was not changed after it was built."""
     report = report_of(model)
     return report.changes if report else ()
 

@@ -1,4 +1,4 @@
-"""Manage run directories: their names, the files in them, and writes of which a reader never sees half."""
+"""Manage run directories: their names, their files, and writes that never show a reader an incomplete file."""
 
 from __future__ import annotations
 

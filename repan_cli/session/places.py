@@ -59,7 +59,7 @@ def found(settings: Mapping[str, Any], places: Mapping[str, Any] | None) -> dict
 
 
 def data_root(card: ModelCard) -> str:
-    """Return the folder of a network's data: as it was given or, if the data are not there, as it was noted."""
+    """Return the folder of a network's data: the one that was given or, if the data are not there, the noted one."""
     typed = {DATA_ROOT: DataConfig().root, **{key: value for key, value in card.settings.items() if value is not None}}
     return found(typed, card.surroundings).get(DATA_ROOT, at_home(str(typed[DATA_ROOT])))
 

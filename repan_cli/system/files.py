@@ -1,4 +1,4 @@
-"""Write files of which a reader never sees half; read and write JSON."""
+"""Write files so that a reader never sees an incomplete one; read and write JSON."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def convert(conversion: Conversion) -> dict[str, bytes]:
 
 
 def _without_paths(content: bytes) -> bytes:
-    """Return the archive without entries about Python; what is left is stored as it was, with no date."""
+    """Return the archive without entries about Python; the rest is stored unchanged, without a date."""
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(result, "w") as new:
         for entry in old.infolist():
