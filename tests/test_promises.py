@@ -4,11 +4,16 @@ import ast
 import re
 from functools import cache
 
-from support import ROOT, card_of, run, small_net
+import pytest
+import torch
+from support import ROOT, card_of, plan, run, small_net, training
 from torch import nn
 
 from repan_cli import checkpoint
-from repan_cli.commands import fuse
+from repan_cli.commands import fuse, quantize
+from repan_cli.errors import InputError
+from repan_cli.system.packages import missing
+from repan_cli.training.loop import fit
 
 PAGE = (ROOT / "docs" / "promises.md").read_text()
 
@@ -55,3 +60,35 @@ def test_a_file_that_computes_something_else_is_not_written(capsys, few_blocks, 
     assert code == 1
     assert "fused.safetensors would differ from the network: relative error 1.0e-03; not written" in err
     assert [path.name for path in tmp_path.iterdir()] == ["net.pt"]
+
+
+def test_restarts_look_at_no_test_image(few_blocks, digits):
+    """Other test images change the figures on them alone: no restart is calibrated on them, no epoch chosen by them."""
+    runs = [training(digits, plan(epochs="1", baseline__epochs="1", cycle__start_from="best")) for _ in range(2)]
+    runs[1].test = runs[1].val
+    events = [list(fit(each)) for each in runs]
+    assert events[0][-1].test_loss != events[1][-1].test_loss
+    one, other = (each.model.state_dict() for each in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.skipif(bool(missing("onnx", "onnxscript", "onnxruntime")), reason="the onnx extra is missing")
+def test_layers_stay_in_float32_by_the_validation_part(capsys, few_blocks, small_run, tmp_path, monkeypatch):
+    asked, made = [], quantize.eval_loader
+
+    def watched(data, part, *given, **more):
+        asked.append(part)
+        return made(data, part, *given, **more)
+
+    def judged(job, most, content, layers, network, judge, classes):
+        raise InputError(f"{judge.count} images judge")
+
+    monkeypatch.setattr(quantize, "eval_loader", watched)
+    monkeypatch.setattr(quantize._Job, "within", judged)
+    monkeypatch.setattr(quantize._Job, "content", lambda job, left_out: b"")
+    monkeypatch.setattr(quantize.onnx_file, "write", lambda *given: b"")
+    monkeypatch.setattr(quantize, "trace", lambda *given: None)
+    assert run(capsys, "quantize", small_run.folder, "-o", tmp_path / "a.onnx", "--max-drop", "1")[2] == (
+        "Error: 143 images judge\n"
+    )
+    assert asked == ["train", "val"]

@@ -26,7 +26,7 @@ def size_of(numbers: Iterable[int]) -> Size:
 def exact(tensor: Tensor) -> Tensor:
     """Return a detached float64 copy on the CPU, where merging happens.
 
-    In float32 rounding would show; MPS has no float64.
+    Float64 tells errors from rounding, and MPS does not have it.
     """
     return tensor.detach().cpu().to(torch.float64, copy=True)
 
