@@ -125,7 +125,7 @@ def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any]) -> str:
 
 def _training(card: ModelCard) -> list[str]:
     """Return the command that trained a network, with the settings that are not defaults; empty if it is not known."""
-    stored = card.config
+    stored = card.settings
     if card.command not in ("train", "distill", "cycle") or not isinstance(stored.get("data.name"), str):
         return []
     first = {key: config.as_text(stored[key]) for key in ("model.name", "data.name") if stored.get(key) is not None}
