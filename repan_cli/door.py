@@ -1,4 +1,4 @@
-"""The training commands as functions: `repan_cli.train`, `distill` and `cycle` run what the commands run."""
+"""Offer the training commands as functions: `repan_cli.train`, `distill` and `cycle` do what the commands do."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from repan_cli.training.events import Epoch, Event
 from repan_cli.training.listeners import listening
 
 FOR_PROCESSES = ("print_config", "dry_run", "as_json")
-"""Options that print, and so belong to the command line alone."""
+"""Options that print, and therefore exist only on the command line."""
 
 RENAMED = {"config": "config_file"}
-"""Options that have another name here."""
+"""Options that have another name in Python."""
 
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """The results of a run. With `seeds` or `control` there are several runs, which `runs` holds.
+    """The results of a run. With `seeds` or `control` there are several runs, in `runs`.
 
     `figures` is the content of summary.json, or of comparison.json for several runs. Under torchrun only the first
-    process has any.
+    process has them.
     """
 
     path: Path
@@ -54,13 +54,15 @@ class Summary:
 
     @property
     def test_top1(self) -> float:
-        """Return the test top-1, in percent, of the network that validation chose; of several runs their mean."""
+        """Return the test top-1, in percent, of the network that validation chose; for several runs, their mean."""
         found = [float(run.figures["test"]["top1"]) for run in self.runs or (self,)]
         return sum(found) / len(found)
 
     @property
     def val_top1(self) -> float | None:
-        """Return the best validation top-1, in percent; None where nothing was held out. Of several runs their mean."""
+        """Return the best validation top-1, in percent, or None if nothing was held out; for several runs,
+        their mean.
+        """
         found = [_best(run.path) for run in self.runs or (self,)]
         return None if None in found else sum(value for value in found if value is not None) / len(found)
 
@@ -71,7 +73,7 @@ class Summary:
 
     @property
     def fused(self) -> Path | None:
-        """Return the merged network's file; None where there was nothing to merge."""
+        """Return the merged network's file; None if there was nothing to merge."""
         return self.path / str(self.figures["fused"]["out"]) if "fused" in self.figures else None
 
 
@@ -89,15 +91,16 @@ def train(
     """Train a network without restarts, as `repan train` does, and return its results.
 
     Args:
-        model: name of the network, as on the command line; `file.py:function` for your own.
-        dataset: name of the data set.
-        on_epoch: called with the figures of each epoch, a `training.events.Epoch`. An exception in it ends the run.
-        settings: options of the command by their names, such as `epochs`, `lr`, `batch_size`, `seed`, `out`, `resume`,
-            `seeds=[0, 1]` or `config="recipes/cifar"`; any setting by its key, as `**{"optim.lr": 0.1}`, a section as
-            a mapping, `optim={"lr": 0.1}`, or with underscores, `optim__lr=0.1`.
+        model: the name of the network, as on the command line; `file.py:function` for your own.
+        dataset: the name of the data set.
+        on_epoch: a function that receives the figures of each epoch, a `training.events.Epoch`. An exception in it ends
+            the run.
+        settings: options of the command by name, such as `epochs`, `lr`, `batch_size`, `seed`, `out`, `resume`,
+            `seeds=[0, 1]` or `config="recipes/cifar"`. Settings can be given by key, `**{"optim.lr": 0.1}`, as a
+            section, `optim={"lr": 0.1}`, or with underscores, `optim__lr=0.1`.
 
-    Raises InputError for arguments that cannot be used; KeyboardInterrupt when interrupted, with everything saved and
-    the call that resumes the run in its message; DivergedError when the loss stops being finite.
+    Raises InputError for arguments that cannot be used, and DivergedError if the loss is not finite. An interrupt
+    raises KeyboardInterrupt after everything is saved; its message has the call that resumes the run.
     """
     return _run("train", TrainOptions, on_epoch, {"model": model, "dataset": dataset, **settings})
 
@@ -105,7 +108,7 @@ def train(
 def distill(
     model: str | None = None, dataset: str | None = None, *, on_epoch: OnEpoch | None = None, **settings: Any
 ) -> Summary:
-    """Train a network with a teacher, as `repan distill` does: give `teacher`. Everything else is as for `train`."""
+    """Train a network with a teacher, as `repan distill` does. Give `teacher`; everything else is as for `train`."""
     return _run("distill", TrainOptions, on_epoch, {"model": model, "dataset": dataset, **settings})
 
 
@@ -114,7 +117,8 @@ def cycle(
 ) -> Summary:
     """Train with RepAn, a baseline and annealing cycles, as `repan cycle` does.
 
-    The rest is as for `train`, with the options of that command: `baseline_epochs`, `cycles`, `control=True` and more.
+    Everything else is as for `train`, with the options of that command: `baseline_epochs`, `cycles`, `control=True` and
+    more.
     """
     return _run("cycle", CycleOptions, on_epoch, {"model": model, "dataset": dataset, **settings})
 
@@ -158,7 +162,7 @@ def _how(command: str, stop: InterruptedRunError) -> str:
 
 @contextlib.contextmanager
 def _as_before() -> Iterator[None]:
-    """Restore the process afterwards: PyTorch's generators, threads and precision, and the destination of warnings."""
+    """Restore the process afterwards: PyTorch's generators, threads and precision, and the handler of warnings."""
     import torch
 
     state, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -183,7 +187,7 @@ def _as_before() -> Iterator[None]:
 def _options(
     command: str, options: type[TrainOptions | CycleOptions], given: Mapping[str, Any]
 ) -> TrainOptions | CycleOptions:
-    """Return the options of a command that Python's names and values mean. Raises InputError for an unknown name."""
+    """Return the options that Python's names and values stand for. Raises InputError for an unknown name."""
     names = {name for name, *_ in declared(options)} - {"settings", *FOR_PROCESSES}
     chosen: dict[str, Any] = {}
     settings: dict[str, Any] = {}
@@ -197,7 +201,7 @@ def _options(
 
 
 def _arguments(options: type[TrainOptions | CycleOptions]) -> tuple[dict[str, str], frozenset[str]]:
-    """Return the arguments of a function by the options of its command, and the options without a value."""
+    """Return a function's arguments by the options of its command, and the options without a value."""
     ours = {option: name for name, option in RENAMED.items()}
     found: dict[str, str] = {}
     flags: set[str] = set()
@@ -210,12 +214,12 @@ def _arguments(options: type[TrainOptions | CycleOptions]) -> tuple[dict[str, st
 
 
 def _option_value(name: str, value: Any) -> Any:
-    """Return the text that a user would type for an option; None and False leave it out."""
+    """Return the text that a user would type for an option; None and False omit it."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
-    if isinstance(value, (str, os.PathLike, int, float)) or hasattr(value, "item"):  # also NumPy's numbers
+    if isinstance(value, (str, os.PathLike, int, float)) or hasattr(value, "item"):  # NumPy's numbers too
         return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
     mend = (
         "give its name; a network of your own is 'file.py:function'"
@@ -226,7 +230,7 @@ def _option_value(name: str, value: Any) -> Any:
 
 
 def _setting(command: str, name: str, value: Any, names: list[str]) -> dict[str, Any]:
-    """Return the settings that an argument means: one by its key, or those of a section."""
+    """Return the settings that an argument stands for: one by its key, or those of a section."""
     key = name.replace("__", ".")
     if isinstance(value, Mapping):
         inner = (_setting(command, f"{key}.{part}", each, names) for part, each in value.items())

@@ -17,7 +17,7 @@ class MergeError(RepanError):
 
 
 class InputError(RepanError, ValueError):
-    """Something that the user gave (an option, a setting, a file, a data set) cannot be used."""
+    """The user gave an option, a setting, a file or a data set that cannot be used."""
 
     exit_code = 2
 
@@ -40,7 +40,7 @@ NO_MEMORY = (
     *("can't allocate memory", "failed to map segment", "can't start new thread"),
     *("CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
 )
-"""The messages of PyTorch, the loader of its libraries, Python, and the libraries of GPUs when memory runs out."""
+"""The messages with which PyTorch, the dynamic loader, Python and GPU libraries report that memory ran out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -57,20 +57,20 @@ class OutOfSpaceError(RepanError):
 
 
 class LostRankError(RepanError):
-    """Another process of a run of several is gone, or does not answer."""
+    """Another rank of the run has ended, or does not answer."""
 
     exit_code = 1
 
 
 def lost_rank(error: BaseException) -> bool:
-    """Return whether an error says that another rank is gone: PyTorch has no kind of its own for it."""
+    """Return whether an error reports a lost rank; PyTorch has no exception class for it."""
     return isinstance(error, RuntimeError) and (
         type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error)
     )
 
 
 class StuckLoaderError(RepanError):
-    """The processes that load images deliver no more of them."""
+    """The processes that load images stopped delivering them."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""Names to things, with "did you mean" for the names that do not exist."""
+"""Look up things by name, with "did you mean" for names that do not exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 class Registry(Generic[T]):
     """A table of named things of one kind, filled by a decorator.
 
-    Looking up a name that is not there raises `InputError` with the closest names and the command that lists all.
+    An unknown name raises `InputError`, with the closest names and the command that lists all.
     """
 
     def __init__(self, kind: str) -> None:
@@ -38,7 +38,7 @@ class Registry(Generic[T]):
         return enter
 
     def put(self, name: str, thing: T) -> None:
-        """Enter a thing under a name, in place of one that had it."""
+        """Enter a thing under a name, replacing the thing that had it."""
         self._entries[name] = thing
 
     def __getitem__(self, name: str) -> T:

@@ -64,7 +64,7 @@ def test_skipped_files_are_named_and_counted(tmp_path, caplog):
     for name in ("a.heic", "b.HEIC", "notes.txt", "noending"):
         (tmp_path / "train" / "ant" / name).write_bytes(b"x")
     datasets.load("folder", tmp_path)
-    assert f"skipped 1 folder of {tmp_path} that are no part of a data set: extra" in caplog.text
+    assert f"skipped 1 folder of {tmp_path} that do not belong to a data set: extra" in caplog.text
     assert "4 files" in caplog.text
     assert ".heic 2, no ending 1, .txt 1" in caplog.text
 

@@ -167,7 +167,7 @@ def test_the_control_can_be_chosen(capsys, runs):
     found, _ = as_json(capsys, runs / "none_0", "--control", runs / "repan_0")
     assert [group["label"] for group in found["groups"]] == ["cycle.restart=repan", "cycle.restart=none"]
     assert found["groups"][1]["difference"]["test_top1"]["mean"] == -1
-    assert "is runs of 2 groups: name one" in one_line(capsys, "compare", runs, "--control", runs)
+    assert "matches runs of 2 groups: name a run" in one_line(capsys, "compare", runs, "--control", runs)
     write_run(runs / "stopped")
     (runs / "stopped" / "summary.json").unlink()
     code, _, err = run(capsys, "compare", runs, "--control", runs / "stopped")

@@ -238,7 +238,7 @@ def test_missing_folders_are_named(tmp_path):
     with pytest.raises(InputError, match=f"no folder {root}/train"):
         datasets.load("folder", root)
     write_folders(root, parts=("train",), count=1)
-    with pytest.raises(InputError, match="one training image per class, and no val or test part"):
+    with pytest.raises(InputError, match="one training image per class and no val or test part"):
         datasets.load("folder", root)
 
 

@@ -223,7 +223,7 @@ def test_others_weights_and_names(capsys, tmp_path, monkeypatch):
 
 def test_bad_wishes(capsys, net, tmp_path, monkeypatch):
     path = net[0]
-    assert "--form conv-bn is for weights" in one_line(capsys, "fuse", path, "--form", "conv-bn", "-f", "pt2")
+    assert "--form conv-bn writes weights" in one_line(capsys, "fuse", path, "--form", "conv-bn", "-f", "pt2")
     assert "--with-normalize puts" in one_line(capsys, "fuse", path, "--with-normalize")
     assert "--form bn is not one of conv, conv-bn" in one_line(capsys, "fuse", path, "--form", "bn")
     assert run(capsys, "fuse", path, "-o", tmp_path / "fused.pt")[0] == 0

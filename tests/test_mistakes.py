@@ -87,7 +87,7 @@ MISTAKES = [
         f"train {D} --init pickled.pt",
         r"pickled.pt .* an object of torch.nn.modules.linear.Linear.*: refused, no code is run; if",
     ),
-    (f"cycle {D} --init fused.pt", r"fused.pt is fused, .*: start from last.pt, best.pt or cycle_NN.pt of its run"),
+    (f"cycle {D} --init fused.pt", r"fused.pt is fused and has no branches: start from last.pt, best.pt or cycle"),
     (
         "train -m resnet18 -d digits --init best.pt",
         r"best.pt holds .* repvgg_a0_cifar, not resnet18_cifar: give --model",
@@ -99,7 +99,7 @@ MISTAKES = [
     (f"train {D} --out best.pt/x", r"cannot create the run directory best.pt/x: Not a directory; give another --out"),
     ("train --resume nowhere", r"no run directory nowhere to resume"),
     ("train --resume empty", r"empty is not a run directory: it has no config.yaml"),
-    ("cycle --resume of_study", r"of_study is the folder of a study: 'repan study GRID --out of_study', with the grid"),
+    ("cycle --resume of_study", r"of_study is the folder of a study: continue it with 'repan study GRID --out of_st"),
     (f"train {D} --out of_study", r"the run directory of_study already exists; .*'repan study GRID --out of_study'"),
     ("list runs", r"no runs below runs yet: 'repan cycle' begins one$"),
     ("list runs empty", r"no runs below empty yet"),

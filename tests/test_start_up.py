@@ -36,7 +36,7 @@ MISTAKES = [
     ("train --model repvgg --dataset digits --out {root}", "already exists; nothing was changed"),
     ("train --model repvgg --dataset digits --init gone.pt", "no checkpoint gone.pt"),
     ("train --model gone.py:net --dataset digits", "no file gone.py"),
-    ("distill --model repvgg --dataset digits --teacher gone.pt", "no teacher's file gone.pt"),
+    ("distill --model repvgg --dataset digits --teacher gone.pt", "no file gone.pt for the teacher"),
     ("train --model repvgg --dataset digits -c cifar", "no configuration file or preset 'cifar'"),
     ("cycle --resume gone", "no run directory gone"),
     ("cycle --resume finished", "finished is finished; begin another run from its weights with --init"),

@@ -117,7 +117,7 @@ def test_a_teacher_that_is_no_function_of_the_view_is_found_out(digits):
 def test_a_cache_is_refused_with_the_reason_where_views_cannot_be_numbered(capsys, small_run, setting):
     words = ["distill", "--model", "repvgg_a0", "--dataset", "digits", "--teacher", small_run.folder / "best.pt"]
     refused = one_line(capsys, *words, "--dry-run", setting, "teacher.cache=views")
-    assert f"teacher.cache=views: with {setting} no view comes twice" in refused
+    assert f"teacher.cache=views has no use: with {setting} no view repeats" in refused
 
 
 def test_only_views_that_are_missing_are_computed(digits):
@@ -255,7 +255,7 @@ def test_a_teacher_from_a_file_of_others(capsys, tmp_path):
     [
         (("distill",), "no teacher: give --teacher"),
         (("distill", "--teacher", "previous"), "'previous' is for 'repan cycle'"),
-        (("distill", "--teacher", "gone.pt"), "no teacher's file gone.pt"),
+        (("distill", "--teacher", "gone.pt"), "no file gone.pt for the teacher"),
         (("distill", "--teacher", "timm:resnet18"), "does not know the 10 classes of digits"),
         (("distill", "--teacher", "timm:resnet19"), "unknown model 'timm:resnet19'"),
         (("train", "teacher.name=a.pt"), "teacher.name has no effect in 'repan train'"),

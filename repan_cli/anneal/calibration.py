@@ -1,4 +1,4 @@
-"""Measure what each block computes in the merged network: the statistics that restoration needs."""
+"""Measure what each block of a merged network computes: the statistics that restoration needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from repan_cli.system.ranks import summed
 
 
 class ChannelSums:
-    """Sums of a channel's values and squares, in float64."""
+    """Sums of each channel's values and squares, in float64."""
 
     def __init__(self) -> None:
         self.total = torch.zeros((), dtype=torch.float64)
@@ -42,12 +42,14 @@ class ChannelSums:
 
 
 Seen = Callable[[Tensor, Tensor], None]
-"""Takes a block's input (N, C_in, H, W) and output (N, C_out, H', W')."""
+"""A function of a block's input (N, C_in, H, W) and output (N, C_out, H', W')."""
 
 
 class MergedProbe:
-    """A merged copy of a network in eval mode, in which every block can be observed. Every block keeps its function, so
-    one pass measures all of them. A copy keeps hooks away from compiled and wrapped modules.
+    """A merged copy of a network in eval mode, in which every block can be observed.
+
+    Every block keeps its function, so one pass measures all of them. The copy keeps hooks away from compiled and
+    wrapped modules.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -67,7 +69,7 @@ class MergedProbe:
         """Run batches (N, C, H, W) through the network, and pass each block's input and output to its function in
         `seen`.
 
-        Raises InputError when a block is not reached.
+        Raises InputError if a block is never called.
         """
         missing = set(seen)
 
@@ -89,7 +91,7 @@ class MergedProbe:
 
 
 def calibrate(model: nn.Module, images: ImagesLike) -> dict[str, Moments]:
-    """Measure the moments of `conv(x; K)` at every block whose trunk has a BN, by the block's name."""
+    """Measure the moments of `conv(x; K)` at every block whose trunk has a BN; return them by block name."""
     probe = MergedProbe(model)
     sums = {name: ChannelSums() for name in probe.with_norm}
     probe.run(image_batches(images), {name: _output_to(collect) for name, collect in sums.items()})
@@ -101,7 +103,7 @@ def _output_to(collect: ChannelSums) -> Seen:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network inside torch.compile and data-parallel wrappers, whose parameters it shares."""
+    """Return the network inside torch.compile and data-parallel wrappers, which share its parameters."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -114,7 +116,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def calibrate_branch_norms(
     probe: MergedProbe, blocks: Mapping[str, RepBlock], images: list[Tensor]
 ) -> dict[str, Tensor]:
-    """Give the BN layers of all side branches the statistics of their inputs, in the order of the layers of a branch.
+    """Set the statistics of the BN layers in all side branches to those of their inputs, layer by layer.
+
     Returns the standard deviation of each block's output, (C_out,).
     """
     branches = [branch for block in blocks.values() for branch in block.sides]
@@ -137,7 +140,7 @@ def calibrate_branch_norms(
 
 
 def _both(block: RepBlock, collect: ChannelSums) -> Seen:
-    """Collect the block's output, and show its input to its branches."""
+    """Collect the block's output, and pass its input to its branches."""
 
     def seen(x: Tensor, y: Tensor) -> None:
         collect(y)

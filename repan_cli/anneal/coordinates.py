@@ -1,4 +1,8 @@
-"""Changes of a block's coordinates in a restart, in which the optimizer's state must be rewritten."""
+"""Describe how a restart changes a block's parameters, so that the optimizer's state can be converted.
+
+The weights and gamma of a trunk are coordinates of the function that the block computes. A restart keeps the function
+and changes the coordinates, and with them the gradients that the optimizer averages.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +39,9 @@ class Coordinates(NamedTuple):
 
 
 def coordinates_of(block: RepBlock, *, taken_over: bool) -> Coordinates:
-    """Return the factor on the trunk's weights, and the last gammas of the branches that the trunk absorbs: all of
-    them, or none with `taken_over` false.
+    """Return the factor on the trunk's weights, and the last gammas of the branches that the trunk absorbs.
+
+    With `taken_over` false, the trunk absorbs none.
     """
     norms = [getattr(branch, "norm", None) for branch in (block.trunk, *block.branches) if taken_over]
     affine = [norm for norm in norms if isinstance(norm, _BatchNorm) and norm.affine]
@@ -46,9 +51,9 @@ def coordinates_of(block: RepBlock, *, taken_over: bool) -> Coordinates:
 def change_since(block: RepBlock, before: Coordinates) -> CoordinateChange:
     """Return how the coordinates changed since `before`.
 
-    A gradient of the trunk's weights is gamma / sigma times the merged kernel's. The output, less its mean, was the sum
-    over branches of gamma times a normalised map, and is one such product now. So gamma' g' = sum gamma g holds for
-    the gradients g of gamma.
+    The gradient of the trunk's weights is gamma / sigma times that of the merged kernel. Before the restart, the output
+    minus its mean was a sum over branches of gamma times a normalised map. Now it is a single product of this kind. So
+    gamma' g' = sum gamma g holds for the gradients g of gamma.
     """
     fold, old = fold_of(block), before.fold
     ratio = torch.where(old.abs() > TINY_GAMMA, fold / torch.where(old == 0, 1.0, old), 0.0)

@@ -1,8 +1,8 @@
-"""The method: the restart between two annealing cycles.
+"""Restart a network between two annealing cycles: the method of the paper.
 
-RepAn, "Enhanced Annealing through Re-parameterization" (CVPR 2024): merge every block (Rep), re-initialise its side
-branches (expansion), write the merged kernel back into the trunk so that the function is kept (restoration), train
-on.
+RepAn, "Enhanced Annealing through Re-parameterization" (CVPR 2024), has three steps. Merge every block (Rep).
+Re-initialise its side branches (expansion). Write the merged kernel back into the trunk so that the function is kept
+(restoration). Then training continues.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ CHOICES = {
     "branch_init": ("kaiming", "small"),
     "trunk_scale": ("merged", "keep", "pace"),
 }
-"""The choices that `restart` accepts for these arguments; the settings `cycle.*` of the same names offer the same."""
+"""The values that `restart` accepts for these arguments; the settings `cycle.*` of the same names accept the same."""
 
 
 @dataclass(frozen=True)
 class RestartReport:
-    """The outcome of a restart: the number of its blocks, the channels in which `running` had to replace a zero gamma
-    by 1, and how the coordinates of each block changed.
+    """The outcome of a restart.
+
+    Attributes:
+        blocks: the number of blocks that restarted.
+        zero_gammas: the number of channels in which the rule `running` replaced a gamma near zero by 1.
+        changes: how the coordinates of each block changed, for `optim.carry_momentum`.
     """
 
     blocks: int
@@ -57,20 +61,21 @@ def restart(
 
     The function in eval mode stays the same, except with `attach="one"`, which adds the fresh branches at once. With
     the rule `calibrate` the function in train mode stays the same too, up to the difference between `images` and the
-    training batches. A block without a BN in its trunk takes the merged kernel unchanged, under every rule. Afterwards
-    zero the optimizer's momentum, or carry it over by the report's `changes`.
+    training batches. A block without a BN in its trunk takes the merged kernel unchanged. Afterwards zero the
+    optimizer's momentum, or convert it with the report's `changes`.
 
     Args:
-        rule: restoration rule: `calibrate`, `running` (as released) or `reset`.
-        images: images (N, C, H, W) that `calibrate` measures on, 1,000 or more, as train mode will see them: a tensor,
-            a batch, or an iterable of batches such as a loader of (images, labels), whose images are used.
-        attach: `ramp` sets the attach rate to 0, `zero-gamma` to 1 with branches that are zero at first, `compensated`
-            to 1 with branches as strong as the block, offset by the trunk, `one` to 1.
-        branch_init: weights of the fresh branches, `kaiming` or `small`.
-        trunk_scale: under `calibrate`, `merged` writes K, `keep` scales every channel to the trunk's old norm, `pace`
-            to its old gamma / sigma, so that a step of the trunk's weights changes the merged kernel as before.
-        only: names of the blocks to restart, as `blocks.rep_blocks` gives them; None means all.
-        generator: draws the fresh weights.
+        model: the network, changed in place.
+        rule: the restoration rule: `calibrate`, `running` (as released) or `reset`.
+        images: 1,000 or more images as training sees them, on which `calibrate` measures. A tensor (N, C, H, W), a
+            batch, or an iterable of batches such as a loader of (images, labels).
+        attach: how fresh branches start. `ramp` sets the attach rate to 0. The others set it to 1: `zero-gamma` with
+            silent branches, `compensated` with branches that the trunk offsets, `one` as they are.
+        branch_init: the weights of the fresh branches, `kaiming` or `small`.
+        trunk_scale: under `calibrate`, `merged` writes the merged kernel. `keep` scales its channels to the trunk's old
+            norm, `pace` to the old gamma / sigma, so that a step of the trunk changes the kernel as before.
+        only: the names of the blocks to restart, as `blocks.rep_blocks` gives them; None means all.
+        generator: the random generator for the fresh weights.
 
     Raises InputError for an unknown choice, if the model has no such block, or if `calibrate` got no images.
     """
@@ -111,11 +116,10 @@ def _compensated(
     branch_init: str,
     generator: torch.Generator | None,
 ) -> tuple[dict[str, Kernel], dict[str, Moments]]:
-    """Build fresh side branches that are active from the first step, and the kernels and moments of trunks without
-    them.
+    """Build fresh side branches that are active from the first step; return the kernels and moments left to the trunks.
 
-    Every BN in a branch has the statistics of its input then, and the branch's output the standard deviation of the
-    block's; a last pass over the images measures `conv(x; K - sum K_i)`, what is left to the trunk.
+    Every BN in a branch gets the statistics of its input, and each branch's output the standard deviation of the
+    block's. A last pass over the images measures `conv(x; K - sum K_i)`, the trunk's part.
     """
     probe = MergedProbe(model)
     left = {name: block.sum_kernel() for name, block in blocks.items()}

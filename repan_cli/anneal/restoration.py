@@ -1,4 +1,4 @@
-"""Restoration: write a merged kernel back into the trunk of its block so that the function is kept."""
+"""Restore a block: write its merged kernel back into its trunk so that the function is kept."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from repan_cli.blocks import FAMILIES, NATIVE, RepBlock
 from repan_cli.blocks.kernel import BatchNorm, Kernel, exact, running_stats
 
 TINY_GAMMA = 1e-6
-"""Below this |gamma| the rule `running` cannot divide by it, nor is momentum carried by |gamma / sigma| below it."""
+"""The smallest |gamma| that the rule `running` divides by, and the smallest |gamma / sigma| from which momentum is
+carried.
+"""
 
 MOST_GROWTH = 4.0
-"""The limit on the growth of a channel's norm under `trunk_scale=pace`, which divides by gamma. It is also the largest
-factor that carried momentum is multiplied by."""
+"""The largest factor on a channel's norm under `trunk_scale=pace`, which divides by gamma, and on carried momentum."""
 
 
 class Moments(NamedTuple):
@@ -39,7 +40,7 @@ class TrunkParams(NamedTuple):
 
 
 def restore_calibrate(kernel: Kernel, moments: Moments, eps: float, scale: Tensor) -> TrunkParams:
-    """Return measured statistics and the affine parameters that undo them: exact in eval mode, kept in train mode.
+    """Return measured statistics and affine parameters that undo them: exact in eval mode, and preserved in train mode.
 
     With W = s K: mean = s m, var = s^2 v, gamma = sqrt(s^2 v + eps) / s, beta = b + m. `scale` is s, (C_out,), not 0.
     """
@@ -50,18 +51,18 @@ def restore_calibrate(kernel: Kernel, moments: Moments, eps: float, scale: Tenso
 
 
 def restore_reset(kernel: Kernel, eps: float) -> TrunkParams:
-    """Return a fresh BN made an identity in eval mode: mean 0, var 1, gamma sqrt(1 + eps), W = K, beta = b."""
+    """Return a fresh BN that is the identity in eval mode: mean 0, var 1, gamma sqrt(1 + eps), W = K, beta = b."""
     weight, bias = kernel
     ones = torch.ones_like(bias)
     return TrunkParams(weight, torch.zeros_like(bias), ones, (1 + eps) ** 0.5 * ones, bias)
 
 
 def restore_running(kernel: Kernel, norm: BatchNorm, *, unit_gamma: bool) -> TrunkParams:
-    """Restore as the method was released: the trunk's BN statistics and gamma stay.
+    """Restore as in the method's released code: the trunk's BN statistics and gamma stay.
 
     W = K sigma / gamma, beta = b + mean gamma / sigma.
 
-    With `unit_gamma` gamma becomes 1; so it does for channels whose gamma is too small to divide by.
+    With `unit_gamma`, gamma becomes 1. It also becomes 1 in channels whose gamma is too small to divide by.
     """
     weight, bias = kernel
     mean, var, gamma = (exact(part) for part in (*running_stats(norm), norm.weight))
@@ -104,7 +105,10 @@ def fold_of(block: RepBlock) -> Tensor:
 def restored_trunk(
     block: RepBlock, kernel: Kernel, rule: str, moments: Moments | None, trunk_scale: str
 ) -> TrunkParams | None:
-    """Apply a rule to the merged kernel; None for a trunk without BN. `moments` are those of the rule `calibrate`."""
+    """Apply a restoration rule to the merged kernel; return None for a trunk without BN.
+
+    `moments` are needed for the rule `calibrate`.
+    """
     norm = block.trunk.batch_norm
     if norm is None:
         return None
@@ -121,8 +125,10 @@ def unit_gamma(block: RepBlock) -> bool:
 
 
 def _scale(block: RepBlock, kernel: Kernel, trunk_scale: str) -> Tensor:
-    """Return the factor on each channel of the merged kernel, (C_out,): 1, |W_old| / |K| (1 where either is 0), or
-    sigma / gamma up to `MOST_GROWTH` times that.
+    """Return the factor on each channel of the merged kernel, (C_out,), under `trunk_scale`.
+
+    It is 1 for `merged`, and |W_old| / |K| for `keep` (1 if either is 0). For `pace` it is sigma / gamma, at most
+    `MOST_GROWTH` times the factor of `keep`.
     """
     merged = kernel[0].flatten(1).norm(dim=1)
     if trunk_scale == "merged":

@@ -1,4 +1,7 @@
-"""Re-parameterizable blocks: kernel algebra, branches, the block, its families. Knows nothing of configuration."""
+"""Define re-parameterizable blocks: kernel algebra, branches, the block, its families.
+
+Knows nothing of configuration.
+"""
 
 from repan_cli.blocks.branches import Branch, ConvBN, IdentityBN, ScaledIdentity
 from repan_cli.blocks.families import FAMILIES, NATIVE, block_around, check_family, make_block, side_branches

@@ -1,9 +1,9 @@
 """Represent convolutions as sums over taps, so that chains and sums of linear layers become one convolution.
 
-A map `y[o] = sum over taps (r, c) of W(r, c) x[stride * o + (r, c)] + bias` reads zeros outside of its input, or what
-the padding mode `mode` says. Every linear part of a block is such a map: a convolution, a BN in eval mode, average
-pooling, padding, cropping, a factor per channel. No decision here depends on the values of weights, so networks of the
-same structure merge in the same way.
+A map is `y[o] = sum over taps (r, c) of W(r, c) x[stride * o + (r, c)] + bias`. Outside of its input it reads zeros, or
+what the padding mode `mode` gives. Every linear part of a block is such a map: a convolution, a BN in eval mode,
+average pooling, padding, cropping, a factor per channel. No decision here depends on the values of weights, so networks
+of the same structure merge in the same way.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ Tap = tuple[int, int]
 class ConvMap:
     """A linear map of images, in float64 on the CPU.
 
-    `taps` maps an offset (row, column) in pixels to its weight: (C_out, C_in / groups), or with `groups` None one
-    factor per channel, (C,), or one for all, (). `bias` (C_out,) is None if the map has none by structure. `excess` is
-    the size that padding adds minus the size that the kernel consumes: outputs = (inputs + excess - 1) // stride + 1.
+    Attributes:
+        taps: the weight of each offset (row, column) in pixels: (C_out, C_in / groups). With `groups` None it is one
+            factor per channel, (C,), or one for all, ().
+        bias: (C_out,), or None if the map has none by structure.
+        excess: the size that padding adds minus the size that the kernel consumes, so that outputs = (inputs + excess -
+            1) // stride + 1.
     """
 
     taps: dict[Tap, Tensor]
@@ -76,8 +79,9 @@ def padded(rows: tuple[int, int], columns: tuple[int, int], mode: str = "zeros")
 def convolution(
     kernel: Kernel, *, bias: bool, groups: int | None, stride: Size, padding: Size, dilation: Size, mode: str = "zeros"
 ) -> ConvMap:
-    """Return the map of a convolution with `kernel`; `bias` says whether it has a bias by structure. With `groups` None
-    the weight is (1, 1, kh, kw), the same for every channel, as in pooling.
+    """Return the map of a convolution with `kernel`; `bias` says whether it has a bias by structure.
+
+    With `groups` None the weight is (1, 1, kh, kw), the same for every channel, as in pooling.
     """
     weight, shift = kernel
     size = size_of(weight.shape[2:])
@@ -173,7 +177,7 @@ def _product(inner: Tensor, of_inner: int | None, outer: Tensor, of_outer: int |
 
 
 def regrouped(weight: Tensor, groups: int, wanted: int) -> Tensor:
-    """Write (C_out, C_in / groups) in fewer groups, of which `groups` is a multiple, with zeros between."""
+    """Write (C_out, C_in / groups) in fewer groups, with zeros between. `wanted` must divide `groups`."""
     if groups == wanted:
         return weight
     each = groups // wanted
@@ -232,11 +236,10 @@ def _in_groups(weight: Tensor, groups: int | None, wanted: int | None, channels:
 
 @torch.no_grad()
 def as_convolution(found: ConvMap, *, make: Callable[..., nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
-    """Return the layer that a map is, in float64, always with a bias. `make` is called as `nn.Conv2d`.
+    """Return a map as a layer, in float64, always with a bias. `make` is called as `nn.Conv2d`.
 
-    Padding is the same on both sides in PyTorch: where a map needs more on one side, its kernel gains zeros.
-
-    Raises ValueError for a map of no known number of channels.
+    PyTorch pads both sides equally. If a map needs more padding on one side, its kernel gains zeros. Raises ValueError
+    for a map whose number of channels is unknown.
     """
     channels = found.channels
     if channels is None:

@@ -22,7 +22,7 @@ USUAL = Geometry(8, 8, (3, 3), padding=(1, 1))
 
 TRIES = 28
 TOLERANCE = 1e-10
-"""Bound on the relative error of a merged branch in float64: a right one is at 1e-15, a wrong one at 1e-2."""
+"""The limit on the relative error of a merged branch in float64: a correct one has 1e-15, a wrong one 1e-2."""
 
 METHODS = ("equivalent_kernel", "reset", "zero_init", "match_scale")
 HEIGHT, WIDTH = 11, 12
@@ -37,14 +37,14 @@ def check(name: str, build: Callable[..., Any]) -> None:
         for geometry in _geometries():
             try:
                 problem = _problem(build, geometry)
-            except Exception as error:  # any error is possible in a user's code
+            except Exception as error:  # a user's code may raise anything
                 problem = f"fails: {type(error).__name__}: {first_line(error)}"
             if problem:
                 raise InputError(f"the block family {name} {problem}, for {_described(geometry)}")
 
 
 def _geometries() -> Iterator[Geometry]:
-    """Yield the usual geometry, with stride 2, 1x1, depthwise, and random ones, the same every time."""
+    """Yield the usual geometry, with stride 2, 1x1, depthwise, and random ones, the same each time."""
     yield USUAL
     yield Geometry(8, 16, (3, 3), (2, 2), (1, 1))
     yield Geometry(8, 8, (1, 1))

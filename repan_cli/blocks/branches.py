@@ -1,4 +1,4 @@
-"""Branches: the linear maps whose sum is a block, each of which equals one convolution in eval mode."""
+"""Define branches: the linear maps whose sum is a block. Each equals one convolution in eval mode."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from repan_cli.blocks.kernel import (
 )
 
 FEW_CHANNELS = 16
-"""With fewer input channels a strided 1x1 kernel is kept from stepping over a last row, see `_reached`."""
+"""With fewer input channels, the input of a strided 1x1 kernel is cropped; see `_reached`."""
 
 
 # ---------------------------------------------------------------------------------------------- what a block asks
 
 
 class Branch(Protocol):
-    """The interface of the trunk and of each side branch of a block, all of which are modules."""
+    """The interface of the trunk and the side branches of a block, all of which are modules."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H_out, W_out)."""
@@ -43,7 +43,7 @@ class Branch(Protocol):
         ...
 
     def equivalent_kernel(self) -> Kernel:
-        """Return the convolution of the trunk's geometry that this equals in eval mode; float64, CPU."""
+        """Return the convolution, with the trunk's geometry, that equals the branch in eval mode; float64, CPU."""
         ...
 
     def reset(self, init: str, generator: torch.Generator | None) -> None:
@@ -53,10 +53,10 @@ class Branch(Protocol):
         """Make the branch's output zero in train and eval mode, by its last gamma and beta or its weights, in place."""
 
     def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
-        """Choose gamma for the start of a fresh branch whose BN statistics are those of its input, in place.
+        """Choose gamma for the start of a fresh branch, in place. Its BN statistics are already those of its input.
 
-        `kernel` (C_out, C_in/groups, kh, kw), the block's own, and the standard deviation `spread` (C_out,) of the
-        block's output are in float64, on the CPU.
+        `kernel` (C_out, C_in/groups, kh, kw) is the block's own. `spread` (C_out,) is the standard deviation of the
+        block's output. Both are in float64 on the CPU.
         """
 
 
@@ -86,14 +86,14 @@ def reset_norm(norm: BatchNorm) -> None:
 
 
 class ConvBN(nn.Module):
-    """A convolution and its BN, where it has one: the trunk of a block, or a side branch.
+    """A convolution with or without a BN: the trunk of a block, or a side branch.
 
     Args:
         conv: the convolution, with the block's stride, dilation and groups.
         norm: its BN; None for a branch without.
-        canvas: kernel size of the block, which the equivalent kernel has.
-        offset: tap (row, column) of the trunk's kernel that the first tap of this one lies on.
-        window: what the convolution sees of the input, where its own padding does not say it.
+        canvas: the kernel size of the block, which the equivalent kernel has.
+        offset: the tap (row, column) of the trunk's kernel at which the first tap of this kernel lies.
+        window: the part of the input that the convolution reads; None if its own padding defines that.
     """
 
     def __init__(
@@ -148,10 +148,10 @@ class ConvBN(nn.Module):
 
 
 def _reached(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Crop the rows and columns of the input that lie after the last step of a strided 1x1 convolution.
+    """Crop the rows and columns of the input after the last step of a strided 1x1 convolution.
 
-    If there are such rows, the gradient of the weights in PyTorch's CPU kernels (2.15, for one) writes outside of its
-    memory, for few channels in channels-last format.
+    Otherwise the weight gradient in PyTorch's CPU kernels writes outside of its memory, for few channels in
+    channels-last format (seen in 2.15).
     """
     if conv.kernel_size != (1, 1) or conv.stride == (1, 1) or conv.in_channels >= FEW_CHANNELS or any(conv.padding):
         return x
@@ -162,9 +162,9 @@ def _reached(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def conv_bn(
     geometry: Geometry, kernel_size: Size | None = None, *, offset: Size | None = None, norm: bool = True
 ) -> ConvBN:
-    """Build a fresh convolution with a BN, or without.
+    """Build a fresh convolution, with a BN unless `norm` is false.
 
-    Without `kernel_size` it is the trunk's own; a smaller one lies in the middle unless `offset` (row, column) places
+    By default it has the trunk's kernel size. A smaller kernel lies in the middle, unless `offset` (row, column) places
     it.
     """
     kernel_size = kernel_size or geometry.kernel_size
@@ -188,7 +188,7 @@ def conv_bn(
 
 
 class IdentityBN(nn.Module):
-    """The block's input through a BN of its own; for blocks that keep the shape."""
+    """The block's input through its own BN, for blocks that keep the shape."""
 
     def __init__(self, geometry: Geometry, norm: BatchNorm | None = None) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class IdentityBN(nn.Module):
 
 
 class ScaledIdentity(nn.Module):
-    """The block's input times a learned factor a channel, 1 at first; where no BN is wanted inside the block."""
+    """The block's input times a learned factor per channel, 1 at first, for blocks that have no BN inside."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class ScaledIdentity(nn.Module):
         nn.init.zeros_(self.weight)
 
     def match_scale(self, kernel: Tensor, spread: Tensor) -> None:
-        """Begin as the identity."""
+        """Start as the identity."""
 
 
 class ResidualPointwise(nn.Conv2d):
@@ -279,8 +279,8 @@ class ResidualPointwise(nn.Conv2d):
 class PointwiseConvBN(nn.Module):
     """1x1 + BN, then k x k + BN (DBB, Ding et al. 2021).
 
-    The 1x1 convolution pads its input as the trunk does, so that the map between the two holds at its borders what the
-    first BN makes of zeros, in train mode as well as in eval mode, and the k x k convolution needs no padding.
+    The 1x1 convolution pads its input as the trunk does, and the k x k convolution has no padding. So the borders of
+    the map between them hold what the first BN makes of zeros, in train mode as well as in eval mode.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -322,10 +322,10 @@ class PointwiseConvBN(nn.Module):
 
 
 class PointwiseAverageBN(nn.Module):
-    """1x1 + BN, then average pooling + BN (DBB); without the 1x1 + BN in a depthwise block that keeps its channels.
+    """1x1 + BN, then average pooling + BN (DBB); in a depthwise block that keeps its channels, without the 1x1 + BN.
 
-    The average counts the padding, which the 1x1 convolution adds as in `PointwiseConvBN`. With dilation the pooling is
-    a convolution with constant weights.
+    The average includes the padding, which the 1x1 convolution adds as in `PointwiseConvBN`. With dilation the pooling
+    is a convolution with constant weights.
     """
 
     def __init__(self, geometry: Geometry) -> None:

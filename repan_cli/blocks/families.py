@@ -1,4 +1,4 @@
-"""Block families: each a function from the block's geometry to its side branches, and nothing else."""
+"""Define block families: functions from the block's geometry to its side branches."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ NATIVE = "own"
 
 
 class Family(NamedTuple):
-    """`branches` builds the side branches of a geometry.
+    """A block family. `branches` builds the side branches for a geometry.
 
-    `post_norm`: the one BN stands after the sum. `unit_gamma` is a detail of the released restoration rule `running`.
+    `post_norm` is true if the only BN is after the sum. `unit_gamma` is a detail of the released restoration rule
+    `running`.
     """
 
     branches: Callable[..., list[Branch]]
@@ -48,7 +49,7 @@ BranchesOf = Callable[..., list[Branch]]
 
 
 def family(name: str, *, post_norm: bool = False, unit_gamma: bool = False) -> Callable[[BranchesOf], BranchesOf]:
-    """Register a function from geometry to branches, with its docstring as the text."""
+    """Register a function from geometry to branches; its docstring is the text in lists."""
 
     def enter(branches: BranchesOf) -> BranchesOf:
         text = " ".join((branches.__doc__ or "").split())

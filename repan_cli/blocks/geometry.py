@@ -1,4 +1,4 @@
-"""The shape that all branches of a block share, and the part of the input that a smaller kernel sees."""
+"""Describe the shape that all branches of a block share, and the part of the input that a smaller kernel reads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Geometry:
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Geometry:
-        """Return the geometry of a convolution. Raises ValueError where its padding has no symmetric numbers."""
+        """Return the geometry of a convolution. Raises ValueError if its padding is not numeric and symmetric."""
         return cls(
             conv.in_channels,
             conv.out_channels,
@@ -42,7 +42,7 @@ class Geometry:
 
     @property
     def keeps_shape(self) -> bool:
-        """Return whether the identity is a branch of this block: as many channels out as in, stride 1."""
+        """Return whether the identity can be a branch of this block: equal numbers of channels, and stride 1."""
         return self.in_channels == self.out_channels and self.stride == (1, 1)
 
     @property
@@ -51,15 +51,15 @@ class Geometry:
         return self.groups == self.in_channels > 1
 
     def center(self, kernel_size: Size) -> Size:
-        """Return the offset at which a small kernel lies in the middle of the trunk's, tap (k - 1) // 2."""
+        """Return the offset of a small kernel in the middle of the trunk's: the tap (k - 1) // 2."""
         return size_of(
             (outer - 1) // 2 - (inner - 1) // 2 for outer, inner in zip(self.kernel_size, kernel_size, strict=True)
         )
 
     def offset_of(self, padding: Size) -> Size:
-        """Return where the first tap of a small kernel with its own `padding` p' lies in the trunk's: (p - p') / d.
+        """Return the offset in the trunk's kernel of a small kernel with its own `padding` p': (p - p') / d.
 
-        Raises ValueError where that is no tap of the trunk's.
+        Raises ValueError if that is not a tap of the trunk's kernel.
         """
         rows = [divmod(p - own, d) for p, own, d in zip(self.padding, padding, self.dilation, strict=True)]
         if any(rest or tap < 0 for tap, rest in rows):
@@ -75,7 +75,7 @@ class Geometry:
 
 
 def _numeric_padding(conv: nn.Conv2d) -> Size:
-    """Return a convolution's padding in pixels. Raises ValueError where it is not the same on both sides."""
+    """Return a convolution's padding in pixels. Raises ValueError if its two sides differ."""
     if not isinstance(conv.padding, str):
         return size_of(conv.padding)
     if conv.padding == "valid":
@@ -91,11 +91,10 @@ def _outputs(size: int, padding: int, dilation: int, kernel: int, stride: int) -
 
 
 class Window(nn.Module):
-    """Cut out the part of the trunk's *padded* input that a small kernel sees when its first tap lies on the tap
-    `offset`.
+    """Cut out the part of the trunk's *padded* input that a small kernel reads, with its first tap on the tap `offset`.
 
-    In every dimension the slice `[o * d : o * d + (H_out - 1) * s + d * (k - 1) + 1]`, so that a convolution without
-    padding on it gives exactly the block's output size, for any kernel size, stride, dilation and padding.
+    In every dimension it is the slice `[o * d : o * d + (H_out - 1) * s + d * (k - 1) + 1]`. A convolution without
+    padding then gives exactly the block's output size, for any kernel size, stride, dilation and padding.
     """
 
     def __init__(self, geometry: Geometry, kernel_size: Size, offset: Size) -> None:
@@ -123,8 +122,8 @@ class Window(nn.Module):
 def window_at(geometry: Geometry, kernel_size: Size, offset: Size) -> tuple[nn.Module, Size]:
     """Return how a small kernel at `offset` reads its input: a window, and the padding that the convolution adds.
 
-    A kernel in the middle of the trunk's needs no window: the convolution's own padding p - o * d says the same,
-    cheaper.
+    A kernel in the middle of the trunk's needs no window: the convolution's own padding p - o * d does the same at less
+    cost.
     """
     padding = size_of(p - o * d for p, o, d in zip(geometry.padding, offset, geometry.dilation, strict=True))
     middle = all(2 * o + k == size for o, k, size in zip(offset, kernel_size, geometry.kernel_size, strict=True))
@@ -134,6 +133,6 @@ def window_at(geometry: Geometry, kernel_size: Size, offset: Size) -> tuple[nn.M
 
 
 def middle_window(geometry: Geometry) -> nn.Module:
-    """Return the input of the middle tap of the trunk's kernel: that of an identity branch."""
+    """Return the input of the middle tap of the trunk's kernel, which is the input of an identity branch."""
     window, padding = window_at(geometry, (1, 1), geometry.center((1, 1)))
     return window if padding == (0, 0) else Window(geometry, (1, 1), geometry.center((1, 1)))

@@ -1,7 +1,7 @@
-"""The algebra of merging: pure functions on equivalent kernels, in float64 on the CPU.
+"""Define the algebra of merging: pure functions on equivalent kernels, in float64 on the CPU.
 
-A kernel is a pair (K, b): K of shape (C_out, C_in / groups, kh, kw) and b of shape (C_out,), standing for the
-convolution `y = conv(x; K) + b` with the geometry (stride, padding, dilation, groups) of the block it belongs to.
+A kernel is a pair (K, b) that stands for the convolution `y = conv(x; K) + b`. K has shape (C_out, C_in / groups, kh,
+kw), b has shape (C_out,). Stride, padding, dilation and groups are those of the block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 Kernel = tuple[Tensor, Tensor]
 Size = tuple[int, int]
 BatchNorm = nn.modules.batchnorm._BatchNorm
-"""The base of all of PyTorch's, SyncBatchNorm included."""
+"""The base class of all of PyTorch's BN layers, SyncBatchNorm included."""
 
 
 def size_of(numbers: Iterable[int]) -> Size:
@@ -24,14 +24,17 @@ def size_of(numbers: Iterable[int]) -> Size:
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """Return a detached float64 copy on the CPU, where merging happens: rounding is visible, MPS has no float64."""
+    """Return a detached float64 copy on the CPU, where merging happens.
+
+    Float64 tells errors from rounding, and MPS does not have it.
+    """
     return tensor.detach().cpu().to(torch.float64, copy=True)
 
 
 def running_stats(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return a BN's buffers of running mean and variance, (C,).
+    """Return a BN's running mean and variance, (C,).
 
-    Raises ValueError for a BN that keeps none: in eval mode it is no fixed function.
+    Raises ValueError for a BN that keeps none, because it is not a fixed function in eval mode.
     """
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a BN without running statistics (track_running_stats=False) cannot be merged")
@@ -41,8 +44,8 @@ def running_stats(norm: BatchNorm) -> tuple[Tensor, Tensor]:
 def norm_affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Write a BN in eval mode as `y = scale * x + shift`; both of shape (C,).
 
-    scale = gamma / sigma, shift = beta - mean * gamma / sigma, sigma = sqrt(var + eps); a BN without affine
-    parameters has gamma 1 and beta 0. Raises ValueError for a BN that keeps no running statistics.
+    scale = gamma / sigma, shift = beta - mean * gamma / sigma, sigma = sqrt(var + eps). Without affine parameters,
+    gamma is 1 and beta is 0. Raises ValueError for a BN that keeps no running statistics.
     """
     mean, var = running_stats(norm)
     scale = 1 / torch.sqrt(exact(var) + norm.eps)
@@ -69,7 +72,9 @@ def conv_kernel(conv: nn.Conv2d) -> Kernel:
 
 
 def embed(kernel: Kernel, size: Size, offset: Size) -> Kernel:
-    """Write a smaller kernel into zeros of `size` (kh, kw), its first tap at `offset` (row, column)."""
+    """Write a smaller kernel into a kernel of zeros of `size` (kh, kw), with its first tap at `offset` (row,
+    column).
+    """
     weight, bias = kernel
     if weight.shape[2:] == size:
         return kernel
@@ -80,10 +85,10 @@ def embed(kernel: Kernel, size: Size, offset: Size) -> Kernel:
 
 
 def compose(first: Kernel, second: Kernel, groups: int) -> Kernel:
-    """Return the kernel of a 1x1 convolution `first` followed by a convolution `second`, both of `groups` groups.
+    """Return the kernel of a 1x1 convolution `first` followed by a convolution `second`, both with `groups` groups.
 
-    K[o, i] = sum_m K2[o, m] K1[m, i] within a group, b = b2 + sum K2 b1 (DBB, Ding et al. 2021, transform III). Exact
-    where the second reads its borders from a map that holds b1 there, which is what the first makes of zeros.
+    K[o, i] = sum_m K2[o, m] K1[m, i] within a group, b = b2 + sum K2 b1 (DBB, Ding et al. 2021, transform III). It is
+    exact if the borders of the map between them hold b1, which is what the first convolution makes of zeros.
     """
     (inner, inner_bias), (outer, outer_bias) = first, second
     inner = inner.flatten(1).unflatten(0, (groups, -1))
@@ -94,7 +99,7 @@ def compose(first: Kernel, second: Kernel, groups: int) -> Kernel:
 
 
 def averaged(kernel: Kernel, size: Size) -> Kernel:
-    """Return the kernel of a 1x1 convolution followed by the average over windows of `size` (DBB, transform V)."""
+    """Return the kernel of a 1x1 convolution followed by an average over windows of `size` (DBB, transform V)."""
     weight, bias = kernel
     return (weight / (size[0] * size[1])).expand(-1, -1, *size), bias
 

@@ -16,10 +16,12 @@ from repan_cli.blocks.kernel import BatchNorm, Kernel, fold_norm, size_of
 class RepBlock(nn.Module):
     """`post_norm(trunk(x) + attach_rate * sum(branch(x) for branch in branches))`; the non-linearity stays outside.
 
-    `attach_rate` is a 0-d buffer: part of the function, saved with the weights, folded in by merging, and set in place,
-    so that compiled and captured graphs see it change. A freshly built block has 1. `post_norm` is a BN after the sum,
-    in the families that have one (QARepVGG, Chu et al. 2022). `fully_attached` says that the rate is known to be 1, so
-    that `forward` leaves it out: three operations fewer forward and back, and the same bits. See `known_attached`.
+    `attach_rate` is a 0-d buffer, 1 in a fresh block. It is part of the function: it is saved with the weights and
+    folded in by merging. It is set in place, so that compiled and captured graphs see it change.
+
+    `post_norm` is a BN after the sum, in families that have one (QARepVGG, Chu et al. 2022). `fully_attached` is true
+    if the rate is known to be 1; `forward` then leaves it out, which saves three operations forward and backward and
+    gives the same bits. See `known_attached`.
     """
 
     attach_rate: Tensor
@@ -51,7 +53,7 @@ class RepBlock(nn.Module):
         return self.post_norm(y)
 
     def sum_kernel(self) -> Kernel:
-        """Return the one convolution that the sum of the branches equals in eval mode, before `post_norm`."""
+        """Return the convolution that equals the sum of the branches in eval mode, before `post_norm`."""
         weight, bias = self.trunk.equivalent_kernel()
         rate = self.attach_rate.item()
         for branch in self.sides:
@@ -62,7 +64,7 @@ class RepBlock(nn.Module):
         return weight, bias
 
     def equivalent_kernel(self) -> Kernel:
-        """Return the one convolution that the block equals in eval mode: float64, CPU, attach rate folded in."""
+        """Return the convolution that equals the block in eval mode: float64, CPU, attach rate folded in."""
         kernel = self.sum_kernel()
         return kernel if isinstance(self.post_norm, nn.Identity) else fold_norm(kernel, self.post_norm)
 
@@ -71,12 +73,12 @@ class RepBlock(nn.Module):
         return self.merged(self.equivalent_kernel())
 
     def collapse(self) -> None:
-        """Put the sum's one convolution, with a bias, in the trunk's place and drop the branches."""
+        """Replace the trunk by a convolution, with a bias, that equals the sum, and drop the branches."""
         self.trunk = ConvBN(self.merged(self.sum_kernel()), None, canvas=self.trunk.canvas)
         self.branches = nn.ModuleList()
 
     def without_branches(self, kernel: Kernel) -> Kernel:
-        """Return the kernel of the whole sum minus the branches' contribution: the kernel of the trunk."""
+        """Return the kernel of the whole sum minus the branches' contribution, which is the trunk's part."""
         weight, bias = kernel
         rate = self.attach_rate.item()
         for side_weight, side_bias in (branch.equivalent_kernel() for branch in self.sides):
@@ -128,7 +130,7 @@ def set_attach_rate(model: nn.Module, rate: float, *, only: Collection[str] | No
 
 @contextlib.contextmanager
 def known_attached(blocks: Sequence[RepBlock], known: bool = True) -> Iterator[None]:
-    """Let blocks skip their attach rates within the context; `known` says that all of them are 1."""
+    """Let blocks skip their attach rates within the context, if `known` says that all of them are 1."""
     for block in (told := blocks if known else ()):
         block.fully_attached = True
     try:
@@ -150,7 +152,7 @@ def reinit_branches(
 ) -> None:
     """Reset the side branches in place.
 
-    They begin at attach rate 0 (`attach="ramp"`), at rate 1 with a zero last gamma (`zero-gamma`), or at rate 1
+    They start at attach rate 0 (`attach="ramp"`), at rate 1 with a zero last gamma (`zero-gamma`), or at rate 1
     (`one`).
     """
     for branch in block.sides:

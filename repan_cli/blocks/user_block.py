@@ -1,4 +1,5 @@
-"""User-defined block families: a function that returns branches, registered by name or given as `file.py:function`.
+"""Register user-defined block families: functions that return branches, registered by name or given as
+`file.py:function`.
 
 A family is checked when it is registered, see `block_check`. A file is imported only if the user names it
 (`use_block`), never because a checkpoint does.
@@ -15,22 +16,22 @@ UNNAMED = "a block family of a user's own"
 
 
 def is_own(name: str | None) -> bool:
-    """Return whether a name is that of a user-defined block family, registered or not."""
+    """Return whether a name belongs to a user-defined block family, registered or not."""
     return name is not None and name != NATIVE and name not in SHIPPED
 
 
 def register_block(name: str, build: BranchesOf) -> None:
     """Register a block family of your own, so that its name works wherever a family is named.
 
-    The same name may be registered again, for example in a notebook; existing networks keep their branches.
+    The same name may be registered again, for example in a notebook. Existing networks keep their branches.
 
     Args:
-        name: name of the family; the names of this package's families are taken.
-        build: takes the `Geometry` of a block's trunk and returns a list of fresh side branches, see
+        name: the name of the family. The names of built-in families are taken.
+        build: a function of the `Geometry` of a block's trunk that returns a list of fresh side branches; see
             `blocks.branches.Branch`. It may raise ValueError, with the reason, for a geometry that it does not support.
 
-    Raises InputError if the branches do not merge exactly, for any kernel, stride, padding, dilation, number of groups
-    or channels, or if they lack a method that training needs.
+    Raises InputError if the branches do not merge exactly for every geometry, or if they lack a method that training
+    needs.
     """
     if not isinstance(name, str) or not name.strip():
         raise InputError(f"register_block needs a name for the family, got {name!r}")
@@ -43,7 +44,7 @@ def register_block(name: str, build: BranchesOf) -> None:
 
 
 def use_block(name: str | None) -> str | None:
-    """Return the name of a family that a user gave; a name of the form `file.py:function` is imported and registered.
+    """Return the name of the family that a user gave; a name of the form `file.py:function` is imported and registered.
 
     Raises InputError, in one line, if the file has no such function, or if the branches do not merge exactly.
     """

@@ -1,14 +1,15 @@
-"""The archives of PyTorch's files, `.pt` and `.pt2`: parsed once, strictly, and written anew for PyTorch.
+"""Read PyTorch's zip archives, `.pt` and `.pt2`: parse them once, strictly, and write them anew for PyTorch.
 
-Two readers of one zip file may see two files: one looks for the directory at its recorded offset, the other in front of
-the end record; one reads the sizes of the directory, the other those of an entry's own header. What was checked through
-one reader says nothing of what the other finds. So an archive is parsed here, once, and accepted only in the form that
-has one meaning: entries that are stored, not compressed, one behind the other without a gap from the first byte on,
-the directory behind them, the end record behind that, and nothing else but the checksum of repan's as a comment.
-PyTorch gets a new archive, made of the entries that were found, and never the bytes of the file.
+Two readers of one zip file may see two different files. One finds the directory by its recorded offset, another by its
+place in front of the end record. One takes sizes from the directory, another from the header of each entry. What was
+checked through one reader therefore says nothing about another.
 
-Archives above 4 GiB have 64-bit fields as PyTorch and zipfile write them: wherever the 32-bit field says 0xFFFFFFFF,
-and nowhere else.
+So an archive is parsed once, here, and accepted only in the one form that every reader understands alike. Entries are
+stored without compression, one after the other, without gaps, from the first byte on. The directory and the end record
+follow. The only comment allowed is repan's checksum. PyTorch never sees the bytes of the file: it gets a new archive,
+written from the entries that were found here.
+
+Archives above 4 GiB have 64-bit fields as PyTorch and zipfile write them: where the 32-bit field is 0xFFFFFFFF.
 """
 
 from __future__ import annotations
@@ -27,33 +28,33 @@ LOCAL = struct.Struct("<4s5H3I2H")
 CENTRAL = struct.Struct("<4s6H3I5H2I")
 END, END64, LOCATOR = struct.Struct("<4s4H2IH"), struct.Struct("<4sQ2H2I4Q"), struct.Struct("<4sIQI")
 DESCRIPTORS = {False: struct.Struct("<4s3I"), True: struct.Struct("<4sI2Q")}
-"""The sizes behind an entry whose header came before they were known, with 32 bits and with 64."""
+"""The sizes that follow an entry whose header was written before they were known, with 32 and with 64 bits."""
 
 FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF
 SIZES_FOLLOW, UTF8 = 0x8, 0x800
 """The two flags that an entry may have."""
 
 FOLDER = 0x10
-"""The attribute of DOS that marks a folder."""
+"""The DOS attribute that marks a folder."""
 
 WIDE, PADDING, TIMES, OWNERS = 0x0001, 0x4246, 0x5455, 0x7875
-"""The extra fields that an entry may have: 64-bit sizes, PyTorch's alignment, and what the program zip adds."""
+"""The extra fields that an entry may have: 64-bit sizes, PyTorch's alignment, and those that the program zip adds."""
 
 COMMENT = re.compile(rb"repan sha256 [0-9a-f]{64}")
 COMMENT_BYTES = 77
 MOST_DIRECTORY = 2**22
-"""Bytes of a directory, enough for 50,000 tensors; a longer one may take an eighth of its file."""
+"""The largest directory in bytes, enough for 50,000 tensors; a larger one may take up to an eighth of its file."""
 
 ROOT = "archive"
 """The folder of all entries in a rewritten archive."""
 
 
 class _Malformed(Exception):
-    """A fault of an archive; its text completes a sentence that begins with the file's name."""
+    """A fault in an archive. Its text completes a sentence that begins with the file's name."""
 
 
 class Entry(NamedTuple):
-    """The place of an entry's bytes in the file, and their CRC-32 (0 where the writer left it out)."""
+    """The position of an entry's bytes in the file, and their CRC-32 (0 if the writer left it out)."""
 
     start: int
     size: int
@@ -72,17 +73,17 @@ class _Listed(NamedTuple):
 
 
 class Archive:
-    """The entries of an archive by name, without the folder that PyTorch puts all of them into."""
+    """The entries of an archive by name, without the folder in which PyTorch puts them all."""
 
     def __init__(self, file: IO[bytes], label: object, fix: str) -> None:
         """Parse an open file.
 
         Args:
-            file: The archive, seekable; it is read again when the entries are.
-            label: The file's name, for messages.
-            fix: What to do about a file that is refused, the end of the message.
+            file: the archive, seekable. It stays open: entries are read from it later.
+            label: the file's name, for messages.
+            fix: the end of a message that refuses the file: what to do about it.
 
-        Raises InputError where the file is no archive, or one that two readers could understand differently.
+        Raises InputError if the file is not an archive, or if two readers could understand it differently.
         """
         self._file, self._label, self._fix = file, label, fix
         self._held: dict[str, bytes] = {}
@@ -94,7 +95,7 @@ class Archive:
             raise InputError(f"{label} is damaged, or not a PyTorch archive; use another copy") from None
 
     def refuse_unless(self, allowed: re.Pattern[str], kind: str) -> None:
-        """Raise InputError, naming the first one, if the archive has entries that a file of this kind does not have."""
+        """Raise InputError if the archive has an entry that a file of this kind does not have; name the first one."""
         for name in self.entries:
             if not allowed.fullmatch(name):
                 raise InputError(
@@ -102,7 +103,7 @@ class Archive:
                 )
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of an entry, which are kept: what was checked is what PyTorch gets."""
+        """Return the bytes of an entry, and keep them: PyTorch gets exactly the bytes that were checked."""
         if name not in self._held:
             entry = self.entries[name]
             content = _bytes_at(self._file, entry.start, entry.size)
@@ -112,20 +113,20 @@ class Archive:
         return self._held[name]
 
     def empty(self, name: str) -> None:
-        """Leave an entry without bytes in the new archive."""
+        """Replace an entry by an empty one in the new archive."""
         self.entries[name], self._held[name] = Entry(0, 0, 0), b""
 
     def rewritten(self, from_file: re.Pattern[str]) -> IO[bytes]:
         """Return a new archive of the same entries, as a file to read from.
 
-        The entries whose name matches `from_file`, those of tensors, are read from the file when they are asked for;
-        all others are held in memory.
+        Entries whose name matches `from_file` (tensors) are read from the file on demand. All others are held in
+        memory.
         """
         return io.BufferedReader(_Joined(self._file, list(_pieces(self, from_file))))
 
 
 def printable(text: str) -> str:
-    """Return the start of a text from a file, without control characters that a terminal would obey."""
+    """Return the start of a text from a file, with `?` for control characters that a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:60])
 
 
@@ -180,7 +181,7 @@ def _directory_of(file: IO[bytes], total: int) -> tuple[int, int, int]:
 
 
 def _end_record(file: IO[bytes], total: int) -> int:
-    """Find the end record: at the end of the file, before nothing but repan's checksum."""
+    """Find the end record: at the end of the file, followed by nothing but repan's checksum."""
     for comment in (0, COMMENT_BYTES):
         place = total - comment - END.size
         if place < 0:
@@ -195,7 +196,7 @@ def _end_record(file: IO[bytes], total: int) -> int:
 
 
 def _wide_end(file: IO[bytes], place: int) -> tuple[tuple[int, ...], int]:
-    """Return the fields of the 64-bit end record, in the order of the ordinary one, and its position."""
+    """Return the fields of the 64-bit end record in the order of the ordinary one, and its position."""
     _, disk, offset, disks = LOCATOR.unpack(_bytes_at(file, place, LOCATOR.size))
     _require(offset == place - END64.size and (disk, disks) == (0, 1), "has a misplaced 64-bit end record")
     mark, size, _, _, disk, first_disk, here, count, length, start = END64.unpack(_bytes_at(file, offset, END64.size))
@@ -211,7 +212,7 @@ def _listed(directory: bytes, count: int) -> Iterator[_Listed]:
         )
         _require(mark == b"PK\1\2", "has a directory that is damaged")
         _require(method == 0 and packed == size, "has compressed entries, which could fill the memory")
-        _require(not kind & FOLDER, "has entries that are marked as folders")  # of which PyTorch reads nothing
+        _require(not kind & FOLDER, "has entries that are marked as folders")  # PyTorch does not read the rest
         _require(flags & ~(SIZES_FOLLOW | UTF8) == 0, "has entries that are encrypted or patched")
         place += CENTRAL.size
         name, extra, comment = (directory[place : (place := place + length)] for length in lengths)
@@ -222,7 +223,7 @@ def _listed(directory: bytes, count: int) -> Iterator[_Listed]:
 
 
 def _widened(extra: dict[int, bytes], size: int, offset: int) -> tuple[int, int, bool]:
-    """Return an entry's size, its offset, and whether they are from a 64-bit field."""
+    """Return an entry's size, its offset, and whether they come from a 64-bit field."""
     expected = 16 * (size == FULL32) + 8 * (offset == FULL32)
     _require(len(extra.get(WIDE, b"")) == expected and (WIDE in extra) == bool(expected), WRONG_WIDE)
     values = [value for (value,) in struct.iter_unpack("<Q", extra.get(WIDE, b""))]
@@ -239,7 +240,7 @@ WRONG_WIDE = "has 64-bit sizes that disagree with its 32-bit ones"
 
 
 def _fields(extra: bytes) -> dict[int, bytes]:
-    """Return the extra fields of a header by their number."""
+    """Return the extra fields of a header by their numbers."""
     found: dict[int, bytes] = {}
     place = 0
     while place < len(extra):
@@ -256,7 +257,7 @@ DISAGREE = "has an entry whose own header disagrees with the directory"
 
 
 def _located(file: IO[bytes], listed: _Listed, end: int) -> tuple[Entry, int]:
-    """Find an entry's bytes, and where the next entry begins."""
+    """Return the entry with the position of its bytes, and the position of the next entry."""
     header = LOCAL.unpack(_bytes_at(file, listed.offset, LOCAL.size))
     mark, _, flags, method, _, _, *sums, name_bytes, extra_bytes = header
     names = _bytes_at(file, listed.offset + LOCAL.size, name_bytes + extra_bytes)
@@ -277,7 +278,7 @@ def _located(file: IO[bytes], listed: _Listed, end: int) -> tuple[Entry, int]:
 
 
 def _check_local_extra(extra: dict[int, bytes], listed: _Listed) -> None:
-    """Raise _Malformed unless the 64-bit field says nothing but the size and offset (0 where not yet known)."""
+    """Raise _Malformed unless the 64-bit field repeats the size and offset (or 0, if they were not known yet)."""
     wide = extra.get(WIDE, b"")
     _require(len(wide) % 8 == 0 and (listed.is_wide or WIDE not in extra), WRONG_WIDE)
     values = {value for (value,) in struct.iter_unpack("<Q", wide)}
@@ -286,11 +287,11 @@ def _check_local_extra(extra: dict[int, bytes], listed: _Listed) -> None:
 
 
 def _by_name(found: list[tuple[_Listed, Entry]]) -> dict[str, Entry]:
-    """Return the entries by their name in the one folder that contains them all."""
+    """Return the entries by name, without the one folder that contains them all."""
     names = [listed.name.decode("utf-8" if listed.flags & UTF8 else "ascii").partition("/") for listed, _ in found]
     _require(bool(names), "holds nothing")
     _require(len({root for root, _, _ in names}) == 1, "has entries outside its folder")
-    # PyTorch's reader finds a name in whatever case
+    # PyTorch's reader ignores the case of names
     _require(len({name.lower() for _, _, name in names}) == len(names), "has two entries of one name")
     return {name: entry for (_, _, name), (_, entry) in zip(names, found, strict=True)}
 
@@ -339,7 +340,7 @@ def _closing(directory: bytes, count: int, place: int) -> bytes:
 
 
 class _Joined(io.RawIOBase):
-    """Reads a sequence of bytes and ranges of a file as if it were one file."""
+    """Read a sequence of bytes and ranges of a file as if they were one file."""
 
     def __init__(self, file: IO[bytes], pieces: list[Piece]) -> None:
         self._file, self._pieces, self._place = file, pieces, 0
@@ -365,13 +366,13 @@ class _Joined(io.RawIOBase):
         view, done = memoryview(buffer).cast("B"), 0
         while done < len(view) and self._place < self._size:
             count = self._fill(view[done:])
-            if not count:  # the file has become shorter
+            if not count:  # the file became shorter
                 break
             done, self._place = done + count, self._place + count
         return done
 
     def _fill(self, view: memoryview) -> int:
-        """Copy from the piece at the current place, at most to its end; return how many bytes."""
+        """Copy from the current piece, at most to its end; return the number of bytes."""
         number = bisect.bisect_right(self._starts, self._place) - 1
         piece, within = self._pieces[number], self._place - self._starts[number]
         if isinstance(piece, bytes):

@@ -1,9 +1,10 @@
-"""The description of a network in a file (`meta`): its one reader and writer, in every format.
+"""Describe a network in a file (`meta`): the only reader and writer of the description, for every format.
 
-Beside it, `format.CONTENT` names the other parts of a checkpoint, and `reading.RECORDS` the entries of an archive.
+Beside the description, `format.CONTENT` names the other parts of a checkpoint, and `reading.RECORDS` the entries of an
+archive.
 
-The description is a closed schema: known keys of known types. A file is a stranger's, so nothing else is accepted, and
-what is accepted only ever names things that this package knows how to build.
+The description is a closed schema: known keys with values of known types. A file may come from anybody, so everything
+else is refused, and an accepted description can name only things that this package knows how to build.
 """
 
 from __future__ import annotations
@@ -25,13 +26,19 @@ CHANGE_KINDS = ("adapt", "expand", "grow", "merge")
 
 
 class Change(NamedTuple):
-    """One place of a network that becomes a block; in a checkpoint a list of texts.
+    """One place in a network that becomes a block. In a checkpoint it is a list of strings.
 
-    `adapt` makes blocks of timm's own multi-branch module `name`; `expand` one of the convolution `name` and the BN
-    `norm`, if it has one (else it gets a bias, if it has none); `grow` gives the block `name`, which has no side
-    branch, those of a family; `copies` is the number of branches, for families that allow a choice. `merge` puts one
-    convolution, `norm` by its name in there, in the place of a sum of branches that the module `name` adds itself.
-    `family` is None for `adapt` and `merge`.
+    `adapt` makes blocks of timm's own multi-branch module. `expand` makes a block of a convolution and the BN behind
+    it; a convolution without BN gets a bias if it has none. `grow` adds side branches to a block that has none. `merge`
+    puts one convolution into a module that computes a sum of branches itself, in place of that sum.
+
+    Attributes:
+        kind: one of `CHANGE_KINDS`.
+        name: the name of the module or convolution in the network.
+        norm: for `expand` the name of the BN, if there is one; for `merge` the name of the new convolution in the
+            module.
+        family: the block family for `expand` and `grow`, else None.
+        copies: the number of branches, for families that allow a choice.
     """
 
     kind: str
@@ -43,10 +50,12 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Structure:
-    """The record of how a network was built: see `models.changes`.
+    """The record of how a network was built; see `models.changes`.
 
-    `changes` made its blocks, `left` tells why other convolutions are none, and `native` holds the `block` family and
-    `branches` that a network built of blocks was created with.
+    Attributes:
+        changes: the changes that made its blocks.
+        left: the reason why each other convolution is not a block, by name.
+        native: the `block` family and the `branches` of a network that was created with blocks.
     """
 
     changes: tuple[Change, ...] = ()
@@ -66,10 +75,10 @@ class Structure:
 
 @dataclass(frozen=True)
 class RunState:
-    """The state that a run resumes from, beside tensors; only in its last.pt.
+    """The state that a run resumes from, besides tensors; only in `last.pt`.
 
-    `progress` is the position with the plain memory of optimizer and scaler, `begun` what the recorder had noted.
-    `finished` tells that the run began with trained weights, so that it has no baseline.
+    `progress` holds the position, and the plain values of optimizer and scaler. `begun` holds what the recorder had
+    noted. `finished` is true if the run began with trained weights, so that it has no baseline.
     """
 
     progress: Mapping[str, Any]
@@ -79,15 +88,17 @@ class RunState:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Everything that a file says of its network.
+    """Everything that a file says about its network. A fact that the file does not give is None.
 
-    `model` is the full name, as `models.resolve` gives it, `block` the family of its blocks, `form` one of `FORMS`.
-    `mean` and `std` are those of each channel, of images in [0, 1]; with `normalizes` the network itself applies them.
-    `crop_share` is the part of the side of a resized image that is kept, by `crop_mode` and `interpolation`, where they
-    are not the usual ones. `config` holds the run's settings under the names of the version that wrote them; to read a
-    setting use `settings`. `metrics` are the run's figures at this point, `teachers` the digests of its teachers,
-    `surroundings` what the last bits may depend on, and `float16` what a file in that precision lost. The digests tell
-    which images were held out, and how all images are labelled. A field that a file does not have is None.
+    `model` is the full name, as `models.resolve` returns it. `block` is the family of its blocks, `form` one of
+    `FORMS`. `mean` and `std` have one value per channel, for images in [0, 1]; if `normalizes` is true, the network
+    applies them itself. `crop_share` is the part of a resized image's side that is kept. It is given, with `crop_mode`
+    and `interpolation`, only if it differs from the usual one.
+
+    `config` holds the run's settings under the names of the version that wrote them; use `settings` to read one.
+    `metrics` holds the run's figures at this point, `teachers` the digests of its teachers. `surroundings` lists what
+    the last bits may depend on, `float16` what the conversion to that precision lost. `split_digest` identifies the
+    images that were held out, and `labels_digest` the labels of all images.
     """
 
     model: str
@@ -260,4 +271,4 @@ FITS: dict[str, Fits] = {
     "begun": lambda value: _mapping(value) and {"summary", "start", "epoch", "seconds"} <= value.keys(),
     "finished": lambda value: isinstance(value, bool),
 }
-"""Every key that a description may have, and whether a value is of its kind."""
+"""Every key that a description may have, with a check of its value's type."""

@@ -1,4 +1,4 @@
-"""Weight files as trainers write them, and the place of the weights in them."""
+"""Find the weights in files that other trainers wrote."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of names that data-parallel wrappers and torch.compile add."""
 
 DEEPEST = 5
-"""Levels of keys under which weights are looked for; a wrapper may hold itself."""
+"""The number of nested levels in which weights are searched; a wrapper may contain itself."""
 
 COUNTERS = ("num_batches_tracked", "n_averaged")
 
 
 class _Network(NamedTuple):
-    """Tensors by name, and the keys of the file that they are under, joined by dots."""
+    """Tensors by name, and the path of keys in the file that leads to them, joined by dots."""
 
     key: str
     weights: dict[str, Tensor]
@@ -48,10 +48,10 @@ class _Network(NamedTuple):
 
 
 def foreign_weights(content: Any, path: Path, key: str | None) -> dict[str, Tensor]:
-    """Return the weights in a file of others, by name.
+    """Return the weights, by name, from the content of another program's file.
 
-    Of several networks of one size the running average is taken, as timm does, and the choice is said; `key` chooses
-    another, by the keys of the file or by what the names begin with. Raises InputError where there are none.
+    If there are several networks of one size, the running average is taken, as timm does, and a message says so. `key`
+    chooses another network, by the keys of the file or by the prefix of its names. Raises InputError if there is none.
     """
     found = [*_networks(content, "", 0)]
     if not found:
@@ -65,7 +65,7 @@ def foreign_weights(content: Any, path: Path, key: str | None) -> dict[str, Tens
 
 
 def _networks(content: Any, key: str, depth: int) -> Iterator[_Network]:
-    """Yield the tensors by name under every key of a file, the outer ones first."""
+    """Yield the tensors by name under every key of a file, outer keys first."""
     if not isinstance(content, Mapping) or depth > DEEPEST:
         return
     weights = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
@@ -114,7 +114,7 @@ def _fronts(weights: Mapping[str, Tensor]) -> list[str]:
 def are_plain(tensors: Iterable[tuple[Any, Any]], path: Path, *, times: int = 1) -> bool:
     """Return whether all values are dense tensors by name, in total at most `times` the size of the file.
 
-    One larger than its file is a view that would fill the memory, and so are many of the same storage.
+    A tensor larger than its file is a view that would fill the memory when copied. So are many views of one storage.
     """
     largest = path.stat().st_size
     total = 0
@@ -130,4 +130,4 @@ def are_plain(tensors: Iterable[tuple[Any, Any]], path: Path, *, times: int = 1)
 
 
 TIED = 4
-"""Limit of the bytes of all tensors, as a multiple of a foreign file's size. Layers may share tensors."""
+"""The limit on the bytes of all tensors, as a multiple of a foreign file's size. Layers may share tensors."""

@@ -1,9 +1,10 @@
-"""Checkpoints: tensors and plain types only, written atomically, verified by a digest, never unpickled.
+"""Define checkpoints: tensors and plain types only, written atomically, verified by a digest, never unpickled.
 
-A checkpoint is weights by name and a `ModelCard` that is enough to rebuild the network. As `.pt` it is a dictionary
-that `torch.load(weights_only=True)` reads, as `.safetensors` the description travels in the header. Both carry a
-SHA-256 over names, dtypes, shapes, bytes and description, and one over the file itself, and are refused when either
-does not match.
+A checkpoint is weights by name, and a `ModelCard` that is enough to rebuild the network. A `.pt` file is a dictionary
+that `torch.load(weights_only=True)` reads. A `.safetensors` file has the description in its header.
+
+Both carry two SHA-256: one over names, dtypes, shapes, bytes and description, and one over the file itself. A file is
+refused if either does not match.
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ FORMAT = 1
 CONTENT = {"version": int, "digest": str, "meta": dict, "weights": dict, "state": dict}
 
 CHECKSUM, DIGITS = b"repan sha256 ", 64
-"""The mark before the SHA-256 of all other bytes of a file, and the number of digits after it. Both are the comment at
+"""The mark in front of the SHA-256 of all other bytes of a file, and the number of its digits. Both are the comment at
 the end of a `.pt` or `.pt2` archive, the last metadata entry of an `.onnx` file, and the first value in the header of a
-`.safetensors` file."""
+`.safetensors` file.
+"""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights by name, on the CPU, and what is known of the network.
+    """Weights by name, on the CPU, and the description of their network.
 
-    `state`: what else a run needs to go on, by name; only in its last.pt.
+    `state` holds, by name, the other tensors from which a run resumes; only in its `last.pt`.
     """
 
     weights: dict[str, Tensor]
@@ -63,9 +65,10 @@ def digest_of(
 def has_digest(
     digest: str, weights: Mapping[str, Tensor], meta: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> bool:
-    """Return whether a file's content has this digest, in today's form or in that of version 0.1.
+    """Return whether a file's content has this digest, in the present form or in that of version 0.1.
 
-    They differ where a description holds numbers that are not finite, such as the best of a run without validation.
+    The two forms differ if a description holds numbers that are not finite, such as the best score of a run without
+    validation.
     """
     texts = dict.fromkeys((to_json(meta, sort_keys=True), json.JSONEncoder(sort_keys=True).encode(meta)))
     return any(digest == _digest(weights, text, state) for text in texts)
@@ -82,7 +85,7 @@ def _digest(weights: Mapping[str, Tensor], described: str, state: Mapping[str, T
 
 
 def capture(model: nn.Module, card: ModelCard) -> Checkpoint:
-    """Return the checkpoint of a network: its weights copied to the CPU."""
+    """Return the checkpoint of a network, with its weights copied to the CPU."""
     return Checkpoint(weights_of(model), card)
 
 
@@ -94,8 +97,8 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def capture_fused(model: nn.Module, origin: Checkpoint, changes: Iterable[Change]) -> Checkpoint:
     """Return the checkpoint of a network that was merged from `origin`, which its description names by digest.
 
-    `changes` are those that make the merged network's blocks of the plain one. Merged networks are for others too, so
-    that they do not tell the folders of their author.
+    `changes` are the changes that turn the plain network into the merged one. Merged networks are made to be shared, so
+    the names of their author's folders are left out.
     """
     structure = replace(origin.card.structure, changes=tuple(Change(*change) for change in changes))
     card = replace(origin.card, structure=structure, form=FUSED, fused_from=origin.digest(), run=None)
@@ -103,18 +106,18 @@ def capture_fused(model: nn.Module, origin: Checkpoint, changes: Iterable[Change
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint; the name's ending, .pt or .safetensors, is its format."""
+    """Write a checkpoint in the format that the name's ending gives, `.pt` or `.safetensors`."""
     buffer = as_bytes(checkpoint, path.suffix)
     write_atomically(path, lambda file: file.write(buffer))
 
 
 def as_bytes(checkpoint: Checkpoint, suffix: str) -> bytes:
-    """Return the content of the checkpoint's file, `.pt` or `.safetensors`."""
+    """Return the content of the checkpoint's file, in the format `.pt` or `.safetensors`."""
     return _as_safetensors(checkpoint) if suffix == ".safetensors" else _as_pt(checkpoint)
 
 
 def header(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return everything in a file besides the weights, in plain types."""
+    """Return everything in a file except the weights, in plain types."""
     card = checkpoint.card
     described = {"version": FORMAT, "digest": checkpoint.digest(), "meta": card.as_meta()}
     return {
@@ -140,7 +143,7 @@ def _as_safetensors(checkpoint: Checkpoint) -> bytes:
 
 
 def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
-    """Return a `.safetensors` file with metadata in this order; safetensors itself writes them in a random one."""
+    """Return a `.safetensors` file with its metadata in this order; safetensors itself writes them in random order."""
     length = int.from_bytes(content[:8], "little")
     listed = json.loads(content[8 : 8 + length])
     text = to_json({"__metadata__": dict(metadata), **listed}, compact=True).encode()
@@ -149,7 +152,7 @@ def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
 
 
 def sealed(buffer: io.BytesIO, place: int) -> bytes:
-    """Return the file in `buffer` with the digits of its SHA-256 at `place`, behind `CHECKSUM`."""
+    """Return the file in `buffer` with the digits of its SHA-256 at `place`, after `CHECKSUM`."""
     digits = sum_around(buffer, place)
     buffer.seek(place)
     buffer.write(digits)
@@ -157,7 +160,7 @@ def sealed(buffer: io.BytesIO, place: int) -> bytes:
 
 
 def sum_around(file: IO[bytes], place: int) -> bytes:
-    """Return the digits of the SHA-256 of all bytes except these digits themselves."""
+    """Return the SHA-256, in digits, of all bytes except those digits themselves."""
     total = hashlib.sha256()
     file.seek(0)
     while part := file.read(min(2**20, place - file.tell())):

@@ -1,6 +1,6 @@
-"""The description of a network's preprocessing in a file, for programs that do not know repan.
+"""Describe a network's preprocessing in a file, for programs that do not know repan.
 
-The names are timm's where it has one. `docs/deploy.md` shows a script that follows them.
+The keys have timm's names where timm has one. `docs/deploy.md` shows a script that applies them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from repan_cli.config.conventions import BORDER, CENTER, CROP_SHARE, INTERPOLATI
 from repan_cli.system.files import to_json
 
 SQUARE = "square"
-"""The crop mode of images of small networks: the middle square of the picture, resized to the network's side."""
+"""The crop mode for networks with small images: the largest square in the middle, resized to the network's side."""
 
 WHOLE = "box"
-"""The filter of that mode for pictures whose sides are both multiples of the network's."""
+"""The filter of that mode for pictures whose sides are both multiples of the network's side."""
 
 COLORS = {1: "L", 3: "RGB"}
 """Pillow's modes, by the number of channels."""
@@ -26,8 +26,8 @@ COLORS = {1: "L", 3: "RGB"}
 def preprocessing(card: ModelCard) -> dict[str, Any]:
     """Return the steps from a picture to a network's input, in plain types.
 
-    `mean` and `std` are those that the caller has to apply: 0 and 1 where the network does it. `fill` is the color of
-    the border in the mode that has one, each channel from 0 to 255.
+    `mean` and `std` are those that the caller has to apply: 0 and 1 if the network normalizes. `fill` is the border
+    color of the crop mode that has a border, each channel from 0 to 255.
     """
     resized = is_resized(card.settings.get("data.crop", "auto"), card.image_size)
     mode = (card.crop_mode or CENTER) if resized else SQUARE
@@ -53,7 +53,7 @@ def preprocessing(card: ModelCard) -> dict[str, Any]:
 
 
 def as_texts(found: Mapping[str, Any]) -> dict[str, str]:
-    """Return the steps as texts by name, for formats that hold nothing else: numbers and lists as JSON."""
+    """Return the steps as strings by name, for formats that hold only strings: numbers and lists become JSON."""
     return {name: value if isinstance(value, str) else to_json(value) for name, value in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""The description of a network in files that others may get: it does not tell the folders of its author."""
+"""Remove the folders of the author from the description of a network, for files that others may get."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ NAMED_AGAIN = ("model.name", "block.name")
 
 
 def for_others(card: ModelCard, *, keeps_place: bool = True) -> ModelCard:
-    """Return the description without the folders of its author.
+    """Return the description without the names of its author's folders.
 
-    With `keeps_place` it tells where the data lie, which finds them again on the same machine: below '~' if they are in
-    the home folder. Of all other absolute paths the last part is left.
+    With `keeps_place` the location of the data is kept, so that it is found again on the same machine; in the home
+    folder it begins with '~'. Every other absolute path is cut to its last part.
     """
     structure = card.structure
     changes = tuple(change._replace(family=_below_home(change.family)) for change in structure.changes)

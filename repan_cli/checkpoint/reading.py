@@ -1,4 +1,4 @@
-"""Read files of weights, repan's and others': verified, never unpickled, bounded in memory."""
+"""Read files of weights, written by repan or others: verified, never unpickled, bounded in memory."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ PLAIN_TYPES: list[Any] = [
 """Harmless objects that trainers save next to weights: attribute containers and numpy scalars."""
 
 MOST_TEXT = 2**21
-"""Bytes of a description, a pickle or a header, enough for 20,000 tensors. One that is longer, and more than an eighth
-of its file, is made to fill the memory: as objects it takes seventy times its bytes."""
+"""The largest description, pickle or header in bytes, enough for 20,000 tensors; a larger one may take up to an eighth
+of its file. Anything beyond that is made to fill the memory: as objects it takes seventy times its bytes.
+"""
 
 STORAGE = re.compile(r"data/\d+")
 RECORDS = re.compile(
     rf"{STORAGE.pattern}|data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id"
 )
-"""The entries of an archive of torch.save's, and which of them hold tensors."""
+"""The entries of an archive that torch.save wrote, and those of them that hold tensors."""
 
 SAVE_AGAIN = "save its state_dict() alone with torch.save"
 
@@ -55,16 +56,16 @@ OF_LIBRARIES = re.compile(
     r"|(builtins|__builtin__)\.(set|frozenset|slice|range|complex|bytearray|object|int|float|list|dict|tuple|str)"
     r"|_?copyreg\._reconstructor|copy_reg\._reconstructor|argparse\.Namespace|pathlib\.\w*Path|datetime\.\w+"
 )
-"""Names in the pickles of whole networks that do no harm: only a file without others may be advised to be opened."""
+"""Harmless names in the pickles of whole networks. A message advises opening a file only if it has no other names."""
 
 EXPORTS = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load"}
-"""Files of networks that are no checkpoints, and what opens them."""
+"""Files of networks that are not checkpoints, and the commands that open them."""
 
 
 def chosen_in(path: str | Path) -> Path:
-    """Return the file that a path means: of the folder of a run the best weights, else the last.
+    """Return the file that a path means: for a run's folder its best weights, else its last ones.
 
-    Raises InputError for a folder without either.
+    Raises InputError for a folder that has neither.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -87,11 +88,13 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def load_any(source: str | Path) -> Checkpoint | dict[str, Tensor]:
-    """Load a checkpoint of repan's, verified, or the weights by name from another program's file.
+    """Load a checkpoint of repan, verified, or the weights by name from another program's file.
 
-    Of others' files, `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors`, all that trainers wrap weights into is opened;
-    `FILE::KEY` says which of several networks is meant; a run's folder means its best weights. Raises InputError,
-    naming the file, when it is missing, damaged, or holds no weights.
+    Other programs' files may be `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors`, with the weights inside any of the
+    wrappers that trainers use. `FILE::KEY` chooses one of several networks in a file. A run's folder stands for its
+    best weights.
+
+    Raises InputError, naming the file, when it is missing, damaged, or holds no weights.
     """
     path, key = split_key(source)
     path = file_in(path) if path.is_dir() else path
@@ -107,13 +110,13 @@ def load_any(source: str | Path) -> Checkpoint | dict[str, Tensor]:
     if not isinstance(content, Mapping) or content.get("format") != "repan":
         return foreign_weights(content, path, key)
     checkpoint = _verified(content, path)
-    if not is_sealed:  # it was lost, or another program wrote the file again
+    if not is_sealed:  # the checksum was lost, or another program saved the file again
         raise InputError(f"{path} is damaged: the checksum of the file is missing; use another copy")
     return checkpoint
 
 
 def check_seal(path: Path) -> bool:
-    """Return whether a file of any format carries a checksum. Raises InputError when it does not fit the bytes."""
+    """Return whether a file of any format carries a checksum. Raises InputError if it does not match the bytes."""
     with path.open("rb") as file:
         if path.suffix != ".safetensors":
             file.seek(max(0, path.stat().st_size - len(CHECKSUM) - DIGITS))
@@ -155,7 +158,9 @@ def _longest_text(path: Path) -> int:
 
 
 def _is_short(meta: Mapping[str, Any], path: Path) -> bool:
-    """Return whether a description is plain and short: lists that share parts may be of any length as text."""
+    """Return whether a description is plain and short; nested lists that share parts could expand to any length as
+    text.
+    """
     length, longest = 0, _longest_text(path)
     try:
         for part in json.JSONEncoder(sort_keys=True).iterencode(meta):
@@ -168,7 +173,7 @@ def _is_short(meta: Mapping[str, Any], path: Path) -> bool:
 
 
 class _NothingIsCopied(TorchFunctionMode):
-    """The operations by which a pickle could make a small tensor pretend to be a huge one: all are refused."""
+    """Refuse the operations by which a pickle could make a small tensor pretend to be a huge one."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (Tensor.unbind, Tensor.to):  # iteration begins with unbind
@@ -197,7 +202,7 @@ def _read_pt(path: Path) -> Any:
 
 
 def _of_code(path: Path, why: str, source: IO[bytes]) -> str:
-    """Describe what an unpickler of plain types refused: an object of some class, code that is run, or damage."""
+    """Describe what an unpickler of plain types refused: an object of some class, code to run, or damage."""
     name = re.search(r"(?:GLOBAL|global) ([A-Za-z_][\w.]*\.\w+)", why)
     if name is None:
         return f"{path} is damaged, or holds more than tensors and plain types: refused, no code is run; {SAVE_AGAIN}"
@@ -213,7 +218,10 @@ def _of_code(path: Path, why: str, source: IO[bytes]) -> str:
 
 
 def _globals_of(source: IO[bytes]) -> list[str]:
-    """Return the names in a file that mean code, other than those that torch itself allows; none if it is unknown."""
+    """Return the names in a file that stand for code, except those that torch allows.
+
+    The list is empty if the file cannot be parsed.
+    """
     try:
         source.seek(0)
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
@@ -222,7 +230,7 @@ def _globals_of(source: IO[bytes]) -> list[str]:
 
 
 def _checked(file: IO[bytes], path: Path) -> IO[bytes]:
-    """Return the bytes that torch may read: those that were checked, not the file, which another reader may see
+    """Return the bytes that torch may read: those that were checked, because another reader may see the file
     differently.
 
     Raises InputError for a file that would take far more memory than it has bytes.
@@ -244,7 +252,7 @@ def _checked(file: IO[bytes], path: Path) -> IO[bytes]:
         size = archive.entries[small[0]].size / 2**20
         raise InputError(
             f"{path} holds {size:.1f} MiB besides its tensors, in '{small[0]}', such as a long history of losses: "
-            f"refused, as unpacked it may fill the memory; {SAVE_AGAIN}"
+            f"refused, because it may fill the memory when unpacked; {SAVE_AGAIN}"
         )
     _refuse_makers(io.BytesIO(archive.read("data.pkl")), path)
     return archive.rewritten(STORAGE)

@@ -1,4 +1,4 @@
-"""The command line: commands with their help, and errors of usage. Imports no torch."""
+"""Define the command line: commands with their help, and usage errors. Imports no torch."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def main() -> None:
         say(f"Error: {error}")
         code = error.exit_code
     except Exception as error:
-        if not hasattr(error, "format_message"):  # of Click's errors of usage, wherever Typer has its Click from
+        if not hasattr(error, "format_message"):  # a usage error of Click, from whichever package Typer takes Click
             raise
         code = _usage(error)
     code = code if isinstance(code, int) else 0
@@ -314,7 +314,7 @@ def main() -> None:
 
 
 def _leave_children(code: int) -> None:
-    """Exit at once if a child cannot be ended, such as one that waits for a disk: Python would wait for it."""
+    """Exit at once if a child cannot be ended, such as one that waits for a disk. Python would wait for it."""
     if "multiprocessing" not in sys.modules:
         return
     children = importlib.import_module("multiprocessing").active_children()
@@ -330,7 +330,7 @@ def _leave_children(code: int) -> None:
 
 
 def _refuse_unreadable_words() -> None:
-    """Exit with an error for names that are not UTF-8, which could be written to no file."""
+    """Exit with an error for names that are not UTF-8, since they cannot be written to a file."""
     accept_any_text()
     for word in sys.argv[1:]:
         try:
@@ -341,9 +341,9 @@ def _refuse_unreadable_words() -> None:
 
 
 def _usage(error: Any) -> int:
-    """Explain in one line a command line that cannot be understood. Returns the exit code."""
+    """Explain in one line a command line that cannot be understood; return the exit code."""
     message = error.format_message().partition(" (Possible options")[0].replace("\n", " ").strip().rstrip(".?")
-    if message:  # without arguments the help was shown already
+    if message:  # without arguments the help was already shown
         message = (message[0].lower() + message[1:]).replace(". Did you mean", "; did you mean")
         say_error(f"{shown(message)}{_mend(error, message)}")
     return error.exit_code

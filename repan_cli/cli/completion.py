@@ -1,6 +1,6 @@
-"""Complete words in the shell: names, settings and their values, runs and checkpoints.
+"""Complete arguments in the shell: names, settings and their values, runs and checkpoints.
 
-A keypress must not wait for torch: `config.names` reads names from tables and sources.
+A keypress must not wait for torch, so `config.names` reads names from tables and sources.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from repan_cli.config.conventions import ARTIFACT_ENDINGS, FORMATS, INT8_TARGETS
 from repan_cli.config.grid import grids as shipped_grids
 
 DEEPEST, MOST = 4, 200
-"""Levels below the folder that was typed in which files are looked for, and the number that is offered at most."""
+"""The number of levels below the typed folder in which files are sought, and the largest number of offers."""
 
 
 def models(start: str = "") -> list[str]:
-    """Offer short names and our networks; once a letter is typed also those of others, with and without prefix."""
+    """Offer short names and repan's networks; once a letter is typed, also other packages' networks, with and without
+    prefix.
+    """
     full = list(names.catalog())
     ours = [name for name in full if ":" not in name]
     short = [name.removesuffix("_cifar") for name in ours]
@@ -132,7 +134,7 @@ NAMES: dict[str, Callable[..., list[str]]] = {
 
 
 def values(key: str, start: str = "") -> list[str]:
-    """Return what can stand behind KEY=, where that is known: the choices, names, or the default."""
+    """Return the possible values after KEY=, if known: the choices, names, or the default."""
     entry = config.SCHEMA.get(key) or config.OVERLAY.get(key)
     if entry is None:
         return []
@@ -164,7 +166,7 @@ def _called(source: Callable[..., list[str]], start: str) -> list[str]:
 
 
 def completes(source: Callable[..., list[str]]) -> Callable[[str], list[str]]:
-    """Return the function that Typer asks with the beginning of a word."""
+    """Return the function that Typer calls with the beginning of an argument."""
 
     def complete(incomplete: str) -> list[str]:
         return list(dict.fromkeys(word for word in _called(source, incomplete) if word.startswith(incomplete)))
@@ -173,9 +175,9 @@ def completes(source: Callable[..., list[str]]) -> Callable[[str], list[str]]:
 
 
 def of_setting(key: str) -> Callable[[str], list[str]]:
-    """Return what completes the value of an option that stands for a setting.
+    """Return the completion function for an option that is a shortcut for a setting.
 
-    Where no values are known it offers nothing, and the shell offers files.
+    If no values are known it offers nothing, and the shell offers files.
     """
 
     def complete(incomplete: str) -> list[str]:
@@ -188,7 +190,7 @@ def of_setting(key: str) -> Callable[[str], list[str]]:
 
 
 def words(incomplete: str) -> list[str]:
-    """Complete a word of `[KEY=VALUE]...`. bash cuts words at '=' and ':', so that one of its words may be a piece."""
+    """Complete an argument of `[KEY=VALUE]...`. bash splits it at '=' and ':', so the last word may be a piece."""
     if incomplete == ":":  # Typer needs offers with this beginning, bash without it
         return []
     place = int(os.environ.get("COMP_CWORD") or 0)
@@ -200,7 +202,7 @@ def words(incomplete: str) -> list[str]:
 
 
 def glue(line: Iterable[str]) -> tuple[str, str]:
-    """Return the option before the last word, if there is one, and that word with the pieces that bash cut off."""
+    """Return the option before the last argument, if any, and that argument with the pieces that bash cut off."""
     *before, whole = line
     while before and (whole[:1] in ("=", ":") or before[-1] in ("=", ":")):
         whole = before.pop() + whole
@@ -216,4 +218,4 @@ OPTIONS = {
     "--teacher": "teacher.name",
     "--device": "run.device",
 }
-"""Options whose values have a ':' in them: bash hands their last piece over as if it were a word of its own."""
+"""Options whose values contain ':'. bash passes their last piece like an argument of its own."""

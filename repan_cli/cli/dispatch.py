@@ -1,4 +1,4 @@
-"""Running a command: import it, show that this takes a moment, and turn errors into lines and exit codes."""
+"""Run a command: import it, show that this takes a moment, and turn errors into lines and exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Typer's view of the options that `commands.options` declares."""
+"""Convert the options that `commands.options` declares to Typer's form, and back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def signature_of(options: type) -> inspect.Signature:
 
 
 def filled(options: type, given: dict[str, Any]) -> Any:
-    """Return the dataclass of options that hold what Typer was given."""
+    """Return the dataclass of options, filled with the values from Typer."""
     values = {}
     for name, kind, _, _ in declared(options):
         many = get_origin(kind) is tuple

@@ -1,4 +1,4 @@
-"""The streams of the process: write errors are reported in one line, and closed streams crash nothing."""
+"""Protect the process's streams: write errors are reported in one line, and closed streams crash nothing."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ class ClosedStdout(io.TextIOBase):
 
 
 def open_streams() -> None:
-    """Open streams that were closed before the command began: no file may become a stream, and no None may be written
-    to.
-    """
+    """Open streams that were closed before the command began, so that no file takes their number and none is None."""
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(handle)

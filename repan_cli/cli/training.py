@@ -23,7 +23,7 @@ def train(
 ) -> None:
     """Resolve the settings, then begin a run, several runs or a dry run, or resume one.
 
-    `dispatch` calls a command's module and `fail` takes errors: here as a process does, from Python as functions do.
+    `dispatch` calls a command's module, and `fail` handles errors; callers from Python pass their own.
     """
     control = isinstance(options, CycleOptions) and options.control
     resume = options.resume
@@ -55,7 +55,7 @@ def train(
 
 
 def _given(options: TrainOptions | CycleOptions) -> dict[str, Any]:
-    """Return the settings that the command line gives, as KEY=VALUE or by shortcuts."""
+    """Return the settings that the command line gives, as KEY=VALUE or as shortcuts."""
     given = config.parse_assignments(list(options.settings))
     for name, key in shortcuts(type(options)).items():
         value = getattr(options, name)
@@ -84,7 +84,7 @@ def _seeds(text: str | None, given: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _begun_anew(out: str | None) -> bool:
-    """Return whether torchrun restarts this run after it lost a process: the run then continues."""
+    """Return whether torchrun restarts this run after it lost a process, so that the run has to be resumed."""
     if restarts() <= 0:
         return False
     if out is None:

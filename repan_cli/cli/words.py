@@ -18,8 +18,8 @@ SWITCHES = {"true": True, "false": False}
 def as_typed(words: list[str]) -> list[str]:
     """Return a command line as a user would type it.
 
-    `--KEY=VALUE` and `--KEY VALUE` of a setting become `KEY=VALUE`, underscores in the name of an option become
-    hyphens, and a switch that is said to be true or false, as programs write it, is given or left out.
+    `--KEY=VALUE` and `--KEY VALUE` of a setting become `KEY=VALUE`. Underscores in the name of an option become
+    hyphens. A switch with the value true or false, as programs write it, is given or omitted.
     """
     command = next((word for word in words if not word.startswith("-")), None)
     if command not in TRAINING:

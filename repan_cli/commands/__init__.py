@@ -1,1 +1,1 @@
-"""One module a subcommand: the only place where configuration meets objects."""
+"""Implement the commands, one module per subcommand: the only place where configuration meets objects."""

@@ -42,7 +42,7 @@ COMPILED, ONNX, OPENVINO = "compiled", "ONNX Runtime", "OpenVINO"
 
 
 def run(options: BenchmarkOptions) -> None:
-    """Time a network: all forms in turns at every batch size, then a step of training."""
+    """Time a network: all forms in turn at every batch size, then a training step."""
     batches = options.batches or BATCHES
     if min([*batches, options.training_batch + 1]) < 1:
         raise InputError("--batch and --training-batch must be at least 1 (--training-batch 0 skips training)")
@@ -93,7 +93,7 @@ class _Form:
 
 
 def _artifact(options: BenchmarkOptions) -> Artifact:
-    """Open the network of a file, or build the one of a name, with fresh weights, expanded."""
+    """Open the network in a file, or build the network of a name, with fresh weights, expanded."""
     source, image_size, block = options.checkpoint, options.image_size, options.block
     is_file = Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS
     if is_file or names_a_repository(source):
@@ -121,7 +121,7 @@ def _artifact(options: BenchmarkOptions) -> Artifact:
 
 
 def _forms(artifact: Artifact, images: Tensor, machine: Runtime, *, compiled: bool) -> list[_Form]:
-    """Return the forms of the network: multi-branch, fused, compiled, ONNX Runtime, OpenVINO, as far as there are."""
+    """Return the available forms of the network: multi-branch, fused, compiled, ONNX Runtime, OpenVINO."""
     if artifact.runtime != "PyTorch":
         name = f"{artifact.runtime} {artifact.card.precision or ''}".rstrip()
         return [_Form(name, artifact.network.to(machine.device))]
@@ -166,7 +166,7 @@ def _placed(form: _Form, machine: Runtime) -> _Form:
 def _inference(
     forms: list[_Form], images: Tensor, batch: int, machine: Runtime, seconds: float
 ) -> list[dict[str, Any]]:
-    """Return a row a form: latency of a batch, images a second, and how many times faster it is than the first form."""
+    """Return a row per form: latency of a batch, images per second, and the speedup over the first form."""
     given = _batch(images, batch, machine)
     cases, rows = {}, []
     for form in forms:
@@ -216,7 +216,7 @@ def _figures(timing: Timing, images: int) -> dict[str, Any]:
 def _training(
     forms: list[_Form], images: Tensor, batch: int, classes: int, machine: Runtime, seconds: float
 ) -> list[dict[str, Any]]:
-    """Return a row for each form that trains: a step forward, back and of SGD, and the memory that it holds."""
+    """Return a row for each form that can be trained: the time of a step (forward, backward, SGD), and its memory."""
     given, labels = _batch(images, batch, machine), torch.arange(batch, device=machine.device) % classes
     steps, memory = {}, {}
     for form in forms:
@@ -246,9 +246,9 @@ def _step(
 
 
 def _memory(network: nn.Module, step: Callable[[], object], machine: Runtime) -> int:
-    """Return the bytes that a step holds.
+    """Return the bytes that a step needs.
 
-    On a GPU they are measured. On a CPU they are those of the tensors kept for the backward pass, the weights, the
+    On a GPU they are measured. On a CPU they are the bytes of the tensors kept for the backward pass, the weights, the
     gradients and the momentum.
     """
     if machine.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""`repan compare`: runs side by side, grouped by configuration, with their spread over seeds."""
+"""`repan compare`: compare runs, grouped by configuration, with their spread over seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from repan_cli.system.text import count
 
 
 def run(options: CompareOptions) -> None:
-    """Print the comparison of the runs that the words mean, and write it as a page or a table where that is asked."""
+    """Print the comparison of the runs that the arguments name, and write it as a page or a table if asked."""
     if options.as_json and options.as_csv:
         raise InputError("--json and --csv both write to stdout: give one")
     controls = {word: find_runs([word]) for word in options.control}
@@ -46,7 +46,7 @@ def run(options: CompareOptions) -> None:
 
 
 def _as_csv(data: Mapping[str, Any]) -> str:
-    """Return the comparison as CSV, a row a group."""
+    """Return the comparison as CSV, one row per group."""
     table = io.StringIO()
     flat = [_flat(group) for group in data["groups"]]
     writer = csv.DictWriter(table, list(flat[0]), lineterminator="\n")

@@ -1,4 +1,4 @@
-"""The declaration of a command's options and arguments, which `commands.options` is made of."""
+"""Declare options and arguments of commands; `commands.options` consists of these declarations."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, get_args, get_type_hints
 
 @dataclass(frozen=True)
 class Option:
-    """The declaration of an option: how it is typed, and its help.
+    """The declaration of an option: its names and its help.
 
-    `offers` names the function of `cli.completion` that completes its value. `setting` is the key of the setting that
-    it is a shortcut for, which then gives help and completion where they are not given here.
+    `offers` names the function of `cli.completion` that completes its value. `setting` is the key of the setting for
+    which the option is a shortcut; help and completion are the setting's unless they are given here.
     """
 
     flags: tuple[str, ...] = ()
@@ -25,7 +25,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Argument:
-    """The declaration of an argument: how it is typed, and its help."""
+    """The declaration of an argument: its name and its help."""
 
     metavar: str
     help: str
@@ -33,7 +33,7 @@ class Argument:
 
 
 def declared(options: type) -> Iterator[tuple[str, Any, Option | Argument, Any]]:
-    """Yield name, type, declaration and default of each field of a dataclass of options, in the order of its help."""
+    """Yield name, type, declaration and default of each field of a dataclass of options, in the order of the help."""
     hints = get_type_hints(options, include_extras=True)
     for entry in fields(options):
         kind, how = get_args(hints[entry.name])

@@ -31,7 +31,7 @@ from repan_cli.training.loop import fit
 from repan_cli.training.progress import Progress
 
 TIMED = 2
-"""Updates that are timed, after those that warm up or are recorded."""
+"""The number of updates that are timed, after those that warm up or are recorded."""
 
 
 def run(command: str, resolved: Resolved, *, runs: int = 1, as_json: bool) -> None:
@@ -64,7 +64,7 @@ def _network(session: Session) -> dict[str, Any]:
 
 
 def _restart(session: Session) -> dict[str, Any]:
-    """Try the restart before the first cycle on a copy, which no recording depends on."""
+    """Try the restart before the first cycle on a copy, on which no recording depends."""
     cycle = next((phase for phase in session.training.plan if phase.restarts), None)
     if cycle is None:
         return {}
@@ -77,9 +77,9 @@ def _restart(session: Session) -> dict[str, Any]:
 
 
 def _steps(session: Session) -> dict[str, Any]:
-    """Time some steps of the first phase, without the restart that it may begin with."""
+    """Time some steps of the first phase, without a restart that it may begin with."""
     phase = session.training.plan[0]
-    if phase.settings is not None:  # a restart is tried by itself
+    if phase.settings is not None:  # a restart is tried separately
         phase = dataclasses.replace(phase, settings=dataclasses.replace(phase.settings, restart="none"))
     training = dataclasses.replace(session.training, plan=(phase,), progress=Progress())
     steps = training.train.steps(training.batch_size)
@@ -90,13 +90,13 @@ def _steps(session: Session) -> dict[str, Any]:
             continue
         wait(training.runtime.device)
         now = time.perf_counter()
-        if isinstance(event, StepEnd) and (event.step < steps or not done):  # the last batch may be a smaller one
+        if isinstance(event, StepEnd) and (event.step < steps or not done):  # the last batch may be smaller
             found.append((now - began) / (event.step - done))
         if len(found) >= untimed + TIMED or (isinstance(event, Epoch) and training.graphs is None):
             break
         began, done = now, event.step if isinstance(event, StepEnd) else 0
     events.close()
-    step = statistics.median(found[untimed:] or found[-1:])  # with one update, that is all there is to time
+    step = statistics.median(found[untimed:] or found[-1:])  # with one update, there is nothing else to time
     return {"step_seconds": step, "steps_per_epoch": steps}
 
 
@@ -104,7 +104,7 @@ def _steps(session: Session) -> dict[str, Any]:
 def _evaluation(session: Session) -> dict[str, Any]:
     model, images = session.training.model.eval(), session.training.val or session.training.test
     batch = next(images.batches(EVAL_BATCH)).images
-    if batch.device.type != "cpu":  # where a first pass loads kernels
+    if batch.device.type != "cpu":  # kernels are loaded in a first pass
         model(batch)
         wait(batch.device)
     began = time.perf_counter()

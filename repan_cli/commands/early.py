@@ -1,6 +1,6 @@
-"""Checks of a command before PyTorch is loaded: missing files, unknown names, folders that exist already.
+"""Check a command before PyTorch is loaded: missing files, unknown names, folders that exist already.
 
-A command checks again what it opens; nothing here opens more than the first bytes of a file.
+A command checks again what it opens. Nothing here reads more than the first bytes of a file.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def check(module: str, *arguments: Any) -> None:
 
 
 def _check_training(command: str, resolved: Resolved | str, given: Layer | None = None, *_: Any) -> None:
-    """Check a run that is to begin, by its settings, or the one that `--resume` names."""
+    """Check a new run by its settings, or the run that `--resume` names."""
     if isinstance(resolved, str):
         if own_rank() == 0:
             _check_unfinished(command, runs.find(command, resolved), given or {})
@@ -92,7 +92,7 @@ def _check_unfinished(command: str, path: Path, given: Layer) -> None:
         return
     try:
         settings, summary = typed(read_file(path / "config.yaml")), read_json(path / "summary.json")
-    except InputError:  # the files of the run are looked at closely later
+    except InputError:  # the files of the run are checked later
         return
     made = len(summary.get("cycles", ()))  # more than in the settings, where more were asked for once
     more = max(made, settings.get("cycle.count", made)) if settings.get("cycle.schedule") == "restart" else None
@@ -141,7 +141,7 @@ def _check_phase(phase: Config) -> None:
     if Path(split_key(teacher.name)[0]).exists():
         _check_weights(teacher.name)
     elif Path(teacher.name).suffix in WEIGHT_ENDINGS:
-        raise InputError(f"no teacher's file {teacher.name}")
+        raise InputError(f"no file {teacher.name} for the teacher")
     else:
         names.check_model(teacher.name)
 
@@ -172,7 +172,7 @@ def _check_info(options: InfoOptions) -> None:
 
 
 def info_source(source: str) -> tuple[Path, str | None]:
-    """Return the file to describe, and the key in it. Raises InputError for one that is no network's."""
+    """Return the file to describe, and the key in it. Raises InputError for a file that holds no network."""
     plain, key = split_key(source)
     path = sources.file_of(str(plain))
     if path is None:
@@ -190,7 +190,7 @@ def _check_evaluate(options: EvaluateOptions) -> None:
 
 
 def _check_data(name: str | None, root: str | None) -> None:
-    """Check the data that are asked for by name or folder, where their place is known, too."""
+    """Check the data given by name or folder, and their location if it is known."""
     if name is None:
         return
     name, root = data_given(name, root)
@@ -239,7 +239,7 @@ def _check_fuse(options: FuseOptions) -> None:
 
 
 Content = bytes | dict[str, bytes]
-"""The content of a file; of a folder that of its files, by name."""
+"""The content of a file, or the contents of a folder's files by name."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class Target:
 
 
 def fuse_targets(options: FuseOptions) -> list[Target]:
-    """Return what a merged network is written into. Raises InputError for what cannot be written."""
+    """Return the targets of a merged network. Raises InputError for those that cannot be written."""
     path, out = Path(options.checkpoint), options.out
     if out and out.is_dir():
         raise InputError(f"{out} is a folder: name a file in it")
@@ -288,7 +288,7 @@ def fuse_targets(options: FuseOptions) -> list[Target]:
 
 
 def check_writable(target: Path, *, overwrite: bool) -> None:
-    """Raise InputError for a file that already exists, and for one whose folder cannot be made."""
+    """Raise InputError for a file that already exists, or whose folder cannot be made."""
     above = next(folder for folder in target.absolute().parents if folder.exists())
     if not above.is_dir():
         raise InputError(f"no folder {target.parent} to write {target.name} into: {above} is a file")
@@ -307,7 +307,7 @@ def _check_form(endings: set[str], options: FuseOptions) -> None:
     if form not in FORMS:
         raise InputError(f"--form {form} is not one of {', '.join(FORMS)}")
     if form == "conv-bn" and endings - set(WEIGHT_FORMATS):
-        raise InputError("--form conv-bn is for weights that another program loads: use --format safetensors or pt")
+        raise InputError("--form conv-bn writes weights, not a graph: use --format safetensors or pt")
     if options.half and endings != {"onnx"}:
         raise InputError("--half is for ONNX files: use --format onnx")
     if options.opset is not None and "onnx" not in endings:
@@ -334,7 +334,7 @@ def _check_quantize(options: QuantizeOptions) -> None:
 
 
 def quantize_target(options: QuantizeOptions) -> Path:
-    """Return the file that an int8 network is written into. Raises InputError for what cannot be written."""
+    """Return the file for an int8 network. Raises InputError if it cannot be written."""
     need("int8", *ONNX_PACKAGES)
     path = Path(options.checkpoint)
     folder, stem = (path, file_in(path).stem) if path.is_dir() else (path.parent, path.stem.rpartition(":")[2])

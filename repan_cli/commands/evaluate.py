@@ -1,4 +1,4 @@
-"""`repan evaluate`: score a network on a part of its data, or of others with the same classes."""
+"""`repan evaluate`: score a network on a part of its data, or on other data with the same classes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from repan_cli.training.scoring import Details, agreement, examine, worst_confus
 
 WORST = 5
 MOST_IN_A_TABLE = 2000
-"""Classes; with more the table would have millions of fields, nearly all of them 0."""
+"""The largest number of classes for tables; above it a table would have millions of fields, nearly all of them 0."""
 
 
 def run(options: EvaluateOptions) -> None:
@@ -63,7 +63,7 @@ def run(options: EvaluateOptions) -> None:
 
 
 def _make_folder(out: Path) -> None:
-    """Make the folder of the tables, before anything is scored. Raises InputError where none can be written."""
+    """Make the folder of the tables before anything is scored. Raises InputError if it cannot be made."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a folder for the tables")
     try:
@@ -73,7 +73,7 @@ def _make_folder(out: Path) -> None:
 
 
 def _result(found: dict[str, Details], classes: tuple[str, ...]) -> dict[str, Any]:
-    """Return the figures of the last form, with those of the one before it beside them."""
+    """Return the figures of the last form, with those of the form before it."""
     (form, details), *_ = reversed(found.items())
     result = {**_figures(details), "form": form}
     result["class_top1"] = dict(zip(classes, details.class_accuracy(), strict=True))
@@ -88,13 +88,13 @@ def _figures(details: Details) -> dict[str, Any]:
 
 
 def _title(source: str, result: dict[str, Any]) -> str:
-    """Describe what a picture shows: the network, the images, their number, and the accuracy."""
+    """Describe the content of a picture: the network, the images, their number, and the accuracy."""
     images = f"{count(result['images'], result['split'] + ' image')} of {result['dataset']}"
     return f"{source} ({result['form']}) on {images}: top-1 {percent(result['top1'])} %"
 
 
 def _write(folder: Path, details: Details, classes: tuple[str, ...], title: str) -> list[str]:
-    """Write tables and picture. Returns the names of the files."""
+    """Write tables and picture; return the names of the files."""
     many = len(classes) > MOST_IN_A_TABLE
     if many:
         counts = []

@@ -1,4 +1,4 @@
-"""`repan fuse`: merge a network's blocks into plain convolutions, prove it, write it in every format asked for."""
+"""`repan fuse`: merge a network's blocks into plain convolutions, prove it, and write it in every requested format."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ from repan_cli.system.notices import warn
 from repan_cli.system.text import by_reason, count, file_size, percent, quoted, short
 
 FILE_TOLERANCE = 1e-4
-"""Bound on the relative error of a file's network in float32, or ten times the network's own rounding if that is
-larger. The error of a wrong file is above 1e-2."""
+"""The limit on the relative error of a file's network in float32; if ten times the network's own rounding is larger,
+that is the limit. The error of a wrong file is above 1e-2.
+"""
 
 
 HALF_IMAGES, HALF_NOISE, BATCH = 256, 64, 32
@@ -48,8 +49,8 @@ HALF_IMAGES, HALF_NOISE, BATCH = 256, 64, 32
 
 @dataclass(frozen=True)
 class Written:
-    """A file or folder, with the error of its network against the merged one, what opened it, how it is used, and how
-    many images its graph takes.
+    """A written file or folder: the error of its network, the program that opened it, its use, and its images
+    at once.
     """
 
     path: str
@@ -109,7 +110,7 @@ def _check_mergeable(artifact: Artifact, targets: Sequence[Target], form: str) -
     kinds = {target.kind for target in targets}
     if artifact.form == FUSED and kinds <= set(WEIGHT_FORMATS) and form == "conv" and "pt" in kinds:
         raise InputError(
-            f"{artifact.source} is already fused; --format onnx, pt2 or safetensors writes it in another way"
+            f"{artifact.source} is already fused; --format onnx, pt2 or safetensors writes it in another format"
         )
     check_finite(artifact.network)
     if fresh := untrained_norms(artifact.network):
@@ -118,7 +119,9 @@ def _check_mergeable(artifact: Artifact, targets: Sequence[Target], form: str) -
 
 
 def _images(artifact: Artifact, data_root: str | None) -> tuple[Tensor, dict[str, Any]]:
-    """Gather images to compare on: noise of the statistics that the network sees, and real ones, if there are any."""
+    """Return images to compare on: noise with the statistics that the network expects and, if available, real
+    images.
+    """
     random = noise(artifact)
     real, why = real_images(artifact, data_root, export.PROOF_IMAGES)
     seen = {"random": len(random), "real": len(real) if real is not None else 0, "why_not_real": why}
@@ -137,7 +140,7 @@ def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, export.FuseR
 
 @dataclass(frozen=True)
 class _Job:
-    """A merged network on its way into files."""
+    """A merged network that is written to files."""
 
     artifact: Artifact
     fused: nn.Module
@@ -149,7 +152,10 @@ class _Job:
     measured: list[half.HalfReport] = field(default_factory=list)
 
     def content(self, target: Target, form: str) -> Content:
-        """Return the bytes of a file, or of a folder's. Raises InputError for what its format cannot hold."""
+        """Return the bytes of a file, or of a folder's files.
+
+        Raises InputError for a network that its format cannot hold.
+        """
         if target.kind in WEIGHT_FORMATS:
             saved = self._plain() if form == "conv-bn" else self.result
             return checkpoint.as_bytes(saved, target.path.suffix)
@@ -209,7 +215,7 @@ class _Job:
         return checkpoint.header(dataclasses.replace(self.result, card=card))
 
     def _compare_half(self, network: nn.Module) -> half.HalfReport:
-        """Compare on images of the network's data where they are at hand, else on noise."""
+        """Compare on images of the network's data if they are available, else on noise."""
         real, _ = real_images(self.artifact, self.options.data_root, HALF_IMAGES)
         images = noise(self.artifact, HALF_NOISE) if real is None else real
         batches = ((self._given(part), part) for part in images.split(BATCH))
@@ -221,7 +227,7 @@ class _Job:
 
     @property
     def half_report(self) -> half.HalfReport:
-        """Return the cost of float16, once such a file was made."""
+        """Return the cost of float16, after such a file was made."""
         return self.measured[0]
 
     def _plain(self) -> Checkpoint:
@@ -240,7 +246,7 @@ class _Job:
         return checkpoint.capture(network, dataclasses.replace(card, block="plain", structure=plain, form=form))
 
     def verified(self, target: Target, content: Content, form: str) -> Written:
-        """Open a file like any reader, and describe it. Raises MergeError when its network computes something else."""
+        """Open a file as a reader would, and describe it. Raises MergeError if its network computes something else."""
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / f"copy{target.path.suffix}"
             target.write(content, copy)
@@ -254,9 +260,7 @@ class _Job:
         return Written(str(target.path), target.kind, form, size, error, opened_by, use, images)
 
     def _opened(self, kind: str, copy: Path) -> tuple[nn.Module | None, str]:
-        """Open a written file like its readers: the network, and the program that opened it; None if it cannot run
-        here.
-        """
+        """Open a written file as its readers would: return the network, None if it cannot run here, and the program."""
         if kind in RUNTIME_FORMATS and (reason := runtimes.KINDS[kind].why_not()):
             return None, f"nothing: {reason}"
         if kind == "timm":
@@ -267,7 +271,7 @@ class _Job:
 
     @torch.no_grad()
     def _error(self, network: nn.Module) -> float:
-        """Return the larger relative error of two, in batches of two sizes."""
+        """Return the larger of the relative errors for batches of two sizes."""
         given = self._given(self.images)
         if getattr(network, "one_by_one", False):
             pairs = [
@@ -288,7 +292,7 @@ class _Job:
     @functools.cached_property
     @torch.no_grad()
     def expected(self) -> tuple[Any, Any]:
-        """Return what the merged network returns for the images, and for the first of them."""
+        """Return the outputs of the merged network for the images, and for the first of them."""
         return self.fused(self.images), self.fused(self.images[:1])
 
 
@@ -315,7 +319,7 @@ def _use(wanted: Target, form: str, card: ModelCard) -> str:
 
 
 def _constructor(card: ModelCard) -> str:
-    """Return the Python that builds the plain network."""
+    """Return the Python code that builds the plain network."""
     name, classes, channels = card.model, len(card.classes), card.in_chans
     if name.startswith(TORCHVISION):
         return f'torchvision.models.get_model("{name.removeprefix(TORCHVISION)}", num_classes={classes})'
@@ -360,7 +364,7 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
 
 
 def _images_of(kind: str, network: nn.Module | None) -> str | None:
-    """Return how many images a graph takes at once; None for a format that is no graph."""
+    """Return the number of images that a graph takes at once; None for a format that is not a graph."""
     if getattr(network, "one_by_one", False):
         return "one at a time"
     if kind in RUNTIME_FORMATS:

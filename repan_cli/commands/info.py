@@ -1,4 +1,4 @@
-"""`repan info`: describe a file, by repan or by another program."""
+"""`repan info`: describe a file that repan or another program wrote."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from repan_cli.system.weight_files import RUNTIME_DESCRIPTION
 
 
 def run(options: InfoOptions) -> None:
-    """Describe a file: network, form, blocks, classes, where in its run it was saved, figures, settings, digest."""
+    """Describe a file: network, form, blocks, classes, position in its run, figures, settings, digest."""
     path, key = info_source(hub_folder.fetched(options.checkpoint))
     facts = describe(path, options.model, key, options.block)
     if options.as_json:
@@ -52,7 +52,7 @@ def run(options: InfoOptions) -> None:
 
 
 def _fact(name: str, value: Any) -> str:
-    """Return a fact as text, large numbers as people read them."""
+    """Return a fact as text, with large numbers in readable form."""
     if isinstance(value, int) and name == "bytes":
         return f"{value:,} ({file_size(value)})"
     if isinstance(value, int) and name == "parameters":
@@ -68,7 +68,7 @@ def _is_changed(key: str, value: Any) -> bool:
 def describe(
     path: Path, network: str | None = None, key: str | None = None, block: str | None = None
 ) -> dict[str, Any]:
-    """Return the facts in plain types. Raises InputError for a file that is damaged, or no file of a network."""
+    """Return the facts in plain types. Raises InputError for a file that is damaged or holds no network."""
     if path.suffix in GRAPH_ENDINGS:
         return _exported(path)
     if path.name == RUNTIME_DESCRIPTION:
@@ -81,10 +81,10 @@ def describe(
 
 
 def _ours(path: Path, saved: Checkpoint, network: str | None, block: str | None) -> dict[str, Any]:
-    """Describe a checkpoint of repan's.
+    """Describe a checkpoint of repan.
 
     `layers` maps the name of each block to its family and shape. `left_alone` maps the name of each other convolution
-    to the reason why it is no block.
+    to the reason why it is not a block.
     """
     needs = _needs(saved, network, block)  # a user's file is not imported
     model = None if needs else models.rebuild(saved, str(path), network, block)
@@ -111,7 +111,7 @@ def _ours(path: Path, saved: Checkpoint, network: str | None, block: str | None)
 
 
 def _needs(saved: Checkpoint, network: str | None, block: str | None) -> list[str]:
-    """Return the options that a file has to be opened with, and that are not given."""
+    """Return the options that are needed to open a file and were not given."""
     own = [f"--model {saved.card.model}"] if network is None and user_file.names_a_file(saved.card.model) else []
     return own + ([f"--block {name}" for name in own_block.missing(saved.card)] if block is None else [])
 
@@ -142,7 +142,7 @@ def _of_runtime(description: Path) -> dict[str, Any]:
 
 
 def _exported(path: Path) -> dict[str, Any]:
-    """Describe an `.onnx` or `.pt2` file. Of others' only `.onnx` files are described."""
+    """Describe an `.onnx` or `.pt2` file. Of other programs' files only `.onnx` files are described."""
     onnx = onnx_file.read(path) if path.suffix == ".onnx" else None
     if onnx is None:
         checkpoint.check_seal(path)
@@ -175,7 +175,7 @@ def _graph(file: onnx_file.OnnxFile) -> dict[str, Any]:
 
 
 def _theirs(path: Path, weights: Mapping[str, Tensor], network: str | None) -> dict[str, Any]:
-    """Describe weights that repan did not write. Given the name of a network, check that they fit it."""
+    """Describe weights that repan did not write. If a network is named, check that they fit it."""
     matrices = [name for name, value in weights.items() if value.ndim in (2, 4) and name.endswith("weight")]
     facts: dict[str, Any] = {
         "written by": "another program",

@@ -1,4 +1,4 @@
-"""`repan list`: available names, with their meaning."""
+"""`repan list`: list available names with their meaning."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def _trackers() -> Rows:
 
 
 def _look(name: str) -> str:
-    """Explain what can be done with a network that is not in this version's table."""
-    from repan_cli.models import catalog  # every other name is listed without PyTorch
+    """Describe what can be done with a network that is not in this version's table."""
+    from repan_cli.models import catalog  # all other names are listed without PyTorch
 
     try:
         return catalog.look(name).describe()
@@ -117,7 +117,7 @@ def _facts(run: Run) -> Facts:
 
 
 def _list_runs(options: ListOptions) -> None:
-    """Print the runs below `runs`, or below the folder that is given in place of a glob."""
+    """Print the runs below `runs`, or below a folder that is given instead of a glob."""
     place = Path(options.pattern) if options.pattern and Path(options.pattern).is_dir() else None
     found = runs_below(place or Path("runs"))
     if options.pattern and place is None:
@@ -141,7 +141,7 @@ def _run_row(run: Run) -> tuple[str, ...]:
 
 
 def _age(seconds: float) -> str:
-    """Return an age in words; one below -1 s is that of a run whose clock was ahead of today's."""
+    """Return an age in words; an age below -1 s belongs to a run whose clock was ahead."""
     if seconds < -1:
         return "in the future"
     return duration(max(0, seconds)) if seconds < DAY else count(int(seconds // DAY), "day")
@@ -151,7 +151,9 @@ DAY = 24 * 3600
 
 
 def run(options: ListOptions) -> None:
-    """Print the names of one kind that match a glob; without one, others' models are counted instead of listed."""
+    """Print the names of one kind that match a glob; without a glob, other packages' models are counted instead of
+    listed.
+    """
     if options.kind == RUNS:
         _list_runs(options)
         return

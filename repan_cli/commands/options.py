@@ -1,7 +1,7 @@
-"""The options of every command, each declared once: name, help, completion, default. Imports neither torch nor Typer.
+"""Declare the options of every command, each once: name, help, completion, default. Imports neither torch nor Typer.
 
-A command takes one frozen dataclass of its options. `cli` makes a Typer command of each; whoever calls a command from
-Python fills the same dataclass.
+A command takes one frozen dataclass of its options. `cli` makes a Typer command of each. Callers from Python fill the
+same dataclass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from repan_cli.commands.declaration import Argument, Option
 from repan_cli.config.grid import grids
 
 WHAT, HOW_LONG, RUN = "Model and data", "Length and learning rate", "The run"
-"""Headings under which the help of the training commands lists their options."""
+"""Headings under which the help of the training commands lists options."""
 
 
 # ---------------------------------------------------------------------------------------------- shared

@@ -29,9 +29,9 @@ BATCH = 32
 
 
 def run(options: PredictOptions) -> None:
-    """Name the `top` most probable classes of every image; folders are searched through.
+    """Name the `top` most probable classes of every image; folders are searched for images.
 
-    Images that cannot be read are named, the others answered, and the exit code is 2.
+    If some images cannot be read, they are named, the others are classified, and the exit code is 2.
     """
     if options.top < 1:
         raise InputError(f"--top must be at least 1, got {options.top}")
@@ -63,19 +63,21 @@ def run(options: PredictOptions) -> None:
 TABLE = "predictions.csv"
 MOST_SAID = 10
 SIDE, LETTERS, LINES = 384, 15, 3
-"""Longer side of a picture that is written, in pixels; height of the letters below it, and lines at most."""
+"""The longer side of a written picture in pixels, the height of the letters below it, and the largest number of
+lines.
+"""
 
 
 def _targets(folder: Path, files: Sequence[Path]) -> dict[Path, Path]:
     """Return the file that each picture is written to, and make the folder.
 
-    Raises InputError where one is there already, and where the folder cannot be made.
+    Raises InputError if a file exists already, or if the folder cannot be made.
     """
     taken: set[str] = set()
     targets: dict[Path, Path] = {}
     for file in files:
         names = (f"{file.stem}{f'_{number}' if number else ''}.png" for number in itertools.count())
-        name = next(name for name in names if name.lower() not in taken)  # some systems do not tell A from a
+        name = next(name for name in names if name.lower() not in taken)  # some systems do not distinguish A from a
         taken.add(name.lower())
         targets[file] = folder / name
     for target in (*targets.values(), folder / TABLE):
@@ -112,7 +114,7 @@ def _save(folder: Path, rows: Sequence[dict[str, Any]], targets: Mapping[Path, P
 def _predicted(
     artifact: Artifact, files: Sequence[Path], top: int, machine: Runtime, unreadable: list[str]
 ) -> list[dict[str, Any]]:
-    """Return an entry for each readable file; errors of the others go into `unreadable`."""
+    """Return an entry for each readable file; the errors of the others go into `unreadable`."""
     images, read = [], []
     for file in files:
         try:

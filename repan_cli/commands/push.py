@@ -43,14 +43,14 @@ def run(options: PushOptions) -> None:
 
 
 def _upload(folder: Path, files: list[str], name: str, *, private: bool) -> str:
-    """Upload files of a folder. Returns their address. Raises InputError, with the reason, if the upload fails."""
+    """Upload files of a folder and return their address. Raises InputError, with the reason, if the upload fails."""
     import huggingface_hub
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if huggingface_hub.get_token() is None:
         raise InputError(
-            "there is no token for the Hugging Face Hub: log in once with 'hf auth login', or set HF_TOKEN to one that "
+            "there is no token for the Hugging Face Hub: run 'hf auth login' once, or set HF_TOKEN to a token that "
             "may write (huggingface.co/settings/tokens)"
         )
     disable_progress_bars()

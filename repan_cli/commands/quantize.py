@@ -1,4 +1,4 @@
-"""`repan quantize`: write a merged network in int8, and measure the loss of accuracy, also by layer."""
+"""`repan quantize`: write a merged network in int8, and measure the loss of accuracy, also per layer."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ BATCH = 64
 SHOWN = 8
 
 SECONDS = 0.5
-"""The time that each file is timed for."""
+"""The number of seconds for which each file is timed."""
 
 SLOWER = 0.95
-"""A speedup below this is reported as a slowdown: timings of equal networks differ by some percent."""
+"""A speedup below this is reported as a slowdown: timings of equal networks differ by a few percent."""
 
 
 def run(options: QuantizeOptions) -> None:
-    """Merge a network, analyse its layers, write it in int8, score both. Only training images calibrate."""
+    """Merge a network, analyze its layers, write it in int8, and score both. Calibration uses only training images."""
     target = quantize_target(options)
     opset = OPSET if options.opset is None else options.opset
     artifact = open_artifact(options.checkpoint, options.model, block=options.block)
@@ -94,7 +94,7 @@ def run(options: QuantizeOptions) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """A network on its way to int8: its file in float32, the description of the new one, and training images."""
+    """A network that is written in int8: its file in float32, the description of the new file, and training images."""
 
     options: QuantizeOptions
     graph: bytes
@@ -102,7 +102,7 @@ class _Job:
     training: Loader
 
     def content(self, left_out: Sequence[str]) -> bytes:
-        """Return the file in int8, with some layers left in float32."""
+        """Return the file in int8, with some layers in float32."""
         return int8.quantize(
             self.graph,
             _calibration(self.training, self.options.images),
@@ -113,7 +113,9 @@ class _Job:
         )
 
     def opened(self, content: bytes) -> nn.Module:
-        """Return the network in a file, run by the program that it is for; TensorRT's by ONNX Runtime."""
+        """Return the network in a file, run by the program that the file is for; files for TensorRT are run by ONNX
+        Runtime.
+        """
         return OpenVinoNetwork(content) if self.options.target == int8.OPENVINO else onnx_file.OnnxNetwork(content)
 
     def within(
@@ -125,9 +127,9 @@ class _Job:
         judge: Loader,
         classes: int,
     ) -> tuple[bytes, tuple[str, ...]]:
-        """Leave out the layers that lose most, 1, 2, 4 and so on, until top-1 falls by no more than `most` points.
+        """Leave the worst layers in float32, 1, 2, 4 and so on, until top-1 falls by at most `most` points.
 
-        `judge` gives images that the network is not scored on. Returns the file, and the names of the layers.
+        `judge` has images on which the network is not scored later. Returns the file, and the names of the layers.
         """
         per_channel = not self.options.per_tensor
         worst = [each.name for each in sorted(layers, key=lambda layer: layer.worst(per_channel=per_channel))]
@@ -161,7 +163,7 @@ def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, checkpoint.C
 
 
 def _calibration(source: Loader, images: int) -> Iterator[Tensor]:
-    """Yield training images as they are, `images` of them or all, in batches evenly spaced over the part."""
+    """Yield unchanged training images, `images` of them or all, in batches evenly spaced over the part."""
     batches = -(-source.count // BATCH)
     wanted = min(-(-images // BATCH), batches)
     chosen = {number * batches // wanted for number in range(wanted)}

@@ -1,6 +1,6 @@
-"""Several runs one after the other, for `--seeds` and `--control`: each in its own folder below one, then compared.
+"""Make several runs one after the other, for `--seeds` and `--control`, in folders below one, and compare them.
 
-Resuming a series resumes the run that was stopped and begins those that have not begun; finished ones are kept.
+Resuming a series resumes the run that was stopped and begins those that have not begun. Finished runs are kept.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from repan_cli.system.text import count, percent, quoted
 from repan_cli.system.user_code import names_a_file, own_code, own_code_options
 
 MAY_CHANGE = set(resume.MAY_CHANGE) - {"cycle.count", *resume.OF_TEACHERS}
-"""Settings that may change when a series is resumed: runs that have not begun have nothing to check them against."""
+"""Settings that may change when a series is resumed, since runs that have not begun cannot be checked for them."""
 
 
 class Member(NamedTuple):
-    """One run of a series: the name of its folder, its seed, whether it is a control."""
+    """One run of a series: the name of its folder, its seed, and whether it is a control."""
 
     name: str
     seed: int
@@ -44,7 +44,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Series:
-    """The runs below the folder `path`. `resolved` are the settings of all, but for seed, folder and restarts."""
+    """The runs below the folder `path`. `resolved` holds the settings of all, except seed, folder and restarts."""
 
     command: str
     path: Path
@@ -71,12 +71,12 @@ class Series:
 
 
 def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_control: bool, as_json: bool) -> Path:
-    """Train with each seed, with a control also without restarts, and compare. Returns the folder of all."""
+    """Train with each seed, with a control also without restarts, and compare; return the folder of all runs."""
     refuse(resolved, with_control=with_control)
     out = resolved.config.run.out
     runs.check_free(out)
     shared = config.replace(resolved.config, {"run.seed": seeds[0], "run.out": None})
-    ready = [prepare(command, dataclasses.replace(resolved, config=shared))]  # refuses before there is a folder
+    ready = [prepare(command, dataclasses.replace(resolved, config=shared))]  # raises errors before there is a folder
     shared = config.replace(
         shared, {"data.batch_size": ready[0].config.data.batch_size}
     )  # auto is resolved once for all runs
@@ -103,7 +103,7 @@ def refuse(resolved: Resolved, *, with_control: bool) -> None:
 
 
 def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
-    """Resume a run, or the unfinished runs of a series. Returns its folder, on the first rank."""
+    """Resume a run, or the unfinished runs of a series; return its folder, on the first rank."""
     if own_rank():  # the first of several ranks finds the run, and sends it
         return resume.run(command, name, given, as_json=as_json)
     path = runs.find(command, name)
@@ -122,7 +122,7 @@ def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | Non
 
 
 def _settings_of(command: str, path: Path, given: Layer, about: Mapping[str, Any]) -> Resolved:
-    """Return the shared settings of the runs of a series, with allowed changes. Raises InputError for others."""
+    """Return the shared settings of a series with the allowed changes. Raises InputError for others."""
     stored = config.resolve(command, str(path / "config.yaml"), {})
     before, asked = config.flatten(stored.config), config.typed(given)
     network, block = stored.config.model.name, stored.config.block.name
@@ -144,11 +144,10 @@ def _settings_of(command: str, path: Path, given: Layer, about: Mapping[str, Any
 
 
 def _carry_out(series: Series, folder: runs.RunDirectory, given: Layer, ready: list[Session], *, as_json: bool) -> None:
-    """Run what is not finished, compare, report. `ready` holds the first run, if it is prepared.
+    """Make the unfinished runs, compare, report. `ready` holds the first run, if it is prepared.
 
-    A run that diverges does not keep the others from being made.
-
-    Raises InterruptedRunError and PreemptedRunError when a signal asks to stop, DivergedError at the end.
+    A run that diverges does not stop the others. Raises InterruptedRunError and PreemptedRunError if a signal asks to
+    stop, DivergedError at the end.
     """
     try:
         with StopSignals() as signals:
@@ -213,7 +212,7 @@ def _how(series: Series) -> str:
 
 
 def _finish(series: Series, folder: runs.RunDirectory, *, as_json: bool) -> None:
-    """Compare the finished runs on screen and in the series folder. Raises DivergedError when a run diverged."""
+    """Compare the finished runs on screen and in the series' folder. Raises DivergedError if a run diverged."""
     members = list(series.members())
     results, left_out = read_all([series.path / member.name for member in members])
     made = {result.path.name: result for result in results}
@@ -232,7 +231,7 @@ def _finish(series: Series, folder: runs.RunDirectory, *, as_json: bool) -> None
 
 
 def _note_gains(made: dict[str, Result], members: list[Member]) -> None:
-    """Add the result of its control to the summary of each run."""
+    """Add the gain over its control to the summary of each run."""
     for member in members:
         ours, theirs = made.get(member.name), made.get(f"{control.PREFIX}{member.name}")
         if ours is None or theirs is None:

@@ -1,4 +1,4 @@
-"""`repan study`: every arm of a grid with every seed, several at once, resumable, and the table of the comparison."""
+"""`repan study`: run every arm of a grid with every seed, several at once, resumable, and write the comparison."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OWN_CODE = ("model.name", "block.name")
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of a grid's arms below the folder `out`, with the settings `given` by the command line on top."""
+    """The runs of a grid's arms below the folder `out`. The settings `given` on the command line take precedence."""
 
     out: Path
     arms: Sequence[Arm]
@@ -45,7 +45,9 @@ class Study:
     given: Mapping[str, Any]
 
     def jobs(self) -> list[Job]:
-        """Return the runs, all arms with a seed before the next seed: wherever it stops, like is compared with like."""
+        """Return the runs, all arms with one seed before the next seed, so that a stopped study still compares equal
+        seeds.
+        """
         return [self._job(arm, seed) for seed in self.seeds for arm in self.arms]
 
     def _job(self, arm: Arm, seed: int) -> Job:
@@ -57,7 +59,7 @@ class Study:
         return Job(f"{arm.name} seed {seed}", folder, begin, (arm.command, "--resume", str(folder), *words, *own))
 
     def _own(self, arm: Arm, key: str) -> str | None:
-        """Return the name of a user-defined network or block of an arm, which a resume is given again."""
+        """Return the name of an arm's user-defined network or block, which a resume is given again."""
         name = None if key in self.given else arm.layer.get(key)
         return str(name) if name and ".py:" in str(name) else None
 
@@ -65,8 +67,8 @@ class Study:
 def run(options: StudyOptions) -> None:
     """Make the runs that are not finished, then compare all that are.
 
-    Raises InputError for a grid, an arm or a setting that cannot be used, DivergedError at the end where runs diverged,
-    PreemptedRunError and InterruptedRunError when the study was stopped, RepanError when a run failed.
+    Raises InputError for a grid, an arm or a setting that cannot be used, and RepanError if a run failed. Raises
+    PreemptedRunError or InterruptedRunError if the study was stopped, and DivergedError at the end if runs diverged.
     """
     study, grid = _read(options)
     jobs = study.jobs()
@@ -118,7 +120,7 @@ def _read(options: StudyOptions) -> tuple[Study, Grid]:
 
 
 def _write_arms(study: Study) -> None:
-    """Write the settings of each arm. Raises InputError where its runs were made with others."""
+    """Write the settings of each arm. Raises InputError if its runs were made with other settings."""
     for arm in study.arms:
         whole = {**arm.layer, **arm.read_by(study.given)}
         layer = {key: text for key, text in whole.items() if key not in SAME_RESULT}
@@ -162,7 +164,7 @@ def _preview(study: Study, grid: Grid, jobs: Sequence[Job], *, as_json: bool) ->
 
 
 def _compare(study: Study, jobs: Sequence[Job]) -> Comparison | None:
-    """Compare what is finished, on screen and in the study's folder; None where no run is."""
+    """Compare the finished runs, on screen and in the study's folder; None if there are none."""
     results, left_out = read_all([job.folder for job in jobs if job.state == "done"])
     if not results:
         return None

@@ -12,7 +12,7 @@ from repan_cli.system.ranks import gathered, join_ranks
 
 
 def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
-    """Begin a run, or resume it if torchrun has restarted its ranks. Returns the run directory."""
+    """Begin a run, or resume it if torchrun has restarted its ranks; return the run directory."""
     out = resolved.config.run.out
     if rank_count() > 1:
         join_ranks(resolved.config.run.device)
@@ -25,7 +25,7 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
 def _begun_before(out: str | None) -> bool:
     """Return whether all ranks resume a run that some of them had begun.
 
-    Each machine counts its restarts by itself, and only the first rank needs to see the folder.
+    Each machine counts its restarts separately, and only the first rank needs to see the folder.
     """
     if not any(int(count) for count in gathered(str(restarts()))):
         return False

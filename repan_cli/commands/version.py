@@ -26,7 +26,7 @@ GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--fo
 
 
 def run() -> None:
-    """Print the environment on stdout, a row a fact."""
+    """Print the environment on stdout, one row per fact."""
     for name, text in rows():
         print(f"{name:<{NAME_WIDTH}}{text}")
 
@@ -67,7 +67,7 @@ def _extras() -> str:
 
 
 def _gpus() -> Iterator[tuple[str, str]]:
-    """Yield the GPUs that the driver knows. Only where there are some is torch asked what it sees."""
+    """Yield the GPUs that the driver reports. torch is asked only if there are any."""
     built = _torch_built_for()
     try:
         answer = subprocess.run(GPU_QUERY, capture_output=True, text=True, timeout=20, check=True).stdout

@@ -1,6 +1,6 @@
-"""Group runs by what was set: a mean and a spread over seeds, differences with their uncertainty.
+"""Group runs by their settings: mean and spread over seeds, and differences with their uncertainty.
 
-Pure functions of finished runs; a result is a mean over seeds, never one run.
+The functions depend only on finished runs. A result is a mean over seeds, never one run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WITHOUT_EFFECT = {
     ),
     *("run.compile", "run.graph", "data.workers", "teacher.cache"),
 }
-"""Settings that may differ within a group: the seed, the output folder, the speed of computation and the display."""
+"""Settings that may differ within a group: the seed, the output folder, the speed of computation, and the display."""
 
 ONLY_AT_RESTARTS = {
     f"cycle.{name}"
@@ -45,7 +45,7 @@ ONLY_AT_RESTARTS = {
 
 
 class Cost(NamedTuple):
-    """Epochs, training images seen (None where runs did not note them), and hours."""
+    """Epochs, training images seen (None if runs did not record them), and hours."""
 
     epochs: float
     images: float | None
@@ -54,7 +54,10 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing that matters but their seed, one a seed. `settings` tell the group from others."""
+    """Runs that differ in nothing relevant but their seed, one per seed.
+
+    `settings` distinguish the group from others.
+    """
 
     label: str
     settings: Mapping[str, Any]
@@ -71,16 +74,16 @@ class Group:
         return {result.seed: getattr(result, figure) for result in self.results}
 
     def spread(self, figure: str) -> Spread | None:
-        """Return mean and spread of a figure of `Result`; None where not all runs have it."""
+        """Return the mean and spread of a figure of `Result`; None if not all runs have it."""
         values = list(self.by_seed(figure).values())
         return None if None in values else Spread.of(values)
 
     def devices(self) -> list[str]:
-        """Return the devices that its runs were computed on, as far as they noted them."""
+        """Return the devices on which its runs were computed, as far as they recorded them."""
         return sorted({result.device for result in self.results if result.device})
 
     def cost(self) -> Cost:
-        """Return what a run costs, on average."""
+        """Return the average cost of a run."""
         epochs, seconds, seen = (self._mean(figure) for figure in ("epochs", "seconds", "images_seen"))
         return Cost(epochs or 0.0, seen, (seconds or 0.0) / 3600)
 
@@ -91,7 +94,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups, of which the first `control_count` are the controls that the others are compared with."""
+    """Groups of runs. The first `control_count` are the controls with which the others are compared."""
 
     groups: tuple[Group, ...]
     warnings: tuple[str, ...]
@@ -104,8 +107,8 @@ class Comparison:
     def felt(self, group: Group) -> dict[int, float]:
         """Return, by cycle, the effect of its restart on the training loss.
 
-        It is the mean loss of the first 200 steps divided by that of a control over the same steps, mean over the seeds
-        that both have. The control is the first that had the same learning rate there.
+        It is the mean loss of the first 200 steps divided by that of a control over the same steps, averaged over the
+        seeds that both have. The control is the first one that had the same learning rate there.
         """
         ratios: dict[int, float] = {}
         for cycle in _restarts(group):
@@ -122,9 +125,9 @@ class Comparison:
         return self.groups[: self.control_count]
 
     def gain(self, group: Group, figure: str = "test_top1", *, over: Group | None = None) -> Difference | None:
-        """Return the difference to a control, by default the first.
+        """Return the difference from a control, by default the first.
 
-        It is None for the control itself, and for a group on other data, which a control says nothing about.
+        It is None for the control itself, and for a group on other data, with which a control cannot be compared.
         """
         control = over or self.control
         ours, theirs = group.results[0], control.results[0]
@@ -142,7 +145,7 @@ def _restarts(group: Group) -> list[int]:
 def _felt(ours: Result, theirs: Result, cycle: int) -> float | None:
     """Return the ratio of the losses in the first steps of a cycle.
 
-    It is None where the losses are not known or were at different learning rates.
+    It is None if the losses are not known, or if the learning rates differ.
     """
     place = [number for number, record in enumerate(ours.records) if record["cycle"] == cycle]
     stretches = [result.records[place[0] : place[-1] + 1] if place else [] for result in (ours, theirs)]
@@ -162,10 +165,11 @@ def _first_loss(records: Records, pace: Pace | None) -> float | None:
 def compare(
     results: Sequence[Result], controls: Mapping[str, Sequence[Path]] | None = None, *, by_folder: bool = False
 ) -> Comparison:
-    """Group finished runs and choose what they are compared with: the group of each of `controls`, runs by the word
-    that means them, else the group without restarts, else the first.
+    """Group finished runs, and choose the controls with which they are compared.
 
-    Runs that are set alike are a group; `by_folder`, those that lie in one folder, whose name the group then has.
+    The controls are the groups of the runs in `controls`, else the group without restarts, else the first group. Runs
+    with the same settings form a group. With `by_folder`, the runs in one folder form a group that has the folder's
+    name.
     """
     if not results:
         raise InputError("no finished run to compare")
@@ -202,13 +206,13 @@ def _unequal_lengths(groups: Sequence[Group]) -> list[str]:
 
 
 def _kind(result: Result) -> tuple[Any, ...]:
-    """Return what the runs of a group share."""
+    """Return the properties that the runs of a group share."""
     settings = sorted((key, repr(value)) for key, value in result.settings.items() if _reads(result, key))
     return result.command, result.dataset, result.classes, *settings
 
 
 def _is_control(result: Result) -> bool:
-    """Return whether a run goes without restarts, as those of other commands than cycle do."""
+    """Return whether a run has no restarts, like those of other commands than cycle."""
     return result.command != "cycle" or result.settings.get("cycle.restart") == "none"
 
 
@@ -223,12 +227,12 @@ def _different_problems(results: Sequence[Result]) -> list[str]:
 
 
 def _folder(result: Result) -> Path:
-    """Return the folder that a run lies in, beside those with other seeds."""
+    """Return the folder that contains a run, next to those with other seeds."""
     return result.path.resolve().parent
 
 
 def _named_by_folder(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """Label groups with the names of their folders, as seen from where they all lie."""
+    """Label groups with their folders, relative to the folder that contains them all."""
     folders = [_folder(group.results[0]) for group in groups]
     common = Path(os.path.commonpath(folders))
     names = [folder.relative_to(common).as_posix() if folder != common else folder.name for folder in folders]
@@ -236,7 +240,7 @@ def _named_by_folder(groups: Sequence[Group]) -> tuple[Group, ...]:
 
 
 def _controls(members: list[tuple[Result, ...]], controls: Mapping[str, Sequence[Path]]) -> tuple[list[int], list[str]]:
-    """Choose which of the groups are the controls, and warn about doubts."""
+    """Choose which of the groups are the controls, and warn if that is doubtful."""
     if controls:
         return list(dict.fromkeys(_group_of(word, paths, members) for word, paths in controls.items())), []
     found = [number for number, runs in enumerate(members) if _is_control(runs[0])]
@@ -251,13 +255,13 @@ def _controls(members: list[tuple[Result, ...]], controls: Mapping[str, Sequence
 
 
 def _group_of(word: str, paths: Sequence[Path], members: list[tuple[Result, ...]]) -> int:
-    """Return the number of the group that the runs which a word means belong to."""
+    """Return the number of the group to which the runs named by a word belong."""
     wanted = {path.resolve() for path in paths}
     found = [number for number, runs in enumerate(members) if any(run.path.resolve() in wanted for run in runs)]
     if not found:
         raise InputError(f"the control {word} is not among the compared runs")
     if len(found) > 1:
-        raise InputError(f"--control {word} is runs of {len(found)} groups: name one run; its group is the control")
+        raise InputError(f"--control {word} matches runs of {len(found)} groups: name a run of the group you mean")
     return found[0]
 
 
@@ -278,13 +282,13 @@ def _labelled(members: list[tuple[Result, ...]]) -> tuple[Group, ...]:
 
 
 LONG_LABEL = 60
-"""Characters of a label above which it names only what tells the groups apart."""
+"""The length of a label above which it names only the settings that distinguish the groups."""
 
 
 def _telling(firsts: Sequence[Result], keys: list[str]) -> list[str]:
-    """Return the settings that labels name: all that differ, or where labels became long as many as tell all apart.
+    """Return the settings that labels name: all that differ or, if labels became long, just enough to distinguish all.
 
-    Those that tell most groups apart are taken first.
+    Settings that distinguish the most groups are taken first.
     """
 
     def labels(chosen: Sequence[str]) -> list[str]:
@@ -300,7 +304,7 @@ def _telling(firsts: Sequence[Result], keys: list[str]) -> list[str]:
 
 
 def _differing(firsts: Sequence[Result]) -> list[str]:
-    """Return the settings in which groups differ, in the order in which they are declared."""
+    """Return the settings in which groups differ, in the order of their declaration."""
     present = {key for first in firsts for key in first.settings}
     order = {key: place for place, key in enumerate([*SCHEMA, *OVERLAY])}
     differing = []
@@ -315,7 +319,7 @@ def _reads(result: Result, key: str) -> bool:
     """Return whether a setting has an effect on a run's result."""
     if key in WITHOUT_EFFECT or (key in ONLY_AT_RESTARTS and _is_control(result)):
         return False
-    if key == "data.root":  # known sets are the same wherever they lie
+    if key == "data.root":  # known sets are the same wherever they are stored
         return result.dataset == "folder"
     return has_setting(result, key)
 
@@ -326,14 +330,14 @@ def has_setting(result: Result, key: str) -> bool:
 
 
 def setting_of(result: Result, key: str) -> Any:
-    """Return a setting's value; the baseline's are the main ones where nothing lies over them, without a teacher."""
+    """Return a setting's value. The baseline's values default to the main ones, but without a teacher."""
     if key in result.settings or key not in OVERLAY:
         return result.settings[key]
     return None if key == "baseline.teacher.name" else result.settings[key.removeprefix("baseline.")]
 
 
 def _shown(value: Any) -> str:
-    """Write a value as it would be typed."""
+    """Write a value as the user would type it."""
     if isinstance(value, tuple):
         return f"[{','.join(map(_shown, value))}]"
     if isinstance(value, bool):
@@ -382,6 +386,6 @@ def _group_as_data(comparison: Comparison, group: Group) -> dict[str, Any]:
 
 
 def _differences(comparison: Comparison, group: Group) -> dict[str, Any]:
-    """Return the differences of test top-1 over each of the controls, by their labels."""
+    """Return the differences of test top-1 from each of the controls, by their labels."""
     gains = {control.label: comparison.gain(group, over=control) for control in comparison.controls}
     return {label: gain._asdict() if gain else None for label, gain in gains.items()}

@@ -1,4 +1,4 @@
-"""A comparison as a page of HTML that needs nothing beside itself."""
+"""Write a comparison as an HTML page without other files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from repan_cli.system.text import count, duration, percent
 def render(comparison: Comparison, left_out: Sequence[tuple[str, str]] = ()) -> str:
     """Return the comparison as one HTML file: table, curves, seeds, runs.
 
-    `left_out` names the runs that are not in it, each with the reason.
+    `left_out` names the runs that are not included, each with the reason.
     """
     parts = [
         f"<h1>{escape(_heading(comparison))}</h1>",
@@ -42,7 +42,7 @@ def _heading(comparison: Comparison) -> str:
 
 
 def _tab(comparison: Comparison) -> str:
-    """Return the name of the page for a browser's tab, which tells it from others and does not repeat its heading."""
+    """Return the title for a browser's tab, which distinguishes the page and does not repeat its heading."""
     names = sorted({result.dataset for group in comparison.groups for result in group.results})
     return f"repan on {', '.join(names)}"
 
@@ -62,7 +62,7 @@ def _table(titles: Sequence[str], content: Sequence[Sequence[str]]) -> str:
 
 
 def _breakable(text: str) -> str:
-    """Escape a text, and let lines break behind its slashes."""
+    """Escape a text, and allow line breaks after its slashes."""
     return escape(text).replace("/", "/<wbr>")
 
 
@@ -110,7 +110,7 @@ def _run_rows(comparison: Comparison) -> list[tuple[str, ...]]:
 
 
 def _key(comparison: Comparison) -> str:
-    """Draw the legend, which tells the group of each line and point."""
+    """Draw the legend, which maps each line and point to a group."""
     entries = (
         f'<li><svg width=30 height=12 aria-hidden=true><path d="M1 6H29" class="{_style(n)}"/></svg>'
         f"{escape(numbered(comparison, group))}{' (control)' if n == 0 and len(comparison.groups) > 1 else ''}"
@@ -125,7 +125,7 @@ COLORS = 6
 def _style(number: int) -> str:
     """Return the style classes of a group's line.
 
-    The control is dashed grey. Beyond six colours lines are dotted.
+    The control is dashed grey. Beyond six colors, lines are dotted.
     """
     if number == 0:
         return "line control"
@@ -141,7 +141,7 @@ ROW = 48
 
 
 class Scale(NamedTuple):
-    """A scale that maps a stretch of values onto a stretch of pixels."""
+    """A scale that maps a range of values to a range of pixels."""
 
     low: float
     high: float
@@ -153,7 +153,7 @@ class Scale(NamedTuple):
         return round(self.start + place * (self.end - self.start), 1)
 
     def ticks(self, most: int = 8) -> list[float]:
-        """Return round values within a range, at most this many."""
+        """Return at most this many round values within a range."""
         rough = (self.high - self.low) / most or 1
         unit = 10 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 5, 10, 20) if unit * factor >= rough)
@@ -162,7 +162,7 @@ class Scale(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Validation top-1 by epoch, counted through: mean, least and greatest over seeds."""
+    """Validation top-1 by epoch, counted over all phases: mean, minimum and maximum over seeds."""
 
     mean: list[float]
     low: list[float]
@@ -170,7 +170,7 @@ class Curve(NamedTuple):
 
 
 def curve(group: Group) -> Curve | None:
-    """Return the course over the epochs that all seeds have; None where nothing was held out."""
+    """Return the curve over the epochs that all seeds have; None if nothing was held out."""
     courses = [[record["val_top1"] for record in result.records] for result in group.results]
     if not all(courses) or any(None in course for course in courses):
         return None
@@ -179,7 +179,7 @@ def curve(group: Group) -> Curve | None:
 
 
 def cycle_starts(group: Group) -> dict[int, int]:
-    """Count the epochs that came before each cycle of a group's runs."""
+    """Return the number of epochs before each cycle of a group's runs."""
     cycles = [0, *(record["cycle"] for record in group.results[0].records)]
     return {cycle: done for done, (before, cycle) in enumerate(itertools.pairwise(cycles)) if cycle != before}
 
@@ -197,7 +197,7 @@ def _curves_section(comparison: Comparison) -> Iterator[str]:
 
 
 def _cut(curves: Sequence[Curve | None]) -> float | None:
-    """Choose where the axis begins, so that the first epochs do not flatten the rest; None shows all of them."""
+    """Choose the lower end of the axis so that the first epochs do not flatten the rest; None shows all of them."""
     values = sorted(value for found in curves if found for value in found.low)
     high = max(value for found in curves if found for value in found.high)
     lower = values[len(values) // 5]
@@ -212,7 +212,7 @@ def _chart(comparison: Comparison, curves: Sequence[Curve | None], cut: float | 
     x = Scale(1, max(len(found.mean) for found in drawn), LEFT + 8, WIDTH - RIGHT)
     y = Scale(low, high + 0.03 * (high - low or 1), HEIGHT - BOTTOM, TOP)
     parts = [*_axes(x, y), *_starts(comparison, x)]
-    for band in (True, False):  # bands lie under all lines
+    for band in (True, False):  # bands are drawn under all lines
         for number, found in enumerate(curves):
             if found:
                 parts.append(_drawn(comparison.groups[number], found, x, y, number, band=band))
@@ -240,7 +240,7 @@ def _axes(x: Scale, y: Scale) -> Iterator[str]:
 
 
 def _starts(comparison: Comparison, x: Scale) -> Iterator[str]:
-    """Draw a vertical line where cycles begin, in whichever groups."""
+    """Draw a vertical line at the start of each cycle of any group."""
     starts: dict[int, set[int]] = {}
     for group in comparison.groups:
         for cycle, done in cycle_starts(group).items():
@@ -271,7 +271,7 @@ def _drawn(group: Group, found: Curve, x: Scale, y: Scale, number: int, *, band:
 
 
 def _strip(comparison: Comparison) -> str:
-    """Draw a row a group: a point for each seed's test top-1, a bar at their mean."""
+    """Draw a row per group: a point for each seed's test top-1, and a bar at their mean."""
     spreads = [Spread.of(list(group.by_seed("test_top1").values())) for group in comparison.groups]
     values = [value for spread in spreads for value in spread.values]
     margin = 0.08 * (max(values) - min(values)) or 0.5

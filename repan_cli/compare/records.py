@@ -21,10 +21,10 @@ MACHINE = ("versions", "python", "device", "gpu", "cuda", "precision", "threads"
 """The facts of env.json that a record keeps. None names a user's machine or folders."""
 
 PRIVATE = ("run.out", "data.root")
-"""Settings that are folders of the machine that made the run. Of other absolute paths the last part is kept."""
+"""Settings that are folders of the machine that made the run. Other absolute paths are cut to their last part."""
 
 DIGITS = 6
-"""Significant digits of the figures of an epoch."""
+"""The number of significant digits of an epoch's figures."""
 
 
 def write(results: Sequence[Result], folder: Path) -> list[Path]:

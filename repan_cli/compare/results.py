@@ -1,4 +1,4 @@
-"""Read back what runs have left in their directories: settings, figures and the course of validation."""
+"""Read the directories of finished runs: settings, figures and validation curves."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from repan_cli.system.text import count
 class Result:
     """A finished run. Accuracies are in percent; `test_top1` is that of the network that validation chose.
 
-    `classes`, `images`, those of an epoch, `device` and `test_images` are None for runs that did not note them;
-    `records` holds the cycle, the validation top-1, rate and losses of each epoch, the last two as far as they were
-    noted.
+    `classes`, `images` (of an epoch), `device` and `test_images` are None for runs that did not record them. `records`
+    holds the cycle, validation top-1, rate and losses of each epoch. Rate and losses are given as far as they were
+    recorded.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class Result:
 
     @property
     def pace(self) -> Pace | None:
-        """Return how an epoch went through the images; None where the run did not note their number."""
+        """Return the size of an epoch; None if the run did not record the number of its images."""
         sizes = self.settings["data.batch_size"], self.settings["optim.accumulate"]
         return Pace(self.images, *sizes) if self.images else None
 
@@ -67,9 +67,9 @@ def is_record(path: Path) -> bool:
 
 
 def find_runs(words: Iterable[str]) -> list[Path]:
-    """Find the runs that words mean: each a run directory, a file in one, a record, a folder with those, or a glob.
+    """Find the runs that the arguments name: run directories, files in one, records, folders with those, or globs.
 
-    Raises InputError for a word that means none, and for a folder that cannot be read.
+    Raises InputError for an argument that names none, and for a folder that cannot be read.
     """
     found: dict[Path, Path] = {}
     for word in words:
@@ -110,7 +110,7 @@ def _runs_at(path: Path) -> Iterator[Path]:
 
 
 def read_result(path: Path) -> Result:
-    """Read a finished run. Raises InputError, whose text says why, for one that is not finished or cannot be read."""
+    """Read a finished run. Raises InputError, with the reason, for one that is not finished or cannot be read."""
     if is_record(path):
         return _understood(lambda: _of_record(path))
     status = read_json(path / "status.json") if (path / "status.json").exists() else {"state": "done"}
@@ -121,7 +121,7 @@ def read_result(path: Path) -> Result:
 
 
 def _understood(read: Callable[[], Result]) -> Result:
-    """Return what `read` returns. Raises InputError in its place for files that are not what repan writes."""
+    """Return the result of `read`. Raises InputError instead for files that repan did not write."""
     try:
         return read()
     except InputError:
@@ -179,13 +179,13 @@ def _result(
 
 
 def _test_images(summary: Mapping[str, Any]) -> int | None:
-    """Return the number of test images, where a run noted it."""
+    """Return the number of test images, if a run recorded it."""
     found = summary["test"].get("images") or summary.get("images", {}).get("test")
     return int(found) if found and int(found) > 0 else None
 
 
 def _record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is needed of the record of an epoch, with None for what its run did not note."""
+    """Return the needed part of an epoch's record, with None for values that its run did not record."""
     figures = {name: _number(record.get(name)) for name in ("lr", "loss", *KEYS)}
     steps = record.get("steps")
     return {
@@ -197,7 +197,7 @@ def _record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _device(machine: Mapping[str, Any]) -> str | None:
-    """Return the device that a run began on: a GPU's name, or cpu."""
+    """Return the device on which a run began: a GPU's name, or cpu."""
     name = machine.get("gpu") or machine.get("device")
     return str(name) if name else None
 
@@ -209,14 +209,15 @@ def _number(value: Any) -> float | None:
 
 def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise ValueError(f"{value} is no figure")
+        raise ValueError(f"{value} is not a finite number")
     return float(value)
 
 
 def read_settings(path: Path, command: str) -> dict[str, Any]:
     """Read every setting of a run of `command`, by its dotted key.
 
-    A setting that this repan knows is typed, and has its present name. One that the file leaves out has its default.
+    Settings that this version knows are typed, and have their present names. A setting that the file omits has its
+    default.
     """
     return _typed(config.parse_yaml(path.read_text(encoding="utf-8"), str(path)), command)
 
@@ -238,7 +239,7 @@ def _frozen(text: Any) -> Any:
 
 
 def read_all(paths: Sequence[Path]) -> tuple[list[Result], list[tuple[str, str]]]:
-    """Read the runs that are finished, and name each that is not with the reason."""
+    """Read the finished runs, and name each of the others with the reason."""
     results, left_out = [], []
     for path in paths:
         try:

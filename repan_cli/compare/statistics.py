@@ -1,4 +1,4 @@
-"""Mean and spread over seeds, and differences between groups with their confidence intervals."""
+"""Compute mean and spread over seeds, and differences between groups with their confidence intervals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 CONFIDENCE = 0.95
 
 ROUNDING = 1e-9
-"""Points of standard error that are rounding errors of the figures."""
+"""Percentage points of standard error that are rounding errors of the figures."""
 
 
 def t_bound(freedom: float, confidence: float = CONFIDENCE) -> float:
     """Return t such that Student's T with `freedom` > 0 degrees of freedom lies in [-t, t] with this probability."""
-    from scipy.special import stdtrit  # imported here, as it takes long and few commands need it
+    from scipy.special import stdtrit  # imported here, since it takes long and few commands need it
 
     return float(stdtrit(freedom, (1 + confidence) / 2))
 
@@ -35,8 +35,8 @@ class Spread(NamedTuple):
 class Difference(NamedTuple):
     """A mean difference and its confidence interval.
 
-    `method` (paired, welch), `freedom` and interval are None for one seed; where no difference varies between the
-    seeds, which gives no estimate of the variation, only the interval is None.
+    `method` (paired, welch), `freedom` and the interval are None for one seed. If the difference is the same with every
+    seed, its variation cannot be estimated, and only the interval is None.
     """
 
     mean: float
@@ -47,12 +47,14 @@ class Difference(NamedTuple):
 
     @property
     def constant(self) -> bool:
-        """Return whether several seeds were compared and none varies from the others."""
+        """Return whether several seeds were compared and all differences are equal."""
         return self.freedom is not None and self.low is None
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
-    """Return how far `ours` lie above `theirs`, figures by seed: paired where the seeds are the same, else by Welch."""
+    """Return how far `ours` is above `theirs`, figures by seed: paired if the seeds are the same, else by Welch's
+    method.
+    """
     if ours.keys() == theirs.keys():
         gains = Spread.of([ours[seed] - theirs[seed] for seed in sorted(ours)])
         error, freedom, method = (gains.sd or 0) / math.sqrt(len(ours)), len(ours) - 1.0, "paired"

@@ -1,4 +1,4 @@
-"""A comparison as a table: titles, rows, and the notes that say what its figures are."""
+"""Write a comparison as a table: titles, rows, and notes that explain its figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def titles(comparison: Comparison) -> tuple[str, ...]:
 
 
 def rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """Return a row a group, under `titles`; epochs, images and time are those of one run."""
+    """Return a row per group, under `titles`; epochs, images and time are those of one run."""
     return [_row(comparison, group) for group in comparison.groups]
 
 
@@ -42,7 +42,7 @@ def _row(comparison: Comparison, group: Group) -> tuple[str, ...]:
 
 
 def _over(comparison: Comparison, group: Group, control: Group) -> str:
-    """Show how far a group lies from a control; a group that is alone is no control."""
+    """Show the difference of a group from a control; a single group is no control."""
     if group is not control:
         return _gain(comparison.gain(group, over=control))
     return "control" if len(comparison.groups) > 1 else "-"
@@ -55,7 +55,7 @@ def _spread(spread: Spread | None) -> str:
 
 
 def _if_felt(comparison: Comparison, cell: str) -> tuple[str, ...]:
-    """Return a cell of the column that only comparisons with a restart beside its control have."""
+    """Return a cell of the column that exists only in comparisons of a restart with its control."""
     return (cell,) if any(comparison.felt(group) for group in comparison.groups) else ()
 
 
@@ -96,7 +96,7 @@ def legend(comparison: Comparison) -> str:
 
 
 def _felt_steps(comparison: Comparison) -> str:
-    """Return how many steps the losses after restarts were averaged over."""
+    """Return the number of steps over which the losses after restarts were averaged."""
     courses = [
         [record for record in result.records if record["cycle"] == cycle]
         for group in comparison.groups

@@ -1,4 +1,4 @@
-"""The conclusion of a comparison in a sentence: its result, its limits, and the shared settings of all runs."""
+"""Summarize a comparison in one sentence: its result, its limits, and the settings that all runs share."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ALWAYS = ("model.name", "block.name", "data.name")
 
 
 def numbered(comparison: Comparison, group: Group) -> str:
-    """Return the label of a group with its number in the comparison, by which it is called elsewhere."""
+    """Return the label of a group with its number in the comparison, which other texts use."""
     return f"{number_of(comparison, group)}. {group.label}"
 
 
 def number_of(comparison: Comparison, group: Group) -> int:
-    """Return the number of a group, from 1, the control."""
+    """Return the number of a group, counted from 1, the control."""
     return 1 + next(place for place, each in enumerate(comparison.groups) if each is group)
 
 
@@ -67,21 +67,23 @@ Known = tuple[Group, Difference]
 
 
 def _sorted(known: Sequence[Known]) -> tuple[list[Known], list[Known], list[Known]]:
-    """Sort differences into those above zero with their whole interval, those below, and the others."""
+    """Sort differences into those whose whole interval is above zero, those below, and the others."""
     above = [each for each in known if (each[1].low or 0.0) > 0]
     below = [each for each in known if (each[1].high or 0.0) < 0]
     return above, below, [each for each in known if each not in above and each not in below]
 
 
 def _all(comparison: Comparison, found: Sequence[Known]) -> str:
-    """Name groups with their intervals, the largest differences first."""
+    """Name groups with their intervals, the largest difference first."""
     largest = sorted(found, key=lambda each: -abs(each[1].mean))
     named = [f"{_called(comparison, group)} ({_interval(gain)})" for group, gain in largest]
     return f"{', '.join(named)} {'lies' if len(named) == 1 else 'lie'}"
 
 
 def _undecided(comparison: Comparison, same: Sequence[Known]) -> str:
-    """Name the groups that do not differ measurably from the control, and the difference that may have been missed."""
+    """Name the groups that do not differ measurably from the control, and the size of a difference that may have been
+    missed.
+    """
     named = ", ".join(_called(comparison, group) for group, _ in same)
     widest = max(max(abs(gain.low or 0.0), abs(gain.high or 0.0)) for _, gain in same)
     return (
@@ -106,7 +108,7 @@ def _called(comparison: Comparison, group: Group) -> str:
 
 
 def _points(mean: float) -> str:
-    """Return a distance from a value, which follows."""
+    """Return a distance in percentage points from a value that follows."""
     if abs(mean) < 0.005:
         return "level with"
     return f"{abs(mean):.2f} points {'above' if mean >= 0 else 'below'}"
@@ -120,8 +122,9 @@ def _interval(gain: Difference) -> str:
 
 
 def sampling(comparison: Comparison) -> str | None:
-    """Describe the number of test images, and how precisely they measure the accuracy of one network; None where runs
-    did not record it.
+    """Describe the number of test images, and how precisely they measure the accuracy of one network.
+
+    It is None if runs did not record it.
     """
     errors = _errors(comparison)
     if not errors:
@@ -149,9 +152,9 @@ def _errors(comparison: Comparison) -> list[str]:
 
 
 def common_settings(comparison: Comparison) -> dict[str, str]:
-    """Return what all runs are set to: network, block, data, and all else that is not the default, as typed.
+    """Return the settings that all runs share, as typed: network, block, data, and everything that is not the default.
 
-    It lists the baseline's own settings, and those that this version does not know.
+    It includes the baseline's own settings, and settings that this version does not know.
     """
     results = _results(comparison)
     present = {key for result in results for key in result.settings} - WITHOUT_EFFECT - {"data.root"}

@@ -1,8 +1,8 @@
-"""Settings: declared once, read from YAML and KEY=VALUE as text, typed by the schema, checked all at once.
+"""Handle settings: declared once, read as text from YAML and KEY=VALUE, typed by the schema, checked all at once.
 
-A `Config` is a tree of frozen dataclasses, one a section. Everything else about a setting (its text, type, bounds,
-default) follows from its one declaration. Layers of settings are flat, `{"optim.lr": "0.1"}`, and the later layer
-wins: defaults < `base:` file < `-c` file < command line.
+A `Config` is a tree of frozen dataclasses, one per section. Everything else about a setting (text, type, bounds,
+default) follows from its single declaration. Layers of settings are flat, `{"optim.lr": "0.1"}`, and later layers win:
+defaults < `base:` file < `-c` file < command line.
 """
 
 from repan_cli.config.files import dump, find_preset, parse_assignments, parse_yaml, presets, read_file

@@ -1,4 +1,4 @@
-"""Advice on a run's settings that are unusual or have no effect. Nothing is wrong, but few users want them."""
+"""Give advice on settings that are unusual or have no effect. They are not wrong, but few users want them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def _why_not(config: Config, key: str, *, cycles: bool) -> str | None:
 
 
 FEW_STEPS, FEW_IMAGES = 4, 200
-"""Batches of an epoch, and images to calibrate on, below which the BN statistics of a restart are rough."""
+"""The numbers of batches in an epoch, and of calibration images, below which the BN statistics of a restart are
+rough.
+"""
 
 
 def why_loss_jumped(config: Config, images: int) -> str:

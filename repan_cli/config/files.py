@@ -1,4 +1,4 @@
-"""Read settings from YAML and from KEY=VALUE words, find presets, and write a configuration as YAML."""
+"""Read settings from YAML and from KEY=VALUE arguments, find presets, and write a configuration as YAML."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from repan_cli.system.text import at_home, on_one_line
 
 
 class _TextLoader(yaml.BaseLoader):
-    """YAML whose scalars all stay text, whose duplicate keys are errors, and whose aliases stand for one value.
+    """A YAML loader that keeps all scalars as text, refuses duplicate keys, and allows aliases only of single values.
 
-    An alias of lists of aliases of lists is how a file of a few lines fills the memory.
+    Aliases of lists of aliases of lists would let a file of a few lines fill the memory.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
@@ -85,7 +85,7 @@ def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def preset_folders() -> list[Path]:
-    """Return the folders of presets: beside the package in a checkout, inside it once installed."""
+    """Return the folders of presets: next to the package in a checkout, inside it once installed."""
     package = Path(__file__).resolve().parents[1]
     return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
 
@@ -121,7 +121,7 @@ def find_preset(name: str, *, near: Path | None = None) -> Path:
 
 
 MOST_TEXT = 2**20
-"""Characters of a preset; all settings there are take a hundredth."""
+"""The largest number of characters in a preset; all existing settings need a hundredth of it."""
 
 
 def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """Return the layer of `KEY=VALUE` words from the command line, by the names that the settings have now."""
+    """Return the layer of `KEY=VALUE` arguments from the command line, by the present names of the settings."""
     layer: dict[str, Any] = {}
     for word in assignments:
         key, equals, value = word.partition("=")
@@ -175,7 +175,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
 
 
 def dump(config: Config, *, cycles: bool = True) -> str:
-    """Return the configuration as YAML that `-c` reads back to the same values."""
+    """Return the configuration as YAML, which `-c` reads back to the same values."""
     tree: dict[str, Any] = {}
     for key, value in flatten(config, cycles=cycles).items():
         *path, leaf = key.split(".")

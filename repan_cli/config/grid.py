@@ -1,7 +1,8 @@
-"""Read the grid of a study: the arms of an experiment, each a command with settings laid over those that all share.
+"""Read the grid of a study: the arms of an experiment, each a command with settings laid over the shared ones.
 
 A grid is a YAML file. `settings` holds what all arms share, and may name a preset as its `base`. Each entry of `arms`
-says in one sentence what it is (`about`), and how it differs: from the shared settings, or from another arm (`like`).
+describes the arm in one sentence (`about`), and lists its differences from the shared settings or from another arm
+(`like`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from repan_cli.registry import did_you_mean
 from repan_cli.system.text import at_home
 
 FOLDER = "studies"
-"""The folder of the grids that ship with repan, beside those of the presets."""
+"""The folder of the shipped grids, next to the folders of the presets."""
 
 COMMANDS = ("cycle", "train", "distill")
 ONLY_OF_CYCLES = ("cycle.", "baseline.")
@@ -42,7 +43,7 @@ class Arm(NamedTuple):
     layer: Layer
 
     def read_by(self, given: Layer) -> dict[str, Any]:
-        """Return the settings of the command line that the command of this arm reads."""
+        """Return those settings of the command line that this arm's command reads."""
         unread = {"cycle": (), "distill": ONLY_OF_CYCLES, "train": (*ONLY_OF_CYCLES, "teacher.")}[self.command]
         return {key: text for key, text in given.items() if not key.startswith(unread)}
 
@@ -64,7 +65,10 @@ class Grid:
     seeds: tuple[int, ...]
 
     def matching(self, globs: str) -> list[Arm]:
-        """Return the arms that comma-separated globs name, controls first. Raises InputError for a glob of none."""
+        """Return the arms that comma-separated globs match, controls first.
+
+        Raises InputError for a glob without a match.
+        """
         chosen: dict[str, Arm] = {}
         for glob in globs.split(","):
             found = {name: arm for name, arm in self.arms.items() if fnmatchcase(name, glob.strip())}
@@ -112,7 +116,7 @@ def read_grid(path: Path) -> Grid:
 
 
 def parse_seeds(words: Any, source: str) -> tuple[int, ...]:
-    """Return the numbers of a list of words. Raises InputError for other words, and for a seed that comes twice."""
+    """Return the numbers in a list of strings. Raises InputError for other text, and for a repeated seed."""
     if not isinstance(words, list) or not words or not all(re.fullmatch(r"\d{1,9}", str(word)) for word in words):
         raise InputError(f"{source}: expected numbers such as 0, 1, 2")
     numbers = tuple(int(word) for word in words)
@@ -143,7 +147,7 @@ def _arm(path: Path, name: str, entries: Mapping[str, Any], shared: Layer) -> Ar
 
 
 def _line_of(path: Path, name: str, entries: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield an arm's entry, that of the arm it is like, and so on, each with where it is."""
+    """Yield an arm's entry, then the entry of the arm it is like, and so on, each with its place."""
     seen: list[str] = []
     while name:
         if name in seen:

@@ -1,7 +1,7 @@
-"""Names that are known before PyTorch is loaded: read from tables, and from the sources that register them.
+"""Know names before PyTorch is loaded: read them from tables, and from the sources that register them.
 
-A name that is wrong is an error within the blink of an eye, and a keypress completes one. What is registered by a
-program itself is known to the registries only: a name is refused here only where no source can have it.
+A wrong name is thus reported at once, and a name is completed without a delay. Names that a program itself registers
+are known only to the registries, so a name is refused here only if no source can have it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ TIMM, TORCHVISION = "timm:", "torchvision:"
 ALIASES = {"repvgg": "repvgg_a1", "mobilenetv1": "mobilenetv1_100"}
 
 SMALL = {"mobilenetv1_100": "mobilenetv1"}
-"""Names whose network for small images is called otherwise."""
+"""Names whose network for small images has another name."""
 
 
 REPOSITORY = re.compile(
     r"(?:timm:)?hf[-_]hub:(?!timm/)(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(?P<key>::.+)?"
 )
-"""The name of a repository of the Hub that is not timm's own, as `hf-hub:ORG/NAME` or `hf-hub:ORG/NAME@REVISION`."""
+"""The name of a Hub repository that is not timm's, as `hf-hub:ORG/NAME` or `hf-hub:ORG/NAME@REVISION`."""
 
 
 def names_a_repository(source: str) -> bool:
-    """Return whether a source is a name on the Hub, and not one of timm's own networks there."""
+    """Return whether a source is a name on the Hub that is not one of timm's own networks there."""
     return REPOSITORY.fullmatch(source) is not None
 
 
@@ -44,8 +44,10 @@ def names_a_repository(source: str) -> bool:
 
 
 class Support(NamedTuple):
-    """The number of multi-branch blocks that a network has of its own, of its convolutions that become blocks by
-    default, and of convolutions that a BN reads.
+    """Three counts that show how far a network can be expanded.
+
+    They are the numbers of multi-branch blocks of its own, of convolutions that become blocks by default, and of
+    convolutions that a BN reads.
     """
 
     own: int
@@ -69,14 +71,14 @@ class Support(NamedTuple):
 
 @cache
 def catalog() -> dict[str, Support]:
-    """Return the networks that were looked at when this version was made."""
+    """Return the networks that were examined when this version was made."""
     with (PACKAGE / "models" / "catalog.csv").open(encoding="utf-8", newline="") as file:
         return {row[0]: Support(*map(int, row[1:])) for row in csv.reader(file)}
 
 
 @cache
 def builtin() -> dict[str, str]:
-    """Return the networks of this package, with what they say of themselves."""
+    """Return the networks of this package with their descriptions."""
     files = ("repvgg_cifar", "resnet_cifar", "mobilenet_cifar")
     return {
         each.name: ast.get_docstring(each) or ""
@@ -103,7 +105,7 @@ def of_torchvision() -> tuple[str, ...]:
 
 
 def foreign() -> list[str]:
-    """Return all networks that are not ours, by their full names."""
+    """Return the full names of all networks that are not repan's."""
     return [*(TIMM + name for name in of_timm()), *(TORCHVISION + name for name in of_torchvision())]
 
 
@@ -116,7 +118,7 @@ def unknown_model(name: str, choices: list[str]) -> InputError:
 
 
 def check_model(name: str) -> None:
-    """Raise InputError for a network that no package has, and for an own one whose file is not there."""
+    """Raise InputError for a network that no package has, and for a user's own network whose file is missing."""
     if names_a_file(name):
         path = Path(name.rpartition(":")[0]).expanduser()
         if not path.is_file():
@@ -144,7 +146,7 @@ def check_model(name: str) -> None:
 
 @cache
 def blocks() -> dict[str, str]:
-    """Return the block families of this package, with what they say of themselves."""
+    """Return the block families of this package with their descriptions."""
     tree = ast.parse((PACKAGE / "blocks" / "families.py").read_text(encoding="utf-8"))
     return {
         call.args[0].value: " ".join((ast.get_docstring(each) or "").split())
@@ -160,7 +162,7 @@ def blocks() -> dict[str, str]:
 
 @cache
 def optimizers() -> dict[str, str]:
-    """Return the optimizers of the timm that is installed, with what it says of them."""
+    """Return the optimizers of the installed timm with their descriptions."""
     folder = _package("timm", "optim")
     source = folder / "_optim_factory.py" if folder else None
     if source is None or not source.is_file():
@@ -187,7 +189,7 @@ def unknown_optimizer(name: str, known: list[str]) -> InputError:
 
 
 def _called(node: ast.expr) -> str:
-    """Return the name of a decorator or of what is called."""
+    """Return the name of a decorator, or of the function that it calls."""
     node = node.func if isinstance(node, ast.Call) else node
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 

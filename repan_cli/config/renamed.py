@@ -1,7 +1,7 @@
-"""Settings with a new name: users may write the old one for a version more, files that repan wrote keep it for good.
+"""Read settings by their old names: users may write them for one more version, and files that repan wrote keep them.
 
-`RENAMED` is the only table. `as_given` reads what a user typed or wrote, and says what to write from now on;
-`present` reads run directories, checkpoints and records of older versions, and says nothing.
+`RENAMED` is the only table. `as_given` reads what a user typed or wrote, and reports the new name. `present` reads run
+directories, checkpoints and records of older versions, without a notice.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from repan_cli.system.text import on_one_line
 
 
 class Renamed(NamedTuple):
-    """The present name of a setting, and the version from which users' old name is refused."""
+    """The present name of a setting, and the version from which the user's old name is refused."""
 
     key: str
     refused_from: str
 
 
 RENAMED = {"cycle.lr": Renamed("cycle.schedule", "0.3")}
-"""The settings that were renamed, by their old names. An entry stays: runs of older versions are read by it."""
+"""The renamed settings by their old names. An entry stays, because runs of older versions are read by it."""
 
 BASELINE = "baseline."
 
 
 def present_name(key: str) -> str:
-    """Return the name that a setting has now, also below `baseline`; an unknown key is returned as it is."""
+    """Return the present name of a setting, also below `baseline`; an unknown key is returned unchanged."""
     start = BASELINE if key.startswith(BASELINE) else ""
     entry = RENAMED.get(key.removeprefix(start))
     name = f"{start}{entry.key}" if entry else key
@@ -41,7 +41,7 @@ def present_name(key: str) -> str:
 def present(values: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:
     """Return values by the present names of their settings, in the same order.
 
-    Raises InputError, which begins with `where`, for a setting that has two values, one by each name.
+    Raises InputError, beginning with `where`, for a setting that has two values, one under each name.
     """
     found: dict[str, Any] = {}
     names: dict[str, str] = {}
@@ -56,14 +56,14 @@ def present(values: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:
 
 
 def as_given(values: Mapping[str, Any], *, source: str = "", where: str | None = None) -> dict[str, Any]:
-    """Return what a user gave by the present names of the settings, with a notice for each old one.
+    """Return what a user gave by the present names of the settings, with a notice for each old name.
 
     Args:
         values: values by dotted key.
         source: the file that holds them, which notices name; empty for the command line.
         where: the place in it, which errors name; by default the file.
 
-    Raises InputError for a setting with two values, and for an old name that is not read any more.
+    Raises InputError for a setting with two values, and for an old name that is no longer read.
     """
     found = present(values, where=source if where is None else where)
     for key in values:

@@ -1,4 +1,4 @@
-"""Resolution of layers of settings, or of the command line, into a checked configuration."""
+"""Resolve layers of settings, or a command line, to a checked configuration."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from repan_cli.system.text import at_home, on_one_line
 
 
 def build(*layers: Layer) -> Config:
-    """Return the configuration that `layers` describe, the later one winning.
+    """Return the configuration that `layers` describe; later layers win.
 
-    Raises `InputError` with one line for each thing wrong: unknown keys, values of the wrong type or out of bounds,
+    Raises `InputError` with one line for each fault: unknown keys, values of the wrong type or out of bounds, and
     settings that contradict each other.
     """
     config = from_flat(typed(*layers))
@@ -32,7 +32,7 @@ def build(*layers: Layer) -> Config:
 
 
 def typed(*layers: Layer) -> dict[str, Any]:
-    """Return the values that `layers` give as text, by dotted key, the later one winning.
+    """Return the values in `layers`, which are text, typed and by dotted key; later layers win.
 
     Raises InputError with one line for each unknown key and each value of the wrong type or out of bounds.
     """
@@ -74,7 +74,7 @@ OTHER_WORDS = {
 """Other tools' words for our settings."""
 
 SEVERAL = 3
-"""The largest number of settings that are suggested."""
+"""The largest number of settings that a message suggests."""
 
 
 def _unknown_key(key: str) -> str:
@@ -100,7 +100,10 @@ def _section_problems(config: Config) -> Iterator[str]:
 
 
 def folder_as_data(layer: Layer) -> Layer:
-    """Return a layer that names a folder as its data set, as `folder` with this root. Raises InputError for two."""
+    """Return a layer in which a folder given as data set becomes `folder` with this root.
+
+    Raises InputError for two folders.
+    """
     name, root = layer.get("data.name"), layer.get("data.root")
     if not isinstance(name, str) or data_given(name, None)[0] == name:
         return layer
@@ -109,9 +112,9 @@ def folder_as_data(layer: Layer) -> Layer:
 
 
 def data_given(name: str, root: str | None) -> tuple[str, str | None]:
-    """Return the name and the root of a data set; a folder in place of a name is the root of `folder`.
+    """Return the name and the root of a data set; if a folder is given as name, it is the root of `folder`.
 
-    Raises InputError for a folder beside another root.
+    Raises InputError if a folder is given as name and another as root.
     """
     known = name in RECIPES or name.partition("/")[0] in DATASET_PREFIXES
     if known or not name or not Path(at_home(name)).is_dir():
@@ -122,7 +125,9 @@ def data_given(name: str, root: str | None) -> tuple[str, str | None]:
 
 
 def baseline_layer(layer: Layer) -> dict[str, Any]:
-    """Return a file's layer as `train` reads it: its baseline keys laid over the main ones, the cycles left out."""
+    """Return a file's layer as `train` reads it: with the baseline's keys over the main ones, and without the
+    cycles.
+    """
     main = {key: text for key, text in layer.items() if not key.startswith(("baseline.", "cycle."))}
     laid_over = {key.removeprefix("baseline."): text for key, text in layer.items() if key in OVERLAY}
     return {**main, **laid_over}
@@ -133,8 +138,9 @@ def baseline_layer(layer: Layer) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration, a line that says where it came from, what of it the command line gave, and what a user's `own`
-    file.
+    """A configuration and its origin.
+
+    It holds a line that names the source, the settings that the command line gave, and those of a user's `own` file.
     """
 
     config: Config
@@ -146,8 +152,7 @@ class Resolved:
 def resolve(command: str, file: str | None, given: Layer) -> Resolved:
     """Return the configuration of `repan COMMAND -c FILE`, with the settings `given` on the command line on top.
 
-    Without a file the recipe of the data set is read, where there is one. `train` reads the baseline of a file of
-    cycles.
+    Without a file, the recipe of the data set is read if there is one. `train` reads the baseline of a file of cycles.
     """
     given = folder_as_data(given)
     if file is None:
@@ -165,9 +170,9 @@ def _changed(layer: Layer) -> Layer:
 
 
 def resolve_layer(command: str, layer: Layer, given: Layer, *, source: str) -> Resolved:
-    """Return the configuration of a command from the layer of a file, which `source` names, and the settings `given`.
+    """Return the configuration of a command from a file's layer, which `source` names, and the settings `given`.
 
-    Raises InputError for settings that the command does not read, and where a data set, network or teacher is missing.
+    Raises InputError for settings that the command does not read, and if a data set, network or teacher is missing.
     """
     layer, given = folder_as_data(layer), folder_as_data(given)
     if command == "train":
@@ -189,7 +194,9 @@ def resolve_layer(command: str, layer: Layer, given: Layer, *, source: str) -> R
 
 
 def _refuse_two_rates(config: Config, given: Layer) -> None:
-    """Refuse a rate for the cycles where one schedule runs from the baseline's rate: it would have no effect."""
+    """Refuse a rate for the cycles if one schedule continues from the baseline's rate, because it would have no
+    effect.
+    """
     rate = baseline_phase(config).optim.lr
     if "optim.lr" in given and config.optim.lr != rate:
         raise InputError(
@@ -199,14 +206,14 @@ def _refuse_two_rates(config: Config, given: Layer) -> None:
 
 
 def _shown(path: Path | None) -> str:
-    """Return the path as users type it: the name of a preset, or a path."""
+    """Return a path as users type it: the name of a preset, or a path."""
     if path is None:
         return "defaults"
     return next((name for name, preset in presets().items() if preset == path), str(path))
 
 
 def refuse(given: Layer, sections: tuple[str, ...], why: str) -> None:
-    """Raise InputError when the command line gave a setting of these sections."""
+    """Raise InputError if the command line gave a setting of these sections."""
     for key in given:
         if key.startswith(sections):
             raise InputError(f"{key} {why}")

@@ -1,4 +1,4 @@
-"""Declare settings, and turn the text that people type into their values."""
+"""Declare settings, and convert the text that people type to their values."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def setting(
     path: bool = False,
     words: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Return a dataclass field with its text, and its bounds: low <= value, above < value, value <= high.
+    """Return a dataclass field with its text and bounds: low <= value, above < value, value <= high.
 
-    The value of a `path` may begin with '~'; `words` stand for values out of bounds.
+    The value of a `path` may begin with '~'. `words` stand for values out of bounds.
     """
     metadata = {
         "text": text,
@@ -62,7 +62,10 @@ class Setting:
     words: Mapping[str, Any]
 
     def parse(self, text: Any) -> Any:
-        """Return the value that `text` (a string, or a list of them) means. Raises ValueError with what is wrong."""
+        """Return the value that `text` (a string, or a list of them) stands for.
+
+        Raises ValueError with the reason if it has none.
+        """
         kind, optional = _optional(self.type)
         if optional and text in ("null", "~", "", "None", None):
             return None
@@ -71,7 +74,7 @@ class Setting:
         return self._parse_one(kind, text)
 
     def shown(self, value: Any) -> Any:
-        """Return the word that stands for a value, where one does; else the value."""
+        """Return the word that stands for a value, if there is one; else the value."""
         return next((word for word, meant in self.words.items() if meant == value), value)
 
     def describe(self) -> dict[str, Any]:
@@ -115,7 +118,7 @@ def _optional(kind: Any) -> tuple[Any, bool]:
 
 
 def _parts(text: Any) -> list[Any]:
-    """Return the elements of a list: YAML's own, or `[a,b]` or `a,b` as text, also as Python writes it."""
+    """Return the elements of a list: YAML's own, or `[a,b]` or `a,b` as text, also in Python's notation."""
     if isinstance(text, str):
         text = [part.strip(" '\"") for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
         text = [part for part in text if part]
@@ -134,7 +137,7 @@ def _parse_int(text: str) -> int:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not number.is_integer():  # also nan and inf
+    if not number.is_integer():  # nan and inf too
         raise ValueError(f"'{text}' is not a whole number")
     return int(text) if text.lstrip("+-").isdigit() else int(number)
 

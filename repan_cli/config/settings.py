@@ -1,4 +1,4 @@
-"""Every setting with its text, default and bounds: a tree of frozen dataclasses, one a section."""
+"""Declare every setting with its text, default and bounds: a tree of frozen dataclasses, one per section."""
 
 from __future__ import annotations
 
@@ -381,7 +381,7 @@ def baseline_phase(config: Config) -> Config:
 
 
 def flatten(config: Config, *, cycles: bool = True) -> dict[str, Any]:
-    """Return typed values by dotted key; without `cycles`, those that `train` uses."""
+    """Return typed values by dotted key; without `cycles`, only those that `train` uses."""
     flat = {}
     for key in SCHEMA:
         section, dot, name = key.partition(".")

@@ -1,4 +1,4 @@
-"""Data sets and how their images reach the network; importing this registers those that are known by name."""
+"""Read data sets and bring their images to the network. Importing this package registers the built-in data sets."""
 
 from repan_cli.data import builtin
 

@@ -1,8 +1,8 @@
-"""The source of batches: what images in memory and images that are read one by one have in common.
+"""Define what loaders have in common, for images in memory and for images that are read one by one.
 
-An epoch is a plan: an order of the images, and for each a view (a crop and a flip) and the middle of a blank square,
-all drawn from its position, (seed, cycle, epoch). Nothing depends on what ran before, so that a run can go on from any
-step.
+An epoch is a plan: the order of its images, and for each image a view (a crop and a flip) and the center of a blank
+square. All are drawn from the epoch's position, (seed, cycle, epoch). Nothing depends on what ran before, so a run can
+continue from any step.
 """
 
 from __future__ import annotations
@@ -22,8 +22,14 @@ from repan_cli.system.seeding import generator_for, seed_for
 
 
 class Batch(NamedTuple):
-    """Normalised images (B, C, H, W), labels (B,) or their shares (B, num_classes); on the CPU, which image of the part
-    and which view of it each one is; and the logits (B, num_classes) of a teacher, where they are known already.
+    """One batch of a loader.
+
+    Attributes:
+        images: normalised images (B, C, H, W).
+        labels: class numbers (B,), or the shares of each class (B, num_classes).
+        index: the image's number in its part (B,), on the CPU.
+        views: the number of the image's view (B,), on the CPU.
+        teacher: a teacher's logits (B, num_classes), if they are known already.
     """
 
     images: Tensor
@@ -33,7 +39,7 @@ class Batch(NamedTuple):
     teacher: Tensor | None = None
 
     def computed_on(self) -> tuple[Tensor, ...]:
-        """Return the parts of the batch that the device needs, from which `Batch.of` rebuilds it."""
+        """Return the tensors of the batch that the device needs; `Batch.of` makes a batch of them."""
         return (self.images, self.labels) if self.teacher is None else (self.images, self.labels, self.teacher)
 
     @classmethod
@@ -47,8 +53,13 @@ class Batch(NamedTuple):
 
 
 class EpochPlan(NamedTuple):
-    """The order (N,) of the images in an epoch; by the image's own index its view (N,), the middle (N,), `row * size +
-    column`, of its blank square, and five numbers in [0, 1) (N, 5) for the rectangle that is erased.
+    """The plan of an epoch. All but `order` are indexed by an image's number in its part.
+
+    Attributes:
+        order: the order of the images (N,).
+        views: the number of each image's view (N,).
+        holes: the center of its blank square (N,), as `row * size + column`.
+        erased: five numbers in [0, 1) (N, 5), from which the erased rectangle is computed; (0, 5) without erasing.
     """
 
     order: Tensor
@@ -59,13 +70,17 @@ class EpochPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The augmentation of training images.
+    """The augmentation of training images. Zero and None mean off.
 
-    `padding`: zero pixels around each image that a crop may reach into; `flip`: whether views may be mirrored;
-    `policy`: name of a policy, see `policies.py`. `cutout`: side of a square that is blanked (DeVries & Taylor 2017);
-    `erase`: the share of images in which a rectangle is (Zhong et al. 2017). `mixup` (Zhang et al. 2017) and `cutmix`
-    (Yun et al. 2019): their alpha. `least_area`: of the image, where a part of it is cropped and resized. Zeros and
-    None are off.
+    Attributes:
+        padding: the width in pixels of a border of zeros that crops may reach into.
+        flip: whether views may be mirrored.
+        policy: the name of a policy, see `policies.py`.
+        cutout: the side in pixels of a square that is blanked (DeVries & Taylor 2017).
+        erase: the share of images in which a rectangle is blanked (Zhong et al. 2017).
+        mixup: alpha of mixup (Zhang et al. 2017).
+        cutmix: alpha of CutMix (Yun et al. 2019).
+        least_area: the smallest share of an image's area that a crop may have, for images that are cropped and resized.
     """
 
     padding: int = 0
@@ -79,7 +94,7 @@ class Augmentation:
 
     @property
     def unnumbered(self) -> str | None:
-        """The setting by which the views of an image are more than its crops and flips; None when they are not."""
+        """The setting that makes more views of an image than its crops and flips; None if there is none."""
         named = {
             f"data.augment={self.policy}": self.policy,
             f"data.cutout={self.cutout}": self.cutout,
@@ -97,12 +112,14 @@ class Loader(ABC):
     """The images of one part of a data set, in batches on a device.
 
     Args:
-        count, size, channels: of the images.
-        mean, std: of each channel, for images in [0, 1].
-        classes: how many there are, for labels that are shares of several.
-        memory_format: of the batches, channels last or contiguous.
-        rank, ranks: this process and how many there are: of each training batch it has a contiguous part, of the
-            batches that are looked at every `ranks`th.
+        count, size: the number of images, and their side in pixels.
+        mean, std: one value per channel, for images in [0, 1].
+        device: the device of the batches.
+        memory_format: the memory format of the batches, channels last or contiguous.
+        augmentation: the augmentation of training batches.
+        classes: the number of classes; needed if labels are mixed.
+        rank, ranks: the number of this process, and of all processes. A process gets a contiguous slice of each
+            training batch, and every `ranks`-th batch for scoring.
     """
 
     def __init__(
@@ -126,8 +143,8 @@ class Loader(ABC):
         self.scale = torch.tensor([1 / (255 * s) for s in std], device=device)
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
         self.mix = _mix(augmentation, classes)
-        self.stop: Callable[[], bool] = bool  # asked while a batch is waited for
-        self.first: Callable[[Batch], None] | None = None  # is shown the next training batch, once
+        self.stop: Callable[[], bool] = bool  # asked while waiting for a batch
+        self.first: Callable[[Batch], None] | None = None  # gets the next training batch, once
 
     @property
     def unnumbered(self) -> str | None:
@@ -136,11 +153,11 @@ class Loader(ABC):
 
     @property
     def view_count(self) -> int:
-        """Count the crops and flips of an image."""
+        """Return the number of crops and flips of an image."""
         return 2 * self.side**2
 
     def training_batches(self, batch_size: int, *position: int, first: int = 0) -> Iterator[Batch]:
-        """Yield the batches of the epoch at `position`, (seed, cycle, epoch), from number `first` on."""
+        """Yield the batches of the epoch at `position`, (seed, cycle, epoch), starting with batch number `first`."""
         plan = self.plan(*position)
         rows = [row.tensor_split(self.ranks)[self.rank] for row in plan.order.split(batch_size)]
         rows = rows[: self.steps(batch_size)]
@@ -157,20 +174,21 @@ class Loader(ABC):
 
     @abstractmethod
     def _training(self, rows: Sequence[Tensor], plan: EpochPlan, position: tuple[int, ...]) -> Iterator[Batch]:
-        """Yield a batch of cropped, flipped, normalised images for each of `rows`, which hold their indices."""
+        """Yield a batch of cropped, flipped, normalised images for each entry of `rows`, which hold image numbers."""
 
     def check_room(self, batch_size: int) -> None:  # noqa: B027 (most take none)
-        """Raise InputError if the shared memory is too small for such batches on all ranks."""
+        """Raise InputError if the shared memory is too small for batches of this size on all ranks."""
 
     def steps(self, batch_size: int) -> int:
-        """Return the number of batches in a training epoch. A last batch of one image a rank is dropped: BN cannot
-        train on it.
+        """Return the number of batches in a training epoch.
+
+        A last batch of one image per rank is dropped, because BN cannot train on it.
         """
         full, rest = divmod(self.count, batch_size)
         return full + (rest >= 2 * self.ranks)
 
     def alone(self) -> Loader:
-        """Return a loader of all the same images for one process."""
+        """Return a loader of the same images for a single process."""
         whole = copy.copy(self)
         whole.rank, whole.ranks = 0, 1
         return whole
@@ -186,7 +204,7 @@ class Loader(ABC):
         return EpochPlan(order, crops * 2 + flips, holes, erased)
 
     def _finished(self, batch: Batch, plan: EpochPlan, position: tuple[int, ...]) -> Batch:
-        """Apply the augmentation of whole batches: blank squares and rectangles, and mixing."""
+        """Apply the augmentation of whole batches: blank squares, blank rectangles, and mixing."""
         images, labels = batch.images, batch.labels
         if self.augmentation.cutout:
             holes = plan.holes[batch.index].to(self.device, non_blocking=True)
@@ -203,7 +221,7 @@ class Loader(ABC):
 
 
 def _mix(augmentation: Augmentation, classes: int) -> v2.Transform | None:
-    """Return mixup or CutMix for each batch, or a choice of the two where both are on."""
+    """Return mixup or CutMix, or a random choice of the two per batch if both are on."""
     ways = []
     if augmentation.mixup:
         ways.append(v2.MixUp(alpha=float(augmentation.mixup), num_classes=classes))
@@ -213,16 +231,19 @@ def _mix(augmentation: Augmentation, classes: int) -> v2.Transform | None:
 
 
 def _squares(holes: Tensor, side: int, size: int) -> Tensor:
-    """Return squares around `holes` as (B, 4): first and last row, first and last column, exclusive; some reach
-    outside.
+    """Return the squares around `holes` as (B, 4): first and last row, first and last column. The last ones are
+    exclusive.
+
+    A square may reach outside the image.
     """
     rows, columns = (middle - side // 2 for middle in (holes // size, holes % size))
     return torch.stack([rows, rows + side, columns, columns + side], dim=1)
 
 
 def _rectangles(numbers: Tensor, share: float, size: int) -> Tensor:
-    """Return rectangles (B, 4) like `_squares`: in a `share` of the images, 2 to 33 % of the area, 0.3 to 3.3 times as
-    high as wide.
+    """Return rectangles (B, 4) as `_squares` does; they are empty except in a `share` of the images.
+
+    Each covers 2 to 33 % of the area, and is 0.3 to 3.3 times as high as wide.
     """
     chosen, area, shape, row, column = numbers.unbind(1)
     pixels = (0.02 + area * (1 / 3 - 0.02)) * size**2
@@ -233,7 +254,7 @@ def _rectangles(numbers: Tensor, share: float, size: int) -> Tensor:
 
 
 def _blank(images: Tensor, boxes: Tensor) -> Tensor:
-    """Return images (B, C, H, W) with boxes (B, 4) set to the mean, zero."""
+    """Return images (B, C, H, W) with the boxes (B, 4) set to zero, the mean."""
     axis = torch.arange(images.shape[-1], device=images.device)
     first_row, last_row, first_column, last_column = boxes.unsqueeze(2).unbind(1)
     rows, columns = (first_row <= axis) & (axis < last_row), (first_column <= axis) & (axis < last_column)

@@ -1,4 +1,4 @@
-"""Choice of a loader for each part of a data set: in memory where possible, else streaming."""
+"""Choose a loader for each part of a data set: in memory if possible, else streaming."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from repan_cli.system.device import Runtime
 
 
 def train_loader(dataset: Dataset, data: config.DataConfig, machine: Runtime) -> Loader:
-    """Return a loader of augmented training images. Raises InputError for augmentation that leaves nothing of them."""
+    """Return a loader of augmented training images.
+
+    Raises InputError if the augmentation would leave nothing of an image.
+    """
     if data.cutout >= dataset.image_size:
         raise InputError(f"data.cutout={data.cutout} may blank whole images of {dataset.image_size} pixels")
     options = _options(dataset, machine, augmentation=_augmentation(dataset, data), classes=len(dataset.classes))
@@ -29,8 +32,9 @@ def train_loader(dataset: Dataset, data: config.DataConfig, machine: Runtime) ->
 def eval_loader(
     dataset: Dataset, part: str, machine: Runtime, workers: int | None = None, crop: MiddleCrop | None = None
 ) -> Loader:
-    """Return a loader of the unchanged images of a part, for scoring; of resized ones the part `crop`, or the usual
-    one.
+    """Return a loader of the unchanged images of a part, for scoring.
+
+    Resized images are cropped by `crop`, or in the usual way if it is None.
     """
     images, options = dataset.part(part), _options(dataset, machine)
     if isinstance(images, ArrayImages):

@@ -1,6 +1,6 @@
-"""The data sets that are known by name: their files, as their makers publish them, and their statistics.
+"""Define the data sets known by name: their files, as the authors publish them, and their statistics.
 
-Image folders `ROOT/NAME/{train,test}/<class>/*` are accepted in place of the files of every set that has any.
+For every set that is not generated, image folders `ROOT/NAME/{train,test}/<class>/*` are accepted instead of its files.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from repan_cli.system.text import first_line, quoted
 def _from_torchvision(
     class_name: str, folder: str, read: Callable[[Any], RawDataset], *, parts: dict[str, dict[str, Any]]
 ) -> Callable[[Path, ReadOptions], RawDataset]:
-    """Return a loader for one of torchvision's data sets, which downloads it where possible.
+    """Return a function that loads one of torchvision's data sets, and downloads it if possible.
 
-    `read` turns one of its parts into images; `parts` holds the arguments that mean train and test.
+    `read` converts one of its parts to images. `parts` holds the arguments that select train and test.
     """
 
     def load(root: Path, reading: ReadOptions) -> RawDataset:
@@ -59,14 +59,14 @@ def _from_torchvision(
 
         new_folders = [path for path in (root / folder, root) if not path.exists()]
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # stdout is for data
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is reserved for data
                 make = _without_unpickling(getattr(datasets, class_name))
                 found = {name: make(root / folder, download=reading.download, **which) for name, which in parts.items()}
         except ImportError as error:
             raise InputError(f"{folder} needs the package {error.name}: {how_to_install(error.name or '')}") from None
         except (OSError, RuntimeError) as error:
             for path in new_folders:
-                with contextlib.suppress(OSError):  # only empty folders are removed
+                with contextlib.suppress(OSError):  # removes empty folders only
                     path.rmdir()
             where = f"put its files or {{train,test}}/<class>/*.png into {root / folder}, or give --data-root"
             raise InputError(f"{folder} is not under {root} and cannot be downloaded ({error}); {where}") from None
@@ -77,22 +77,22 @@ def _from_torchvision(
 
 
 def _without_unpickling(kind: type) -> type:
-    """Return the same torchvision data set, with repan reading the files that torchvision would unpickle."""
+    """Return the same torchvision data set, but repan reads the files that torchvision would unpickle."""
     from torchvision import datasets
 
     if issubclass(kind, datasets.CIFAR10):
         return type(kind.__name__, (_CifarFiles, kind), {})
     if not issubclass(kind, datasets.MNIST):
         return kind
-    # an old form of MNIST is what torch.save wrote: its files are downloaded in the new one
+    # torch.save wrote an old form of MNIST; download the files in the new form
     return type(kind.__name__, (kind,), {"_check_legacy_exist": lambda self: False})
 
 
 class _CifarFiles:
-    """Reads the batches of CIFAR-10 and CIFAR-100; torchvision, from whose class it borrows the names, downloads them.
+    """Reads the batches of CIFAR-10 and CIFAR-100. torchvision downloads them; the names come from its class.
 
-    torchvision compares a file's MD5, opens it again and unpickles it. Here the bytes that were compared are the bytes
-    that are read, without running anything.
+    torchvision compares the MD5 of a file, then opens it again and unpickles it. This class reads exactly the bytes
+    that were compared, and runs no code in them.
     """
 
     base_folder: str
@@ -147,7 +147,7 @@ PIXELS = 16
 
 
 def _load_imagenet16(classes: int) -> Callable[[Path, ReadOptions], RawDataset]:
-    """Return a loader of the first `classes` classes of downsampled ImageNet (Chrabaszcz et al. 2017)."""
+    """Return a function that loads the first `classes` classes of downsampled ImageNet (Chrabaszcz et al. 2017)."""
 
     def load(root: Path, reading: ReadOptions) -> RawDataset:
         folder = root / "imagenet16"
@@ -182,7 +182,7 @@ IMAGENET_CLASSES = 1000
 
 
 def _load_imagenet(root: Path, reading: ReadOptions) -> RawDataset:
-    """Load `ROOT/imagenet/{train,val}/<class>/*` with all thousand classes."""
+    """Load `ROOT/imagenet/{train,val}/<class>/*` with all 1,000 classes."""
     raw = load_folders(root / "imagenet", reading)
     if len(raw.classes) != IMAGENET_CLASSES:
         raise InputError(
@@ -198,7 +198,7 @@ NOISE_BYTES, MOST_NOISE = 2**28, 10_000
 
 
 def _load_noise(root: Path, reading: ReadOptions) -> RawDataset:
-    """Generate random pixels and labels: results on them mean nothing."""
+    """Generate random pixels and labels. Scores on them mean nothing."""
     warn("the synthetic data set is noise for speed tests: accuracy on it is meaningless")
     size, draw = reading.image_size or 32, np.random.default_rng(0)
     parts: dict[str, Part] = {}
@@ -212,11 +212,11 @@ def _load_noise(root: Path, reading: ReadOptions) -> RawDataset:
 # ---------------------------------------------------------------------------------------------- timm's own names
 
 IN_ORDER = DATASET_PREFIXES[2:]
-"""timm's data sets that can only be read from the front: nothing can be held out of them, nor an epoch repeated."""
+"""Data sets of timm that can only be read sequentially: no part can be held out, and no epoch repeated."""
 
 
 class _TimmReader:
-    """Reads the pictures of one of timm's or torchvision's data sets, by number."""
+    """Reads the pictures of one of timm's or torchvision's data sets by number."""
 
     def __init__(self, dataset: Any, channels: int) -> None:
         self.dataset, self.channels = dataset, channels
@@ -253,7 +253,7 @@ def _load_timm(name: str) -> Callable[[Path, ReadOptions], RawDataset]:
 
 
 def _timm_part(name: str, root: Path, split: str) -> Any:
-    """Load one part of a timm data set; None for a validation or test part that it does not have."""
+    """Load one part of a timm data set; return None for a validation or test part that it does not have."""
     from timm.data import create_dataset
 
     try:
@@ -261,15 +261,15 @@ def _timm_part(name: str, root: Path, split: str) -> Any:
             return create_dataset(name, root=str(root), split=split, download=name.startswith("torch/"))
     except ImportError as error:
         raise InputError(f"{name} needs the package {error.name}: pip install {error.name}") from None
-    except Exception as error:  # of timm, torchvision, datasets, or the network
+    except Exception as error:  # from timm, torchvision, datasets, or the network
         if split != "train":
             return None
         raise InputError(f"timm cannot open {name} in {root}: {first_line(error)}") from None
 
 
 def _classes_and_labels(name: str, dataset: Any) -> tuple[tuple[str, ...], Labels]:
-    """Return the names of its classes, and the class numbers of its images without reading these."""
-    table = getattr(getattr(dataset, "reader", None), "dataset", None)  # Hugging Face's
+    """Return the class names, and the class numbers of the images, without reading the images."""
+    table = getattr(getattr(dataset, "reader", None), "dataset", None)  # a Hugging Face data set
     if table is not None:
         key = dataset.reader.label_key
         classes, labels = getattr(table.features[key], "names", None), table[key]

@@ -1,4 +1,4 @@
-"""Image folders: parts, classes and files, and other files between them that are ignored."""
+"""Find parts, classes and files in image folders, and ignore other files among them."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ EXTENSIONS = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff"),
     *({".avif"} if features.check("avif") else ()),
 }
-"""Endings of image files, in whatever case."""
+"""Endings of image files, in any case."""
 
 PARTS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-"""The folder names of each part of a set, in any case."""
+"""The folder names of each part of a data set, in any case."""
 
 JUNK = {
     *("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"),
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
 }
-"""Names, in lower case, of files that systems and programs leave in folders. Names with a leading dot are ignored,
-too."""
+"""Names, in lower case, of files that systems and programs leave in folders. Names with a leading dot are ignored too.
+"""
 
 LIST = "classes.txt"
-"""The file beside the parts that gives the order of classes."""
+"""The file next to the parts that gives the order of the classes."""
 
 
 class Listed(NamedTuple):
-    """The images of a part and their class numbers, with the endings of other files, counted."""
+    """The images of a part with their class numbers, and a count of other files by ending."""
 
     paths: list[Path]
     labels: npt.NDArray[np.int64]
@@ -67,12 +67,12 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return all files of a folder and of those in it, sorted, links followed, without what is never data."""
+    """Return all files in and below a folder, sorted, following links, without those that are never data."""
     found = []
     seen: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         known = Path(place).stat()
-        if (known.st_dev, known.st_ino) in seen:  # a link to a folder that it lies in
+        if (known.st_dev, known.st_ino) in seen:  # a link to a folder that contains it
             folders.clear()
             continue
         seen.add((known.st_dev, known.st_ino))
@@ -85,22 +85,22 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def part_folders(root: Path) -> dict[str, Path]:
-    """Return the result of `parts_in`, with a warning about other folders next to the parts."""
+    """Return the result of `parts_in`; warn about other folders next to the parts."""
     if named_parts(root) and (strange := [folder.name for folder in _folders(root) if part_of(folder) is None]):
-        warn(f"skipped {count_of(len(strange), 'folder')} of {root} that are no part of a data set: {_some(strange)}")
+        warn(f"skipped {count_of(len(strange), 'folder')} of {root} that do not belong to a data set: {_some(strange)}")
     return parts_in(root)
 
 
 def parts_in(root: Path) -> dict[str, Path]:
-    """Return the folders of the parts that a set has; class folders without parts are its training part.
+    """Return the folder of each part of a data set; class folders without parts are the training part.
 
-    Raises InputError where there is a part twice.
+    Raises InputError if a part exists twice.
     """
     return named_parts(root) or ({"train": root} if is_flat(root) else {})
 
 
 def named_parts(root: Path) -> dict[str, Path]:
-    """Return the folders of a set that are called as parts are. Raises InputError where there is a part twice."""
+    """Return the folders of a data set whose names are those of parts. Raises InputError if a part exists twice."""
     found: dict[str, Path] = {}
     for folder in _folders(root):
         part = part_of(folder)
@@ -112,12 +112,12 @@ def named_parts(root: Path) -> dict[str, Path]:
 
 
 def part_of(folder: Path) -> str | None:
-    """Return the part of a set that a folder is called as."""
+    """Return the part of a data set that a folder's name stands for."""
     return next((part for part, names in PARTS.items() if folder.name.lower() in names), None)
 
 
 def is_flat(root: Path) -> bool:
-    """Return whether a folder holds classes without parts: folders of images, at least two, none of them with parts."""
+    """Return whether a folder holds classes without parts: at least two folders of images, none of which has parts."""
     folders = _folders(root)
     return (
         len(folders) > 1
@@ -140,11 +140,13 @@ def _holds_images(folder: Path) -> bool:
 
 
 MOST_FILES, MOST_ASIDE = 1000, 50
-"""Files of a folder, and folders, that are looked at to see what it holds."""
+"""The number of files and folders that are looked at to see what a folder holds."""
 
 
 def training_folder(root: Path, parts: dict[str, Path]) -> Path:
-    """Return the folder of the training part. Raises InputError, with the folder that may be meant, where none is."""
+    """Return the folder of the training part. Raises InputError if there is none, and names the folder that may be
+    meant.
+    """
     if "train" in parts:
         return parts["train"]
     if not root.is_dir():
@@ -170,7 +172,7 @@ EXPECTED = "{0}/train/<class>/* and {0}/test/<class>/* (or val), or {0}/<class>/
 
 
 def _meant(root: Path) -> Path | None:
-    """Return the folder of a data set that lies around a folder, or in it, some levels away."""
+    """Return a data set's folder some levels above or below the given one."""
     top = root.resolve()
     for place in (top, top.parent):  # a part, or a class of one
         if place in named_parts(place.parent).values():
@@ -183,7 +185,7 @@ def _meant(root: Path) -> Path | None:
 
 
 def _as_typed(folder: Path, root: Path) -> Path:
-    """Return a folder around `root` as a path like that: relative where it is, and leads there."""
+    """Return a parent of `root` as a path in the same form: relative if `root` is relative and the path still works."""
     for parent in (root.parent, root.parent.parent):
         if parent.resolve() == folder:
             return parent
@@ -202,14 +204,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def class_name(folder: Path) -> str:
-    """Return a folder's name as that of a class, composed (NFC). Raises InputError for one that is no UTF-8 text."""
+    """Return a folder's name as a class name, in composed form (NFC). Raises InputError if it is not UTF-8 text."""
     if any("\ud800" <= sign <= "\udfff" for sign in folder.name):
         raise InputError(f"{folder.parent}: the name of the class folder '{folder.name}' is not UTF-8 text: rename it")
     return unicodedata.normalize("NFC", folder.name)
 
 
 def class_folders(folder: Path) -> dict[str, list[Path]]:
-    """Return the folders of each class of a part, by its name, sorted. Raises InputError for less than two."""
+    """Return the folder of each class of a part, by class name, sorted. Raises InputError for fewer than two."""
     classes: dict[str, list[Path]] = {}
     entries = _entries(folder)
     for entry in entries:
@@ -223,14 +225,16 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
-    """Return a key that sorts numbers in names by their value: 2 before 10."""
+    """Return a sort key that orders numbers in names by value: 2 before 10."""
     return [(0, int(part)) if part.isdecimal() else (1, part.lower()) for part in re.split(r"(\d+)", name) if part]
 
 
 def ordered(classes: Sequence[str], order: str | Sequence[str], root: Path) -> tuple[str, ...]:
-    """Return class names in an order: 'text', 'natural', that of a list of names, or of a file with one a line.
+    """Return class names in order: 'text', 'natural', the order of a list of names, or that of a file with one name per
+    line.
 
-    Under 'text' a classes.txt beside the parts goes first. Raises InputError where a list has not just these names.
+    With 'text', a classes.txt next to the parts takes precedence. Raises InputError if a list does not have exactly
+    these names.
     """
     if isinstance(order, str):
         if order == "text" and not (root / LIST).is_file():
@@ -254,7 +258,7 @@ def _by_list(classes: Sequence[str], names: Sequence[str], source: str) -> tuple
 
 
 def names_in(file: Path) -> list[str]:
-    """Return the names in a file with one a line. Raises InputError for one that cannot be read."""
+    """Return the names in a file with one name per line. Raises InputError if it cannot be read."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -267,7 +271,7 @@ def names_in(file: Path) -> list[str]:
 
 
 def first_images(folders: Sequence[Path], count: int) -> list[Path]:
-    """Return up to `count` image files of a class. Raises InputError where it has none."""
+    """Return up to `count` image files of a class. Raises InputError if it has none."""
     there = (path for folder in folders for path in files_below(folder) if is_image(path))
     found = [*itertools.islice(there, count)]
     if not found:
@@ -278,7 +282,7 @@ def first_images(folders: Sequence[Path], count: int) -> list[Path]:
 def list_images(folder: Path, classes: Sequence[str], *, whole: bool = True) -> Listed:
     """List the image files of a part with their class numbers.
 
-    Raises InputError where it has a class that is not among `classes`, or, of a `whole` one, lacks one of them.
+    Raises InputError if the part has a class that is not in `classes` or, with `whole`, lacks one of them.
     """
     there = class_folders(folder)
     lacking, strange = set(classes) - there.keys(), there.keys() - set(classes)

@@ -1,9 +1,9 @@
-"""Data sets: one specification each. Adding one takes one `DatasetSpec`; those of the package are in `builtin.py`.
+"""Load data sets, each from one specification. To add one, write a `DatasetSpec`; the built-in ones are in
+`builtin.py`.
 
-Every loader returns a `RawDataset`: parts named train, val and test, of which a set has train. Image folders may have
-nothing else.
-`load` turns that into a `Dataset` with the validation part split off. A part is whole in memory (`ArrayImages`, small
-images) or read from where it lies when it is asked for (`LazyImages`).
+Every specification returns a `RawDataset` with parts named train, val and test; all sets have train, and image folders
+may have only train. `load` turns it into a `Dataset` with a validation part. A part is either in memory (`ArrayImages`,
+small images) or read on demand (`LazyImages`).
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ def load(
     keep: bool = False,
     known_split: str = "",
 ) -> Dataset:
-    """Read a data set, or a part of it, and hold out its validation part.
+    """Read a data set, or one part of it, and hold out its validation part.
 
-    `classes` keeps the first so many by name, in all parts; `per_class` the first so many training images of each.
-    A folder set with both val and test uses them as they are. Otherwise the one it has is the test set, and
-    `val_fraction` of the training set, stratified and drawn by `split_seed` alone, is held out; where it has neither,
-    `test_fraction` before that is the test set. `class_order` is that of the classes of a folder set; with `only` just
-    that part of it is read, and the others are empty. `download` allows to fetch a set that is not there.
-    `keep` leaves it to the loader to skip images. `network_size`: of folders whose images have no size of their own. Of
-    a `known_split`, by its digest, the user has been told.
+    A data set with both val and test keeps them. If it has only one of the two, that one is the test set, and
+    `val_fraction` of the training set is held out for validation. If it has neither, `test_fraction` is held out first.
+    Both draws are stratified and depend only on `split_seed`. A split whose digest is `known_split` is not reported.
+
+    `classes` keeps the first classes by name, `per_class` the first training images of each. With `only`, just that
+    part of image folders is read. `network_size` is the side for folders without a common size. With `keep`, the loader
+    skips unreadable images. Raises InputError for data that are missing, damaged, or do not fit the arguments.
     """
     spec = _specification(name)
     mean, std = _statistics(spec, channels)
@@ -103,14 +103,14 @@ def load(
 
 
 def _read(name: str, spec: DatasetSpec, root: Path, reading: ReadOptions, classes: int | None) -> RawDataset:
-    """Read a data set with all its parts, of its classes the first so many."""
+    """Read all parts of a data set, limited to its first `classes` classes."""
     raw = spec.load(root, reading)
     _check_labels(name, raw)
     return raw if classes in (None, len(raw.classes)) else first_classes(name, raw, classes)
 
 
 def _with_validation_part(name: str, train: Part, fraction: float, seed: int, before: str) -> tuple[Part, Part, str]:
-    """Hold a validation part out of the training part; returns both, and the digest of all draws."""
+    """Hold out a validation part of the training part; return both, and the digest of all draws."""
     held_out = stratified(train.labels, fraction, seed)
     if not held_out.any():
         raise InputError(
@@ -121,11 +121,14 @@ def _with_validation_part(name: str, train: Part, fraction: float, seed: int, be
 
 
 def _with_test_part(name: str, root: Path, raw: RawDataset, fraction: float, seed: int) -> tuple[RawDataset, str, str]:
-    """Draw a test part from a set that has but a training part. Returns the digest of the draw, and its description."""
+    """Draw a test part from a set that has only a training part.
+
+    Return the set, the draw's digest, and its description.
+    """
     train = raw.parts["train"]
     drawn = stratified(train.labels, fraction, seed)
     if not drawn.any():
-        raise InputError(f"{root} has one training image per class, and no val or test part: nothing can be reported")
+        raise InputError(f"{root} has one training image per class and no val or test part: add images to test on")
     flat = name == "folder" and not class_folders.named_parts(root)
     lacks = f"{root} has no parts" if flat else f"neither {root / 'val'} nor {root / 'test'}"
     of = "images" if flat else f"training images of {name}"
@@ -145,7 +148,7 @@ def _digest_of_split(held_out: Mask, labels: Labels, before: str) -> str:
 def _alone(
     name: str, spec: DatasetSpec, raw: RawDataset, reading: ReadOptions, look: tuple[Numbers, Numbers], only: str
 ) -> Dataset:
-    """Return a data set of one part; the others are empty."""
+    """Return a data set with one part; the others are empty."""
     part = _fitted(raw.parts[only], reading)
     empty = part.take(np.zeros(len(part.labels), dtype=bool))
     train, val, test = (part if each == only else empty for each in ("train", "val", "test"))
@@ -172,7 +175,7 @@ def settings_of(data: config.DataConfig) -> dict[str, Any]:
 
 
 MARKS = ("train", "test", "val", "cifar-10*", "*_32x32.mat", "MNIST", "FashionMNIST", "*_data*")
-"""The content of the folder of a data set by name: parts, or the files of its makers."""
+"""The expected content of the folder of a data set known by name: parts, or the published files."""
 
 
 def check_name(name: str) -> None:
@@ -181,8 +184,9 @@ def check_name(name: str) -> None:
 
 
 def check(name: str, root: str | Path) -> None:
-    """Raise InputError for an unknown data set, for image folders that are not there, and for the folder of a data set
-    in place of the one around it. Reads no image.
+    """Raise InputError for an unknown data set or missing image folders, without reading any image.
+
+    It also refuses the folder of a data set given in place of the folder that contains it.
     """
     check_name(name)
     place = Path(root).absolute()
@@ -201,7 +205,9 @@ def _specification(name: str) -> DatasetSpec:
 
 
 def _statistics(spec: DatasetSpec, channels: int | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std of each channel, also of a colour set read in grey or the other way round."""
+    """Return mean and std of each channel; they are averaged if a color set is read in grey, and repeated for grey in
+    color.
+    """
     if channels is None or channels == len(spec.mean):
         return spec.mean, spec.std
     mean, std = ((sum(values) / len(values),) * channels for values in (spec.mean, spec.std))
@@ -227,7 +233,10 @@ def _warn_of_empty_classes(name: str, raw: RawDataset) -> None:
 
 
 def _fitted(part: Part, reading: ReadOptions) -> Part:
-    """Bring a part to the size and channels asked for; images in memory that are to be resized become pictures."""
+    """Bring a part to the requested size and channels.
+
+    Images in memory that training crops and resizes become pictures.
+    """
     if isinstance(part, LazyImages):
         return part
     images = _with_channels(part.images, reading.channels)

@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn: the demo's data."""
+"""Load the handwritten digits that come with scikit-learn, the demo's data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def load(root: Path, reading: ReadOptions) -> RawDataset:
-    """Return all images with a fixed test part."""
+    """Return all images, with a fixed test part."""
     pixels, labels = pixels_and_labels()
     images = np.round(pixels * (255 / 16)).astype(np.uint8)[..., None]
     labels = labels.astype(np.int64)
@@ -28,14 +28,14 @@ def load(root: Path, reading: ReadOptions) -> RawDataset:
 
 
 def check() -> None:
-    """Raise InputError if the package that holds the images is missing. Imports nothing."""
+    """Raise InputError if the package that holds the images is missing; import nothing."""
     need("the data set digits", "sklearn")
 
 
 def pixels_and_labels() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the images, (1797, 8, 8), and the labels. They are read once in a process and must not be changed.
+    """Return the images, (1797, 8, 8), and their labels, read once in a process: they must not be changed.
 
-    Importing scikit-learn takes a second, so its file is read.
+    The file is read directly, since importing scikit-learn takes a second.
     """
     check()
     return _read()

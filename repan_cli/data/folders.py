@@ -1,4 +1,4 @@
-"""Image folders: `ROOT/train/<class>/*` and `ROOT/{val,test}/<class>/*`."""
+"""Load image folders: `ROOT/train/<class>/*` and `ROOT/{val,test}/<class>/*`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ MEND_SCORED = "; repair or remove it: evaluation skips no image"
 
 
 def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
-    """Load `root/train/<class>/*`, and the same below val (valid, validation) and test, where these exist.
+    """Load `root/train/<class>/*`, and the folders val (valid, validation) and test of the same form, if they exist.
 
-    Images may lie deeper inside a class. With `reading.only` just that part is read, whose classes are then known.
+    Images may lie deeper inside a class folder. With `reading.only`, only that part is read; its classes must be known.
     """
     folders = class_folders.part_folders(root)
     classes = _classes(root, folders, reading)
@@ -51,8 +51,10 @@ def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
 
 
 def _side(listed: Iterable[class_folders.Listed], reading: ReadOptions) -> int:
-    """Return the side of images for which none is set: their own where all are small, square and alike, else that of
-    the network. Raises InputError where neither is known.
+    """Return the side of images for which none is set.
+
+    It is the images' own side if all are small, square and equal in size; otherwise that of the network. Raises
+    InputError if neither is known.
     """
     own = image_files.common_side(path for part in listed for path in part.paths)
     if isinstance(own, int) and (own <= SMALL_IMAGE or reading.network_size is None):
@@ -63,7 +65,7 @@ def _side(listed: Iterable[class_folders.Listed], reading: ReadOptions) -> int:
 
 
 def _classes(root: Path, folders: dict[str, Path], reading: ReadOptions) -> tuple[str, ...]:
-    """Return the classes in their order. Those of a part that is read alone are given."""
+    """Return the classes in order. For a part that is read alone, they are given."""
     if reading.only is not None and not isinstance(reading.order, str):
         return tuple(unicodedata.normalize("NFC", name) for name in reading.order)
     alone = reading.only is not None and "train" not in folders
@@ -73,7 +75,7 @@ def _classes(root: Path, folders: dict[str, Path], reading: ReadOptions) -> tupl
 
 
 def _only(root: Path, folders: dict[str, Path], part: str) -> Path:
-    """Return the folder of the part to be read alone; a set with one part beside training reports on that."""
+    """Return the folder of the part to read alone; without a test part, that of the validation part takes its place."""
     if part in folders:
         return folders[part]
     if part == "test" and "val" in folders:
@@ -102,8 +104,10 @@ def _read_images(
 def _pictures(
     paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: bool, whole: bool, mend: str
 ) -> LazyImages:
-    """Return images that are read on demand. Check them now, unless there are very many: their headers, or `whole`
-    images, since a run must not fail at its end. Training images that the loader may skip are not checked.
+    """Return images that are read on demand, and check them now, so that a run does not fail near its end.
+
+    The check reads their headers, or with `whole` the entire images. It is left out for very large sets, and for
+    training images that the loader may skip.
     """
 
     def look(index: int) -> bool:
@@ -117,9 +121,9 @@ def _pictures(
 
 
 def _outcomes(read: Callable[[int], T], count: int, *, skip: bool, mend: str) -> list[T | None]:
-    """Return the result of `read` for each number; with `skip` None for images that cannot be read, and a warning.
+    """Return the result of `read` for each number; with `skip`, None and a warning for images that cannot be read.
 
-    `mend` ends the error of images that must be read, with the way out.
+    `mend` is the end of the error message for images that must be read: the way out.
     """
     failed = []
 

@@ -1,4 +1,4 @@
-"""Image files: opening them, and bringing them to one mode and size."""
+"""Open image files, and bring images to one mode and size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from repan_cli.system.text import first_line
 
 MODES = {1: "L", 3: "RGB"}
 NUMBERS = {"F": "floats", "I": "32-bit integers"}
-"""Modes of images that hold no brightness, and what they hold."""
+"""Image modes that do not hold brightness, and what they hold instead."""
 
 
 warnings.filterwarnings(
@@ -51,10 +51,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def check(path: Path, *, whole: bool) -> None:
-    """Raise UnreadableImageError for a file that does not begin like an image; `whole`: that cannot be decoded."""
+    """Raise UnreadableImageError if a file does not begin like an image or, with `whole`, cannot be decoded."""
     with _opened(path) as image:
         if whole:
-            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))  # JPEGs: as small as they can be
+            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))  # JPEGs: read them at 1/8
             image.load()
 
 
@@ -90,9 +90,9 @@ def size_in(path: Path) -> tuple[int, int]:
 
 
 def common_side(paths: Iterable[Path]) -> int | str:
-    """Return the side of square pictures that all have one size; otherwise a text that says what differs.
+    """Return the common side of square pictures of one size; otherwise a text that says how they differ.
 
-    Pictures that cannot be read have none. The first that differs ends the search.
+    Pictures that cannot be read are ignored. The search ends at the first difference.
     """
     side = None
     for path in paths:
@@ -109,7 +109,7 @@ def common_side(paths: Iterable[Path]) -> int | str:
 
 
 class FileReader:
-    """Reads the pictures of a list of files, by number."""
+    """Reads pictures from a list of files, by number."""
 
     def __init__(self, paths: list[Path], channels: int) -> None:
         self.paths, self.channels = paths, channels
@@ -122,7 +122,7 @@ class FileReader:
 
 
 class ArrayReader:
-    """Makes pictures of the images (N, H, W, C) in memory, by number."""
+    """Makes pictures of images (N, H, W, C) in memory, by number."""
 
     def __init__(self, images: npt.NDArray[np.uint8]) -> None:
         self.images = images

@@ -1,8 +1,7 @@
-"""Images that live on the device as uint8; batches are gathered, cropped, flipped and normalised there, a view a
-sample.
+"""Keep images on the device as uint8, and gather, crop, flip and normalise batches there, with one view per image.
 
-A view of an image is a crop position and a flip, numbered `(row * side + column) * 2 + flip` with side = 2 * padding
-+ 1.
+A view of an image is a crop position and a flip. Its number is `(row * side + column) * 2 + flip`, with side = 2 *
+padding + 1.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class InMemoryLoader(Loader):
 
     Args:
         part: uint8 images (N, H, W, C) and labels (N,).
-        **options: as for `Loader`; there is no policy.
+        **options: as for `Loader`, but without a policy.
     """
 
     def __init__(self, part: ArrayImages, **options: Any) -> None:
@@ -36,14 +35,14 @@ class InMemoryLoader(Loader):
         self.windows = self._windows(F.pad(images, (0, 0, padding, padding, padding, padding)))
 
     def _windows(self, padded: Tensor) -> Tensor:
-        """Return all crops as a view of the padded images: (N, side, side, H, W, C), nothing copied."""
+        """Return all crops as a view of the padded images, (N, side, side, H, W, C), without copying."""
         image, row, pixel, channel = padded.stride()
         shape = (self.count, self.side, self.side, self.size, self.size, self.channels)
         return padded.as_strided(shape, (image, row, pixel, row, pixel, channel))
 
     @property
     def center(self) -> int:
-        """The view that is the image itself."""
+        """The number of the view that is the image itself."""
         padding = self.augmentation.padding
         return (padding * self.side + padding) * 2
 
@@ -52,7 +51,7 @@ class InMemoryLoader(Loader):
         return self._cut(index, *self._places(views))
 
     def _places(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return row and column of the crops of views, and which of them are mirrored."""
+        """Return the row and the column of the crop of each view, and whether it is mirrored."""
         crop = views // 2
         return crop // self.side, crop % self.side, (views % 2).bool()
 
@@ -68,8 +67,9 @@ class InMemoryLoader(Loader):
         return next(self._gathered(index, views, [len(index)]))
 
     def _gathered(self, order: Tensor, views: Tensor, sizes: list[int]) -> Iterator[Batch]:
-        """Yield batches of the given sizes; all numbers go to the device at once, as each transfer is a host-device
-        sync.
+        """Yield batches of the given sizes.
+
+        All numbers go to the device in one transfer, since each is a host-device sync.
         """
         here = order.to(self.device)
         parts = (order, views, here, *self._places(views.to(self.device)))

@@ -1,9 +1,9 @@
-"""Pickles of data sets: plain containers, numbers, texts and numpy arrays, read without running anything.
+"""Read the pickles of data sets: plain containers, numbers, strings and numpy arrays, without running anything.
 
-pickle's own readers call what a file names. Even numpy's own names are not safe: a dtype whose state is forged makes an
-array follow a pointer from the file. Here each instruction of a pickle is looked up in one table, and what is not in it
-is refused. A call of numpy's is never made: its arguments are compared with those that numpy itself writes, and the
-array is made of the file's bytes.
+pickle's own readers call whatever a file names. Not even numpy's own names are safe: a dtype with a forged state makes
+an array follow a pointer from the file. This module looks up each instruction of a pickle in one table, and refuses all
+others. It never performs a numpy call from the file: it compares the arguments with those that numpy itself writes, and
+makes the array from the file's bytes.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ import numpy as np
 from repan_cli.errors import InputError
 
 KINDS = ("u1", "i2", "i4", "i8", "f4", "f8")
-"""The dtypes that the published batches hold: pixels, labels, and the mean image."""
+"""The dtypes in the published batches: pixels, labels, and the mean image."""
 
 DTYPE_STATE = (3, None, None, None, -1, -1, 0)
-"""The state of a dtype that is a number, without its byte order: no names, no fields, no sub-array, no objects."""
+"""The state of a dtype that is a number, except its byte order: no names, no fields, no sub-array, no objects."""
 
 MOST_STEPS = 2_000_000
-"""Instructions of a pickle, ten times those of the largest published one; each may take a hundred bytes of memory."""
+"""The largest number of instructions, ten times that of the largest published pickle; each may take 100 bytes of
+memory.
+"""
 
 
 class _Call(enum.Enum):
-    """The functions and classes that a pickle of arrays names."""
+    """The functions and classes that a pickle of arrays may name."""
 
     RECONSTRUCT, ARRAY, DTYPE, SCALAR, ENCODE, FROM_BUFFER = range(6)
 
@@ -39,7 +41,7 @@ class _Call(enum.Enum):
 NAMES = {
     "numpy ndarray": _Call.ARRAY,
     "numpy dtype": _Call.DTYPE,
-    "_codecs encode": _Call.ENCODE,  # how Python 3 writes bytes for Python 2
+    "_codecs encode": _Call.ENCODE,  # Python 3 writes bytes so for Python 2
     **{
         f"numpy.{core}.{module} {name}": call
         for core in ("core", "_core")
@@ -53,12 +55,12 @@ NAMES = {
 
 
 class _RefusedError(ValueError):
-    """A part of a pickle that no batch of images has."""
+    """The pickle holds something that no batch of images has."""
 
 
 @dataclass
 class _Kind:
-    """A dtype of a file, one of KINDS."""
+    """A dtype from a file, one of KINDS."""
 
     code: str
     order: str = "<"
@@ -70,21 +72,21 @@ class _Kind:
 
 @dataclass
 class _Array:
-    """An array of a file, which has its content only when its state is read."""
+    """An array from a file. It has no content until its state is read."""
 
     content: np.ndarray[Any, Any] | None = None
 
 
 @dataclass
 class _Machine:
-    """The state that a pickle's instructions work on."""
+    """The state on which the instructions of a pickle work."""
 
     stack: list[Any] = field(default_factory=list)
     outer: list[list[Any]] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
 
     def since_mark(self) -> list[Any]:
-        """Take all values that were put on the stack since the last mark."""
+        """Remove and return all values that were put on the stack since the last mark."""
         items, self.stack = self.stack, self.outer.pop()
         return items
 
@@ -92,15 +94,16 @@ class _Machine:
 def read(path: Path) -> dict[Any, Any]:
     """Return the dictionary in a pickle; its numpy arrays may be read-only.
 
-    Texts of Python 2 are latin-1, as torchvision and the data sets' makers read them. Raises InputError, naming the
-    file, when it is no pickle of a dictionary, or holds more than plain types and arrays; OSError when it cannot be
-    read.
+    Strings of Python 2 are decoded as latin-1, as torchvision and the authors of the data sets do.
+
+    Raises InputError, naming the file, if it is not a pickled dictionary, or holds more than plain types and arrays.
+    Raises OSError if it cannot be read.
     """
     return parse(path.read_bytes(), path)
 
 
 def parse(content: bytes, label: object) -> dict[Any, Any]:
-    """Return the dictionary in the bytes of a pickle, as `read` does of a file's."""
+    """Return the dictionary in the bytes of a pickle, as `read` does for a file."""
     try:
         found = _run(content)
     except _RefusedError as error:
@@ -116,7 +119,7 @@ def parse(content: bytes, label: object) -> dict[Any, Any]:
 
 
 def images_in(batch: dict[Any, Any], label: object, side: int) -> np.ndarray[Any, Any]:
-    """Return the images of a batch, uint8 (N, side, side, 3), which are stored as rows of three planes."""
+    """Return the images of a batch, uint8 (N, side, side, 3). The file stores each as a row of three planes."""
     rows = batch.get("data")
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8:
         raise InputError(
@@ -138,7 +141,7 @@ def labels_in(batch: dict[Any, Any], key: str, label: object) -> np.ndarray[Any,
 
 
 def texts_in(batch: dict[Any, Any], key: str, label: object) -> list[str]:
-    """Return the names of a data set's classes."""
+    """Return the class names of a data set."""
     found = batch.get(key)
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise InputError(f"{label} holds no list of texts under '{key}'; use a copy from the data set's makers")
@@ -168,7 +171,7 @@ def _name(found: str) -> _Call:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """Return the result of a numpy call, for the arguments that numpy writes."""
+    """Return the result of a numpy call, if its arguments are those that numpy writes."""
     if function is _Call.RECONSTRUCT and arguments in ((_Call.ARRAY, (0,), "b"), (_Call.ARRAY, (0,), b"b")):
         return _Array()
     if function is _Call.DTYPE and len(arguments) == 3 and arguments[0] in KINDS and arguments[1:] in ((0, 1), (0, 0)):
@@ -184,7 +187,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _array(kind: _Kind, shape: Any, data: Any, order: Any) -> np.ndarray[Any, Any]:
-    """Return the array that holds exactly these bytes."""
+    """Return an array that holds exactly these bytes."""
     if isinstance(data, str):  # bytes of Python 2
         data = data.encode("latin-1")
     sized = isinstance(shape, tuple) and all(type(side) is int and side >= 0 for side in shape)
@@ -323,4 +326,4 @@ STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "REDUCE": _reduce,
     "BUILD": _build,
 }
-"""All that a pickle may instruct, by the names of pickletools."""
+"""Every instruction that a pickle may have, by its name in pickletools."""

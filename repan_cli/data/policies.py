@@ -1,4 +1,4 @@
-"""Augmentation policies from torchvision and timm, for one picture at a time."""
+"""Make augmentation policies from torchvision and timm, for one picture at a time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ Policy = Callable[[Image.Image], Image.Image]
 
 
 def policy(name: str, found_for: str) -> Policy:
-    """Return the policy of the setting `data.augment`; that of `autoaugment` is the one that was `found_for` the data.
+    """Return the policy that the setting `data.augment` names; for `autoaugment`, the one that was `found_for` the
+    data.
 
-    AutoAugment (Cubuk et al. 2018; for ImageNet the TensorFlow one), RandAugment (Cubuk et al. 2019), TrivialAugment
-    (Mueller & Hutter 2021).
+    AutoAugment (Cubuk et al. 2018; for ImageNet in TensorFlow's version), RandAugment (Cubuk et al. 2019),
+    TrivialAugment (Mueller & Hutter 2021).
     """
     if name == "autoaugment":
         return _autoaugment(found_for)
@@ -25,6 +26,6 @@ def _autoaugment(found_for: str) -> Policy:
     if found_for == "imagenet":
         from timm.data.auto_augment import auto_augment_transform
 
-        # v0 itself asks Pillow for 0 bits a colour, which newer ones refuse and older ones show as black
+        # v0 may ask Pillow for 0 bits per color, which newer versions refuse and older ones show as black
         return auto_augment_transform("v0r", {"img_mean": (124, 116, 104)})
     return transforms.AutoAugment(transforms.AutoAugmentPolicy(found_for))

@@ -1,4 +1,4 @@
-"""Preprocessing of a picture for a network, outside of training."""
+"""Preprocess a picture for a network, outside of training."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from repan_cli.data import image_files
 
 @dataclass(frozen=True)
 class MiddleCrop:
-    """The part of a large picture that is looked at outside of training, as timm takes it.
+    """The part of a large picture that is used outside of training, as in timm.
 
-    `share` is the part of the side of the resized picture, `mode` one of `CROP_MODES`, `fill` the color of a border,
-    each channel from 0 to 1.
+    Attributes:
+        share: the share of the resized picture's side that is kept.
+        mode: one of `CROP_MODES`.
+        fill: the color of a border, each channel from 0 to 1.
     """
 
     share: float = CROP_SHARE
@@ -36,7 +38,7 @@ class MiddleCrop:
             is_training=False,
             use_prefetcher=True,  # so that timm leaves out the normalisation
             interpolation=self.interpolation,
-            mean=self.fill,  # of which a border is
+            mean=self.fill,  # the color of a border
             crop_pct=self.share,
             crop_mode=self.mode,
         )
@@ -47,7 +49,7 @@ class MiddleCrop:
 class Preparation:
     """Side, channels and normalisation of a network's images.
 
-    `resized`: of large pictures a part is taken, `crop`; small ones are cropped to a square and resized.
+    With `resized`, pictures are resized and cropped by `crop`. Otherwise they are cropped to a square and resized.
     """
 
     size: int
@@ -58,16 +60,16 @@ class Preparation:
     crop: MiddleCrop = MiddleCrop()
 
     def picture(self, image: Image.Image) -> Tensor:
-        """Convert a picture to (C, H, W) in uint8."""
+        """Convert a picture to uint8 (C, H, W)."""
         if not self.resized:
             return functional.pil_to_tensor(image_files.square(image, self.size))
         return self.crop.transform(self.size)(image)
 
     def file(self, path: Path) -> Tensor:
-        """Read the image in a file, (C, H, W) normalised. Raises UnreadableImageError naming it."""
+        """Read the image in a file, (C, H, W), normalised. Raises UnreadableImageError, naming the file."""
         return self.normalized(self.picture(image_files.open_image(path, self.channels)))
 
     def normalized(self, image: Tensor) -> Tensor:
-        """Convert uint8 (..., C, H, W) to float32: values from 0 to 1, minus the mean, divided by std."""
+        """Convert uint8 (..., C, H, W) to float32: scale to [0, 1], subtract the mean, divide by std."""
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (image.float() / 255 - mean) / std

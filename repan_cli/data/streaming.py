@@ -1,8 +1,8 @@
-"""Images that are read one by one, by processes that load, and transformed as pictures.
+"""Read images one by one in worker processes, and transform them as pictures.
 
-Small images are padded, cropped and flipped; of large ones a part is cropped and resized, by timm's transforms. What
-is random about an image is drawn from its position, (seed, cycle, epoch, index): it depends neither on how many
-processes load nor on where a run began.
+Small images are padded, cropped and flipped. Large ones are cropped and resized by timm's transforms. Everything random
+about an image is drawn from its position, (seed, cycle, epoch, index), so it depends neither on the number of workers
+nor on where a run began.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class StreamingLoader(Loader):
     """The images of one part of a data set, read one by one.
 
     Args:
-        part: pictures, or images in memory that a policy is applied to.
-        resized: a part of each image is cropped and resized; otherwise all have the size already and are padded.
-        policy_of: what its AutoAugment policy was found for.
-        workers: processes that load; 0 is this one.
-        skip: leave out training images that cannot be read.
-        crop: the part of a resized image that is looked at where it is only scored.
+        part: pictures, or images in memory that need a policy.
+        resized: whether a part of each image is cropped and resized; otherwise all have the right size and are padded.
+        policy_of: the data set for which AutoAugment's policy was found.
+        workers: the number of worker processes; 0 loads in this process.
+        skip: whether training images that cannot be read are left out.
+        crop: the part of a resized image that is used for scoring.
         **options: as for `Loader`.
     """
 
@@ -86,7 +86,7 @@ class StreamingLoader(Loader):
         check_room(share, self.channels * self.size**2, self.workers, self.count)
 
     def _note(self, problems: dict[str, bool], mend: str) -> None:
-        """Warn once about each image that could not be read; one without a replacement ends the run."""
+        """Warn once about each image that could not be read; if it has no replacement, end the run."""
         for problem, fatal in problems.items():
             if fatal:
                 raise InputError(problem + mend)
@@ -124,5 +124,8 @@ class StreamingLoader(Loader):
 
 
 def default_workers(device: torch.device) -> int:
-    """Return one process a core beside a GPU, shared by the machine's ranks; one on a CPU, which trains itself."""
+    """Return the default number of workers: one per core with a GPU, shared by the machine's ranks; one on a CPU.
+
+    On a CPU the cores are needed for training.
+    """
     return max(1, min(MOST_WORKERS, usable_cores() // local_ranks())) if device.type == "cuda" else 1

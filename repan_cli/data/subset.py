@@ -1,4 +1,4 @@
-"""Parts of a data set: its first classes, the first images of each class, a stratified validation part."""
+"""Choose parts of a data set: its first classes, the first images of each class, a stratified validation part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from repan_cli.errors import InputError
 
 
 def first_classes(name: str, raw: RawDataset, count: int) -> RawDataset:
-    """Keep only the first `count` classes by name, renumbered in their order."""
+    """Keep only the first `count` classes by name, and renumber them in that order."""
     if count > len(raw.classes):
         raise InputError(f"data.classes={count}, but {name} has {len(raw.classes)} classes: give at most as many")
     by_name = sorted(range(len(raw.classes)), key=lambda number: raw.classes[number])
@@ -33,13 +33,13 @@ def _renumbered(part: Part, numbers: Labels) -> Part:
 
 
 def first_images(raw: RawDataset, count: int) -> RawDataset:
-    """Keep at most `count` training images of each class, the first ones, and all that do not train."""
+    """Keep at most the first `count` training images of each class; leave the other parts as they are."""
     train = raw.parts["train"]
     return raw._replace(parts={**raw.parts, "train": train.take(first_of_each(train.labels, count))})
 
 
 def stratified(labels: Labels, fraction: float, seed: int) -> Mask:
-    """Draw by `seed` a mask (N,) that holds out `fraction` of every class: at least one image, and never all."""
+    """Return a mask (N,), drawn by `seed`, that holds out `fraction` of every class: at least one image, never all."""
     mask = np.zeros(len(labels), dtype=bool)
     order = np.random.default_rng(seed).permutation(len(labels))
     for label in np.unique(labels):

@@ -1,4 +1,4 @@
-"""The parts of a data set: its specification, its parts, images in memory and images that are read lazily."""
+"""Define a data set's specification and its parts, with images in memory or read lazily."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ArrayImages(NamedTuple):
 
 
 class Reader(Protocol):
-    """Opens one picture of many, by number; picklable, for the processes that load."""
+    """Opens one of many pictures by number. It must be picklable, for worker processes."""
 
     def __call__(self, index: int) -> Image.Image: ...
 
@@ -59,7 +59,7 @@ Part = ArrayImages | LazyImages
 
 
 class RawDataset(NamedTuple):
-    """Classes and parts as they were read; `image_size` is the side that images without one of their own get."""
+    """Classes and parts as they were read. `image_size` is the side for images that have no common size."""
 
     classes: tuple[str, ...]
     parts: dict[str, Part]
@@ -68,13 +68,19 @@ class RawDataset(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """The way in which images are to be read.
+    """Options for reading images.
 
-    `image_size` None is their own, else `network_size`, that of the network; `channels` 1 or 3; `crop` as the
-    setting `data.crop`; `skip` leaves out training images that cannot be read, `keep` leaves that to the loader;
-    `classes` is the number of those of synthetic data. With `download` false nothing is fetched and no folder is
-    made. `order` is that of the classes of image folders, as the setting `data.class_order`, or a list of them;
-    `only` names the one part of image folders that is to be read.
+    Attributes:
+        image_size: the side in pixels; None keeps the images' own, else takes `network_size`.
+        channels: 1 or 3.
+        crop: as the setting `data.crop`.
+        skip: leave out training images that cannot be read.
+        keep: keep unreadable training images in the list, and leave skipping to the loader.
+        classes: the number of classes of synthetic data.
+        download: fetch a missing set. If false, no folder is made either.
+        order: the order of the classes of image folders: as the setting `data.class_order`, or a list of names.
+        only: the one part of image folders to read; None reads all.
+        network_size: the side of the network's images, for image folders without a common size.
     """
 
     image_size: int | None = None
@@ -89,17 +95,23 @@ class ReadOptions:
     network_size: int | None = None
 
     def streams(self, size: int) -> bool:
-        """Return whether images of this side are read one by one, a part of each resized; others live in memory."""
+        """Return whether images of this side are read one by one, cropped and resized; otherwise they are kept in
+        memory.
+        """
         return is_resized(self.crop, size)
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """All that is known of a data set before it is read.
+    """Everything that is known about a data set before it is read.
 
-    `load(root, reading)` reads it. Mean and std are those of the training images in [0, 1]. `flip` is False where a
-    mirrored image is another thing, such as a digit. `policy` names the AutoAugment policy that was found for it;
-    `image_size` is None where images have one of their own.
+    Attributes:
+        text: a description for lists.
+        load: a function of the root folder and the `ReadOptions` that reads the data set.
+        mean, std: one value per channel, of the training images in [0, 1].
+        flip: false if a mirrored image would mean something else, such as a digit.
+        policy: the AutoAugment policy that was found for the data.
+        image_size: the side of the images; None if they have no common size.
     """
 
     text: str
@@ -113,7 +125,7 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set ready for training. `val` is None when nothing was held out."""
+    """A data set ready for training. `val` is None if nothing was held out."""
 
     name: str
     classes: tuple[str, ...]
@@ -129,7 +141,7 @@ class Dataset:
 
     @property
     def labels_digest(self) -> str:
-        """SHA-256 over the labels of all parts, in order."""
+        """SHA-256 of the labels of all parts, in order."""
         parts = (part.labels.tobytes() for part in (self.train, self.val, self.test) if part is not None)
         return hashlib.sha256(b"|".join(parts)).hexdigest()
 
@@ -138,7 +150,7 @@ class Dataset:
         return len(self.mean)
 
     def part(self, name: str) -> Part:
-        """Return the part called train, val or test. Raises InputError when there is no validation part."""
+        """Return the part called train, val or test. Raises InputError if there is no validation part."""
         images: Part | None = getattr(self, name)
         if images is None:
             raise InputError(
@@ -149,4 +161,4 @@ class Dataset:
 
 DATASETS: Registry[DatasetSpec] = Registry("data set")
 PREFIXES: dict[str, Callable[[str], DatasetSpec]] = {}
-"""Makers of the specifications of names like `hfds/...`, by what stands before the slash."""
+"""Functions that make the specification of a name such as `hfds/...`, by the part before the slash."""

@@ -1,7 +1,7 @@
-"""The processes that load images: their work, the limits on waiting for them, and their end.
+"""Start worker processes that load images, limit the time spent waiting for them, and end them.
 
-They may hang, on a file of a network that is gone or on a shared memory that is full. The wait for them therefore looks
-at the stop signals, says after a while what it waits for, and ends.
+Workers may hang, on a file on a lost network drive or on full shared memory. Waiting therefore checks for stop signals,
+reports after a while what it waits for, and ends at a limit.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from repan_cli.system.seeding import seed_for
 from repan_cli.system.signals import STOP_SIGNALS
 
 LOOK, SAID_AFTER, LIMIT = 1.0, 30.0, 300.0
-"""Seconds between two checks for stop signals, until the wait is reported, and until it ends the run."""
+"""Seconds between two checks for stop signals, until the wait is reported, and until the wait ends the run."""
 
 AHEAD = 2
-"""Batches that each process has loaded or is loading, as PyTorch has it."""
+"""The number of batches that each process has loaded or is loading, PyTorch's default."""
 
 SHARED = Path("/dev/shm")
-"""The shared memory that holds loaded batches until they are used, on Linux; Docker gives it 64 MB."""
+"""The shared memory on Linux, which holds loaded batches until they are used; Docker gives it 64 MB."""
 
 
 def check_room(batch: int, pixels: int, workers: int, images: int) -> None:
-    """Raise InputError where the shared memory cannot hold the batches that are loaded ahead.
+    """Raise InputError if the shared memory cannot hold the batches that are loaded ahead.
 
-    `batch` images of `pixels` bytes each, of `images` in all, by `workers` processes on each of this machine's ranks.
+    Each of this machine's ranks has `workers` processes, which load batches of `batch` images of `pixels` bytes each.
+    The part has `images` images.
     """
     if not workers or not SHARED.is_dir():
         return
@@ -60,7 +61,7 @@ def check_room(batch: int, pixels: int, workers: int, images: int) -> None:
 
 
 class Sample(NamedTuple):
-    """A picture (C, H, W) in uint8 and its place in the part, or why it could not be read."""
+    """A picture, uint8 (C, H, W), and its number in the part, or the reason why it could not be read."""
 
     image: Tensor | None
     label: int
@@ -69,12 +70,13 @@ class Sample(NamedTuple):
 
 
 class Samples(Dataset[Sample]):
-    """The samples of a part, for the loading processes. With a position they are training samples; with `skip`, the
-    next readable sample replaces an unreadable one.
+    """The samples of a part, for worker processes.
+
+    With a position they are training samples. With `skip`, the next readable sample replaces an unreadable one.
     """
 
     def __init__(self, part: LazyImages, transform: Any, position: tuple[int, ...] | None, *, skip: bool) -> None:
-        self.at: Any = None  # by process, the image that it reads; -1 between two
+        self.at: Any = None  # the image that each process reads; -1 between two images
         self.part, self.transform, self.position, self.skip = part, transform, position, skip
 
     def __len__(self) -> int:
@@ -125,7 +127,9 @@ def ignore_signals(worker: int) -> None:
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, dict[str, bool]]:
-    """Return images (B, C, H, W), labels (B,), indices (B,), and what could not be read, with whether it is fatal."""
+    """Return images (B, C, H, W), labels (B,), indices (B,), and the images that could not be read, each with whether
+    it is fatal.
+    """
     problems = {sample.problem: sample.image is None for sample in samples if sample.problem}
     read = [(sample.image, sample.label, sample.place) for sample in samples if sample.image is not None]
     images = torch.stack([image for image, _, _ in read]) if read else torch.empty(0)
@@ -138,7 +142,9 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, dict[str, bo
 
 @contextlib.contextmanager
 def loading(samples: Samples, rows: Sequence[Tensor], workers: int, *, pin: bool) -> Iterator[Loading]:
-    """Let `workers` processes load the batches of `rows`; 0 is this one. They are gone at the end."""
+    """Load the batches of `rows` in `workers` processes, or in this one if 0, and end the processes when the context
+    ends.
+    """
     samples.at = multiprocessing.RawArray("q", [-1] * workers) if workers else None
     loader: DataLoader[Any] = DataLoader(
         samples,
@@ -147,7 +153,7 @@ def loading(samples: Samples, rows: Sequence[Tensor], workers: int, *, pin: bool
         collate_fn=collate,
         worker_init_fn=ignore_signals,
         pin_memory=pin,
-        generator=torch.Generator(),  # the global one stays as it is
+        generator=torch.Generator(),  # the global generator stays as it is
         timeout=LOOK if workers else 0,
     )
     iterator = iter(loader)
@@ -159,14 +165,15 @@ def loading(samples: Samples, rows: Sequence[Tensor], workers: int, *, pin: bool
 
 
 class Loading:
-    """Batches on their way: `taken(stop)` gives them."""
+    """Batches that are being loaded; `taken(stop)` yields them."""
 
     def __init__(self, samples: Samples, iterator: Any, count: int) -> None:
         self.samples, self.iterator, self.count = samples, iterator, count
 
     def taken(self, stop: Callable[[], bool]) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, bool]]]:
-        """Yield the batches. Raises StoppedError if `stop` returns true during a wait, StuckLoaderError if no batch
-        arrives.
+        """Yield the batches.
+
+        Raises StoppedError if `stop` returns true during a wait, StuckLoaderError if no batch arrives within the limit.
         """
         for _ in range(self.count):
             yield self._next(stop)
@@ -191,7 +198,7 @@ class Loading:
                 warn(f"no images arrived for {waited:.0f} s; {self._where()}")
 
     def _where(self) -> str:
-        """Describe what the processes read, and the free space where they store it."""
+        """Describe which images the processes read, and the free space where they put them."""
         part = self.samples.part
         read = [part.read.name(int(part.index[number])) for number in self.samples.at if number >= 0]
         parts = [f"being read: {', '.join(read)}"] if read else []
@@ -202,10 +209,10 @@ class Loading:
 
 
 def _kill(iterator: Any) -> None:
-    """End the processes of a DataLoader whatever they do: they ignore SIGTERM, and its own way out waits for each."""
+    """End the processes of a DataLoader even if they hang: they ignore SIGTERM, and its own shutdown waits for each."""
     if not getattr(iterator, "_workers", None):
         return
-    iterator._shutdown = True  # nothing is left to its destructor
+    iterator._shutdown = True  # leave nothing to its destructor
     if iterator._worker_pids_set:
         torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
         iterator._worker_pids_set = False

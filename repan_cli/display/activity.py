@@ -1,4 +1,4 @@
-"""A display of the current activity of a silent command: redrawn on a terminal, a line now and then elsewhere."""
+"""Show the current activity of a silent command: redrawn on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rich.text import Text
 from repan_cli.system.text import duration, shown
 
 PATIENCE, REPEAT = 10, 60
-"""Seconds after which a line is printed where nothing can be redrawn, and those between two lines."""
+"""Seconds until a line is printed if nothing can be redrawn, and seconds between two lines."""
 
 AT_ONCE = 0.3
-"""Seconds that something takes at least before a terminal shows it."""
+"""Seconds that an activity must take before a terminal shows it."""
 
 
 class Activity:
-    """Shows one activity at a time. Calling it tells what is being done, or None."""
+    """Shows one activity at a time. Call it with the current activity, or with None."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

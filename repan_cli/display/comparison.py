@@ -19,7 +19,7 @@ def show(comparison: Comparison, *, to_stderr: bool = False) -> None:
     titles, rows = table.titles(comparison), table.rows(comparison)
     if _width([titles, *rows]) <= Console(stderr=to_stderr).width:
         print_table(list(titles), rows, to_stderr=to_stderr)
-    else:  # names on lines of their own
+    else:  # names on their own lines
         numbers = [str(number) for number in range(1, len(rows) + 1)]
         names = ((number, row[0]) for number, row in zip(numbers, rows, strict=True))
         print_table(["", titles[0]], names, to_stderr=to_stderr)

@@ -1,7 +1,7 @@
-"""All output for users while repan works, on stderr: the header, the live display, epoch lines, the summary.
+"""Print everything that users see while repan works, on stderr: header, live display, epoch lines, summary.
 
-On a terminal one live display shows where the run is; elsewhere plain lines say so, at least one a minute. Permanent
-lines also go to the run's log.txt. Knows floats and names only, never a tensor.
+On a terminal a live display shows the position of the run. Elsewhere plain lines do, at least one per minute. Permanent
+lines also go to the run's log.txt. This module knows floats and names only, never a tensor.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ JUMPED = "the restart kept the function in eval mode only"
 COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8}{:>8} {:>7}"
 WITHOUT_RATE = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7}"
 WARNING = "bold magenta"
-"""Readable on white and on black, as yellow is not."""
+"""Readable on white and on black, unlike yellow."""
 
 
 class Stderr:
-    """The standard error of the process as it is now. A reader or a terminal that is gone ends no run."""
+    """The current standard error of the process. A closed reader or terminal does not end a run."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
@@ -67,16 +67,19 @@ class Stderr:
 
 @functools.cache
 def on_stderr() -> Console:
-    """Return the one console for messages: only through the console of a live display can a line be put above it."""
+    """Return the only console for messages; only the console of a live display can print lines above it."""
     return Console(file=cast("TextIO", Stderr()), highlight=False)
 
 
 class Display:
     """Shows one run.
 
-    `epochs` holds the length of each phase, the baseline being cycle 0; `steps` are those of an epoch. `compiles` says
-    that the first step takes long, `ramps` that the attach rate changes. `jumped` explains a training loss that rose
-    across a restart.
+    Attributes:
+        epochs: the length of each phase; the baseline is cycle 0.
+        steps: the number of steps in an epoch.
+        compiles: whether the first step takes long.
+        ramps: whether the attach rate changes.
+        jumped: explains a training loss that rose across a restart.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class Display:
         self.spoke = self.began = time.monotonic()
 
     def _live(self) -> Live | NotebookLive | None:
-        """Return a live display, or None where nothing can be redrawn: in a file, a pipe, a dumb terminal."""
+        """Return a live display, or None if nothing can be redrawn: in a file, a pipe, a dumb terminal."""
         if self.console.is_jupyter:
             return NotebookLive(self.view)
         if not self.console.is_terminal or self.console.is_dumb_terminal:
@@ -123,7 +126,7 @@ class Display:
         self.position.doing = what or ""
 
     def speak(self) -> None:
-        """Print the position of the run after a silent while, as there is no live display."""
+        """Print the position of the run after a long silence, if there is no live display."""
         if time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
             here = self.position
             where = here.doing or f"step {here.step}/{here.steps}"
@@ -147,7 +150,7 @@ class Display:
             self.log.flush()
 
     def note(self, text: str) -> None:
-        """Write a line to log.txt alone, for text that appears elsewhere on screen."""
+        """Write a line only to log.txt, for text that appears elsewhere on screen."""
         if self.log:
             print(shown(text), file=self.log, flush=True)
 
@@ -253,7 +256,7 @@ class Display:
     def table(self, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]] = ()) -> None:
         """Print a row per phase: validation top-1 and training loss around its start, top-1 at its end, time.
 
-        The `records` of the epochs tell how many steps the losses were averaged over.
+        The `records` of the epochs give the number of steps over which losses were averaged.
         """
         table = Table(box=None, pad_edge=False, header_style="bold")
         cycles = [[each for each in records if each["cycle"] == row["cycle"]] for row in summary["cycles"]]
@@ -279,8 +282,9 @@ def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: bool = False) -> None:
-    """Print a table on stdout, for commands whose data it is, or on stderr. Without a terminal, each row is a line to
-    grep.
+    """Print a table, on stdout for commands whose result it is, else on stderr.
+
+    Without a terminal, each row is one line.
     """
     cells = [[shown(cell) for cell in row] for row in rows]
     console = Console(file=cast("TextIO", Stderr()) if to_stderr else None, highlight=False)
@@ -301,21 +305,21 @@ def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: b
 
 
 def print_line(text: str, *, whole: bool = False) -> None:
-    """Print a line of results on stdout, for commands that are called for them.
+    """Print a line of a command's results on stdout.
 
-    On a terminal it breaks between words, unless it is code to copy, and so stays `whole`.
+    On a terminal it wraps between words, unless it is code to copy and therefore `whole`.
     """
     text = shown(text)
     print(text if whole or not sys.stdout.isatty() else wrapped(text, shutil.get_terminal_size().columns))
 
 
 def tell(text: str) -> None:
-    """Print a line on stderr; on a terminal it breaks between words."""
+    """Print a line on stderr; on a terminal it wraps between words."""
     on_stderr().print(_on_terminal(shown(text)), soft_wrap=True, markup=False)
 
 
 def _on_terminal(text: str, before: int = 0) -> str:
-    """Wrap a sentence where stderr is a terminal, after so many columns of its line."""
+    """Wrap a sentence if stderr is a terminal, after the columns that are already used."""
     console = on_stderr()
     return wrapped(text, console.width, before=before) if console.is_terminal else text
 
@@ -326,7 +330,7 @@ def _warning(text: str) -> Text:
 
 
 class _NoticeHandler(logging.Handler):
-    """Prints notices on stderr, above a live display where there is one."""
+    """Prints notices on stderr, above a live display if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         on_stderr().print(_warning(shown(record.getMessage())), soft_wrap=True)

@@ -1,6 +1,6 @@
-"""The live display of a run: its position, the remaining time, its figures.
+"""Draw the live display of a run: its position, the remaining time, its figures.
 
-Colours keep their contrast on light and on dark backgrounds, and mean nothing that the words do not say.
+Colors have enough contrast on light and on dark backgrounds. They carry no information that is not also in words.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from repan_cli.training.events import LossLog, StepEnd
 
 WIDE = 130
 BAR, BACK = "magenta", "bright_black"
-"""Colours of the terminal's own palette, which themes adapt: in xterm's, the contrast to white and black is over 3."""
+"""Colors of the terminal's own palette, which themes adapt; in xterm's, the contrast to white and black is over 3."""
 
 
 def clock(seconds: float | None) -> str:
-    """Time that is left: 0:07, 12:40, 3:05:00."""
+    """Format the remaining time: 0:07, 12:40, 3:05:00."""
     if seconds is None:
         return "-:--"
     minutes, rest = divmod(round(seconds), 60)
@@ -31,9 +31,9 @@ def clock(seconds: float | None) -> str:
 
 @dataclass
 class Position:
-    """The position of a run, as its events told. `doing` stands in place of the count of steps when it is not training.
+    """The position of a run, from its events. `doing` replaces the count of steps when the run is not training.
 
-    `figures` are those of the last look at the loss, `val` and `best` validation top-1 in percent.
+    `figures` are those of the last `LossLog` event; `val` and `best` are validation top-1 in percent.
     """
 
     epochs: Mapping[int, int]
@@ -70,7 +70,7 @@ class Position:
 
 @dataclass
 class Pace:
-    """The pace of a run: seconds a step in this epoch, and of the last whole epoch of this phase."""
+    """The pace of a run: seconds per step in this epoch, and of the last whole epoch of this phase."""
 
     first: tuple[int, float] | None = None
     last: tuple[int, float] | None = None
@@ -97,7 +97,7 @@ class Pace:
 
 
 class View:
-    """Draws a position; `name` tells what a phase is called."""
+    """Draws a position; `name` returns the name of a phase."""
 
     def __init__(self, position: Position, name: Callable[[int], str]) -> None:
         self.position, self.name = position, name

@@ -1,4 +1,4 @@
-"""Pictures with words below them, drawn by Pillow: the first batch of a run, and classified images."""
+"""Draw pictures with captions, by Pillow: the first batch of a run, and classified images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf", "arial.ttf"),
     *("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", "msyh.ttc", "YuGothM.ttc", "malgun.ttf"),
 )
-"""Fonts that are looked for in the system, the ones with Latin letters first; Pillow's own has no others."""
+"""Fonts that are looked for in the system, those with Latin letters first; Pillow's own has no others."""
 
 SIZE = 12
 INK, PAPER, SOFT = (27, 31, 36), (255, 255, 255), (87, 96, 106)
@@ -26,7 +26,7 @@ GAP, MOST_ACROSS = 8, 8
 
 
 class Captioned(NamedTuple):
-    """A picture with the lines that stand below it."""
+    """A picture with the lines of its caption."""
 
     image: Image.Image
     lines: tuple[str, ...]
@@ -34,7 +34,7 @@ class Captioned(NamedTuple):
 
 @functools.cache
 def _fonts(size: int) -> tuple[Any, ...]:
-    """Return the fonts that are here, Pillow's own last."""
+    """Return the available fonts, Pillow's own last."""
     from PIL import ImageFont
 
     found = []
@@ -52,24 +52,24 @@ def _of_matplotlib() -> Iterator[str]:
 
 
 def font_for(text: str, size: int) -> Any:
-    """Return a font that has the most of a text's letters, the first of them where several have."""
+    """Return the font that has the most of a text's letters, the first one if several do."""
     return max(_fonts(size), key=lambda font: sum(_has(font, letter) for letter in set(text)))
 
 
 def lacking(texts: Iterable[str]) -> list[str]:
-    """Return the letters of some texts that no font here has."""
+    """Return the letters of some texts that no available font has."""
     letters = {letter for text in texts for letter in shown(text, but="")}
     return sorted(letter for letter in letters if not any(_has(font, letter) for font in _fonts(SIZE)))
 
 
 @functools.cache
 def _has(font: Any, letter: str) -> bool:
-    """Return whether a font has a letter: it draws all letters that it lacks alike."""
+    """Return whether a font has a letter; all letters that it lacks look alike."""
     return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010fffe"))
 
 
 def fitted(text: str, width: int, size: int) -> tuple[str, Any]:
-    """Return a text, cut if it is wider than `width` pixels, with its font."""
+    """Return a text with its font, cut if it is wider than `width` pixels."""
     text = shown(text, but="")
     font = font_for(text, size)
     if font.getlength(text) <= width:
@@ -80,7 +80,7 @@ def fitted(text: str, width: int, size: int) -> tuple[str, Any]:
 
 
 def with_caption(picture: Captioned, *, size: int, width: int | None = None) -> Image.Image:
-    """Draw the lines below a picture, on white; `width` is the least width of the whole."""
+    """Draw the caption below a picture, on white; `width` is the least width of the whole."""
     from PIL import Image, ImageDraw
 
     image, step = picture.image.convert("RGB"), size + 5
@@ -96,7 +96,7 @@ def with_caption(picture: Captioned, *, size: int, width: int | None = None) -> 
 
 
 def resized(image: Image.Image, side: int) -> Image.Image:
-    """Make the longer side of a picture so long; small ones in whole pixels, so that each can be seen."""
+    """Scale a picture so that its longer side has this length; small ones by whole pixels, so that each can be seen."""
     from PIL import Image
 
     longest = max(image.size)

@@ -1,4 +1,4 @@
-"""Pictures: curves.png, accuracy, loss and rates over a whole run, and confusion.png. They need the `plot` extra."""
+"""Draw plots: curves.png with accuracy, loss and rates over a run, and confusion.png. They need the `plot` extra."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOXES = "Last Resort"
 """The font that has every letter, all of them as boxes."""
 
 MOST_NAMED = 40
-"""Classes that have room for their names beside a picture."""
+"""The largest number of classes whose names fit next to a picture."""
 
 
 def available() -> bool:
@@ -25,7 +25,7 @@ def available() -> bool:
 
 
 def how_to_get() -> str:
-    """Return what drawing needs, and the command that installs it."""
+    """Return the packages that drawing needs, and the command that installs them."""
     return f"it needs matplotlib, {how_to_install('matplotlib')}"
 
 
@@ -73,7 +73,7 @@ def draw_curves(
 
 
 RATES = {"lr": ("learning rate", "tab:red", "-"), "attach_rate": ("attach rate", "tab:blue", "--")}
-"""Label, colour and style of what may be constant over a whole run, and is not drawn then."""
+"""Label, color and style of rates that may be constant over a whole run, and are then not drawn."""
 
 
 def _changes(records: list[dict[str, Any]], key: str) -> bool:
@@ -81,7 +81,7 @@ def _changes(records: list[dict[str, Any]], key: str) -> bool:
 
 
 def _draw_rates(axes: Any, epochs: Sequence[int], records: list[dict[str, Any]], changing: Sequence[str]) -> None:
-    """Draw the rates that change; of two each has its own axis."""
+    """Draw the rates that change; if there are two, each has its own axis."""
     for number, key in enumerate(changing):
         label, color, style = RATES[key]
         panel = axes if number == 0 else axes.twinx()
@@ -92,7 +92,7 @@ def _draw_rates(axes: Any, epochs: Sequence[int], records: list[dict[str, Any]],
 
 
 def _mark_tests(axes: Any, records: list[dict[str, Any]], tests: Mapping[int, float]) -> None:
-    """Mark test top-1 at the last epoch of each cycle that has any."""
+    """Mark test top-1 at the last epoch of each cycle that has it."""
     numbers = [record["cycle"] for record in records]
     ends = {cycle: len(numbers) - numbers[::-1].index(cycle) for cycle in tests if cycle in numbers}
     if ends:
@@ -111,7 +111,7 @@ def _mark_best(axes: Any, records: list[dict[str, Any]]) -> None:
 
 
 def _mark_cycles(records: list[dict[str, Any]], panels: list[Any]) -> None:
-    """Draw dotted lines where cycles begin, named above the first panel if there is room for names."""
+    """Draw dotted lines at the start of cycles, named above the first panel if there is room for names."""
     numbers = [record["cycle"] for record in records]
     cycles = list(dict.fromkeys(numbers))
     if len(cycles) == 1:
@@ -154,9 +154,9 @@ def draw_confusion(
     counts: Sequence[Sequence[int]], classes: Sequence[str], target: Path, *, title: str = ""
 ) -> list[str]:
     """Draw the confusion matrix, true classes (rows) by predicted classes (columns), in percent of each class, into a
-    PNG. Returns the letters of the names that no font here has.
+    PNG.
 
-    Returns the letters of the names that no font here has.
+    Returns the letters of the names that no available font has.
     """
     from matplotlib.figure import Figure
 
@@ -189,8 +189,8 @@ def draw_confusion(
 
 
 def _fonts_for(text: str) -> tuple[list[str], list[str]]:
-    """Return the families of fonts that have all letters of a text, Matplotlib's own first, and the letters that none
-    has.
+    """Return the font families that cover all letters of a text, Matplotlib's own first, and the letters that
+    none has.
     """
     from matplotlib import font_manager
 
@@ -209,7 +209,7 @@ def _fonts_for(text: str) -> tuple[list[str], list[str]]:
 
 
 def _letters(file: str, wanted: set[str]) -> set[str]:
-    """Return which letters a font has; none of a file that cannot be read."""
+    """Return the letters that a font has; none for a file that cannot be read."""
     from matplotlib import font_manager
 
     try:

@@ -1,5 +1,8 @@
-"""Export of a multi-branch network: merge and prove (`fuse`), the weights of the plain network (`conv_bn`), files for
-other runtimes (`onnx_file`, `pt2_file`), int8 (`int8`)."""
+"""Export a multi-branch network.
+
+`fuse` merges and proves, `conv_bn` gives the weights of the plain network, `onnx_file` and `pt2_file` write files for
+other runtimes, `int8` quantizes.
+"""
 
 from repan_cli.export.fuse import (
     PROOF_IMAGES,

@@ -1,6 +1,7 @@
-"""The form `conv-bn`: merged weights in the places of the plain network, an identity BN behind each convolution.
+"""Write the form `conv-bn`: merged weights in the places of the plain network, with an identity BN after each
+convolution.
 
-The file then loads strictly into the network as its makers build it: `timm.create_model(...).load_state_dict(...)`.
+The file then loads strictly into the network as its authors build it: `timm.create_model(...).load_state_dict(...)`.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from repan_cli.errors import InputError
 from repan_cli.models.changes import report_of
 
 Places = Mapping[str, tuple[str, str | None]]
-"""The names of the convolution and the BN of the plain network that take in each merged convolution, by its name."""
+"""For each merged convolution by name, the convolution and the BN of the plain network that take its weights."""
 
 
 @torch.no_grad()
 def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
     """Load the weights of a network merged from an expansion of `plain` into `plain`, in place, and return it.
 
-    A BN behind a merged convolution becomes the identity plus the merged bias: mean 0, variance 1, gamma sqrt(1 + eps).
-    timm's own multi-branch blocks, where it has any, are merged by timm first.
+    A BN after a merged convolution becomes the identity plus the merged bias: mean 0, variance 1, gamma sqrt(1 + eps).
+    If the plain network has multi-branch blocks of timm's own, timm merges them first.
 
     Args:
         fused: a merged network, whose `repan_report` says how it was made.
-        plain: the network as its makers build it, or one of blocks without side branches.
+        plain: the network as its authors build it, or one built of blocks without side branches.
 
-    Raises InputError where the plain network has no place for a merged bias.
+    Raises InputError if the plain network has no place for a merged bias.
     """
     report = report_of(fused)
     changes = report.changes if report else ()
@@ -53,7 +54,7 @@ def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
             state |= _identity(cast("BatchNorm", plain.get_submodule(norm)), norm, bias)
         elif bias.any():
             raise InputError(
-                f"--form conv-bn: {conv} of the plain network has no BN and no bias to take the merged one"
+                f"--form conv-bn: {conv} of the plain network has no BN and no bias to take the merged bias"
             )
     state |= {f"{name}.attach_rate": block.attach_rate for name, block in rep_blocks(plain)}
     if differing := sorted(state.keys() ^ own.keys()):
@@ -64,13 +65,13 @@ def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
 
 def _no_place(name: str) -> InputError:
     return InputError(
-        f"--form conv-bn: the plain network has different layers at {name}: it keeps its branches, or timm merges it "
-        "in its own way; use --form conv"
+        f"--form conv-bn: the plain network has different layers at {name} (it keeps its branches, or timm merges it "
+        "in its own way); use --form conv"
     )
 
 
 def _places(changes: tuple[Change, ...], plain: nn.Module) -> Places:
-    """Find where the convolutions of the fused network lie in the plain one; all others lie where they were."""
+    """Find the places of the fused network's convolutions in the plain one; those not listed keep their names."""
     names = {name for name, _ in plain.named_modules()}
     expanded = {change.name: (change.name, change.norm) for change in changes if change.kind == "expand"}
     blocks = {name: _place_in_block(name, block.trunk) for name, block in rep_blocks(plain)}
@@ -84,7 +85,7 @@ def _place_in_block(name: str, trunk: ConvBN) -> tuple[str, str | None]:
 
 
 def _identity(norm: BatchNorm, name: str, bias: Tensor) -> dict[str, Tensor]:
-    """Return the state of a BN that adds `bias` and does nothing else; its counter says that it is not fresh."""
+    """Return the state of a BN that adds `bias` and does nothing else. Its counter says that it is not fresh."""
     if norm.weight is None:
         raise InputError(f"--form conv-bn: {name} of the plain network has no affine parameters to take the bias")
     ones = torch.ones_like(bias)

@@ -1,4 +1,6 @@
-"""Merging of a multi-branch network into a plain one, with every BN folded, proven equal before anything is written."""
+"""Merge a multi-branch network into a plain one, fold every BN, and prove the result equal before anything is
+written.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +28,26 @@ from repan_cli.system.notices import doing
 from repan_cli.system.text import count, first_line
 
 PROOF_IMAGES = 8
-"""Images of a kind (random, real) that a merge is proven on; in float64, which takes longer, `EXACT_IMAGES` of all."""
+"""Images of each kind (random, real) on which a merge is proven.
+
+In float64, which takes longer, only `EXACT_IMAGES`.
+"""
 
 EXACT_IMAGES = 2
 
 SUSPICIOUS = 1e-3
-"""Error in float32 above which whole images are also compared in float64; right merges have 1e-6."""
+"""Error in float32 above which whole images are also compared in float64. Correct merges have 1e-6."""
 
 
 @dataclass(frozen=True)
 class FuseReport:
-    """The agreement of the merged network with the one it came from, and what it saves.
+    """The agreement of the merged network with the original, and the savings.
 
-    `blocks` counts the blocks and other sums of branches that became one convolution, `folded` the convolutions, merged
-    ones among them, that took in the norm behind them. `left` tells, by the name of a layer, what stays and why.
-    `gmacs` are the billions of multiplications that convolutions and matrix products make of one image.
+    Attributes:
+        blocks: the number of blocks and other sums of branches that became one convolution.
+        folded: the number of convolutions that absorbed the norm after them, merged ones included.
+        left: the reason why a layer stays, by its name.
+        gmacs: billions of multiplications in convolutions and matrix products for one image.
     """
 
     rel_error_fp64: float
@@ -73,16 +80,17 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
 def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, FuseReport]:
     """Return a merged float32 copy of a network on the CPU, in eval mode, and the proof that it is equal.
 
-    Every block becomes one convolution, and so does every sum of convolutions, BN, average pooling and similar layers
-    with one input, also in other authors' modules. Every other convolution absorbs the BN that reads it. The proof uses
-    float64 copies with unrounded merged kernels: every block on its own input, and all outputs of the network, must
-    agree to a relative error of `TOLERANCE` (outputs of an ill-conditioned network to the effect of `NUDGE`). The
-    float32 error is reported as well.
+    Every block becomes one convolution. So does every sum of convolutions, BN, average pooling and similar layers with
+    one input, in any module. Every other convolution absorbs the BN that reads it.
+
+    The proof uses float64 copies with unrounded merged kernels. Every block on its own input, and all outputs of the
+    network, must agree to a relative error of `TOLERANCE`. For an ill-conditioned network, the limit on its outputs is
+    the effect of `NUDGE`. The float32 error is reported as well.
 
     Args:
-        model: a network with blocks, or with convolutions followed by a BN, which is not changed; or a file or the
-            folder of a run, as for `load`. It may return a tensor, or dictionaries, lists and tuples of them.
-        images: images (N, C, H, W) to compare on, a batch of a loader, or the loader, whose first batch is taken.
+        model: a network with blocks, or with convolutions followed by a BN; or a file or a run's folder, as for `load`.
+            It is not changed. It may return a tensor, or dictionaries, lists and tuples of them.
+        images: images (N, C, H, W) to compare on, a batch of a loader, or a loader, whose first batch is taken.
 
     Returns the network, whose `repan_report` records how it was made from a plain one, and the report.
 
@@ -97,11 +105,11 @@ def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, 
     blocks = [name for name, _ in rep_blocks(exact)]
     try:
         found = plan_merge(exact, images.double())
-    except Exception as error:  # any error is possible in a user's forward
+    except Exception as error:  # a user's forward may raise anything
         shape = "x".join(map(str, images.shape))
         raise InputError(f"the network does not run on images of shape {shape}: {first_line(error)}") from error
     if not blocks and not found.changes:
-        raise InputError("there is nothing to merge: no block, and no BN behind a convolution")
+        raise InputError("there is nothing to merge: no block, and no BN after a convolution")
     few = _few(images, EXACT_IMAGES)
     small = cut(found.adapted, few.double())
     with doing(f"proving the merged network equal in float64, {count(len(blocks) + len(found.changes), 'place')}"):
@@ -118,7 +126,7 @@ def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, 
 def _report_of(
     merged: nn.Module, exact: nn.Module, found: MergePlan, batches: Iterable[Tensor], errors: Errors, began: float
 ) -> FuseReport:
-    """Round both networks to float32, in place, and compare them on batches, the first of which is one whole image."""
+    """Round both networks to float32, in place, and compare them on batches. The first batch is one whole image."""
     from torch.utils.flop_counter import FlopCounterMode  # which imports Triton where that is installed
 
     merging = {name for name, _ in rep_blocks(found.adapted)} | {place_of(change) for change in found.sums}
@@ -163,7 +171,7 @@ def _is_finite(value: Tensor) -> bool:
 
 
 def untrained_norms(model: nn.Module) -> list[str]:
-    """Return the BN, by name, that have never seen a batch: their statistics are those they were made with."""
+    """Return, by name, the BN that have never seen a batch, so that their statistics are the initial ones."""
     norms = [(name, norm) for name, norm in model.named_modules() if isinstance(norm, BatchNorm)]
     return [name for name, norm in norms if _is_untrained(norm)]
 
@@ -176,7 +184,7 @@ def _is_untrained(norm: BatchNorm) -> bool:
 
 
 def _few(images: Tensor, number: int) -> Tensor:
-    """Return some images from all over the batch."""
+    """Return some images from across the batch."""
     return images[:: -(-len(images) // number)]
 
 
@@ -184,9 +192,9 @@ def _few(images: Tensor, number: int) -> Tensor:
 
 
 def _proven(exact: nn.Module, found: MergePlan, images: Tensor) -> tuple[nn.Module, MergePlan, Errors]:
-    """Return the merged network in float64, the plan less what would change the function, and the errors.
+    """Return the merged network in float64, the plan without changes that alter the function, and the errors.
 
-    Raises MergeError where a block that the network has, or one of timm's own, does not merge right.
+    Raises MergeError if a block of repan or timm does not merge exactly.
     """
     expected, searched = leaves(exact(images)), False
     while True:
@@ -216,7 +224,7 @@ def _merged(found: MergePlan) -> nn.Module:
 
 
 def _searched(exact: nn.Module, found: MergePlan, images: Tensor, expected: Leaves) -> MergePlan:
-    """Return the plan without the changes that alone or together change the function, found by trying halves."""
+    """Return the plan without the changes that alone or together alter the function, found by bisection."""
     kept: set[str] = set()
     names = [place_of(change) for change in (*found.sums, *found.folds)]
     pending = [names]

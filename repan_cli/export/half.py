@@ -1,4 +1,4 @@
-"""float16: an ONNX model of half the size, and the cost of its rounding."""
+"""Convert to float16: an ONNX model of half the size, and the cost of its rounding."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from repan_cli.system.packages import need
 from repan_cli.system.text import first_line
 
 TOLERANCE = 1e-2
-"""Bound on the relative error of a file in float16, or ten times the network's own rounding where that is more.
-Rounding is 5e-4 a number."""
+"""The limit on the relative error of a file in float16; if ten times the network's own rounding is larger, that is the
+limit. Rounding is 5e-4 per number.
+"""
 
 
 @dataclass(frozen=True)
 class HalfReport:
     """The cost of float16: the relative error of the logits, and the share of images that get the same class.
 
-    `real` tells that the images are those of a data set, not noise.
+    `real` is true if the images come from a data set, false for noise.
     """
 
     rel_error: float
@@ -48,7 +49,7 @@ def as_half(model: Any) -> Any:
 
 @torch.no_grad()
 def compare(half: nn.Module, network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, real: bool) -> HalfReport:
-    """Compare a network in float16 with the one in float32, on images as each of them takes them."""
+    """Compare a network in float16 with the one in float32, each on images in its own precision."""
     pairs = [(half(given), network(images)) for given, images in batches]
     found, expected = (torch.cat(logits) for logits in zip(*pairs, strict=True))
     same = (found.argmax(1) == expected.argmax(1)).float().mean().item()
@@ -57,16 +58,14 @@ def compare(half: nn.Module, network: nn.Module, batches: Iterable[tuple[Tensor,
 
 @torch.no_grad()
 def bound(network: nn.Module, images: Tensor, name: str) -> float:
-    """Return the relative error that a file in float16 may have, from the network's own in PyTorch.
+    """Return the allowed relative error of a file in float16, based on the network's own error in PyTorch.
 
-    Raises InputError where the network returns no logits, or numbers in it are too large for float16, which ends at
-    65,504: a processor that computes in float32 hides that, others give infinities.
+    Raises InputError if the network returns no logits, or if numbers in it exceed 65,504, the largest in float16. A
+    processor that computes in float32 hides that; others give infinities.
     """
     expected = network(images)
     if not isinstance(expected, Tensor):
-        raise InputError(
-            f"{name} returns a {type(expected).__name__}, and float16 is measured on logits: leave out --half"
-        )
+        raise InputError(f"{name} returns a {type(expected).__name__}, and float16 is measured on logits: omit --half")
     try:
         found = copy.deepcopy(network).half()(images.half()).float()
     except RuntimeError:  # an operator that PyTorch lacks in float16 on CPUs

@@ -1,7 +1,7 @@
-"""Int8: the precision of each layer in 8 bits, and static quantization after training by ONNX Runtime.
+"""Quantize to int8: the precision of each layer in 8 bits, and static quantization after training by ONNX Runtime.
 
 Merged RepVGG-like networks are known to lose much of their accuracy in int8, because merging adds kernels of very
-different ranges (QARepVGG, Chu et al. 2022); the report shows in which layers.
+different ranges (QARepVGG, Chu et al. 2022). The report shows in which layers.
 """
 
 from __future__ import annotations
@@ -40,27 +40,32 @@ EXTRA: Mapping[str, Mapping[str, bool]] = {
         "QuantizeBias": False,
     },
 }
-"""The options of ONNX Runtime's quantizer for each. TensorRT takes zero points of 0 alone and biases in float32."""
+"""The options of ONNX Runtime's quantizer for each target.
+
+TensorRT takes only zero points of 0, and biases in float32.
+"""
 
 WITH_WEIGHTS = ("Conv", "Gemm", "MatMul")
-"""The operators that layers become, whose second input is the weight."""
+"""The operators that layers become. Their second input is the weight."""
 
 LEVELS = 255
 USUAL = 0.999
-"""The share of values that are no outliers."""
+"""The share of values that do not count as outliers."""
 
 SAMPLED = 2**18
-"""Values of a layer's input that are looked at, of each batch."""
+"""The number of values of a layer's input that are looked at in each batch."""
 
 
 @dataclass(frozen=True)
 class LayerHealth:
     """The quality of a layer in 8 bits.
 
-    `weight_spread`: the largest range of an output channel's weights over the median one; with one scale for the whole
-    kernel the others share the bits that are left. `input_outlier`: the largest value that the layer reads over the
-    99.9th percentile. The rest are signal-to-noise ratios in dB, of the weights (the mean over output channels) with
-    one scale and with one for each channel, and of what it reads; 6 dB are a bit.
+    `weight_spread` is the largest range of an output channel's weights over the median range. With one scale for the
+    whole kernel, the other channels have to share the bits that are left. `input_outlier` is the largest value that the
+    layer reads over the 99.9th percentile.
+
+    The rest are signal-to-noise ratios in dB, where 6 dB are one bit. They are given for the weights (mean over output
+    channels) with one scale and with one scale per channel, and for the layer's input.
     """
 
     name: str
@@ -83,7 +88,7 @@ def quantized(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def sqnr(values: Tensor, approximate: Tensor) -> float:
-    """Signal over quantization noise in dB; infinite where nothing is lost."""
+    """Return the ratio of signal to quantization noise in dB; infinite if nothing is lost."""
     noise, signal = (values - approximate).square().sum().item(), values.square().sum().item()
     return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
@@ -101,7 +106,7 @@ def health(network: nn.Module, batches: Iterable[Tensor]) -> list[LayerHealth]:
 
 @contextmanager
 def _inputs_of(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect, within the context, a sample of each layer's inputs, with its largest and smallest value."""
+    """Collect, within the context, a sample of each layer's inputs, with the smallest and largest value."""
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def look(name: str, values: Tensor) -> None:
@@ -137,7 +142,7 @@ def _health_of(name: str, weight: Tensor, read: Tensor) -> LayerHealth:
 
 
 def _mean_sqnr(rows: Tensor, approximate: Tensor) -> float:
-    """Average over output channels that are not zero: a loud one would hide what is lost in the others."""
+    """Average over the output channels that are not zero: a strong channel would hide what is lost in the others."""
     found = [sqnr(row, other) for row, other in zip(rows, approximate, strict=True) if row.any()]
     return sum(found) / len(found) if found else math.inf
 
@@ -155,13 +160,14 @@ def quantize(
     target: str = ORT,
     left_out: Iterable[str] = (),
 ) -> bytes:
-    """Quantize an `.onnx` file to int8: weights and layer inputs, with scales from the smallest and largest values on
-    calibration images (N, C, H, W).
+    """Quantize an `.onnx` file to int8: weights and layer inputs.
+
+    The scales come from the smallest and largest values on calibration images (N, C, H, W).
 
     Args:
-        content: the file in float32, of `onnx_file.write`.
+        content: the file in float32, from `onnx_file.write`.
         header: the description that goes into the new file.
-        per_channel: one scale for each output channel of the weights; else one a layer.
+        per_channel: whether each output channel of the weights has its own scale; else each layer has one.
         target: the program that the file is made for, one of `TARGETS`.
         left_out: the names of layers that stay in float32.
     """
@@ -202,7 +208,7 @@ def _nodes_of(model: Any, layers: Iterable[str]) -> list[str]:
 
 
 def _drop_unused_domains(model: Any) -> None:
-    """Remove the sets of operators that no node is of: other programs refuse those that they do not know."""
+    """Remove operator sets that no node uses: other programs refuse sets that they do not know."""
     used = {node.domain for part in (model.graph, *model.functions) for node in part.node} | {""}
     kept = [entry for entry in model.opset_import if entry.domain in used]
     del model.opset_import[:]

@@ -1,4 +1,6 @@
-"""The model card of a folder for the Hub: README.md, with measured figures and the commands that made the network."""
+"""Write the model card of a folder for the Hub: README.md, with measured figures and the commands that made the
+network.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,13 @@ MEASURED = {
     "rel_error_fp64": "relative error of the merging, float64",
     "rel_error_fp32": "relative error of the merging, float32",
 }
-"""Figures that a card shows, in this order, and what they are called."""
+"""Figures that a card shows, in this order, and their labels."""
 
 MACS = ("gmacs_before", "gmacs_after")
 """Figures in units of 1e9 that are shown as counts."""
 
 PLACES = SAME_RESULT | {"run.out", "model.init", "teacher.name"}
-"""Settings that are left out of the command: they name places on one machine, or change nothing."""
+"""Settings that are left out of the command, because they name places on one machine or change nothing."""
 
 TEMPLATE = """\
 ---
@@ -92,8 +94,8 @@ def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any]) -> str:
 
     Args:
         card: the description of the network as it is saved.
-        source: the file that it was merged from, as it was typed.
-        proof: the figures of the merging, a `FuseReport` as a dictionary, or nothing.
+        source: the file that it was merged from, as the user typed it.
+        proof: the figures of the merge, a `FuseReport` as a dictionary, or nothing.
     """
     name, _, _ = card.model.rpartition(":")[2].partition(".")
     found = {**card.metrics, **_test_figures(Path(source)), **proof}
@@ -105,7 +107,7 @@ def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any]) -> str:
     colour = "RGB" if card.in_chans == 3 else "grey"
     steps = preprocessing(card)
     note = SQUARES if steps["crop_mode"] == SQUARE else ""
-    typed = Path(source).name if Path(source).is_absolute() else source  # a card tells no folder of its author
+    typed = Path(source).name if Path(source).is_absolute() else source  # a card names no folder of its author
     return TEMPLATE.format(
         title=Path(source).stem.rpartition(":")[2] or name,
         architecture=name,
@@ -122,7 +124,7 @@ def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any]) -> str:
 
 
 def _training(card: ModelCard) -> list[str]:
-    """Return the command that trained a network, with the settings that are not its defaults; none where not known."""
+    """Return the command that trained a network, with the settings that are not defaults; empty if it is not known."""
     stored = card.settings
     if card.command not in ("train", "distill", "cycle") or not isinstance(stored.get("data.name"), str):
         return []
@@ -147,7 +149,7 @@ def _plain(value: Any) -> Any:
 
 
 def _test_figures(source: Path) -> dict[str, Any]:
-    """Return the figures on the test part that a run noted beside its file."""
+    """Return the figures on the test part that a run noted next to its file."""
     folder = source if source.is_dir() else source.parent
     if not source.is_dir() and source.name not in ("best.pt", "fused.pt"):
         return {}

@@ -1,8 +1,8 @@
-"""Digests of an `.onnx` file: they distinguish a damaged file from one that another program saved again or changed.
+"""Compute digests of an `.onnx` file, which tell damage from a change by another program.
 
-A file as repan wrote it ends with a checksum of its bytes. Its place is one that no other program gives it, so a file
-that was saved again does not end so; then the digests of what the file holds decide, which do not depend on how it is
-serialised. Neither says who wrote a file: anybody can make them.
+A file as repan wrote it ends with a checksum of its bytes. No other program puts anything at that place, so a file that
+was saved again does not end with it. In that case the digests of the file's content decide; they do not depend on how
+the file is serialised. Neither proves who wrote a file: anybody can compute them.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ from repan_cli.errors import InputError
 from repan_cli.system.files import to_json
 
 HEADER, DIGESTS, SEAL = "repan", "repan.digests", "seal"
-"""The keys of the metadata that hold the description of the network, the digests and the checksum."""
+"""The keys of the metadata that hold the network's description, the digests and the checksum."""
 
 END = b"\x0a\x04" + SEAL.encode()
-"""The last bytes of a file: the key of the last entry, behind its value. Other programs write the key first."""
+"""The last bytes of a file: the key of the last entry, after its value. Other programs write the key first."""
 
 METADATA = (14 << 3) | 2
-"""The tag of an entry of the metadata in a serialised model."""
+"""The tag of a metadata entry in a serialised model."""
 
 
 @dataclass(frozen=True)
 class Digests:
-    """SHA-256 of the parts of a model.
+    """SHA-256 of the parts of a model, and the program that wrote it.
 
-    `graph` covers operators, connections, types and shapes, but no names of nodes and no documentation; `weights` the
-    numbers of all tensors; `header` the description that repan reads; `facts` the other metadata that repan wrote.
-    `producer` is the program that the file names.
+    Attributes:
+        graph: of operators, connections, types and shapes, without names of nodes and documentation.
+        weights: of the numbers in all tensors.
+        header: of the description that repan reads.
+        facts: of the other metadata that repan wrote.
+        producer: the program that the file names.
     """
 
     graph: str
@@ -60,16 +63,16 @@ def serialized(model: Any, entries: Mapping[str, str]) -> bytes:
 
 
 def change_of(path: Path, content: bytes, model: Any) -> str | None:
-    """Return how a file differs from the one that repan wrote; None if it does not, or if repan did not write it.
+    """Return how a file differs from what repan wrote; None if it does not differ, or if repan did not write it.
 
-    Raises InputError for a file that is damaged: one with a checksum that does not fit, or, where another program
-    saved it, with other weights in the same graph, or another description.
+    Raises InputError for a damaged file: its checksum does not match. If another program saved it, it is damaged if it
+    has other weights in the same graph, or another description.
     """
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     if _fits(path, content, earlier=DIGESTS not in metadata) or HEADER not in metadata:
         return None
     by = f"changed since repan wrote it, by {_producer(model, metadata)}"
-    if DIGESTS not in metadata:  # by an earlier version, which ended with its checksum
+    if DIGESTS not in metadata:  # by an earlier version, which ended the file with its checksum
         return by
     try:
         told = json.loads(metadata[DIGESTS])
@@ -88,10 +91,10 @@ def change_of(path: Path, content: bytes, model: Any) -> str | None:
 
 
 def _fits(path: Path, content: bytes, *, earlier: bool) -> bool:
-    """Return whether a file ends with a checksum that fits. Raises InputError where it ends with one that does not.
+    """Return whether a file ends with a matching checksum. Raises InputError if it ends with one that does not match.
 
-    Its mark or the bytes behind it show that there is one: either may be damaged. `earlier`: in the place where version
-    0.1 wrote it.
+    Its mark, or the bytes after it, show that there is a checksum; either may be damaged. `earlier` looks at the place
+    where version 0.1 wrote it.
     """
     for end in (END, b"") if earlier else (END,):
         place = len(content) - len(end) - DIGITS
@@ -140,7 +143,7 @@ def digests_of(model: Any, entries: Mapping[str, str]) -> Digests:
 
 
 class _Walk:
-    """Takes the parts of a model into two sums, in an order that its serialisation does not change."""
+    """Feed the parts of a model into two hashes, in an order that does not depend on its serialisation."""
 
     def __init__(self) -> None:
         self.structure, self.weights = hashlib.sha256(), hashlib.sha256()

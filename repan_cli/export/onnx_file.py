@@ -1,4 +1,4 @@
-"""`.onnx` files: written from a graph, opened by ONNX Runtime. Needs the `onnx` extra."""
+"""Write `.onnx` files from a graph, and open them with ONNX Runtime. Needs the `onnx` extra."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ PACKAGES = ONNX_PACKAGES
 
 
 def write(program: ExportedProgram, header: dict[str, Any], opset: int = OPSET) -> bytes:
-    """Return the file of a graph, with a description in its metadata: plain entries for everybody, `repan` for this
+    """Return the file of a graph, with a description in its metadata: plain entries for others, `repan` for this
     program.
 
-    Raises InputError for an operator that ONNX does not have, or not in that version.
+    Raises InputError for an operator that ONNX does not have in this version.
     """
     return seal(model_of(program, opset), header)
 
@@ -53,18 +53,23 @@ def model_of(program: ExportedProgram, opset: int = OPSET) -> Any:
 
 
 def _checked(names: list[str]) -> list[str]:
-    """Return the names of outputs. Raises InputError where one is that of the input, which no graph can have twice."""
+    """Return the names of outputs.
+
+    Raises InputError if one equals the input's name, which a graph cannot have twice.
+    """
     if INPUT in names:
         raise InputError(f"returns an output called '{INPUT}', the name of the input in ONNX files: rename it")
     return names
 
 
 def model_for_one_image(network: nn.Module, images: Tensor, opset: int = OPSET) -> Any:
-    """Return the model of a network that returns several tensors, for one image of this size (C, H, W) at a time.
+    """Return the model of a network with several outputs, for one image of this size (C, H, W) at a time.
 
-    PyTorch's older exporter writes detectors, whose number of results depends on the image, which `torch.export` cannot
-    follow. It records one pass: that of the image in which most is found, since a pass that finds nothing leaves out
-    the steps behind. Raises InputError as `write` does, and where nothing is found in any.
+    PyTorch's older exporter writes detectors, whose number of results depends on the image; `torch.export` cannot
+    follow that. The exporter records a single pass. The image with the most results is used for it, because a pass that
+    finds nothing leaves out the later steps.
+
+    Raises InputError as `write` does, and if nothing is found in any image.
     """
     need("writing ONNX", *PACKAGES)
     import onnx
@@ -105,11 +110,10 @@ def seal(model: Any, header: dict[str, Any]) -> bytes:
 
 
 class OnnxNetwork(nn.Module):
-    """The network in an `.onnx` file, run by ONNX Runtime: (N, C, H, W) to logits (N, classes), on the CPU.
+    """The network in an `.onnx` file, run by ONNX Runtime on the CPU: (N, C, H, W) to logits (N, classes).
 
-    With `several` a file whose outputs have names of their own returns them all, by name; else the first.
-
-    Other programs may have made it one of float16, or of one batch size. `threads` as torch's where it is not given.
+    With `several`, a file with named outputs returns them all by name; otherwise only the first. Files of other
+    programs may be in float16 or have a fixed batch size. `threads` defaults to torch's number.
     """
 
     def __init__(self, content: bytes | Path, threads: int | None = None, *, several: bool = False) -> None:
@@ -132,7 +136,7 @@ class OnnxNetwork(nn.Module):
 
     @property
     def one_by_one(self) -> bool:
-        """Return whether the network returns several tensors of one image, whose sizes may differ between images."""
+        """Return whether the network returns several tensors for one image, whose sizes may differ between images."""
         return self.named and self.batch == 1
 
     def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
@@ -157,17 +161,17 @@ class OnnxNetwork(nn.Module):
 
 
 def _filled(images: Tensor, batch: int) -> Tensor:
-    """Return a batch of that size, the last image repeated."""
+    """Return a batch of the given size, in which the last image is repeated."""
     return torch.cat([images, images[-1:].expand(batch - len(images), *images.shape[1:])]).contiguous()
 
 
 LOOPS = ("Loop", "Scan")
-"""Operators by which a file of some bytes may compute for ever; no exporter writes them for an image classifier."""
+"""Operators with which even a small file may compute forever. No exporter writes them for an image classifier."""
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A file that was read once and found fit to run: its bytes, its model, and how another program changed it."""
+    """A file that was read once and accepted: its bytes, its model, and how another program changed it."""
 
     path: Path
     content: bytes
@@ -181,7 +185,10 @@ class OnnxFile:
         return found
 
     def network(self) -> OnnxNetwork:
-        """Return its network. ONNX Runtime gets the bytes that were checked. Raises InputError where it cannot."""
+        """Return its network.
+
+        ONNX Runtime gets the bytes that were checked. Raises InputError if it cannot open them.
+        """
         need("opening ONNX", "onnx", "onnxruntime")
         renamed = self.change is not None and len(self.model.graph.output) == 1  # the only output is the logits
         try:
@@ -195,7 +202,7 @@ class OnnxFile:
 def read(path: Path) -> OnnxFile:
     """Read a file without running it.
 
-    Raises InputError for one that is damaged or no ONNX file, reads other files, or may never end.
+    Raises InputError if the file is damaged, is not ONNX, reads other files, or may never end.
     """
     need("opening ONNX", "onnx")
     import onnx
@@ -245,5 +252,5 @@ def graph(path: Path) -> Any:
 
 
 def open_file(path: Path) -> OnnxNetwork:
-    """Return the network in a file. Raises InputError as `read` does, and where ONNX Runtime cannot open it."""
+    """Return the network in a file. Raises InputError as `read` does, or if ONNX Runtime cannot open it."""
     return read(path).network()

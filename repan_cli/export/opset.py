@@ -1,7 +1,7 @@
-"""ONNX graphs for older runtimes: the same operators, in an earlier version of ONNX's set of them.
+"""Convert ONNX graphs for older runtimes: the same operators, in an earlier version of ONNX's operator set.
 
-onnx converts most. It lacks steps in which an operator only lost types or an input that is not used; these are taken
-here, and checked: an operator is declared to be of an earlier version where it has the same inputs, attributes and
+onnx converts most of them. It lacks steps in which an operator only lost types or an unused input; these are done here.
+An operator is declared to be of an earlier version only after a check that it has the same inputs, attributes and
 defaults there.
 """
 
@@ -16,11 +16,11 @@ from repan_cli.errors import InputError
 from repan_cli.system.text import first_line
 
 CONVERTED = 14
-"""The lowest version that onnx converts the operators of image networks to."""
+"""The lowest version to which onnx converts the operators of image networks."""
 
 
 def at_opset(model: Any, opset: int) -> Any:
-    """Return a model of torch.onnx at an opset. Raises InputError, naming those that hold it, where it does not fit."""
+    """Return a torch.onnx model at an opset. Raises InputError, naming the operators that need a later one."""
     from onnx import helper
 
     without_new_attributes(model)
@@ -43,7 +43,7 @@ def _can_hold(model: Any, opset: int) -> bool:
 
 
 def _converted(model: Any, opset: int) -> Any:
-    """Return a model at another opset: converted by onnx, or relabelled, or first the one and then the other."""
+    """Return a model at another opset: converted by onnx, or relabelled, or first one and then the other."""
     import onnx
     from onnx import version_converter
 
@@ -67,7 +67,10 @@ def _converted(model: Any, opset: int) -> Any:
 
 
 def _relabelled(model: Any, since: int, opset: int) -> Any:
-    """Declare an opset in which a model's operators differ in types alone. Raises ValueError where they do not."""
+    """Declare an opset in which a model's operators differ only in types.
+
+    Raises ValueError if they differ otherwise.
+    """
     from onnx import defs
 
     if since < opset:
@@ -89,7 +92,9 @@ def _relabelled(model: Any, since: int, opset: int) -> Any:
 
 
 def _check_same(node: Any, now: Any, before: Any) -> None:
-    """Raise ValueError where a node uses what an earlier version of its operator has not, or has otherwise."""
+    """Raise ValueError if a node uses something that an earlier version of its operator lacks or defines
+    differently.
+    """
     inputs = [[each.name.removeprefix("input_") for each in schema.inputs] for schema in (now, before)]
     count = min(len(node.input), len(inputs[0]))  # the last one may be variadic
     defaults = [{name: _default(each) for name, each in schema.attributes.items()} for schema in (now, before)]
@@ -103,9 +108,9 @@ def _check_same(node: Any, now: Any, before: Any) -> None:
 
 
 def _as_before(node: Any, now: Any, before: Any, constants: dict[str, Any]) -> None:
-    """Give a node its constant axes or sizes as an attribute, where an earlier version of its operator takes them so.
+    """Give a node its constant axes or sizes as an attribute, if an earlier version of its operator expects them so.
 
-    The number of parts that Split makes is that of its outputs anyway; the checker refuses parts that are not equal.
+    Split makes as many parts as it has outputs in any version; the checker refuses parts of unequal size.
     """
     from onnx import helper, numpy_helper
 
@@ -142,7 +147,7 @@ def _replace_hard_swish(graph: Any) -> None:
 
 
 def without_new_attributes(model: Any) -> None:
-    """Leave out attributes that change nothing here, and that older versions, and converters to them, do not know."""
+    """Remove attributes that change nothing here, and that older versions and their converters do not know."""
     from onnx import numpy_helper
 
     constants = {each.name: each for each in model.graph.initializer}

@@ -23,22 +23,27 @@ from repan_cli.models.twins import twin
 from repan_cli.system.text import first_line
 
 TOLERANCE = 1e-10
-"""Bound on the relative error in float64: a right merge is at 1e-15, a wrong one at 1e-2."""
+"""The limit on the relative error in float64: a correct merge has 1e-15, a wrong one 1e-2."""
 
 JUMP = 1e-2
-"""An output that rounding to float32 changes by more says nothing of a merge: it chooses, as detectors do."""
+"""If rounding to float32 changes an output by more than this, the output says nothing about a merge: it makes choices,
+as detectors do.
+"""
 
 MOST_WORK = 10**9
-"""Multiplications that a block may need on noise as large as its kernel, beside the input it gets."""
+"""The largest number of multiplications for a block on noise as large as its kernel, besides the input that it gets."""
 
 
 @dataclass(frozen=True)
 class Errors:
     """The relative errors of a merged network in float64.
 
-    `of_blocks` are those of each block on the input it gets, by name, `of_outputs` those of all that the network
-    returns, and `problem` is what is wrong with these. Where that says nothing, `of_outputs` are those of what the
-    modules `parts` return.
+    Attributes:
+        of_blocks: the error of each block on its own input, by name.
+        of_outputs: the errors of all outputs of the network. If outputs say nothing, the errors of the outputs of the
+            modules `parts` instead.
+        problem: what is wrong with these errors.
+        parts: the names of these modules.
     """
 
     of_blocks: Mapping[str, float]
@@ -47,7 +52,7 @@ class Errors:
     parts: frozenset[str] = frozenset()
 
     def compared(self, model: nn.Module, images: Tensor) -> Leaves:
-        """Return that of what a network returns for images which tells whether it is the same."""
+        """Return those outputs, of the network or its parts, that tell whether the network is the same."""
         if not self.parts:
             return leaves(model(images))
         found = inner_outputs(model, images, self.parts)
@@ -55,20 +60,20 @@ class Errors:
 
 
 def errors_of(merged: nn.Module, exact: nn.Module, found: MergePlan, images: Tensor, expected: Leaves) -> Errors:
-    """Compare a merged network with the one it came from, which returns `expected` for the images."""
+    """Compare a merged network with the original, which returns `expected` for the images."""
     blocks: dict[str, float] = {}
     try:
         with _compared(merged, found, blocks) as blocked:
             blocked(images)
         outputs = leaves(merged(images))
-    except Exception as error:  # any error is possible in a network that lost a layer
+    except Exception as error:  # a network that lost a layer may raise anything
         problem = MergeError(f"merging broke the network: {first_line(error)}; nothing was written")
         return Errors(blocks, {}, problem)
     return _of_outputs(Errors(blocks, dict(differences(outputs, expected))), merged, exact, images, expected)
 
 
 def _of_outputs(found: Errors, merged: nn.Module, exact: nn.Module, images: Tensor, expected: Leaves) -> Errors:
-    """Judge the errors of outputs; where outputs say nothing, those of the larger parts of the network."""
+    """Judge the errors of the outputs or, if outputs say nothing, those of the larger parts of the network."""
     tells = any(value.numel() for value in expected.values())
     wrong = {name: error for name, error in found.of_outputs.items() if not error <= TOLERANCE}
     if wrong:
@@ -93,24 +98,24 @@ def _in_float32(model: nn.Module, images: Tensor) -> Leaves:
 def _of_parts(
     names: frozenset[str], merged: nn.Module, exact: nn.Module, images: Tensor
 ) -> tuple[dict[str, float], MergeError | None]:
-    """Return the errors of what the larger parts of a network return, and what is wrong with them.
+    """Return the errors of the outputs of a network's larger parts, and what is wrong with them.
 
-    A detector may find nothing in the images, and what it finds may jump where two scores are nearly the same: its
-    backbone and its heads do not.
+    A detector may find nothing in the images, and its results may jump when two scores are nearly equal. Its backbone
+    and its heads do not.
     """
     expected = inner_outputs(exact, images, names)
     nudged = dict(differences(inner_outputs(exact, images * (1 + NUDGE), names), expected))
     errors = dict(differences(inner_outputs(merged, images, names), expected))
     smooth = [name for name, value in expected.items() if value.numel() and nudged[name] <= CEILING]
     if not smooth:
-        return {}, MergeError("nothing that the network returns for these images can be compared; nothing was written")
+        return {}, MergeError("no output of the network for these images can be compared; nothing was written")
     wrong = [name for name in smooth if not errors[name] <= max(TOLERANCE, nudged[name])]
     return {name: errors[name] for name in smooth}, changed(wrong[0], errors[wrong[0]]) if wrong else None
 
 
 @contextmanager
 def _compared(merged: nn.Module, found: MergePlan, errors: dict[str, float]) -> Iterator[nn.Module]:
-    """Give a network whose every block compares itself with its convolution, and notes its largest error."""
+    """Make every block of a network compare itself with its convolution, and note its largest error."""
     blocked = twin(found.adapted, blocks=lambda block: block)
     with NothingIsDrawn():
         blocked = apply(blocked, found.sums, whole=True)
@@ -130,7 +135,7 @@ def _compared(merged: nn.Module, found: MergePlan, errors: dict[str, float]) -> 
 
 
 def _fold(blocked: nn.Module, change: Change) -> None:
-    """Put the norm that a convolution takes in behind the layer that it is made of."""
+    """Put the norm that a convolution absorbs after the layer that the convolution is made of."""
     layer = blocked.get_submodule(change.name)
     if change.norm is None or not isinstance(layer, (RepBlock, BranchSum)):
         apply(blocked, [change])
@@ -156,7 +161,7 @@ def _comparison(
 
 
 def changed(name: str, error: float) -> MergeError:
-    """Return the error that tells of a merge that is not right."""
+    """Return the error that reports a wrong merge."""
     return MergeError(
         f"merging changed the function at {name}: relative error {error:.1e} in float64; nothing was written"
     )

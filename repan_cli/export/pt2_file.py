@@ -1,10 +1,10 @@
-"""`.pt2` files: a graph as torch.export saves it, and nothing that could run code.
+"""Write and open `.pt2` files: a graph as torch.export saves it, and nothing that could run code.
 
 torch's own reader unpickles, evaluates expressions and calls whatever a file names. Here files are written without
-code, and one that holds more than tensors and calls of torch's operators is refused before that reader sees it.
+code. A file that holds more than tensors and calls of torch's operators is refused before that reader sees it.
 
-Compilers want an example input in the file, which PyTorch pickles. Ours is one tensor of zeros; a pickle of anything
-but tensors is refused, and PyTorch never gets it from here.
+Compilers want an example input in the file, which PyTorch pickles. repan writes a single tensor of zeros. A pickle of
+anything but tensors is refused, and PyTorch never gets it.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ OPCODES = re.compile(
     r"PROTO|STOP|MARK|GLOBAL|REDUCE|BINPERSID|BININT[12]?|BINUNICODE|NEW(FALSE|TRUE)|EMPTY_(TUPLE|DICT)|TUPLE[123]?|"
     r"(LONG_)?BIN(PUT|GET)"
 )
-"""The entries, the classes and the steps of a pickle of plain tensors: all that example inputs may consist of."""
+"""The entries, classes and steps of a pickle of plain tensors: example inputs may hold nothing else."""
 
 TARGET = re.compile(
     r"torch\.ops\.aten\.(?!from_file|save|load|_?print|warn)\w+\.\w+|_operator\.(add|sub|mul|floordiv|truediv|mod|eq|ge|le|gt|lt)"
 )
-"""The calls that a graph may make: PyTorch's operators on tensors, save those on files, and arithmetic of sizes."""
+"""The calls that a graph may make: PyTorch's operators on tensors, except those on files, and arithmetic on sizes."""
 
 EXPRESSION = re.compile(r"(Symbol\('[su]\d+'(, (positive|integer|nonnegative)=True)*\)|[su]?\d+|[-+*/() ])+")
 TREE_TYPES = {"builtins.tuple", "builtins.list", "builtins.dict", None}
@@ -68,9 +68,9 @@ FORBIDDEN = {"as_operator", "as_custom_obj", "as_graph", "as_string_to_argument"
 
 
 def write(program: ExportedProgram, header: dict[str, Any]) -> bytes:
-    """Return the file of a graph, with a description beside it, as compilers take it.
+    """Return the file of a graph, with a description next to it, in the form that compilers take.
 
-    The graph is functional, its input is called `images`, and an example of it, zeros for a batch of two, is kept.
+    The graph is functional, and its input is called `images`. An example input is kept: zeros for a batch of two.
     """
     with quiet():
         program = _named(without_places(program.run_decompositions({})))
@@ -116,7 +116,7 @@ class Pt2Network(nn.Module):
             archive = checked(file, "the file" if isinstance(content, bytes) else content)
             with quiet():
                 program = torch.export.load(archive.rewritten(TENSOR))
-        self._run = [program.module()]  # in a list: an exported module refuses eval() and train()
+        self._run = [program.module()]  # in a list, since an exported module refuses eval() and train()
 
     def to(self, *args: Any, **kwargs: Any) -> Pt2Network:
         """Move to another device; a graph keeps its memory format."""
@@ -136,7 +136,7 @@ class Pt2Network(nn.Module):
 
 
 def open_file(path: Path) -> Pt2Network:
-    """Open the network in a file. Raises InputError when it is damaged, no such file, or holds code."""
+    """Open the network in a file. Raises InputError if it is damaged, not a .pt2 file, or holds code."""
     try:
         return Pt2Network(path)
     except InputError:
@@ -164,9 +164,9 @@ WITHOUT_CODE = "no code is run; repan fuse --format pt2 writes files without"
 
 
 def checked(file: IO[bytes], name: object) -> Archive:
-    """Return an open file's archive, of which torch gets a new one.
+    """Return the archive of an open file; torch gets a new one made from it.
 
-    Raises InputError where it holds more than tensors and calls of torch's operators, or is packed.
+    Raises InputError if it holds more than tensors and calls of torch's operators, or is packed.
     """
     archive = Archive(file, name, WITHOUT_CODE)
     archive.refuse_unless(RECORDS, "a graph")
@@ -218,8 +218,8 @@ def _without_bytes(archive: Archive, config: dict[str, Any], folder: str) -> str
 
 
 def _suspicious(part: Any) -> Iterator[str]:
-    """Name the parts of a graph's description that could run code: all but calls of torch's operators on sizes and
-    tensors.
+    """Name the parts of a graph's description that could run code: everything but calls of torch's operators on sizes
+    and tensors.
     """
     if isinstance(part, list):
         for inner in part:

@@ -1,4 +1,4 @@
-"""Folders as the Hugging Face Hub has them, which timm alone opens: weights, `config.json` and a model card."""
+"""Write folders for the Hugging Face Hub that timm alone can open: weights, `config.json` and a model card."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ INSTEAD = "use --format safetensors, onnx or pt2"
 def network_of_timm(fused: nn.Module, card: ModelCard, source: str) -> Checkpoint:
     """Return a merged network's weights in the places of the network that `timm.create_model` builds.
 
-    A network whose blocks are timm's own keeps its branches, all but one of them silent: timm builds no merged one from
-    a name. `timm.utils.reparameterize_model` merges it.
+    A network with timm's own blocks keeps its branches, with all but one set to zero, because timm builds no merged
+    network from a name. `timm.utils.reparameterize_model` merges it.
 
     Raises InputError, with the reason and another format, for a network that timm alone cannot build.
     """
@@ -63,7 +63,7 @@ def files(saved: Checkpoint, readme: str) -> dict[str, bytes]:
 
 
 def config_of(card: ModelCard) -> dict[str, Any]:
-    """Return the content of `config.json` for timm: the network, its classes, and the preparation of its images."""
+    """Return the content of timm's `config.json`: the network, its classes, and the preprocessing of its images."""
     name, _, tag = card.model.removeprefix(TIMM).partition(".")
     known = timm.get_pretrained_cfg(name)
     layers = {key: getattr(known, key, None) for key in ("first_conv", "classifier")}
@@ -90,7 +90,7 @@ def config_of(card: ModelCard) -> dict[str, Any]:
 
 
 def crop_share(card: ModelCard) -> float:
-    """Return the share of the resized picture's side that is looked at: 1 where a whole square of it is resized."""
+    """Return the share of the resized picture's side that is kept: 1 if a square is resized as a whole."""
     if not is_resized(card.settings.get("data.crop", "auto"), card.image_size):
         return 1.0
     return CROP_SHARE if card.crop_share is None else card.crop_share

@@ -1,4 +1,4 @@
-"""The network as a graph, from which both `.onnx` and `.pt2` files are made."""
+"""Trace the network as a graph, from which both `.onnx` and `.pt2` files are made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from repan_cli.models.outputs import leaves
 from repan_cli.system.text import first_line
 
 ABOUT_PYTHON = ("stack_trace", "from_node", "source_fn_stack")
-"""The keys under which a graph's nodes tell of the Python code they came from, paths included."""
+"""The keys under which a graph's nodes describe the Python code they came from, paths included."""
 
 
 class Normalized(nn.Module):
@@ -40,7 +40,7 @@ class Normalized(nn.Module):
 
 
 class PlainOutputs(nn.Module):
-    """A network that returns plain dictionaries, lists and tuples where it has types of its own for them."""
+    """A network that returns plain dictionaries, lists and tuples instead of its own types."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -61,10 +61,11 @@ def _plain(output: Any) -> Any:
 
 @torch.no_grad()
 def trace(network: nn.Module, images: Tensor, name: str) -> ExportedProgram:
-    """Return the graph of a network in eval mode for batches of any size of images like these (N, C, H, W), N above 1.
+    """Return the graph of a network in eval mode, for batches of any size of images like these, (N, C, H, W), N above
+    1.
 
-    It knows nothing of the machine it was made on, so that the same network gives the same graph. Raises InputError
-    for a network that cannot be one.
+    It contains nothing about the machine it was made on, so the same network gives the same graph. Raises InputError
+    for a network that cannot be traced.
     """
     network = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
     network.to(memory_format=torch.contiguous_format)
@@ -81,7 +82,7 @@ def trace(network: nn.Module, images: Tensor, name: str) -> ExportedProgram:
 
 
 def output_names(program: ExportedProgram) -> list[str]:
-    """Return the places of what a graph returns, such as `out` of a dictionary; '' is the one of a single tensor."""
+    """Return the places of a graph's outputs, such as `out` in a dictionary; '' for a single tensor."""
     spec = program.call_spec.out_spec
     assert spec is not None, "a program that was traced knows what it returns"
     found = leaves(pytree.tree_unflatten([torch.empty(()) for _ in range(spec.num_leaves)], spec))
@@ -89,7 +90,7 @@ def output_names(program: ExportedProgram) -> list[str]:
 
 
 def without_places(program: ExportedProgram) -> ExportedProgram:
-    """Remove what a graph tells of the Python code that it came from, in place."""
+    """Remove, in place, the description of the Python code that a graph came from."""
     for node in program.graph.nodes:
         for key in ABOUT_PYTHON:
             node.meta.pop(key, None)
@@ -98,7 +99,7 @@ def without_places(program: ExportedProgram) -> ExportedProgram:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence exporters, which print much for their developers, also on stdout."""
+    """Silence exporters, which print much for their developers, also to stdout."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     aside = io.StringIO()

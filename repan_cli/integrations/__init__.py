@@ -1,1 +1,1 @@
-"""Restarts in other training loops: callbacks for Lightning and for Hugging Face's Trainer."""
+"""Restart blocks in other training loops: callbacks for Lightning and for Hugging Face's Trainer."""

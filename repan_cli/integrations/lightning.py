@@ -16,7 +16,7 @@ class RepanCallback(Callback):
     """Merge and regrow the blocks of a module before some epochs, in place; `restarts` records each restart.
 
     Call `repan_cli.expand` on the network before the trainer begins. Calibration images are drawn from the training
-    data, in every process its share; what is kept in Lightning's checkpoints lets a run resume anywhere.
+    data; each process draws its share. Lightning's checkpoints hold everything that a run needs to resume anywhere.
 
     Args:
         epochs: the epochs, counted from 0, before which blocks restart.
@@ -35,7 +35,7 @@ class RepanCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         epoch = trainer.current_epoch
-        if epoch in self.done:  # before a stop in the midst of this epoch
+        if epoch in self.done:  # before a stop in the middle of this epoch
             return
         found = self.settings.before_epoch(epoch, pl_module, trainer.optimizers, trainer.train_dataloader)
         if found is not None:

@@ -1,7 +1,7 @@
-"""Restarts at given epochs of any training loop: the common part of the callbacks for other loops.
+"""Restart blocks at given epochs of any training loop: the common part of the callbacks for other loops.
 
-When a block restarts and what its attach rate is are pure functions of the epoch, so that a loop that resumes goes on
-as if it had not stopped. Nothing is drawn from the generators that the loop draws from.
+The restarts and the attach rate are pure functions of the epoch, so a resumed loop gives the same result as without the
+stop. The loop's own random generators are not used.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from repan_cli.training.optim import carry_momentum, zero_momentum
 
 MOMENTUM = ("zero", "carry")
 USUAL_BATCH = 128
-"""Images at once, for loaders that do not say how many."""
+"""The number of images at once, for loaders that do not tell their batch size."""
 
 
 @dataclass(frozen=True)
 class Restarted:
-    """The result of a restart: the epoch it came before, its blocks, and the change of the logits in eval mode."""
+    """The result of a restart: the epoch before which it happened, its blocks, and the change of the logits in eval
+    mode.
+    """
 
     epoch: int
     blocks: int
@@ -47,15 +49,15 @@ class Restarts:
 
     Args:
         epochs: the epochs, counted from 0, before which blocks restart; 0 is for networks that are trained already.
-        rule: restoration rule, as for `repan_cli.restart`.
+        rule: the restoration rule, as for `repan_cli.restart`.
         attach: how fresh branches start, as for `repan_cli.restart`.
-        branch_init: weights of the fresh branches, as for `repan_cli.restart`.
-        trunk_scale: scale of the trunk's weights, as for `repan_cli.restart`.
-        attach_epochs: with `attach="ramp"`, the epochs in which the attach rate grows from 0 to 1.
-        momentum: the optimizer's memory after a restart: `zero`, or `carry` it over, converted for the merged trunks.
-        calibration_images: training images that `calibrate` measures on, of all processes together.
-        seed: of the fresh branches and of the choice of those images.
-        network: name of the module in the model that takes images and holds the blocks; by default the model itself.
+        branch_init: the weights of the fresh branches, as for `repan_cli.restart`.
+        trunk_scale: the scale of the trunk's weights, as for `repan_cli.restart`.
+        attach_epochs: with `attach="ramp"`, the number of epochs in which the attach rate grows from 0 to 1.
+        momentum: the optimizer's state after a restart: `zero`, or `carry` to convert it for the merged trunks.
+        calibration_images: the number of training images, over all processes, that `calibrate` measures on.
+        seed: determines the fresh branches and the choice of those images.
+        network: the name of the module that takes images and holds the blocks; by default the model itself.
     """
 
     epochs: tuple[int, ...]
@@ -101,7 +103,7 @@ class Restarts:
         optimizers: Sequence[torch.optim.Optimizer],
         loader: Any,
     ) -> Restarted | None:
-        """Restart the blocks of a model where that is due before an epoch; None where it is not.
+        """Restart the blocks of a model if a restart is due before this epoch; return None if not.
 
         `loader` gives the training batches: a DataLoader, or any iterable of batches.
         """
@@ -138,7 +140,7 @@ class Restarts:
         )
 
     def before_step(self, elapsed: float, model: nn.Module) -> None:
-        """Set the attach rate `elapsed` epochs after the loop began, where it ramps."""
+        """Set the attach rate `elapsed` epochs after the loop began, if it ramps."""
         begun = [epoch for epoch in self.epochs if epoch <= elapsed]
         if self.attach == "ramp" and begun:
             rate = min(1.0, (elapsed - max(begun)) / self.attach_epochs) if self.attach_epochs else 1.0
@@ -156,9 +158,9 @@ class Restarts:
 
 
 def _batches(loader: Any, count: int, seed: int, number: int, rank: int, ranks: int) -> ImagesLike:
-    """Return batches of training images that are drawn by a seed, without a step of the loader's own iterators.
+    """Return batches of training images, drawn by a seed, without advancing the loader's own iterators.
 
-    What has no length and order is read from its beginning.
+    Data without length and order are read from their beginning.
     """
     dataset = getattr(loader, "dataset", None)
     if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
@@ -170,7 +172,7 @@ def _batches(loader: Any, count: int, seed: int, number: int, rank: int, ranks: 
 
 
 def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Return the first tensor that a network gives in eval mode."""
+    """Return the first tensor that a network returns in eval mode."""
     found = network.eval()(images)
     while not isinstance(found, Tensor):
         found = found["logits"] if hasattr(found, "keys") and "logits" in found else next(iter(_parts(found)))
@@ -182,7 +184,7 @@ def _parts(found: Any) -> Iterable[Any]:
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the optimizer inside the wrappers of Lightning and Accelerate, whose memory it is."""
+    """Return the optimizer inside the wrappers of Lightning and Accelerate, which holds the state."""
     while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer

@@ -1,5 +1,6 @@
-"""A callback for Hugging Face's Trainer: `Trainer(callbacks=[RepanCallback(epochs=[10, 20])])`. Needs the extra
-`transformers`.
+"""A callback for Hugging Face's Trainer: `Trainer(callbacks=[RepanCallback(epochs=[10, 20])])`.
+
+Needs the extra `transformers`.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from transformers import TrainerCallback  # noqa: E402 (there is a clearer error
 from transformers.trainer_callback import ExportableState  # noqa: E402
 
 WHOLE = 1e-6
-"""The largest distance of an epoch's number from an integer at the beginning of an epoch."""
+"""The largest distance of the epoch number from an integer at the start of an epoch."""
 
 
 class RepanCallback(TrainerCallback, ExportableState):
     """Merge and regrow the blocks of a model before some epochs, in place; `restarts` records each restart.
 
     Call `repan_cli.expand` on the network before the trainer begins. Calibration images are drawn from the training
-    data, in every process its share. A run that resumes in the midst of an epoch knows by its position that the restart
-    before that epoch is done.
+    data; each process draws its share. A run that resumes in the middle of an epoch knows from its position that the
+    restart before that epoch is done.
 
     Args:
         epochs: the epochs, counted from 0, before which blocks restart.
@@ -42,7 +43,7 @@ class RepanCallback(TrainerCallback, ExportableState):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **found: Any) -> None:
         here = state.epoch or 0.0
-        if abs(here - round(here)) > WHOLE:  # resumed in the midst of this epoch
+        if abs(here - round(here)) > WHOLE:  # resumed in the middle of this epoch
             return
         optimizers = [found["optimizer"]]
         done = self.settings.before_epoch(round(here), found["model"], optimizers, found["train_dataloader"])

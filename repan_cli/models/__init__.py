@@ -1,4 +1,7 @@
-"""Networks: importing this registers ours with timm; `resolve` turns what people type into a full name."""
+"""Build networks.
+
+Importing this registers repan's own networks with timm; `resolve` turns a user's name into a full one.
+"""
 
 from repan_cli.checkpoint.card import Change
 from repan_cli.config.conventions import SMALL_IMAGE

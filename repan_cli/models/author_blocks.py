@@ -1,7 +1,7 @@
-"""ACNet's and DBB's blocks by the names that their authors give the parts, in place of convolutions of any network.
+"""Load the blocks of ACNet and DBB, by their authors' names for the parts, in place of convolutions of any network.
 
-A block stands where the plain network has a convolution, and holds the BN behind it. Its weights go into a block of
-repan's of the same family, where there is one, else as one convolution into the plain network.
+A block replaces a convolution of the plain network, together with the BN behind it. If the network has a block of the
+same family there, the weights go into it. Otherwise they are merged and go into the convolution.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Weights = Mapping[str, Tensor]
 BLOCK = re.compile(r"^(?P<place>.+)\.(?P<part>square_conv|dbb_origin|fused_conv|dbb_reparam)\.")
 MERGED = ("fused_conv", "dbb_reparam")
 EPS = 1e-5
-"""The eps of the authors' BN, which files do not hold."""
+"""The eps of the authors' BN, which files do not store."""
 
 OF_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 SIZES = (64, 224)
-"""Sides of images to look for the BN behind convolutions with."""
+"""Sides of images with which the BN behind convolutions are sought."""
 
 ACB = {
     "square_conv.weight": "trunk.conv.weight",
@@ -51,11 +51,12 @@ DBB = {
     "dbb_avg.avgbn.": "branches.2.norm.",
 }
 PARTS = {"acb": ACB, "dbb": DBB}
-"""Names of the authors' parts, and those of repan's blocks of each family."""
+"""The authors' names of parts, and the names in repan's blocks of each family."""
 
 
 def blocks_in_place(weights: Weights, model: nn.Module) -> Weights:
-    """Return weights in which the authors' blocks lie where a network has a block or a convolution of that name.
+    """Return weights in which each of the authors' blocks is in the place of the network's block or convolution of that
+    name.
 
     Raises ValueError for weights without such blocks.
     """
@@ -81,12 +82,12 @@ def blocks_in_place(weights: Weights, model: nn.Module) -> Weights:
 
 
 def new_names(place: str, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors by their full names: those that begin with a colon have theirs already."""
+    """Return tensors by their full names. Names that begin with a colon are full already."""
     return {name[1:] if name.startswith(":") else f"{place}.{name}": value for name, value in new.items()}
 
 
 def _as_block(part: Weights, block: RepBlock) -> dict[str, Tensor]:
-    """Return the weights of a block of repan's of the same family, by its own names; none for another family."""
+    """Return the weights for repan's block of the same family, by its own names; None for another family."""
     names = PARTS.get(block.family, {})
     found: dict[str, Tensor] = {"attach_rate": torch.ones(())}
     for name, value in part.items():
@@ -107,7 +108,7 @@ def _as_block(part: Weights, block: RepBlock) -> dict[str, Tensor]:
 
 
 def _as_conv(part: Weights, conv: nn.Conv2d, place: str, norm: str | None, weights: Weights) -> dict[str, Tensor]:
-    """Return the weights of a convolution and of the BN behind it, if the file lacks that, for the same function."""
+    """Return the weights of one convolution, and of the BN behind it if the file lacks that, with the same function."""
     kernel, bias = _kernel(part, conv)
     like = next(iter(part.values()))
     found = {"weight": kernel.to(like)}
@@ -115,7 +116,7 @@ def _as_conv(part: Weights, conv: nn.Conv2d, place: str, norm: str | None, weigh
         return {**found, "bias": bias.to(like)}
     if norm is None:
         return found if not bias.any() else {}
-    if f"{norm}.running_mean" in weights:  # the network's own BN is there, too
+    if f"{norm}.running_mean" in weights:  # the network's own BN is there too
         return {**found, f":{norm}.running_mean": (exact(weights[f"{norm}.running_mean"]) - bias).to(like)}
     return {**found, **{f":{norm}.{name}": value for name, value in _identity(bias, like).items()}}
 
@@ -127,7 +128,7 @@ def _identity(bias: Tensor, like: Tensor) -> dict[str, Tensor]:
 
 
 def _kernel(part: Weights, conv: nn.Conv2d) -> Kernel:
-    """Return the one convolution that a block is."""
+    """Return the kernel of the convolution that a block equals."""
     for name in MERGED:
         if f"{name}.weight" in part:
             weight = exact(part[f"{name}.weight"])
@@ -160,7 +161,7 @@ def _branches(part: Weights, conv: nn.Conv2d) -> Iterator[Kernel]:
 
 
 def _first(part: Weights, conv: nn.Conv2d) -> Kernel:
-    """Return the 1x1 convolution before the large one: plain, or stored less the identity."""
+    """Return the 1x1 convolution before the large one; it may be stored minus the identity."""
     if "dbb_1x1_kxk.conv1.weight" in part:
         return _bare(part["dbb_1x1_kxk.conv1.weight"])
     names = ("dbb_1x1_kxk.idconv1.weight", "dbb_1x1_kxk.idconv1.conv.weight")
@@ -174,14 +175,14 @@ def _bare(weight: Tensor) -> Kernel:
 
 
 def _normed(kernel: Kernel, part: Weights, name: str) -> Kernel:
-    """Return the kernel with the BN of a name behind it."""
+    """Return the kernel followed by the BN of this name."""
     gamma, beta, mean, var = (exact(part[f"{name}.{each}"]) for each in OF_NORM[:4])
     scale = gamma / torch.sqrt(var + EPS)
     return kernel[0] * scale.view(-1, 1, 1, 1), (kernel[1] - mean) * scale + beta
 
 
 def _norms_behind(model: nn.Module, convs: Mapping[str, nn.Conv2d]) -> dict[str, str]:
-    """Return the names of the BN that read convolutions, as one pass shows them."""
+    """Return the names of the BN that read convolutions, as seen in one forward pass."""
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -189,7 +190,7 @@ def _norms_behind(model: nn.Module, convs: Mapping[str, nn.Conv2d]) -> dict[str,
         for side in SIZES:
             try:
                 return without_arithmetic(model, noise(1, first.in_channels, side, side), _pairs)
-            except Exception:  # any error is possible with images of another size
+            except Exception:  # a network may raise anything for images of another size
                 continue
     finally:
         for module, mode in modes.items():

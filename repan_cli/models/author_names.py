@@ -1,7 +1,7 @@
-"""The names that authors of multi-branch blocks give their layers, and timm's names for the same.
+"""Translate the names that authors of multi-branch blocks give their layers to timm's names.
 
-Each family is a function from weights by the authors' names, without what trainers put in front of them, to weights by
-timm's. `RENAMED` says what the parts of blocks are called, `STAGES` where blocks lie.
+Each family is a function from weights by the authors' names, without prefixes of trainers, to weights by timm's names.
+`RENAMED` holds the names of the parts of blocks, `STAGES` the names of the blocks themselves.
 """
 
 from __future__ import annotations
@@ -63,20 +63,19 @@ SIGNS = {
 
 
 SIGN_OF = {"acb": ".square_conv.", "dbb": ".dbb_origin."}
-"""The part of a name by which the authors' blocks of a family are known."""
+"""The part of a name that identifies the authors' blocks of each family."""
 
 
 def form_in(weights: Iterable[str]) -> str | None:
-    """Return the form and the family that the names of weights tell; None for a plain network."""
+    """Return the form and the family that the names of weights show; None for a plain network."""
     names = [*weights]
     return next((form for form, signs in SIGNS.items() if any(sign in name for sign in signs for name in names)), None)
 
 
 def holds_branches(weights: Iterable[str], family: str | None) -> bool:
-    """Return whether weights are those of a network that was expanded: by repan, or into the authors' blocks of a
-    family.
+    """Return whether weights belong to a network that was expanded, by repan or into the authors' blocks of a family.
 
-    They load once the network has such blocks.
+    They can be loaded once the network has such blocks.
     """
     names = [*weights]
     signs = [".trunk."] + [SIGN_OF[each] for each in SIGN_OF if each == family]
@@ -84,7 +83,7 @@ def holds_branches(weights: Iterable[str], family: str | None) -> bool:
 
 
 def renamed(name: str) -> str:
-    """Return a name with the parts of its block as timm calls them."""
+    """Return a name in which the parts of its block have timm's names."""
     return ".".join(RENAMED.get(part, part) for part in name.split("."))
 
 
@@ -100,7 +99,7 @@ def _blocks(weights: Weights, model: nn.Module) -> Weights:
 
 
 def _densenet(weights: Weights, model: nn.Module) -> Weights:
-    """Rename the weights of DenseNet as torchvision had it before 2018: `norm.1`, `conv.2`."""
+    """Rename the weights of DenseNet in torchvision's form before 2018: `norm.1`, `conv.2`."""
     old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
     return {old.sub(r"\1\2.", name): value for name, value in weights.items()}
 
@@ -120,8 +119,9 @@ REPVIT_STRIDED = {
 
 
 def _repvit(weights: Weights, model: nn.Module) -> Weights:
-    """Rename the weights of RepViT: one flat list of blocks, which timm groups into stages that begin with a strided
-    one.
+    """Rename the weights of RepViT.
+
+    The authors have one flat list of blocks; timm begins a new stage at each strided block.
     """
     front = {"features.0.0.": "stem.conv1.", "features.0.2.": "stem.conv2."}
     front |= {"classifier.classifier.": "head.head.", "classifier.classifier_dist.": "head.head_dist."}
@@ -145,4 +145,4 @@ def _repvit_places(model: nn.Module) -> Iterable[tuple[str, dict[str, str]]]:
 
 
 FAMILIES: tuple[Callable[[Weights, nn.Module], Weights], ...] = (_blocks, _densenet, _repvit, blocks_in_place)
-"""Every way of naming, tried in turn; one that is made for another network finds nothing."""
+"""Every translation, tried in turn; one that is made for another network finds nothing."""

@@ -1,8 +1,8 @@
-"""The uses of each network of timm or torchvision: train in cycles, fuse, or neither.
+"""Tell what each network of timm or torchvision can be used for: train in cycles, fuse, or neither.
 
-The table `catalog.csv` beside this file was made by `python -m repan_cli.models.catalog`, and names are completed from
-it; a name that it does not have is looked at when it is asked for. Looking builds the network on the meta
-device and watches one forward pass: it costs no arithmetic.
+The table `catalog.csv` next to this file was made by `python -m repan_cli.models.catalog`, and serves completion. A
+name that it lacks is examined when it is asked for: the network is built on the meta device and one forward pass is
+watched, which costs no arithmetic.
 """
 
 from __future__ import annotations

@@ -22,9 +22,7 @@ from repan_cli.models.timm_blocks import adapt
 
 
 class NotChosen(str):
-    """The reason why a convolution that may be able to become a block was not chosen. Any other reason means that it
-    cannot.
-    """
+    """The reason why a convolution that might become a block was not chosen. All other reasons mean that it cannot."""
 
     __slots__ = ()
 
@@ -37,7 +35,7 @@ class Selection:
     """The choice of convolutions that become blocks, or of blocks that restart.
 
     Args:
-        kernel: sizes of the larger side of the kernel; empty means all above 1, None means all.
+        kernel: the sizes of the larger side of the kernel; empty means all above 1, None means all.
         include: globs of layer names; empty means all.
         exclude: globs of layer names to skip.
         limit: the largest number of blocks; layers with the most weights come first.
@@ -49,7 +47,7 @@ class Selection:
     limit: int | None = None
 
     def left_out(self, convs: Mapping[str, nn.Conv2d]) -> dict[str, NotChosen]:
-        """Return those of the convolutions, by name, that are not chosen, with the reason."""
+        """Return the convolutions that are not chosen, by name, each with the reason."""
         reasons = {name: reason for name, conv in convs.items() if (reason := self._reason(name, conv))}
         chosen = sorted((name for name in convs if name not in reasons), key=lambda name: -convs[name].weight.numel())
         if self.limit is not None:
@@ -77,7 +75,7 @@ EVERYTHING = Selection(kernel=None, include=("*",))
 
 @dataclass(frozen=True)
 class Expansion:
-    """The planned blocks of a network: their family, the changes, and why other convolutions are left alone."""
+    """The planned blocks of a network: their family, the changes, and why other convolutions stay as they are."""
 
     family: str
     changes: tuple[Change, ...]
@@ -99,7 +97,7 @@ class Expansion:
 
 
 def summary(left: Mapping[str, str]) -> str:
-    """Summarize why convolutions are left alone: the most frequent reason first, each with one layer's name."""
+    """Summarize why convolutions stay as they are: the most frequent reason first, each with one layer's name."""
     if not left:
         return "it has none"
     first = {reason: name for name, reason in reversed(list(left.items()))}
@@ -114,7 +112,7 @@ def report_of(model: nn.Module) -> Expansion | None:
 
 
 def changes_of(model: nn.Module) -> tuple[Change, ...]:
-    """Return the changes that made a network's blocks; an empty tuple if it is as it was built."""
+    """Return the changes that made a network's blocks; an empty tuple if it was not changed after it was built."""
     report = report_of(model)
     return report.changes if report else ()
 
@@ -168,7 +166,7 @@ def _block_of(model: nn.Module, module: nn.Module, change: Change) -> RepBlock:
         if change.norm is not None:
             norm, rest = split_norm(model.get_submodule(change.norm))
             put(model, change.norm, rest.train(norm.training))
-        elif conv.bias is None:  # the branches' BN will want one when they are merged
+        elif conv.bias is None:  # the branches' BN will need one when they are merged
             conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
     return block_around(conv, norm, change.family, copies=change.copies)
 

@@ -1,4 +1,4 @@
-"""Creation of a network from the name that a user typed."""
+"""Create a network from the name that a user typed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from repan_cli.system.notices import doing
 from repan_cli.system.text import first_line
 
 BUILT_OF_BLOCKS: tuple[str, ...] = tuple(repvgg_cifar.default_cfgs)
-"""Those of our networks that are built of blocks; all others are plain at first."""
+"""The networks of this package that are built of blocks; all others are plain at first."""
 
 BUILTIN: tuple[str, ...] = (*BUILT_OF_BLOCKS, *resnet_cifar.default_cfgs, *mobilenet_cifar.default_cfgs)
 """The networks of this package."""
@@ -32,15 +32,16 @@ OWN_IMAGE = 32
 """Side in pixels that the networks of this package are made for."""
 
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
-"""torchvision's networks that return more than logits in train mode, unless told not to."""
+"""torchvision's networks that return more than logits in train mode, unless told otherwise."""
 
 
 def resolve(name: str, image_size: int) -> str:
-    """Return the full name that `name` means for images of `image_size` pixels.
+    """Return the full name that `name` stands for, for images of `image_size` pixels.
 
-    `timm:NAME` and `torchvision:NAME` are exactly theirs, `file.py:function` is a user's own; `repvgg` is
-    `repvgg_a1`; on small images `NAME_cifar` is preferred where it exists, else a short name is timm's. Raises
-    InputError, with the closest names, for one that does not exist.
+    `timm:NAME` and `torchvision:NAME` are taken literally, and `file.py:function` is a user's own network. `repvgg` is
+    `repvgg_a1`. For small images, a short name means `NAME_cifar` if that exists. Otherwise it means timm's network.
+
+    Raises InputError, with the closest names, for a name that does not exist.
     """
     if user_file.names_a_file(name):
         return name
@@ -63,7 +64,7 @@ def resolve(name: str, image_size: int) -> str:
 
 
 def wanted_size(name: str) -> int | None:
-    """Return the side of the images that a network is made for; None for a user-defined network, which does not say.
+    """Return the side of the images that a network is made for; None for a user-defined network, which does not tell.
 
     A short name means timm's network, as for large images, or the network for small images if timm has none.
     """
@@ -106,12 +107,11 @@ def create(
     branches: int | None = None,
     pretrained: bool = False,
 ) -> nn.Module:
-    """Create a network by its full name, as `resolve` gives it; `expand` is the next step.
+    """Create a network by its full name, as `resolve` returns it; `expand` is the next step.
 
-    Those of ours that are built of blocks get the family `block`, with as many `branches` as are asked for; all others
-    are as their makers build them. With
-    `pretrained` the weights are those that timm or torchvision offers, and the classifier is new where these know
-    another number of classes.
+    repan's networks that are built of blocks get the family `block` with `branches` branches. All others are as their
+    authors build them. With `pretrained` they get the weights that timm or torchvision offers, and a new classifier if
+    these weights have another number of classes.
     """
     if block not in (None, NATIVE):
         check_family(block, branches)
@@ -129,7 +129,7 @@ def create(
 
 def _timm(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
     short = name.removeprefix(TIMM)
-    if not timm.is_model(short):  # Hub names in files are not followed either
+    if not timm.is_model(short):  # a Hub name in a file is not followed either
         raise InputError(f"this timm ({timm.__version__}) has no model {short}; another version may have it")
     if pretrained and not timm.is_model_pretrained(short):
         raise InputError(f"timm has no pretrained weights of {short}; give a file of weights with --init")
@@ -167,15 +167,15 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
 
 
 def _not_fetched(name: str, error: Exception) -> InputError:
-    """Return the error, with the whole name: a short one may mean repan's own network."""
+    """Return the error with the network's full name, since a short one may mean repan's own network."""
     return InputError(
-        f"cannot fetch the pretrained weights of {name} ({first_line(error)}); give their file: --init FILE to train, "
-        f"elsewhere FILE --model {name}"
+        f"cannot fetch the pretrained weights of {name} ({first_line(error)}); give a file of weights: --init FILE to "
+        f"train, else FILE --model {name}"
     )
 
 
 def has_new_classifier(name: str, num_classes: int) -> bool:
-    """Return whether the pretrained weights of a network know another number of classes."""
+    """Return whether the pretrained weights of a network have another number of classes."""
     if name.startswith(TORCHVISION):
         meta = torchvision.models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.meta
         return len(meta.get("categories", ())) != num_classes

@@ -1,8 +1,8 @@
-"""Conversion of any network's convolutions into blocks, without changing its function.
+"""Convert the convolutions of any network into blocks, without changing its function.
 
-Which convolution belongs to which BN is seen by watching one forward pass, not guessed from names or order: a BN whose
-input is exactly what a convolution returned. A float64 copy of the network, its BN statistics disturbed so that no
-mistake hides behind fresh ones, tries the changes; those that move its output are taken back, one by one.
+The BN of a convolution is found by watching one forward pass, not guessed from names or order: it is the BN whose input
+is exactly what the convolution returned. The changes are tried on a float64 copy of the network. Its BN statistics are
+randomized, so that no mistake hides behind fresh ones. Changes that alter the output are undone, one by one.
 """
 
 from __future__ import annotations
@@ -42,21 +42,22 @@ def expand(
     """Make the convolutions of any network re-parameterizable, in place; its function in eval mode is unchanged.
 
     Trained weights, BN statistics, eps and momentum are kept. `model.repan_report` records the conversion: the family,
-    the `changes`, and in `left` why other convolutions are left alone.
+    the `changes`, and in `left` why other convolutions stay as they are.
 
     Args:
-        block: block family, one of your own by the name that it is registered with or as `file.py:function`; None
-            takes the network's own multi-branch blocks if it has any, else repvgg.
-        images: images (N, C, H, W) for a forward pass, which may be noise; or a batch of a loader, or the loader.
-        kernel: sizes of the kernels that become blocks; an empty tuple takes every size above 1x1.
+        model: the network, changed in place.
+        block: the block family: a built-in or registered name, or `file.py:function`. None means the network's own
+            multi-branch blocks if it has any, else repvgg.
+        images: images (N, C, H, W) for a forward pass, which may be noise; or a batch, or a loader.
+        kernel: the sizes of the kernels that become blocks; an empty tuple means every size above 1x1.
         include: globs of the layers that become blocks; none means all.
-        exclude: globs of the layers that are left alone.
-        limit: the largest number of blocks; the layers with the largest weights come first.
-        branches: number of k x k side branches, for families that allow a choice.
-        attach: `ramp` begins at attach rate 0, to be raised by `set_attach_rate`; `zero-gamma` at rate 1 with silent
-            branches; `one` at rate 1, which changes the function: for networks that are not trained.
+        exclude: globs of the layers that stay as they are.
+        limit: the largest number of blocks; layers with the most weights come first.
+        branches: the number of k x k side branches, for families that allow a choice.
+        attach: how the branches start. `ramp` sets attach rate 0, which `set_attach_rate` raises. `zero-gamma` sets
+            rate 1 with silent branches. `one` sets rate 1 and changes the function: it is for untrained networks.
 
-    Raises InputError when no convolution can become a block.
+    Raises InputError if no convolution can become a block.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expand works in place, on a network, not on {model!r}: load it first, by repan_cli.load")
@@ -76,10 +77,10 @@ def expand(
 def plan(
     model: nn.Module, images: Tensor, *, family: str | None, selection: Selection, copies: int | None = None
 ) -> Expansion:
-    """Plan which convolutions become blocks; the model is left as it is. `copies` is the number of branches to choose.
+    """Plan which convolutions become blocks, without changing the model. `copies` is the number of branches to choose.
 
-    Raises InputError for a family that does not exist, a network that does not run on the images, a name in `include`
-    that cannot become a block.
+    Raises InputError for an unknown family, a network that does not run on the images, or a name in `include` that
+    cannot become a block.
     """
     probe = Probe(model, images)
     own, left = _own_blocks(probe)
@@ -132,7 +133,7 @@ def _to_grow(model: nn.Module, family: str, selection: Selection) -> Iterator[Ch
 def to_expand(
     model: nn.Module, seen: Sightings, family: str, selection: Selection
 ) -> tuple[list[Change], dict[str, str]]:
-    """Return the convolutions outside of blocks that suit a family, and why the others do not."""
+    """Return the convolutions outside of blocks that suit a family, and the reason for each of the others."""
     convs = _free_convs(model)
     left = {name: reason for name, conv in convs.items() if (reason := _unsuited(conv, seen))}
     kept_plain = dict.fromkeys(getattr(model, "plain_convs", ()), NotChosen("plain by the network's definition"))
@@ -149,7 +150,7 @@ def to_expand(
 
 
 def _unsuited(conv: _ConvNd, seen: Sightings) -> str | None:
-    """Return why a convolution cannot become a block, whatever is selected."""
+    """Return why a convolution cannot become a block, whatever the selection."""
     norms = seen.norms[conv]
     if type(conv) is not nn.Conv2d:
         return f"it is a {type(conv).__name__}, not a plain Conv2d"
@@ -171,7 +172,7 @@ def _unsuited(conv: _ConvNd, seen: Sightings) -> str | None:
 
 
 def _check_included(model: nn.Module, selection: Selection, changes: list[Change], left: Mapping[str, str]) -> None:
-    """Raise InputError for a layer that was named but cannot become a block: a line in a report would not be enough."""
+    """Raise InputError for a layer that was named but cannot become a block: a line in a report would be too little."""
     blocks = {name for name, _ in rep_blocks(model)} | {change.name for change in changes}
     known = [*blocks, *left]
     for key, globs in (("include", selection.include), ("exclude", selection.exclude)):

@@ -1,8 +1,7 @@
-"""Fitting of other programs' weights to a network: their place in the file, and their names.
+"""Fit another program's weights to a network: find their place in the file, and translate their names.
 
-Nothing is known in advance of how a trainer wraps its networks. Every leading part of the names in a file may be where
-the network lies, and every known way of naming may be the file's; the one under which most names and shapes are the
-network's is taken.
+Nothing is known about how a trainer wraps its networks. Every prefix of the names in the file may lead to the network,
+and every known translation may apply. The combination with the most matching names and shapes is used.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ Naming = Callable[[dict[str, Tensor]], Weights]
 
 COUNTER = "num_batches_tracked"
 DEEPEST = 5
-"""Levels of names that may stand in front of those of the network."""
+"""The number of levels of names that may precede those of the network."""
 
 CLASSIFIERS = ("fc", "head", "classifier", "linear", "cls", "logits")
-"""The last part of the names of classifiers that trainers put beside a backbone."""
+"""The last part of the names of classifiers that trainers put next to a backbone."""
 
 
 @dataclass(frozen=True)
 class Fitted:
     """Weights under the names of a network.
 
-    `prefix` stood in front of them; `outside` are the names of the file that belong to no such network, and `rivals`
-    the prefixes of other networks in the file that fit as well.
+    `prefix` preceded these names in the file. `outside` are the names in the file that belong to no such network.
+    `rivals` are the prefixes of other networks in the file that fit equally well.
     """
 
     weights: dict[str, Tensor]
@@ -54,8 +53,8 @@ class Fitted:
 def fit(model: nn.Module, weights: Weights) -> Fitted:
     """Find the weights of a network, by its names, among all tensors of a file.
 
-    Its classifier may lie beside the rest. Where several networks in the file fit equally, an average of weights goes
-    before others, the first before those behind it.
+    Its classifier may be in another place of the file. If several networks in the file fit equally, a weight average is
+    preferred, then the first one.
     """
     own = {name: value for name, value in model.state_dict().items() if not name.endswith(COUNTER)}
     merged = MergedNames(model)
@@ -76,11 +75,13 @@ def fit(model: nn.Module, weights: Weights) -> Fitted:
 
 
 def load_foreign(model: nn.Module, weights: Weights, source: str, *, may_be_new: Collection[str] = ()) -> bool:
-    """Copy others' weights into a network, in place; returns whether the classifier had to stay new.
+    """Copy another program's weights into a network, in place; return whether the classifier had to stay new.
 
-    What lies outside of the network is left out and named. The layers named in `may_be_new`, those of the classifier,
-    may be missing or have another shape; everything else must fit. Raises InputError naming the first keys or shapes
-    that differ, and the form and family of the file where it tells them.
+    Tensors outside of the network are skipped and named. The layers named in `may_be_new`, those of the classifier, may
+    be missing or have another shape. Everything else must fit.
+
+    Raises InputError, with the first keys or shapes that differ, and the form and family of the file if its names show
+    them.
     """
     own = model.state_dict()
     fitted = fit(model, weights)
@@ -120,7 +121,7 @@ def _nested(one: str, other: str) -> bool:
 
 
 def _parts(weights: Weights, wanted: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the leading parts of names that many have in common, the shortest first, and what lies under each."""
+    """Yield the prefixes that many names share, the shortest first, with the tensors under each."""
     counted: Counter[str] = Counter({"": len(weights)})
     for name in weights:
         levels = name.split(".")[:-1][:DEEPEST]
@@ -133,9 +134,9 @@ def _parts(weights: Weights, wanted: int) -> Iterator[tuple[str, dict[str, Tenso
 def _scored(
     weights: dict[str, Tensor], own: Weights, model: nn.Module, merged: MergedNames
 ) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Yield the weights under every way of naming, with the number of names that are then the network's.
+    """Yield the weights under every translation, with the number of names that match the network's.
 
-    A tensor of another shape counts as half a one. Namings that come to the same are looked at once.
+    A tensor of another shape counts as half. Translations with equal results are examined once.
     """
     seen: list[dict[str, int]] = []
     for naming in (dict, *_namings(model)):
@@ -155,7 +156,7 @@ def _scored(
 
 
 def _namings(model: nn.Module) -> Iterator[Naming]:
-    """Yield timm's own filters for a network, and the ways in which authors name their blocks."""
+    """Yield timm's own filters for a network, and the translations of authors' names."""
     module = sys.modules.get(type(model).__module__)
     for name, function in vars(module).items() if module else ():
         if name.endswith("filter_fn") or name.startswith("_filter"):
@@ -172,10 +173,11 @@ def _through(convert: Callable[..., Any], model: nn.Module, weights: dict[str, T
 
 
 def _divided(model: nn.Module, found: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Divide weights into those that belong to a network, if they fit or not, and those of other things beside it.
+    """Divide weights into those that belong to the network, whether they fit or not, and those of other things next to
+    it.
 
-    What begins with none of the names of the network's own parts is another thing; so are buffers that the network
-    does not save.
+    Anything whose name begins with none of the network's parts is another thing; so are buffers that the network does
+    not save.
     """
     tops = {name.partition(".")[0] for name in model.state_dict()}
     unsaved = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
@@ -190,7 +192,9 @@ def _not_in(own: Weights, weights: Weights) -> dict[str, Tensor]:
 def _classifier_beside(
     inside: Weights, weights: Weights, own: Weights, classifier: Collection[str]
 ) -> dict[str, Tensor]:
-    """Return the weights of the classifier, where the network lacks it and just one layer of the file may be it."""
+    """Return the weights of the classifier, if the network's weights lack it and exactly one layer of the file may be
+    it.
+    """
     beside: dict[str, Tensor] = {}
     for layer in classifier:
         wanted = own.get(f"{layer}.weight")

@@ -1,4 +1,4 @@
-"""Questions about a network: where its classifier is, which form it has, and which images it wants."""
+"""Answer questions about a network: where its classifier is, which form it has, and which images it expects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from repan_cli.checkpoint.card import MULTI_BRANCH, PLAIN
 
 
 def classifier_layers(model: nn.Module) -> list[str]:
-    """Return the names of the layers that give the logits: what the network itself says, else its last linear one."""
+    """Return the names of the layers that compute the logits: those that the network names, else its last
+    linear one.
+    """
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     ask = getattr(model, "get_classifier", None)  # as timm's networks have
     found = ask() if callable(ask) else None
@@ -24,11 +26,11 @@ def classifier_layers(model: nn.Module) -> list[str]:
 
 
 def form_of(model: nn.Module) -> str:
-    """Return the form of a network that was not fused: multi-branch, or plain when no block has a side branch."""
+    """Return the form of a network that was not fused: multi-branch, or plain if no block has a side branch."""
     return MULTI_BRANCH if any(len(block.branches) for _, block in rep_blocks(model)) else PLAIN
 
 
 def wanted_images(model: nn.Module) -> dict[str, Any]:
-    """Return what a network of timm's wants of its images: `input_size`, `mean`, `std`, `crop_pct` and more."""
+    """Return how a timm network expects its images: `input_size`, `mean`, `std`, `crop_pct` and more."""
     resolved: Callable[[nn.Module], dict[str, Any]] = timm.data.resolve_model_data_config  # timm gives it no types
     return resolved(model)

@@ -1,8 +1,8 @@
-"""Merged weights of multi-branch networks, put back into networks that still have their branches.
+"""Load merged weights of multi-branch networks into networks that still have their branches.
 
-A merged file has one convolution where timm's network of that name has a block. The function is the same when one
-branch holds that convolution, less what the others cannot help to add, and the others are silent (gamma 0). So merged
-weights load into the network that is trained, merged and evaluated like any other.
+A merged file has one convolution in the place of each block. The function is the same if one branch holds that
+convolution, minus what the others always add, and the others are silent (gamma 0). Merged weights thus load into a
+network that can be trained, merged and evaluated like any other.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from repan_cli.models.changes import apply
 from repan_cli.models.timm_blocks import is_own_block
 
 LAYERS = (("c", "bn"), ("conv", "bn"), ("l", "bn"))
-"""timm's names of a convolution or linear layer and of the BN beside it, which merge into one layer."""
+"""timm's names of a convolution or linear layer and of the BN next to it, which merge into one layer."""
 
 
 class MergedNames:
-    """The names that the weights of a network have once its blocks are merged."""
+    """The names of a network's weights after its blocks are merged."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -33,7 +33,7 @@ class MergedNames:
         self._places = self._twin(copy.deepcopy(model)) if self._changes else {}
 
     def _twin(self, model: nn.Module) -> dict[str, RepBlock]:
-        """Return the blocks of a network as such, on its own tensors."""
+        """Return the network with its blocks as `RepBlock`s, on the same tensors."""
         tensors = [*model.parameters(), *model.buffers()]
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         with torch.random.fork_rng(devices=[]):
@@ -43,13 +43,13 @@ class MergedNames:
     def are_in(self, weights: Mapping[str, Tensor]) -> bool:
         """Return whether weights have merged layers in the place of most blocks."""
         mixers = [place.rpartition(".")[0] for place in _mixers(self._model) if f"{place}.weight" in weights]
-        held = {f"{name}.mixer.reparam_conv" for name in mixers}  # in the one convolution of a whole mixer
+        held = {f"{name}.mixer.reparam_conv" for name in mixers}  # inside the one convolution of a whole mixer
         there = sum(name in held or f"{name}.weight" in weights for name in self._places)
         return bool(self._places) and 2 * there >= len(self._places)
 
     @torch.no_grad()
     def unmerged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights of a merged network under the names of one with branches, for the same function."""
+        """Return weights of a merged network under the names of one with branches, with the same function."""
         model = copy.deepcopy(self._model)
         found = _with_mixers(model, dict(weights))
         touched: list[str] = []
@@ -71,13 +71,13 @@ class MergedNames:
 
 
 def _fits(weights: Mapping[str, Tensor], name: str, layer: nn.Conv2d | nn.Linear) -> bool:
-    """Return whether there is a merged layer under a name, of a shape like the one that it is to be put into."""
+    """Return whether there is a merged layer under a name, with a shape that fits its target."""
     weight = weights.get(f"{name}.weight")
     return weight is not None and f"{name}.bias" in weights and weight.shape == layer.weight.shape
 
 
 def _hold(block: RepBlock, weight: Tensor, bias: Tensor) -> None:
-    """Make a block compute one convolution: the trunk alone, as far as the others can be silent."""
+    """Make a block compute one convolution, by its trunk alone as far as the other branches can be silent."""
     for branch in block.sides:
         if not isinstance(branch, ScaledIdentity):  # which timm's block always adds
             branch.zero_init()
@@ -88,7 +88,7 @@ def _hold(block: RepBlock, weight: Tensor, bias: Tensor) -> None:
 
 
 def _fill(layer: nn.Conv2d | nn.Linear, norm: BatchNorm | None, weight: Tensor, bias: Tensor) -> None:
-    """Put a layer with a bias in the place of one and its BN, before or behind it."""
+    """Put a layer with a bias in the place of a layer and its BN, which comes before or after it."""
     layer.weight.copy_(weight)
     if layer.bias is not None:
         layer.bias.copy_(bias)
@@ -113,7 +113,7 @@ def _layers(module: nn.Module) -> list[tuple[nn.Conv2d | nn.Linear, BatchNorm]]:
 
 
 def _heads(model: nn.Module, found: dict[str, Tensor], touched: list[str]) -> None:
-    """Put one classifier in the place of two whose mean counts, as RepViT has them."""
+    """Put one classifier in the place of two whose outputs are averaged, as in RepViT."""
     heads = dict(model.named_children()).get("head")
     if heads is None or "head.weight" not in found:
         return
@@ -129,13 +129,13 @@ def _heads(model: nn.Module, found: dict[str, Tensor], touched: list[str]) -> No
 
 
 def _mixers(model: nn.Module) -> list[str]:
-    """Return where merged token mixers lie: `x + scale * (mixer(x) - norm(x))` as one convolution."""
+    """Return the places of merged token mixers: `x + scale * (mixer(x) - norm(x))` as one convolution."""
     found = [name for name, module in model.named_modules() if type(module).__name__ == "RepMixer"]
     return [f"{name}.reparam_conv" for name in found]
 
 
 def _with_mixers(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights in which the mixer of each RepMixer holds its one convolution, less the input itself."""
+    """Return weights in which the mixer of each RepMixer holds the merged convolution minus the identity."""
     for place in _mixers(model):
         if f"{place}.weight" not in weights:
             continue

@@ -40,7 +40,7 @@ class MergePlan:
         return (*self.own, *self.sums, *self.folds)
 
     def without(self, names: dict[str, str]) -> MergePlan:
-        """Return the plan without the changes of some places, for the reasons given."""
+        """Return the plan without the changes at some places, for the given reasons."""
 
         def rest(changes: list[Change]) -> list[Change]:
             return [change for change in changes if place_of(change) not in names]
@@ -49,7 +49,7 @@ class MergePlan:
 
 
 def place_of(change: Change) -> str:
-    """Return the name of the convolution that a change makes, or for timm's own blocks of the block."""
+    """Return the name of the convolution that a change makes; for timm's own blocks, the name of the block."""
     if change.kind != "merge":
         return change.name
     return f"{change.name}.{change.norm}" if change.name else str(change.norm)

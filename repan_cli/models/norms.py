@@ -1,4 +1,4 @@
-"""The norms that fold into a convolution: BN, and those with fixed statistics that detectors are built with."""
+"""Recognize the norms that fold into a convolution: BN, and the norms with fixed statistics that detectors use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 from repan_cli.blocks.kernel import BatchNorm, running_stats
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
-"""The BN types that are understood; a subclass may compute something else."""
+"""The BN types that are understood. A subclass may compute something else."""
 
 OF_FROZEN = {"weight", "bias", "running_mean", "running_var"}
 """The buffers of a frozen BN, whoever wrote it: torchvision, timm, detectron2, DETR."""
@@ -18,8 +18,9 @@ EPS = 1e-5
 
 
 def is_fixed(module: nn.Module) -> bool:
-    """Return whether a module is no BN, but in eval mode the same as one: a frozen BN, an instance norm that keeps
-    running statistics.
+    """Return whether a module is not a BN but equals one in eval mode.
+
+    These are a frozen BN, and an instance norm that keeps running statistics.
     """
     if type(module) is nn.InstanceNorm2d:
         return module.running_mean is not None
@@ -29,12 +30,12 @@ def is_fixed(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether a module may be one that folds into a convolution."""
+    """Return whether a module may be a norm that folds into a convolution."""
     return isinstance(module, BatchNorm) or is_fixed(module)
 
 
 def check_norm(norm: nn.Module) -> BatchNorm:
-    """Return the BN that a module is, or in eval mode equals. Raises ValueError for one that cannot be folded."""
+    """Return the BN that a module is, or equals in eval mode. Raises ValueError if it cannot be folded."""
     if is_fixed(norm) and "forward" not in vars(norm):
         return _thawed(norm)
     if not isinstance(norm, BatchNorm) or type(norm) not in NORMS or "forward" in vars(norm):
@@ -45,7 +46,7 @@ def check_norm(norm: nn.Module) -> BatchNorm:
 
 
 def _thawed(module: nn.Module) -> BatchNorm:
-    """Return a BN in eval mode on the tensors of a module of which `is_fixed` is true."""
+    """Return a BN in eval mode on the tensors of a module for which `is_fixed` is true."""
     mean = module.get_buffer("running_mean")
     norm = nn.BatchNorm2d(len(mean), getattr(module, "eps", EPS), affine=False).eval()
     norm.running_mean, norm.running_var = mean, module.get_buffer("running_var")
@@ -57,7 +58,7 @@ def _thawed(module: nn.Module) -> BatchNorm:
 
 
 def activation_of(module: nn.Module) -> list[nn.Module]:
-    """Return what a norm of timm's does to its result: drop, activation."""
+    """Return what timm's norm layer applies to its result: drop, activation."""
     if not isinstance(module, BatchNormAct2d) and not is_fixed(module):
         return []
     parts = [part for part in (getattr(module, "drop", None), getattr(module, "act", None)) if part is not None]
@@ -65,7 +66,8 @@ def activation_of(module: nn.Module) -> list[nn.Module]:
 
 
 def split_norm(module: nn.Module) -> tuple[BatchNorm, nn.Module]:
-    """Return a BN by itself, on the same parameters and statistics, always affine; and the activation it carried.
+    """Return a BN alone, on the same parameters and statistics, always affine, and the activation that was combined
+    with it.
 
     Raises ValueError for a norm that cannot be folded.
     """

@@ -20,7 +20,7 @@ SIDES = 4
 
 ADDS = ("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__", "sum", "mean")
 LINEAR = ("conv2d", "batch_norm", "avg_pool2d", "pad", "contiguous")
-"""Functions whose results, added to each other, are a sum of branches."""
+"""Functions whose results can be summed as branches."""
 
 MARK = "_repan_from"
 
@@ -29,9 +29,11 @@ MARK = "_repan_from"
 class Observed:
     """The findings of one pass, by the names of modules.
 
-    `adders` add images in their own forward; True where all that they add comes from linear layers. `readers` counts
-    the calls that read the output of a convolution, `uses` those outside of a layer that read its tensors.
-    `arguments` is the number that a module was given, -1 where one was given by name.
+    Attributes:
+        adders: modules that add images in their own forward; True if all terms come from linear layers.
+        readers: the number of calls that read the output of a convolution.
+        uses: the number of reads of a layer's tensors from outside of the layer.
+        arguments: the number of arguments of a module's call, -1 if one was given by name.
     """
 
     adders: dict[str, bool] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Outputs of networks: one tensor, or dictionaries, lists and tuples of tensors, compared leaf by leaf."""
+"""Compare the outputs of networks leaf by leaf: one tensor, or dictionaries, lists and tuples of tensors."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ import torch
 from torch import Tensor, nn
 
 Leaves = dict[str, Tensor]
-"""The floating tensors of an output by their place in it, such as `out` or `0.boxes`; '' is an output that is one."""
+"""The floating-point tensors of an output by their place in it, such as `out` or `0.boxes`; '' if the output is a
+tensor.
+"""
 
 
 def leaves(output: Any) -> Leaves:
-    """Return the floating tensors in what a network returns; complex ones as pairs of real numbers."""
+    """Return the floating-point tensors in a network's output; complex ones as pairs of real numbers."""
     return {name: value for name, value in _named(output).items() if value.is_floating_point()}
 
 
 def all_leaves(output: Any) -> Leaves:
-    """Return all tensors in what a network returns, numbers such as those of classes as float64."""
+    """Return all tensors in a network's output; integers, such as classes, as float64."""
     named = _named(output)
     return {name: value if value.is_floating_point() else value.double() for name, value in named.items()}
 
 
 def _named(output: Any) -> Leaves:
-    """Return all tensors by their place; of two whose places read alike, such as `a.b`, the second gets a number."""
+    """Return all tensors by their place.
+
+    If two places would be written alike, such as `a.b`, the second gets a number.
+    """
     found: Leaves = {}
     for name, value in _leaves(output, ()):
         number = 2
@@ -51,7 +56,7 @@ def _leaves(output: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
 
 
 DEPTH = 2
-"""Levels of modules whose outputs are looked at where those of the network say nothing."""
+"""The number of module levels whose outputs are compared if the network's own outputs say nothing."""
 
 
 def inner_modules(model: nn.Module) -> set[str]:
@@ -63,7 +68,7 @@ def inner_modules(model: nn.Module) -> set[str]:
 
 
 def inner_outputs(model: nn.Module, images: Tensor, names: Collection[str]) -> Leaves:
-    """Return what some modules of a network return in one pass, those called once, by their names."""
+    """Return the outputs of some modules in one pass, by name, for modules that are called once."""
     found: dict[str, list[Leaves]] = {}
     modules = [(name, module) for name, module in model.named_modules() if name in names]
     hooks = [
@@ -86,7 +91,7 @@ def _copied(found: Leaves) -> Leaves:
 
 
 def difference(found: Leaves, expected: Leaves) -> float:
-    """Return the largest relative difference of a leaf; infinite where leaves, shapes or finite values differ."""
+    """Return the largest relative difference of any leaf; infinite if leaves, shapes or non-finite values differ."""
     return max((error for _, error in differences(found, expected)), default=0.0)
 
 

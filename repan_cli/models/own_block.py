@@ -1,4 +1,4 @@
-"""Users' own block families in checkpoints: those that a file needs, and the one that is given for it."""
+"""Handle user-defined block families in checkpoints: those that a file needs, and the one that the user gives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from repan_cli.system.user_code import names_a_file
 
 
 def needed(card: ModelCard) -> list[str]:
-    """Return the user-defined families that a network is built with; a merged one has no branches."""
+    """Return the user-defined families that a network is built with; a merged network has no branches."""
     if card.form == FUSED:
         return []
     named = [change.family for change in card.structure.changes] + [card.structure.native.get("block")]
@@ -24,10 +24,10 @@ def missing(card: ModelCard) -> list[str]:
 
 
 def given_again(card: ModelCard, block: str | None, source: str) -> ModelCard:
-    """Return the description of a network with the block family that the user gave in place of the one in it.
+    """Return the description of a network, with its block family replaced by the one that the user gave.
 
-    A family by a path in a file is never imported by itself. Raises InputError, naming the file that is needed, where
-    a family is neither registered nor given; where one is given and none is needed.
+    Files named in a checkpoint are never imported. Raises InputError, naming the file that is needed, if a family is
+    neither registered nor given, or if one is given and none is needed.
     """
     own = needed(card)
     if block is None or not is_own(block):
@@ -49,7 +49,7 @@ def given_again(card: ModelCard, block: str | None, source: str) -> ModelCard:
 def how_to_give(name: str, source: str, network: str | None = None) -> str:
     """Return the error for a file whose block family was not given.
 
-    `network` is the network in the file: if it is a user's own, it must be given again too, and is named at once.
+    `network` is the network in the file. If it is a user's own, it must be given again too, and the message names both.
     """
     how = f"--block {name}" if names_a_file(name) else "--block FILE.py:FUNCTION, or repan_cli.register_block"
     what = f"blocks of your own, {name}"

@@ -1,4 +1,4 @@
-"""Observation of a forward pass of a network, and trials of changes on a float64 copy of it."""
+"""Observe a forward pass of a network, and try changes on a float64 copy of it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from repan_cli.models.twins import cut, deep_copy
 from repan_cli.system.text import first_line
 
 TOLERANCE = 1e-10
-"""Bound on the relative change of the network's output in float64."""
+"""The limit on the relative change of the network's output in float64."""
 
 NUDGE, CEILING = 1e-13, 1e-4
-"""A network that amplifies rounding may differ by what this change of its images does to it, up to the ceiling."""
+"""A network that amplifies rounding may differ as much as this relative change of its images makes it, up to the
+ceiling.
+"""
 
 PROBE_IMAGES = 2
 
 SOURCE = "_repan_source"
-"""Name under which a tensor carries the convolution that returned it, and its version then."""
+"""The name under which a tensor carries the convolution that returned it, and the tensor's version at that time."""
 
 
 def noise(*shape: int) -> Tensor:
-    """Return random images (N, C, H, W), the same ones every time, to look at a network with."""
+    """Return random images (N, C, H, W), the same ones every time, to observe a network with."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -47,8 +49,10 @@ def is_batch_norm(module: nn.Module) -> bool:
 class Sightings(NamedTuple):
     """The findings of one forward pass.
 
-    `calls`: how often each module was called; `norms`: the BNs that read exactly a convolution's output; `owners`: how
-    many layers own a parameter, by its id.
+    Attributes:
+        calls: the number of calls of each module.
+        norms: the BN that read exactly the output of a convolution.
+        owners: the number of layers that own a parameter, by its id.
     """
 
     calls: Counter[nn.Module]
@@ -58,9 +62,10 @@ class Sightings(NamedTuple):
 
 @torch.no_grad()
 def watch(model: nn.Module, images: Tensor, *, is_norm: Callable[[nn.Module], bool] = is_batch_norm) -> Sightings:
-    """Look at one forward pass of a network; on the meta device it costs no arithmetic.
+    """Observe one forward pass of a network; on the meta device it costs no arithmetic.
 
-    `is_norm` tells which modules are sought behind convolutions: a frozen BN is no part of a block that is trained.
+    `is_norm` decides which modules are sought behind convolutions. A frozen BN cannot be part of a block that is
+    trained.
     """
     calls: Counter[nn.Module] = Counter()
     convs = [module for module in model.modules() if isinstance(module, _ConvNd)]
@@ -94,7 +99,7 @@ def watch(model: nn.Module, images: Tensor, *, is_norm: Callable[[nn.Module], bo
 
 
 class Probe:
-    """A float64 copy of a network on the CPU in eval mode, with what it returns, to try changes on."""
+    """A float64 copy of a network on the CPU in eval mode, and its outputs, to try changes on."""
 
     bound: float | None
     expected: Leaves
@@ -120,10 +125,10 @@ class Probe:
             raise InputError("the network's output does not depend on its images, so nothing can be compared")
 
     def _look(self) -> None:
-        """See what the network returns, and how far that may differ: `bound` is None where it tells nothing.
+        """Observe the network's outputs, and how far they may differ; `bound` is None if they say nothing.
 
-        A detector may find nothing in the images: then the larger parts of the network are looked at, without those
-        that choose, whose outputs jump.
+        A detector may find nothing in the images. Then the larger parts of the network are compared, without those that
+        make choices, whose outputs jump.
         """
         expected = self._seen(self.model, self.images)
         if not all(tensor.isfinite().all() for tensor in expected.values()):
@@ -144,19 +149,21 @@ class Probe:
         return inner_outputs(model, images, self.parts) if self.parts else leaves(model(images))
 
     def changed(self, changes: Iterable[Change]) -> nn.Module:
-        """Return a copy with changes made. Leaves the global generator as it was."""
+        """Return a copy with the changes made, without affecting the global generator."""
         model = deep_copy(self.model)
         with torch.random.fork_rng(devices=[]):
             return apply(model, changes)
 
     def keep(self, changes: list[Change], *, after: list[Change], left: dict[str, str]) -> list[Change]:
-        """Return those of `changes`, made after others, that keep the function; the others' reasons go into `left`."""
+        """Return those of `changes`, made after others, that keep the function; the reasons for the others go into
+        `left`.
+        """
         kept = list(after)
         self._halve(changes, kept, left)
         return kept[len(after) :]
 
     def _halve(self, changes: list[Change], kept: list[Change], left: dict[str, str]) -> None:
-        """Add to `kept` all of `changes` when they agree together, else one half after the other."""
+        """Add all of `changes` to `kept` if they agree together, else try each half."""
         if not changes:
             return
         problem = self._problem([*kept, *changes])
@@ -176,7 +183,7 @@ class Probe:
             return str(error)
         try:
             found = self._seen(model, self.images)
-        except Exception as error:  # any error is possible after a convolution was replaced
+        except Exception as error:  # anything may be raised after a convolution was replaced
             return f"as a block it fails: {first_line(error)}"
         compared = {name: value for name, value in found.items() if not self.parts or name in self.expected}
         if self.bound is None or not difference(compared, self.expected) <= self.bound:
@@ -199,8 +206,9 @@ def copied(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _disturb(model: nn.Module, images: Tensor) -> None:
-    """Give every BN random affine parameters and statistics near those of the images, and replace parameters that are
-    all zero. Then images reach the output, and no mistake hides behind a fresh BN or a zero.
+    """Give every BN random affine parameters and statistics near those of the images, and replace all-zero parameters.
+
+    Then images reach the output, and no mistake hides behind a fresh BN or a zero.
     """
     draw = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

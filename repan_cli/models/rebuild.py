@@ -26,11 +26,13 @@ from repan_cli.models.create import create
 from repan_cli.system.python_words import told_in_python
 
 TIMES_THE_FILE, TIMES_THE_NAMES = 8, 16
-"""Limits of a network while it is built, as multiples of the bytes and of the tensors of its file. Branches that are
-merged at once count, too."""
+"""Limits of a network while it is built, as multiples of its file's bytes and tensors.
+
+Branches that are merged at once count too.
+"""
 
 LEAST_BYTES, LEAST_TENSORS = 2**26, 2**12
-"""Bytes and tensors that every network may have, however small its file."""
+"""The bytes and tensors that every network may have, however small its file."""
 
 
 def build_untrained(
@@ -38,9 +40,11 @@ def build_untrained(
 ) -> nn.Module:
     """Build the network that a checkpoint describes, in its form, with fresh weights.
 
-    A user-defined network is given again as `network`, the plain module or its name, and their own block family as
-    `block`: a path in a file is never imported by itself. Raises InputError where it is missing, or the network is far
-    larger than the weights: a file of some bytes fills no memory by the name of a giant.
+    Give a user-defined network again as `network`, the plain module or its name, and your own block family as `block`.
+    Files named in a checkpoint are never imported.
+
+    Raises InputError if one of these is missing. It also refuses a network that is far larger than the weights, because
+    a tiny file could fill the memory by naming a giant network.
     """
     card = own_block.given_again(saved.card, block, source)
     with contextlib.nullcontext() if _is_of_a_user(card, network) else _no_larger_than(saved.weights, source):
@@ -103,7 +107,7 @@ def _without_branches(change: Change) -> Change:
 
 
 def check_given(stored: str, given: str | None, source: str) -> None:
-    """Raise InputError for a user-defined network that was not given again: no file is imported by itself."""
+    """Raise InputError if a user-defined network was not given again; no file is imported automatically."""
     if user_file.names_a_file(stored) and given is None:
         raise InputError(
             f"{source} holds a network of your own, {stored}: give --model {stored} "
@@ -125,7 +129,7 @@ def rebuild(
 ) -> nn.Module:
     """Rebuild the network in a checkpoint, multi-branch or fused as it was saved, on the CPU in eval mode.
 
-    `source` names the file in errors; `network` and `block` as for `build_untrained`. Raises InputError when the
+    `source` names the file in errors; `network` and `block` are as for `build_untrained`. Raises InputError if the
     weights do not fit the network that the file describes.
     """
     merges = any(change.kind == "merge" for change in saved.card.structure.changes)
@@ -137,11 +141,11 @@ def rebuild(
 
 
 DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
-"""The functions that fill a tensor at random, and those of `nn.init` that no mode sees the inside of."""
+"""The functions that fill a tensor at random, and those of `nn.init` whose inside no torch function mode sees."""
 
 
 class NothingIsDrawn(TorchFunctionMode):
-    """Leaves fresh weights as the memory is, where all of them will be replaced: drawing 25 million takes 0.3 s."""
+    """Leave fresh weights uninitialised if all of them will be replaced: drawing 25 million takes 0.3 s."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -151,14 +155,14 @@ class NothingIsDrawn(TorchFunctionMode):
 
 
 def load(path: str | Path, model: nn.Module | str | None = None, *, block: str | None = None) -> nn.Module:
-    """Load a ready network from any file that repan wrote, fused or not, in eval mode on the CPU.
+    """Load a network, ready to use, from any file that repan wrote, fused or not, in eval mode on the CPU.
 
     Args:
-        path: a `.pt` or `.safetensors` file that repan wrote, or the folder of a run, whose best weights are taken.
-        model: for a network of your own, the plain module as it was before training, or its name `file.py:function`.
-        block: for blocks of your own, their name `file.py:function`, where they are not registered.
+        path: a `.pt` or `.safetensors` file that repan wrote, or a run's folder, which stands for its best weights.
+        model: for your own network, the plain module as it was before training, or its name `file.py:function`.
+        block: for your own blocks that are not registered, their name `file.py:function`.
 
-    Raises InputError, naming the file, when it is damaged, not repan's, or does not fit the network.
+    Raises InputError, naming the file, if it is damaged, was not written by repan, or does not fit the network.
     """
     with told_in_python({"--model": "model", "--block": "block"}):
         file = checkpoint.chosen_in(path)

@@ -1,7 +1,7 @@
-"""RepVGG for small images: the narrow networks that RepAn's CIFAR results are stated for, registered with timm.
+"""RepVGG for small images, registered with timm: the narrow networks for which RepAn's CIFAR results are stated.
 
-Five stages of blocks with strides 1, 1, 2, 2, 1, then average pooling and a linear classifier. `repvgg_a1_cifar`
-deploys with 0.64 M parameters at 100 classes, a twentieth of timm's `repvgg_a1`.
+Five stages of blocks with strides 1, 1, 2, 2, 1, then average pooling and a linear classifier. Deployed,
+`repvgg_a1_cifar` has 0.64 M parameters for 100 classes, a twentieth of timm's `repvgg_a1`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""ResNets for small images, registered with timm: plain networks, whose convolutions `expand` makes blocks of.
+"""ResNets for small images, registered with timm: plain networks, whose convolutions `expand` turns into blocks.
 
-`resnet18_cifar` to `resnet101_cifar` are timm's networks behind a 3x3 stem with stride 1 and no pooling, which stays a
-plain convolution; `resnet110_cifar` is the narrow 6n+2 network of the paper (He et al. 2016, section 4.2).
+`resnet18_cifar` to `resnet101_cifar` are timm's networks with another stem: a plain 3x3 convolution with stride 1, and
+no pooling. `resnet110_cifar` is the narrow 6n+2 network of the paper (He et al. 2016, section 4.2).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ResNetCifar(ResNet):
 
 
 class PaddedShortcut(nn.Module):
-    """A shortcut without parameters: every second pixel, and zeros for the channels that are new (option A)."""
+    """A shortcut without parameters: every second pixel, and zeros for the new channels (option A)."""
 
     def __init__(self, stride: int, new_channels: int) -> None:
         super().__init__()

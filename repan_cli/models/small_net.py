@@ -1,4 +1,4 @@
-"""The common parts of our networks for small images: pretrained configuration, pooling and classifier."""
+"""The common parts of repan's networks for small images: pretrained configuration, pooling and classifier."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SmallNet(nn.Module):
     stages: nn.Module
 
     def finish(self, num_features: int, *, num_classes: int, drop_rate: float, global_pool: str) -> None:
-        """Add the head; with 0 classes none."""
+        """Add the head; with 0 classes there is none."""
         self.num_features = self.head_hidden_size = num_features
         self.num_classes, self.drop_rate = num_classes, drop_rate
         self._set_classifier(global_pool)

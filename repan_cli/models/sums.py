@@ -265,11 +265,11 @@ def merge(module: nn.Module, places: list[str] | None = None, *, whole: bool = F
     """Return a module in which one convolution replaces each sum; the given module is unchanged.
 
     Args:
-        module: the module; it is read in eval mode, whatever mode it is in.
+        module: the module; it is read in eval mode, whatever its mode.
         places: the names of the convolutions to make; None makes all.
         whole: put a `BranchSum`, which computes the sum as before, in each place instead of a convolution.
 
-    Raises InputError for a place where there is no such sum.
+    Raises InputError for a place without such a sum.
     """
     modes = {part: part.training for part in module.modules()}
     module.eval()

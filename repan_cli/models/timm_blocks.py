@@ -1,7 +1,7 @@
-"""timm's own multi-branch blocks as `RepBlock`s, keeping their trained weights.
+"""Convert timm's own multi-branch blocks to `RepBlock`s, keeping their trained weights.
 
-Each adapter moves the branches of one timm module into a `RepBlock` that stands where timm puts its merged
-convolution, so that a fused network has timm's own deployed form, names included. What surrounds the branches
+Each adapter moves the branches of one timm module into a `RepBlock`. The block is in the place where timm puts its
+merged convolution, so a fused network has timm's own deployed form, names included. Everything around the branches
 (squeeze-excite, activation) stays timm's.
 """
 
@@ -39,7 +39,7 @@ def is_own_block(module: nn.Module) -> bool:
 def adapt(module: nn.Module) -> nn.Module:
     """Return the replacement of one of timm's blocks: the module with a `RepBlock` inside, or a `RepBlock`.
 
-    Raises ValueError, saying why, where it is no sum of linear branches.
+    Raises ValueError, with the reason, if it is not a sum of linear branches.
     """
     return _ADAPTERS[_class_of(module)](module)
 
@@ -65,7 +65,7 @@ def _conv_and_norm(layer: nn.Module) -> tuple[nn.Conv2d, BatchNorm | None]:
 
 
 def _child(module: nn.Module, name: str) -> nn.Module | None:
-    """Return what a module holds under a name, if it holds something."""
+    """Return the module under a name inside a module, if there is one."""
     found = getattr(module, name, None)
     return found if isinstance(found, nn.Module) else None
 
@@ -152,7 +152,7 @@ SUMS = {
     ("timm.models.fastvit", "RepMixer"): ("mixer", "norm", "layer_scale"),
     ("timm.models.fastvit", "RepConditionalPosEnc"): ("pos_enc",),
 }
-"""Modules of timm's that are one sum as a whole, with what timm drops of them when it merges them."""
+"""timm's modules that are a sum as a whole, with the parts that timm drops when it merges them."""
 
 
 def has_place_for_merged(module: nn.Module) -> bool:
@@ -161,7 +161,7 @@ def has_place_for_merged(module: nn.Module) -> bool:
 
 
 def with_merged(module: nn.Module, conv: nn.Module) -> nn.Module:
-    """Return such a module in its merged form; the given one is left as it is."""
+    """Return such a module in its merged form; the given one is unchanged."""
     merged = copy.copy(module)
     merged.__dict__["_modules"] = dict(module._modules)
     setattr(merged, PLACE, conv)

@@ -1,4 +1,4 @@
-"""Copies of networks that share their tensors, or have none, to observe a network without computing it."""
+"""Copy networks without copying their tensors, to observe a network without computing it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from repan_cli.blocks import RepBlock, rep_blocks
 Found = TypeVar("Found")
 
 SIDE, STEP = 64, 32
-"""Images with longer sides are cut to at least `SIDE` pixels, by multiples of `STEP`, which is how far networks stride:
-so all their maps stay odd or even."""
+"""Images with longer sides are cropped to at least `SIDE` pixels, in steps of `STEP`, the total stride of most
+networks. So all their maps stay odd or even.
+"""
 
 
 def without_arithmetic(model: nn.Module, images: Tensor, look: Callable[[nn.Module, Tensor], Found]) -> Found:
-    """Return the result of `look` for a network, with blocks as convolutions, and images. It runs on the meta device if
-    possible, else with arithmetic.
+    """Return the result of `look` for a network, with blocks as convolutions, and images.
+
+    It runs on the meta device if possible, else with arithmetic.
     """
     try:
         return look(twin(model, "meta", blocks=_as_convolution), images.to("meta"))
-    except Exception:  # any error is possible with tensors without data
+    except Exception:  # anything may be raised for tensors without data
         return look(twin(model, blocks=RepBlock.reparameterize), images)
 
 
 def _as_convolution(block: RepBlock) -> nn.Module:
-    """Return a convolution on the meta device of the shape of a block's."""
+    """Return a convolution on the meta device with the shape of a block's convolution."""
     conv = block.trunk.conv
     shape = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
     size = (conv.in_channels, conv.out_channels, conv.kernel_size)
@@ -43,7 +45,7 @@ def twin(
 ) -> nn.Module:
     """Return a copy of a network on the same tensors, or with tensors of the same shapes on another device.
 
-    `blocks` tells what stands in the place of each block.
+    `blocks` gives the module that replaces each block.
     """
     memo: dict[int, Any] = {}
     if blocks is not None:
@@ -57,8 +59,8 @@ def twin(
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Return `copy.deepcopy` of a network in half its time: most of that goes into the empty dictionaries of hooks that
-    every module has.
+    """Return `copy.deepcopy` of a network in half its time, most of which goes into the empty hook dictionaries of
+    modules.
     """
     known = memo or {}
     empty = {
@@ -90,9 +92,9 @@ def _moved(tensor: Tensor, device: str) -> Tensor:
 
 @torch.no_grad()
 def cut(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the middle of images (N, C, H, W) that are large, where the network runs on it, else the images.
+    """Return the middle of large images (N, C, H, W) if the network runs on it, else the images.
 
-    What convolutions do can be seen there in a twelfth of the time that 224 pixels take.
+    It shows the same about convolutions in a twelfth of the time that 224 pixels take.
     """
     height, width = ((side - SIDE) % STEP + SIDE if side > SIDE else side for side in images.shape[-2:])
     top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
@@ -101,6 +103,6 @@ def cut(model: nn.Module, images: Tensor) -> Tensor:
         return images
     try:
         without_arithmetic(model, middle[:1], lambda net, some: net(some))
-    except Exception:  # any error is possible with images of another size
+    except Exception:  # a network may raise anything for images of another size
         return images
     return middle

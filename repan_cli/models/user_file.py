@@ -17,8 +17,8 @@ __all__ = ["build", "names_a_file"]
 def build(name: str, *, num_classes: int, in_chans: int) -> nn.Module:
     """Return the network that `file.py:function` returns.
 
-    The function (or class) is called with those of `num_classes` and `in_chans` that it takes. Raises InputError, in a
-    line, when the file does not import, has no such function, or returns no network.
+    The function (or class) is called with `num_classes` and `in_chans`, if it takes them. Raises InputError, in one
+    line, if the file cannot be imported, has no such function, or the function returns no network.
     """
     make = function_of(name, what="a network")
     try:

@@ -1,4 +1,4 @@
-"""Run directories: their names, the files in them, and writing a file so that a reader never sees half of it."""
+"""Manage run directories: their names, their files, and writes that never show a reader an incomplete file."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from repan_cli.system.text import count, quoted
 PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "scipy", "pillow", "typer", "rich")
 
 LOCKED = 2**30
-"""The byte that is locked on Windows: far after the text, since others cannot read a locked range."""
+"""The byte that is locked on Windows: far after the text, since other processes cannot read a locked range."""
 
 
 def _lock(path: Path) -> IO[str]:
-    """Take a lock that one process can hold, and that is free as soon as that process is gone, however it ended."""
+    """Take a lock that only one process can hold, and that is released when the process ends, however it ends."""
     try:
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
@@ -55,7 +55,7 @@ _HELD: weakref.WeakSet[IO[str]] = weakref.WeakSet()
 
 
 def _let_go() -> None:
-    """Close a child's copies of locks, which would hold them when the process itself is gone."""
+    """Close a child's copies of locks, which would otherwise hold them after the process itself has ended."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     for file in _HELD:
         if not file.closed:
@@ -82,7 +82,7 @@ def _lock_file(file: IO[str]) -> None:
 LEFTOVER = re.compile(
     r"\.((last|best|cycle_\d+)\.pt|(status|summary|env|trackers)\.json|metrics\.(jsonl|csv)|config\.yaml)\.\w{8}"
 )
-"""Temporary files of what only the run itself writes."""
+"""Temporary files of data that only the run itself writes."""
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -94,19 +94,19 @@ def _remove_leftovers(path: Path) -> None:
 
 
 HEARTBEAT = 30
-"""Seconds between two signs of life in status.json."""
+"""Seconds between two heartbeats in status.json."""
 
 LAST, PREVIOUS = "last.pt", "last_previous.pt"
-"""The files that a run resumes from: the newest state, and the one before it, for when that is damaged."""
+"""The files that a run resumes from: the newest state, and the previous one in case that is damaged."""
 
 SERIES = "series.json"
-"""The file by which a folder of several runs, made by one command, is known."""
+"""The file that marks a folder of several runs made by one command."""
 
 
 class RunDirectory:
-    """The folder of one run, which one process at a time may write to: until it leaves the `with`, or is gone.
+    """The folder of one run. Only one process at a time may write to it, until it leaves the `with` block or ends.
 
-    Creating one that exists is an InputError, and so is reopening one that is being written to.
+    Creating a folder that exists raises InputError, and so does reopening one that is being written to.
     """
 
     def __init__(self, path: Path, *, reopen: bool = False) -> None:
@@ -136,11 +136,11 @@ class RunDirectory:
         self._lock.close()
 
     def replace_last(self, write: Callable[[IO[bytes]], object]) -> None:
-        """Write a new last.pt and keep the one that was as last_previous.pt: at every moment one of them is whole."""
+        """Write a new last.pt and keep the old one as last_previous.pt, so that one of them is always whole."""
         with temporary_file(self.path / LAST) as (file, name):
             write(file)
             flush(file)
-            file.close()  # Windows renames no file that is open
+            file.close()  # Windows cannot rename an open file
             with contextlib.suppress(FileNotFoundError):  # there is none yet
                 (self.path / LAST).replace(self.path / PREVIOUS)
             name.replace(self.path / LAST)
@@ -155,9 +155,9 @@ class RunDirectory:
         self.write_text(name, to_json(content, indent=2) + "\n")
 
     def status(self, state: str, **position: Any) -> None:
-        """Note what the run is doing, for scripts: running, done, failed, diverged, interrupted, preempted.
+        """Record the run's state for scripts: running, done, failed, diverged, interrupted, preempted.
 
-        A killed run stays 'running': its process is then gone from its host, and its heartbeat grows old.
+        A killed run stays 'running'. Its process no longer exists on its host, and its heartbeat grows old.
         """
         with self._speaking:
             process = {"pid": os.getpid(), "host": platform.node()}
@@ -195,7 +195,10 @@ class Heartbeat:
 
 
 def read_series(path: Path) -> dict[str, Any] | None:
-    """Read the description of a folder of several runs; None for any other. Raises InputError if it cannot be read."""
+    """Read the description of a folder of several runs; None for other folders.
+
+    Raises InputError if it cannot be read.
+    """
     if not (path / SERIES).exists():
         return None
     try:
@@ -208,7 +211,7 @@ def read_series(path: Path) -> dict[str, Any] | None:
 
 
 def goes_on(path: Path) -> bool:
-    """Return whether a folder holds state to resume from: a run killed before its first save does not."""
+    """Return whether a folder holds a state to resume from. A run that was killed before its first save has none."""
     return any((path / name).exists() for name in (LAST, PREVIOUS, SERIES))
 
 
@@ -224,7 +227,7 @@ def existing(path: Path) -> str:
 
 
 def _is_of_study(path: Path) -> bool:
-    """Return whether a folder holds the arms of a study: a file of settings beside the runs of each."""
+    """Return whether a folder holds the arms of a study: a file of settings next to the runs of each."""
     return any(path.glob(f"*/{ARM_FILE}"))
 
 
@@ -238,13 +241,13 @@ def find(command: str, name: str) -> Path:
     if not (path / "config.yaml").exists():
         if _is_of_study(path):
             again = f"'repan study GRID --out {quoted(path)}'"
-            raise InputError(f"{path} is the folder of a study: {again}, with the grid it was begun with, continues it")
+            raise InputError(f"{path} is the folder of a study: continue it with {again}, with its first grid")
         raise InputError(f"{path} is not a run directory: it has no config.yaml")
     return path
 
 
 def _latest(command: str) -> Path:
-    """Return the newest unfinished run of a command anywhere below `runs`; the newest one where all are finished."""
+    """Return the newest unfinished run of a command anywhere below `runs`; if all are finished, the newest one."""
     begun = [path.parent for path in Path("runs").rglob("config.yaml")]
     of_series = {path.parent for path in Path("runs").rglob(SERIES)}
     found = [path for path in begun if goes_on(path) and path.parent not in of_series and command_of(path) == command]
@@ -254,7 +257,7 @@ def _latest(command: str) -> Path:
 
 
 def command_of(path: Path) -> str:
-    """Return the command that a run is one of, as its files tell, else by the folder that it is in."""
+    """Return the command of a run, from its files or else from the name of the folder that contains it."""
     with contextlib.suppress(InputError, LookupError, TypeError):
         if (path / SERIES).exists():
             return str(read_json(path / SERIES)["command"])
@@ -264,7 +267,7 @@ def command_of(path: Path) -> str:
 
 
 def state_of(path: Path) -> str | None:
-    """Return the state of a run, such as 'done', from its status.json; None where that is missing or unreadable."""
+    """Return the state of a run, such as 'done', from its status.json; None if that is missing or unreadable."""
     with contextlib.suppress(InputError):
         state = read_json(path / "status.json").get("state")
         return state if isinstance(state, str) else None
@@ -272,16 +275,16 @@ def state_of(path: Path) -> str | None:
 
 
 def is_finished(path: Path, cycles: int | None) -> InputError:
-    """Return the error for a finished run that is resumed. A run of `cycles` may get more of them, others may not."""
+    """Return the error for resuming a finished run. A run of `cycles` may get more of them, others may not."""
     begin = f"; begin another run from its weights with --init {quoted(path / LAST)}"
     more = begin if cycles is None else f"; for more than its {count(cycles, 'cycle')} give --cycles"
     return InputError(f"{path} is finished{more}")
 
 
 def discard_unsaved(path: Path) -> None:
-    """Remove the folder of a run that was killed before it had saved a state, so that the run can begin anew.
+    """Remove the folder of a run that was killed before it saved a state, so that the run can start again.
 
-    Raises InputError where the run still lives, and where the folder holds results.
+    Raises InputError if the run is still alive, or if the folder holds results.
     """
     if not path.exists() or goes_on(path):
         return
@@ -314,14 +317,14 @@ def claim_default(command: str, *names: str) -> Path:
 
 
 def _in_a_name(name: str) -> str:
-    """Return a name as part of a folder's name; of a user's file, without its folders."""
+    """Return a name as part of a folder's name; a user's file is named without its folders."""
     file, colon, function = name.rpartition(".py:")
     short = f"{Path(file).name}-{function}" if colon else name
     return short.replace(":", "-").replace("/", "-")
 
 
 MOST_NAME = 200
-"""Characters of the name of a run directory."""
+"""The characters allowed in the name of a run directory."""
 
 
 def _numbered(path: Path) -> Iterator[Path]:
@@ -337,7 +340,7 @@ def now() -> str:
 
 
 def software() -> dict[str, Any]:
-    """Return versions, command line, and the folder it was typed in, for env.json."""
+    """Return versions, command line and working directory for env.json."""
     versions = {"repan": repan_cli.__version__}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -346,7 +349,7 @@ def software() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the folder that a command is typed in; None outside of git's."""
+    """Return the git commit of the working directory; None outside of a repository."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.SubprocessError):  # no git, or one that hangs

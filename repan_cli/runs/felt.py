@@ -1,9 +1,9 @@
-"""The effect of a restart on training: mean losses over the steps around it, from the records of the epochs.
+"""Compute the effect of a restart on training: mean losses over the steps around it, from the records of epochs.
 
-A window of 50 or 200 steps begins with an epoch and runs on over those that follow, or ends with one and reaches back
-over those before. Of every epoch it covers whole it needs the epoch's loss, and of the last one a part, which is the
-same for all epochs of a run as they have equally many steps: the records of any run tell the loss of such a window
-at any epoch.
+A window of 50 or 200 steps begins with an epoch and continues into the following ones, or ends with an epoch and
+reaches back. For an epoch that it covers whole, it needs the epoch's loss. For the last epoch it needs a part, and the
+part's length is the same for all epochs of a run, since they have equally many steps. So the records of any run give
+the loss of such a window at any epoch.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 HEADS = (50, 200)
-"""Lengths in steps of the windows after a restart."""
+"""The lengths in steps of the windows after a restart."""
 
 TAIL = 200
-"""Length in steps of the window before it."""
+"""The length in steps of the window before it."""
 
 KEYS = (*(f"loss_head_{window}" for window in HEADS), f"loss_tail_{TAIL}")
 """The keys in a record: the mean loss over an epoch's first `part(window)` steps, and over its last."""
@@ -27,7 +27,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def part(window: int, steps: int) -> int:
-    """Return how many steps of an epoch of `steps` a window covers: all, or those left after whole epochs."""
+    """Return the number of steps of an epoch of `steps` that a window covers: all, or those left after whole epochs."""
     return window if window <= steps else window % steps
 
 
@@ -51,7 +51,7 @@ class Pace:
 
 
 def loss_after(records: Records, window: int, pace: Pace) -> float | None:
-    """Return the mean loss over the first steps of `records`, or all if they are fewer; None where one is not known."""
+    """Return the mean loss over the first steps of `records`, or all if they are fewer; None if one is not known."""
     return _mean(records, window, pace, f"loss_head_{window}", lambda steps, rest: pace.images_after(rest))
 
 
@@ -65,7 +65,7 @@ def loss_before(records: Records, window: int, pace: Pace) -> float | None:
 
 
 def _mean(records: Records, window: int, pace: Pace, key: str, images_of: Any) -> float | None:
-    """Return the mean over whole records as long as the window covers them, and a part of the next."""
+    """Return the mean over as many whole records as the window covers, and a part of the next."""
     total, images = 0.0, 0
     for record in records:
         steps = record.get("steps")
@@ -81,9 +81,10 @@ def _mean(records: Records, window: int, pace: Pace, key: str, images_of: Any) -
 
 
 def covered(courses: Iterable[Records], window: int) -> str:
-    """Return how many steps a window covers at the start of each course of records: 200, or 123 of as many steps.
+    """Return the number of steps that a window covers at the start of each list of records: 200, or 123 if there are
+    fewer.
 
-    Where the courses differ it is the lowest and the highest number: 123-200.
+    If the lists differ, it is the lowest and the highest number: 123-200.
     """
     lengths = (sum(record.get("steps") or 0 for record in records) for records in courses)
     found = sorted({min(window, length) for length in lengths if length}) or [window]
@@ -91,8 +92,9 @@ def covered(courses: Iterable[Records], window: int) -> str:
 
 
 def around(records: Records, cycle: int, pace: Pace) -> dict[str, float | None]:
-    """Return mean training losses around the start of a cycle: over the last 200 steps of the phase before it, and over
-    the cycle's own first 50 and 200, or as many as there are.
+    """Return mean training losses around the start of a cycle.
+
+    They cover the last 200 steps of the previous phase, and the cycle's own first 50 and 200, or as many as there are.
     """
     before = [record for record in records if record["cycle"] == cycle - 1]
     after = [record for record in records if record["cycle"] == cycle]

@@ -1,4 +1,4 @@
-"""The runs below a folder: the command of each, its progress, and how to continue it."""
+"""List the runs below a folder: the command of each, its progress, and how to continue it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ KILLED, UNKNOWN = "killed", "not known"
 
 @dataclass(frozen=True)
 class Run:
-    """A run: `best` is its best validation top-1, `test` the test top-1 of a finished one, `age` in seconds is that of
-    its last sign of life. `go_on` is the command that continues it; empty where nothing does.
+    """A run in a list.
+
+    Attributes:
+        best: the best validation top-1.
+        test: the test top-1 of a finished run.
+        age: seconds since the last sign of life.
+        go_on: the command that continues the run; empty if nothing does.
     """
 
     path: Path
@@ -38,7 +43,7 @@ class Run:
 
 
 def runs_below(root: Path) -> list[Run]:
-    """Return the runs below a folder, the one that lived last first."""
+    """Return the runs below a folder, the most recently active first."""
     found = [_run(file.parent) for file in root.rglob("config.yaml") if not (file.parent / SERIES).exists()]
     return sorted(found, key=lambda run: run.age)
 
@@ -62,7 +67,7 @@ def _run(path: Path) -> Run:
 
 
 def _state(status: dict[str, Any]) -> str:
-    """Return the state of a run; one that says 'running', and is not, was killed."""
+    """Return the state of a run; one that is recorded as 'running' without a process was killed."""
     state = str(status.get("state", UNKNOWN))
     if state != "running":
         return state

@@ -1,4 +1,4 @@
-"""Make training runs as processes of their own: several at once, stopped and continued like any run."""
+"""Run training runs as processes of their own: several at once, each stopped and continued like any run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from repan_cli.system.files import read_json
 from repan_cli.system.text import duration
 
 REPAN = (sys.executable, "-m", "repan_cli")
-"""The words that start repan in another process."""
+"""The command line that starts repan in another process."""
 
 POLL = 0.1
-"""Seconds between two looks at the processes."""
+"""Seconds between two checks of the processes."""
 
 
 class Job(NamedTuple):
-    """A run to make: its name for people, its folder, and the words that begin it and that continue it."""
+    """A run to make: its name, its folder, and the arguments that start it and that continue it."""
 
     name: str
     folder: Path
@@ -39,7 +39,7 @@ class Job(NamedTuple):
 
     @property
     def state(self) -> str:
-        """Return the run's state as status.json tells it, such as 'done'; 'to do' before the run has begun."""
+        """Return the run's state from status.json, such as 'done'; 'to do' before the run has begun."""
         return state_of(self.folder) or "to do"
 
     @property
@@ -50,9 +50,9 @@ class Job(NamedTuple):
 
 @dataclass
 class Pool:
-    """Processes that make jobs, `size` at once, each with its share of the cores and with one of `devices`.
+    """Processes that run jobs, `size` at once, each with its share of the cores and with one of `devices`.
 
-    `tell` is called with a line for each run that begins and ends.
+    `tell` receives a line for each run that begins or ends.
     """
 
     size: int
@@ -63,9 +63,9 @@ class Pool:
         self._running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
 
     def make(self, jobs: Sequence[Job], *, should_stop: Callable[[], bool]) -> Job | None:
-        """Make the jobs in their order. Return the one that failed, if any; the runs beside it are then saved.
+        """Run the jobs in order. Return the job that failed, if any; the others are saved first.
 
-        When `should_stop` says so, the runs are asked to save their state and to end, and no other begins.
+        When `should_stop` returns true, the runs are asked to save their state and end, and no other begins.
         """
         waiting, failed = [*jobs], None
         try:
@@ -91,21 +91,21 @@ class Pool:
         cores, environment = self._share(slot), dict(os.environ)
         if cores is not None:
             environment.setdefault("OMP_NUM_THREADS", str(len(cores)))
-        with job.log.open("ab") as log:  # in a session of its own: Ctrl-C is for this process, which then stops the run
+        with job.log.open("ab") as log:  # in a new session: Ctrl-C is for this process, which then stops the run
             process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
         if cores is not None and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(process.pid, cores)
         return process
 
     def _share(self, slot: int) -> set[int] | None:
-        """Return the cores of a slot: every `size`-th one; None where one run has the whole machine."""
+        """Return the cores of a slot: every `size`-th one; None if one run has the whole machine."""
         if self.size == 1 or not hasattr(os, "sched_getaffinity"):
             return None
         cores = sorted(os.sched_getaffinity(0))
         return set(cores[slot % len(cores) :: self.size])
 
     def _collect(self) -> Job | None:
-        """Note the runs that have ended. Return the first that failed."""
+        """Record the runs that have ended; return the first that failed."""
         failed = None
         for slot, (job, process) in [*self._running.items()]:
             if process.poll() is None:

@@ -1,7 +1,7 @@
-"""Trackers of a run's metrics: JSON lines and CSV, always; TensorBoard and W&B on request.
+"""Track a run's metrics: JSON lines and CSV always, TensorBoard and W&B on request.
 
-A tracker is one class: `log` takes flat figures of one kind, `TRACKERS` knows it by name. It imports its own library in
-its constructor only.
+A tracker is one class with a name in `TRACKERS`. `log` takes flat figures of one kind. Its library is imported only in
+its constructor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from repan_cli.system.packages import how_to_install, missing
 from repan_cli.system.text import count, first_line
 
 KINDS = ("epoch", "cycle_end", "final", "restart")
-"""The kinds of figures, in the order in which they come once a number of epochs is done."""
+"""The kinds of figures, in the order in which they arrive for a number of finished epochs."""
 
 
 class Tracker(Protocol):
@@ -39,7 +39,7 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one object an epoch, flushed, the truth about the run."""
+    """metrics.jsonl: one object per epoch, flushed; the authoritative record of the run."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("a", encoding="utf-8")
@@ -91,10 +91,9 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def rewind(folder: Path, cycle: int, epoch: int) -> None:
-    """Remove the records after an epoch from metrics.jsonl and metrics.csv: a resumed run writes them again. Each file
-    is replaced as a whole, and only if something has to go.
+    """Remove the records after an epoch from metrics.jsonl and metrics.csv, because a resumed run writes them again.
 
-    Each file is replaced as a whole, and only where something has to go.
+    Each file is replaced as a whole, and only if something has to be removed.
     """
     path = folder / "metrics.jsonl"
     records = [record for record in read_metrics(path) if _place(record) <= (cycle, epoch)]
@@ -136,7 +135,7 @@ class TrackedRun:
 
 
 class OnRequest(Tracker, Protocol):
-    """A tracker of `run.trackers`. `where` says in a line how its figures are looked at."""
+    """A tracker of `run.trackers`. `where` says in one line how to look at its figures."""
 
     where: str
 
@@ -209,7 +208,7 @@ def _settings_as_text(run: TrackedRun) -> list[Any]:
     from tensorboard.compat.proto import summary_pb2, tensor_pb2, types_pb2
 
     rows = [f"repan {run.command}, {run.folder.name}", *(f"{key}: {value}" for key, value in run.settings.items())]
-    text = "".join(f"    {row}\n" for row in rows).encode()  # indented is verbatim in Markdown
+    text = "".join(f"    {row}\n" for row in rows).encode()  # indented text is verbatim in Markdown
     tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[text])
     metadata = summary_pb2.SummaryMetadata(plugin_data={"plugin_name": "text"})
     return [summary_pb2.Summary.Value(tag="settings", tensor=tensor, metadata=metadata)]
@@ -217,8 +216,9 @@ def _settings_as_text(run: TrackedRun) -> list[Any]:
 
 @TRACKERS.register("wandb")
 class WeightsAndBiases:
-    """Weights & Biases; a resumed run goes on under the id that the run directory keeps. WANDB_MODE, WANDB_PROJECT and
-    its other variables are heeded.
+    """Weights & Biases. A resumed run continues under the id that is stored in its directory.
+
+    WANDB_MODE, WANDB_PROJECT and its other variables apply.
     """
 
     def __init__(self, run: TrackedRun) -> None:
@@ -234,10 +234,10 @@ class WeightsAndBiases:
             name=os.environ.get("WANDB_NAME", run.folder.name),
             id=kept.read_text(),
             resume="allow",
-            mode=cast("Any", os.environ.get("WANDB_MODE")),  # wandb says itself which words it knows
+            mode=cast("Any", os.environ.get("WANDB_MODE")),  # wandb reports which values it knows
             job_type=run.command,
             dir=run.folder,
-            settings=wandb.Settings(silent=True, console="off"),  # the screen is repan's
+            settings=wandb.Settings(silent=True, console="off"),  # repan uses the screen
         )
         self.run.config.update(dict(run.settings), allow_val_change=True)
         self.run.define_metric("*", step_metric="epochs")
@@ -266,16 +266,16 @@ class WeightsAndBiases:
 
 
 def _numbers(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Return the figures that can be drawn."""
+    """Return the figures that can be plotted."""
     for name, value in figures.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             yield name, value
 
 
 class Once:
-    """A tracker that takes nothing twice, whatever a resumed run makes again, and what it has missed later.
+    """A wrapper for a tracker that logs nothing twice when a resumed run repeats it, and logs later what was missed.
 
-    It never ends a run: one that fails is left out, with a warning. `trackers.json` keeps how far each has come.
+    It never ends a run: a tracker that fails is disabled with a warning. `trackers.json` stores the progress of each.
     """
 
     def __init__(self, name: str, run: TrackedRun) -> None:

@@ -1,7 +1,7 @@
-"""Checks that ranks agree before they train together: code, settings, images, network, position.
+"""Check that ranks agree before they train together: code, settings, images, network, position.
 
-A difference would go unnoticed later, since gradients are averaged whatever they are of. Everything is compared by
-digests, at the start of a run and at a resume.
+A difference would go unnoticed later, since gradients are averaged whatever they belong to. Everything is compared by
+digests, at the start of a run and when it is resumed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from repan_cli.training.run import Training
 from repan_cli.training.snapshot import SUMS, snapshot
 
 MAY_DIFFER = ("data.root", "data.workers", "run.out", "run.trackers", "teacher.name", "model.name", "model.init")
-"""Settings that may differ between machines: locations. Their contents are compared."""
+"""Settings that may differ between machines because they are locations. The contents are compared instead."""
 
 DIGITS = 12
-"""Digits of a digest that are shown."""
+"""The number of digits of a digest that are shown."""
 
 
 def agree_on_settings(config: Config) -> None:
@@ -73,7 +73,7 @@ def agree_on_position(training: Training) -> None:
 
 @contextlib.contextmanager
 def file_of_first_rank(path: Path, rank: int) -> Iterator[Path]:
-    """Give each of several ranks the file that the first has at `path`: others may not see that folder."""
+    """Give every rank the file that the first rank has at `path`; the others may not see that folder."""
     if not joined():
         yield path
         return

@@ -1,4 +1,4 @@
-"""The artifact that fuse, evaluate, predict, benchmark and quantize open: a network from a file, or by its name."""
+"""Open the network that fuse, evaluate, predict, benchmark or quantize gets: from a file, or by name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ OUR_IMAGE, OUR_CLASSES, IMAGENET_CLASSES = 32, 100, 1000
 class Artifact:
     """A network in eval mode on the CPU, with its description.
 
-    `runtime` names the program that computes: PyTorch, or the one that the file is made for.
+    `runtime` names the program that computes: PyTorch, or the program that the file was made for.
     """
 
     source: str
@@ -61,7 +61,7 @@ class Artifact:
 
     @property
     def preparation(self) -> Preparation:
-        """Return how the network wants its images."""
+        """Return the preprocessing of the network's images."""
         card = self.card
         return Preparation(
             size=card.image_size,
@@ -78,7 +78,7 @@ class Artifact:
         )
 
     def checkpoint(self) -> Checkpoint:
-        """Return the network as a checkpoint of its form."""
+        """Return the network as a checkpoint, in its present form."""
         return self.saved or checkpoint.capture(self.network, self.card)
 
 
@@ -90,18 +90,18 @@ def open_artifact(
     block: str | None = None,
     trusted: bool = False,
 ) -> Artifact:
-    """Open the network in a file or a run directory, or the pretrained one of a name.
+    """Open the network in a file or a run directory, or a pretrained network by name.
 
     Args:
-        source: a file that repan wrote, weights of others (with `model`), a run directory, a network's name, or
+        source: a file that repan wrote, another program's weights (with `model`), a run directory, a network's name, or
             `hf-hub:ORG/NAME`.
-        model: the network that weights of others are of, or a user's own, `file.py:function`.
-        pretrained: whether a network by its name gets the weights that timm or torchvision offers.
-        block: the block family of a network by its name, where that is built of blocks; of a file with blocks of a
-            user's own their family, `file.py:function`.
+        model: the network to which another program's weights belong, or your own network, `file.py:function`.
+        pretrained: whether a network given by name gets the weights that timm or torchvision offers.
+        block: the block family of a network given by name, if it is built of blocks. For a file with user-defined
+            blocks, the family's name, `file.py:function`.
         trusted: whether the code in a TorchScript file may be run.
 
-    Raises InputError, naming the source, when it is missing or damaged, or does not name its network.
+    Raises InputError, naming the source, if it is missing or damaged, or does not name its network.
     """
     plain, key = checkpoint.split_key(hub_folder.fetched(source))
     path = file_of(str(plain))
@@ -128,7 +128,7 @@ def open_artifact(
 
 
 def _of_runtime(description: Path, *, trusted: bool) -> Artifact:
-    """Open the network in another program's files. Raises InputError for code without `--trust-code`."""
+    """Open the network in another program's files. Raises InputError if they contain code, unless `trusted` is true."""
     name, text = runtimes.opened(description, runtimes.KINDS)
     kind, folder = runtimes.KINDS[name], description.parent
     if name == "torchscript" and not trusted:
@@ -138,7 +138,7 @@ def _of_runtime(description: Path, *, trusted: bool) -> Artifact:
 
 
 def written_in(header: str | None) -> tuple[ModelCard, str] | None:
-    """Return the card and the digest in the header of an exported file; None where repan did not write it."""
+    """Return the card and the digest in the header of an exported file; None if repan did not write it."""
     try:
         told = json.loads(header) if header else None
         return (ModelCard.from_meta(told["meta"]), str(told["digest"])) if told else None
@@ -147,7 +147,7 @@ def written_in(header: str | None) -> tuple[ModelCard, str] | None:
 
 
 def written_into(path: Path) -> tuple[ModelCard, str] | None:
-    """Return the card and the digest in an exported file, which is not run; None where repan did not write it."""
+    """Return the card and the digest in an exported file, without running it; None if repan did not write it."""
     return written_in(onnx_file.header(path) if path.suffix == ".onnx" else pt2_file.header(path))
 
 
@@ -163,7 +163,7 @@ def _described(path: Path, header: str | None) -> ModelCard:
 
 def _named(name: str, *, pretrained: bool, block: str | None) -> Artifact:
     if user_file.names_a_file(name):
-        raise InputError(f"{name} is a network without weights: give the file of its weights, and this as --model")
+        raise InputError(f"{name} is a network without weights: give the file of its weights, and --model {name}")
     use_block(block)
     full = models.resolve(name, LARGE_IMAGE)
     if full in models.BUILTIN and pretrained:
@@ -173,7 +173,7 @@ def _named(name: str, *, pretrained: bool, block: str | None) -> Artifact:
 
 
 def _classes_of(full: str) -> int:
-    """Return how many classes the pretrained weights of a network know; for ours, as many as CIFAR-100 has."""
+    """Return the number of classes of a network's pretrained weights; for repan's own networks that of CIFAR-100."""
     if full in models.BUILTIN:
         return OUR_CLASSES
     cfg = timm.get_pretrained_cfg(full.removeprefix(TIMM), allow_unregistered=True)
@@ -181,9 +181,9 @@ def _classes_of(full: str) -> int:
 
 
 def open_weights(path: Path, weights: Mapping[str, Tensor], name: str | None) -> Artifact:
-    """Load weights of others into the network that they are said to be of.
+    """Load another program's weights into the network `name`.
 
-    The shapes of the weights tell how many classes and channels the network has.
+    The shapes of the weights give the number of classes and channels.
     """
     told = hub_folder.described(path)
     if name is None:
@@ -204,7 +204,9 @@ def open_weights(path: Path, weights: Mapping[str, Tensor], name: str | None) ->
 
 
 def _as_artifact(source: str, full: str, model: nn.Module, described: hub_folder.Described | None = None) -> Artifact:
-    """Describe a network of others: by the file beside its weights, by timm's preparation of its name."""
+    """Describe another program's network, by the description next to its weights and by timm's preprocessing for its
+    name.
+    """
     wanted = wanted_images(model) if hasattr(model, "pretrained_cfg") else {}
     wanted = {**wanted, **(described.images if described else {})}
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
@@ -232,12 +234,12 @@ def _as_artifact(source: str, full: str, model: nn.Module, described: hub_folder
 
 
 def _of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Return a figure for each channel, from the first again where there are more channels than figures."""
+    """Return one value per channel; the values repeat if there are more channels than values."""
     return tuple(itertools.islice(itertools.cycle(values), channels))
 
 
 def _unusual(value: object, known: Sequence[str]) -> str | None:
-    """Return a fact that is known and not the first one, the usual one, which files do not tell."""
+    """Return a known value, but None for the first, usual one, which files leave out."""
     return value if isinstance(value, str) and value in known[1:] else None
 
 
@@ -248,7 +250,7 @@ def _names(count: int, described: hub_folder.Described | None) -> tuple[str, ...
 
 
 def are_of_imagenet(classes: Sequence[str]) -> bool:
-    """Return whether folders are named like ImageNet's synsets, in the order that all its networks use."""
+    """Return whether classes are ImageNet's synsets, in the order that all networks for it use."""
     info = timm.data.ImageNetInfo()
     return [*classes] == [info.index_to_label_name(index) for index in range(len(classes))] and len(classes) > 1
 
@@ -260,7 +262,7 @@ def _outputs(model: nn.Module) -> int:
 
 
 def class_names(count: int) -> list[str]:
-    """Return the names of ImageNet's classes, where there are as many; else numbers."""
+    """Return the names of ImageNet's classes if there are as many; otherwise numbers."""
     if count == IMAGENET_CLASSES:
         info = timm.data.ImageNetInfo()
         return [info.index_to_description(index) for index in range(count)]

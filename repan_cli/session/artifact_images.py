@@ -1,4 +1,4 @@
-"""The images for a network: the data set it was trained on, or some of its images for checks."""
+"""Load images for a network: the data set it was trained on, or some of its images for checks."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def load(
     split: str | None = None,
     order: str | None = None,
 ) -> Dataset:
-    """Load the data set that a network names, or the one asked for, split and prepared as the network wants it.
+    """Load the data set that a network names, or the one asked for, split and prepared as the network expects.
 
-    Image folders without a training part give the part `split` alone, as the classes are in the file. `order` says
-    which class is which output of a network that does not tell: as the setting `data.class_order`.
+    For image folders without a training part, only the part `split` is loaded, with the classes of the file. `order`
+    tells which class each output means, if the file does not: as the setting `data.class_order`.
 
-    Raises InputError when the network names none, or the classes are not the network's.
+    Raises InputError if the network names no data set, or the classes are not those of the network.
     """
     card = artifact.card
     if dataset is not None:
@@ -64,7 +64,7 @@ def load(
 
 
 def _are_known(card: ModelCard, folders: Sequence[Path], *, alone: bool) -> bool:
-    """Return whether a network predicts the classes of these folders, in any order; a part by itself may lack some."""
+    """Return whether a network predicts the classes of these folders, in any order; a part alone may lack some."""
     if card.knows_its_data:
         return alone
     names, known = class_folders.class_folders(folders[0]).keys(), set(card.classes)
@@ -72,10 +72,10 @@ def _are_known(card: ModelCard, folders: Sequence[Path], *, alone: bool) -> bool
 
 
 def _check(artifact: Artifact, data: Dataset, *, told: bool) -> None:
-    """Check that the classes of data are a network's: their number, and where they are known their names.
+    """Check that data have the classes of a network: their number and, if known, their names.
 
-    A network that does not know its data may call them otherwise, or not at all: then their order is a guess, which is
-    said.
+    A network that does not know its data may use other names, or none. The order of the classes is then a guess, and a
+    warning says so.
     """
     card = artifact.card
     if card.knows_its_data:
@@ -97,10 +97,10 @@ def _check(artifact: Artifact, data: Dataset, *, told: bool) -> None:
 
 
 def settings(artifact: Artifact, dataset: str | None = None, root: str | None = None) -> dict[str, Any]:
-    """Return the arguments of `datasets.load` for a network's data, with another name or place where one is given.
+    """Return the arguments of `datasets.load` for a network's data, with the name or the folder replaced if given.
 
-    Only a data set that the user names may be fetched: a file may come from anybody. Raises InputError for settings in
-    a file that this version does not know.
+    Only a data set that the user names may be downloaded, since a file may come from anybody. Raises InputError for
+    settings in a file that this version does not know.
     """
     card = artifact.card
     stored = {key: config.as_text(value) for key, value in card.settings.items() if key.startswith("data.")}
@@ -111,22 +111,23 @@ def settings(artifact: Artifact, dataset: str | None = None, root: str | None = 
     arguments = datasets.settings_of(config.replace(config.Config(), typed).data) | {"root": places.data_root(card)}
     arguments |= {"download": dataset is not None, "known_split": card.split_digest}
     asked = {"name": dataset, "root": root, "image_size": card.image_size, "channels": card.in_chans}
-    if dataset not in (None, arguments["name"]):  # the part that it was trained on is one of its own data
+    if dataset not in (None, arguments["name"]):  # its choice of classes belongs to its own data
         arguments |= {"classes": None, "per_class": None}
     return {**arguments, **{name: value for name, value in asked.items() if value is not None}}
 
 
 def noise(artifact: Artifact, count: int = export.PROOF_IMAGES) -> Tensor:
-    """Make images without content, (count, C, H, W), of the statistics that a network sees."""
+    """Return random images, (count, C, H, W), with the mean and variance that the network expects."""
     prepared = artifact.preparation
     return probe.noise(count, prepared.channels, prepared.size, prepared.size)
 
 
 def real_images(artifact: Artifact, root: str | None, count: int) -> tuple[Tensor | None, str]:
-    """Read some images of a network's own data, (n, C, H, W), normalised; where there are none here, tell why.
+    """Read some images of a network's own data, (n, C, H, W), normalised. If there are none here, return None and the
+    reason.
 
-    Of image folders as many images of each class are read, from the test part where there is one, of no more than
-    `count` classes; those that cannot be read are left out. Nothing is downloaded.
+    From image folders, equally many images of each class are read, from the test part if there is one, and from at most
+    `count` classes. Unreadable images are left out. Nothing is downloaded.
     """
     if not artifact.card.knows_its_data:
         return None, "its data are not known"
@@ -165,7 +166,7 @@ def _of_folders(artifact: Artifact, folder: Path, count: int) -> Tensor:
     for path in chosen:
         try:
             found.append(artifact.preparation.file(path))
-        except UnreadableImageError as error:  # a broken file among whole ones is no reason to take noise
+        except UnreadableImageError as error:  # one damaged image among good ones is no reason to use noise
             unreadable = error
     if unreadable is not None and not found:
         raise unreadable

@@ -1,4 +1,4 @@
-"""`data.batch_size=auto`: the largest power of two whose training step fits the device."""
+"""Resolve `data.batch_size=auto`: the largest power of two whose training step fits the device."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from repan_cli.system.notices import doing, warn
 from repan_cli.system.ranks import joined, of_first_rank
 
 MOST, STEPS = 4096, 16
-"""Images of a batch at most, and steps that an epoch keeps at least: larger batches learn little in an epoch."""
+"""The largest batch, and the fewest steps that an epoch keeps: with larger batches an epoch learns little."""
 
 SHARE = 0.6
-"""Share of the free memory that a step may take; optimizer, teacher and images need some as well."""
+"""The share of free memory that a step may take. Optimizer, teacher and images need some as well."""
 
 TRIED = 4
-"""Images by which the memory of a step is measured."""
+"""The number of images with which the memory of a step is measured."""
 
 
 def resolved(config: Config, network: nn.Module, dataset: Dataset, machine: Runtime) -> Config:
-    """Return the configuration with the number that `auto` means on this device; a warning tells it.
+    """Return the configuration with the number that `auto` stands for on this device, and report it as a warning.
 
-    Raises InputError where not even two images a process fit.
+    Raises InputError if not even two images per process fit.
     """
     if config.data.batch_size != AUTO_BATCH:
         return config
@@ -49,7 +49,7 @@ def resolved(config: Config, network: nn.Module, dataset: Dataset, machine: Runt
 
 
 def _fitting(network: nn.Module, dataset: Dataset, machine: Runtime) -> tuple[int, int]:
-    """Return the images a process that fit, as a power of two, and the bytes that are free."""
+    """Return the number of images per process that fit, a power of two, and the free memory in bytes."""
     trial = copy.deepcopy(network).train()
     images = noise(TRIED, dataset.channels, dataset.image_size, dataset.image_size)
     images = images.to(machine.device).contiguous(memory_format=machine.memory_format)
@@ -67,7 +67,7 @@ def _fitting(network: nn.Module, dataset: Dataset, machine: Runtime) -> tuple[in
 
 
 def largest(number: int, fits: Callable[[int], bool]) -> int:
-    """Return the first of `number`, its half and so on that fits; 0 where not even two do."""
+    """Return the first of `number`, its half, and so on, that fits; 0 if not even two images do."""
     while number >= 2 and not fits(number):
         number //= 2
     return number if number >= 2 else 0
@@ -82,7 +82,7 @@ def _step(trial: nn.Module, images: Tensor, machine: Runtime) -> None:
 
 
 def _bytes_kept(trial: nn.Module, images: Tensor, machine: Runtime) -> int:
-    """Return the bytes that a step keeps for its way back, each storage once, without those of the weights."""
+    """Return the bytes that a step keeps for its backward pass, each storage once, without the weights."""
     own = {parameter.untyped_storage().data_ptr() for parameter in trial.parameters()}
     storages: dict[int, int] = {}
 
@@ -105,7 +105,7 @@ def _fits(trial: nn.Module, images: Tensor, machine: Runtime, number: int) -> bo
             raise
         return False
     finally:
-        trial.zero_grad(set_to_none=True)  # of a step that broke off
+        trial.zero_grad(set_to_none=True)  # of a step that failed
         torch.cuda.empty_cache()
     return True
 
@@ -118,5 +118,5 @@ def _free(device: torch.device) -> int:
 
 
 def _power(number: int) -> int:
-    """Return the largest power of two that is not above a number; 0 below 1."""
+    """Return the largest power of two up to a number; 0 below 1."""
     return 1 << (number.bit_length() - 1) if number > 0 else 0

@@ -1,11 +1,13 @@
 """Build the objects of a run from a configuration, without writing anything.
 
-Order of initialisation:
-1. the run directory is checked to be free, trackers to be there
+The order of initialisation:
+
+1. check that the run directory is free and the trackers are available
 2. device and precision
 3. data, with its validation part
-4. network, weights to start from, blocks
+4. network, initial weights, blocks
 5. plan, task, optimizer
+
 Only then does `runner.begin` create the run directory.
 """
 
@@ -68,10 +70,10 @@ from repan_cli.training.snapshot import restore
 
 @dataclass(frozen=True)
 class Session:
-    """A run that is ready to go.
+    """A run that is ready to start.
 
-    `config` has the full names of network and block family. `start` is the score of the weights that the run begins
-    with, where they need no baseline.
+    `config` has the full names of network and block family. `start` is the score of the initial weights, for a run that
+    needs no baseline.
     """
 
     command: str
@@ -83,19 +85,21 @@ class Session:
 
     @property
     def user_model(self) -> str | None:
-        """Return the name `file.py:function` of a user-defined network, which its checkpoints are read with."""
+        """Return the name `file.py:function` of a user-defined network; its checkpoints cannot be read without it."""
         return self.network.name if user_file.names_a_file(self.network.name) else None
 
     @property
     def own_code(self) -> str:
-        """Return the options that name a user-defined network and blocks, which its checkpoints are read with."""
+        """Return the options that name a user-defined network and blocks; the run's checkpoints cannot be read without
+        them.
+        """
         family = self.network.expansion.family
         block = f" --block {quoted(family)}" if names_a_file(family) else ""
         return (f" --model {quoted(self.user_model)}" if self.user_model else "") + block
 
     @property
     def own_code_again(self) -> str:
-        """Return the words that give all of a user's own code again when the run is resumed."""
+        """Return the command-line arguments that name the user's own code again when the run is resumed."""
         family = self.network.expansion.family
         return own_code_options({**flatten(self.config), "model.name": self.network.name, "block.name": family})
 
@@ -105,7 +109,7 @@ class Session:
         return self.network.name, self.network.expansion.family, self.dataset.name
 
     def card(self, *, cycle: int, epoch: int | None, metrics: Mapping[str, Any]) -> ModelCard:
-        """Describe the network for a checkpoint, at this point of the run."""
+        """Describe the network for a checkpoint at this point of the run."""
         network, data = self.network, self.dataset
         return ModelCard(
             model=network.name,
@@ -135,7 +139,7 @@ def prepare(
 ) -> Session:
     """Build everything that a run needs, without writing anything.
 
-    A resumed run is in the state that was `saved` in its `folder`. Raises InputError for what cannot be used.
+    A resumed run gets the state that was `saved` in its `folder`. Raises InputError for anything that cannot be used.
     """
     config = resolved.config
     if own_rank() == 0:
@@ -183,7 +187,7 @@ def prepare(
 
 
 def surroundings(machine: Runtime) -> dict[str, Any]:
-    """Return what the last bits of a run may depend on beside its settings."""
+    """Return what the last bits of a run may depend on, besides its settings."""
     return {
         "torch": str(torch.__version__),
         "device": machine.device.type,
@@ -194,9 +198,9 @@ def surroundings(machine: Runtime) -> dict[str, Any]:
 
 
 def load_dataset(config: Config, network_size: int | None, saved: Checkpoint | None = None) -> Dataset:
-    """Read the data of a run. Image folders without a size of their own get that of the network.
+    """Read the data of a run. Image folders without a common size get that of the network.
 
-    A resumed run with `data.on_error=skip`, and had begun with all images, keeps their places.
+    A resumed run with `data.on_error=skip` that began with all images keeps their positions.
     """
     arguments = {**datasets.settings_of(config.data), "network_size": network_size}
     if saved is not None:
@@ -213,7 +217,7 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
     if plan[-1].start_from == "best-test":
         warn("cycle.start_from=best-test: the test set chooses the epochs, so its results are too optimistic")
     for phase in plan:
-        SCHEDULES[phase.optim.schedule]  # an unknown one is an error before the first step
+        SCHEDULES[phase.optim.schedule]  # an unknown schedule is an error before the first step
     train = train_loader(dataset, config.data, machine)
     ema = _average(network.model, config.ema)
     task_of = PhaseTasks(ema.module if ema else network.model, dataset, train, machine)
@@ -250,14 +254,15 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
 
 
 def _wrapped(model: nn.Module, config: Config, machine: Runtime) -> nn.Module | None:
-    """Return the network as training calls it; None if that is the network itself. On several ranks the result
-    exchanges gradients; with `run.compile` it is compiled.
+    """Return the network as training calls it; None if that is the network itself.
+
+    With several ranks the result exchanges gradients. With `run.compile` it is compiled.
     """
     wrapped = model
     if machine.ranks > 1:
         own = [machine.device] if machine.device.type == "cuda" else None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # its new name is not known to older PyTorch
+            warnings.simplefilter("ignore", FutureWarning)  # older PyTorch does not know its new name
             wrapped = nn.parallel.DistributedDataParallel(model, device_ids=own, broadcast_buffers=False)
     if config.run.compile == "on":
         compiled = torch.compile(wrapped, dynamic=False)  # an epoch has batches of two sizes
@@ -267,9 +272,9 @@ def _wrapped(model: nn.Module, config: Config, machine: Runtime) -> nn.Module | 
 
 
 def _graphs(config: Config, machine: Runtime, optimizer: torch.optim.Optimizer) -> Graphs | None:
-    """Return the place where updates are recorded as CUDA graphs; None where they are done as they are.
+    """Return the object that records updates as CUDA graphs; None if updates are not recorded.
 
-    Raises InputError where `run.graph=on` asks for what cannot be.
+    Raises InputError if `run.graph=on` asks for a recording that is not possible.
     """
     reasons = {
         f"the device is {machine.device.type}": machine.device.type != "cuda",
@@ -293,9 +298,10 @@ def _with_shared_statistics(network: Network, dataset: Dataset, machine: Runtime
 
 @torch.no_grad()
 def share_statistics(model: nn.Module, images: Tensor) -> nn.Module:
-    """Return the network with BN over all ranks, by timm's conversion, which keeps the activation of timm's layers.
+    """Return the network with BN over all ranks, converted by timm, which keeps the activations inside timm's BN
+    layers.
 
-    Raises InputError where it computes something else of `images` in eval mode than before.
+    Raises InputError if the result computes something else of `images` in eval mode.
     """
     modes = {name: module.training for name, module in model.named_modules()}
     before = model.eval()(images)
@@ -309,8 +315,9 @@ def share_statistics(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _average(model: nn.Module, ema: EmaConfig) -> ModelEmaV3 | None:
-    """Make the weight average, if the settings ask for one. Its decay grows from 0, since the first weights soon become
-    old.
+    """Make the weight average if the settings ask for one.
+
+    Its decay grows from 0, since the first weights soon become old.
     """
     return ModelEmaV3(model, decay=ema.decay, use_warmup=True) if ema.enabled else None
 

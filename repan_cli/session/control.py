@@ -1,7 +1,7 @@
-"""The control of a run: the same settings, seed, images and epochs, but no restarts, from the run's own baseline.
+"""Make the control of a run: the same settings, seed, images, epochs and baseline, but no restarts.
 
-Up to the end of the baseline both are one run, so that the control goes on from a copy of the run's state there, as
-after a stop, instead of training the same again.
+Up to the end of the baseline the run and its control are identical. The control therefore continues from a copy of the
+run's state at that point, as if resumed, instead of training the baseline again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _changes(folder: Path) -> dict[str, Any]:
 
 
 def is_awaited(run: Path) -> bool:
-    """Return whether a run is one of a series with controls, and its own control has not begun."""
+    """Return whether a run belongs to a series with controls, and its own control has not begun."""
     series = runs.read_series(run.parent)
     mine = series and series["control"] and not run.name.startswith(PREFIX)
     return bool(mine) and not _of(run).exists()
@@ -42,10 +42,10 @@ def _of(run: Path) -> Path:
 
 
 def begin(run: Path) -> None:
-    """Make the run directory of the control from a run that has just ended its baseline."""
+    """Create the run directory of the control from a run that has just finished its baseline."""
     target = _of(run)
     draft = target.with_name(f".{target.name}")
-    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed here
+    shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed here
     draft.mkdir()
     for name in FIGURES:
         shutil.copyfile(run / name, draft / name)

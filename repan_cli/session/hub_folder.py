@@ -1,4 +1,4 @@
-"""Folders of the Hub, remote or local: weights, and a `config.json` that names their network."""
+"""Read folders of the Hub, remote or local: weights, and a `config.json` that names their network."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from repan_cli.system.text import first_line
 from repan_cli.system.weight_files import HUB_CONFIG, HUB_WEIGHTS, file_in
 
 LONGEST = 2**24
-"""Bytes of a description that is read, enough for the names of 100,000 classes."""
+"""The largest description in bytes, enough for the names of 100,000 classes."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """The content of a `config.json`; None stands for a fact that is not given.
+    """The content of a `config.json`. None stands for a fact that is not given.
 
-    `network` is the full name of a timm network. `images` is its preparation: input_size, mean, std, crop_pct,
+    `network` is the full name of a timm network. `images` is its preprocessing: input_size, mean, std, crop_pct,
     crop_mode, interpolation.
     """
 
@@ -36,10 +36,10 @@ class Described:
 
 
 def fetched(source: str) -> str:
-    """Return the source with a name on the Hub replaced by the folder that its files were fetched into.
+    """Return the source; a name on the Hub is replaced by the folder into which its files were downloaded.
 
-    Files that were fetched before are taken from the cache of huggingface_hub where the network cannot be reached.
-    Raises InputError, with the reason, for a repository that cannot be had or holds no network.
+    If the network connection is down, files that were downloaded before come from huggingface_hub's cache. Raises
+    InputError, with the reason, for a repository that cannot be downloaded or holds no network.
     """
     named = REPOSITORY.fullmatch(source)
     if named is None:
@@ -60,19 +60,19 @@ def fetched(source: str) -> str:
         raise InputError(f"cannot fetch {source}: the Hub cannot be reached ({first_line(error)})") from error
     except errors.EntryNotFoundError as error:
         raise InputError(
-            f"{source} holds no {HUB_CONFIG} that says which network it is: fetch its weights, give --model NAME"
+            f"{source} holds no {HUB_CONFIG} that names its network: download its weights, and give --model NAME"
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot fetch {source} ({first_line(error)}); 'hf auth login' opens what is private"
+            f"cannot fetch {source} ({first_line(error)}); for a private repository, run 'hf auth login' first"
         ) from error
     raise InputError(f"{source} holds none of {', '.join(HUB_WEIGHTS)}")
 
 
 def file_of(source: str) -> str:
-    """Return the file of weights, with its key, where a source is a folder or a name on the Hub.
+    """Return the file of weights, with its key, if a source is a folder or a name on the Hub.
 
-    Any other source is returned as it is.
+    Any other source is returned unchanged.
     """
     source = fetched(source)
     path, key = checkpoint.split_key(source)
@@ -82,14 +82,14 @@ def file_of(source: str) -> str:
 
 
 def described(weights: Path) -> Described | None:
-    """Read the description beside a file of weights; None if it does not describe a network of timm's."""
+    """Read the description next to a file of weights; return None if it does not describe a timm network."""
     file = weights.parent / HUB_CONFIG
     if not file.is_file() or file.stat().st_size > LONGEST:
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        warn(f"{file} is not read: {type(error).__name__}; what it says of {weights.name} is not known")
+        warn(f"{file} cannot be read ({type(error).__name__}): its description of {weights.name} is ignored")
         return None
     architecture = content.get("architecture") if isinstance(content, dict) else None
     if not isinstance(architecture, str) or architecture not in of_timm():
@@ -118,11 +118,11 @@ FITS: dict[str, Callable[[Any], bool]] = {
     "crop_mode": lambda value: isinstance(value, str) and value in CROP_MODES,
     "interpolation": lambda value: isinstance(value, str) and value in INTERPOLATIONS,
 }
-"""The facts that are read from a description, each with a check of its kind."""
+"""The facts that are read from a description, each with a check of its type."""
 
 
 def _classes(*places: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return the names of the classes: timm's `label_names`, or `id2label` as transformers has it."""
+    """Return the class names: timm's `label_names`, or transformers' `id2label`."""
     for content in places:
         names = content.get("label_names")
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):

@@ -1,4 +1,4 @@
-"""A picture of the first training batch of a run, after augmentation."""
+"""Draw the first training batch of a run, after augmentation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from repan_cli.system.files import write_bytes
 NAME = "images.png"
 MOST = 32
 LEAST_SHARE = 0.005
-"""Shares of a label that are not said."""
+"""Shares of a label below this are not shown."""
 
 
 def draw(session: Session, folder: runs.RunDirectory, batch: Batch) -> None:
-    """Write the first images of a batch, as the network gets them, with the names of their classes."""
+    """Write a picture of the first images of a batch, as the network sees them, with their class names."""
     train, data = session.training.train, session.dataset
     shown = [*pictures.from_bytes(_pixels(batch.images[:MOST], train))]
     names = [_caption(label, data.classes) for label in batch.labels[:MOST].cpu()]
@@ -34,7 +34,7 @@ def draw(session: Session, folder: runs.RunDirectory, batch: Batch) -> None:
 
 
 def _pixels(images: Tensor, train: Loader) -> list[tuple[bytes, int, int, int]]:
-    """Undo the normalisation of images (B, C, H, W); of more than three channels the first is shown."""
+    """Undo the normalisation of images (B, C, H, W); with more than three channels only the first is shown."""
     shift, scale = (part.view(1, -1, 1, 1).to(images.device) for part in (train.shift, train.scale))
     values = ((images.float() - shift) / scale).round().clamp(0, 255).to(torch.uint8)
     values = values if values.shape[1] in (1, 3) else values[:, :1]
@@ -43,7 +43,7 @@ def _pixels(images: Tensor, train: Loader) -> list[tuple[bytes, int, int, int]]:
 
 
 def _caption(label: Tensor, classes: Sequence[str]) -> tuple[str, ...]:
-    """Return the name of an image's class, or the names and shares of a mixed one."""
+    """Return the class name of an image, or the names and shares for a mixed image."""
     if label.ndim == 0:
         return (classes[int(label)],)
     shares, places = label.float().sort(descending=True)

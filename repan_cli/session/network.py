@@ -1,4 +1,4 @@
-"""The network of a run: named, created or loaded, expanded into blocks."""
+"""Make the network of a run: find its name, create or load it, expand it into blocks."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ Weights = Checkpoint | Mapping[str, Tensor] | None
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its blocks, and what is known of it.
+    """A network with its blocks, and its origin.
 
-    `native` holds the block family and branches that a network built of blocks was built with. `trained` tells that its
-    weights come from somewhere, `new_classifier` that those of its classifier do not.
+    `native` holds the block family and the branches of a network that was created with blocks. `trained` is true if its
+    weights were loaded. `new_classifier` is true if the weights of its classifier were not.
     """
 
     model: nn.Module
@@ -56,12 +56,12 @@ class Network:
 
 
 def read_weights(config: Config) -> Weights:
-    """Read the weights to start from, where a file of them is given."""
+    """Read the initial weights, if the settings name a file of them."""
     return checkpoint.load_any(hub_folder.file_of(config.model.init)) if config.model.init else None
 
 
 def wanted_size(config: Config, weights: Weights) -> int:
-    """Return the side of the images that the network is made for, or was trained on."""
+    """Return the side of the images that the network was made for, or was trained on."""
     if isinstance(weights, Checkpoint):
         return weights.card.image_size
     told = (
@@ -77,9 +77,9 @@ def wanted_size(config: Config, weights: Weights) -> int:
 
 
 def build(command: str, config: Config, dataset: Dataset, weights: Weights = None) -> Network:
-    """Build the network that a configuration describes, from `weights` where it starts from a file of them.
+    """Build the network that a configuration describes, with `weights` if it starts from a file.
 
-    Raises InputError for one that cannot be had or used.
+    Raises InputError for a network that cannot be found or used.
     """
     use_block(config.block.name)
     weights = read_weights(config) if weights is None else weights
@@ -102,7 +102,7 @@ def build(command: str, config: Config, dataset: Dataset, weights: Weights = Non
 
 
 def restarted(config: Config, model: nn.Module) -> frozenset[str] | None:
-    """Return the names of the blocks that restart, as the section `block` chooses them; None is all of them."""
+    """Return the names of the blocks that restart, as chosen by the section `block`; None means all."""
     convs = {name: block.trunk.conv for name, block in rep_blocks(model)}
     block = config.block
     left_out = Selection(block.kernel or None, block.include, block.exclude, block.limit).left_out(convs)
@@ -112,12 +112,12 @@ def restarted(config: Config, model: nn.Module) -> frozenset[str] | None:
 
 
 def noise(dataset: Dataset) -> Tensor:
-    """Make images without content, to see how the network works."""
+    """Return random images, for trying out the network."""
     return probe.noise(PROBE_IMAGES, dataset.channels, dataset.image_size, dataset.image_size)
 
 
 def _source(config: Config) -> str:
-    """Return the file of the weights to start from."""
+    """Return the file of the initial weights."""
     assert config.model.init is not None, "the weights were read from this file"
     return config.model.init
 
@@ -126,7 +126,7 @@ def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
     if config.model.name is not None:
         return models.resolve(config.model.name, dataset.image_size)
     if isinstance(weights, Checkpoint):
-        _with_own_blocks(config, weights, _source(config))  # what is missing is named at once
+        _with_own_blocks(config, weights, _source(config))  # report a missing file at once
         models.check_given(weights.card.model, None, _source(config))
         return weights.card.model
     told = hub_folder.described(checkpoint.split_key(hub_folder.file_of(_source(config)))[0])
@@ -136,9 +136,9 @@ def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
 
 
 def _created(config: Config, dataset: Dataset, name: str, weights: Mapping[str, Tensor] | None) -> Network:
-    """Create a fresh network, or one with weights of others, and expand it.
+    """Create a network, fresh or with loaded weights, and expand it.
 
-    Its branches train at once; they are silent at first where the function is to be kept.
+    Its branches train from the first step. If the function has to be kept, their output is zero at first.
     """
     classes = len(dataset.classes)
     model = models.create(
@@ -185,7 +185,7 @@ def _take(model: nn.Module, weights: Mapping[str, Tensor], config: Config) -> bo
 
 
 def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -> Network:
-    """Build the network of one of repan's checkpoints; one without side branches may get those of another family."""
+    """Build the network of a checkpoint of repan. If it has no side branches, it may get those of another family."""
     source = _source(config)
     saved = _with_own_blocks(config, saved, source)
     _check_origin(config, dataset, name, saved)
@@ -210,14 +210,14 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
 
 
 def _with_own_blocks(config: Config, saved: Checkpoint, source: str) -> Checkpoint:
-    """Return a checkpoint in which user-defined blocks have the names that the settings give them."""
+    """Return a checkpoint in which user-defined blocks have the names that the settings give."""
     if not own_block.needed(saved.card):
         return saved
     return dataclasses.replace(saved, card=models.given_again(saved.card, config.block.name, source))
 
 
 def _other_names(classes: Sequence[str], saved: Checkpoint) -> str:
-    """Describe how two lists of classes differ that have the same length."""
+    """Describe how two lists of classes of the same length differ."""
     if len(classes) != len(saved.card.classes):
         return ""
     first = next((a, b) for a, b in zip(saved.card.classes, classes, strict=True) if a != b)
@@ -225,7 +225,7 @@ def _other_names(classes: Sequence[str], saved: Checkpoint) -> str:
 
 
 def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Network:
-    """Build the network of a resumed run. Raises InputError when the data are no longer those of the run."""
+    """Build the network of a resumed run. Raises InputError if the run's data have changed."""
     check_classes("the run", saved.card.classes, dataset)
     if saved.card.labels_digest != dataset.labels_digest:
         raise InputError(
@@ -249,26 +249,26 @@ def state_of(saved: Checkpoint, source: str) -> RunState:
 
 
 def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -> None:
-    """Check that the weights to start from are of this network and these classes, in a form that trains."""
+    """Check that the initial weights belong to this network and these classes, in a form that can be trained."""
     card, source = saved.card, _source(config)
     if card.form == checkpoint.FUSED:
         raise InputError(
-            f"{source} is fused, its branches are gone: start from last.pt, best.pt or cycle_NN.pt of its run; or as a "
-            f"plain network, from the file that 'repan fuse {quoted(source)} --form conv-bn' writes, with --model"
+            f"{source} is fused and has no branches: start from last.pt, best.pt or cycle_NN.pt of its run, or from "
+            f"the plain network that 'repan fuse {quoted(source)} --form conv-bn' writes, with --model"
         )
     if card.model != name and not (user_file.names_a_file(name) and user_file.names_a_file(card.model)):
         raise InputError(f"{source} holds the network {card.model}, not {name}: give --model as it was trained")
     if config.block.name not in (None, card.block) and card.form != checkpoint.PLAIN:
         raise InputError(
             f"{source} holds blocks of the family {card.block}, not {config.block.name}: give --block as it was "
-            "trained (only one trained with --block plain may grow others)"
+            "trained (only a network trained with --block plain may get others)"
         )
     if card.split_digest != dataset.split_digest:
         warn(f"{source} was trained with another validation part: some of its training images are now held out")
 
 
 def check_classes(source: object, classes: Sequence[str], dataset: Dataset) -> None:
-    """Check that the classes of a checkpoint are those of the data set. Raises InputError where they are not."""
+    """Check that a checkpoint has the classes of the data set. Raises InputError if not."""
     if tuple(classes) == tuple(dataset.classes):
         return
     if len(classes) != len(dataset.classes):
@@ -282,9 +282,9 @@ def check_classes(source: object, classes: Sequence[str], dataset: Dataset) -> N
 
 @torch.no_grad()
 def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
-    """Check that a network gives one logit a class, in one tensor, in eval mode and in train mode.
+    """Check that a network returns one tensor with one logit per class, in eval mode and in train mode.
 
-    A copy is asked, as train mode moves statistics.
+    The check uses a copy, because train mode changes BN statistics.
     """
     images, copied = noise(dataset), deep_copy(model)
     expected = (len(images), len(dataset.classes))
@@ -316,10 +316,10 @@ def _mend(name: str) -> str:
 
 @torch.no_grad()
 def safe_precision(machine: Runtime, network: Network, dataset: Dataset, *, chosen: str) -> Runtime:
-    """Return the runtime, in fp32 where bf16 computes wrong gradients; a warning says so.
+    """Return the runtime, changed to fp32 with a warning if bf16 would give wrong gradients.
 
-    On CPUs PyTorch's (2.15's, for one) bf16 gradient of a strided kernel holds uninitialised memory where the map that
-    it reads is smaller than the stride, as deep networks on small images have it.
+    On CPUs, PyTorch's bf16 gradient of a strided convolution holds uninitialised memory if its input map is smaller
+    than the stride (seen in 2.15). Deep networks on small images have such maps.
     """
     if machine.device.type != "cpu" or machine.precision != "bf16":
         return machine
@@ -354,7 +354,7 @@ def _smaller_than_stride(conv: nn.Conv2d, images: Tensor) -> bool:
 
 
 def describe_blocks(model: nn.Module) -> str:
-    """Return how many blocks of which families a network has."""
+    """Return a text with the number of a network's blocks of each family."""
     counted = Counter(block.family for _, block in rep_blocks(model))
     return " and ".join(count(number, f"{family} block") for family, number in counted.items()) or "no blocks"
 

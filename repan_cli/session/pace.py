@@ -1,4 +1,4 @@
-"""Detection of runs that become many times slower, for example because other processes take their cores."""
+"""Detect runs that become many times slower, for example because other processes take their cores."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from repan_cli.system.notices import warn
 from repan_cli.training.events import Event, LossLog, StepEnd
 
 WINDOW, SLOW, RECOVERED = 15.0, 0.25, 0.5
-"""Seconds that are looked at together; the share of the best pace that is a collapse, and that which ends it."""
+"""The length of a window in seconds; the share of the best pace below which a run has collapsed, and the share at which
+it has recovered.
+"""
 
 
 class TimeLimit:
-    """Tells when `hours` have passed since it was made; None is no limit."""
+    """Tells whether `hours` have passed since it was made; None means no limit."""
 
     def __init__(self, hours: float | None, now: Callable[[], float] = time.monotonic) -> None:
         self.hours, self.now = hours, now
@@ -29,9 +31,9 @@ class TimeLimit:
 
 
 class PaceWatch:
-    """Watches the steps of a run. Time between epochs does not count.
+    """Watches the pace of a run's steps. Time between epochs is not counted.
 
-    `now` tells the time in seconds.
+    `now` returns the time in seconds.
     """
 
     def __init__(self, batch_size: int, *, threads: int, now: Callable[[], float] = time.monotonic) -> None:
@@ -42,7 +44,7 @@ class PaceWatch:
         self._steps, self._seconds, self._slow = 0, 0.0, 0
 
     def take(self, event: Event) -> None:
-        """Look at an event. A collapse that lasts for two windows is a warning, once until the pace recovers."""
+        """Receive an event; warn if the pace stays collapsed for two windows, once until it recovers."""
         if isinstance(event, LossLog):
             return
         if not isinstance(event, StepEnd):

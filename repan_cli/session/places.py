@@ -1,4 +1,4 @@
-"""The files and folders that a run's settings name, found again from another folder than the one that it began in."""
+"""Find the files and folders that a run's settings name, when the run continues from another working directory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from repan_cli.system.text import at_home
 from repan_cli.system.weight_files import split_key
 
 READ_AGAIN = (DATA_ROOT, "data.class_order", "teacher.name", "baseline.teacher.name")
-"""The settings whose files are read again when a run goes on. A user's own code is never found by itself."""
+"""The settings whose files are read again when a run is resumed. A user's own code is never looked for."""
 
 WITHOUT_FILES = ("digits", "synthetic")
 
 
 def noted(config: Config) -> dict[str, Any]:
-    """Return what is noted beside the settings: the absolute paths of those that are relative, by their keys."""
+    """Return what a run notes besides its settings: the absolute path of each relative one, by key."""
     found = {key: str(Path(path).absolute()) for key, path in _relative(config)}
     return {PLACES: found} if found else {}
 
@@ -33,16 +33,16 @@ def _relative(config: Config) -> Iterator[tuple[str, str]]:
         if key == DATA_ROOT:
             if config.data.name not in WITHOUT_FILES:
                 yield key, path
-        elif split_key(path)[0].exists():  # else it is the name of a network, or a word
+        elif split_key(path)[0].exists():  # otherwise it is the name of a network, or a word
             yield key, path
 
 
 def found(settings: Mapping[str, Any], places: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the paths of settings that are not there as they were typed, but are where they were noted to be.
+    """Return new paths for settings whose file is missing at the given path, but exists at the noted one.
 
     Args:
         settings: typed values by dotted key.
-        places: what was noted, of a file the surroundings in its card.
+        places: what was noted; for a file, the `surroundings` in its card.
     """
     before = (places or {}).get(PLACES)
     before = {**before} if isinstance(before, Mapping) else {}
@@ -59,7 +59,7 @@ def found(settings: Mapping[str, Any], places: Mapping[str, Any] | None) -> dict
 
 
 def data_root(card: ModelCard) -> str:
-    """Return where the data of a network lie: as was typed, or, where they are not there, as was noted."""
+    """Return the folder of a network's data: the one that was given or, if the data are not there, the noted one."""
     typed = {DATA_ROOT: DataConfig().root, **{key: value for key, value in card.settings.items() if value is not None}}
     return found(typed, card.surroundings).get(DATA_ROOT, at_home(str(typed[DATA_ROOT])))
 

@@ -1,4 +1,4 @@
-"""The recorder of a run: metrics, checkpoints, the state to resume from, the summary."""
+"""Record a run: metrics, checkpoints, the state to resume from, the summary."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, StepEn
 from repan_cli.training.snapshot import snapshot
 
 SAVING_SHARE = 0.02
-"""The share of a run's time that saving at the ends of epochs may take. Where epochs are short, some are not saved."""
+"""The share of a run's time that saving after epochs may take. If epochs are short, some are not saved."""
 
 WATCHED = ("top1_before", "top1_after_restart", "loss_before", "loss_after_restart", "logit_error")
 
 
 class Record:
-    """Takes the events of a run. `begun` holds the notes of a resumed run, from its last.pt."""
+    """Records the events of a run. `begun` holds the notes of a resumed run, from its `last.pt`."""
 
     def __init__(self, session: Session, folder: runs.RunDirectory, begun: Mapping[str, Any] | None = None) -> None:
         self.session, self.folder = session, folder
@@ -35,7 +35,7 @@ class Record:
         begun = begun or {"summary": _new_summary(session), "start": {}, "epoch": {}, "seconds": 0.0}
         self.summary, self.start, self.epoch = begun["summary"], begun["start"], begun["epoch"]
         self.seconds_before = begun["seconds"]
-        self.best: Checkpoint | None = None  # to be written with the next state
+        self.best: Checkpoint | None = None  # written with the next state
         self.saved_at, self.saving = time.perf_counter(), 0.0
         rewind(folder.path, *self.position())
         self.requested = open_requested(session.config.run.trackers, _tracked(session, folder))
@@ -47,16 +47,16 @@ class Record:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds since the run began, without the time in which it stood still."""
+        """Return the seconds since the run began, without the time during which it was stopped."""
         return self.seconds_before + time.perf_counter() - self.began
 
     def position(self) -> tuple[int, int]:
-        """Return the cycle, and how many of its epochs are done."""
+        """Return the cycle, and the number of its finished epochs."""
         plan, progress = self.session.training.plan, self.session.training.progress
         return plan[min(progress.phase, len(plan) - 1)].cycle, progress.epoch if progress.phase < len(plan) else 10**9
 
     def open(self) -> None:
-        """Save the weights that a run of cycles begins with, and a first state, before the first step."""
+        """Save the initial weights of a run of cycles, and a first state, before the first step."""
         session = self.session
         self.folder.status("running")
         if session.start:
@@ -111,7 +111,7 @@ class Record:
         return felt.around(read_metrics(self.folder / "metrics.jsonl"), cycle, pace)
 
     def finish(self) -> None:
-        """Log the results, in figures."""
+        """Log the final figures."""
         flat = {f"test_{name}": value for name, value in self.summary["test"].items() if name in ("top1", "top5")}
         self._log(
             "final", {**flat, **{f"fused_{name}": value for name, value in self.summary.get("fused", {}).items()}}
@@ -120,7 +120,8 @@ class Record:
     def _log(self, kind: str, figures: Mapping[str, Any]) -> None:
         """Log figures, always before the state is saved.
 
-        After a kill, figures that the state does not know are taken out again; figures that are missing would be lost.
+        After a kill, figures that are newer than the state are removed. Figures that had not been written would be
+        lost.
         """
         progress, plan = self.session.training.progress, self.session.training.plan
         epochs = sum(phase.epochs for phase in plan[: progress.phase]) + progress.epoch
@@ -128,8 +129,9 @@ class Record:
             tracker.log(kind, epochs, figures)
 
     def save_last(self) -> None:
-        """Save the weights and everything else that the run needs to resume from here. Raises DivergedError instead if
-        an update since the last save was not finite.
+        """Save the weights and everything else that the run needs to resume from here.
+
+        Raises DivergedError instead if an update since the last save was not finite.
         """
         training, began = self.session.training, time.perf_counter()
         if training.progress.totals is not None:
@@ -158,7 +160,7 @@ class Record:
         return checkpoint.capture(self.session.training.scored, card)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a failed run: no other error may hide the first
+        with contextlib.suppress(OSError):  # the run has failed: no other error may hide the first
             self._save_best()
         for tracker in self.trackers:
             tracker.close()
@@ -192,7 +194,7 @@ def _new_summary(session: Session) -> dict[str, Any]:
 
 
 def saves_at(session: Session, event: StepEnd) -> bool:
-    """Return whether the run saves after this update, in the middle of an epoch; if so, rank 0 then has all sums."""
+    """Return whether the run saves after this update, within an epoch. If so, rank 0 holds the sums of all ranks."""
     every = session.config.run.save_every
     if every is None or event.step // every == (event.step - session.training.accumulate) // every:
         return False
@@ -201,12 +203,12 @@ def saves_at(session: Session, event: StepEnd) -> bool:
 
 
 def pool(session: Session) -> None:
-    """Let rank 0 hold the sums of all ranks over the epoch that is under way."""
+    """Collect the sums of all ranks over the current epoch on rank 0."""
     totals = session.training.progress.totals
     assert totals is not None, "an update of this epoch has been made"
     totals.pool(session.training.runtime.rank)
 
 
 def chosen_file(folder: Path) -> Path:
-    """Return the checkpoint that validation chose, or the last one where nothing was held out."""
+    """Return the checkpoint that validation chose, or the last one if nothing was held out."""
     return next(path for path in (folder / "best.pt", folder / runs.LAST) if path.exists())

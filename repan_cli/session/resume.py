@@ -1,4 +1,4 @@
-"""`--resume`: a run continues from its newest whole state, as if it had never stopped."""
+"""Implement `--resume`: continue a run from its newest intact state, with the same result as without the stop."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ images that cannot be read any more by `data.on_error`; a teacher must be the sa
 
 
 def run(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
-    """Resume a run of `command`, and return its directory, on the first rank. Raises InputError if it cannot be
-    resumed.
+    """Resume a run of `command` and return its directory, on the first rank.
+
+    Raises InputError if it cannot be resumed.
     """
     join_ranks(str(given.get("run.device", "auto")))
     if own_rank():
@@ -62,7 +63,9 @@ def run(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
 
 
 def _follow(command: str, given: Layer) -> None:
-    """Resume as one of several ranks, from the state that the first sends: the folder need not be on this machine."""
+    """Resume as one of the other ranks, from the state that the first rank sends; this machine need not see the
+    folder.
+    """
     source = Path(of_first_rank(None).decode())
     with file_of_first_rank(source, own_rank()) as received:
         saved = checkpoint.load(received)
@@ -70,7 +73,7 @@ def _follow(command: str, given: Layer) -> None:
 
 
 def _again(command: str, given: Layer, path: Path, source: Path, saved: Checkpoint) -> tuple[Session, Resolved]:
-    """Prepare the run in the folder `path`, in the state that was `saved` in the file `source`."""
+    """Prepare the run in the folder `path`, with the state that was `saved` in the file `source`."""
     if saved.card.command != command:
         raise InputError(f"{path} is a run of 'repan {saved.card.command}': resume it with that command")
     resolved = Resolved(_changed(saved, given, path), f"{source}, from where it stopped")
@@ -95,7 +98,7 @@ def _has_results(session: Session, path: Path) -> bool:
 
 
 def _conclude(session: Session, folder: runs.RunDirectory) -> None:
-    """Mark a run that has its results as done. Raises InputError where it is marked already."""
+    """Mark a run that has its results as done. Raises InputError if it is marked already."""
     path, cycle = folder.path, session.config.cycle
     if runs.state_of(folder.path) != "done":
         folder.status("done")
@@ -105,8 +108,9 @@ def _conclude(session: Session, folder: runs.RunDirectory) -> None:
 
 
 def newest_state(path: Path) -> tuple[Path, Checkpoint]:
-    """Read the newest intact state of a run: last.pt, or with a warning the one before it. Raises InputError if there
-    is none.
+    """Read the newest intact state of a run: `last.pt`, or with a warning the previous one.
+
+    Raises InputError if there is none.
     """
     problems = []
     for file in (path / runs.LAST, path / runs.PREVIOUS):
@@ -127,13 +131,13 @@ def newest_state(path: Path) -> tuple[Path, Checkpoint]:
 
 
 def _set_aside(damaged: Path) -> None:
-    """Keep a damaged state from taking the place of the whole one, without deleting it."""
+    """Move a damaged state out of the way, without deleting it."""
     if damaged.exists():
         damaged.replace(damaged.with_name("last_damaged.pt"))
 
 
 def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
-    """Return the configuration of the run with allowed changes. Raises InputError for others."""
+    """Return the run's configuration with the allowed changes. Raises InputError for others."""
     stored, asked = saved.card.settings, config.typed(given)
     whole = config.from_flat(stored)
     for key, value in asked.items():
@@ -158,8 +162,9 @@ def _changed(saved: Checkpoint, given: Layer, path: Path) -> Config:
 
 
 def check_own_teachers(stored: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
-    """Raise InputError for a teacher of a user's own network that was not given again: files are never imported by
-    themselves.
+    """Raise InputError if a teacher uses a user's own network that was not given again.
+
+    Files with code are never imported unless the user names them.
     """
     for key in OF_TEACHERS:
         if key not in asked and names_a_file(stored.get(key)):
@@ -170,18 +175,18 @@ def check_own_teachers(stored: Mapping[str, Any], asked: Mapping[str, Any], path
 
 
 def _same(saved: Checkpoint, key: str, value: object) -> bool:
-    """Return whether a given setting has the same meaning as the value of the run."""
+    """Return whether a given setting means the same as the run's value."""
     if key == "model.name":
         return _same_network(saved, str(value))
     if key == "block.name" and own_block.needed(saved.card):
-        return is_own(str(value))  # told by its weights, wherever its file is now
+        return is_own(str(value))  # recognized by its weights, wherever its file is now
     return bool(value == saved.card.settings.get(key))
 
 
 def _same_network(saved: Checkpoint, given: str) -> bool:
     """Return whether a name means the network of the run.
 
-    A user-defined network is told by its weights, wherever its file is now.
+    A user-defined network is recognized by its weights, wherever its file is now.
     """
     stored = saved.card.model
     if user_file.names_a_file(stored):
@@ -202,7 +207,7 @@ def _check_cycles(whole: Config, cycles: int, phase: int) -> None:
 
 
 def _warn_of_edits(saved: Checkpoint, path: Path) -> None:
-    """Warn about edits of config.yaml since the run began: the settings in the state are the ones that count."""
+    """Warn about edits of config.yaml since the run began, since the settings in the state are used."""
     try:
         there = config.typed(read_file(path / "config.yaml"))
     except InputError as error:
@@ -220,7 +225,7 @@ def _warn_of_edits(saved: Checkpoint, path: Path) -> None:
 
 
 def _warn_of_changes(saved: Checkpoint, now: Mapping[str, Any]) -> None:
-    """Warn about differences in the environment that may change the last bits of the results."""
+    """Warn about changes of the environment that may change the last bits of the results."""
     before = saved.card.surroundings or {}
     changes = [f"{name} {before[name]} is now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changes:

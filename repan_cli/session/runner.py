@@ -1,4 +1,7 @@
-"""`repan train`, `distill` and `cycle`: one session from configuration to summary, which differ in their plan alone."""
+"""Run `repan train`, `distill` and `cycle`: one session from configuration to summary.
+
+They differ only in their plan.
+"""
 
 from __future__ import annotations
 
@@ -43,17 +46,17 @@ from repan_cli.training.loop import fit
 from repan_cli.training.run import Training
 
 STEPS_BETWEEN_STOPS = 10
-"""Steps between two questions to the other ranks, each of which is a host-device sync on GPUs."""
+"""The number of steps between two queries of the other ranks. On GPUs each query is a host-device sync."""
 
 
 ALONE_AFTER = 5
-"""Seconds after which one of several ranks that waits for images stops without the others."""
+"""Seconds after which a rank that waits for images stops without the others."""
 
 
 def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
     """Prepare, train, merge, and report. Of several ranks only the first writes and reports.
 
-    Returns the run directory, of the first rank.
+    Returns the run directory on the first rank, None on the others.
     """
     session = prepare(command, resolved)
     if session.training.runtime.rank:
@@ -61,12 +64,12 @@ def run(command: str, resolved: Resolved, *, as_json: bool) -> Path | None:
         return None
     try:
         return begin(session, resolved, as_json=as_json)
-    except KeyboardInterrupt:  # between the making of the folder and the first step
+    except KeyboardInterrupt:  # between creation of the folder and the first step
         raise InterruptedRunError("stopped before training began; there is no save to resume from") from None
 
 
 def begin(session: Session, resolved: Resolved, *, as_json: bool) -> Path:
-    """Create the run directory of a prepared run, and carry the run out. Returns the directory."""
+    """Create the run directory of a prepared run, carry the run out, and return the directory."""
     command, config = session.command, session.config
     path = Path(config.run.out) if config.run.out else runs.claim_default(command, *session.names)
     with runs.RunDirectory(path, reopen=not config.run.out) as folder:
@@ -89,7 +92,8 @@ def carry_out(
 ) -> None:
     """Train and report, from the start or, with the notes that a run had `begun`, from where it stopped.
 
-    Raises InterruptedRunError on Ctrl-C and PreemptedRunError when another signal asks to stop, with everything saved.
+    Raises InterruptedRunError on Ctrl-C, and PreemptedRunError if another signal asks to stop. Everything is saved
+    first.
     """
     training, limit = session.training, TimeLimit(session.config.run.max_hours)
     epochs = {phase.cycle: phase.epochs for phase in training.plan}
@@ -144,12 +148,12 @@ def _heard(number: int) -> str:
 def _train(
     session: Session, record: Record, display: Display, signals: StopSignals, limit: TimeLimit, *, fresh: bool
 ) -> None:
-    """Train through the plan and record events. Raises StoppedError when a signal asks to, with the state saved."""
+    """Train through the plan and record events. Raises StoppedError, with the state saved, if a signal asks to stop."""
     hear(session.training, signals)
     if fresh:
         record.open()
         session.training.train.first = functools.partial(_draw_first, session, record.folder)
-    if math.isfinite(session.training.progress.best_top1):  # of the weights it began with, or before a stop
+    if math.isfinite(session.training.progress.best_top1):  # score of the initial weights, or from before a stop
         display.position.best = session.training.progress.best_top1
     told = False
     pace = PaceWatch(session.config.data.batch_size, threads=torch.get_num_threads())
@@ -171,7 +175,7 @@ def _train(
             epochs = count(session.training.progress.since_best, "epoch")
             display.say(f"ended after {epochs} without a better validation top-1 (run.patience)")
             record.summary["ended_early"] = True
-        leave_ranks()  # the rest is for the first rank alone
+        leave_ranks()  # the rest is for the first rank only
     except StoppedError:
         if session.training.progress.whole:  # within a restart, the state is the one saved after the last epoch
             record.save_last()
@@ -180,15 +184,15 @@ def _train(
 
 
 def _draw_first(session: Session, folder: runs.RunDirectory, batch: Batch) -> None:
-    """Draw the first training batch of a run, which it draws no random number for."""
+    """Draw a picture of a run's first training batch; this changes no random number of the run."""
     with warned(f"no {mosaic.NAME}"):
         mosaic.draw(session, folder, batch)
 
 
 def hear(training: Training, signals: StopSignals) -> None:
-    """Let a run look at the signals wherever it may wait long.
+    """Let a run check for signals wherever it may wait long.
 
-    One of several ranks that is asked to stop does so with the others, after an update, unless its images do not come.
+    A rank that is asked to stop does so together with the others, after an update, unless its images do not arrive.
     """
     if training.runtime.ranks == 1:
         training.stop = signals
@@ -197,7 +201,7 @@ def hear(training: Training, signals: StopSignals) -> None:
 
 
 class _Patient:
-    """Says that one of several ranks is to stop, some looks after it was asked to."""
+    """Raises LostRankError if a rank that was asked to stop still waits for images after `ALONE_AFTER` seconds."""
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals, self.since = signals, 0.0
@@ -212,7 +216,7 @@ class _Patient:
 
 
 def follow(session: Session) -> None:
-    """Train as one of several ranks, of which the first writes and speaks."""
+    """Train as one of the ranks that neither write nor report."""
     try:
         with StopSignals() as signals:
             hear(session.training, signals)
@@ -228,7 +232,7 @@ def follow(session: Session) -> None:
 
 
 def _stops(session: Session, event: Event, signals: StopSignals) -> bool:
-    """Return whether the run stops here: if one rank was asked to stop, all stop after the same update."""
+    """Return whether the run stops here. If one rank was asked to stop, all stop after the same update."""
     machine = session.training.runtime
     if machine.ranks == 1:
         return signals()
@@ -249,7 +253,7 @@ def _stops(session: Session, event: Event, signals: StopSignals) -> bool:
 def _stopped(
     session: Session, record: Record, display: Display, signals: StopSignals, *, saved: bool
 ) -> InterruptedRunError | PreemptedRunError:
-    """Leave the run so that it can be resumed, and return the error that explains how."""
+    """Mark the run as one that can be resumed, and return the error that explains how."""
     folder, summary = record.folder, record.summary
     asked = None if signals.received == signal.SIGINT else signals.received
     folder.status("preempted" if asked else "interrupted")
@@ -259,7 +263,7 @@ def _stopped(
     command = "repan" if ranks == 1 else f"torchrun --standalone --nproc-per-node {ranks} -m repan_cli"
     how = f"continue with: {command} {session.command} --resume {quoted(folder.path)}{session.own_code_again}"
     if not saved:
-        return InterruptedRunError(f"stopped at once, without saving; from its last save {how}", folder.path)
+        return InterruptedRunError(f"stopped at once, without saving; the last save is whole: {how}", folder.path)
     if asked:
         reason = signals.reason or f"by {signal.Signals(asked).name}"
         return PreemptedRunError(f"stopped {reason}, everything is saved; {how}")

@@ -1,4 +1,7 @@
-"""The sources of networks that people name: files, run directories, folders of the Hub, names. Without PyTorch."""
+"""Tell what a user's name for a network means: a file, a run directory, a folder of the Hub, a name.
+
+Without PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from repan_cli.system.weight_files import RUNTIME_DESCRIPTION, file_in, may_be_w
 
 
 def file_of(source: str) -> Path | None:
-    """Return the file that a user means; None where it is the name of a network."""
+    """Return the file that a user means; None if it is the name of a network."""
     path = Path(source)
     if path.is_dir():
         return file_in(path)
     if path.is_file():
-        description = path.parent / RUNTIME_DESCRIPTION  # of another program's files, each of which stands for all
+        description = path.parent / RUNTIME_DESCRIPTION  # the description of another program's files
         return description if path.name.startswith("model.") and description.is_file() else path
     if path.exists():
         raise InputError(f"{path} is not a regular file: name a file of weights, or a run's folder")
@@ -29,7 +32,7 @@ def file_of(source: str) -> Path | None:
 
 
 def check(source: str, model: str | None = None) -> Path | None:
-    """Return the file that a source means, None for a name. Raises InputError for what can be no network."""
+    """Return the file that a source means, or None for a name. Raises InputError if it cannot be a network."""
     if model is not None:
         names.check_model(model)
     if names.names_a_repository(source):

@@ -32,7 +32,7 @@ from repan_cli.training.run import Training
 
 
 def header(session: Session, resolved: Resolved) -> dict[str, str]:
-    """Describe the run that is about to begin."""
+    """Describe a run that is about to begin."""
     config, data, training = session.config, session.dataset, session.training
     typed, name = resolved.config.model.name, config.model.name
     network = name if typed in (None, name) else f"{typed} is {name}"
@@ -60,8 +60,9 @@ def _describe_classes(session: Session) -> dict[str, str]:
 
 
 def _describe_augmentation(train: Loader) -> dict[str, str]:
-    """Describe the augmentation of training images besides crop and flip, or how they are loaded; empty in the plainest
-    case.
+    """Describe the augmentation of training images besides crop and flip, and how they are loaded.
+
+    The text is empty in the plainest case.
     """
     chosen = {name: getattr(train.augmentation, name) for name in ("policy", "cutout", "erase", "mixup", "cutmix")}
     parts = [f"{name} {value}" for name, value in chosen.items() if value]
@@ -127,7 +128,7 @@ def finish(session: Session, folder: runs.RunDirectory, display: Display, record
 
 
 def conclude(session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
-    """Mark a run that has its summary as done, draw it, and print where its files are. Failures become warnings."""
+    """Mark a run that has its summary as done, plot it, and print where its files are. Failures become warnings."""
     with warned("the run is done, but status.json does not say so; --resume fixes that"):
         folder.status("done")
     with warned("no curves.png"):
@@ -138,7 +139,7 @@ def conclude(session: Session, folder: runs.RunDirectory, display: Display, summ
 
 @contextlib.contextmanager
 def warned(what: str) -> Iterator[None]:
-    """Turn an error into a warning that names the missing result, and the reason."""
+    """Turn an error into a warning that names the missing result and the reason."""
     try:
         yield
     except Exception as error:  # a full disk, a lost terminal, any error of a library
@@ -151,7 +152,7 @@ def _score(session: Session, model: nn.Module) -> dict[str, Any]:
 
 
 def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model: nn.Module) -> dict[str, Any]:
-    """Write fused.pt, proven equal on some test images, and measure its own test accuracy."""
+    """Write fused.pt, after a check of equality on some test images, and measure its own test accuracy."""
     images = next(session.training.test.batches(export.PROOF_IMAGES)).images
     fused, report = export.fuse(model, images.cpu())
     checkpoint.save(checkpoint.capture_fused(fused, chosen, changes_of(fused)), folder / "fused.pt")
@@ -159,7 +160,7 @@ def _fuse(session: Session, folder: runs.RunDirectory, chosen: Checkpoint, model
 
 
 def draw(session: Session, folder: runs.RunDirectory, display: Display, summary: dict[str, Any]) -> None:
-    """Draw the curves of a run, with test top-1 at the end of each finished phase."""
+    """Plot the curves of a run, with test top-1 at the end of each finished phase."""
     title = (f"repan {session.command}", *session.names, f"seed {session.config.run.seed}")
     if not plots.available():
         display.say(f"no curves.png: {plots.how_to_get()}")
@@ -168,7 +169,7 @@ def draw(session: Session, folder: runs.RunDirectory, display: Display, summary:
 
 
 def _tests(summary: dict[str, Any]) -> dict[int, float]:
-    """Return test top-1 at the end of each phase that is over, by its cycle."""
+    """Return test top-1 at the end of each finished phase, by cycle."""
     baseline = {0: summary["baseline"]["test_top1"]} if summary["baseline"] else {}
     return {**baseline, **{row["cycle"]: row["test_top1"] for row in summary["cycles"]}}
 
@@ -182,7 +183,7 @@ def _test_text(test: dict[str, Any]) -> str:
 
 
 def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any], session: Session) -> None:
-    """Show the end of a run: a row a phase, the chosen weights, the merged network, the files."""
+    """Show the end of a run: one row per phase, the chosen weights, the merged network, the files."""
     test, chosen, fused = summary["test"], summary["chosen"], summary.get("fused")
     records = read_metrics(folder / "metrics.jsonl")
     validation = [record["val_top1"] for record in records if record["val_top1"] is not None]

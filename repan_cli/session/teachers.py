@@ -1,4 +1,4 @@
-"""The task of each phase of a run, with its teacher found, checked and merged."""
+"""Make the task of each phase of a run, with its teacher found, checked and merged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from repan_cli.training.teacher import LogitCache, Teacher, View, allocate
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A teacher's network, on the CPU, with the images that it wants."""
+    """A teacher's network on the CPU, with the preprocessing of its images."""
 
     model: nn.Module
     view: View
@@ -50,11 +50,11 @@ class TeacherModel:
 class PhaseTasks:
     """The tasks of the phases of a run.
 
-    A teacher is built once, with one cache of its logits for all its phases. The teacher `previous` is the network that
-    the cycle before left, merged.
+    A teacher is built once, with one cache of its logits for all its phases. The teacher `previous` is the merged
+    network that the previous cycle ended with.
 
-    `model` is the network that is scored. `folder` is the folder of the run: a cache that does not fit in memory goes
-    there. A run that was `resumed_in` the midst of a cycle finds the network of the cycle before there.
+    `model` is the network that is scored. `folder` is the run's folder; a cache that does not fit in memory is put
+    there. A run that was `resumed_in` the middle of a cycle finds the network of the previous cycle in that folder.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, train: Loader, machine: Runtime) -> None:
@@ -66,7 +66,7 @@ class PhaseTasks:
         self._teachers: dict[config.TeacherConfig, LogitCache | Teacher] = {}
 
     def prepare(self, plan: Sequence[Phase]) -> None:
-        """Find the teachers of all phases, so that errors in one appear before the first step."""
+        """Find the teachers of all phases, so that errors appear before the first step."""
         for phase in plan:
             if phase.teacher.name not in (None, config.PREVIOUS):
                 self._teacher(phase.teacher)
@@ -80,7 +80,7 @@ class PhaseTasks:
 
     def _teacher(self, settings: config.TeacherConfig, cycle: int = 0) -> LogitCache | Teacher:
         name = _name_in(settings)
-        settings = dataclasses.replace(settings, alpha=0.5, temperature=1.0)  # its logits do not depend on it
+        settings = dataclasses.replace(settings, alpha=0.5, temperature=1.0)  # its logits do not depend on these
         if name == config.PREVIOUS:
             self._teachers.pop(settings, None)
         if settings not in self._teachers:
@@ -91,7 +91,7 @@ class PhaseTasks:
         return self._teachers[settings]
 
     def _previous(self, cycle: int) -> TeacherModel:
-        """Return the network of the cycle before, from its file where the network has changed since."""
+        """Return the network of the previous cycle; from its file if the network has changed since."""
         model = copy.deepcopy(self.model).cpu().float()
         if cycle == self.resumed_in:
             assert self.folder is not None, "a run that was resumed has a folder"
@@ -111,7 +111,7 @@ class PhaseTasks:
             return teacher
         if why := self.train.unnumbered:
             if settings.cache == "views":
-                raise InputError(f"teacher.cache=views: with {why} no view comes twice; set teacher.cache=none")
+                raise InputError(f"teacher.cache=views has no use: with {why} no view repeats; set teacher.cache=none")
             return teacher
         shape = (self.train.count, self.train.view_count, len(self.dataset.classes))
         return LogitCache(
@@ -122,12 +122,12 @@ class PhaseTasks:
 
 
 def _there(folder: Path | None) -> Path:
-    """Return the folder of a run where this machine sees it, else that for temporary files."""
+    """Return the run's folder if this machine sees it, otherwise the folder for temporary files."""
     return folder if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
 
 
 def merged(found: TeacherModel, channels: int) -> nn.Module:
-    """Return the network of a teacher with its blocks merged and its BN folded, where it has any."""
+    """Return a teacher's network with its blocks merged and its BN folded, if it has any."""
     images = noise(2, channels, found.view.size, found.view.size)
     try:
         return export.fuse(found.model, images)[0]
@@ -143,7 +143,7 @@ def _name_in(settings: config.TeacherConfig) -> str:
 def find_teacher(settings: config.TeacherConfig, dataset: Dataset) -> TeacherModel:
     """Find the network that `teacher.name` means.
 
-    Raises InputError when there is none, when it does not know exactly the classes of the data, or reads other
+    Raises InputError if there is none, if it does not have exactly the classes of the data, or if it reads other
     channels.
     """
     name = hub_folder.file_of(_name_in(settings))
@@ -194,8 +194,8 @@ def _theirs(name: str, settings: config.TeacherConfig, dataset: Dataset, weights
 
 def _pretrained(name: str, dataset: Dataset) -> TeacherModel:
     if Path(name).suffix in WEIGHT_ENDINGS:
-        raise InputError(f"no teacher's file {name}: give its place with --teacher")
-    full = models.resolve(name, LARGE_IMAGE)  # short names are timm's own, made for large images
+        raise InputError(f"no file {name} for the teacher: give its location with --teacher")
+    full = models.resolve(name, LARGE_IMAGE)  # short names are timm's own networks, made for large images
     if models.has_new_classifier(full, len(dataset.classes)):
         raise InputError(
             f"the pretrained {full} does not know the {len(dataset.classes)} classes of {dataset.name}: train it on "

@@ -1,4 +1,4 @@
-"""The machine: device, precision, threads, and randomness keyed by position instead of by generator state."""
+"""Describe the machine for a run: device, precision, threads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from repan_cli.system.text import count
 
 @dataclass(frozen=True)
 class Runtime:
-    """The device and precision that a network runs in, and which of how many processes this is."""
+    """The device and precision of a network, and the rank of this process."""
 
     device: torch.device
     precision: str
@@ -45,7 +45,9 @@ class Runtime:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Compute float32 in TF32 meanwhile where `precision` is tf32: forward and backward passes of training."""
+        """Compute float32 in TF32 within the context if `precision` is tf32: in the forward and backward passes of
+        training.
+        """
         if self.precision == "tf32":
             _allow_tf32(True)
         try:
@@ -55,7 +57,7 @@ class Runtime:
                 _allow_tf32(False)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Return the loss scaler that fp16 needs; one that does nothing otherwise."""
+        """Return the loss scaler that fp16 needs; otherwise one that does nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def describe(self) -> str:
@@ -70,9 +72,9 @@ class Runtime:
 
 
 def start_runtime(device: str = "auto", precision: str = "auto", *, channels_last: bool = True) -> Runtime:
-    """Return the runtime that the settings mean on this machine, on which float32 is true float32 from now on.
+    """Return the runtime that the settings describe on this machine. From now on float32 is computed in full float32.
 
-    Raises InputError for a device or a precision that is not there.
+    Raises InputError for a device or a precision that is not available.
     """
     _allow_tf32(False)
     rank, ranks = join_ranks(device)
@@ -81,7 +83,7 @@ def start_runtime(device: str = "auto", precision: str = "auto", *, channels_las
 
 
 def _allow_tf32(allowed: bool) -> None:
-    """Let GPUs compute float32 with 10 bits of mantissa or not; PyTorch's default does for convolutions."""
+    """Let GPUs compute float32 with 10 bits of mantissa, or not; by default PyTorch does so for convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -89,7 +91,7 @@ def _allow_tf32(allowed: bool) -> None:
 def use_threads(asked: int | None) -> int:
     """Set the number of PyTorch's CPU threads, and return it.
 
-    None means the number of cores that are free now, or OMP_NUM_THREADS: two threads on one free core are many times
+    None means OMP_NUM_THREADS, or the number of cores that are free now: two threads on one free core are many times
     slower than one.
     """
     if asked is None:
@@ -106,7 +108,7 @@ def use_threads(asked: int | None) -> int:
 
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Variables by which a user or a launcher says how many threads a process has."""
+"""Variables by which a user or a launcher sets the number of threads of a process."""
 
 
 def find_device(name: str) -> torch.device:
@@ -128,8 +130,9 @@ def find_device(name: str) -> torch.device:
 
 
 def find_precision(name: str, device: torch.device) -> str:
-    """Return the precision that `name` means: `auto` is bf16 where the device computes in it, else fp32. Raises
-    InputError for tf32 that no GPU computes in.
+    """Return the precision that `name` means: `auto` is bf16 if the device computes in it, else fp32.
+
+    Raises InputError if tf32 is asked for without a GPU that has it.
     """
     if name == "tf32" and device.type != "cuda":
         raise InputError(f"precision tf32 is for NVIDIA GPUs, the device is {device.type}: give fp32")
@@ -159,5 +162,5 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes that this process has held: on the GPU, or of the machine's memory where it tells."""
+    """Return the largest number of bytes that this process has held, on the GPU or in memory; None if not known."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host.peak_memory()

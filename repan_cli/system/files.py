@@ -1,4 +1,4 @@
-"""Write a file so that a reader never sees half of it; read and write JSON."""
+"""Write files so that a reader never sees an incomplete one; read and write JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def to_json(content: Any, *, indent: int | None = None, sort_keys: bool = False, compact: bool = False) -> str:
-    """Return the JSON of plain types, with null for numbers that are not finite: JSON has none. All is written so."""
+    """Return the JSON of plain types. Numbers that are not finite become null, since JSON has none."""
     separators = (",", ":") if compact else None
     encoder = json.JSONEncoder(indent=indent, sort_keys=sort_keys, separators=separators, allow_nan=False)
     try:
@@ -49,12 +49,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     with temporary_file(path) as (file, name):
         write(file)
         flush(file)
-        file.close()  # Windows renames no file that is open
+        file.close()  # Windows cannot rename an open file
         name.replace(path)
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder of a file that is to be written. Raises InputError where none can be."""
+    """Make the folder for a file that will be written. Raises InputError if it cannot be made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,7 +67,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write files, by their names in a folder, which appears with all of them; in one that exists each is replaced."""
+    """Write files, by name, into a folder that appears with all of them; in an existing folder each is replaced."""
     if path.is_dir():
         for name, content in files.items():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,9 +91,9 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """Open a file beside `path` for writing, with its name; it is gone where something fails.
+    """Open a file next to `path` for writing, with its name; remove it if something fails.
 
-    Raises InputError where no file can be, and OutOfSpaceError, with the bytes that are free, when the disk is full.
+    Raises InputError if no file can be made. Raises OutOfSpaceError, with the free space, if the disk is full.
     """
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
@@ -120,7 +120,7 @@ def temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
 
 
 def flush(file: IO[bytes]) -> None:
-    """Write what is buffered onto the disk itself."""
+    """Write buffered data to the disk."""
     file.flush()
     os.fsync(file.fileno())
 

@@ -1,5 +1,7 @@
-"""Information on this machine from the operating system: cores, memory, processor. Every function works on every
-system."""
+"""Get information on this machine from the operating system: cores, memory, processor.
+
+Every function works on every system.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +13,23 @@ import time
 from pathlib import Path
 
 PROC_STAT, CPU_MAX = Path("/proc/stat"), Path("/sys/fs/cgroup/cpu.max")
-"""The files in which Linux gives the time that each core was used, and the CPU limit of a container."""
+"""The files in which Linux gives the used time of each core, and the CPU limit of a container."""
 
 SAMPLE = 0.2
-"""Seconds over which the use of cores is looked at."""
+"""Seconds over which the use of cores is measured."""
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use: those it is bound to, where the system can bind one."""
+    """Return the number of cores that this process may use: those it is bound to, if the system can bind processes."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def free_cores() -> int:
-    """Return how many of the usable cores have nothing to do now, at least 1.
+    """Return the number of usable cores that are idle now, at least 1.
 
-    A container's limit counts as cores. Work at low priority (nice) counts as nothing to do. Takes 0.2 s on Linux.
+    A container's limit counts as cores. Low-priority work (nice) counts as idle. This takes 0.2 s on Linux.
     """
     cores = usable_cores()
     busy = _busy_cores()
@@ -39,7 +41,7 @@ def _busy_cores() -> int:
         before = _core_times()
         time.sleep(SAMPLE)
         after = _core_times()
-    except (OSError, ValueError, IndexError):  # no Linux
+    except (OSError, ValueError, IndexError):  # not Linux
         return round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
     busy = 0.0
     for core, (used, total) in after.items():
@@ -49,7 +51,7 @@ def _busy_cores() -> int:
 
 
 def _core_times() -> dict[int, tuple[int, int]]:
-    """Return the used and the whole time of each usable core, as /proc/stat tells them."""
+    """Return the used and the total time of each usable core, from /proc/stat."""
     usable: set[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     times = {}
     for line in PROC_STAT.read_text(encoding="utf-8").splitlines():
@@ -62,7 +64,7 @@ def _core_times() -> dict[int, tuple[int, int]]:
 
 
 def _container_limit() -> int | None:
-    """Return how many cores a container may use at once, rounded up; None without a limit."""
+    """Return the number of cores that a container may use at once, rounded up; None without a limit."""
     with contextlib.suppress(OSError, ValueError):
         quota, period = CPU_MAX.read_text(encoding="utf-8").split()
         if quota != "max":
@@ -71,7 +73,7 @@ def _container_limit() -> int | None:
 
 
 def memory_bytes(*, free: bool = False) -> int | None:
-    """Return the machine's memory in bytes, or what of it is free; None on systems that do not tell, as Windows."""
+    """Return the machine's memory in bytes, total or free; None on systems that do not report it, such as Windows."""
     if sys.platform == "win32":
         return None
     try:
@@ -81,7 +83,9 @@ def memory_bytes(*, free: bool = False) -> int | None:
 
 
 def peak_memory() -> int | None:
-    """Return the most bytes of memory that this process has held; None on systems that do not tell, as Windows."""
+    """Return the largest number of bytes that this process has held; None on systems that do not report it, such as
+    Windows.
+    """
     if sys.platform == "win32":
         return None
     import resource
@@ -91,7 +95,7 @@ def peak_memory() -> int | None:
 
 
 def processor() -> str:
-    """Return the name that the machine's processor gives itself."""
+    """Return the processor's name for itself."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

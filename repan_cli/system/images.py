@@ -1,4 +1,4 @@
-"""Images in the forms that users have them: a tensor, a batch of a loader, or an iterable of batches."""
+"""Accept images in the forms that users have: a tensor, a batch of a loader, or an iterable of batches."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from repan_cli.errors import InputError
 
 KEYS = ("pixel_values", "images", "image", "x")
-"""Names under which batches that are mappings hold their images; else the first tensor of images counts."""
+"""Names under which batches that are mappings hold their images; otherwise the first tensor of images is used."""
 
 WANTED = "give images (N, C, H, W), a batch that holds them, or an iterable of batches such as a DataLoader"
 
 ImagesLike = Tensor | Mapping[str, Any] | Iterable[Any]
-"""A tensor (N, C, H, W), a batch that holds one (first, or under a name), or an iterable of such."""
+"""A tensor (N, C, H, W), a batch that holds one (first, or under a name), or an iterable of these."""
 
 
 def image_batches(images: ImagesLike) -> Iterator[Tensor]:
-    """Yield tensors (N, C, H, W), one a batch, as they come.
+    """Yield tensors (N, C, H, W), one per batch, as they arrive.
 
-    Of a batch the images are taken: the first of (images, labels), or those of a mapping. Raises InputError for
+    The images of a batch are the first element of (images, labels), or an entry of a mapping. Raises InputError for
     anything else.
     """
     whole = _images_of(images)
@@ -47,9 +47,10 @@ def first_batch(images: ImagesLike) -> Tensor:
 
 
 def _images_of(batch: Any) -> Tensor | None:
-    """Return the images of a tensor or of one batch; None for what is neither.
+    """Return the images of a tensor or of one batch; None for anything else.
 
-    A sequence in which every part is images is several batches; one with images first and other things behind is one.
+    A sequence whose every element is images is several batches. A sequence with images first and other things after
+    them is one batch.
     """
     if isinstance(batch, Tensor):
         return batch if _is_images(batch) else None

@@ -1,4 +1,4 @@
-"""The variables that torchrun sets in the environment of this process."""
+"""Read the variables that torchrun sets in the environment of this process."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Import PyTorch's companions without what they bring along and repan seldom calls.
+"""Import PyTorch's companions without modules that repan seldom uses.
 
-timm imports wandb, for one function that logs, and torchvision and timm import torch._dynamo, the compiler, for one
-check and one decorator. Both together take longer than PyTorch itself. For the process of a command, which nobody else
-has code in, they are put off until somebody really asks for them.
+timm imports wandb for one logging function. torchvision and timm import torch._dynamo, the compiler, for one check and
+one decorator. Together these take longer than PyTorch itself. In the process of a command, which runs no other code,
+their import is deferred until they are needed.
 
-Collecting garbage meanwhile takes a fifth of the time: the collector goes through all that was imported so far, again
-and again, though modules stay until the process ends.
+Garbage collection during imports takes a fifth of the time: the collector visits everything imported so far, again and
+again, although modules stay until the process ends. So it is paused.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from typing import Any
 
 COMPILER = "torch._dynamo"
 LOGGERS = ("wandb",)
-"""Packages that timm logs to where they are installed. Trackers import them for themselves, later."""
+"""Packages that timm logs to if they are installed. Trackers import them themselves, later."""
 
 
 @contextlib.contextmanager
 def lean_imports() -> Iterator[None]:
-    """Put off the compiler, hide the packages of loggers, and collect no garbage while others are imported.
+    """Defer the compiler, hide the packages of loggers, and pause garbage collection during imports.
 
-    What was imported with PyTorch is never looked at by the collector again.
-    Where the compiler is loaded already nothing is put off. Whatever of it is asked for beside the check and the
-    decorator loads it at once.
+    The collector never visits the imported objects again. If the compiler is loaded already, nothing is deferred. Any
+    use of it besides the check and the decorator loads it at once.
     """
     hidden = [name for name in LOGGERS if name not in sys.modules]
     put_off = {} if COMPILER in sys.modules else _put_off()
@@ -51,7 +50,7 @@ def lean_imports() -> Iterator[None]:
 
 
 def _put_off() -> dict[str, ModuleType]:
-    """Return the stand-ins for the compiler, and for the part of it that torchvision asks."""
+    """Return the stand-ins for the compiler, and for the part of it that torchvision queries."""
     compiler, utils = _PutOff(COMPILER), _PutOff(f"{COMPILER}.utils")
     stand_ins: dict[str, ModuleType] = {compiler.__name__: compiler, utils.__name__: utils}
     compiler.__path__ = []
@@ -68,7 +67,7 @@ def _take_away(stand_ins: dict[str, ModuleType]) -> None:
 
 
 class _PutOff(ModuleType):
-    """Stands for a module until something of it is asked for that it does not have."""
+    """Stands for a module until an attribute is requested that it does not have."""
 
     load: Callable[[], None]
 
@@ -80,7 +79,7 @@ class _PutOff(ModuleType):
 
 
 def _disable(function: Any = None, recursive: bool = True, **_: Any) -> Any:
-    """Decorate as `torch.compiler.disable` does, but load the compiler at the first call: PyTorch's own way."""
+    """Decorate as `torch.compiler.disable` does, but load the compiler only at the first call."""
     if function is not None and not isinstance(function, FunctionType):  # a class or a module is changed at once
         sys.modules[COMPILER].load()
         return importlib.import_module(COMPILER).disable(function, recursive)
@@ -88,5 +87,5 @@ def _disable(function: Any = None, recursive: bool = True, **_: Any) -> Any:
 
 
 def _is_compile_supported(device_type: str) -> Any:
-    """Ask the compiler itself, whenever torchvision wants to know."""
+    """Ask the compiler itself when torchvision queries it."""
     return importlib.import_module(f"{COMPILER}.utils").is_compile_supported(device_type)

@@ -1,6 +1,6 @@
-"""Notices for people, from rooms that do not print: records of the standard library's logging, and what is being done.
+"""Send notices from folders that do not print: warnings through the standard library's logging, and current activities.
 
-`display.console.show_notices` prints them; where nobody calls it, Python prints warnings on stderr by itself.
+`display.console.show_notices` prints them. If nobody calls it, Python prints warnings on stderr.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LOGGER = logging.getLogger("repan_cli")
 
 
 def warn(text: str) -> None:
-    """Send a warning, from the first of several ranks alone."""
+    """Send a warning; of several ranks only the first sends it."""
     if own_rank() == 0:
         LOGGER.warning("%s", text)
 
@@ -46,7 +46,9 @@ def doing(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched_by(watcher: Callable[[str | None], None]) -> Iterator[None]:
-    """Let a function know what is being done, and None when it is done; of several the last one to come is told."""
+    """Call a function with the current activity, and with None at its end; of several listeners the latest is
+    called.
+    """
     if _WATCHERS:
         _WATCHERS[-1](None)
     _WATCHERS.append(watcher)

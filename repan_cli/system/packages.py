@@ -1,4 +1,4 @@
-"""Optional packages: code that needs one reports this before it begins, with the line that installs it."""
+"""Check optional packages: code that needs one reports this before it begins, with the line that installs it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from repan_cli.errors import InputError
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-"""The packages by which ONNX files are written and proven."""
+"""The packages with which ONNX files are written and proven."""
 
 
 RUNTIME_PACKAGES = {
@@ -30,16 +30,16 @@ def missing(*packages: str) -> list[str]:
 
 
 NAMES_OF_PIP = {"sklearn": "scikit-learn", "litert_torch": "litert-torch", "ai_edge_litert": "ai-edge-litert"}
-"""The names of packages on the index, where they are imported by another one."""
+"""The names of packages on the index that differ from the names by which they are imported."""
 
 
 def how_to_install(*packages: str) -> str:
-    """Return the command that installs packages for the Python that runs here."""
+    """Return the command that installs packages for the running Python."""
     return shlex.join([_python(), "-m", "pip", "install", *(NAMES_OF_PIP.get(name, name) for name in packages)])
 
 
 def _python() -> str:
-    """Return the running interpreter as it is typed: 'python' where that finds it, else its path."""
+    """Return the running interpreter as the user would type it: 'python' if that finds it, else its path."""
     here = Path(sys.executable)
     if shutil.which("python") == str(here):
         return "python"
@@ -53,5 +53,5 @@ def need(what: str, *packages: str) -> None:
 
 
 def need_runtime(kind: str) -> None:
-    """Raise InputError if a package is missing that writes and runs a format of another program."""
+    """Raise InputError if a package is missing that writes and runs another program's format."""
     need(f"the format {kind}", *RUNTIME_PACKAGES[kind])

@@ -1,4 +1,4 @@
-"""Errors in the words of who calls from Python: `model='net'` where a command line has `--model net`."""
+"""Translate errors for callers from Python: `model='net'` in place of the command line's `--model net`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROSE = frozenset(
         *("was", "where", "which", "with"),
     )
 )
-"""Words that follow an option in a sentence, and are no values of it."""
+"""Words that follow an option in a sentence and are not its value."""
 
 
 def in_python(text: str, names: Mapping[str, str], flags: frozenset[str] = frozenset()) -> str:
@@ -51,7 +51,7 @@ def in_python(text: str, names: Mapping[str, str], flags: frozenset[str] = froze
 
 @contextlib.contextmanager
 def told_in_python(names: Mapping[str, str], flags: frozenset[str] = frozenset()) -> Iterator[None]:
-    """Let errors of input within the context name a function's arguments."""
+    """Make input errors within the context name a function's arguments."""
     try:
         yield
     except InputError as error:

@@ -1,4 +1,4 @@
-"""The processes of torchrun: joining them, what they agree on, sums and means over them."""
+"""Handle the processes of torchrun: join them, compare values between them, compute sums and means over them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from repan_cli.system.files import to_json
 from repan_cli.system.launcher import local_rank, local_ranks, own_rank, rank_count
 
 START_LIMIT, STEP_LIMIT, DATA_LIMIT = timedelta(minutes=5), timedelta(minutes=10), timedelta(hours=24)
-"""The time that ranks wait for each other: to begin, within a run, and while one of them fetches a data set."""
+"""The time that ranks wait for each other: to begin, within a run, and while one of them downloads a data set."""
 
 POLL = 0.05
-"""Seconds between two looks at the store."""
+"""Seconds between two checks of the store."""
 
 NAMESPACE = "repan"
 
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 class _Ours:
-    """The part of torchrun's store that these processes have for themselves, and how often they have met there."""
+    """The part of torchrun's store that only these processes use, and how often they have met there."""
 
     store: distributed.Store | None = None
     meetings = itertools.count()
@@ -41,9 +41,9 @@ class _Ours:
 
 
 def join_ranks(device: str) -> tuple[int, int]:
-    """Join the processes of `torchrun`, by NCCL for what is on GPUs, else by gloo. Returns rank and number of ranks.
+    """Join the processes of `torchrun`, by NCCL on GPUs, else by gloo; return the rank and the number of ranks.
 
-    Raises InputError for more processes than GPUs, LostRankError when others do not come in time.
+    Raises InputError for more processes than GPUs, LostRankError if others do not arrive in time.
     """
     ranks = rank_count()
     if ranks == 1:
@@ -65,9 +65,9 @@ def join_ranks(device: str) -> tuple[int, int]:
 
 
 def own_gpu(device: str) -> torch.device | None:
-    """Return the GPU of this one of several ranks; None where they train on CPUs.
+    """Return this rank's GPU; None if ranks train on CPUs.
 
-    Raises InputError where ranks would share a GPU.
+    Raises InputError if ranks would share a GPU.
     """
     if not device.startswith(("auto", "cuda")) or (device == "auto" and not torch.cuda.is_available()):
         return None
@@ -90,9 +90,9 @@ def leave_ranks() -> None:
 
 
 def _launcher_store() -> distributed.Store:
-    """Return the store of the launcher.
+    """Return the launcher's store.
 
-    torchrun's own way to it has the count of restarts in its names, which each of several agents keeps for itself.
+    torchrun's own access to it uses names with a restart count, which differs between agents.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -101,10 +101,10 @@ def _launcher_store() -> distributed.Store:
 
 
 def _met(store: distributed.Store, rank: int, ranks: int) -> distributed.Store:
-    """Return a part of a store that nobody has used before, the same for all ranks that are here now.
+    """Return a part of a store that nobody has used before, the same for all ranks that are present now.
 
-    What lost processes left in the store is told from what their successors write by a name that each draws for itself:
-    the first rank gathers the names, calls them back with a fresh prefix, and begins when all have answered to that.
+    Lost processes may have left entries in the store. To distinguish them, each process draws a random name. The first
+    rank gathers the names, sends them back with a fresh prefix, and begins when all have answered under it.
     """
     name, ends = uuid.uuid4().hex, time.monotonic() + START_LIMIT.total_seconds()
     store.set(f"{NAMESPACE}/came/{rank}", name)
@@ -144,7 +144,10 @@ def joined() -> bool:
 
 
 def gathered(text: str, limit: timedelta = STEP_LIMIT) -> list[str]:
-    """Return the value that each rank has given here, by rank. Raises LostRankError when one gives none for so long."""
+    """Return the value that each rank has given here, by rank.
+
+    Raises LostRankError if one gives none within the limit.
+    """
     if _Ours.store is None:
         return [text]
     number, ranks = next(_Ours.meetings), distributed.get_world_size()
@@ -182,7 +185,9 @@ def agree(facts: Mapping[str, str], mend: str) -> None:
 
 
 def first_on_each_machine(work: Callable[[], Result]) -> Result:
-    """Return the result of `work`, which the first rank of each machine runs before the others: it may fetch files."""
+    """Return the result of `work`, which the first rank of each machine runs before the others, since it may download
+    files.
+    """
     if not joined():
         return work()
     machines, rank = gathered(platform.node()), distributed.get_rank()
@@ -192,7 +197,7 @@ def first_on_each_machine(work: Callable[[], Result]) -> Result:
 
 
 def of_first_rank(content: bytes | None) -> bytes:
-    """Return the bytes that the first rank has; the others give None."""
+    """Return the bytes of the first rank; the others pass None."""
     if not joined():
         return content or b""
     size = torch.tensor([len(content or b"")])
@@ -217,7 +222,10 @@ def summed(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_buffers(buffers: list[Tensor]) -> None:
-    """Give every rank the mean of all ranks' running statistics: means of means stay means, whenever it is done."""
+    """Give every rank the mean of all ranks' running statistics.
+
+    Means of means are means, so the moment does not matter.
+    """
     if not buffers or not joined():
         return
     flat = torch.cat([buffer.flatten().float() for buffer in buffers])

@@ -1,4 +1,4 @@
-"""The sampling error of a share of images, such as test accuracy: how far it may lie from that of all such images."""
+"""Estimate the sampling error of a share of images, such as test accuracy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 
 CONFIDENCE = 0.95
 FEWEST = 5
-"""Images right, and wrong, below which a share has an interval in place of a standard error."""
+"""The number of images right, and wrong, below which an interval replaces the standard error."""
 
 
 def standard_error(share: float, images: int) -> float:
@@ -17,7 +17,7 @@ def standard_error(share: float, images: int) -> float:
 
 
 def interval(share: float, images: int) -> tuple[float, float]:
-    """Return the 95 % interval by Wilson's score, in percent; it has a width also at 0 and 100 %."""
+    """Return the 95 % interval by Wilson's score, in percent; it has a width even at 0 and 100 %."""
     part, square = _fraction(share), statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
     middle = (images * part + square / 2) / (images + square)
     half = math.sqrt(square * (images * part * (1 - part) + square / 4)) / (images + square)
@@ -25,7 +25,7 @@ def interval(share: float, images: int) -> tuple[float, float]:
 
 
 def is_extreme(share: float, images: int) -> bool:
-    """Return whether a share lies so near to 0 or 100 % that a standard error does not describe its sampling error."""
+    """Return whether a share is so near 0 or 100 % that a standard error does not describe its sampling error."""
     part = _fraction(share)
     return round(min(part, 1 - part) * images, 6) < FEWEST
 

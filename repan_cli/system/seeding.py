@@ -1,4 +1,4 @@
-"""Randomness keyed by position, such as (seed, cycle, epoch), instead of by generator state."""
+"""Derive random numbers from a position, such as (seed, cycle, epoch), instead of from a generator's state."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def seed_for(*parts: int | str) -> int:
 def seed_generators(device: torch.device, seed: int) -> None:
     """Seed the generators of the CPU and of a device.
 
-    `torch.manual_seed` gives the same, but seeds those of all kinds of device, and formats a stack trace for each kind
-    that is not there: 0.1 ms a step.
+    `torch.manual_seed` has the same effect. But it seeds every kind of device, and formats a stack trace for each kind
+    that is missing, which takes 0.1 ms per step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -26,5 +26,5 @@ def seed_generators(device: torch.device, seed: int) -> None:
 
 
 def generator_for(*parts: int | str) -> torch.Generator:
-    """Return a CPU generator seeded by position: the same draws whatever ran before."""
+    """Return a CPU generator seeded by position: the draws do not depend on what ran before."""
     return torch.Generator().manual_seed(seed_for(*parts))

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and the memory on which they are handled."""
+"""Handle signals that ask a run to stop, and protect the memory on which they are handled."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, 
 
 
 class StopSignals:
-    """While it is entered, STOP_SIGNALS ask the run to stop; a second SIGINT raises KeyboardInterrupt.
+    """Within the context, STOP_SIGNALS ask the run to stop; a second SIGINT raises KeyboardInterrupt.
 
-    Calling it says whether one has come; `received` is the first, `reason` why it stands for none. Once the process
-    is `leaving`, it hears no more. One that is entered inside another knows what that has heard, and tells it what
-    it hears. `heard` is called with the first, in a thread of its own.
+    Calling the object returns whether a signal has arrived. `received` is the first signal; `reason` describes a stop
+    without one. Once the process is `leaving`, further signals are ignored. An inner context shares its signals with
+    the outer one. `heard` is called with the first signal, in its own thread.
     """
 
     def __init__(self, heard: Callable[[int], object] | None = None) -> None:
@@ -31,7 +31,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # others cannot take signals
+        if threading.current_thread() is threading.main_thread():  # other threads cannot take signals
             heard = (number for number in STOP_SIGNALS if not _is_for_nohup(number))
             self._before = {number: signal.signal(number, self._take) for number in heard}
         outer = getattr(self._before.get(signal.SIGINT), "__self__", None)
@@ -57,7 +57,7 @@ class StopSignals:
 
 
 def _is_for_nohup(number: int) -> bool:
-    """Return whether the process was begun so that a terminal that closes does not end it."""
+    """Return whether the process was started so that closing the terminal does not end it."""
     return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
 
 
@@ -69,10 +69,10 @@ class _SignalStack(ctypes.Structure):
 
 @contextmanager
 def kept_signal_stack() -> Iterator[None]:
-    """Give the thread back, at the end, the alternate signal stack that it had.
+    """Restore the thread's alternate signal stack at the end of the context.
 
-    OpenVINO's CPU plugin sets a stack of its own and frees it when a network is closed. If networks are closed in
-    another order than they were opened in, the thread keeps a freed stack, and the next signal ends the process.
+    OpenVINO's CPU plugin sets its own stack and frees it when a network is closed. If networks are closed in another
+    order than they were opened, the thread keeps a freed stack, and the next signal ends the process.
     """
     if sys.platform != "linux":
         yield

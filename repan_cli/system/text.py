@@ -1,4 +1,4 @@
-"""Numbers, durations and names in readable form."""
+"""Format numbers, durations and names for people."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from typing import Any
 
 
 def on_one_line(text: str) -> str:
-    """Shorten what a file says, and spell out line ends and what no terminal shows."""
+    """Shorten text from a file, and escape line ends and characters that a terminal does not show."""
     if len(text) > 400:
         text = f"{text[:300]} ... {text[-90:]}"
     return shown(text, but="")
 
 
 def shown(text: str, *, but: str = "\n") -> str:
-    """Escape control and invisible characters: text of files and names of folders may hold escape sequences. `but`
-    holds exceptions.
+    """Escape control and invisible characters, since names in files may hold escape sequences.
+
+    `but` holds exceptions.
     """
     if text.isprintable():
         return text
@@ -40,13 +41,13 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 
 LOCAL = "local-dir:"
-"""The words by which timm knows a folder from a name."""
+"""The prefixes by which timm distinguishes a folder from a name."""
 
 
 def at_home(path: str) -> str:
-    """Return a path with the home folder in place of a '~' that it begins with: shells leave that of --out=~/x.
+    """Return a path with a leading '~' replaced by the home folder, because shells do not expand it in --out=~/x.
 
-    timm's `local-dir:` in front of a folder is left out.
+    timm's `local-dir:` in front of a folder is removed.
     """
     path = path.removeprefix(LOCAL)
     if not path.startswith("~"):
@@ -58,7 +59,7 @@ def at_home(path: str) -> str:
 
 
 def from_home(path: str) -> str:
-    """Return a path with '~' in place of the home folder that it begins with: `at_home` undoes it."""
+    """Return a path with the home folder replaced by '~', which `at_home` undoes."""
     try:
         home = str(Path.home())
     except RuntimeError:  # there is none
@@ -68,7 +69,7 @@ def from_home(path: str) -> str:
 
 
 def last_part(value: Any) -> Any:
-    """Return the name of a file or folder that is given by its absolute path, and any other value as it is."""
+    """Return the last part of an absolute path, and any other value unchanged."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
@@ -81,12 +82,12 @@ COMMAND = re.compile(r"\b(repan|torchrun|pip|python3?) [-a-z]")
 
 
 def wrapped(text: str, width: int, *, before: int = 0) -> str:
-    """Wrap a sentence between words, for a terminal; one with a command in it is left as it is, to be copied.
+    """Wrap a sentence between words for a terminal. A sentence with a command stays whole, so that it can be copied.
 
     Args:
         text: lines of text.
-        width: columns of the terminal.
-        before: columns of the line that are taken.
+        width: the columns of the terminal.
+        before: the columns that are already used on the first line.
     """
     if COMMAND.search(text) or not text.strip():
         return text
@@ -137,7 +138,7 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: Iterable[float | None]) -> str:
-    """Return a row of bars between the lowest and the highest value; of many values each bar is the mean of some."""
+    """Return a row of bars between the lowest and the highest value; with many values, each bar is the mean of some."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return ""

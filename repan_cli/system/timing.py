@@ -1,4 +1,4 @@
-"""Timing on machines that are busy: all cases take turns in one process, and ratios of medians are what counts."""
+"""Measure time on busy machines: all cases take turns in one process, so that the ratios of medians are reliable."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 
 WINDOW = 0.05
-"""Seconds that a case runs at least before the next one has its turn."""
+"""The least number of seconds that a case runs before the next one takes its turn."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: the median over windows, and the quarter and three-quarter points."""
+    """Seconds per call: the median over windows, and the first and third quartile."""
 
     median: float
     low: float
@@ -26,7 +26,7 @@ class Timing:
 def interleaved(
     cases: Mapping[str, Callable[[], object]], *, seconds: float, least: int = 5, device: torch.device | None = None
 ) -> dict[str, Timing]:
-    """Time the cases in turns for about `seconds` each, at least `least` windows; the first call of each is a warm-up.
+    """Time the cases in turn for about `seconds` each, at least `least` windows; the first call of each is a warm-up.
 
     On a GPU every window ends with a wait for the device.
     """
@@ -46,7 +46,7 @@ def _calls_for_a_window(case: Callable[[], object], device: torch.device | None)
 
 
 def _window(case: Callable[[], object], calls: int, device: torch.device | None) -> float:
-    """Return the seconds of a call."""
+    """Return the seconds per call."""
     began = time.perf_counter()
     for _ in range(calls):
         case()
@@ -55,7 +55,7 @@ def _window(case: Callable[[], object], calls: int, device: torch.device | None)
 
 
 def wait(device: torch.device | None) -> None:
-    """Wait until a GPU has done its work."""
+    """Wait until a GPU has finished its work."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device is not None and device.type == "mps":

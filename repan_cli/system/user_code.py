@@ -1,4 +1,4 @@
-"""Functions from a user's Python file, named `file.py:function`. A name in a checkpoint is never imported."""
+"""Load functions from a user's Python file, named `file.py:function`. A name in a checkpoint is never imported."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ OPTIONS = {
     "teacher.model": "teacher.model=",
     "baseline.teacher.model": "baseline.teacher.model=",
 }
-"""The settings that may name a user's own code, as they are given again when a run goes on."""
+"""The settings that may name a user's own code, in the form in which they are given again on a resume."""
 
 
 def own_code(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings that name a user's own code, given typed values by dotted key."""
+    """Return the settings that name a user's own code, from typed values by dotted key."""
     return {key: settings[key] for key in OPTIONS if names_a_file(settings.get(key))}
 
 
 def own_code_options(settings: Mapping[str, Any]) -> str:
-    """Return the words that give a user's own code again, each with a space before it."""
+    """Return the command-line arguments that name a user's own code again, each after a space."""
     return "".join(f" {OPTIONS[key]}{quoted(name)}" for key, name in own_code(settings).items())
 
 
 def function_of(name: str, *, what: str) -> Callable[..., Any]:
     """Return the function (or class) that `file.py:function` names; its file is run.
 
-    `what` says in errors what it was to make. Raises InputError, in a line, when the file does not import or has no
-    such function.
+    `what` says in errors what the function makes. Raises InputError, in one line, if the file cannot be imported or has
+    no such function.
     """
     path, _, function = name.rpartition(":")
     module = _imported(Path(path).expanduser(), what)
@@ -71,7 +71,7 @@ def _imported(path: Path, what: str) -> ModuleType:
 
 
 def described(error: BaseException, path: str) -> str:
-    """Describe an error in one line, with the last line of the file that it passed through."""
+    """Describe an error in one line, with the last line of the user's file that it passed through."""
     line, trace = None, error.__traceback__
     while trace:
         if Path(trace.tb_frame.f_code.co_filename).resolve() == Path(path).resolve():

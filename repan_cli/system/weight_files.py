@@ -1,4 +1,4 @@
-"""Files of weights, without PyTorch: finding the one that a user means, and recognising other kinds of files."""
+"""Find the file of weights that a user means, and recognize other kinds of files, without PyTorch."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ KINDS: tuple[tuple[bytes, str], ...] = (
     (rb"%PDF", f"is a PDF document, not the weights: {DOWNLOAD}"),
     (rb"....TFL3", "is a TensorFlow Lite file, and not PyTorch's: use the weights it was made from"),
 )
-"""First bytes of files that are often taken for weights, with what they are and how to proceed."""
+"""The first bytes of files that are often taken for weights, with their kind and what to do."""
 
 LOOKED_AT = 4096
-"""Bytes at the start of a file that tell its kind."""
+"""The number of bytes at the start of a file that show its kind."""
 
 SETTINGS = (".yaml", ".yml")
 
 
 NEVER_WEIGHTS = (".py", ".txt", ".md", ".csv", ".json", ".jsonl", ".log", ".png", ".jpg", ".jpeg", ".html", *SETTINGS)
-"""Endings of files that nobody means who misspells the name of a file of weights."""
+"""Endings of files that are never suggested for a misspelled file of weights."""
 
 OF_A_RUN = ("best.pt", "last.pt")
 """The files of a run that stand for it, the first of them first."""
@@ -49,7 +49,7 @@ RUNTIME_DESCRIPTION = "repan.json"
 
 HUB_CONFIG = "config.json"
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth")
-"""Under which names a folder of the Hub has its description and its weights, the first of them first."""
+"""The names of description and weights in a folder of the Hub, the preferred ones first."""
 
 
 def split_key(source: str | Path) -> tuple[Path, str | None]:
@@ -67,7 +67,7 @@ def in_hub_folder(folder: Path) -> Path | None:
 
 
 def file_in(folder: Path) -> Path:
-    """Return the file that a run's folder, or one of the Hub, stands for. Raises InputError for any other folder."""
+    """Return the file that stands for a run's folder or one of the Hub. Raises InputError for any other folder."""
     for name in OF_A_RUN:
         if (folder / name).is_file():
             if name != OF_A_RUN[0]:
@@ -83,7 +83,7 @@ def file_in(folder: Path) -> Path:
 
 
 def _warn_of_last(folder: Path, name: str) -> None:
-    """Warn that a run's last weights are taken, where its best ones are lost or not chosen yet."""
+    """Warn that a run's last weights are used, because its best ones are lost or not chosen yet."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         return
@@ -128,7 +128,7 @@ def _is_text(start: bytes) -> bool:
 
 
 def may_be_weights(path: Path) -> bool:
-    """Return whether a file begins as weights do: an archive, a pickle, or the header of a safetensors file."""
+    """Return whether a file begins like weights: an archive, a pickle, or the header of a safetensors file."""
     with path.open("rb") as file:
         start = file.read(9)
     header = int.from_bytes(start[:8], "little")

@@ -1,4 +1,4 @@
-"""The average of the weights, taken further with every step in a few operations, which can be part of a recording."""
+"""Average the weights over the steps, in a few operations per step that can be part of a recorded step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from repan_cli.blocks import rep_blocks
 
 
 class WeightAverage:
-    """A network's weights beside those of their average, whose blocks are attached as the network's are.
+    """A network's weights next to their average. The attach rates of the average are those of the network.
 
-    The lists of tensors are made once: to look through a network takes longer than to launch the operations on it.
-    All of them only ever change in place.
+    The lists of tensors are made once, because walking through a network takes longer than launching the operations.
+    The tensors only ever change in place.
 
     Args:
         ema: the average; its decay grows with the steps.
@@ -30,19 +30,21 @@ class WeightAverage:
         for name, mean in ema.module.state_dict().items():
             if mean.is_floating_point() and name not in rates:
                 means, values = self.averages, self.values
-            else:  # one launch for each type
+            else:  # one launch per dtype
                 means, values = self.copied.setdefault(mean.dtype, ([], []))
             means.append(mean)
             values.append(tensors[name])
 
     @property
     def coarse(self) -> bool:
-        """Return whether weights have a type too coarse for small changes: timm's average then rounds at random."""
+        """Return whether a weight's dtype is too coarse for small changes; timm's average then rounds at random."""
         return any(torch.finfo(each.dtype).bits < 32 for each in self.averages)
 
     @torch.no_grad()
     def follow(self, share: float | Tensor) -> None:
-        """Go this share of the way to the weights as they are, a number or, for recorded steps, a scalar tensor."""
+        """Move the average towards the present weights by this share, a number or, for recorded steps, a scalar
+        tensor.
+        """
         if isinstance(share, Tensor):
             steps = torch._foreach_sub(self.values, self.averages)
             torch._foreach_mul_(steps, share)
@@ -53,7 +55,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def take(self, step: int) -> None:
-        """Follow the network after this many steps, counted from 1; decided on the host, so not in a recorded step."""
+        """Update the average after this many steps, counted from 1. The host decides, so this cannot be recorded."""
         if self.coarse:
             self.ema.update(self.model, step=step)
             self._copy()
@@ -66,5 +68,5 @@ class WeightAverage:
             torch._foreach_copy_(copies, originals)
 
     def share(self, step: int) -> float:
-        """Return the weights' share in the average after this number of steps, counted from 1."""
+        """Return the share of the present weights in the average after this number of steps, counted from 1."""
         return 1.0 - self.ema.get_decay(step)

@@ -1,6 +1,6 @@
-"""Weights that autocast would cast one layer at a time, cast together: one operation forward and one back.
+"""Cast together the weights that autocast would cast layer by layer: one operation forward and one backward.
 
-Each number is rounded as autocast rounds it, so that losses and gradients have the same bits.
+Each number is rounded as autocast rounds it, so losses and gradients have the same bits.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 def layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers that use their float32 weights only as autocast would cast them.
 
-    Layers that first compute with their weights, for example to standardize them, are excluded: they do that in
-    float32. So are layers that share weights.
+    Layers that first compute with their weights, for example to standardize them, are excluded, since they do that in
+    float32. Layers that share weights are excluded too.
     """
     users = Counter(id(each) for module in model.modules() for each in module._parameters.values())
     return [
@@ -36,7 +36,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def at_once(found: Sequence[nn.Module]) -> Iterator[None]:
-    """Give such layers their weights in autocast's type, within the context."""
+    """Give these layers their weights in autocast's dtype within the context."""
     places = [place for place in _places(found) if place.weight.requires_grad]
     if not places:
         yield
@@ -48,7 +48,7 @@ def at_once(found: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def given(places: Sequence[Place], weights: Sequence[Tensor]) -> Iterator[None]:
-    """Put weights in the places of others, within the context."""
+    """Replace weights by others within the context."""
     for place, weight in zip(places, weights, strict=True):
         place.layer._parameters[place.name] = weight  # type: ignore[assignment] # as functional_call does
     try:
@@ -59,7 +59,7 @@ def given(places: Sequence[Place], weights: Sequence[Tensor]) -> Iterator[None]:
 
 
 class Place(NamedTuple):
-    """A layer's weight, by the name that it has there."""
+    """A layer's weight, by its name in the layer."""
 
     layer: nn.Module
     name: str
@@ -67,7 +67,7 @@ class Place(NamedTuple):
 
 
 def kept(model: nn.Module, dtype: torch.dtype) -> tuple[list[Place], tuple[Tensor, ...]]:
-    """Return the places of weights that are not trained, and those weights in a lower type, cast once for all."""
+    """Return the places of weights that are not trained, and those weights cast to a lower precision once."""
     places = _places(layers(model))
     with torch.no_grad():
         return places, _cast([place.weight for place in places], dtype)
@@ -83,7 +83,7 @@ def _places(found: Sequence[nn.Module]) -> list[Place]:
 
 
 class _Cast(torch.autograd.Function):
-    """Casts tensors to a type, and their gradients back."""
+    """Cast tensors to a dtype, and their gradients back."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *given: Tensor) -> tuple[Tensor, ...]:

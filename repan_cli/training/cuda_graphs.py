@@ -1,7 +1,7 @@
-"""CUDA graphs: work on the device that is recorded once, and from then on replayed as one launch.
+"""Record work on the device once as a CUDA graph, and replay it afterwards as a single launch.
 
-What recorded work reads and writes must stay where it is: inputs are copied into buffers of its own, and weights,
-optimizer memory, attach rates and learning rates only ever change in place.
+All memory that recorded work reads or writes must stay at its address. Inputs are copied into the recording's own
+buffers. Weights, optimizer state, attach rates and learning rates only ever change in place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from repan_cli.errors import InputError
 from repan_cli.system.text import first_line
 
 WARM_UPS = 3
-"""The number of plain runs before work is recorded: libraries choose and load their kernels meanwhile."""
+"""The number of plain runs before work is recorded, in which libraries choose and load their kernels."""
 
 Inputs = tuple[Tensor, ...]
 Work = Callable[[Inputs], Tensor]
@@ -30,24 +30,24 @@ class Recorder(Protocol):
     """The interface of a recorder of work."""
 
     def aside(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do the work once, where it would be recorded."""
+        """Do the work once, in the place where it would be recorded."""
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record the work without doing it. Returns the function that replays it, and the tensor that its result then
-        lies in. Raises RuntimeError if that fails, with everything as it was before.
+        """Record the work without doing it; return the function that replays it, and the tensor that will hold its
+        result.
 
-        Raises RuntimeError where that cannot be, with everything as it was before.
+        Raises RuntimeError if that fails, with everything as it was before.
         """
 
     def fits(self) -> bool:
-        """Return whether there is memory for a first recording beside work that is done as it is."""
+        """Return whether there is memory for a first recording next to work that is not recorded."""
 
     def forget(self) -> None:
-        """Free the memory of recordings, of which none is left."""
+        """Free the memory of recordings, none of which may be in use."""
 
 
 class CudaRecorder:
-    """Records on a stream of its own; all recordings share their memory, as they are never replayed side by side."""
+    """Records on its own stream. All recordings share memory, since they are never replayed at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -77,7 +77,7 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         usual = torch.cuda.current_stream(self.device)
         try:
-            # threads that load or pin images may go on calling CUDA meanwhile
+            # threads that load or pin images may continue to call CUDA meanwhile
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 result = work()
         except BaseException:
@@ -96,10 +96,10 @@ class _Recording:
 
 
 class Graphs:
-    """Work by its key: the first times done as it is, then recorded, then replayed.
+    """Work by key: done normally the first times, then recorded, then replayed.
 
-    Work of the same key must, in the same scope, be the same computation on inputs of the same shapes. Where it cannot
-    be recorded, it is done as it is from then on, and `refused` says why; with `demanded` that raises InputError.
+    Within a scope, work with the same key must be the same computation on inputs of the same shapes. If work cannot be
+    recorded, it is done normally from then on, and `refused` holds the reason. With `demanded` that raises InputError.
     """
 
     def __init__(self, recorder: Recorder, *, demanded: bool = False) -> None:
@@ -112,7 +112,7 @@ class Graphs:
         self._storage: frozenset[int] = frozenset()
 
     def enter(self, scope: Hashable, storage: frozenset[int]) -> None:
-        """Begin work of a scope, on tensors that lie in `storage`: recordings of another scope are forgotten."""
+        """Begin the work of a scope, on tensors in `storage`. A new scope discards the recordings of the one before."""
         if scope != self._scope:
             if self.recordings:
                 self.recordings.clear()
@@ -123,7 +123,7 @@ class Graphs:
         self._scope, self._storage = scope, storage
 
     def __call__(self, key: Hashable, work: Work, inputs: Inputs) -> Tensor:
-        """Return the result of `work(inputs)`, valid until the same work is done again."""
+        """Return the result of `work(inputs)`, which is valid until the same work is done again."""
         if self.refused is None and key not in self.recordings and self._done[key] >= WARM_UPS:
             self._record(key, work, inputs)
         if key not in self.recordings:
@@ -157,7 +157,7 @@ class Graphs:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """Return an error and what was being handled as it came, the first last."""
+    """Return an error and the errors that were being handled when it was raised, the first one last."""
     found: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in found:
@@ -167,7 +167,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return why a capture failed: by its first error, as ending a capture that is broken raises another."""
+    """Return why a capture failed. The first error counts, because ending a broken capture raises another."""
     chain = _chain(error)
     if any(isinstance(each, torch.OutOfMemoryError) for each in chain):
         return "out of memory: the GPU does not hold a recording beside other work"

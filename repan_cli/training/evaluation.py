@@ -18,14 +18,14 @@ from repan_cli.system.ranks import summed
 from repan_cli.training.cuda_graphs import Graphs
 
 EVAL_BATCH, EVAL_PIXELS = 1000, 1000 * 64 * 64
-"""Bounds on the images, and on their pixels, of a batch that is only looked at."""
+"""Limits on the images, and on their pixels, of a batch that is only scored."""
 
 
 @dataclass(frozen=True)
 class Score:
     """Accuracy in percent and mean cross-entropy over `images` images.
 
-    `top5` is None with five classes or fewer, where it would be 100 whatever the network does.
+    `top5` is None with five classes or fewer, since it would be 100 for any network.
     """
 
     top1: float
@@ -42,8 +42,8 @@ class Score:
 def evaluate(model: nn.Module, images: Loader, stop: Callable[[], bool] = bool, graphs: Graphs | None = None) -> Score:
     """Score a network in eval mode, in float32: the same weights give the same figures wherever they are reported.
 
-    `graphs`: record it, for a network that is scored often. Raises StoppedError, between two batches, when `stop` says
-    so.
+    `graphs` records the computation, for a network that is scored often. Raises StoppedError, between two batches, if
+    `stop` returns true.
     """
     was_training = model.training
     model.eval()

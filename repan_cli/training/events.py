@@ -1,4 +1,4 @@
-"""Events of the training loop, which hold floats and names only. Imports no torch."""
+"""Define the events of the training loop. They hold only floats and names; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CycleStart:
-    """A phase begins. Before a cycle: what its restart did to the function, which should be nothing, and whether the
-    optimizer's memory was `carried` over.
+    """The start of a phase, with the effect of its restart, which should be none.
 
-    Validation top-1 and the loss in train mode on the same images before and after it, and how far it moved the
-    logits in eval mode.
+    The figures are validation top-1, and the loss in train mode on the same images, before and after the restart.
+    `logit_error` tells how far the restart moved the logits in eval mode. `carried` is true if the optimizer's state
+    was carried over.
     """
 
     cycle: int
@@ -28,7 +28,7 @@ class CycleStart:
 
 @dataclass(frozen=True)
 class LossLog:
-    """A look at the loss, every `log_every` steps. `step` counts from 1."""
+    """The loss at a step, every `log_every` steps. `step` counts from 1."""
 
     cycle: int
     epoch: int
@@ -41,7 +41,7 @@ class LossLog:
 
 @dataclass(frozen=True)
 class StepEnd:
-    """The end of an optimizer step. Here a run can be stopped, and resumed as if it had not been stopped."""
+    """The end of an optimizer step. A run can be stopped here, and resumed with the same result as without the stop."""
 
     cycle: int
     epoch: int
@@ -52,9 +52,9 @@ class StepEnd:
 class Epoch:
     """The end of an epoch, which counts from 1. `first_loss` is the mean loss of its first 10 steps.
 
-    The last three are the epoch's share in windows of 50 or 200 steps that begin or end with an epoch, see `felt`: the
-    mean loss of its first 50, first 200 and last 200 steps; in an epoch of fewer, of as many as whole epochs leave of
-    the window, 50 or 200 modulo `steps`, and None where nothing is left.
+    The last three figures are mean losses over the epoch's first 50, first 200 and last 200 steps; see `felt`. An epoch
+    with fewer steps contributes a part of such a window. Whole epochs are taken from the window as often as they fit,
+    and the figure is the mean over the rest, 50 or 200 modulo `steps`. It is None if the rest is 0.
     """
 
     cycle: int
@@ -76,7 +76,9 @@ class Epoch:
 
 @dataclass(frozen=True)
 class CycleEnd:
-    """The end of a phase, with the weights that the next one starts from: validation and test figures in percent."""
+    """The end of a phase, with figures of the weights that the next one starts from: validation and test, in
+    percent.
+    """
 
     cycle: int
     top1: float | None

@@ -1,4 +1,4 @@
-"""Users' own functions that receive the events of the runs of this thread."""
+"""Pass the events of this thread's runs to the user's own functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: a generator of events that hold floats and names only. It prints nothing and writes nothing."""
+"""Train: a generator of events that hold floats and names only. It prints nothing and writes nothing."""
 
 from __future__ import annotations
 
@@ -34,10 +34,9 @@ LOOK_IMAGES = 256
 
 
 def fit(run: Training) -> Generator[Event, None, None]:
-    """Train through the plan, from where `run.progress` stands. The caller logs and saves from the events; the model is
-    trained in place.
+    """Train through the plan, starting at `run.progress`, in place. The caller logs and saves from the events.
 
-    Raises DivergedError when the loss or a gradient stops being finite, StoppedError when `run.stop` says so.
+    Raises DivergedError if the loss or a gradient is not finite, StoppedError if `run.stop` returns true.
     """
     for phase in run.plan[run.progress.phase :]:
         if run.out_of_patience and not run.progress.begun:
@@ -59,7 +58,7 @@ def fit(run: Training) -> Generator[Event, None, None]:
 
 
 def _epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, None, None]:
-    """Train and score an epoch. Its event comes with a `progress` from which the next one would begin."""
+    """Train and score an epoch. When its event is yielded, `progress` is already at the start of the next epoch."""
     progress, began = run.progress, time.perf_counter()
     result = yield from _train_epoch(run, phase, task)
     score = evaluate(run.scored, run.val, run.stop, run.graphs) if run.val else None
@@ -109,7 +108,7 @@ def _end(run: Training, phase: Phase) -> CycleEnd:
 
 
 def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
-    """Restart before a cycle, and measure the effect from outside."""
+    """Restart before a cycle, and measure the effect on the whole network."""
     if phase.cycle == 0:
         run.progress.begun = True
         return CycleStart(0)
@@ -150,8 +149,9 @@ class _Look(NamedTuple):
 
 @torch.no_grad()
 def _look(run: Training, phase: Phase, task: Task) -> _Look:
-    """Measure validation top-1, the loss of a first batch in train mode (of a copy: it would move statistics), the
-    logits.
+    """Measure validation top-1, the loss of a first batch in train mode, and the logits.
+
+    The loss is that of a copy, because train mode changes BN statistics.
     """
     batch = next(run.train.training_batches(max(run.batch_size, LOOK_IMAGES), run.seed, phase.data_cycle(), 1))
     loss, _ = task(deep_copy(run.model).train(), batch)
@@ -198,7 +198,7 @@ class _EpochResult:
 
 
 def _train_epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, None, _EpochResult]:
-    """Train on the rest of an epoch's images, and return its figures."""
+    """Train on the remaining images of an epoch, and return its figures."""
     run.model.train()
     progress, epoch = run.progress, run.progress.epoch + 1
     steps = run.train.steps(run.batch_size)
@@ -222,7 +222,7 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, No
                 totals.note(number)
         if progress.step // run.log_every > before // run.log_every or progress.step == steps:
             _check_scale(run)
-            loss = totals.mean_loss()  # this waits for the device: speed counts finished work
+            loss = totals.mean_loss()  # waits for the device: speed counts finished work only
             speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
             yield LossLog(phase.cycle, epoch, progress.step, loss, lr, rate, speed)
         yield StepEnd(phase.cycle, epoch, progress.step)
@@ -239,12 +239,14 @@ def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def _position(phase: Phase, elapsed: float) -> tuple[float, float]:
-    """Return learning rate and attach rate `elapsed` epochs into the phase."""
+    """Return the learning rate and the attach rate `elapsed` epochs into the phase."""
     rate = phase.attach_rate(elapsed)
     return phase.learning_rate(elapsed), 1.0 if rate is None else rate
 
 
 def _check_scale(run: Training) -> None:
-    """Raise DivergedError when the loss scale has collapsed: from 2 ** 16 it halves with every overflow in a row."""
+    """Raise DivergedError if the loss scale has collapsed: it starts at 2 ** 16 and halves with each overflow
+    in a row.
+    """
     if run.scaler.is_enabled() and run.scaler.get_scale() < LEAST_SCALE:
         raise DivergedError("gradients overflow in fp16 however the loss is scaled; set run.precision=bf16 or fp32")

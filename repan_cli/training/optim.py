@@ -1,4 +1,4 @@
-"""The optimizer, its parameter groups, and the learning rate as a pure function of progress."""
+"""Build the optimizer and its parameter groups, and carry its state over a restart."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from repan_cli.config.settings import OptimConfig
 from repan_cli.models.inspect import classifier_layers
 
 SGD = "sgd"
-"""The default; others are timm's."""
+"""The default optimizer; others are timm's."""
 
 Group = dict[str, Any]
-"""A group of parameters with what the optimizer does to them."""
+"""A group of parameters with the settings that the optimizer uses for them."""
 
 
 def parameter_groups(model: nn.Module) -> list[Group]:
-    """Group the parameters by kind: `role` weight, norm (BN and biases) or classifier; `trunk` of a block or not.
+    """Group the parameters by `role`, weight, norm (BN and biases) or classifier, and by whether they are in a `trunk`.
 
-    The groups never change during a run, only their settings do, so that one optimizer serves all phases.
+    The groups never change during a run, only their settings, so one optimizer serves all phases.
     """
     trunk = {id(p) for _, block in rep_blocks(model) for p in block.trunk.parameters()}
     layers = dict(model.named_modules())
@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module) -> list[Group]:
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Build the optimizer `optim.name` over `parameter_groups`. Raises InputError for one that is not known."""
+    """Build the optimizer `optim.name` over `parameter_groups`. Raises InputError for an unknown name."""
     groups = parameter_groups(model)
     optimizer: torch.optim.Optimizer
     if optim.name == SGD:
@@ -64,15 +64,16 @@ def apply_settings(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> None
 
 
 def _add_momentum(optimizer: torch.optim.Optimizer, group: Group) -> None:
-    """Give every parameter its buffer now: in a first step that a loss scaler skips, fused SGD would leave it as
-    uninitialised memory.
+    """Allocate every parameter's momentum buffer now.
+
+    If a loss scaler skips the first step, fused SGD would leave the buffers as uninitialised memory.
     """
     for parameter in group["params"] if group["momentum"] else ():
         optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, frozen: bool = False) -> None:
-    """Set the rate of all groups, where it lies on the device in place; that of `frozen` trunks is 0."""
+    """Set the rate of all groups, in place if it is a tensor on the device; the rate of `frozen` trunks is 0."""
     on_device: dict[Tensor, float] = {}
     for group in optimizer.param_groups:
         value = 0.0 if frozen and group["trunk"] else rate
@@ -90,14 +91,14 @@ def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def rates_to_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Keep the learning rates where a recorded step reads them: one of all trunks, one of everything else."""
+    """Move the learning rates to tensors that a recorded step reads: one for all trunks, one for everything else."""
     rates = {trunk: torch.zeros((), device=device) for trunk in (False, True)}
     for group in optimizer.param_groups:
         group["lr"] = rates[group["trunk"]]
 
 
 def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Zero the optimizer's state in place: its coordinates change in a restart."""
+    """Zero the optimizer's state in place, because a restart changes the coordinates of its parameters."""
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
@@ -105,13 +106,13 @@ def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 MEANS, SQUARES = ("momentum_buffer", "exp_avg"), ("exp_avg_sq",)
-"""The state that is carried over: averages of gradients, and of their squares. Any other state of a block is reset.
-"""
+"""The state that is carried over: averages of gradients, and of their squares. Any other state of a block is reset."""
 
 
 def carry_momentum(optimizer: torch.optim.Optimizer, changes: Iterable[CoordinateChange]) -> None:
-    """Rewrite the optimizer's state, in place, in the coordinates after a restart: trunks keep their momentum, fresh
-    branches start at rest, and everything outside of blocks keeps its state.
+    """Convert the optimizer's state, in place, to the coordinates after a restart.
+
+    Trunks keep their momentum, fresh branches start with none, and everything outside of blocks keeps its state.
     """
     for change in changes:
         trunk, state = change.block.trunk, optimizer.state
@@ -131,7 +132,7 @@ def carry_momentum(optimizer: torch.optim.Optimizer, changes: Iterable[Coordinat
 def _carried_gamma(
     state: Mapping[Tensor, Any], gamma: Tensor, change: CoordinateChange
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the memory of the trunk's new gamma: sums of what gammas remember, and the most that squares come to."""
+    """Yield the state for the trunk's new gamma: the sum over the old gammas, and for squares an upper bound."""
     for key in state.get(gamma, {}):
         terms = [(share.to(gamma), state[each][key]) for each, share in change.shares.items() if key in state[each]]
         if key in MEANS:
@@ -141,7 +142,7 @@ def _carried_gamma(
 
 
 def drop_trunk_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Exclude the trunks from the next step, its decay and momentum, and from the gradient's norm."""
+    """Exclude the trunks from the next step, its weight decay and momentum, and from the gradient's norm."""
     for group in optimizer.param_groups:
         if group["trunk"]:
             for parameter in group["params"]:
@@ -149,19 +150,19 @@ def drop_trunk_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def mask_trunk_gradients(optimizer: torch.optim.Optimizer, live: Tensor) -> None:
-    """Multiply the gradients of trunks by `live`, 0 or 1, on the device: for a recorded step with frozen trunks, whose
-    learning rate is 0 already.
+    """Multiply the gradients of trunks by `live`, 0 or 1, on the device.
 
-    `mask_trunk_momentum` belongs to it: otherwise weight decay would have momentum grow, and leap later.
+    This is for a recorded step with frozen trunks, whose learning rate is 0 already. `mask_trunk_momentum` has to
+    follow: otherwise weight decay would let momentum grow, and the weights would jump when trunks train again.
     """
     if gradients := [p.grad for p in _trunk_parameters(optimizer) if p.grad is not None]:
         torch._foreach_mul_(gradients, live)
 
 
 def mask_trunk_momentum(optimizer: torch.optim.Optimizer, live: Tensor) -> None:
-    """Zero the trunks' momentum where `live`, 0 or 1, on the device, says so."""
+    """Zero the trunks' momentum if `live`, 0 or 1 on the device, is 0."""
     memory = [optimizer.state[p].get("momentum_buffer") for p in _trunk_parameters(optimizer)]
-    if there := [buffer for buffer in memory if buffer is not None]:  # none where momentum is 0
+    if there := [buffer for buffer in memory if buffer is not None]:  # None if momentum is 0
         torch._foreach_mul_(there, live)
 
 
@@ -172,7 +173,7 @@ def _trunk_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def clip_gradients(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> Tensor:
     """Scale gradients down to a total 2-norm of `optim.clip`, without a host-device sync; None leaves them.
 
-    Returns a number that is finite if and only if all gradients are: the sum of their norms.
+    Returns the sum of their norms, which is finite if and only if all gradients are.
     """
     clipped: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -180,7 +181,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> Tens
         chosen = clipped if optim.clip_params == "all" or group["role"] == "weight" else others
         chosen += [p for p in group["params"] if p.grad is not None]
     norms = [
-        torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])  # foreach where the device has it
+        torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])  # foreach if the device has it
         for some in (clipped, others)
         if some
     ]
@@ -190,9 +191,9 @@ def clip_gradients(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> Tens
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
-    """Make a step unless `norm` is not finite; returns whether it was left out, 0 or 1, on the device.
+    """Make a step unless `norm` is not finite; return whether it was skipped, 0 or 1, on the device.
 
-    Fused SGD decides on the device; for others CPUs decide, and on GPUs their gradients become zeros.
+    Fused SGD decides on the device. For other optimizers the host decides on CPUs, and on GPUs gradients become zeros.
     """
     skipped = (~norm.isfinite()).float()
     if optimizer.defaults.get("fused"):

@@ -1,4 +1,4 @@
-"""The plan of a run: its phases, with learning rate and attach rate as pure functions of position."""
+"""Plan a run: its phases, with learning rate and attach rate as pure functions of position."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from repan_cli.training.schedules import learning_rate
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a run: the baseline (cycle 0, no restart) or one annealing cycle.
+    """A part of a run: the baseline (cycle 0, no restart) or one annealing cycle.
 
-    `schedule_start` and `schedule_length` place the phase, in epochs, within its learning-rate schedule. `start_from`:
-    which of its weights it leaves to the next one, see `cycle.start_from`.
+    `schedule_start` and `schedule_length` place the phase, in epochs, within its learning-rate schedule. `start_from`
+    says which of its weights the next phase starts from; see `cycle.start_from`.
     """
 
     cycle: int
@@ -47,7 +47,7 @@ class Phase:
         return self.settings is not None and self.settings.momentum == "carry"
 
     def attach_rate(self, elapsed: float) -> float | None:
-        """Return the attach rate `elapsed` epochs into this phase; None where it stays as it is."""
+        """Return the attach rate `elapsed` epochs into this phase; None if it does not change."""
         if self.restart is None or self.restart.attach != "ramp":
             return None
         return min(1.0, elapsed / self.restart.attach_epochs) if self.restart.attach_epochs else 1.0
@@ -63,13 +63,13 @@ class Phase:
 
 
 def training_plan(config: Config) -> tuple[Phase, ...]:
-    """Return the one phase of `train` and `distill`."""
+    """Return the single phase of `train` and `distill`."""
     return (Phase(0, config.epochs, config.optim, None, 0, config.epochs, config.teacher),)
 
 
 def cycle_plan(config: Config, *, baseline: bool) -> tuple[Phase, ...]:
-    """Return the phases of `cycle`: the baseline, unless the run starts from a trained network, and the annealing
-    cycles.
+    """Return the phases of `cycle`: the annealing cycles and, unless the run starts from a trained network, the
+    baseline.
     """
     start = baseline_phase(config)
     lengths = ([start.epochs] if baseline else []) + [config.epochs] * config.cycle.count

@@ -1,4 +1,4 @@
-"""The progress of a run: its position in the plan and the sums over the current epoch."""
+"""Track the progress of a run: its position in the plan, and the sums over the current epoch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from repan_cli.system.ranks import joined, summed
 
 @dataclass
 class Totals:
-    """Sums over an epoch, on the device: reading them is a host-device sync. They are, (3,), the loss, hits, and
-    updates that were left out because a loss or a gradient was not finite. `noted`, (3, 2): the loss and the images
-    up to each of the steps that `felt.marks` names, zeros until then.
+    """Sums over an epoch, on the device; reading them is a host-device sync.
+
+    The three sums are the loss, the correct images, and the updates that were skipped because a loss or a gradient was
+    not finite. `noted` (3, 2) holds the loss and the images up to each of the steps that `felt.marks` names, zeros
+    until then.
     """
 
     sums: Tensor
@@ -47,19 +49,21 @@ class Totals:
         self.images += images
 
     def note(self, number: int) -> None:
-        """Keep the loss so far as that of the mark of this number, without a host-device sync."""
+        """Store the loss so far under this mark's number, without a host-device sync."""
         self.noted[number, 0].copy_(self.loss)
         self.noted[number, 1].fill_(self.images)
 
     def felt(self) -> dict[str, float | None]:
-        """Return mean losses over all ranks by the names of `felt.KEYS`; None for a window that reaches no part."""
+        """Return mean losses over all ranks by the names of `felt.KEYS`; None for a window without a part in this
+        epoch.
+        """
         end = torch.stack([self.loss, torch.full_like(self.loss, self.images)])
         *heads, tail, whole = summed(torch.stack([*self.noted, end])).tolist()
         sums = [*heads, [total - before for total, before in zip(whole, tail, strict=True)]]
         return {key: loss / images if images > 0 else None for key, (loss, images) in zip(KEYS, sums, strict=True)}
 
     def mean_loss(self) -> float:
-        """Return the mean loss over all ranks. Raises DivergedError if it is not finite, or an update was left out."""
+        """Return the mean loss over all ranks. Raises DivergedError if it is not finite, or an update was skipped."""
         loss, skipped, images = summed(
             torch.stack([self.loss, self.skipped, torch.full_like(self.loss, self.images)])
         ).tolist()
@@ -67,7 +71,7 @@ class Totals:
         return float(loss / images)
 
     def check(self) -> None:
-        """Raise DivergedError when the loss is not finite, or an update was left out; asks no other rank."""
+        """Raise DivergedError if the loss is not finite or an update was skipped, without asking other ranks."""
         loss, _, skipped = self.sums.tolist()
         _check(loss, skipped)
 
@@ -77,7 +81,7 @@ class Totals:
         return 100 * correct / images
 
     def pool(self, rank: int) -> None:
-        """Move the sums of all ranks to rank 0, and clear those of the others: rank 0 then saves everything."""
+        """Move the sums of all ranks to rank 0, which saves them, and set those of the others to zero."""
         if not joined():
             return
         loss, correct, images = summed(torch.stack([*self.sums[:2], torch.full_like(self.loss, self.images)])) * (
@@ -95,9 +99,19 @@ def _check(loss: float, skipped: float) -> None:
 
 @dataclass
 class Progress:
-    """The progress of a run: the `phase` of its plan, whether it has `begun`, its finished `epoch`s and the `step`s
-    done in the next one, the sums over those steps, seconds spent in the phase, the best score so far and the epochs
-    since. It is not `whole` while a restart is under way.
+    """The progress of a run.
+
+    Attributes:
+        phase: the number of the phase in the plan.
+        begun: whether the phase has begun.
+        epoch: the number of its finished epochs.
+        step: the number of steps done in the next epoch.
+        totals: the sums over those steps.
+        seconds: seconds spent in the phase.
+        best_top1, best_of_phase: the best validation top-1 of the run and of the phase.
+        since_best: the number of epochs since the run's best.
+        best_weights: the weights that the next phase starts from, if they are not the last ones.
+        whole: false while a restart is under way.
     """
 
     phase: int = 0

@@ -1,4 +1,4 @@
-"""Everything that the training loop works on, in one object."""
+"""Hold everything that the training loop works on, in one object."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ from repan_cli.training.tasks import TaskProvider
 
 @dataclass
 class Training:
-    """Everything the loop works on.
+    """Everything that the training loop works on.
 
-    `task_of` gives the task of a phase, asked once as the phase begins, before its restart: baseline and cycles may
-    differ in it, and a teacher may be the network as it is then. `val` None means that nothing was held
-    out to choose by. `restarted` names the blocks that restart; None is all. `wrapped` is the network as training
-    calls it, compiled for one; None is the network itself. `ema`: a weight average that is scored in its stead.
-    `accumulate`: how many batches an update takes. `graphs`: where updates are recorded and replayed; None does them as
-    they are. `stop` is asked wherever the run may take long without an event. `patience` ends the run after so many
-    epochs without a better validation top-1. `rates_are_one` holds the answer of `read_attach_rates` as the phase
-    `rates_of` began.
+    Attributes:
+        task_of: gives the task of a phase. It is asked once, when the phase begins and before its restart. Phases may
+            differ in their task, and a teacher may be the network as it is at that point.
+        val: the loader for validation; None if nothing was held out.
+        restarted: the names of the blocks that restart; None means all.
+        wrapped: the network as training calls it, for example compiled; None is the network itself.
+        ema: a weight average, which is scored in the network's place.
+        accumulate: the number of batches in an update.
+        graphs: records and replays updates; None runs them normally.
+        stop: asked wherever the run may take long without an event.
+        patience: the number of epochs without a better validation top-1 after which the run ends.
+        rates_are_one: the result of `read_attach_rates` at the start of the phase `rates_of`.
     """
 
     model: nn.Module
@@ -73,8 +77,9 @@ class Training:
         return [block for _, block in rep_blocks(self.model)]
 
     def read_attach_rates(self) -> tuple[bool, bool]:
-        """Return whether the attach rates of the restarting blocks, and of the other blocks, are 1. This is a
-        host-device sync.
+        """Return whether the attach rates of the restarting blocks, and those of the other blocks, are 1.
+
+        This is a host-device sync.
         """
         steered = {id(rate) for rate in self.attach_rates}
         others = [block.attach_rate for block in self.blocks if id(block.attach_rate) not in steered]
@@ -96,33 +101,35 @@ class Training:
 
     @cached_property
     def average_share(self) -> Tensor | None:
-        """Each step's share in the weight average, on the device, for recorded updates of a run that has one."""
+        """The share of the next weights in the average, on the device, for recorded updates of a run with an
+        average.
+        """
         if self.graphs is None or self.average is None or self.average.coarse:
             return None
         return torch.zeros((), device=self.runtime.device)
 
     @cached_property
     def statistics(self) -> list[Tensor]:
-        """The buffers whose mean over the ranks is taken with every step."""
+        """The buffers that are averaged over the ranks in every step."""
         return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
     @cached_property
     def trunk_live(self) -> Tensor | None:
-        """On the device, 0 while trunks are frozen, else 1, for recorded updates of a run that freezes them."""
+        """0 while trunks are frozen, else 1, on the device, for recorded updates of a run that freezes trunks."""
         if self.graphs is None or not any(phase.trunk_is_frozen(0) for phase in self.plan):
             return None
         return torch.ones((), device=self.runtime.device)
 
     @cached_property
     def norms(self) -> list[_BatchNorm]:
-        """The layers that count their batches and can do without that number, which SyncBatchNorm cannot."""
+        """The BN layers that count batches but do not need the count in training; SyncBatchNorm needs it."""
         norms = (module for module in self.model.modules() if isinstance(module, _BatchNorm))
         norms = (norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm))
         return [norm for norm in norms if norm.num_batches_tracked is not None and norm.momentum is not None]
 
     @property
     def out_of_patience(self) -> bool:
-        """Return whether the run ends early, as too many epochs brought no improvement."""
+        """Return whether the run ends early because too many epochs brought no improvement."""
         return self.patience is not None and self.progress.since_best >= self.patience
 
     @property

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of progress."""
+"""Compute the learning rate as a pure function of progress."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def linear(progress: float) -> float:
 
 @SCHEDULES.register("step")
 def step(progress: float) -> float:
-    """A tenth after half of the schedule, a hundredth after three quarters."""
+    """A tenth of the peak rate after half of the schedule, a hundredth after three quarters."""
     return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
 
 

@@ -1,4 +1,4 @@
-"""A detailed score of a network: accuracy of each class, calibration, confusion, and disagreement of two networks."""
+"""Score a network in detail: accuracy of each class, calibration, confusion, and disagreement of two networks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ BINS = 15
 class Details:
     """The predictions of a network for the images of a part.
 
-    `labels` and `predicted` (N,) hold the class of each image and what it was taken for, of `classes`.
-    `calibration_error` is the expected calibration error in percent: the mean over images of how far the accuracy of
-    their confidence's bin is from its mean confidence (Guo et al. 2017).
+    `labels` and `predicted` (N,) hold the true and the predicted class of each image, as positions in `classes`.
+    `calibration_error` is the expected calibration error in percent (Guo et al. 2017). Images are binned by confidence.
+    Each bin's accuracy is compared with its mean confidence, and the differences are averaged over the images.
     """
 
     score: Score
@@ -33,8 +33,9 @@ class Details:
     calibration_error: float
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """Return the pairs of true and predicted class, (P, 2) in order, and the number of images of each, (P,). There
-        are at most as many pairs as images; a full table would have the square of the classes.
+        """Return the pairs of true and predicted class, (P, 2), in order, and the number of images of each, (P,).
+
+        There are at most as many pairs as images, while a full table would grow with the square of the classes.
         """
         found, counts = (self.labels * self.classes + self.predicted).unique(return_counts=True)
         return torch.stack([found // self.classes, found % self.classes], dim=1), counts
@@ -58,7 +59,8 @@ class Details:
 
 @torch.no_grad()
 def examine(model: nn.Module, images: Loader, classes: int) -> tuple[Details, int]:
-    """Score a network in eval mode, in float32, and the batch it took: half as many where memory did not suffice.
+    """Score a network in eval mode, in float32. Return the details, and the batch size used: halved until memory
+    sufficed.
 
     Raises InputError for a network whose logits are not finite.
     """
@@ -100,7 +102,9 @@ def _examined(model: nn.Module, images: Loader, classes: int, size: int) -> Deta
 
 
 def _binned(confidence: Tensor, right: Tensor) -> Tensor:
-    """Return images, confidence and correct predictions, summed by bin of confidence, (3, BINS)."""
+    """Return the number of images, the sum of confidences and the correct predictions per bin of confidence,
+    (3, BINS).
+    """
     place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     return torch.stack(
         [torch.bincount(place, weights, BINS) for weights in (torch.ones_like(right), confidence, right)]
@@ -113,7 +117,7 @@ def agreement(one: Details, other: Details) -> float:
 
 
 def worst_confusions(details: Details, count: int) -> Iterator[tuple[int, int, int]]:
-    """Yield class, predicted class and count of the most frequent mistakes first."""
+    """Yield class, predicted class and count for each kind of mistake, the most frequent first."""
     pairs, counts = details.pairs()
     wrong = pairs[:, 0] != pairs[:, 1]
     pairs, counts = pairs[wrong], counts[wrong]

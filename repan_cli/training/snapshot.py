@@ -1,7 +1,7 @@
-"""The state of a run beyond its weights: tensors by name and plain values that `last.pt` carries, and the way back.
+"""Save and restore the state of a run beyond its weights: the tensors and plain values in `last.pt`.
 
-Everything random is keyed by position, so that position, weights, the optimizer's memory and the sums of the epoch that
-is under way are all a run needs to go on as if it had never stopped.
+Everything random is determined by position. So four things are enough to continue a run with the same result: its
+position, the weights, the optimizer's state, and the sums of the current epoch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from repan_cli.training.progress import POSITION, Totals
 from repan_cli.training.run import Training
 
 SUMS = ("totals.loss", "totals.correct", "totals.broken")
-"""Names in a file of the sums in `Totals`; the last one is what `Totals.skipped` returns."""
+"""The names of the sums in `Totals` in a file; the last one is what `Totals.skipped` returns."""
 
 PLAIN = (int, float, bool, str, type(None))
 
@@ -42,7 +42,7 @@ def snapshot(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _optimizer_state(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's memory of each parameter, and the plain values of its groups."""
+    """Return the optimizer's state for each parameter, and the plain values of its groups."""
     names = {id(parameter): name for name, parameter in run.model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
@@ -52,20 +52,20 @@ def _optimizer_state(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         rest = {key: value for key, value in memory.items() if isinstance(value, PLAIN)}
         plain |= {name: rest} if rest else {}
     groups = [
-        {key: value for key, value in group.items() if isinstance(value, PLAIN) and key != "lr"}  # the position sets it
+        {key: value for key, value in group.items() if isinstance(value, PLAIN) and key != "lr"}  # from the position
         for group in run.optimizer.param_groups
     ]
     return tensors, {"parameters": plain, "groups": groups}
 
 
 LATER = {"since_best": 0}
-"""The position as far as states of earlier versions lack it."""
+"""The parts of the position that states of earlier versions lack."""
 
 
 def restore(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    """Put a run, whose scored network has its weights already, into a state that `snapshot` gave.
+    """Put a run whose scored network has its weights already into a state that `snapshot` returned.
 
-    Raises InputError when the state is not of this network and optimizer.
+    Raises InputError if the state does not belong to this network and optimizer.
     """
     try:
         for name in POSITION:
@@ -78,7 +78,7 @@ def restore(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, An
             unknown = torch.full((len(KEYS), 2), math.nan)  # missing in files of older versions
             noted = tensors.get("totals.noted", unknown).to(run.runtime.device)
             run.progress.totals = Totals(sums, noted, plain["images"], plain["first_loss"])
-            if run.runtime.rank:  # rank 0 holds the sums of all
+            if run.runtime.rank:  # rank 0 holds the sums of all ranks
                 run.progress.totals = Totals.zeros(run.runtime.device)
         run.progress.best_weights = _under("best.", tensors, run.runtime.device) or None
         if run.ema:
@@ -103,7 +103,7 @@ def _restore_optimizer(run: Training, tensors: Mapping[str, Tensor], plain: Mapp
     for name, rest in plain["parameters"].items():
         run.optimizer.state[parameters[name]].update(rest)
     for group, saved in zip(run.optimizer.param_groups, plain["groups"], strict=True):
-        group.update({name: value for name, value in saved.items() if name != "lr"})  # the position sets it
+        group.update({name: value for name, value in saved.items() if name != "lr"})  # the position determines it
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""One update of the weights: the host sets a few numbers, the device does the rest, as it is or as a CUDA graph.
+"""Make one update of the weights. The host sets a few numbers; the device does the rest, directly or as a CUDA graph.
 
-What the device does makes no host-device sync, and reads what changes from step to step from tensors.
+The device's part makes no host-device sync. It reads everything that changes from step to step from tensors.
 """
 
 from __future__ import annotations
@@ -50,32 +50,33 @@ def update(run: Training, phase: Phase, task: Task, group: list[Batch], elapsed:
 
 
 class _How(NamedTuple):
-    """The kind of an update: with frozen trunks, and with branches known to be fully attached."""
+    """The kind of an update: whether trunks are frozen, and whether all branches are known to be fully attached."""
 
     frozen: bool
     attached: bool
 
 
 def _how(run: Training, phase: Phase, elapsed: float) -> _How:
-    """Return the kind of update to make. The device is asked for its attach rates only in a phase's first update."""
+    """Return the kind of update to make. The attach rates are read from the device only in a phase's first update."""
     if run.rates_of is not phase:
         run.rates_of, run.rates_are_one = phase, run.read_attach_rates()
     steered, others = run.rates_are_one
     rate = phase.attach_rate(elapsed)
-    # compiled networks fuse the rate into other work, and would be compiled anew
+    # compiled networks fuse the rate into other work, and would have to be compiled again
     attached = others and (steered if rate is None else rate == 1) and not run.compiled
     return _How(phase.trunk_is_frozen(elapsed), attached)
 
 
 def _steps_in(run: Training, elapsed: float) -> int:
-    """Count the updates of the phase, with the one that is `elapsed` epochs into it."""
+    """Return the number of updates in the phase, including the one that is `elapsed` epochs into it."""
     batches = round(elapsed * run.train.steps(run.batch_size))
     return batches // run.accumulate + 1
 
 
 def recorded_as(phase: Phase, task: Task) -> Hashable:
-    """Return the properties that a recorded update depends on besides the shapes of its inputs: phases that agree share
-    recordings.
+    """Return the properties that a recorded update depends on, besides the shapes of its inputs.
+
+    Phases with the same properties share recordings.
     """
     settings = phase.optim
     rules = (settings.momentum, settings.nesterov, settings.weight_decay, settings.decay)
@@ -83,7 +84,7 @@ def recorded_as(phase: Phase, task: Task) -> Hashable:
 
 
 def storage(run: Training) -> frozenset[int]:
-    """Return the places of all tensors that recorded updates and evaluations read and write."""
+    """Return the addresses of all tensors that recorded updates and evaluations read and write."""
     models = {run.model, run.scored}
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     tensors += [each for memory in run.optimizer.state.values() for each in memory.values() if torch.is_tensor(each)]
@@ -92,10 +93,10 @@ def storage(run: Training) -> frozenset[int]:
 
 
 def _compute(run: Training, phase: Phase, task: Task, how: _How, images: int, batches: int, inputs: Inputs) -> Tensor:
-    """Do the device's part of an update, for the parts of some batches with so many images on all ranks.
+    """Do the device's part of an update, for this rank's parts of some batches with `images` images over all ranks.
 
-    Gives sums over the group, (3,): loss, correct, and 1 if the update was skipped. A recorded step does not look at
-    `how.frozen` but at `run.trunk_live`.
+    Returns sums over the group, (3,): loss, correct, and 1 if the update was skipped. A recorded step does not read
+    `how.frozen` but `run.trunk_live`.
     """
     run.optimizer.zero_grad(set_to_none=True)
     count = len(inputs) // batches
@@ -134,8 +135,9 @@ def _without_exchange(model: nn.Module) -> contextlib.AbstractContextManager[Non
 
 
 def _called(run: Training, batch: Batch) -> nn.Module:
-    """Return the network as training calls it. It is not compiled for a ragged last batch: that takes as long again as
-    for all the others.
+    """Return the network as training calls it.
+
+    It is not compiled for a smaller last batch: that would take as long again as for all the others.
     """
     machine = run.runtime
     share = run.batch_size // machine.ranks + (machine.rank < run.batch_size % machine.ranks)  # as Tensor.tensor_split
@@ -144,13 +146,13 @@ def _called(run: Training, batch: Batch) -> nn.Module:
 
 
 def _cast(run: Training) -> contextlib.AbstractContextManager[None]:
-    """Cast all weights together, in the autocast that is on, where a step is recorded; see `casts`."""
+    """Cast all weights together, if autocast is on and the step is recorded; see `casts`."""
     recorded = run.graphs is not None and torch.is_autocast_enabled(run.runtime.device.type)
     return casts.at_once(run.cast) if recorded and not run.compiled else contextlib.nullcontext()
 
 
 def _step(run: Training, phase: Phase, frozen: bool) -> Tensor:
-    """Update the weights from their gradients; returns whether that was skipped, 0 or 1."""
+    """Update the weights from their gradients; return whether that was skipped, 0 or 1."""
     if run.trunk_live is not None:
         optim.mask_trunk_gradients(run.optimizer, run.trunk_live)
     elif frozen:
@@ -171,7 +173,7 @@ def _step(run: Training, phase: Phase, frozen: bool) -> Tensor:
 
 @contextlib.contextmanager
 def _counted_at_once(norms: Sequence[BatchNorm]) -> Iterator[None]:
-    """Stop BN layers from counting their batches within the context: one operation at the end counts for all."""
+    """Stop BN layers from counting their batches within the context; one operation at the end counts for all."""
     counting = {
         norm: norm.num_batches_tracked for norm in norms if norm.training and norm.num_batches_tracked is not None
     }
@@ -187,7 +189,7 @@ def _counted_at_once(norms: Sequence[BatchNorm]) -> Iterator[None]:
 
 
 def _images_of_all_ranks(run: Training, group: list[Batch]) -> int:
-    """Return the number of images in an update over all ranks, which may differ by one image."""
+    """Return the number of images in an update over all ranks, whose parts may differ by one image."""
     images = sum(len(batch.images) for batch in group)
     if run.runtime.ranks == 1:
         return images

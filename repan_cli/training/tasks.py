@@ -1,4 +1,4 @@
-"""Training tasks: a task maps a batch to a loss and logits."""
+"""Define training tasks: a task maps a batch to a loss and logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from repan_cli.training.teacher import LogitCache, Teacher
 class Task(Protocol):
     @property
     def recorded_as(self) -> Hashable:
-        """Return the identity of the task's computation, which recordings depend on."""
+        """Return the identity of the task's computation, on which recordings depend."""
 
     def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches with values that are looked up for them before the step."""
@@ -30,8 +30,8 @@ class Task(Protocol):
 class TaskProvider(Protocol):
     """The tasks of the phases of a run.
 
-    `digests` and `described` tell of the teachers that were found, by their names in the settings. `folder` is the
-    run's, once it is known, and `resumed_in` the cycle in which a resumed run stands.
+    `digests` and `described` hold information on the teachers by their names in the settings. `folder` is the run's
+    folder, once it is known. `resumed_in` is the cycle in which a resumed run continues.
     """
 
     digests: dict[str, str]
@@ -48,7 +48,9 @@ class TaskProvider(Protocol):
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross-entropy in float32; with `binary` that of a yes or no to each class, summed (Wightman et al. 2021)."""
+    """Cross-entropy in float32; with `binary` the sum over classes of the binary cross-entropy (Wightman et al.
+    2021).
+    """
 
     label_smoothing: float = 0.0
     binary: bool = False
@@ -78,8 +80,7 @@ class Classification:
 class Distillation:
     """`alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * CE`, batch means in float32 (Hinton et al. 2015).
 
-    `teacher` gives its logits (B, num_classes) for a batch that comes without; the soft targets are those at
-    `temperature` T.
+    `teacher` returns its logits (B, num_classes) for a batch that has none yet. Soft targets use `temperature` T.
     """
 
     hard: Classification

@@ -1,6 +1,6 @@
-"""A teacher: a merged network in eval mode that sees the student's images its own way, and a cache of its logits.
+"""Define a teacher: a merged network in eval mode, with its own preprocessing of the student's images, and a cache.
 
-It is no part of the model, so it enters neither the optimizer nor a checkpoint.
+It is not part of the model, so it is neither in the optimizer nor in a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from repan_cli.system.host import memory_bytes
 from repan_cli.training import casts
 
 CACHE_TOLERANCE = 0.05
-"""Largest difference, of the largest logit, between what a cache holds and what the teacher says now. Rounding, to
-bfloat16 in batches put together otherwise, stays below a hundredth.
+"""The largest difference, relative to the largest logit, between the cache and what the teacher returns now.
+
+Rounding, to bfloat16 in batches of another composition, stays below a hundredth.
 """
 
 SHARE_OF_DEVICE, SHARE_OF_HOST = 0.25, 0.5
@@ -34,7 +35,7 @@ SHARE_OF_DEVICE, SHARE_OF_HOST = 0.25, 0.5
 
 @dataclass(frozen=True)
 class View:
-    """The input that a network expects: the side in pixels, mean and std of each channel."""
+    """The input that a network expects: the side in pixels, mean and std per channel."""
 
     size: int
     mean: tuple[float, ...]
@@ -45,9 +46,9 @@ class Teacher:
     """Logits of a network for batches that are normalised and sized for the student.
 
     Args:
-        model: on the runtime's device; it is put in eval mode.
-        own: how it wants its images.
-        student: how the batches come.
+        model: the teacher's network, on the runtime's device; it is put in eval mode.
+        own: the input that the teacher expects.
+        student: the form in which the batches arrive.
     """
 
     def __init__(self, model: nn.Module, *, own: View, student: View, runtime: Runtime) -> None:
@@ -82,7 +83,7 @@ class Teacher:
 
     @property
     def recorded_as(self) -> Hashable:
-        """Itself: its network is part of a recorded step, and lives as long."""
+        """The teacher itself: its network is part of a recorded step, and must live as long."""
         return self
 
     def prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -93,16 +94,16 @@ class Teacher:
 class LogitCache:
     """A teacher's logits in float16 by (image, view), computed when a view is first seen.
 
-    Exact for views that can be told by a number: crops and flips. A run that repeats the views of its first cycle
-    (`cycle.reseed=same`) or that does not augment computes each of them once. The first batch that needs nothing new is
-    computed all the same, and compared: a teacher that is not a function of the view alone raises InputError.
+    The cache is exact for views that have a number: crops and flips. Each is computed once if a run repeats the views
+    of its first cycle (`cycle.reseed=same`) or does not augment. The first batch that needs nothing new is computed
+    anyway, and compared: a teacher that is not a function of the view alone raises InputError.
 
-    What it knows is noted on the CPU, as views are numbered there: looking up is no host-device sync.
+    A table on the CPU, where views are numbered, notes which entries are filled; a look-up is no host-device sync.
 
     Args:
-        teacher: what is asked for views that are not there yet.
-        make_table: called at the first use, for a float16 table (images, views, classes) in whatever memory.
-        together: of how many images, of the coming batches, the teacher is asked at once where one is not there yet.
+        teacher: computes the logits of views that are not in the cache.
+        make_table: called at the first use, for a float16 table (images, views, classes) in any memory.
+        together: the number of images, from the coming batches, for which the teacher is called at once.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class LogitCache:
 
     @cached_property
     def filled(self) -> npt.NDArray[np.bool_]:
-        """Return the (image, view) pairs that the table has."""
+        """Return which (image, view) pairs the table holds."""
         return np.zeros(self.table.shape[:2], dtype=bool)
 
     @property
@@ -150,7 +151,7 @@ class LogitCache:
         return self.filled[index.numpy(), views.numpy()]
 
     def _fill(self, batches: list[Batch]) -> None:
-        """Ask the teacher for all logits of the batches that are missing."""
+        """Compute the missing logits of the batches."""
         rows = [torch.from_numpy(np.flatnonzero(~self._known(batch))) for batch in batches]
         parts = [Batch(*_rows(batch, row)) for batch, row in zip(batches, rows, strict=True)]
         whole = Batch(*(torch.cat(part) for part in zip(*(part[:4] for part in parts), strict=True)))
@@ -183,7 +184,7 @@ def _rows(batch: Batch, rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _numbers(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return which image and which view of it each one is, (B,), on the CPU."""
+    """Return the number of each image and of its view, (B,), on the CPU."""
     index, views = batch.index, batch.views
     assert index is not None and views is not None, "only batches whose views are numbered are cached"
     return index, views

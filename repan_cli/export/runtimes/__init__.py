@@ -1,7 +1,7 @@
-"""Formats of other programs, each written by that program's own converter and run by it to prove the file.
+"""Write formats of other programs, each with that program's own converter, and run it to prove the file.
 
-A format is a folder: the files of the program, and `repan.json`, which tells the network's classes and images and the
-SHA-256 of each file.
+A format is a folder: the files of the program, and `repan.json`, which holds the network's classes, the preprocessing
+of its images, and the SHA-256 of each file.
 """
 
 from repan_cli.export.runtimes import coreml, ncnn_files, openvino_files, tflite, torchscript

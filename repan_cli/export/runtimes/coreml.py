@@ -1,4 +1,4 @@
-"""Core ML: `model.mlpackage`, converted from PyTorch by coremltools. macOS alone runs it."""
+"""Core ML: `model.mlpackage`, converted from PyTorch by coremltools. It runs only on macOS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The folder of a format: its description `repan.json`, and the check of every file before a program reads it."""
+"""Handle the folder of a format: its description `repan.json`, and the check of every file before a program
+reads it.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,20 @@ from repan_cli.system.files import to_json
 from repan_cli.system.weight_files import RUNTIME_DESCRIPTION
 
 LONGEST = 2**24
-"""Bytes of a description that is read."""
+"""The largest description in bytes."""
 
 
 def contents(name: str, files: Mapping[str, bytes], header: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the files of a folder with their description: `header` is what any file of repan's says of its network."""
+    """Return the files of a folder with their description; `header` is the description of the network."""
     sums = {file: hashlib.sha256(content).hexdigest() for file, content in sorted(files.items())}
     told = {"runtime": name, "files": sums, **header}
     return {**files, RUNTIME_DESCRIPTION: (to_json(told, indent=1, sort_keys=True) + "\n").encode()}
 
 
 def opened(description: Path, kinds: Mapping[str, Kind]) -> tuple[str, str]:
-    """Return the format of a folder, and the text of its description, after a look at each of its files.
+    """Return the format of a folder, and the text of its description, after a check of each of its files.
 
-    Raises InputError where a file is missing, other than it was written, or one that such a folder does not have.
+    Raises InputError if a file is missing, was changed, or does not belong into such a folder.
     """
     try:
         if description.stat().st_size > LONGEST:

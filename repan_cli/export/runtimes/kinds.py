@@ -18,9 +18,9 @@ INPUT = "images"
 
 @dataclass(frozen=True)
 class Conversion:
-    """The network that is converted, merged, on the CPU, with images (N, C, H, W) like those that it reads.
+    """The merged network to convert, on the CPU, with sample images (N, C, H, W).
 
-    `onnx` gives its ONNX file, which some converters begin with. `source` names it in messages.
+    `onnx` returns its ONNX file, from which some converters start. `source` names it in messages.
     """
 
     network: nn.Module
@@ -33,9 +33,13 @@ class Conversion:
 class Kind:
     """A format of another program.
 
-    `files` are the names that its folder may hold. `convert` gives their
-    content; `open` gives the network in a folder, run by the program. `why_not` tells why this machine cannot run it.
-    `use` is a line of code, with the folder as {folder}; `any_batch` tells whether it takes several images at once.
+    Attributes:
+        files: the names that its folder may hold.
+        convert: returns their content.
+        open: returns the network in a folder, run by the program.
+        why_not: returns why this machine cannot run it.
+        use: a line of code, with the folder as {folder}.
+        any_batch: whether it takes several images at once.
     """
 
     title: str
@@ -48,12 +52,12 @@ class Kind:
 
 
 def cannot(title: str, conversion: Conversion, error: Exception) -> InputError:
-    """Return the error of a network that a converter does not take."""
+    """Return the error for a network that a converter does not accept."""
     return InputError(f"{conversion.source} cannot be written for {title}: {first_line(error)}")
 
 
 class OneByOne(nn.Module, abc.ABC):
-    """A network that another program runs for one image (1, C, H, W) at a time; here for any number."""
+    """A network that another program runs for one image (1, C, H, W) at a time; this class accepts any number."""
 
     @abc.abstractmethod
     def run(self, image: Tensor) -> Tensor:

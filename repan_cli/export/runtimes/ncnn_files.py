@@ -21,7 +21,7 @@ FOREIGN = ("pnnx.", "onnx", "aten", "prims", "F.", "nn.", "torch.")
 """Type prefixes of the layers that pnnx could not convert to ncnn."""
 
 EXACT = ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage")
-"""The options of ncnn that make numbers smaller, which are turned off."""
+"""The options of ncnn that reduce precision, which are turned off."""
 
 
 def convert(conversion: Conversion) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 """OpenVINO uses bfloat16 by default if the processor supports it, with an error of 1e-2."""
 
 ENDLESS = re.compile(rb'type="(Loop|TensorIterator)"')
-"""Layers by which a small file may compute for ever; none is written."""
+"""Layers with which even a small file may compute forever; repan writes none."""
 
 
 def convert(conversion: Conversion) -> dict[str, bytes]:
@@ -46,7 +46,7 @@ def convert(conversion: Conversion) -> dict[str, bytes]:
 class OpenVinoNetwork(nn.Module):
     """The network in an OpenVINO model: (N, C, H, W) to logits (N, classes), on the CPU in float32.
 
-    `model` is the path of the `.xml` file, or the bytes of an ONNX file. `threads` as torch's where it is not given.
+    `model` is the path of the `.xml` file, or the bytes of an ONNX file. `threads` defaults to torch's number.
     """
 
     def __init__(self, model: Path | bytes, threads: int | None = None) -> None:

@@ -45,7 +45,7 @@ def convert(conversion: Conversion) -> dict[str, bytes]:
 
 
 def _without_paths(content: bytes) -> bytes:
-    """Return the archive without entries about Python; what is left is stored as it was, with no date."""
+    """Return the archive without entries about Python; the rest is stored unchanged, without a date."""
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(result, "w") as new:
         for entry in old.infolist():
@@ -61,7 +61,7 @@ class TorchScriptNetwork(nn.Module):
         super().__init__()
         try:
             with quiet():
-                self._program = [torch.jit.load(str(path), map_location="cpu")]  # in a list: no part of this module
+                self._program = [torch.jit.load(str(path), map_location="cpu")]  # in a list: not a part of this module
         except Exception as error:
             raise InputError(f"{path} cannot be opened by PyTorch: {first_line(error)}") from None
 
