@@ -95,13 +95,15 @@ def _no_waiting_for_disks() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _operators_once() -> Iterator[None]:
-    """Let PyTorch read its table of ONNX operators once and not for every file, of whose time it is half."""
+    """Let PyTorch read its tables of operators once and not for every file, of whose time it is half."""
     if missing("onnx", "onnxscript"):
         yield
         return
+    from torch._export import utils
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_materialize_cpp_cia_ops", cache(utils._materialize_cpp_cia_ops))
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
         yield
 

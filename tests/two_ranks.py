@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 
-import sklearn.datasets  # noqa: F401
 from shared_fixtures import FEW
 
 from repan_cli.cli import app

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -13,6 +12,7 @@ from repan_cli.anneal.restoration import Moments
 from repan_cli.blocks import RepBlock, rep_blocks
 from repan_cli.blocks.kernel import conv_kernel, exact, running_stats
 from repan_cli.errors import InputError
+from repan_cli.system.copies import deep_copy
 from repan_cli.system.images import ImagesLike, image_batches
 from repan_cli.system.ranks import summed
 
@@ -53,7 +53,7 @@ class MergedProbe:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.network = copy.deepcopy(unwrapped(model)).eval()
+        self.network = deep_copy(unwrapped(model)).eval()
         blocks = dict(rep_blocks(self.network))
         self.with_norm = [name for name, block in blocks.items() if block.trunk.has_norm]
         for block in blocks.values():

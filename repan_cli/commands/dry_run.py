@@ -15,10 +15,10 @@ from repan_cli.blocks import rep_blocks
 from repan_cli.config.resolve import Resolved
 from repan_cli.display.console import print_line, print_table
 from repan_cli.errors import InputError
-from repan_cli.models.twins import deep_copy
 from repan_cli.session import summary
 from repan_cli.session.build import Session, prepare
 from repan_cli.session.network import describe_blocks
+from repan_cli.system.copies import deep_copy
 from repan_cli.system.device import peak_memory
 from repan_cli.system.files import to_json
 from repan_cli.system.notices import doing

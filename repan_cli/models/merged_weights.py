@@ -7,7 +7,6 @@ network that can be trained, merged and evaluated like any other.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +18,7 @@ from repan_cli.blocks.kernel import BatchNorm, exact
 from repan_cli.checkpoint.card import Change
 from repan_cli.models.changes import apply
 from repan_cli.models.timm_blocks import is_own_block
+from repan_cli.system.copies import deep_copy
 
 LAYERS = (("c", "bn"), ("conv", "bn"), ("l", "bn"))
 """timm's names of a convolution or linear layer and of the BN next to it, which merge into one layer."""
@@ -30,12 +30,12 @@ class MergedNames:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._changes = [Change("adapt", name) for name, module in model.named_modules() if is_own_block(module)]
-        self._places = self._twin(copy.deepcopy(model)) if self._changes else {}
+        self._places = self._twin(deep_copy(model)) if self._changes else {}
 
     def _twin(self, model: nn.Module) -> dict[str, RepBlock]:
         """Return the network with its blocks as `RepBlock`s, on the same tensors."""
         tensors = [*model.parameters(), *model.buffers()]
-        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        twin = deep_copy(model, {id(tensor): tensor for tensor in tensors})
         with torch.random.fork_rng(devices=[]):
             apply(twin, self._changes)
         return dict(rep_blocks(twin))
@@ -50,7 +50,7 @@ class MergedNames:
     @torch.no_grad()
     def unmerged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return weights of a merged network under the names of one with branches, with the same function."""
-        model = copy.deepcopy(self._model)
+        model = deep_copy(self._model)
         found = _with_mixers(model, dict(weights))
         touched: list[str] = []
         for name, block in self._twin(model).items():

@@ -16,7 +16,8 @@ from repan_cli.checkpoint.card import Change
 from repan_cli.errors import InputError
 from repan_cli.models.changes import apply
 from repan_cli.models.outputs import Leaves, difference, differences, inner_modules, inner_outputs, leaves
-from repan_cli.models.twins import cut, deep_copy
+from repan_cli.models.twins import cut
+from repan_cli.system.copies import deep_copy
 from repan_cli.system.text import first_line
 
 TOLERANCE = 1e-10

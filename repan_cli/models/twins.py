@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from repan_cli.blocks import RepBlock, rep_blocks
+from repan_cli.system.copies import deep_copy, modules_of
 
 Found = TypeVar("Found")
 
@@ -50,39 +49,12 @@ def twin(
     memo: dict[int, Any] = {}
     if blocks is not None:
         memo |= {id(block): blocks(block) for _, block in rep_blocks(model)}
-    for module in _modules(model, memo):
+    for module in modules_of(model, memo):
         for values in (module._parameters, module._buffers, vars(module)):
             for each in values.values():
                 if isinstance(each, Tensor) and id(each) not in memo:
                     memo[id(each)] = each if device is None else _moved(each, device)
     return deep_copy(model, memo)
-
-
-def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Return `copy.deepcopy` of a network in half its time, most of which goes into the empty hook dictionaries of
-    modules.
-    """
-    known = memo or {}
-    empty = {
-        id(value): OrderedDict[Any, Any]()
-        for module in _modules(model, known)
-        for value in vars(module).values()
-        if type(value) is OrderedDict and not value
-    }
-    copied: nn.Module = copy.deepcopy(model, {**empty, **known})
-    return copied
-
-
-def _modules(model: nn.Module, known: Mapping[int, Any]) -> list[nn.Module]:
-    """Return the modules of a network but those in `known`, by their id, and what is in them."""
-    found: dict[int, nn.Module] = {}
-    pending: list[nn.Module | None] = [model]
-    while pending:
-        module = pending.pop()
-        if module is not None and id(module) not in found and id(module) not in known:
-            found[id(module)] = module
-            pending += module._modules.values()
-    return [*found.values()]
 
 
 def _moved(tensor: Tensor, device: str) -> Tensor:

@@ -24,8 +24,8 @@ from repan_cli.export.fuse import check_finite
 from repan_cli.models import Expansion, Selection, own_block, probe, user_file
 from repan_cli.models.inspect import classifier_layers
 from repan_cli.models.probe import PROBE_IMAGES
-from repan_cli.models.twins import deep_copy
 from repan_cli.session import hub_folder
+from repan_cli.system.copies import deep_copy
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
 from repan_cli.system.seeding import seed_for

@@ -15,8 +15,8 @@ from repan_cli.anneal.restart import RestartReport, restart
 from repan_cli.config.settings import CycleConfig
 from repan_cli.data.batches import Batch
 from repan_cli.errors import DivergedError, StoppedError
-from repan_cli.models.twins import deep_copy
 from repan_cli.runs import felt
+from repan_cli.system.copies import deep_copy
 from repan_cli.system.notices import doing
 from repan_cli.system.seeding import generator_for, seed_for, seed_generators
 from repan_cli.training import optim

@@ -1,0 +1,40 @@
+"""Copies of networks, faster than `copy.deepcopy` makes them."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def deep_copy(model: Network, memo: dict[int, Any] | None = None) -> Network:
+    """Return `copy.deepcopy` of a network in half its time, most of which goes into the empty hook dictionaries of
+    modules.
+
+    `memo` maps the id of an object to its place holder in the copy, as that of `copy.deepcopy` does.
+    """
+    known = memo or {}
+    empty = {
+        id(value): OrderedDict[Any, Any]()
+        for module in modules_of(model, known)
+        for value in vars(module).values()
+        if type(value) is OrderedDict and not value
+    }
+    return copy.deepcopy(model, {**empty, **known})
+
+
+def modules_of(model: nn.Module, known: Mapping[int, Any]) -> list[nn.Module]:
+    """Return the modules of a network, except those whose id is in `known` and the modules inside them."""
+    found: dict[int, nn.Module] = {}
+    pending: list[nn.Module | None] = [model]
+    while pending:
+        module = pending.pop()
+        if module is not None and id(module) not in found and id(module) not in known:
+            found[id(module)] = module
+            pending += module._modules.values()
+    return [*found.values()]
