@@ -42,7 +42,7 @@ MISTAKES = [
     (f"train {D} --batch-size 1", r"data.batch_size: 1 must be at least 2"),
     (
         f"cycle {D} --lr 0.05 --baseline-lr 0.1",
-        "optim.lr=0.05 has no effect with cycle.schedule=continuous, one schedule",
+        "optim.lr=0.05 has no effect with cycle.schedule=continuous, .*: give --baseline-lr instead of --lr",
     ),
     (f"train {D} run.compile=maybe", r"run.compile: 'maybe' is not a choice; choose auto or on or off"),
     (f"train {D} data.augment=autoaugmnt", r"data.augment: 'autoaugmnt' is not a choice; did you mean autoaugment"),

@@ -3,10 +3,11 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-from support import ROOT, one_line, run, write_folders, write_run
+from support import ROOT, one_line, plan, run, write_folders, write_run
 
 from repan_cli import config, door
 from repan_cli.compare import results, table
@@ -15,9 +16,11 @@ from repan_cli.data import datasets
 from repan_cli.display.console import Display, print_table
 from repan_cli.errors import InputError
 from repan_cli.models import own_block
-from repan_cli.session import teachers
+from repan_cli.session import build, summary, teachers
+from repan_cli.system import notices
 from repan_cli.system.text import file_size, short
 from repan_cli.training.events import CycleStart, Epoch
+from repan_cli.training.plan import training_plan
 
 
 @pytest.mark.parametrize(
@@ -222,9 +225,51 @@ def test_sizes_of_small_files_are_readable(size, text):
 
 
 def test_a_summary_shows_its_figures(tmp_path):
-    summary = door.read_summary(write_run(tmp_path / "a", test=71.25))
-    assert repr(summary) == f"Summary({str(tmp_path / 'a')!r}, val_top1=70.00, test_top1=71.25)"
+    found = door.read_summary(write_run(tmp_path / "a", test=71.25))
+    assert repr(found) == f"Summary({str(tmp_path / 'a')!r}, val_top1=70.00, test_top1=71.25)"
     assert repr(door.Summary(Path(), {})) == "Summary('.')", "other processes than the first have no figures"
+
+
+@pytest.mark.parametrize(
+    ("held", "fraction", "digest", "mend"),
+    [
+        (1, 0.1, "drawn", "1 validation image only, so chance decides much: set data.val_fraction=0.3"),
+        (49, 0.3, "drawn", "49 validation images only, so chance decides much: more images help"),
+        (49, 0.1, "", "49 validation images only, so chance decides much: more images help"),  # a folder `val`
+        (50, 0.1, "drawn", None),
+        (None, 0, "", None),
+    ],
+)
+def test_few_images_that_choose_the_epoch_are_reported_with_the_setting(
+    caplog, monkeypatch, held, fraction, digest, mend
+):
+    monkeypatch.setattr(notices, "_SAID", set())
+    val = held and SimpleNamespace(labels=range(held))
+    for _ in range(2):  # of a series, too, it is said once
+        build._warn_of_few_to_choose(fraction, SimpleNamespace(val=val, split_digest=digest))
+    assert caplog.messages == ([f"the best epoch is chosen on {mend}"] if mend else [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"cycle__schedule": "continuous"},
+            "3 epochs as baseline; 2 cycles of 4 epochs, {}; one cosine schedule over all, from lr 0.2",
+        ),
+        (
+            {"cycle__schedule": "restart", "cycle__restart": "none", "optim__schedule": "linear"},
+            "3 epochs at lr 0.2 as baseline; 2 cycles of 4 epochs at lr 0.05, no restart (control); a new linear "
+            "schedule in each cycle",
+        ),
+    ],
+)
+def test_the_plan_of_a_run_is_told_with_its_schedule(settings, told):
+    given = {"baseline__epochs": "3", "epochs": "4", "cycle__count": "2", "baseline__optim__lr": "0.2"}
+    phases = plan(**given, optim__lr="0.05", **settings)
+    assert summary._describe_plan(phases) == told.format("restart by calibrate, ramp")
+    (only,) = training_plan(config.build({"epochs": "3", "optim.lr": "0.1"}))
+    assert summary._describe_plan((only,)) == "3 epochs at lr 0.1"
 
 
 def test_no_line_of_the_changelog_stands_twice():

@@ -60,7 +60,7 @@ def own_block(folder):
         patch.setattr(repvgg_cifar, "DEPTHS_A", FEW)
         code, *texts = captured("cycle", *words.split(), "--block", "my_block.py:build", "--out", "runs/own_block")
     assert code == 0, texts
-    stop(folder / "runs" / "own_block", folder / "runs" / "own_stopped")
+    stop(folder / "runs" / "own_block", folder / "runs" / "twin")
 
 
 def stop(finished, stopped):

@@ -382,8 +382,9 @@ def test_without_out_the_folder_is_named_after_the_run(capsys, tmp_path, monkeyp
     (folder,) = (tmp_path / "runs" / "train").iterdir()
     assert folder.name.endswith("-repvgg_a0_cifar-repvgg-digits")
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["seed_7"]
-    out, _ = done(capsys, "train", "--resume", "latest", "--json")
+    out, err = done(capsys, "train", "--resume", "latest", "--json")
     assert json.loads(out)["runs"][0]["seed"] == 7
+    assert err.startswith(f"all runs of runs/train/{folder.name} are finished; here is their comparison again")
 
 
 def test_a_dry_run_is_one_run_and_says_of_how_many(capsys, tmp_path, monkeypatch):

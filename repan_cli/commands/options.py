@@ -268,6 +268,7 @@ Model = Annotated[str | None, Option(("--model", "-m"), metavar="NAME", setting=
 Dataset = Annotated[str | None, Option(("--dataset", "-d"), metavar="NAME", setting="data.name", panel=WHAT)]
 Root = Annotated[str | None, Option(("--data-root",), metavar="FOLDER", setting="data.root", panel=WHAT)]
 TOO = ", and of the baseline unless it has its own."
+RATE_OF_CYCLES = f"Peak learning rate of cycles{TOO} If it has, and cycle.schedule=continuous, give --baseline-lr."
 Rate = Annotated[str | None, Option(("--lr",), metavar="RATE", setting="optim.lr", panel=HOW_LONG)]
 Epochs = Annotated[str | None, Option(("--epochs",), "Length of the run.", "N", setting="epochs", panel=HOW_LONG)]
 Init = Annotated[str | None, Option(("--init",), "Start from these weights.", "FILE", setting="model.init", panel=WHAT)]
@@ -360,7 +361,7 @@ class CycleOptions:
         str | None,
         Option(
             ("--baseline-lr",),
-            "Peak learning rate of the baseline.",
+            "Peak learning rate of the baseline, and of all cycles with cycle.schedule=continuous.",
             "RATE",
             setting="baseline.optim.lr",
             panel=HOW_LONG,
@@ -370,9 +371,7 @@ class CycleOptions:
     epochs: Annotated[
         str | None, Option(("--epochs",), f"Length of each cycle{TOO}", "N", setting="epochs", panel=HOW_LONG)
     ] = None
-    lr: Annotated[
-        str | None, Option(("--lr",), f"Peak learning rate of cycles{TOO}", "RATE", setting="optim.lr", panel=HOW_LONG)
-    ] = None
+    lr: Annotated[str | None, Option(("--lr",), RATE_OF_CYCLES, "RATE", setting="optim.lr", panel=HOW_LONG)] = None
     init: Annotated[
         str | None,
         Option(

@@ -149,6 +149,7 @@ def _carry_out(series: Series, folder: runs.RunDirectory, given: Layer, ready: l
     A run that diverges does not stop the others. Raises InterruptedRunError and PreemptedRunError if a signal asks to
     stop, DivergedError at the end.
     """
+    made = 0
     try:
         with StopSignals() as signals:
             for number, member in enumerate(series.members(), start=1):
@@ -158,12 +159,15 @@ def _carry_out(series: Series, folder: runs.RunDirectory, given: Layer, ready: l
                 tell(f"\nrun {number} of {len([*series.members()])}: {member.name}")
                 folder.status("running", run=member.name)
                 _make(series, member, given, ready.pop() if ready else None)
+                made += 1
     except (InterruptedRunError, PreemptedRunError) as stop:
         folder.status("preempted" if isinstance(stop, PreemptedRunError) else "interrupted")
         raise
     except BaseException:
         folder.status("failed")
         raise
+    if not made:
+        tell(f"all runs of {series.path} are finished; here is their comparison again")
     folder.status("done")
     _finish(series, folder, as_json=as_json)
 

@@ -201,7 +201,7 @@ def _refuse_two_rates(config: Config, given: Layer) -> None:
     if "optim.lr" in given and config.optim.lr != rate:
         raise InputError(
             f"optim.lr={config.optim.lr:g} has no effect with cycle.schedule=continuous, one schedule that starts at "
-            f"the baseline's {rate:g}: set cycle.schedule=restart, or only baseline.optim.lr"
+            f"the baseline's {rate:g}: give --baseline-lr instead of --lr, or cycle.schedule=restart"
         )
 
 

@@ -55,9 +55,9 @@ from repan_cli.session.network import (
 from repan_cli.session.teachers import PhaseTasks
 from repan_cli.system.device import Runtime, start_runtime, use_threads
 from repan_cli.system.launcher import own_rank
-from repan_cli.system.notices import doing, warn
+from repan_cli.system.notices import doing, warn, warn_once
 from repan_cli.system.ranks import first_on_each_machine
-from repan_cli.system.text import quoted
+from repan_cli.system.text import count, quoted
 from repan_cli.system.user_code import names_a_file, own_code_options
 from repan_cli.training.cuda_graphs import CudaRecorder, Graphs
 from repan_cli.training.evaluation import Score, eval_batch, evaluate
@@ -66,6 +66,9 @@ from repan_cli.training.plan import Phase, cycle_plan, training_plan
 from repan_cli.training.run import Training
 from repan_cli.training.schedules import SCHEDULES
 from repan_cli.training.snapshot import restore
+
+FEW_TO_CHOOSE, FRACTION_OF_FEW = 50, 0.3
+"""The number of validation images below which chance chooses the epoch, and the fraction to hold out then."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,8 @@ def prepare(
         agree_on_images(dataset)
     with doing(f"building the network {config.model.name or ''}"):
         network = build(command, config, dataset, weights) if saved is None else restore_network(config, dataset, saved)
+    if saved is None:
+        _warn_of_few_to_choose(config.data.val_fraction, dataset)
     if network.finished:
         refuse(resolved.given, ("baseline.",), "has no effect here: the weights that were given are the baseline")
     machine = safe_precision(machine, network, dataset, chosen=config.run.precision)
@@ -209,6 +214,16 @@ def load_dataset(config: Config, network_size: int | None, saved: Checkpoint | N
     if saved is None or config.data.on_error == "stop" or data.labels_digest == saved.card.labels_digest:
         return data
     return datasets.load(**arguments, keep=True)
+
+
+def _warn_of_few_to_choose(fraction: float, data: Dataset) -> None:
+    """Warn if the validation part is so small that chance decides which epoch is best."""
+    if data.val is None or len(data.val.labels) >= FEW_TO_CHOOSE:
+        return
+    drawn = data.split_digest and fraction < FRACTION_OF_FEW
+    mend = f"set data.val_fraction={FRACTION_OF_FEW}" if drawn else "more images help"
+    held = count(len(data.val.labels), "validation image")
+    warn_once(f"the best epoch is chosen on {held} only, so chance decides much: {mend}")
 
 
 def _training(command: str, config: Config, dataset: Dataset, network: Network, machine: Runtime) -> Training:

@@ -84,19 +84,19 @@ def _describe_teacher(training: Training) -> dict[str, str]:
 def _describe_plan(plan: tuple[Phase, ...]) -> str:
     parts = []
     cycles = [phase for phase in plan if phase.cycle]
+    settings = cycles[0].settings if cycles else None
+    continuous = settings is not None and settings.schedule == "continuous"
     if plan[0].cycle == 0:
-        parts.append(
-            f"{count(plan[0].epochs, 'epoch')} at lr {plan[0].optim.lr:g}" + (" as baseline" if cycles else "")
-        )
-    if cycles:
-        settings = cycles[0].settings
-        assert settings is not None, "every cycle has its settings"
+        rate = "" if continuous else f" at lr {plan[0].optim.lr:g}"
+        parts.append(f"{count(plan[0].epochs, 'epoch')}{rate}" + (" as baseline" if cycles else ""))
+    if settings is not None:
         what = f"restart by {settings.rule}, {settings.attach}" if cycles[0].restarts else "no restart (control)"
+        rate = "" if continuous else f" at lr {cycles[0].optim.lr:g}"
+        parts.append(f"{count(len(cycles), 'cycle')} of {count(cycles[0].epochs, 'epoch')}{rate}, {what}")
+        shape = f"{cycles[0].optim.schedule} schedule"
         parts.append(
-            f"{count(len(cycles), 'cycle')} of {count(cycles[0].epochs, 'epoch')} at lr {cycles[0].optim.lr:g}, {what}"
+            f"one {shape} over all, from lr {plan[0].optim.lr:g}" if continuous else f"a new {shape} in each cycle"
         )
-        if settings.schedule == "continuous":
-            parts.append("one learning-rate schedule over all")
         if settings.start_from != "last":
             judge = "the test set" if settings.start_from == "best-test" else "validation"
             parts.append(f"each cycle ends with the epoch that is best on {judge}")

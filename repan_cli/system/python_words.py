@@ -17,7 +17,24 @@ OPTION = re.compile(
 PROSE = frozenset(
     (
         *("a", "alone", "and", "are", "at", "be", "belong", "belongs", "can", "cannot", "for", "gives", "has", "have"),
-        *("here", "in", "is", "may", "means", "must", "names", "of", "on", "or", "says", "takes", "than", "that", "to"),
+        *(
+            "here",
+            "in",
+            "instead",
+            "is",
+            "may",
+            "means",
+            "must",
+            "names",
+            "of",
+            "on",
+            "or",
+            "says",
+            "takes",
+            "than",
+            "that",
+            "to",
+        ),
         *("was", "where", "which", "with"),
     )
 )
