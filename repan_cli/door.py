@@ -36,8 +36,11 @@ RENAMED = {"config": "config_file"}
 class Summary:
     """The results of a run. With `seeds` or `control` there are several runs, in `runs`.
 
-    `figures` is the content of summary.json, or of comparison.json for several runs. Under torchrun only the first
-    process has them.
+    Attributes:
+        path: the run directory, or the folder that holds the directories of several runs.
+        figures: the content of summary.json, or of comparison.json for several runs; `figures["chosen"]` names the
+            file, cycle and epoch that validation chose. Under torchrun only the first process has them.
+        runs: the results of each of several runs; empty for one.
     """
 
     path: Path

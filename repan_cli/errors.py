@@ -10,6 +10,8 @@ class RepanError(Exception):
     """A run failed for a reason that is worth one line instead of a traceback."""
 
     exit_code = 1
+    label = "Error"
+    """The word before the line."""
 
 
 class MergeError(RepanError):
@@ -79,6 +81,7 @@ class InterruptedRunError(RepanError):
     """Ctrl-C. `path` is the folder of the run to resume, if there is one."""
 
     exit_code = 130
+    label = "Stopped"
 
     def __init__(self, message: str, path: Path | None = None) -> None:
         super().__init__(message)
@@ -89,6 +92,7 @@ class PreemptedRunError(RepanError):
     """A signal asked the run to stop; it can be resumed from its last save."""
 
     exit_code = 75
+    label = "Stopped"
 
 
 class StoppedError(RepanError):

@@ -510,7 +510,7 @@ def test_a_second_ctrl_c_leaves_at_once(capsys, tmp_path, monkeypatch):
     code, _, err = run(capsys, "train", *DIGITS, "--epochs", 1, "data.batch_size=256", "--out", tmp_path / "run")
     assert code == 130
     assert (
-        f"stopped at once, without saving; the last save is whole: continue with: repan train --resume {tmp_path}"
+        f"Stopped: at once, without saving; the last save is whole: continue with: repan train --resume {tmp_path}"
         in err.splitlines()[-1]
     )
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"

@@ -400,7 +400,7 @@ def test_predict_names_what_it_cannot_read(capsys, small_run, tmp_path):
     assert "good.png" in out
     assert f"cannot read the image {tmp_path / 'bad.png'}" in err
     assert err.splitlines()[-1].startswith(f"Error: 1 of 2 images could not be read: {tmp_path / 'bad.png'}")
-    assert "no image" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path / "none.png")
+    assert "no such image" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path / "none.png")
     (tmp_path / "empty").mkdir()
     assert "holds no images" in one_line(capsys, "predict", small_run.folder / "fused.pt", tmp_path / "empty")
     assert "--top must be at least 1, got 0" in one_line(

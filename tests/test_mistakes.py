@@ -198,9 +198,9 @@ def test_no_words_at_all_show_the_help(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (f"train {D}", "stopped before the run began; nothing was written"),
-        ("train --resume run", "stopped before the run continued; its last save is whole"),
-        ("evaluate best.pt", "stopped before the end"),
+        (f"train {D}", "before the run began; nothing was written"),
+        ("train --resume run", "before the run continued; its last save is whole"),
+        ("evaluate best.pt", "before the end"),
     ],
 )
 def test_ctrl_c_in_the_first_seconds_is_one_line(capsys, desk, monkeypatch, words, says):
@@ -211,7 +211,7 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(capsys, desk, monkeypatch, word
     monkeypatch.setattr(early, "check", pressed)
     before = sorted(desk.rglob("*"))
     code, _, err = run(capsys, *words.split())
-    assert (code, err) == (130, f"Error: {says}\n")
+    assert (code, err) == (130, f"Stopped: {says}\n")
     assert sorted(desk.rglob("*")) == before
 
 

@@ -234,7 +234,7 @@ def test_short_or_small_slowdowns_are_not_reported(watch, caplog):
     [
         ({}, 50_000, "had not settled: train longer before it", "cycle."),
         ({}, 19, "19 training images in batches of 128 are few: set a smaller --batch-size", "cycle."),
-        ({}, 19, "measured on 19 images: more training images help", "cycle."),
+        ({}, 19, "size. The statistics were measured on 19 images: more training images help. Or train", "cycle."),
         ({"cycle.calibration_images": "20"}, 50_000, "on 20 images: raise cycle.calibration_images", "batch-size"),
         ({"data.batch_size": "2", "cycle.rule": "calibrate"}, 190, "on 190 images", "batch-size"),
         ({"cycle.rule": "running"}, 19, "cycle.rule=running changed the function in train mode", "settled"),

@@ -22,7 +22,7 @@ from repan_cli.errors import InputError
 from repan_cli.runs.listing import runs_below
 from repan_cli.system import notices
 
-NOTICE = "cycle.lr is now cycle.schedule; the old name goes away with version 0.3"
+NOTICE = "cycle.lr is now cycle.schedule; the old name will be removed in 0.3"
 TWO = "cycle.lr=restart and cycle.schedule=continuous are the same setting: give cycle.schedule alone"
 NET = "--model repvgg_a0 --dataset digits --print-config".split()  # noqa: SIM905
 
@@ -53,6 +53,13 @@ def test_the_table_leads_from_old_names_to_settings():
 
 
 # ---------------------------------------------------------------------------------------------- what users give
+
+
+def test_a_learning_rate_is_answered_with_its_option(capsys, tmp_path):
+    says = "cycle.lr=0.05 is no schedule: for a learning rate give --lr (optim.lr)\n"
+    assert one_line(capsys, "cycle", *NET, "cycle.lr=0.05") == f"Error: {says}"
+    (tmp_path / "mine.yaml").write_text("cycle.lr: 0.05\n")
+    assert one_line(capsys, "cycle", *NET, "-c", "mine.yaml") == f"Error: mine.yaml: {says}"
 
 
 @pytest.mark.parametrize(

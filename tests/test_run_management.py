@@ -136,7 +136,7 @@ def test_patience_needs_something_to_choose_by():
 def test_a_limit_of_hours_saves_and_the_run_resumes(tmp_path, capsys, few_blocks):
     code, _, err = run(capsys, "train", *SMALL, "--epochs", "2", "run.max_hours=1e-9", "--out", tmp_path / "run")
     assert code == 75
-    assert "stopped after run.max_hours=1e-09, everything is saved; continue with: repan train --resume" in err
+    assert "Stopped: after run.max_hours=1e-09, everything is saved; continue with: repan train --resume" in err
     code, _, err = run(capsys, "train", "--resume", tmp_path / "run", "run.max_hours=1")
     assert code == 0, err
     stored = checkpoint.load(tmp_path / "run" / "last.pt").card.config

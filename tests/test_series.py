@@ -112,7 +112,7 @@ def test_the_end_compares(capsys, controlled):
     gains = [found["runs"][n]["test"]["top1"] - found["runs"][n + 1]["test"]["top1"] for n in (0, 2)]
     assert repan["difference"]["test_top1"]["mean"] == pytest.approx(sum(gains) / 2)
     assert repan["difference"]["test_top1"]["method"] == "paired"
-    assert f"seed 3: test top-1 {ours['test']['top1']:.2f}, {gains[0]:+.2f} over its control" in err
+    assert f"seed 3: test top-1 {ours['test']['top1']:.2f} (difference from its control {gains[0]:+.2f})" in err
     assert json.loads((folder / "comparison.json").read_text()) == found["comparison"]
     assert "cycle.restart=repan" in (folder / "comparison.html").read_text()
     assert state_of(folder) == "done"

@@ -24,7 +24,7 @@ MISTAKES = [
     ("info {root}/mkdocs.yml", "holds settings, not a network"),
     ("info /dev/null", "is not a regular file"),
     ("evaluate gone.pt", "no file gone.pt"),
-    ("predict gone.pt gone.png", "no image gone.png"),
+    ("predict gone.pt gone.png", "no such image or folder: gone.png"),
     ("fuse gone.pt -f onx", "cannot write the format 'onx'; did you mean onnx?"),
     ("benchmark resnet5x", "unknown model 'resnet5x'; did you mean"),
     ("train --model repvgg_a1x --dataset digits", "unknown model 'repvgg_a1x'; did you mean"),

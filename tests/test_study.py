@@ -152,7 +152,7 @@ def test_a_run_that_fails_ends_the_study(study, tmp_path):
 def test_it_stops_in_time_and_the_same_command_continues(study, tmp_path):
     code, _, err, calls = study("--minutes", "0")
     assert (code, calls) == (75, [])
-    assert "Error: stopped with 4 runs to go; continue with: repan" in err
+    assert "Stopped: with 4 runs to go; continue with: repan" in err
     (tmp_path / "restarts_seed_0").write_text("75")
     code, _, err, calls = study("--minutes", str(1 / 60))
     assert (code, made(calls)) == (75, ALL[:2])

@@ -109,13 +109,17 @@ def fail(error: Exception) -> NoReturn:
     rank = own_rank()
     with contextlib.suppress(OSError):  # stderr may be closed
         for line in shown(str(known)).split("\n"):
-            say_error(line, f" of rank {rank}" if rank else "")
+            say_error(line, known.label, rank)
     raise typer.Exit(known.exit_code) from None
 
 
-def say_error(line: str, of: str = "") -> None:
-    """Print an error on stderr; on a terminal it breaks between words."""
-    begin = f"Error{of}: "
+def say_error(line: str, label: str = RepanError.label, rank: int = 0) -> None:
+    """Print an error, or after `Stopped` the end of a run that was asked to stop, on stderr.
+
+    On a terminal it breaks between words.
+    """
+    begin = f"{label} on rank {rank}: " if rank else f"{label}: "
+    line = line.removeprefix(f"{label.lower()} ")
     if sys.stderr.isatty():
         line = wrapped(line, shutil.get_terminal_size().columns, before=len(begin))
     print(begin + line, file=sys.stderr)

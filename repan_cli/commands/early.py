@@ -219,7 +219,7 @@ def images_in(paths: Sequence[Path]) -> Iterator[Path]:
         elif path.exists():
             yield path
         else:
-            raise InputError(f"no image {path}")
+            raise InputError(f"no such image or folder: {path}")
 
 
 def _check_benchmark(options: BenchmarkOptions) -> None:

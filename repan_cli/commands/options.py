@@ -269,6 +269,7 @@ Dataset = Annotated[str | None, Option(("--dataset", "-d"), metavar="NAME", sett
 Root = Annotated[str | None, Option(("--data-root",), metavar="FOLDER", setting="data.root", panel=WHAT)]
 TOO = ", and of the baseline unless it has its own."
 RATE_OF_CYCLES = f"Peak learning rate of cycles{TOO} If it has, and cycle.schedule=continuous, give --baseline-lr."
+RATE_OF_ALL = "Peak learning rate of the baseline, and of all cycles with cycle.schedule=continuous."
 Rate = Annotated[str | None, Option(("--lr",), metavar="RATE", setting="optim.lr", panel=HOW_LONG)]
 Epochs = Annotated[str | None, Option(("--epochs",), "Length of the run.", "N", setting="epochs", panel=HOW_LONG)]
 Init = Annotated[str | None, Option(("--init",), "Start from these weights.", "FILE", setting="model.init", panel=WHAT)]
@@ -282,15 +283,9 @@ Pretrained = Annotated[
     ),
 ]
 Teacher = Annotated[
-    str | None,
-    Option(
-        ("--teacher",),
-        "A file of weights, timm:NAME, or 'previous' (in cycle).",
-        "NAME",
-        setting="teacher.name",
-        panel=WHAT,
-    ),
+    str | None, Option(("--teacher",), "A file of weights, or timm:NAME.", "NAME", setting="teacher.name", panel=WHAT)
 ]
+TEACHER_OF_CYCLES = "A file of weights, timm:NAME, or 'previous': the merged network of the cycle before."
 BatchSize = Annotated[str | None, Option(("--batch-size",), metavar="N", setting="data.batch_size", panel=HOW_LONG)]
 Seed = Annotated[str | None, Option(("--seed",), metavar="N", setting="run.seed", panel=RUN)]
 RunDevice = Annotated[str | None, Option(("--device",), metavar="NAME", setting="run.device", panel=RUN)]
@@ -358,14 +353,7 @@ class CycleOptions:
         Option(("--baseline-epochs",), "Length of the baseline.", "N", setting="baseline.epochs", panel=HOW_LONG),
     ] = None
     baseline_lr: Annotated[
-        str | None,
-        Option(
-            ("--baseline-lr",),
-            "Peak learning rate of the baseline, and of all cycles with cycle.schedule=continuous.",
-            "RATE",
-            setting="baseline.optim.lr",
-            panel=HOW_LONG,
-        ),
+        str | None, Option(("--baseline-lr",), RATE_OF_ALL, "RATE", setting="baseline.optim.lr", panel=HOW_LONG)
     ] = None
     cycles: Annotated[str | None, Option(("--cycles",), metavar="N", setting="cycle.count", panel=HOW_LONG)] = None
     epochs: Annotated[
@@ -383,7 +371,9 @@ class CycleOptions:
         ),
     ] = None
     pretrained: Pretrained = False
-    teacher: Teacher = None
+    teacher: Annotated[
+        str | None, Option(("--teacher",), TEACHER_OF_CYCLES, "NAME", setting="teacher.name", panel=WHAT)
+    ] = None
     batch_size: BatchSize = None
     seed: Seed = None
     device: RunDevice = None

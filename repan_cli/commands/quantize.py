@@ -188,7 +188,7 @@ def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth])
     titles = ["layer", "channel spread", "input outlier", "weights dB", "by channel dB", "input dB"]
     rows = [(layer.name, *(f"{value:.1f}" for value in dataclasses.astuple(layer)[1:])) for layer in worst]
     print_table(titles, rows)
-    scales = "one scale a channel" if per_channel else "one scale a layer"
+    scales = "one scale per channel" if per_channel else "one scale per layer"
     calibrated = f"calibrated on {count(result['calibration_images'], 'training image')}, {scales}"
     print_line(f"{count(result['int8']['images'], result['split'] + ' image')} of {result['dataset']}; {calibrated}")
     rows = [

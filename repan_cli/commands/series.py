@@ -260,8 +260,9 @@ def _report(series: Series, comparison: Comparison, made: dict[str, Result]) -> 
         noted = read_json(result.path / "summary.json").get("control")
         if noted:
             tell(
-                f"seed {result.seed}: test top-1 {percent(result.test_top1)}, {noted['gain']:+.2f} over its control; "
-                f"the end of the last cycle {percent(result.last_test_top1)}, {noted['last_gain']:+.2f}"
+                f"seed {result.seed}: test top-1 {percent(result.test_top1)} (difference from its control "
+                f"{noted['gain']:+.2f}); at the end of the last cycle {percent(result.last_test_top1)} "
+                f"({noted['last_gain']:+.2f})"
             )
     tell(f"page: {series.path / 'comparison.html'}")
     tell(f"next: repan compare {quoted(series.path)}")

@@ -11,6 +11,9 @@ from repan_cli.runs.directory import now
 from repan_cli.runs.felt import HEADS, covered
 from repan_cli.system.text import count, duration, percent, short
 
+RESTART_LOSS = "restart loss"
+"""The title of the column with the training loss after a restart; see `Comparison.felt`."""
+
 METHODS = {"paired": "paired by seed", "welch": "by Welch's t-test, as the seeds differ"}
 
 
@@ -18,7 +21,7 @@ def titles(comparison: Comparison) -> tuple[str, ...]:
     """Return the titles of the columns of `rows`."""
     several = comparison.control_count > 1
     over = [f"over {control.label}" for control in comparison.controls] if several else ["over the control"]
-    figures = ("test top-1", "last cycle", "val best", *over, *_if_felt(comparison, "felt"))
+    figures = ("test top-1", "last cycle", "val best", *over, *_if_felt(comparison, RESTART_LOSS))
     return ("runs", "seeds", *figures, "epochs", "images", "time")
 
 
@@ -87,10 +90,10 @@ def legend(comparison: Comparison) -> str:
         words += f"; in brackets the {CONFIDENCE:.0%} confidence interval, {how}"
     if any(gain and gain.constant for gain in gains):
         words += "; a difference that is the same with every seed has no interval"
-    if _if_felt(comparison, "felt"):
+    if _if_felt(comparison, RESTART_LOSS):
         words += (
-            f"; felt: training loss of the {_felt_steps(comparison)} steps after a restart, divided by a control's "
-            "over the same steps; of several restarts the smallest and the largest"
+            f"; {RESTART_LOSS}: training loss of the {_felt_steps(comparison)} steps after a restart, divided by a "
+            "control's over the same steps; of several restarts the smallest and the largest"
         )
     return f"{words}."
 

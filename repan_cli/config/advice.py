@@ -76,6 +76,7 @@ def why_loss_jumped(config: Config, images: int) -> str:
     measured = min(images, cycle.calibration_images)
     if measured < FEW_IMAGES:
         more = "raise cycle.calibration_images" if measured < images else "more training images help"
-        causes.append(f"they were measured on {count(measured, 'image')}: {more}")
-    mend = "; ".join([*causes, "train longer before the restart" if causes else "train longer before it"])
-    return f"the restart kept the function in eval mode only, as the BN statistics had not settled: {mend}"
+        causes.append(f"The statistics were measured on {count(measured, 'image')}: {more}")
+    causes.append("Or train longer before the restart" if causes else "train longer before it")
+    kept = "the restart kept the function in eval mode only, as the BN statistics had not settled"
+    return f"{kept}{': ' if len(causes) == 1 else '. '}{'. '.join(causes)}"

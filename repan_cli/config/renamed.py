@@ -6,6 +6,7 @@ directories, checkpoints and records of older versions, without a notice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -69,14 +70,25 @@ def as_given(values: Mapping[str, Any], *, source: str = "", where: str | None =
     for key in values:
         if (name := present_name(key)) != key:
             until = RENAMED[key.removeprefix(BASELINE)].refused_from
+            if key == "cycle.lr" and _is_number(values[key]):
+                given = f"{key}={as_text(values[key])}"
+                head = _head(source if where is None else where)
+                raise InputError(on_one_line(f"{head}{given} is no schedule: for a learning rate give --lr (optim.lr)"))
             if _version(repan_cli.__version__) >= _version(until):
                 raise InputError(on_one_line(f"{_head(source if where is None else where)}{key} is now {name}"))
-            warn_once(on_one_line(f"{_head(source)}{key} is now {name}; the old name goes away with version {until}"))
+            warn_once(on_one_line(f"{_head(source)}{key} is now {name}; the old name will be removed in {until}"))
     return found
 
 
 def _head(where: str) -> str:
     return f"{where}: " if where else ""
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(as_text(value)))
+    except ValueError:
+        return False
 
 
 def _same(name: str, one: Any, other: Any) -> bool:

@@ -181,10 +181,13 @@ class CycleConfig:
     )
     schedule: str = setting(
         "continuous",
-        "continuous: one schedule over baseline and cycles, from the baseline's rate; restart: one for each cycle.",
+        "continuous: one learning-rate schedule over baseline and cycles, from the baseline's rate; restart: a new one "
+        "in each cycle. Its shape is optim.schedule.",
         choices=("continuous", "restart"),
     )
-    lr_decay: float = setting(1.0, "Factor that multiplies the learning rate from one cycle to the next.", above=0)
+    lr_decay: float = setting(
+        1.0, "With schedule=restart: factor on the learning rate from one cycle to the next.", above=0
+    )
     rule: str = setting(
         "calibrate",
         "Restoration of the trunk: calibrate also preserves train mode; running (as released) and reset do not.",

@@ -260,13 +260,19 @@ class Display:
         """
         table = Table(box=None, pad_edge=False, header_style="bold")
         cycles = [[each for each in records if each["cycle"] == row["cycle"]] for row in summary["cycles"]]
-        losses = ("loss\nbefore", *(f"{felt.covered(cycles, window)}\nsteps" for window in felt.HEADS))
-        for title in ("phase", "val\nbefore", "after\nrestart", *losses, "val\nat end", "test", "time"):
+        windows = [felt.covered(cycles, window) for window in felt.HEADS]
+        if len(set(windows)) == 1:  # short phases, whose windows are the same steps
+            after = [f"all\n{windows[0]} steps"]
+        else:
+            after = [f"first\n{window} steps" for window in windows]
+        titles = ("phase", "val\nbefore", "after\nrestart", "loss\nbefore", *after, "val\nat end", "test", "time")
+        for title in titles:
             table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
-        table.add_row(self.name(0) if 0 in self.epochs else "start", *[""] * 5, *_figures(summary["baseline"]))
+        unknown = [""] * (3 + len(after))
+        table.add_row(self.name(0) if 0 in self.epochs else "start", *unknown, *_figures(summary["baseline"]))
         for row in summary["cycles"]:
             around = percent(row["top1_before"]), percent(row["top1_after_restart"])
-            around_it = ("-" if loss is None else loss_text(loss) for loss in _felt(row))
+            around_it = ["-" if loss is None else loss_text(loss) for loss in _felt(row)][: 1 + len(after)]
             table.add_row(self.name(row["cycle"]), *around, *around_it, *_figures(row))
         self.say()
         self.say(table)

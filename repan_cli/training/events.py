@@ -50,11 +50,26 @@ class StepEnd:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The end of an epoch, which counts from 1. `first_loss` is the mean loss of its first 10 steps.
+    """The end of an epoch, with its figures. Accuracies are in percent.
 
-    The last three figures are mean losses over the epoch's first 50, first 200 and last 200 steps; see `felt`. An epoch
-    with fewer steps contributes a part of such a window. Whole epochs are taken from the window as often as they fit,
-    and the figure is the mean over the rest, 50 or 200 modulo `steps`. It is None if the rest is 0.
+    Attributes:
+        cycle: the number of the phase; 0 is the baseline, or the only phase of `train` and `distill`.
+        epoch: the number of the epoch in its phase, from 1.
+        loss: the mean training loss.
+        first_loss: the mean training loss of the first 10 steps.
+        train_top1: top-1 on the augmented training images.
+        val_top1: top-1 on the validation part; None if there is none.
+        val_loss: the loss on the validation part; None if there is none.
+        lr: the learning rate of the last step.
+        attach_rate: the attach rate of the last step.
+        images_per_second: training images per second.
+        best: true if `val_top1` is the best of the run so far.
+        steps: the number of training steps.
+        loss_head_50: the mean training loss of the first 50 steps. An epoch with fewer steps contributes a part of such
+            a window. Whole epochs are taken from the window as often as they fit, and the figure is the mean over the
+            rest, 50 modulo `steps`. It is None if the rest is 0.
+        loss_head_200: the same of the first 200 steps.
+        loss_tail_200: the same of the last 200 steps.
     """
 
     cycle: int

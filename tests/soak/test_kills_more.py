@@ -87,7 +87,7 @@ def test_a_hangup_saves_and_a_reader_that_has_seen_enough_ends_nothing(tmp_path)
     process.send_signal(signal.SIGHUP)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 75, err
-    assert "stopped by SIGHUP" in err
+    assert "Stopped: by SIGHUP" in err
     words = " ".join(["train", *SMALL, "--epochs", "2", "--out", str(tmp_path / "b")])
     command = f"set -o pipefail; {sys.executable} -m repan_cli {words} 2>&1 | head -1"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
