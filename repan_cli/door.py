@@ -165,7 +165,7 @@ def _how(command: str, stop: InterruptedRunError) -> str:
 
 @contextlib.contextmanager
 def _as_before() -> Iterator[None]:
-    """Restore the process afterwards: PyTorch's generators, threads and precision, and the handler of warnings."""
+    """Restore the process afterward: PyTorch's generators, threads and precision, and the handler of warnings."""
     import torch
 
     state, threads = torch.get_rng_state(), torch.get_num_threads()

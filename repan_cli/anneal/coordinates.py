@@ -52,7 +52,7 @@ def change_since(block: RepBlock, before: Coordinates) -> CoordinateChange:
     """Return how the coordinates changed since `before`.
 
     The gradient of the trunk's weights is gamma / sigma times that of the merged kernel. Before the restart, the output
-    minus its mean was a sum over branches of gamma times a normalised map. Now it is a single product of this kind. So
+    minus its mean was a sum over branches of gamma times a normalized map. Now it is a single product of this kind. So
     gamma' g' = sum gamma g holds for the gradients g of gamma.
     """
     fold, old = fold_of(block), before.fold

@@ -1,7 +1,7 @@
 """Restart a network between two annealing cycles: the method of the paper.
 
 RepAn, "Enhanced Annealing through Re-parameterization" (CVPR 2024), has three steps. Merge every block (Rep).
-Re-initialise its side branches (expansion). Write the merged kernel back into the trunk so that the function is kept
+Re-initialize its side branches (expansion). Write the merged kernel back into the trunk so that the function is kept
 (restoration). Then training continues.
 """
 
@@ -61,7 +61,7 @@ def restart(
 
     The function in eval mode stays the same, except with `attach="one"`, which adds the fresh branches at once. With
     the rule `calibrate` the function in train mode stays the same too, up to the difference between `images` and the
-    training batches. A block without a BN in its trunk takes the merged kernel unchanged. Afterwards zero the
+    training batches. A block without a BN in its trunk takes the merged kernel unchanged. Afterward zero the
     optimizer's momentum, or convert it with the report's `changes`.
 
     Args:

@@ -41,7 +41,7 @@ HELP_STYLES = {
     "STYLE_OPTION_DEFAULT": "",
     "STYLE_REQUIRED_LONG": "red",
 }
-"""Typer's help in yellow, cyan and dim grey cannot be read on white."""
+"""Typer's help in yellow, cyan and dim gray cannot be read on white."""
 
 
 def _version(context: typer.Context, wanted: bool) -> None:

@@ -64,7 +64,7 @@ def _stopped(module: str, entry: str) -> InterruptedRunError:
 
 @contextlib.contextmanager
 def _loading(module: str) -> Iterator[None]:
-    """Show on a terminal what takes the first seconds, and erase it afterwards."""
+    """Show on a terminal what takes the first seconds, and erase it afterward."""
     waits = module not in WITHOUT_TORCH and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     if waits:
         print("loading PyTorch ...", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Normalise arguments that sweep agents write: `--optim.lr=0.1`, `--batch_size=64`, `--epochs 3`."""
+"""Normalize arguments that sweep agents write: `--optim.lr=0.1`, `--batch_size=64`, `--epochs 3`."""
 
 from __future__ import annotations
 

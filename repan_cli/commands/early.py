@@ -314,7 +314,7 @@ def _check_form(endings: set[str], options: FuseOptions) -> None:
         raise InputError("--opset is for ONNX files: use --format onnx")
     _check_opset(options.opset, OPSETS)
     if options.with_normalize and endings - {*GRAPH_FORMATS, *RUNTIME_FORMATS}:
-        raise InputError("--with-normalize puts the normalisation into a graph: use --format onnx or pt2")
+        raise InputError("--with-normalize puts the normalization into a graph: use --format onnx or pt2")
     for kind in RUNTIME_FORMATS:
         if kind in endings:
             need_runtime(kind)

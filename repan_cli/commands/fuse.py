@@ -283,7 +283,7 @@ class _Job:
         return max(difference(all_leaves(found), all_leaves(wanted)) for found, wanted in pairs)
 
     def _given(self, images: Tensor) -> Tensor:
-        """Return normalised images as the graph takes them."""
+        """Return normalized images as the graph takes them."""
         if not self.options.with_normalize:
             return images
         mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (self.result.card.mean, self.result.card.std))

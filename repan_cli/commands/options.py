@@ -75,7 +75,7 @@ class FuseOptions:
         str, Option(("--form",), "conv, or conv-bn, which loads into the plain timm network.", "FORM", "forms")
     ] = "conv"
     with_normalize: Annotated[
-        bool, Option(("--with-normalize",), "Include the normalisation of images in the graph.")
+        bool, Option(("--with-normalize",), "Include the normalization of images in the graph.")
     ] = False
     unproven: Annotated[bool, Option(("--unproven",), "Also write unverified files (Core ML).")] = False
     half: Annotated[bool, Option(("--half",), "Write the ONNX file in float16 and measure its cost.")] = False

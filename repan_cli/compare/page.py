@@ -125,7 +125,7 @@ COLORS = 6
 def _style(number: int) -> str:
     """Return the style classes of a group's line.
 
-    The control is dashed grey. Beyond six colors, lines are dotted.
+    The control is dashed gray. Beyond six colors, lines are dotted.
     """
     if number == 0:
         return "line control"

@@ -102,7 +102,7 @@ class DataConfig:
         "one name per line.",
         path=True,
     )
-    channels: int | None = setting(None, "Read images in grey (1) or colour (3); null: as in the data set.", low=1)
+    channels: int | None = setting(None, "Read images in gray (1) or color (3); null: as in the data set.", low=1)
     classes: int | None = setting(
         None,
         "Use only this many classes, the first by name; null means all. 'synthetic' has as many, 10 by default.",
@@ -283,7 +283,7 @@ class RunConfig:
         low=1,
     )
     channels_last: bool = setting(True, "Channels-last memory format.")
-    sync_bn: bool = setting(False, "Synchronise BN statistics across GPUs in every step, for small batches.")
+    sync_bn: bool = setting(False, "Synchronize BN statistics across GPUs in every step, for small batches.")
     compile: str = setting(
         "auto",
         "torch.compile of the training pass: on needs a C++ compiler and about a minute; off; auto means off, as "

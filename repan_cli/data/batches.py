@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     """One batch of a loader.
 
     Attributes:
-        images: normalised images (B, C, H, W).
+        images: normalized images (B, C, H, W).
         labels: class numbers (B,), or the shares of each class (B, num_classes).
         index: the image's number in its part (B,), on the CPU.
         views: the number of the image's view (B,), on the CPU.
@@ -174,7 +174,7 @@ class Loader(ABC):
 
     @abstractmethod
     def _training(self, rows: Sequence[Tensor], plan: EpochPlan, position: tuple[int, ...]) -> Iterator[Batch]:
-        """Yield a batch of cropped, flipped, normalised images for each entry of `rows`, which hold image numbers."""
+        """Yield a batch of cropped, flipped, normalized images for each entry of `rows`, which hold image numbers."""
 
     def check_room(self, batch_size: int) -> None:  # noqa: B027 (most take none)
         """Raise InputError if the shared memory is too small for batches of this size on all ranks."""

@@ -338,7 +338,7 @@ DATASETS.register("svhn")(
 )
 DATASETS.register("mnist")(
     DatasetSpec(
-        "28x28 handwritten digits, grey, 70,000 images",
+        "28x28 handwritten digits, gray, 70,000 images",
         _from_torchvision("MNIST", "mnist", _read_mnist, parts=TRAIN_OR_NOT),
         (0.1307,),
         (0.3081,),
@@ -347,7 +347,7 @@ DATASETS.register("mnist")(
 )
 DATASETS.register("fashionmnist")(
     DatasetSpec(
-        "28x28 pieces of clothing, grey, 10 classes, 70,000 images",
+        "28x28 pieces of clothing, gray, 10 classes, 70,000 images",
         _from_torchvision("FashionMNIST", "fashionmnist", _read_mnist, parts=TRAIN_OR_NOT),
         (0.2860,),
         (0.3530,),

@@ -205,7 +205,7 @@ def _specification(name: str) -> DatasetSpec:
 
 
 def _statistics(spec: DatasetSpec, channels: int | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std of each channel; they are averaged if a color set is read in grey, and repeated for grey in
+    """Return mean and std of each channel; they are averaged if a color set is read in gray, and repeated for gray in
     color.
     """
     if channels is None or channels == len(spec.mean):

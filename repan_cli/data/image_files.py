@@ -59,7 +59,7 @@ def check(path: Path, *, whole: bool) -> None:
 
 
 def open_image(path: Path, channels: int = 3) -> Image.Image:
-    """Read the upright picture in a file, RGB or grey, with 8 bits a channel.
+    """Read the upright picture in a file, RGB or gray, with 8 bits a channel.
 
     16-bit images keep their upper 8 bits; palettes, CMYK and transparency are converted as Pillow does. Raises
     UnreadableImageError, naming the file, for anything else.

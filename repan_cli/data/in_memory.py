@@ -1,4 +1,4 @@
-"""Keep images on the device as uint8, and gather, crop, flip and normalise batches there, with one view per image.
+"""Keep images on the device as uint8, and gather, crop, flip and normalize batches there, with one view per image.
 
 A view of an image is a crop position and a flip. Its number is `(row * side + column) * 2 + flip`, with side = 2 *
 padding + 1.
@@ -47,7 +47,7 @@ class InMemoryLoader(Loader):
         return (padding * self.side + padding) * 2
 
     def gather(self, index: Tensor, views: Tensor) -> Tensor:
-        """Return the given views of the given images, float32 (B, C, H, W), normalised."""
+        """Return the given views of the given images, float32 (B, C, H, W), normalized."""
         return self._cut(index, *self._places(views))
 
     def _places(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,7 @@ class MiddleCrop:
         whole = timm.data.create_transform(
             size,
             is_training=False,
-            use_prefetcher=True,  # so that timm leaves out the normalisation
+            use_prefetcher=True,  # so that timm leaves out the normalization
             interpolation=self.interpolation,
             mean=self.fill,  # the color of a border
             crop_pct=self.share,
@@ -47,7 +47,7 @@ class MiddleCrop:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Side, channels and normalisation of a network's images.
+    """Side, channels and normalization of a network's images.
 
     With `resized`, pictures are resized and cropped by `crop`. Otherwise they are cropped to a square and resized.
     """
@@ -66,7 +66,7 @@ class Preparation:
         return self.crop.transform(self.size)(image)
 
     def file(self, path: Path) -> Tensor:
-        """Read the image in a file, (C, H, W), normalised. Raises UnreadableImageError, naming the file."""
+        """Read the image in a file, (C, H, W), normalized. Raises UnreadableImageError, naming the file."""
         return self.normalized(self.picture(image_files.open_image(path, self.channels)))
 
     def normalized(self, image: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any]) -> str:
     rows = [f"| {MEASURED[key]} | {text} |" for key, text in shown.items()]
     side, classes = card.image_size, len(card.classes)
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (card.mean, card.std))
-    colour = "RGB" if card.in_chans == 3 else "grey"
+    color = "RGB" if card.in_chans == 3 else "gray"
     steps = preprocessing(card)
     note = SQUARES if steps["crop_mode"] == SQUARE else ""
     typed = Path(source).name if Path(source).is_absolute() else source  # a card names no folder of its author
@@ -112,7 +112,7 @@ def readme(card: ModelCard, source: str, *, proof: Mapping[str, Any]) -> str:
         title=Path(source).stem.rpartition(":")[2] or name,
         architecture=name,
         classes=classes,
-        images=f"{colour} images of {side} x {side} pixels",
+        images=f"{color} images of {side} x {side} pixels",
         how="merged" if proof else "written",
         version=repan_cli.__version__,
         mode="RGB" if card.in_chans == 3 else "L",

@@ -2,7 +2,7 @@
 
 A file as repan wrote it ends with a checksum of its bytes. No other program puts anything at that place, so a file that
 was saved again does not end with it. In that case the digests of the file's content decide; they do not depend on how
-the file is serialised. Neither proves who wrote a file: anybody can compute them.
+the file is serialized. Neither proves who wrote a file: anybody can compute them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ END = b"\x0a\x04" + SEAL.encode()
 """The last bytes of a file: the key of the last entry, after its value. Other programs write the key first."""
 
 METADATA = (14 << 3) | 2
-"""The tag of a metadata entry in a serialised model."""
+"""The tag of a metadata entry in a serialized model."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def digests_of(model: Any, entries: Mapping[str, str]) -> Digests:
 
 
 class _Walk:
-    """Feed the parts of a model into two hashes, in an order that does not depend on its serialisation."""
+    """Feed the parts of a model into two hashes, in an order that does not depend on its serialization."""
 
     def __init__(self) -> None:
         self.structure, self.weights = hashlib.sha256(), hashlib.sha256()

@@ -43,7 +43,7 @@ def _can_hold(model: Any, opset: int) -> bool:
 
 
 def _converted(model: Any, opset: int) -> Any:
-    """Return a model at another opset: converted by onnx, or relabelled, or first one and then the other."""
+    """Return a model at another opset: converted by onnx, or relabeled, or first one and then the other."""
     import onnx
     from onnx import version_converter
 

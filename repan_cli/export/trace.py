@@ -24,7 +24,7 @@ ABOUT_PYTHON = ("stack_trace", "from_node", "source_fn_stack")
 
 
 class Normalized(nn.Module):
-    """A network that takes images with values from 0 to 1 and normalises them itself."""
+    """A network that takes images with values from 0 to 1 and normalizes them itself."""
 
     mean: Tensor
     std: Tensor

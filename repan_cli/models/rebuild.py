@@ -145,7 +145,7 @@ DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.
 
 
 class NothingIsDrawn(TorchFunctionMode):
-    """Leave fresh weights uninitialised if all of them will be replaced: drawing 25 million takes 0.3 s."""
+    """Leave fresh weights uninitialized if all of them will be replaced: drawing 25 million takes 0.3 s."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

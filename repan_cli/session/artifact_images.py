@@ -123,7 +123,7 @@ def noise(artifact: Artifact, count: int = export.PROOF_IMAGES) -> Tensor:
 
 
 def real_images(artifact: Artifact, root: str | None, count: int) -> tuple[Tensor | None, str]:
-    """Read some images of a network's own data, (n, C, H, W), normalised. If there are none here, return None and the
+    """Read some images of a network's own data, (n, C, H, W), normalized. If there are none here, return None and the
     reason.
 
     From image folders, equally many images of each class are read, from the test part if there is one, and from at most

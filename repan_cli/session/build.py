@@ -1,6 +1,6 @@
 """Build the objects of a run from a configuration, without writing anything.
 
-The order of initialisation:
+The order of initialization:
 
 1. check that the run directory is free and the trackers are available
 2. device and precision
@@ -325,7 +325,7 @@ def share_statistics(model: nn.Module, images: Tensor) -> nn.Module:
     for name, module in shared.named_modules():
         module.training = modes.get(name, True)
     if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().max().item()):
-        raise InputError("this network changes if BN is synchronised across GPUs: set run.sync_bn=false")
+        raise InputError("this network changes if BN is synchronized across GPUs: set run.sync_bn=false")
     return shared
 
 

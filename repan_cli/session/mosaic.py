@@ -34,7 +34,7 @@ def draw(session: Session, folder: runs.RunDirectory, batch: Batch) -> None:
 
 
 def _pixels(images: Tensor, train: Loader) -> list[tuple[bytes, int, int, int]]:
-    """Undo the normalisation of images (B, C, H, W); with more than three channels only the first is shown."""
+    """Undo the normalization of images (B, C, H, W); with more than three channels only the first is shown."""
     shift, scale = (part.view(1, -1, 1, 1).to(images.device) for part in (train.shift, train.scale))
     values = ((images.float() - shift) / scale).round().clamp(0, 255).to(torch.uint8)
     values = values if values.shape[1] in (1, 3) else values[:, :1]

@@ -318,7 +318,7 @@ def _mend(name: str) -> str:
 def safe_precision(machine: Runtime, network: Network, dataset: Dataset, *, chosen: str) -> Runtime:
     """Return the runtime, changed to fp32 with a warning if bf16 would give wrong gradients.
 
-    On CPUs, PyTorch's bf16 gradient of a strided convolution holds uninitialised memory if its input map is smaller
+    On CPUs, PyTorch's bf16 gradient of a strided convolution holds uninitialized memory if its input map is smaller
     than the stride (seen in 2.15). Deep networks on small images have such maps.
     """
     if machine.device.type != "cpu" or machine.precision != "bf16":

@@ -62,7 +62,7 @@ def _imported(path: Path, what: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look it up
     if str(path.resolve().parent) not in sys.path:
-        sys.path.append(str(path.resolve().parent))  # so that the file can import its neighbours
+        sys.path.append(str(path.resolve().parent))  # so that the file can import its neighbors
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

@@ -42,7 +42,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def follow(self, share: float | Tensor) -> None:
-        """Move the average towards the present weights by this share, a number or, for recorded steps, a scalar
+        """Move the average toward the present weights by this share, a number or, for recorded steps, a scalar
         tensor.
         """
         if isinstance(share, Tensor):

@@ -1,4 +1,4 @@
-"""Record work on the device once as a CUDA graph, and replay it afterwards as a single launch.
+"""Record work on the device once as a CUDA graph, and replay it afterward as a single launch.
 
 All memory that recorded work reads or writes must stay at its address. Inputs are copied into the recording's own
 buffers. Weights, optimizer state, attach rates and learning rates only ever change in place.

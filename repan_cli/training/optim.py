@@ -66,7 +66,7 @@ def apply_settings(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> None
 def _add_momentum(optimizer: torch.optim.Optimizer, group: Group) -> None:
     """Allocate every parameter's momentum buffer now.
 
-    If a loss scaler skips the first step, fused SGD would leave the buffers as uninitialised memory.
+    If a loss scaler skips the first step, fused SGD would leave the buffers as uninitialized memory.
     """
     for parameter in group["params"] if group["momentum"] else ():
         optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))

@@ -43,7 +43,7 @@ class View:
 
 
 class Teacher:
-    """Logits of a network for batches that are normalised and sized for the student.
+    """Logits of a network for batches that are normalized and sized for the student.
 
     Args:
         model: the teacher's network, on the runtime's device; it is put in eval mode.
