@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -76,6 +77,24 @@ def test_the_check_finds_words_that_are_not_imperatives() -> None:
     wrong = ("The", "A", "Raises", "What", "uint8", "(N", "`auto`", "1x1", "None", "Seconds")
     assert [word for word in wrong if imperative(word)] == []
     assert all(map(imperative, ("Return", "Raise", "Pass", "Build")))
+
+
+BRITISH = re.compile(
+    r"\b(\w*(colour|behaviour|favour|neighbour)\w*|grey|centre[ds]?|(re)?labell\w+|cancelled|towards|licence|analyse[ds]?"
+    r"|\w*(normal|synchron|initial|optim|serial|random|summar|visual|general|regular|quant|util|organ|recogn|minim|maxim)"
+    r"is(e|ed|er|es|ing|ation))\b",
+    re.I,
+)
+"""Forms of words in British spelling: prose, help and messages are in that of the US."""
+
+
+def test_prose_has_us_spelling() -> None:
+    texts = [path.read_text("utf-8") for path in (*ROOT.parent.glob("*.md"), *ROOT.parent.glob("docs/**/*.md"))]
+    constants = (node for tree in trees().values() for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    texts += [node.value for node in constants if isinstance(node.value, str)]
+    assert len(texts) > 3000
+    assert [found[0] for text in texts for found in BRITISH.finditer(text)] == []
+    assert all(map(BRITISH.search, ("Normalised images", "a grey one", "recolours", "labelled")))
 
 
 def messages() -> Iterator[tuple[str, str]]:

@@ -54,8 +54,9 @@ def expand(
         exclude: globs of the layers that stay as they are.
         limit: the largest number of blocks; layers with the most weights come first.
         branches: the number of k x k side branches, for families that allow a choice.
-        attach: how the branches start. `ramp` sets attach rate 0, which `set_attach_rate` raises. `zero-gamma` sets
-            rate 1 with silent branches. `one` sets rate 1 and changes the function: it is for untrained networks.
+        attach: how the branches start. `ramp` sets attach rate 0, which `set_attach_rate` raises; at rate 0 they do not
+            train. `zero-gamma` sets rate 1 with silent branches, which train at once. `one` sets rate 1 and changes the
+            function: it is for untrained networks.
 
     Raises InputError if no convolution can become a block.
     """
