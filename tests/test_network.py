@@ -67,7 +67,7 @@ def tied(num_classes, in_chans):
     model[3] = nn.utils.parametrizations.weight_norm(model[3])
     return model
 """
-QUICK = ["--dataset", "digits", "--epochs", "1", "data.batch_size=128", "run.precision=fp32", "--json"]
+QUICK = ["--dataset", "digits", "--epochs", "1", "data.per_class=40", "data.batch_size=64", "run.precision=fp32", "--json"]
 
 
 @pytest.fixture

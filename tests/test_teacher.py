@@ -217,7 +217,7 @@ def test_a_teacher_is_part_of_nothing_that_is_trained_or_saved(digits):
     assert not inside & {id(p) for p in teacher.parameters()}
 
 
-QUICK = ["--dataset", "digits", "--epochs", 1, "data.batch_size=256", "run.precision=fp32", "--json"]
+QUICK = ["--dataset", "digits", "--epochs", 1, "data.per_class=40", "data.batch_size=64", "run.precision=fp32", "--json"]
 
 
 def test_distill_and_cycle_with_a_teacher(capsys, small_run, tmp_path):
