@@ -7,14 +7,14 @@ import os
 import socket
 import sys
 
-from repan_cli.cli import app
-from repan_cli.system.lean import lean_imports
+import torch._dynamo
+import torch.distributed  # noqa: F401 # data parallelism needs both
 
-with lean_imports():
-    from repan_cli.commands import train  # noqa: F401
-    from repan_cli.display import plots
-    from repan_cli.models import repvgg_cifar
-    from repan_cli.session import runner  # noqa: F401
+from repan_cli.cli import app
+from repan_cli.commands import train  # noqa: F401
+from repan_cli.display import plots
+from repan_cli.models import repvgg_cifar
+from repan_cli.session import runner  # noqa: F401
 
 if __name__ == "__main__":
     repvgg_cifar.DEPTHS_A, plots.draw_curves = (1, 1, 1, 1, 1), lambda *_, **__: None
