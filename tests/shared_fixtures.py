@@ -22,6 +22,7 @@ from timm.models import byobnet, fastvit, repvit
 from torch import nn
 
 from repan_cli.blocks import FAMILIES
+from repan_cli.commands import quantize
 from repan_cli.data import datasets
 from repan_cli.data.batches import Augmentation
 from repan_cli.data.in_memory import InMemoryLoader
@@ -29,6 +30,7 @@ from repan_cli.data.types import Dataset
 from repan_cli.display import plots
 from repan_cli.display.console import show_notices
 from repan_cli.models import repvgg_cifar
+from repan_cli.system import timing
 from repan_cli.system.packages import missing
 
 FEW = (1, 1, 1, 1, 1)
@@ -82,6 +84,15 @@ def _commands_once() -> Iterator[None]:
     """Let Typer build the commands once and not for every call of `main` in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_call_a_window() -> Iterator[None]:
+    """Time as little as possible in `benchmark` and `quantize`: no test depends on how long anything takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "WINDOW", 0.0)
+        patch.setattr(quantize, "SECONDS", 0.0)
         yield
 
 

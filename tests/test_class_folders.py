@@ -141,10 +141,10 @@ def hub(tmp_path):
     folder = tmp_path / "hub"
     folder.mkdir()
     torch.manual_seed(0)
-    weights = timm.create_model("resnet10t", num_classes=12).state_dict()
+    weights = timm.create_model("test_resnet", num_classes=12).state_dict()
     safetensors.torch.save_file(weights, folder / "model.safetensors")
     described = {
-        "architecture": "resnet10t",
+        "architecture": "test_resnet",
         "num_classes": 12,
         "label_names": [str(number) for number in range(1, 13)],
         "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 64, 64], "crop_pct": 0.9},
@@ -162,7 +162,7 @@ def numbers(tmp_path):
 def test_a_folder_of_the_hub_describes_its_network(hub, name):
     found = open_artifact(str(hub / name))
     card = found.card
-    assert (card.model, card.image_size, card.crop_share) == ("timm:resnet10t", 64, 0.9)
+    assert (card.model, card.image_size, card.crop_share) == ("timm:test_resnet", 64, 0.9)
     assert (card.mean, card.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert card.classes[:3] == ("1", "2", "3")
 
@@ -173,12 +173,12 @@ def test_the_classes_in_a_file_order_the_data(capsys, hub, numbers):
     assert (code, err) == (0, "")
     assert list(json.loads(out)["class_top1"])[:3] == ["1", "2", "3"]
     (hub / "config.json").unlink()
-    code, out, err = run(capsys, "evaluate", hub / "model.safetensors", "--model", "timm:resnet10t", *words)
+    code, out, err = run(capsys, "evaluate", hub / "model.safetensors", "--model", "timm:test_resnet", *words)
     assert code == 0
     assert "does not name its classes: its outputs are assumed to be the folders in the order 1, 10" in err
     assert "by number they are 1, 2, 3, ...: --classes natural" in err
     code, out, err = run(
-        capsys, "evaluate", hub / "model.safetensors", "--model", "timm:resnet10t", *words, "--classes", "natural"
+        capsys, "evaluate", hub / "model.safetensors", "--model", "timm:test_resnet", *words, "--classes", "natural"
     )
     assert (code, err) == (0, "")
     assert list(json.loads(out)["class_top1"])[:3] == ["1", "2", "3"]
@@ -186,8 +186,8 @@ def test_the_classes_in_a_file_order_the_data(capsys, hub, numbers):
 
 def test_without_a_description_timm_knows_the_preparation_of_a_name(hub):
     (hub / "config.json").unlink()
-    card = open_artifact(str(hub / "model.safetensors"), "timm:resnet10t").card
-    wanted = timm.get_pretrained_cfg("resnet10t")
+    card = open_artifact(str(hub / "model.safetensors"), "timm:test_resnet").card
+    wanted = timm.get_pretrained_cfg("test_resnet")
     assert card.image_size == wanted.input_size[-1]
     assert card.mean == wanted.mean
 

@@ -533,7 +533,7 @@ def test_a_timm_network_can_be_trained_and_keeps_its_name(capsys, tmp_path):
     words = [
         "train",
         "--model",
-        "timm:resnet10t",
+        "timm:test_resnet",
         "--dataset",
         "digits",
         "--epochs",
@@ -544,7 +544,7 @@ def test_a_timm_network_can_be_trained_and_keeps_its_name(capsys, tmp_path):
     ]
     code, out, err = run(capsys, *words, "data.batch_size=256", "optim.lr=0.01", "run.precision=fp32")
     assert code == 0, err
-    assert json.loads(out)["model"] == "timm:resnet10t"
+    assert json.loads(out)["model"] == "timm:test_resnet"
     assert json.loads(out)["fused"]["folded"] > 0
     code, out, _ = run(capsys, "evaluate", tmp_path / "run" / "best.pt", "--json")
     assert json.loads(out)["form"] == "multi-branch"

@@ -25,11 +25,6 @@ pytestmark = pytest.mark.skipif(bool(missing("onnx", "onnxscript", "onnxruntime"
 X = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def _short_timings(monkeypatch):
-    monkeypatch.setattr(quantize, "SECONDS", 0.0)
-
-
 def test_rounding_to_256_levels():
     values = torch.linspace(-1, 3, 1001, dtype=torch.float64)
     found = int8.quantized(values, values.min(), values.max())

@@ -38,7 +38,7 @@ def wrong(geometry):
 
 raise_here = None
 """
-QUICK = ("--epochs", 1, "data.batch_size=256", "run.precision=fp32", "optim.warmup_epochs=0")
+QUICK = ("--epochs", 1, "data.per_class=40", "data.batch_size=64", "run.precision=fp32", "optim.warmup_epochs=0")
 NET = ("--model", "repvgg_a0_cifar", "--dataset", "digits")
 
 

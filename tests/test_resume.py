@@ -24,7 +24,8 @@ from repan_cli.system import files
 from repan_cli.training import loop
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch
 
-SMALL = "--model repvgg_a0 --dataset digits data.batch_size=256 run.precision=fp32 run.log_every=2 --seed 3".split()  # noqa: SIM905
+FEW_IMAGES = "data.per_class=45 data.batch_size=72"
+SMALL = f"--model repvgg_a0 --dataset digits {FEW_IMAGES} run.precision=fp32 run.log_every=2 --seed 3".split()
 
 
 def words(command, folder, teacher=None):

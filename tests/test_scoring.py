@@ -104,7 +104,7 @@ def test_tables_that_cannot_be_written_are_told_before_anything_is_scored(capsys
         assert "--out" in one_line(capsys, "evaluate", small_run.folder / "best.pt", "--out", out)
 
 
-def test_weights_of_others_on_ones_own_images(capsys, tmp_path):
+def test_weights_of_others_on_ones_own_images(capsys, small_timm, tmp_path):
     """A timm network's file, named, on image folders of as many classes."""
     model = timm.create_model("repvgg_a0", num_classes=2)
     torch.save(model.state_dict(), tmp_path / "theirs.pth")

@@ -18,7 +18,17 @@ from repan_cli.training import optim
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
 
-SMALL = ["--model", "repvgg_a0", "--dataset", "digits", "--epochs", "1", "data.batch_size=256", "run.precision=fp32"]
+SMALL = [
+    "--model",
+    "repvgg_a0",
+    "--dataset",
+    "digits",
+    "--epochs",
+    "1",
+    "data.batch_size=64",
+    "data.per_class=30",
+    "run.precision=fp32",
+]
 CYCLE = [*SMALL, "--baseline-epochs", "1", "--cycles", "1", "--lr", "0.001", "ema.enabled=true", "optim.name=adamw"]
 CYCLE += ["--teacher", "previous", "cycle.start_from=best"]
 TRAIN = [*SMALL, "--lr", "0.02"]

@@ -217,7 +217,16 @@ def test_a_teacher_is_part_of_nothing_that_is_trained_or_saved(digits):
     assert not inside & {id(p) for p in teacher.parameters()}
 
 
-QUICK = ["--dataset", "digits", "--epochs", 1, "data.batch_size=256", "run.precision=fp32", "--json"]
+QUICK = [
+    "--dataset",
+    "digits",
+    "--epochs",
+    1,
+    "data.per_class=40",
+    "data.batch_size=64",
+    "run.precision=fp32",
+    "--json",
+]
 
 
 def test_distill_and_cycle_with_a_teacher(capsys, small_run, tmp_path):
@@ -242,11 +251,11 @@ def test_distill_and_cycle_with_a_teacher(capsys, small_run, tmp_path):
 
 
 def test_a_teacher_from_a_file_of_others(capsys, tmp_path):
-    weights = timm.create_model("resnet10t", num_classes=10, in_chans=1).state_dict()
+    weights = timm.create_model("test_resnet", num_classes=10, in_chans=1).state_dict()
     torch.save(weights, tmp_path / "theirs.pth")
     words = ["--model", "repvgg_a0_cifar", *QUICK, "--teacher", tmp_path / "theirs.pth"]
     assert "give teacher.model=NAME" in one_line(capsys, "distill", *words)
-    code, _, err = run(capsys, "distill", *words, "teacher.model=timm:resnet10t", "--out", tmp_path / "a")
+    code, _, err = run(capsys, "distill", *words, "teacher.model=timm:test_resnet", "--out", tmp_path / "a")
     assert code == 0, err
 
 
