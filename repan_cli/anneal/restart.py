@@ -69,8 +69,8 @@ def restart(
         rule: the restoration rule: `calibrate`, `running` (as released) or `reset`.
         images: 1,000 or more images as training sees them, on which `calibrate` measures. A tensor (N, C, H, W), a
             batch, or an iterable of batches such as a loader of (images, labels).
-        attach: how fresh branches start. `ramp` sets the attach rate to 0. The others set it to 1: `zero-gamma` with
-            silent branches, `compensated` with branches that the trunk offsets, `one` as they are.
+        attach: how fresh branches start. `ramp` sets attach rate 0, at which they do not train. The others set 1:
+            `zero-gamma` with silent branches, `compensated` with branches that the trunk offsets, `one` as they are.
         branch_init: the weights of the fresh branches, `kaiming` or `small`.
         trunk_scale: under `calibrate`, `merged` writes the merged kernel. `keep` scales its channels to the trunk's old
             norm, `pace` to the old gamma / sigma, so that a step of the trunk changes the kernel as before.

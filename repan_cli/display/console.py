@@ -262,9 +262,9 @@ class Display:
         cycles = [[each for each in records if each["cycle"] == row["cycle"]] for row in summary["cycles"]]
         windows = [felt.covered(cycles, window) for window in felt.HEADS]
         if len(set(windows)) == 1:  # short phases, whose windows are the same steps
-            after = [f"all\n{windows[0]} steps"]
+            after = [f"all\n{windows[0]}\nsteps"]
         else:
-            after = [f"first\n{window} steps" for window in windows]
+            after = [f"first\n{window}\nsteps" for window in windows]
         titles = ("phase", "val\nbefore", "after\nrestart", "loss\nbefore", *after, "val\nat end", "test", "time")
         for title in titles:
             table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
