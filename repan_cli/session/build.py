@@ -167,8 +167,6 @@ def prepare(
         agree_on_images(dataset)
     with doing(f"building the network {config.model.name or ''}"):
         network = build(command, config, dataset, weights) if saved is None else restore_network(config, dataset, saved)
-    if saved is None:
-        _warn_of_few_to_choose(config.data.val_fraction, dataset)
     if network.finished:
         refuse(resolved.given, ("baseline.",), "has no effect here: the weights that were given are the baseline")
     machine = safe_precision(machine, network, dataset, chosen=config.run.precision)
@@ -187,6 +185,7 @@ def prepare(
         start = state.begun["summary"]["baseline"] if network.finished else None
     agree_on_position(training)
     if saved is None:
+        _warn_of_few_to_choose(config.data.val_fraction, dataset)
         start = _score_start(training) if network.finished else None
     return Session(command, config, dataset, network, training, start)
 
