@@ -38,7 +38,8 @@ def wrong(geometry):
 
 raise_here = None
 """
-QUICK = ("--epochs", 1, "data.per_class=40", "data.batch_size=64", "run.precision=fp32", "optim.warmup_epochs=0")
+FEW_IMAGES = "data.per_class=40"
+QUICK = ("--epochs", 1, FEW_IMAGES, "data.batch_size=64", "run.precision=fp32", "optim.warmup_epochs=0")
 NET = ("--model", "repvgg_a0_cifar", "--dataset", "digits")
 
 
@@ -271,7 +272,7 @@ def test_every_command_uses_it(capsys, file, forget):
     forget()
     needs = f"give --block {file} (files are not imported automatically)"
     assert needs in one_line(capsys, "cycle", "--resume", "run", "--cycles", 2)
-    assert needs in one_line(capsys, "distill", *NET, "--teacher", "run/best.pt")
+    assert needs in one_line(capsys, "distill", *NET, FEW_IMAGES, "--teacher", "run/best.pt")
     assert run(capsys, "evaluate", "run/fused.pt")[0] == 0
     assert run(capsys, "distill", *NET, "--teacher", "run/fused.pt", "--dry-run")[0] == 0
     assert file not in FAMILIES, "merged, it needs no file"

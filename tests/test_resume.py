@@ -24,7 +24,8 @@ from repan_cli.system import files
 from repan_cli.training import loop
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch
 
-FEW_IMAGES = "data.per_class=45 data.batch_size=72"
+BATCH = 72
+FEW_IMAGES = f"data.per_class=45 data.batch_size={BATCH}"
 SMALL = f"--model repvgg_a0 --dataset digits {FEW_IMAGES} run.precision=fp32 run.log_every=2 --seed 3".split()
 
 
@@ -136,7 +137,7 @@ def test_five_stops_in_one_epoch_repeat_and_miss_no_sample(capsys, tmp_path, who
 
     def watched(source, batch_size, *position, first=0):
         for batch in make(source, batch_size, *position, first=first):
-            if position[2] == 1 and batch_size == 256:
+            if position[2] == 1 and batch_size == BATCH:
                 seen.append(batch.index)
             yield batch
 
@@ -149,7 +150,7 @@ def test_five_stops_in_one_epoch_repeat_and_miss_no_sample(capsys, tmp_path, who
         assert code == 75
     monkeypatch.undo()
     index = torch.cat(seen[:5])
-    assert len(index.unique()) == len(index) == 5 * 256
+    assert len(index.unique()) == len(index) == 5 * BATCH
     resumed(capsys, "train", folder)
     assert_same(folder, whole("train"))
 
@@ -221,7 +222,9 @@ def test_a_run_of_an_older_version_ends_with_the_same_bits(capsys, begun, tmp_pa
 
 @pytest.mark.soak
 def test_the_same_value_more_cycles_and_workers_may_be_given(capsys, begun):
-    resumed(capsys, "cycle", begun, "--model", "repvgg_a0", "data.batch_size=256", "data.workers=0", "--cycles", "2")
+    resumed(
+        capsys, "cycle", begun, "--model", "repvgg_a0", f"data.batch_size={BATCH}", "data.workers=0", "--cycles", "2"
+    )
     assert len(json.loads((begun / "summary.json").read_text())["cycles"]) == 2
     refused = one_line(capsys, "cycle", "--resume", begun)
     assert "is finished; for more than its 2 cycles give --cycles" in refused
@@ -231,8 +234,6 @@ def test_the_same_value_more_cycles_and_workers_may_be_given(capsys, begun):
 
 
 def test_other_data_are_refused(capsys, begun, monkeypatch):
-    pass
-
     drawn = stratified
     monkeypatch.setattr(digits, "stratified", lambda labels, fraction, seed: drawn(labels, fraction, seed + 1))
     assert "the images of digits are not those that the run began with" in one_line(capsys, "cycle", "--resume", begun)
