@@ -291,6 +291,7 @@ def test_help_has_examples(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
     assert f"repan {command}" in out.split("Options")[0].replace("Usage: repan", "", 1)
+    assert "<bool>" not in out, "a flag takes no value"
 
 
 def test_help_can_be_read_on_white():

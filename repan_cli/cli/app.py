@@ -12,7 +12,7 @@ import typer
 
 import repan_cli
 from repan_cli.cli.dispatch import debugging, dispatch, fail, say_error
-from repan_cli.cli.options import filled, signature_of
+from repan_cli.cli.options import ReadableCommand, ReadableGroup, filled, signature_of
 from repan_cli.cli.streams import accept_any_text, open_streams, say
 from repan_cli.cli.training import train
 from repan_cli.cli.words import as_typed
@@ -24,6 +24,7 @@ from repan_cli.registry import did_you_mean
 from repan_cli.system.text import shown
 
 app = typer.Typer(
+    cls=ReadableGroup,
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
@@ -272,7 +273,7 @@ def _add(name: str, command: Command) -> None:
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
     run.__doc__ = command.help
-    app.command(name, rich_help_panel=command.panel)(run)
+    app.command(name, cls=ReadableCommand, rich_help_panel=command.panel)(run)
 
 
 for _name, _command in COMMANDS.items():

@@ -9,11 +9,35 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from repan_cli import config
 from repan_cli.cli import completion
 from repan_cli.commands.declaration import Argument, Option, declared
 from repan_cli.system.text import at_home
+
+
+class ReadableCommand(TyperCommand):
+    """A command whose flags show no type in `--help`: it would look as if a value followed."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, with an empty metavar for flags."""
+        return _without_types(super().get_params(ctx))
+
+
+class ReadableGroup(TyperGroup):
+    """The program above its commands, with flags like those of `ReadableCommand`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, with an empty metavar for flags."""
+        return _without_types(super().get_params(ctx))
+
+
+def _without_types(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
 
 
 def signature_of(options: type) -> inspect.Signature:
