@@ -487,6 +487,17 @@ def test_a_ramp_longer_than_its_cycle_is_reported(capsys, tmp_path):
     assert "Warning: cycle.attach_epochs=4 is longer than a cycle: branches reach rate 0.25" in err
 
 
+def test_a_trunk_that_is_never_trained_in_a_cycle_is_reported(capsys):
+    words = ["--cycles", 1, "--epochs", 2, "--baseline-epochs", 1, "cycle.freeze_trunk=true", "--dry-run"]
+    code, _, err = run(capsys, "cycle", *DIGITS, *words, "cycle.attach_epochs=2")
+    assert (
+        code,
+        "fixed in the whole of each cycle: cycle.attach_epochs=2 is not shorter" in " ".join(err.split()),
+    ) == (0, True)
+    code, _, err = run(capsys, "cycle", *DIGITS, *words, "cycle.attach_epochs=1")
+    assert (code, "fixed in the whole" in " ".join(err.split())) == (0, False)
+
+
 def test_a_full_disk_is_named(capsys, tmp_path, monkeypatch):
     from repan_cli import checkpoint
 

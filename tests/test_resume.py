@@ -15,6 +15,8 @@ import torch
 from support import ROOT, StopAt, as_older_version, assert_same, metrics, one_line, run, start, wait_for
 
 from repan_cli import checkpoint, config, runs
+from repan_cli.compare import records
+from repan_cli.compare.results import read_result
 from repan_cli.data import digits
 from repan_cli.data.batches import Loader
 from repan_cli.data.subset import stratified
@@ -231,6 +233,16 @@ def test_the_same_value_more_cycles_and_workers_may_be_given(capsys, begun):
     resumed(capsys, "cycle", begun, "--cycles", "3")
     assert len(json.loads((begun / "summary.json").read_text())["cycles"]) == 3
     assert [(row["cycle"], row["epoch"]) for row in metrics(begun)] == [(0, 1), (1, 1), (2, 1), (3, 1)]
+
+
+def test_cycles_that_a_resume_adds_are_among_the_settings_of_the_run(capsys, begun):
+    resumed(capsys, "cycle", begun, "--cycles", "2")
+    written = (begun / "config.yaml").read_text()
+    assert "\n  count: 2\n" in written
+    (begun / "config.yaml").write_text(written.replace("\n  count: 2\n", "\n  count: 1\n"))  # as older versions left it
+    assert read_result(begun).settings["cycle.count"] == 2
+    (record,) = records.write([read_result(begun)], begun.parent / "kept")
+    assert read_result(record).settings["cycle.count"] == 2
 
 
 def test_other_data_are_refused(capsys, begun, monkeypatch):

@@ -185,7 +185,7 @@ def test_a_stopped_series_resumes_to_the_same_end(capsys, tmp_path, controlled, 
         words = ["--control", "--seeds", ",".join(map(str, seeds)), "--json", "--out", folder]
         left, out, err = run(capsys, "cycle", *CYCLE, *words)
     assert (left, out) == (code, "")
-    assert f"Error: {stopped_in}: " in err
+    assert f"Stopped: {stopped_in}: " in err
     assert err.rstrip().endswith(f"continue with: repan cycle --resume {folder}")
     assert state_of(folder) == ("interrupted" if code == 130 else "preempted")
     finished = [path for path in folder.glob("*seed*") if state_of(path) == "done"]

@@ -187,7 +187,7 @@ def compare(
     chosen, doubts = _controls(members, controls or {})
     firsts = [runs[0] for runs in members]
     keys = _differing(firsts)
-    if untold := sorted(set(keys) - set(_telling(firsts, keys))):
+    if not by_folder and (untold := sorted(set(keys) - set(_telling(firsts, keys)))):
         warnings.append(
             f"labels show only the settings that distinguish the groups; they also differ in {', '.join(untold)}"
         )

@@ -51,6 +51,8 @@ def _record(result: Result) -> dict[str, Any]:
     if is_record(result.path):
         return dict(read_json(result.path))
     layer = config.read_file(result.path / "config.yaml")
+    if "cycle.count" in layer:  # a resume may have added some
+        layer["cycle.count"] = config.as_text(result.settings["cycle.count"])
     machine = read_json(result.path / "env.json") if (result.path / "env.json").exists() else {}
     summary = {key: value for key, value in read_json(result.path / "summary.json").items() if key != "control"}
     return {

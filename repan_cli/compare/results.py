@@ -137,9 +137,15 @@ def _of_folder(path: Path) -> Result:
     lines = (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     if damaged := len(lines) - len(records):
         raise InputError(f"metrics.jsonl is not what repan writes: {count(damaged, 'line')} of {len(lines)} damaged")
-    settings = read_settings(path / "config.yaml", summary["command"])
+    settings = _with_added_cycles(read_settings(path / "config.yaml", summary["command"]), summary)
     machine = read_json(path / "env.json") if (path / "env.json").exists() else {}
     return _result(path, summary, records, settings, machine)
+
+
+def _with_added_cycles(settings: dict[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with the number of cycles that were run, to which a resume of an older version added."""
+    known, run = settings.get("cycle.count"), len(summary["cycles"])
+    return {**settings, "cycle.count": run} if known is not None and run > known else settings
 
 
 def _of_record(path: Path) -> Result:

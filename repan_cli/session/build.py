@@ -227,7 +227,7 @@ def _warn_of_few_to_choose(fraction: float, data: Dataset) -> None:
 
 def _training(command: str, config: Config, dataset: Dataset, network: Network, machine: Runtime) -> Training:
     plan = cycle_plan(config, baseline=not network.finished) if command == "cycle" else training_plan(config)
-    _warn_of_a_long_ramp(plan[-1])
+    _warn_of_a_short_cycle(plan[-1])
     if plan[-1].start_from == "best-test":
         warn("cycle.start_from=best-test: the test set chooses the epochs, so its results are too optimistic")
     for phase in plan:
@@ -336,11 +336,16 @@ def _average(model: nn.Module, ema: EmaConfig) -> ModelEmaV3 | None:
     return ModelEmaV3(model, decay=ema.decay, use_warmup=True) if ema.enabled else None
 
 
-def _warn_of_a_long_ramp(last: Phase) -> None:
+def _warn_of_a_short_cycle(last: Phase) -> None:
     settings, reached = last.settings, last.attach_rate(last.epochs)
     if settings is not None and reached is not None and reached < 1:
         longer = f"cycle.attach_epochs={settings.attach_epochs:g} is longer than a cycle"
         warn(f"{longer}: branches reach rate {reached:.2f}")
+    elif settings is not None and settings.freeze_trunk and settings.attach_epochs >= last.epochs:
+        warn(
+            f"cycle.freeze_trunk keeps the trunk fixed in the whole of each cycle: cycle.attach_epochs="
+            f"{settings.attach_epochs:g} is not shorter"
+        )
 
 
 def _score_start(training: Training) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from repan_cli import checkpoint, config, models, runs
 from repan_cli.blocks import is_own
 from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.conventions import SAME_RESULT
-from repan_cli.config.files import read_file
+from repan_cli.config.files import dump, read_file
 from repan_cli.config.resolve import Resolved
 from repan_cli.config.schema import Layer
-from repan_cli.config.settings import Config
+from repan_cli.config.settings import Config, flatten
 from repan_cli.display.console import tell
 from repan_cli.errors import InputError
 from repan_cli.models import own_block, user_file
@@ -56,10 +56,18 @@ def run(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
             return path
         _warn_of_edits(saved, path)
         _warn_of_changes(saved, surroundings(session.training.runtime))
+        _write_changes(saved, resolved.config, folder)
         if source.name == runs.PREVIOUS:
             _set_aside(path / runs.LAST)
         runner.carry_out(session, folder, resolved, begun=state_of(saved, str(path)).begun, as_json=as_json)
     return path
+
+
+def _write_changes(saved: Checkpoint, now: Config, folder: runs.RunDirectory) -> None:
+    """Write config.yaml again if this resume changes what two runs are compared by, such as the number of cycles."""
+    before, after = saved.card.settings, flatten(now)
+    if any(after.get(key) != before.get(key) for key in MAY_CHANGE if key not in SAME_RESULT):
+        folder.write_text("config.yaml", dump(now, cycles=saved.card.command == "cycle"))
 
 
 def _follow(command: str, given: Layer) -> None:
