@@ -44,8 +44,11 @@ show_notices()  # tests read warnings where a user does
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector what stays to the end: half a million objects."""
+    """Spare the garbage collector what stays to the end, half a million objects, and let it run less often: by default
+    it takes a tenth of the time.
+    """
     gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
     gc.enable()
 
 
