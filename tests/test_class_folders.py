@@ -209,7 +209,7 @@ def test_only_the_part_that_is_evaluated_is_needed(capsys, hub, tmp_path):
     )
 
 
-@pytest.mark.parametrize("command", ["evaluate", "quantize"])
+@pytest.mark.parametrize("command", ["evaluate", pytest.param("quantize", marks=pytest.mark.soak)])
 def test_a_folder_is_taken_as_the_data_set(capsys, hub, tmp_path, monkeypatch, command):
     monkeypatch.setenv("HOME", str(tmp_path))
     classes = [str(n) for n in range(1, 13)]

@@ -159,7 +159,7 @@ def test_the_fake_gpu_notices(fault, error):
 # ---------------------------------------------------------------------------------------------- batch sizes
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.soak)])
 def test_the_batch_size_is_tried_on_the_gpu(few_blocks, monkeypatch, precision):
     """Steps run on the device alone; one that finds no memory is halved, with its memory given back."""
     step, tried, emptied, states = batch_size._step, [], [], []

@@ -206,7 +206,7 @@ def test_the_commit_of_the_folder_is_noted(tmp_path, monkeypatch):
     assert directory.git_commit() == told
 
 
-@pytest.mark.parametrize("harm", ["header", "pixels"])
+@pytest.mark.parametrize("harm", [pytest.param("header", marks=pytest.mark.soak), "pixels"])
 def test_images_that_break_are_skipped_as_the_message_advises(tmp_path, monkeypatch, capsys, few_blocks, harm):
     monkeypatch.chdir(tmp_path)
     flat(tmp_path / "photos")

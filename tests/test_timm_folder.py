@@ -80,7 +80,7 @@ def test_timm_sees_what_repan_sees(tmp_path, side, size):
     assert relative(found, wanted) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+@pytest.mark.parametrize("name", ["repvgg_a0", pytest.param("mobileone_s0", marks=pytest.mark.soak)])
 def test_timms_own_blocks_keep_silent_branches(capsys, small_timm, tmp_path, name):
     own_blocks_keep_silent_branches(capsys, tmp_path, name)
 
