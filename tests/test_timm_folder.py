@@ -243,7 +243,7 @@ def test_runs_begin_from_the_hub_and_learn_from_it(capsys, tmp_path, monkeypatch
             assert code == 75, (name, err)
             assert "continue with" in err
             if name != "train":
-                assert "timm:mobilenetv3_small_050 on 32x32 images" in err
+                assert "timm:test_efficientnet on 32x32 images" in err
         code, _, err = run(capsys, "cycle", *runs["cycle"][:2], *runs["cycle"][4:], *quick)
         assert code == 2
         assert "is a plain network: give --block NAME" in err
