@@ -331,7 +331,9 @@ def test_a_teacher_may_move_but_not_change(capsys, tmp_path, whole):
     teacher.rename(tmp_path / "moved.pt")
     shutil.copy(whole("cycle") / "cycle_00.pt", teacher)
     assert "is not the teacher that the run began with" in one_line(capsys, "distill", "--resume", folder)
+    written = (folder / "config.yaml").read_text()
     resumed(capsys, "distill", folder, "--teacher", tmp_path / "moved.pt")
+    assert (folder / "config.yaml").read_text() == written, "the teacher is the same one, for comparisons too"
 
 
 def test_the_log_records_the_stop(begun):

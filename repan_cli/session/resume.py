@@ -64,10 +64,14 @@ def run(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
 
 
 def _write_changes(saved: Checkpoint, now: Config, folder: runs.RunDirectory) -> None:
-    """Write config.yaml again if this resume changes what two runs are compared by, such as the number of cycles."""
-    before, after = saved.card.settings, flatten(now)
+    """Write config.yaml again if this resume changes what two runs are compared by, such as the number of cycles.
+
+    The names of teachers stay: a teacher that has moved is the same one.
+    """
+    before = saved.card.settings
+    after = {**flatten(now), **{key: before[key] for key in OF_TEACHERS if key in before}}
     if any(after.get(key) != before.get(key) for key in MAY_CHANGE if key not in SAME_RESULT):
-        folder.write_text("config.yaml", dump(now, cycles=saved.card.command == "cycle"))
+        folder.write_text("config.yaml", dump(config.from_flat(after), cycles=saved.card.command == "cycle"))
 
 
 def _follow(command: str, given: Layer) -> None:
