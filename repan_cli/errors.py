@@ -38,6 +38,22 @@ TOO_MANY = (errno.EMFILE, errno.ENFILE)
 """The error numbers of too many open files."""
 
 
+FORBIDDEN = (errno.EACCES, errno.EPERM)
+"""The error numbers of a file that this user may not read."""
+
+
+OUT_OF_REACH = tuple(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "EREMOTEIO", "ENXIO", "ENODEV", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ESHUTDOWN", "ENOLINK", "ENOLCK"),
+        *("ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETRESET"),
+        *("ENETUNREACH", "EKEYEXPIRED", "EKEYREVOKED", "EKEYREJECTED"),
+    )
+    if hasattr(errno, name)
+)
+"""The error numbers of a disk that fails, or of a network drive that does not answer."""
+
+
 NO_MEMORY = (
     *("can't allocate memory", "failed to map segment", "can't start new thread"),
     *("CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
@@ -56,6 +72,12 @@ class OutOfSpaceError(RepanError):
     """The disk or the memory is full."""
 
     exit_code = 4
+
+
+class OutOfReachError(RepanError):
+    """A disk or a network drive does not deliver files that are there."""
+
+    exit_code = 1
 
 
 class LostRankError(RepanError):

@@ -1,11 +1,18 @@
 """Image files of every kind are read correctly, or refused by name."""
 
+import errno
+import os
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from support import write_folders
 
 from repan_cli.data import datasets, image_files
-from repan_cli.errors import InputError
+from repan_cli.data.image_files import ForbiddenImageError
+from repan_cli.errors import InputError, OutOfReachError, OutOfSpaceError
 
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=2)
@@ -169,7 +176,7 @@ def test_jpegs_below_8_pixels_are_read(tmp_path, size):
     assert image_files.open_image(tmp_path / "small.jpg").size == size
 
 
-@pytest.mark.parametrize("failure", [ZeroDivisionError(), KeyError("tile"), IndexError("\nindex"), MemoryError()])
+@pytest.mark.parametrize("failure", [ZeroDivisionError(), KeyError("tile"), IndexError("\nindex"), OSError("broken")])
 def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, failure):
     def load(image):
         raise failure
@@ -178,3 +185,52 @@ def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, failure
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
     with pytest.raises(image_files.UnreadableImageError, match=r"^cannot read the image .*a\.png: \S.*$"):
         image_files.check(tmp_path / "a.png", whole=True)
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "says"),
+    [
+        (MemoryError(), OutOfSpaceError, "out of memory while reading the image .*a.png: set data.workers=0"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), OutOfSpaceError, "out of memory while reading"),
+        (OSError("out of memory error when reading image file"), OutOfSpaceError, "out of memory while reading"),
+        (OSError(errno.EMFILE, "Too many open files"), OutOfSpaceError, "a.png: Too many open files: .*ulimit -n"),
+        (OSError(errno.ENOSPC, "No space left on device"), OutOfSpaceError, "a.png: No space left"),
+        (OSError(errno.EIO, "Input/output error"), OutOfReachError, "a.png: Input/output error: its disk or network"),
+        (OSError(errno.ESTALE, "Stale file handle"), OutOfReachError, "a.png: Stale file handle: its disk or network"),
+        (PermissionError(errno.EACCES, "Permission denied"), ForbiddenImageError, "a.png: Permission denied$"),
+    ],
+)
+@pytest.mark.parametrize("at", ["stat", "open", "load"])
+def test_a_failure_that_is_not_the_images_own_is_not_that_of_an_unreadable_image(
+    tmp_path, monkeypatch, reason, kind, says, at
+):
+    def fails(*_, **__):
+        raise reason
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    place = {"stat": Path, "open": Image, "load": PngImagePlugin.PngImageFile}[at]
+    monkeypatch.setattr(place, at, fails)
+    with pytest.raises(kind, match=says):
+        image_files.check(tmp_path / "a.png", whole=True)
+
+
+def test_an_image_without_permission_is_not_left_out_when_a_folder_is_listed(tmp_path, monkeypatch):
+    write_folders(tmp_path, size=(8, 8))
+    opened = image_files.Image.open
+
+    def fails(path):
+        if path.parts[-2:] == ("ant", "2.png"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path)
+
+    monkeypatch.setattr(image_files.Image, "open", fails)
+    with pytest.raises(InputError, match=r"ant/2.png: Permission denied: give yourself the right to read it"):
+        datasets.load("folder", tmp_path, image_size=8, on_error="skip")
+
+
+def test_the_names_of_files_are_kept_as_they_are(tmp_path):
+    paths = [tmp_path / "a.png", tmp_path / "long" / ("ß" * 50 + ".png"), Path(os.fsdecode(b"b\xff.png"))]
+    reader = pickle.loads(pickle.dumps(image_files.FileReader(paths, 3)))
+    assert [reader.path(number) for number in range(3)] == paths
+    assert not [value for value in vars(reader).values() if isinstance(value, (list, tuple))], "shared by processes"
+    assert image_files.FileReader([], 3).ends.tolist() == [0]

@@ -1,5 +1,8 @@
 """Images read one by one: the right pixels, drawn from position alone, whichever process loads them."""
 
+import errno
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +11,13 @@ from support import CPU, MEAN, STD, by_hand, write_folders
 from torchvision import transforms
 
 from repan_cli import config
-from repan_cli.data import build, builtin, datasets
+from repan_cli.data import build, builtin, datasets, image_files
 from repan_cli.data.batches import Augmentation
+from repan_cli.data.image_files import ForbiddenImageError
 from repan_cli.data.in_memory import InMemoryLoader
 from repan_cli.data.streaming import StreamingLoader
 from repan_cli.data.types import ArrayImages, LazyImages
-from repan_cli.errors import InputError
+from repan_cli.errors import InputError, OutOfReachError, OutOfSpaceError
 from repan_cli.system.device import Runtime
 
 FP32 = Runtime(CPU, "fp32")
@@ -202,6 +206,39 @@ def test_an_image_that_cannot_be_decoded_stops_the_run_or_is_left_out(tmp_path, 
         datasets.load("folder", tmp_path, image_size=16, crop="resized", on_error="skip")
     with pytest.raises(InputError, match=r"test/ant/1.png: [^;]*$"):
         list(build.eval_loader(data, "test", FP32, workers).batches(4))
+
+
+REASONS = {
+    "memory": (MemoryError(), OutOfSpaceError, "out of memory while reading the image .*[.]png"),
+    "files": (OSError(errno.EMFILE, "Too many open files"), OutOfSpaceError, "Too many open files: .*ulimit"),
+    "network": (OSError(errno.ESTALE, "Stale file handle"), OutOfReachError, "Stale file handle: its disk"),
+    "rights": (PermissionError(errno.EACCES, "Permission denied"), ForbiddenImageError, "Permission denied$"),
+}
+
+
+@pytest.mark.parametrize(("name", "workers"), [*((name, 0) for name in REASONS), ("memory", 1)])
+def test_no_image_is_skipped_for_a_reason_that_is_not_its_own(tmp_path, monkeypatch, name, workers):
+    reason, kind, says = REASONS[name]
+    data, _ = folder(tmp_path, val_fraction=0)
+    opened = image_files.Image.open
+
+    def fails(path):
+        if path.name == "3.png":
+            raise reason
+        return opened(path)
+
+    monkeypatch.setattr(image_files.Image, "open", fails)
+    skipping = config.build({"data.workers": str(workers), "data.on_error": "skip"}).data
+    with pytest.raises(kind, match=says):
+        epoch(build.train_loader(data, skipping, FP32), batch_size=4)
+
+
+def test_a_folder_that_is_gone_ends_a_run_that_skips_images(tmp_path):
+    data, _ = folder(tmp_path, val_fraction=0)
+    shutil.rmtree(tmp_path / "train" / "bee")
+    loader = build.train_loader(data, config.build({"data.workers": "0", "data.on_error": "skip"}).data, FP32)
+    with pytest.raises(OutOfReachError, match="the folder .*bee is not there any more"):
+        epoch(loader, batch_size=4)
 
 
 def test_unreadable_headers_are_found_before_the_first_step(tmp_path, capsys):

@@ -18,7 +18,7 @@ from PIL import Image
 from repan_cli.config.conventions import DATASET_PREFIXES, LARGE_IMAGE
 from repan_cli.data import digits, pickled_arrays
 from repan_cli.data.folders import load_folders
-from repan_cli.data.image_files import UnreadableImageError, as_mode
+from repan_cli.data.image_files import as_mode, failure
 from repan_cli.data.types import (
     DATASETS,
     IMAGENET_MEAN,
@@ -224,11 +224,14 @@ class _TimmReader:
     def __call__(self, index: int) -> Image.Image:
         try:
             return as_mode(self.dataset[index][0], self.channels)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableImageError(f"cannot read {self.name(index)}: {error}") from None
+        except (MemoryError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise failure(error, self._numbered(index)) from None
 
     def name(self, index: int) -> str:
-        return f"image {index} of {type(self.dataset).__name__}"
+        return f"image {self._numbered(index)}"
+
+    def _numbered(self, index: int) -> str:
+        return f"{index} of {type(self.dataset).__name__}"
 
 
 def _load_timm(name: str) -> Callable[[Path, ReadOptions], RawDataset]:

@@ -23,6 +23,7 @@ T = TypeVar("T")
 LARGEST_RESIDENT = 16 * 2**30
 LOOKED_AT = 200_000
 MEND = "; data.on_error=skip skips such training images"
+FORBIDDEN_ADVICE = ": give yourself the right to read it"
 MEND_SCORED = "; repair or remove it: evaluation skips no image"
 
 
@@ -125,7 +126,7 @@ def _outcomes(read: Callable[[int], T], count: int, *, skip: bool, mend: str) ->
 
     `mend` is the end of the error message for images that must be read: the way out.
     """
-    failed = []
+    failed: list[UnreadableImageError] = []
 
     def outcome(index: int) -> T | None:
         try:
@@ -138,9 +139,11 @@ def _outcomes(read: Callable[[int], T], count: int, *, skip: bool, mend: str) ->
         found = list(pool.map(outcome, range(count)))
     if failed and len(failed) == count:
         raise UnreadableImageError(f"none of the {count_of(count, 'image')} of a folder can be read; one: {failed[0]}")
-    if failed and not skip:
-        more = f" (and {count_of(len(failed) - 1, 'other')})" if len(failed) > 1 else ""
-        raise UnreadableImageError(f"{failed[0]}{more}{mend}")
+    forbidden = [error for error in failed if not error.may_be_skipped]
+    if failed and (not skip or forbidden):
+        errors, advice = (forbidden, FORBIDDEN_ADVICE) if forbidden else (failed, mend)
+        more = f" (and {count_of(len(errors) - 1, 'other')})" if len(errors) > 1 else ""
+        raise UnreadableImageError(f"{errors[0]}{more}{advice}")
     if failed:
         verb = "is" if len(failed) == 1 else "are"
         told = f"{len(failed)} of {count_of(count, 'image')} of the training folder cannot be read and {verb} left out"

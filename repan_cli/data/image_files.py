@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,7 +13,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from repan_cli.errors import InputError
+from repan_cli.errors import (
+    FORBIDDEN,
+    FULL,
+    OUT_OF_REACH,
+    TOO_MANY,
+    InputError,
+    OutOfReachError,
+    OutOfSpaceError,
+    RepanError,
+    is_out_of_memory,
+)
 from repan_cli.system.text import first_line
 
 MODES = {1: "L", 3: "RGB"}
@@ -27,6 +39,39 @@ warnings.filterwarnings(
 class UnreadableImageError(InputError):
     """An image that cannot be decoded; `data.on_error=skip` leaves it out of training."""
 
+    may_be_skipped = True
+
+
+class ForbiddenImageError(UnreadableImageError):
+    """An image that this user may not read. It may be a good one, so training does not skip it."""
+
+    may_be_skipped = False
+
+
+def failure(error: Exception, name: str) -> RepanError:
+    """Return the error to raise for the image `name` that could not be read, by whether the image itself is the reason.
+
+    Memory, open files, the disk, the network and permissions are not: other images would fail in the same way, and the
+    same image can be read when they are there again. Such an error ends a run, whatever `data.on_error` says.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    of_decoder = isinstance(error, OSError) and str(error).startswith("out of memory")  # Pillow's code -9
+    if is_out_of_memory(error) or of_decoder:
+        mend = "set data.workers=0, or a smaller --batch-size or data.image_size"
+        return OutOfSpaceError(f"out of memory while reading the image {name}: {mend}")
+    if number in TOO_MANY:
+        return OutOfSpaceError(
+            f"cannot read the image {name}: {why}: raise the system's limit ('ulimit -n'), or set data.workers=0"
+        )
+    if number in FULL:
+        return OutOfSpaceError(f"cannot read the image {name}: {why}: free some space")
+    if number in OUT_OF_REACH:
+        return OutOfReachError(f"cannot read the image {name}: {why}: its disk or network drive does not deliver")
+    if number in FORBIDDEN:
+        return ForbiddenImageError(f"cannot read the image {name}: {why}")
+    return UnreadableImageError(f"cannot read the image {name}: {why}")
+
 
 # ---------------------------------------------------------------------------------------------- opening
 
@@ -35,19 +80,35 @@ class UnreadableImageError(InputError):
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open the image in a file and read its header. Raises UnreadableImageError, naming the file, if that fails."""
     try:
-        if not path.is_file():
-            raise ValueError("there is no file" if not path.exists() else "it is not a regular file")
+        _check_regular(path)
         with Image.open(path) as image:
             if image.mode in NUMBERS:
                 raise ValueError(f"its pixels are {NUMBERS[image.mode]}, not brightness from 0 to 255")
             yield image
     except UnidentifiedImageError:
-        why = "it is not an image, or is truncated" if path.stat().st_size else "it is empty"
+        why = "it is empty" if _is_empty(path) else "it is not an image, or is truncated"
         raise UnreadableImageError(f"cannot read the image {path}: {why}") from None
-    except InputError:
+    except RepanError:
         raise
     except Exception as error:  # a decoder may fail in any way on a damaged file
-        raise UnreadableImageError(f"cannot read the image {path}: {first_line(error)}") from None
+        raise failure(error, str(path)) from None
+
+
+def _check_regular(path: Path) -> None:
+    """Raise ValueError for a name that stands for no file, or for a folder, pipe or device."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError("there is no file") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError("it is not a regular file")
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return not path.stat().st_size
+    except OSError:
+        return False
 
 
 def check(path: Path, *, whole: bool) -> None:
@@ -109,16 +170,34 @@ def common_side(paths: Iterable[Path]) -> int | str:
 
 
 class FileReader:
-    """Reads pictures from a list of files, by number."""
+    """Reads pictures from a list of files, by number.
+
+    The names are one array of bytes, not a list of objects. Forked processes share it: reading an object would count a
+    reference in it, and so copy its page of memory into every process.
+    """
 
     def __init__(self, paths: list[Path], channels: int) -> None:
-        self.paths, self.channels = paths, channels
+        names = [os.fsencode(path) for path in paths]
+        self.names = np.frombuffer(b"".join(names), dtype=np.uint8)
+        self.ends = np.cumsum([0, *map(len, names)])
+        self.channels = channels
 
     def __call__(self, index: int) -> Image.Image:
-        return open_image(self.paths[index], self.channels)
+        path = self.path(index)
+        try:
+            return open_image(path, self.channels)
+        except UnreadableImageError:
+            if not path.parent.is_dir():
+                raise OutOfReachError(
+                    f"the folder {path.parent} is not there any more: was its drive removed?"
+                ) from None
+            raise
+
+    def path(self, index: int) -> Path:
+        return Path(os.fsdecode(self.names[self.ends[index] : self.ends[index + 1]].tobytes()))
 
     def name(self, index: int) -> str:
-        return str(self.paths[index])
+        return str(self.path(index))
 
 
 class ArrayReader:

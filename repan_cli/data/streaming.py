@@ -18,12 +18,11 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from repan_cli.data.batches import Batch, EpochPlan, Loader
-from repan_cli.data.image_files import ArrayReader
+from repan_cli.data.image_files import ArrayReader, UnreadableImageError
 from repan_cli.data.policies import policy
 from repan_cli.data.preprocess import MiddleCrop
 from repan_cli.data.types import ArrayImages, LazyImages, Part
-from repan_cli.data.workers import Samples, check_room, loading
-from repan_cli.errors import InputError
+from repan_cli.data.workers import Problems, Samples, check_room, loading
 from repan_cli.system.host import usable_cores
 from repan_cli.system.launcher import local_ranks
 from repan_cli.system.notices import warn
@@ -85,11 +84,11 @@ class StreamingLoader(Loader):
         share = -(-batch_size // self.ranks)
         check_room(share, self.channels * self.size**2, self.workers, self.count)
 
-    def _note(self, problems: dict[str, bool], mend: str) -> None:
+    def _note(self, problems: Problems, mend: str) -> None:
         """Warn once about each image that could not be read; if it has no replacement, end the run."""
         for problem, fatal in problems.items():
-            if fatal:
-                raise InputError(problem + mend)
+            if fatal is not None:
+                raise fatal(problem + mend if fatal is UnreadableImageError else problem)
             if problem not in self.skipped:
                 self.skipped.add(problem)
                 warn(f"{problem}; left out of training ({len(self.skipped)} so far)")

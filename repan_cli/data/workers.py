@@ -61,12 +61,16 @@ def check_room(batch: int, pixels: int, workers: int, images: int) -> None:
 
 
 class Sample(NamedTuple):
-    """A picture, uint8 (C, H, W), and its number in the part, or the reason why it could not be read."""
+    """A picture, uint8 (C, H, W), and its number in the part, or the reason why it could not be read.
+
+    `fatal` is the kind of the error that ends the run; None if another picture was read instead.
+    """
 
     image: Tensor | None
     label: int
     place: int
     problem: str = ""
+    fatal: type[RepanError] | None = None
 
 
 class Samples(Dataset[Sample]):
@@ -103,14 +107,16 @@ class Samples(Dataset[Sample]):
                 with self._noted(number):
                     picture = self.part.read(int(self.part.index[number]))
             except UnreadableImageError as error:
+                if not self.skip or not error.may_be_skipped:
+                    return Sample(None, 0, index, str(error), type(error))
                 problem = problem or str(error)
-                if not self.skip:
-                    break
                 continue
+            except RepanError as error:  # a process of a DataLoader would lose its class and its line
+                return Sample(None, 0, index, str(error), type(error))
             if self.position is not None:
                 _seed(seed_for("picture", *self.position, index))
             return Sample(self.transform(picture), int(self.part.labels[number]), number, problem)
-        return Sample(None, 0, index, problem)
+        return Sample(None, 0, index, problem, UnreadableImageError)
 
 
 def _seed(key: int) -> None:
@@ -126,11 +132,13 @@ def ignore_signals(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, dict[str, bool]]:
-    """Return images (B, C, H, W), labels (B,), indices (B,), and the images that could not be read, each with whether
-    it is fatal.
-    """
-    problems = {sample.problem: sample.image is None for sample in samples if sample.problem}
+Problems = dict[str, type[RepanError] | None]
+"""What could not be read, each with the kind of the error that ends the run, or None."""
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, Problems]:
+    """Return images (B, C, H, W), labels (B,), indices (B,), and the images that could not be read."""
+    problems = {sample.problem: sample.fatal for sample in samples if sample.problem}
     read = [(sample.image, sample.label, sample.place) for sample in samples if sample.image is not None]
     images = torch.stack([image for image, _, _ in read]) if read else torch.empty(0)
     labels = torch.tensor([label for _, label, _ in read])
@@ -170,7 +178,7 @@ class Loading:
     def __init__(self, samples: Samples, iterator: Any, count: int) -> None:
         self.samples, self.iterator, self.count = samples, iterator, count
 
-    def taken(self, stop: Callable[[], bool]) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, bool]]]:
+    def taken(self, stop: Callable[[], bool]) -> Iterator[tuple[Tensor, Tensor, Tensor, Problems]]:
         """Yield the batches.
 
         Raises StoppedError if `stop` returns true during a wait, StuckLoaderError if no batch arrives within the limit.
@@ -178,7 +186,7 @@ class Loading:
         for _ in range(self.count):
             yield self._next(stop)
 
-    def _next(self, stop: Callable[[], bool]) -> tuple[Tensor, Tensor, Tensor, dict[str, bool]]:
+    def _next(self, stop: Callable[[], bool]) -> tuple[Tensor, Tensor, Tensor, Problems]:
         began, said = time.monotonic(), False
         while True:
             try:
