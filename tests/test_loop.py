@@ -325,7 +325,7 @@ def test_optimizers_of_timm_train_and_are_zeroed(digits, name):
     for event in fit(run):
         if isinstance(event, CycleStart) and event.cycle == 1:
             held = [v for state in run.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-            assert held
+            assert held or name == "rmsprop"  # whose state is removed instead
             assert not any(value.any() for value in held)
         if isinstance(event, Epoch) and event.cycle == 0:
             losses.append(event.loss)

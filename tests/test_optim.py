@@ -2,17 +2,20 @@
 
 import dataclasses
 import itertools
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import small_net
 
 from repan_cli.anneal import coordinates
+from repan_cli.anneal.restart import restart
 from repan_cli.blocks import rep_blocks
 from repan_cli.config.settings import OptimConfig
 from repan_cli.errors import InputError
-from repan_cli.training import optim
+from repan_cli.training import optim, snapshot
 from repan_cli.training.schedules import SCHEDULES, learning_rate
 
 
@@ -127,16 +130,76 @@ def test_adams_memory_is_carried_over_with_its_squares():
     assert torch.equal(of[model.head.weight]["exp_avg"], head)
 
 
-def test_zeroing_momentum_forgets_the_past():
+OTHERS = ("adamw", "nadam", "rmsproptf", "laprop", "lamb", "adan", "adabelief", "madgrad", "adagrad", "muon")
+"""Optimizers whose state begins with zeros, with other numbers, with a copy of the weights, or counts by group."""
+
+
+@pytest.mark.parametrize("name", ["sgd", *OTHERS])
+def test_zeroing_momentum_forgets_the_past(name):
     """A step after it equals the first step of a new optimizer."""
-    models = [small_net(), small_net()]
-    old = optim.build_optimizer(models[0], OptimConfig(lr=0.1))
-    with_gradients(models[0], 3.0)
-    old.step()
+    models, settings = [small_net(), small_net()], OptimConfig(name=name, lr=0.1)
+    old = optim.build_optimizer(models[0], settings)
+    for _ in range(3):
+        with_gradients(models[0], 3.0)
+        old.step()
     optim.zero_momentum(old)
     models[1].load_state_dict(models[0].state_dict())
-    for model, optimizer in zip(models, (old, optim.build_optimizer(models[1], OptimConfig(lr=0.1))), strict=True):
+    for model, optimizer in zip(models, (old, optim.build_optimizer(models[1], settings)), strict=True):
         with_gradients(model, 1.0)
         optimizer.step()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_carrying_momentum_removes_what_a_restart_makes_wrong():
+    """MADGRAD keeps a copy of the first weights: after a restart it would undo the trunk's new coordinates."""
+    model = small_net("rep")
+    optimizer = optim.build_optimizer(model, OptimConfig(name="madgrad", lr=0.01))
+    with_gradients(model, 1.0)
+    optimizer.step()
+    changes = restart(model, rule="reset", attach="zero-gamma").changes
+    optim.carry_momentum(optimizer, changes)
+    blocks = {id(p) for _, block in rep_blocks(model) for p in block.parameters()}
+    assert {id(p) for p in optimizer.state} == {id(p) for p in model.parameters()} - blocks
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with_gradients(model, 1e-6)
+    optimizer.step()
+    assert all((p - before[name]).abs().max() < 0.1 for name, p in model.named_parameters() if id(p) in blocks)
+
+
+@pytest.mark.parametrize("name", ["sgd", *OTHERS])
+def test_a_restored_optimizer_takes_the_same_steps(name):
+    settings = OptimConfig(name=name, lr=0.01)
+    runs = []
+    for _ in range(2):
+        model = small_net()
+        runs.append(SimpleNamespace(model=model, optimizer=optim.build_optimizer(model, settings)))
+    first, second = runs
+    for step in range(5):
+        if step == 3:
+            second.model.load_state_dict(first.model.state_dict())
+            tensors, plain = snapshot._optimizer_state(first)
+            kept = {name: value.clone() for name, value in tensors.items()}
+            snapshot._restore_optimizer(second, kept, json.loads(json.dumps(plain)))
+        for run in runs if step >= 3 else runs[:1]:
+            with_gradients(run.model, float(step))
+            run.optimizer.step()
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class KeepsAList(torch.optim.SGD):
+    """An optimizer whose state is more than tensors and plain values, like that of Kron."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["Q"] = [torch.eye(2)]
+
+
+def test_an_optimizer_that_cannot_be_used_or_resumed_is_refused_before_the_first_step(monkeypatch):
+    with pytest.raises(InputError, match="optim.name=adahessian cannot be used here: .*grad"):
+        optim.build_optimizer(small_net(), OptimConfig(name="adahessian"))
+    monkeypatch.setattr("timm.optim.create_optimizer_v2", lambda params, **_: KeepsAList(params))
+    with pytest.raises(InputError, match="optim.name=adamw has a state that a checkpoint cannot hold"):
+        optim.build_optimizer(small_net(), OptimConfig(name="adamw"))

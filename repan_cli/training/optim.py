@@ -12,7 +12,9 @@ from repan_cli.anneal.coordinates import CoordinateChange
 from repan_cli.blocks import rep_blocks
 from repan_cli.config.names import unknown_optimizer
 from repan_cli.config.settings import OptimConfig
+from repan_cli.errors import InputError
 from repan_cli.models.inspect import classifier_layers
+from repan_cli.system.text import first_line
 
 SGD = "sgd"
 """The default optimizer; others are timm's."""
@@ -48,9 +50,38 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
         known = [str(name) for name in timm.optim.list_optimizers()]
         if optim.name not in known:
             raise unknown_optimizer(optim.name, known)
+        _refuse_unusable(optim)
         optimizer = timm.optim.create_optimizer_v2(groups, opt=optim.name, lr=optim.lr, momentum=optim.momentum)
     apply_settings(optimizer, optim)
     return optimizer
+
+
+PLAIN = (int, float, bool, str, type(None))
+"""The types of a state's values, besides tensors, that checkpoints hold."""
+
+
+def _refuse_unusable(optim: OptimConfig) -> None:
+    """Raise InputError for an optimizer that needs more than gradients, or whose state a checkpoint cannot hold.
+
+    It makes two steps on a small parameter of its own.
+    """
+    import timm.optim
+
+    trial = nn.Parameter(torch.ones(2, 2))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            optimizer = timm.optim.create_optimizer_v2([trial], opt=optim.name, lr=optim.lr, momentum=optim.momentum)
+            for _ in range(2):
+                trial.grad = torch.ones_like(trial)
+                optimizer.step()
+    except Exception as error:  # a package that is missing, a second derivative, anything in an optimizer
+        raise InputError(f"optim.name={optim.name} cannot be used here: {first_line(error)}") from None
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    if not all(isinstance(value, (Tensor, *PLAIN)) for value in kept):
+        raise InputError(
+            f"optim.name={optim.name} has a state that a checkpoint cannot hold, so no run could be resumed: give "
+            "another, see 'repan list optimizers'"
+        )
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> None:
@@ -97,16 +128,36 @@ def rates_to_device(optimizer: torch.optim.Optimizer, device: torch.device) -> N
         group["lr"] = rates[group["trunk"]]
 
 
+ZERO_AT_FIRST = {"step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum"}
+"""The state that a new optimizer begins with zeros. It is zeroed in place, since recorded steps hold on to it."""
+
+
 def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Zero the optimizer's state in place, because a restart changes the coordinates of its parameters."""
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                value.zero_()
+    """Make an optimizer that of a first step, because a restart changes the coordinates of its parameters."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _forget(optimizer, parameter, group)
+        if isinstance(group.get("step"), Tensor):  # some optimizers count by group
+            group["step"].zero_()
+        elif "step" in group:
+            group["step"] = 0
+
+
+def _forget(optimizer: torch.optim.Optimizer, parameter: Tensor, group: Group | None = None) -> None:
+    """Reset the state of a parameter to that before its first step.
+
+    State that does not begin with zeros, such as a copy of the weights, is removed: the optimizer then makes it anew.
+    """
+    state = optimizer.state.get(parameter, {})
+    if any(key not in ZERO_AT_FIRST or not isinstance(value, Tensor) for key, value in state.items()):
+        del optimizer.state[parameter]
+        return
+    for key, value in state.items():
+        value.fill_((group or {}).get("initial_accumulator_value", 0) if key == "sum" else 0)
 
 
 MEANS, SQUARES = ("momentum_buffer", "exp_avg"), ("exp_avg_sq",)
-"""The state that is carried over: averages of gradients, and of their squares. Any other state of a block is reset."""
+"""The state that is carried over: averages of gradients, and of their squares. A trunk with other state is reset."""
 
 
 def carry_momentum(optimizer: torch.optim.Optimizer, changes: Iterable[CoordinateChange]) -> None:
@@ -116,6 +167,9 @@ def carry_momentum(optimizer: torch.optim.Optimizer, changes: Iterable[Coordinat
     """
     for change in changes:
         trunk, state = change.block.trunk, optimizer.state
+        for parameter in trunk.parameters():
+            if not state.get(parameter, {}).keys() <= {*MEANS, *SQUARES, "step"}:
+                del state[parameter]
         if (norm := trunk.batch_norm) is not None:
             for key, value in dict(_carried_gamma(state, norm.weight, change)).items():
                 state[norm.weight][key].copy_(value)
@@ -124,9 +178,7 @@ def carry_momentum(optimizer: torch.optim.Optimizer, changes: Iterable[Coordinat
                 factor = change.ratio if key in MEANS else change.ratio.square()
                 value.mul_(factor.to(value).view(-1, 1, 1, 1))
         for parameter in change.block.branches.parameters():
-            for value in state.get(parameter, {}).values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+            _forget(optimizer, parameter)
 
 
 def _carried_gamma(
@@ -134,7 +186,8 @@ def _carried_gamma(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the state for the trunk's new gamma: the sum over the old gammas, and for squares an upper bound."""
     for key in state.get(gamma, {}):
-        terms = [(share.to(gamma), state[each][key]) for each, share in change.shares.items() if key in state[each]]
+        shares = [(each, share) for each, share in change.shares.items() if key in state.get(each, {})]
+        terms = [(share.to(gamma), state[each][key]) for each, share in shares]
         if key in MEANS:
             yield key, sum((share * value for share, value in terms), torch.zeros_like(gamma))
         elif key in SQUARES:

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from repan_cli.errors import InputError
 from repan_cli.runs.felt import KEYS
 from repan_cli.system.text import first_line
+from repan_cli.training.optim import PLAIN
 from repan_cli.training.progress import POSITION, Totals
 from repan_cli.training.run import Training
 
 SUMS = ("totals.loss", "totals.correct", "totals.broken")
 """The names of the sums in `Totals` in a file; the last one is what `Totals.skipped` returns."""
-
-PLAIN = (int, float, bool, str, type(None))
 
 
 def snapshot(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -42,7 +41,7 @@ def snapshot(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _optimizer_state(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's state for each parameter, and the plain values of its groups."""
+    """Return the optimizer's state for each parameter and group: tensors by name, and plain values."""
     names = {id(parameter): name for name, parameter in run.model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
@@ -51,6 +50,9 @@ def _optimizer_state(run: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors |= {f"optimizer.{key}.{name}": value for key, value in memory.items() if isinstance(value, Tensor)}
         rest = {key: value for key, value in memory.items() if isinstance(value, PLAIN)}
         plain |= {name: rest} if rest else {}
+    for number, group in enumerate(run.optimizer.param_groups):  # some optimizers count their steps here
+        kept = {key: value for key, value in group.items() if isinstance(value, Tensor) and key != "lr"}
+        tensors |= {f"group.{number}.{key}": value for key, value in kept.items()}
     groups = [
         {key: value for key, value in group.items() if isinstance(value, PLAIN) and key != "lr"}  # from the position
         for group in run.optimizer.param_groups
@@ -83,7 +85,7 @@ def restore(run: Training, tensors: Mapping[str, Tensor], plain: Mapping[str, An
         run.progress.best_weights = _under("best.", tensors, run.runtime.device) or None
         if run.ema:
             run.model.load_state_dict(_under("model.", tensors, run.runtime.device))
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (LookupError, RuntimeError, ValueError) as error:
         line = first_line(error)
         raise InputError(f"the saved state is not that of this network and optimizer ({line})") from None
 
@@ -100,6 +102,9 @@ def _restore_optimizer(run: Training, tensors: Mapping[str, Tensor], plain: Mapp
         if kind == "optimizer":
             key, _, name = rest.partition(".")
             run.optimizer.state[parameters[name]][key] = _like(parameters[name], value)
+        elif kind == "group":
+            number, _, key = rest.partition(".")
+            run.optimizer.param_groups[int(number)][key] = value.clone()
     for name, rest in plain["parameters"].items():
         run.optimizer.state[parameters[name]].update(rest)
     for group, saved in zip(run.optimizer.param_groups, plain["groups"], strict=True):
