@@ -149,6 +149,20 @@ def test_labels_name_what_differs(tmp_path):
     ]
 
 
+def test_a_long_label_of_a_control_says_that_it_has_no_restart(tmp_path):
+    """It does not read how branches attach, but a label that only lacks that setting says nothing."""
+    others = {"optim__weight_decay": "0.0005", "cycle__start_from": "best", "optim__label_smoothing": "0.1"}
+    write_run(tmp_path / "control", cycle__restart="none", **others)
+    for attach in ("zero-gamma", "ramp"):
+        write_run(tmp_path / attach, cycle__attach=attach)
+    groups = compare([read_result(path) for path in find_runs([str(tmp_path)])]).groups
+    assert [group.label for group in groups] == [
+        "cycle.restart=none",
+        "cycle.restart=repan cycle.attach=ramp",
+        "cycle.restart=repan cycle.attach=zero-gamma",
+    ]
+
+
 def test_a_run_without_cycles_is_compared_with_one_that_has_them(capsys, runs):
     folder = write_run(runs / "plain", test=69)
     lines = (folder / "config.yaml").read_text().splitlines(keepends=True)

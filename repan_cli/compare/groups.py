@@ -285,10 +285,14 @@ LONG_LABEL = 60
 """The length of a label above which it names only the settings that distinguish the groups."""
 
 
+REASONS = ("cycle.restart", "data.name")
+"""Settings that decide which others a run reads. A label without them would tell a control by what it lacks."""
+
+
 def _telling(firsts: Sequence[Result], keys: list[str]) -> list[str]:
     """Return the settings that labels name: all that differ or, if labels became long, just enough to distinguish all.
 
-    Settings that distinguish the most groups are taken first.
+    Settings that tell why a group does not have others come first, then those that distinguish the most groups.
     """
 
     def labels(chosen: Sequence[str]) -> list[str]:
@@ -296,7 +300,7 @@ def _telling(firsts: Sequence[Result], keys: list[str]) -> list[str]:
 
     if max(map(len, labels(keys)), default=0) <= LONG_LABEL:
         return keys
-    chosen: list[str] = []
+    chosen = [key for key in keys if key in REASONS]
     while len(set(labels(chosen))) < len(set(labels(keys))):
         best = max((key for key in keys if key not in chosen), key=lambda key: len(set(labels([*chosen, key]))))
         chosen.append(best)
