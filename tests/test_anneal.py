@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from repan_cli.anneal.restart import CHOICES, restart
 from repan_cli.anneal.restoration import MOST_GROWTH
 from repan_cli.blocks import FAMILIES, Geometry, make_block, rep_blocks, set_attach_rate
 from repan_cli.errors import InputError
+from repan_cli.integrations.restarts import Restarts
+from repan_cli.models.expand import expand
 from repan_cli.training import optim
 from repan_cli.training.plan import Phase, cycle_plan, training_plan
 
@@ -415,3 +418,22 @@ def test_the_data_order_can_repeat():
 def test_the_settings_offer_what_restart_accepts():
     for name, choices in CHOICES.items():
         assert config.SCHEMA[f"cycle.{name}"].choices == choices
+
+
+def test_python_functions_commands_and_callbacks_have_the_same_defaults():
+    of_commands = config.CycleConfig()
+    of_restart, of_expand = (inspect.signature(function).parameters for function in (restart, expand))
+    of_callbacks = {field.name: field.default for field in dataclasses.fields(Restarts)}
+    for name in CHOICES:
+        assert of_restart[name].default == of_callbacks[name] == getattr(of_commands, name)
+    assert of_expand["attach"].default == of_commands.attach
+
+
+@pytest.mark.parametrize("act", [restart, rescale, lambda model, only: set_attach_rate(model, 0.5, only=only)])
+def test_a_block_that_is_not_there_is_named(act):
+    model = small_net()
+    name = next(name for name, _ in rep_blocks(model))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=f"the network has no block '{name}s'; did you mean {name}"):
+        act(model, only=[name, f"{name}s"])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

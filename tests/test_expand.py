@@ -141,7 +141,8 @@ def test_a_conv_and_its_norm_become_a_block(layers):
     assert not isinstance(model.norm, nn.modules.batchnorm._BatchNorm)
     assert isinstance(model.norm, nn.ReLU) == isinstance(norm, BatchNormAct2d)
     assert model.repan_report.changes == (Change("expand", "conv", "norm", "repvgg"),)
-    assert block.attach_rate == 0
+    assert block.attach_rate == 1
+    assert not any(branch.norm.weight.any() for branch in block.sides), "silent, and trained from the first step"
     restart(model, images=[x])
     assert relative(model(x), expected) < 1e-12
 
@@ -444,7 +445,7 @@ def own_blocks_are_adapted(name, blocks):
     assert model.repan_report.family == "own"
     assert len(list(rep_blocks(model))) == blocks
     assert relative(model(x), expected) < 1e-12
-    restart(model, images=[torch.randn(8, 3, 64, 64, dtype=torch.float64)])
+    restart(model, images=[torch.randn(8, 3, 64, 64, dtype=torch.float64)], attach="ramp")
     assert relative(model(x), expected) < 1e-10
     set_attach_rate(model, 0.4)
     attached = model(x)
@@ -505,7 +506,7 @@ def test_a_data_parallel_network_survives_a_restart(tmp_path):
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
         for _ in range(3):
             before = wrapped.eval()(X).detach()
-            restart(wrapped, images=[X])
+            restart(wrapped, images=[X], attach="ramp")
             assert relative(wrapped(X), before) < 1e-5
             set_attach_rate(wrapped, 1)
             weight = wrapped.module[0].branches[0].conv.weight
@@ -568,7 +569,7 @@ def test_only_the_blocks_that_are_named_restart():
     set_attach_rate(model, 0.5)
     kept = copy.deepcopy(model[3].state_dict())
     restart(model, images=[X], only=names[:1])
-    assert model[0].attach_rate == 0
+    assert model[0].attach_rate == 1
     assert all(torch.equal(value, kept[name]) for name, value in model[3].state_dict().items())
     set_attach_rate(model, 1.0, only=names[:1])
     assert (model[0].attach_rate, model[3].attach_rate) == (1.0, 0.5)

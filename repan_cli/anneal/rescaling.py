@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from repan_cli.anneal.calibration import unwrapped
 from repan_cli.anneal.restart import RestartReport
-from repan_cli.blocks import RepBlock, rep_blocks
+from repan_cli.blocks import RepBlock, chosen_blocks
 from repan_cli.blocks.kernel import exact, running_stats
 from repan_cli.errors import InputError
 
@@ -30,9 +30,9 @@ def rescale(model: nn.Module, *, only: Collection[str] | None = None) -> Restart
         model: the network, changed in place.
         only: the names of the blocks to rescale, as `blocks.rep_blocks` gives them; None means all.
 
-    Raises InputError if no block has a trunk with an affine BN.
+    Raises InputError if no block has a trunk with an affine BN, or none has one of the names.
     """
-    blocks = [block for name, block in rep_blocks(unwrapped(model)) if only is None or name in only]
+    blocks = chosen_blocks(unwrapped(model), only).values()
     scaled = [block for block in blocks if (norm := block.trunk.batch_norm) is not None and norm.affine]
     if not scaled:
         raise InputError("no block has a trunk with an affine BN, so there is nothing to rescale")

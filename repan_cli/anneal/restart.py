@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from repan_cli.anneal.calibration import ChannelSums, MergedProbe, calibrate, calibrate_branch_norms, through, unwrapped
 from repan_cli.anneal.coordinates import CoordinateChange, change_since, coordinates_of
 from repan_cli.anneal.restoration import TINY_GAMMA, Moments, restored_trunk, unit_gamma, write_trunk
-from repan_cli.blocks import RepBlock, reinit_branches, rep_blocks
+from repan_cli.blocks import RepBlock, chosen_blocks, reinit_branches
 from repan_cli.blocks.kernel import Kernel
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
@@ -51,7 +51,7 @@ def restart(
     *,
     rule: str = "calibrate",
     images: ImagesLike = (),
-    attach: str = "ramp",
+    attach: str = "zero-gamma",
     branch_init: str = "kaiming",
     trunk_scale: str = "merged",
     only: Collection[str] | None = None,
@@ -77,7 +77,7 @@ def restart(
         only: the names of the blocks to restart, as `blocks.rep_blocks` gives them; None means all.
         generator: the random generator for the fresh weights.
 
-    Raises InputError for an unknown choice, if the model has no such block, or if `calibrate` got no images.
+    Raises InputError for an unknown choice or block, a model without blocks, or if `calibrate` got no images.
     """
     for key, value in (("rule", rule), ("attach", attach), ("branch_init", branch_init), ("trunk_scale", trunk_scale)):
         choices = CHOICES[key]
@@ -87,7 +87,7 @@ def restart(
     if not isinstance(model, nn.Module):
         raise InputError(f"restart works in place, on a network, not on {model!r}: load it first, by repan_cli.load")
     model = unwrapped(model)
-    blocks = {name: block for name, block in rep_blocks(model) if only is None or name in only}
+    blocks = chosen_blocks(model, only)
     if not blocks:
         raise InputError("the network has no re-parameterizable block, so there is nothing to restart")
     before = {name: coordinates_of(block, taken_over=attach != "compensated") for name, block in blocks.items()}

@@ -9,6 +9,7 @@ from repan_cli.blocks.geometry import Geometry
 from repan_cli.blocks.rep_block import (
     RepBlock,
     attach_rates,
+    chosen_blocks,
     fill_all,
     known_attached,
     reinit_branches,
@@ -30,6 +31,7 @@ __all__ = [
     "attach_rates",
     "block_around",
     "check_family",
+    "chosen_blocks",
     "fill_all",
     "is_own",
     "known_attached",

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from repan_cli.blocks.branches import Branch, ConvBN
 from repan_cli.blocks.kernel import BatchNorm, Kernel, fold_norm, size_of
+from repan_cli.errors import InputError
+from repan_cli.registry import did_you_mean
 
 
 class RepBlock(nn.Module):
@@ -118,9 +120,18 @@ def rep_blocks(model: nn.Module) -> Iterator[tuple[str, RepBlock]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, RepBlock))
 
 
+def chosen_blocks(model: nn.Module, only: Collection[str] | None = None) -> dict[str, RepBlock]:
+    """Return the blocks of a network by name, or those named in `only`. Raises InputError for a name that none has."""
+    found = dict(rep_blocks(model))
+    if unknown := sorted(set(only or ()) - found.keys()):
+        hint = did_you_mean(unknown[0], found) or ": blocks.rep_blocks(model) lists the names"
+        raise InputError(f"only: the network has no block '{unknown[0]}'{hint}")
+    return {name: block for name, block in found.items() if only is None or name in only}
+
+
 def attach_rates(model: nn.Module, *, only: Collection[str] | None = None) -> list[Tensor]:
     """Return the attach rates of every block, or of the blocks named in `only`."""
-    return [block.attach_rate for name, block in rep_blocks(model) if only is None or name in only]
+    return [block.attach_rate for block in chosen_blocks(model, only).values()]
 
 
 def set_attach_rate(model: nn.Module, rate: float, *, only: Collection[str] | None = None) -> None:

@@ -37,7 +37,7 @@ def expand(
     exclude: tuple[str, ...] = (),
     limit: int | None = None,
     branches: int | None = None,
-    attach: str = "ramp",
+    attach: str = "zero-gamma",
 ) -> nn.Module:
     """Make the convolutions of any network re-parameterizable, in place; its function in eval mode is unchanged.
 
