@@ -8,14 +8,16 @@ import os
 import platform
 import re
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 from support import FP32, one_line, run, small_net, write_run
 
 import repan_cli
-from repan_cli import checkpoint, config
+from repan_cli import checkpoint, config, runs
 from repan_cli.commands import early
 from repan_cli.errors import InputError
+from repan_cli.runs import studies
 from repan_cli.runs.listing import runs_below
 from repan_cli.session import batch_size, network, pace, teachers
 
@@ -105,6 +107,71 @@ def test_damaged_files_of_runs_hide_no_other(several):
     found = {each.path.name: each for each in runs_below(several)}
     assert found["stopped"].state == "not known"
     assert len(found) == 7
+
+
+@pytest.fixture
+def stopped_study(tmp_path, monkeypatch):
+    """A study with a finished and a stopped run, and an older run that was stopped before it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("study/quick/plain/seed_0", "study/quick/plain/seed_1", "cycle/older"):
+        folder = write_run(tmp_path / "runs" / name)
+        (folder / "env.json").write_text(json.dumps({"command": "cycle"}))
+        (folder / "last.pt").write_bytes(b"x")
+    runs = tmp_path / "runs"
+    (runs / "study" / "quick" / "plain" / "arm.yaml").write_text("epochs: 1\n")
+    for name in ("study/quick/plain/seed_1", "cycle/older"):
+        status(runs / name, state="preempted")
+    os.utime(runs / "cycle" / "older" / "config.yaml", (1, 1))
+    return Path("runs/study/quick")
+
+
+AGAIN = "repan study quick --data-root 'my data'"
+
+
+def test_a_study_is_continued_as_a_whole(stopped_study, capsys):
+    studies.note(stopped_study, "stopped", AGAIN)
+    code, out, _ = run(capsys, "list", "runs")
+    assert code == 0
+    assert out.splitlines()[0].split()[-2:] == ["part", "of"]
+    rows = [line.split() for line in out.splitlines() if line.startswith("runs/")]
+    assert sorted((row[0], row[-1]) for row in rows) == [
+        ("runs/cycle/older", "-"),
+        ("runs/study/quick/plain/seed_0", "runs/study/quick"),
+        ("runs/study/quick/plain/seed_1", "runs/study/quick"),
+    ]
+    said = sorted(line for line in out.splitlines() if line.startswith("continue with"))
+    assert said == ["continue with: repan cycle --resume runs/cycle/older", f"continue with: {AGAIN}"]
+    assert one_line(capsys, "cycle", "--resume", "latest") == (
+        "Error: the newest run, runs/study/quick/plain/seed_1, is one of a study: name it to continue it alone, or "
+        f"continue the study with: {AGAIN}\n"
+    )
+    assert f"continue it with: {AGAIN}" in one_line(capsys, "cycle", "--resume", stopped_study)
+
+
+def test_a_study_that_stopped_between_two_runs_is_unfinished(stopped_study, capsys):
+    status(stopped_study / "plain" / "seed_1", state="done")
+    status(Path("runs/cycle/older"), state="done")
+    studies.note(stopped_study, "stopped", AGAIN)
+    assert f"continue with: {AGAIN}" in run(capsys, "list", "runs")[1].splitlines()
+    assert AGAIN in one_line(capsys, "cycle", "--resume", "latest")
+    studies.note(stopped_study, "done", AGAIN)
+    assert "continue with" not in run(capsys, "list", "runs")[1]
+    assert runs.find("cycle", "latest").parent == stopped_study / "plain"
+    studies.note(stopped_study, "running", AGAIN)
+    assert "continue with" not in run(capsys, "list", "runs")[1], "its process lives"
+
+
+def test_an_older_study_names_its_folder(stopped_study, capsys):
+    again = "repan study GRID --out runs/study/quick"
+    assert f"continue with: {again}" in run(capsys, "list", "runs")[1].splitlines()
+    assert again in one_line(capsys, "cycle", "--resume", "latest")
+
+
+def test_a_series_that_stopped_between_two_runs_is_unfinished(several):
+    (several / "seeds" / "seed_0" / "status.json").write_text('{"state": "done"}')
+    status(several / "seeds", state="preempted")
+    (found,) = (each for each in runs_below(several) if each.path.name == "seed_0")
+    assert (found.go_on, found.part_of) == (f"repan cycle --resume {several}/seeds", several / "seeds")
 
 
 # ---------------------------------------------------------------------------------------------- patience

@@ -15,7 +15,7 @@ from support import ROOT, run, start
 
 from repan_cli import config
 from repan_cli.config.grid import grids, read_grid
-from repan_cli.runs import processes
+from repan_cli.runs import processes, studies
 from repan_cli.system import notices
 from repan_cli.training.plan import cycle_plan, training_plan
 
@@ -159,6 +159,21 @@ def test_it_stops_in_time_and_the_same_command_continues(study, tmp_path):
     assert "restarts seed 0: stopped, can be continued" in err
     code, *_, calls = study()
     assert (code, made(calls)) == (0, [("cycle", True, "restarts/seed_0"), *ALL[2:]])
+
+
+def test_the_folder_records_the_state_and_the_command_that_continues_it(study, tmp_path):
+    """Also after a part of the study was made by another command."""
+
+    def told(*words):
+        study(*words)
+        return studies.is_unfinished(tmp_path / "out"), studies.how_to_continue(tmp_path / "out")
+
+    (tmp_path / "restarts_seed_0").write_text("75")
+    assert told("--minutes", str(1 / 60)) == (True, f"repan study grid.yaml --out out --minutes {1 / 60}")
+    (tmp_path / "out" / "restarts" / "seed_0" / "config.yaml").write_text("")
+    assert told("--arms", "plain") == (True, f"repan study grid.yaml --out out --minutes {1 / 60}")
+    assert told() == (False, "repan study grid.yaml --out out")
+    assert studies.how_to_continue(tmp_path / "older") == f"repan study GRID --out {tmp_path}/older"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a process cannot send itself such a signal there")

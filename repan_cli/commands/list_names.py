@@ -113,7 +113,8 @@ def _runs() -> Rows:
 
 
 def _facts(run: Run) -> Facts:
-    return dataclasses.asdict(run) | {"path": str(run.path)}
+    part_of = None if run.part_of is None else str(run.part_of)
+    return dataclasses.asdict(run) | {"path": str(run.path), "part_of": part_of}
 
 
 def _list_runs(options: ListOptions) -> None:
@@ -130,14 +131,15 @@ def _list_runs(options: ListOptions) -> None:
         mend = "; give a folder instead of a glob to search it" if which else " yet: 'repan cycle' begins one"
         raise InputError(f"no runs below {place or 'runs'}{which}{mend}")
     titles = ["run", "command", "state", "val best", "test", "age"]
-    print_table(titles, (_run_row(each) for each in found))
-    for each in found:  # whole lines, to be copied
-        if each.go_on:
-            print(f"continue with: {shown(each.go_on)}")
+    belongs = any(each.part_of for each in found)
+    print_table([*titles, "part of"] if belongs else titles, (_run_row(each, belongs=belongs) for each in found))
+    for go_on in dict.fromkeys(each.go_on for each in found if each.go_on):  # whole lines, to be copied
+        print(f"continue with: {shown(go_on)}")
 
 
-def _run_row(run: Run) -> tuple[str, ...]:
-    return str(run.path), run.command, run.state, percent(run.best), percent(run.test), _age(run.age)
+def _run_row(run: Run, *, belongs: bool) -> tuple[str, ...]:
+    row = str(run.path), run.command, run.state, percent(run.best), percent(run.test), _age(run.age)
+    return (*row, str(run.part_of or "-")) if belongs else row
 
 
 def _age(seconds: float) -> str:

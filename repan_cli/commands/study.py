@@ -19,11 +19,12 @@ from repan_cli.commands.options import StudyOptions
 from repan_cli.compare import page, table
 from repan_cli.compare.groups import Comparison, as_data, compare
 from repan_cli.compare.results import read_all
-from repan_cli.config.conventions import ARM_FILE, SAME_RESULT
+from repan_cli.config.conventions import ARM_FILE, CONFIG_FILE, SAME_RESULT
 from repan_cli.config.grid import Arm, Grid, find_grid, parse_seeds, read_grid
 from repan_cli.display.comparison import show
 from repan_cli.display.console import print_table, tell
 from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError, RepanError
+from repan_cli.runs import state_of, studies
 from repan_cli.runs.processes import Job, Pool
 from repan_cli.system.files import to_json, write_bytes
 from repan_cli.system.launcher import rank_count
@@ -77,6 +78,8 @@ def run(options: StudyOptions) -> None:
         _preview(study, grid, jobs, as_json=options.as_json)
         return
     _write_arms(study)
+    before = str(studies.status_of(study.out).get("command", ""))
+    studies.note(study.out, "running", _again())
     devices = options.device.split(",") if options.device else []
     with StopSignals() as signals:
         until = time.monotonic() + 60 * options.minutes if options.minutes is not None else float("inf")
@@ -85,8 +88,9 @@ def run(options: StudyOptions) -> None:
             [job for job in jobs if not job.is_over], should_stop=lambda: signals() or time.monotonic() >= until
         )
         received = signals.received
-    comparison = _compare(study, jobs)
     left = [job for job in jobs if not job.is_over]
+    _note_end(study.out, left, failed, before)
+    comparison = _compare(study, jobs)
     if options.as_json:
         runs = [{"run": str(job.folder), "state": job.state} for job in jobs]
         print(to_json({"out": str(study.out), "runs": runs, "comparison": comparison and as_data(comparison)}))
@@ -184,9 +188,24 @@ def _compare(study: Study, jobs: Sequence[Job]) -> Comparison | None:
     return comparison
 
 
+def _note_end(out: Path, left: Sequence[Job], failed: Job | None, before: str) -> None:
+    """Record how the study ended. If only runs of other arms or seeds are left, the command `before` continues it."""
+    begun = (path.parent for path in out.glob(f"*/*/{CONFIG_FILE}"))
+    others = any(state_of(path) not in ("done", "diverged") for path in begun)
+    if others and not left:
+        studies.note(out, "stopped", before or _again())
+    else:
+        studies.note(out, "failed" if failed else "stopped" if left else "done", _again())
+
+
+def _again() -> str:
+    """Return the command line of this process, which continues the study."""
+    return shlex.join(["repan", *sys.argv[1:]])
+
+
 def _leave(jobs: Sequence[Job], left: Sequence[Job], failed: Job | None, received: int | None) -> None:
     """Finish the command according to how its runs ended."""
-    again = shlex.join(["repan", *sys.argv[1:]])
+    again = _again()
     if failed is not None:
         raise RepanError(f"{failed.name} failed, see {failed.log}; continue the study with: {again}")
     if left and received == signal.SIGINT:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import repan_cli
-from repan_cli.config.conventions import ARM_FILE, PLACES
+from repan_cli.config.conventions import PLACES
 from repan_cli.errors import InputError, OutOfSpaceError
+from repan_cli.runs import studies
 from repan_cli.system.files import flush, read_json, temporary_file, to_json, write_atomically
 from repan_cli.system.text import count, quoted
 
@@ -221,14 +222,9 @@ def existing(path: Path) -> str:
         mend += f", where --init {quoted(path / LAST)} goes on from its weights"
     elif goes_on(path):
         mend = f"continue with --resume {quoted(path)}, or {mend}"
-    elif _is_of_study(path):
-        mend += f"; it is the folder of a study, which 'repan study GRID --out {quoted(path)}' continues"
+    elif studies.is_study(path):
+        mend += f"; it is the folder of a study, which goes on with: {studies.how_to_continue(path)}"
     return f"the run directory {path} already exists; nothing was changed: {mend}"
-
-
-def _is_of_study(path: Path) -> bool:
-    """Return whether a folder holds the arms of a study: a file of settings next to the runs of each."""
-    return any(path.glob(f"*/{ARM_FILE}"))
 
 
 def find(command: str, name: str) -> Path:
@@ -239,21 +235,36 @@ def find(command: str, name: str) -> Path:
     if not path.is_dir():
         raise InputError(f"no run directory {path} to resume")
     if not (path / "config.yaml").exists():
-        if _is_of_study(path):
-            again = f"'repan study GRID --out {quoted(path)}'"
-            raise InputError(f"{path} is the folder of a study: continue it with {again}, with its first grid")
+        if studies.is_study(path):
+            raise InputError(f"{path} is the folder of a study: continue it with: {studies.how_to_continue(path)}")
         raise InputError(f"{path} is not a run directory: it has no config.yaml")
     return path
 
 
 def _latest(command: str) -> Path:
-    """Return the newest unfinished run of a command anywhere below `runs`; if all are finished, the newest one."""
+    """Return the newest unfinished run of a command anywhere below `runs`; if all are finished, the newest one.
+
+    Raises InputError, with the command that continues it, if that run belongs to a study with runs left.
+    """
     begun = [path.parent for path in Path("runs").rglob("config.yaml")]
     of_series = {path.parent for path in Path("runs").rglob(SERIES)}
     found = [path for path in begun if goes_on(path) and path.parent not in of_series and command_of(path) == command]
     if not found:
         raise InputError(f"no run of 'repan {command}' under runs: name its directory")
-    return max(found, key=lambda path: (state_of(path) != "done", (path / "config.yaml").stat().st_mtime))
+    newest = max(found, key=lambda path: (_has_work_left(path), (path / "config.yaml").stat().st_mtime))
+    study = studies.study_of(newest)
+    if study is None or not _has_work_left(newest):
+        return newest
+    raise InputError(
+        f"the newest run, {newest}, is one of a study: name it to continue it alone, or continue the study with: "
+        f"{studies.how_to_continue(study)}"
+    )
+
+
+def _has_work_left(path: Path) -> bool:
+    """Return whether a run is not finished, or belongs to a study that is not."""
+    study = studies.study_of(path)
+    return state_of(path) != "done" or (study is not None and studies.is_unfinished(study))
 
 
 def command_of(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from repan_cli.config.files import read_file
 from repan_cli.errors import InputError
+from repan_cli.runs import studies
 from repan_cli.runs.directory import HEARTBEAT, SERIES, command_of, goes_on
 from repan_cli.runs.trackers import read_metrics
 from repan_cli.system.files import read_json
@@ -30,7 +31,8 @@ class Run:
         best: the best validation top-1.
         test: the test top-1 of a finished run.
         age: seconds since the last sign of life.
-        go_on: the command that continues the run; empty if nothing does.
+        go_on: the command that continues the run, or all of which it is a part; empty if nothing does.
+        part_of: the folder of the study, or of the series of seeds and controls, that the run belongs to.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Run:
     test: float | None
     age: float
     go_on: str
+    part_of: Path | None = None
 
 
 def runs_below(root: Path) -> list[Run]:
@@ -52,7 +55,7 @@ def _run(path: Path) -> Run:
     status: dict[str, Any] = {}
     with contextlib.suppress(InputError):
         status = read_json(path / "status.json")
-    command, state = command_of(path), _state(status)
+    command, state, whole = command_of(path), _state(status), _whole(path)
     scores = [record.get("val_top1") for record in read_metrics(path / "metrics.jsonl")]
     known = [float(score) for score in scores if isinstance(score, (int, float))]
     return Run(
@@ -62,8 +65,14 @@ def _run(path: Path) -> Run:
         best=max(known, default=None),
         test=_test(path),
         age=time.time() - _last_sign(path, status),
-        go_on="" if state in ("done", "running") or not goes_on(path) else _how(path, command),
+        go_on=_how(path, command, whole, is_over=state in ("done", "running")),
+        part_of=whole,
     )
+
+
+def _whole(path: Path) -> Path | None:
+    """Return the folder of the study or series that a run belongs to."""
+    return path.parent if (path.parent / SERIES).exists() else studies.study_of(path)
 
 
 def _state(status: dict[str, Any]) -> str:
@@ -107,10 +116,30 @@ def _test(path: Path) -> float | None:
     return None
 
 
-def _how(path: Path, command: str) -> str:
-    """Return the command that resumes a run, including the user's network and blocks."""
-    whole = path.parent if (path.parent / SERIES).exists() else path
+def _how(path: Path, command: str, whole: Path | None, *, is_over: bool) -> str:
+    """Return the command that continues a run, including the user's network and blocks, or what it belongs to.
+
+    A study or series may have runs left that did not begin, so its own state counts too.
+    """
+    told = {} if whole is None else _status_of_whole(whole)
+    if whole is not None and told:
+        is_over = _state(told) in ("done", "running")
+    if is_over:
+        return ""
+    if whole is not None and not (whole / SERIES).exists():
+        return studies.how_to_continue(whole)
+    if not goes_on(path):
+        return ""
     settings: dict[str, Any] = {}
     with contextlib.suppress(InputError):
         settings = read_file(path / "config.yaml")
-    return f"repan {command} --resume {quoted(whole)}{own_code_options(settings)}"
+    return f"repan {command} --resume {quoted(whole or path)}{own_code_options(settings)}"
+
+
+def _status_of_whole(whole: Path) -> dict[str, Any]:
+    """Return the status of a study or a series; nothing if it recorded none."""
+    if not (whole / SERIES).exists():
+        return studies.status_of(whole)
+    with contextlib.suppress(InputError):
+        return read_json(whole / "status.json")
+    return {}
