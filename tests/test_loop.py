@@ -16,9 +16,9 @@ from repan_cli import config
 from repan_cli.blocks import Geometry, make_block, rep_blocks
 from repan_cli.data.in_memory import InMemoryLoader
 from repan_cli.data.types import ArrayImages
-from repan_cli.errors import DivergedError
+from repan_cli.errors import DivergedError, StoppedError
 from repan_cli.system.device import Runtime
-from repan_cli.training import optim
+from repan_cli.training import loop, optim
 from repan_cli.training.evaluation import evaluate
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, LossLog, StepEnd
 from repan_cli.training.loop import fit
@@ -345,6 +345,62 @@ def test_best_test_leaves_the_weights_that_the_test_set_chose(digits):
 
 @pytest.mark.soak
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_stop_while_the_test_set_is_scored_changes_nothing(digits, monkeypatch):
+    """The epoch is scored again after it: as if for the first time."""
+
+    def run():
+        return training(digits, plan(cycle__start_from="best-test", epochs="1", baseline__epochs="1"))
+
+    whole, stopped, stops = run(), run(), iter([True])
+    expected = [event for event in fit(whole) if isinstance(event, Epoch)]
+
+    def interrupted(model, images, *options):
+        if images is stopped.test and next(stops, False):
+            raise StoppedError
+        return evaluate(model, images, *options)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    with pytest.raises(StoppedError):
+        list(fit(stopped))
+    assert (stopped.progress.step, stopped.progress.since_best) == (3, 0)
+    found = [event for event in fit(stopped) if isinstance(event, Epoch)]
+    assert [(event.best, event.val_top1) for event in found] == [(event.best, event.val_top1) for event in expected]
+    assert stopped.progress.since_best == whole.progress.since_best
+
+
+def test_the_speed_is_that_of_this_process_whatever_the_sums_hold(digits):
+    """Rank 0 collects the images of all ranks when the run is saved within an epoch."""
+    run = training(digits, plan(baseline__epochs="1"))
+    for event in fit(run):
+        if isinstance(event, StepEnd) and event.step == 1:
+            run.progress.totals.images += 10**12
+        if isinstance(event, Epoch):
+            assert event.images_per_second < 10**9
+            return
+
+
+def test_trunks_that_are_frozen_begin_again_without_momentum(digits):
+    """Under a carried momentum too, whether steps are recorded or not: it would be that of weights long past."""
+    run = training(digits, plan(cycle__freeze_trunk="true", cycle__momentum="carry", epochs="1"))
+    for event in fit(run):
+        if isinstance(event, CycleStart) and event.cycle:
+            held = {id(p): state["momentum_buffer"] for p, state in run.optimizer.state.items()}
+            trunks = {id(p) for _, block in rep_blocks(run.model) for p in block.trunk.parameters()}
+            others = {id(run.model.head.weight)}
+            assert not any(held[each].any() for each in trunks)
+            assert all(held[each].any() for each in others)
+            return
+
+
+def test_a_look_at_a_restart_takes_no_more_memory_than_an_evaluation(digits, monkeypatch):
+    monkeypatch.setattr(loop, "eval_batch", lambda images: 70)
+    run = training(digits, plan())
+    seen, batches = [], run.train.training_batches
+    monkeypatch.setattr(run.train, "training_batches", lambda size, *place: seen.append(size) or batches(size, *place))
+    loop._look(run, run.plan[1], run.task_of(run.plan[1]))
+    assert seen == [70]
+
+
 def test_a_compiled_training_pass_gives_the_same_losses(digits):
     found = []
     for compiled in (False, True):

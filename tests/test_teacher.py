@@ -1,6 +1,8 @@
 """Distillation: the loss, a teacher with its own image size, the cache of its logits, and sources of teachers."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch import nn
 from repan_cli import config
 from repan_cli.blocks import rep_blocks
 from repan_cli.data.batches import Batch
-from repan_cli.errors import InputError
+from repan_cli.errors import InputError, OutOfSpaceError
 from repan_cli.session.teachers import PhaseTasks, TeacherModel
 from repan_cli.training.loop import fit
 from repan_cli.training.plan import cycle_plan, training_plan
@@ -284,3 +286,17 @@ def test_a_teacher_of_other_classes_is_refused(capsys, small_run, tmp_path):
     words = ["--model", "repvgg_a0_cifar", "--dataset", "folder", "--data-root", photos]
     line = one_line(capsys, "distill", *words, "--teacher", small_run.folder / "best.pt")
     assert "knows 10 classes, folder has 2" in line
+
+
+def test_a_disk_without_room_for_the_cache_is_an_error_at_once(tmp_path, monkeypatch):
+    """A mapped file with holes would end the process by a signal, in the middle of a run."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("repan_cli.training.teacher.SHARE_OF_HOST", 0.0)
+    table = allocate((4, 3, 2), CPU, tmp_path)
+    assert table.shape == (4, 3, 2)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutOfSpaceError, match="no space left in .* for the teacher's logits of all views, 48 bytes"):
+        allocate((4, 3, 2), CPU, tmp_path)

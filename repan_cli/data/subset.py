@@ -41,17 +41,22 @@ def first_images(raw: RawDataset, count: int) -> RawDataset:
 def stratified(labels: Labels, fraction: float, seed: int) -> Mask:
     """Return a mask (N,), drawn by `seed`, that holds out `fraction` of every class: at least one image, never all."""
     mask = np.zeros(len(labels), dtype=bool)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
+    for members in _by_class(labels, np.random.default_rng(seed).permutation(len(labels))):
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         mask[members[:count]] = True
     return mask
 
 
+def _by_class(labels: Labels, order: Labels) -> list[Labels]:
+    """Return the numbers of the images of each class that there is, in the given order, after one sort for all."""
+    grouped = order[np.argsort(labels[order], kind="stable")]
+    _, counts = np.unique(labels, return_counts=True)
+    return np.split(grouped, np.cumsum(counts)[:-1])
+
+
 def first_of_each(labels: Labels, count: int) -> Mask:
     """Return a mask (N,) of the first `count` images of every class."""
     mask = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        mask[np.flatnonzero(labels == label)[:count]] = True
+    for members in _by_class(labels, np.arange(len(labels))):
+        mask[members[:count]] = True
     return mask

@@ -63,11 +63,12 @@ def _epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, None, No
     progress, began = run.progress, time.perf_counter()
     result = yield from _train_epoch(run, phase, task)
     score = evaluate(run.scored, run.val, run.stop, run.graphs) if run.val else None
+    judged = _judged(run, phase, score)  # the last place where a stop may interrupt: what follows is done once
     best = score is not None and score.top1 > progress.best_top1
     if score is not None and best:
         progress.best_top1 = score.top1
     progress.since_best = 0 if best else progress.since_best + 1
-    _keep_best(run, phase, score)
+    _keep_best(run, judged)
     progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, None
     progress.seconds += time.perf_counter() - began
     yield Epoch(
@@ -87,11 +88,15 @@ def _epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, None, No
     )
 
 
-def _keep_best(run: Training, phase: Phase, score: Score | None) -> None:
-    """Keep the weights that the next phase starts from, if they are not the last ones."""
-    if phase.start_from == "last":
-        return
-    judged = evaluate(run.scored, run.test, run.stop, run.graphs) if phase.start_from == "best-test" else score
+def _judged(run: Training, phase: Phase, score: Score | None) -> Score | None:
+    """Return the score by which the weights that the next phase starts from are chosen; None if they are the last."""
+    if phase.start_from == "best-test":
+        return evaluate(run.scored, run.test, run.stop, run.graphs)
+    return None if phase.start_from == "last" else score
+
+
+def _keep_best(run: Training, judged: Score | None) -> None:
+    """Keep the present weights for the next phase, if they are the best of this one."""
     if judged is not None and judged.top1 > run.progress.best_of_phase:
         run.progress.best_of_phase = judged.top1
         run.progress.best_weights = {name: value.clone() for name, value in run.scored.state_dict().items()}
@@ -122,6 +127,8 @@ def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
         optim.carry_momentum(run.optimizer, report.changes)
     else:
         optim.zero_momentum(run.optimizer)
+    if phase.trunk_is_frozen(0):
+        optim.zero_trunk_momentum(run.optimizer)
     if run.ema:
         run.ema.set(run.model)  # type: ignore[no-untyped-call] # timm's
     with doing("scoring after"):
@@ -154,7 +161,8 @@ def _look(run: Training, phase: Phase, task: Task) -> _Look:
 
     The loss is that of a copy, because train mode changes BN statistics.
     """
-    batch = next(run.train.training_batches(max(run.batch_size, LOOK_IMAGES), run.seed, phase.data_cycle(), 1))
+    images = max(run.batch_size, min(LOOK_IMAGES, eval_batch(run.train)))  # no more pixels than an evaluation takes
+    batch = next(run.train.training_batches(images, run.seed, phase.data_cycle(), 1))
     loss, _ = task(deep_copy(run.model).train(), batch)
     top1 = evaluate(run.model, run.val, run.stop).top1 if run.val else None
     return _Look(top1, loss.item(), run.model.eval()(batch.images))
@@ -212,7 +220,7 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, No
     steps = run.train.steps(run.batch_size)
     marks = felt.marks(steps)
     progress.totals = totals = progress.totals or Totals.zeros(run.runtime.device)
-    seen, began = totals.images, time.perf_counter()
+    seen, began = 0, time.perf_counter()
     place = run.seed, phase.data_cycle(), epoch
     batches = run.train.training_batches(run.batch_size, *place, first=progress.step)
     last = (steps - 1) // run.accumulate * run.accumulate
@@ -222,6 +230,7 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, No
         lr, rate = _position(phase, elapsed)
         seed_generators(run.runtime.device, seed_for("step", run.seed, phase.cycle, epoch, progress.step))
         update(run, phase, task, group, elapsed)
+        seen += sum(len(batch.images) for batch in group)  # totals may hold those of other ranks, and of before a stop
         before, progress.step = progress.step, progress.step + len(group)
         if before < FIRST_STEPS <= progress.step or progress.step == steps < FIRST_STEPS:
             totals.first_loss = totals.mean_loss()
@@ -231,11 +240,11 @@ def _train_epoch(run: Training, phase: Phase, task: Task) -> Generator[Event, No
         if progress.step // run.log_every > before // run.log_every or progress.step == steps:
             _check_scale(run)
             loss = totals.mean_loss()  # waits for the device: speed counts finished work only
-            speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
+            speed = seen * run.runtime.ranks / (time.perf_counter() - began)
             yield LossLog(phase.cycle, epoch, progress.step, loss, lr, rate, speed)
         yield StepEnd(phase.cycle, epoch, progress.step)
     loss = totals.mean_loss()
-    speed = (totals.images - seen) * run.runtime.ranks / (time.perf_counter() - began)
+    speed = seen * run.runtime.ranks / (time.perf_counter() - began)
     return _EpochResult(loss, totals.first_loss, totals.top1(), lr, rate, speed, totals.felt())
 
 

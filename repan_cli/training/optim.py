@@ -143,6 +143,12 @@ def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
             group["step"] = 0
 
 
+def zero_trunk_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Reset the state of all trunks, which are about to be frozen: it would be that of weights long past at the end."""
+    for parameter in _trunk_parameters(optimizer):
+        _forget(optimizer, parameter)
+
+
 def _forget(optimizer: torch.optim.Optimizer, parameter: Tensor, group: Group | None = None) -> None:
     """Reset the state of a parameter to that before its first step.
 

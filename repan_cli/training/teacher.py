@@ -5,6 +5,7 @@ It is not part of the model, so it is neither in the optimizer nor in a checkpoi
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repan_cli.data.batches import Batch
-from repan_cli.errors import InputError
+from repan_cli.errors import FULL, InputError, OutOfSpaceError
 from repan_cli.system.device import Runtime
 from repan_cli.system.host import memory_bytes
 from repan_cli.training import casts
@@ -206,4 +207,23 @@ def allocate(shape: tuple[int, int, int], device: torch.device, folder: Path) ->
     if size <= SHARE_OF_HOST * (memory_bytes(free=True) or 0):
         return torch.empty(shape, dtype=torch.float16)
     with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives its name
+        _reserve(file.fileno(), size, folder)
         return torch.from_numpy(np.memmap(file, dtype=np.float16, mode="w+", shape=shape))
+
+
+def _reserve(file: int, size: int, folder: Path) -> None:
+    """Take the space of a mapped file now: a disk that is full later would end the process by a signal.
+
+    Raises OutOfSpaceError, with the bytes needed, if there is not enough.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in FULL:  # a file system without this function
+            return
+        raise OutOfSpaceError(
+            f"no space left in {folder} for the teacher's logits of all views, {size:,} bytes: free some, or set "
+            "teacher.cache=none"
+        ) from None
