@@ -343,8 +343,6 @@ def test_best_test_leaves_the_weights_that_the_test_set_chose(digits):
             scores = []
 
 
-@pytest.mark.soak
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_stop_while_the_test_set_is_scored_changes_nothing(digits, monkeypatch):
     """The epoch is scored again after it: as if for the first time."""
 
@@ -401,6 +399,8 @@ def test_a_look_at_a_restart_takes_no_more_memory_than_an_evaluation(digits, mon
     assert seen == [70]
 
 
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_training_pass_gives_the_same_losses(digits):
     found = []
     for compiled in (False, True):
