@@ -35,7 +35,7 @@ def status(folder, **facts):
 def several(tmp_path, monkeypatch):
     """Runs in all states below `runs`, with a series among them."""
     monkeypatch.chdir(tmp_path)
-    for name in ("done", "stopped", "killed", "lives", "elsewhere", "seeds/seed_0", "never saved"):
+    for name in ("done", "stopped", "killed", "lives", "reused", "elsewhere", "seeds/seed_0", "never saved"):
         folder = write_run(tmp_path / "runs" / "cycle" / name)
         (folder / "env.json").write_text(json.dumps({"argv": ["cycle"]}))
         if name != "never saved":
@@ -47,6 +47,7 @@ def several(tmp_path, monkeypatch):
     status(runs / "stopped", state="interrupted", time="2026-01-01T00:00:00+00:00")
     status(runs / "killed", state="running", host=here, pid=2**22 + 1)
     status(runs / "lives", state="running", host=here, pid=os.getpid())
+    status(runs / "reused", state="running", host=here, pid=os.getpid(), heartbeat="2026-01-01T00:00:00+00:00")
     status(runs / "elsewhere", state="running", host="far away", pid=1, heartbeat="2026-01-01T00:00:00+00:00")
     status(runs / "seeds" / "seed_0", state="preempted")
     status(runs / "never saved", state="failed")
@@ -61,6 +62,7 @@ def test_runs_are_listed_with_their_state_and_the_command_that_continues_them(se
         "stopped": "interrupted",
         "killed": "killed",
         "lives": "running",
+        "reused": "killed",
         "elsewhere": "killed",
         "seeds/seed_0": "preempted",
         "never saved": "failed",
@@ -69,7 +71,7 @@ def test_runs_are_listed_with_their_state_and_the_command_that_continues_them(se
     assert found["stopped"].go_on == f"repan cycle --resume {several}/stopped"
     assert found["seeds/seed_0"].go_on == f"repan cycle --resume {several}/seeds"
     assert (found["done"].best, found["done"].test) == (70.0, 70.0)
-    assert list(found)[-1] in ("stopped", "elsewhere")  # the oldest last
+    assert list(found)[-1] in ("stopped", "elsewhere", "reused")  # the oldest last
 
 
 def test_a_clock_that_was_set_back_is_reported(several, capsys):
@@ -106,7 +108,7 @@ def test_damaged_files_of_runs_hide_no_other(several):
         (several / "stopped" / name).write_bytes(b"\xff{")
     found = {each.path.name: each for each in runs_below(several)}
     assert found["stopped"].state == "not known"
-    assert len(found) == 7
+    assert len(found) == 8
 
 
 @pytest.fixture

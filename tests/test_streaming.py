@@ -291,3 +291,17 @@ def test_synthetic_data_have_the_shape_asked_for(capsys):
     assert (len(data.classes), data.image_size, data.channels) == (7, 16, 3)
     assert "accuracy on it is meaningless" in capsys.readouterr().err
     assert isinstance(datasets.load("synthetic", "data", image_size=80).train, LazyImages)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policy_of", ["imagenet", "cifar10", "svhn"])
+def test_autoaugment_works_on_gray_and_on_color(channels, policy_of):
+    kinds = {"mean": (0.5,) * channels, "std": (0.2,) * channels, "device": CPU, "size": 8}
+    loader = StreamingLoader(
+        noise(120, channels=channels),
+        resized=False,
+        policy_of=policy_of,
+        augmentation=Augmentation(policy="autoaugment"),
+        **kinds,
+    )
+    assert sum(len(batch.labels) for batch in epoch(loader, 60)) == 120

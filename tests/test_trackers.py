@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import struct
+from pathlib import Path
 
 import pytest
 from support import DIGITS, ROOT, one_line, repan, run
 
 from repan_cli.errors import InputError
-from repan_cli.runs import trackers
+from repan_cli.runs import RunDirectory, trackers
 from repan_cli.session import recorder
 from repan_cli.system.packages import how_to_install
 
@@ -255,3 +256,14 @@ def test_a_tracker_that_is_asked_for_in_a_resume_gets_what_was_before(capsys, tm
     code, _, err = run(capsys, "train", "--resume", tmp_path / "run", "run.trackers=tensorboard")
     assert code == 0, err
     assert list(scalars(tmp_path / "run")[0]["epoch/loss"]) == [1, 2]
+
+
+def test_lines_are_on_the_disk_before_the_state_that_counts_on_them(capsys, tmp_path, monkeypatch):
+    """If the power failed, a resumed run would go on behind epochs that its metrics lack."""
+    done = []
+    monkeypatch.setattr(trackers, "flush", lambda file: done.append(Path(file.name).name))
+    monkeypatch.setattr(RunDirectory, "replace_last", lambda self, write: done.append("state"))
+    words = ("--model", "repvgg_a0_cifar", "--dataset", "digits", "data.per_class=4", "data.batch_size=32")
+    run(capsys, "train", *words, "--epochs", "1", "--out", tmp_path / "run")
+    assert done[:3] == ["metrics.jsonl", "metrics.csv", "state"]
+    assert len(done) == 3 * done.count("state")

@@ -10,7 +10,11 @@ from torchvision import transforms
 Policy = Callable[[Image.Image], Image.Image]
 
 
-def policy(name: str, found_for: str) -> Policy:
+FILL = {1: (117,), 3: (124, 116, 104)}
+"""The mean of ImageNet by the number of channels, for what a policy moves into a picture."""
+
+
+def policy(name: str, found_for: str, channels: int = 3) -> Policy:
     """Return the policy that the setting `data.augment` names; for `autoaugment`, the one that was `found_for` the
     data.
 
@@ -18,14 +22,14 @@ def policy(name: str, found_for: str) -> Policy:
     TrivialAugment (Mueller & Hutter 2021).
     """
     if name == "autoaugment":
-        return _autoaugment(found_for)
+        return _autoaugment(found_for, channels)
     return {"randaugment": transforms.RandAugment, "trivialaugment": transforms.TrivialAugmentWide}[name]()
 
 
-def _autoaugment(found_for: str) -> Policy:
+def _autoaugment(found_for: str, channels: int) -> Policy:
     if found_for == "imagenet":
         from timm.data.auto_augment import auto_augment_transform
 
         # v0 may ask Pillow for 0 bits per color, which newer versions refuse and older ones show as black
-        return auto_augment_transform("v0r", {"img_mean": (124, 116, 104)})
+        return auto_augment_transform("v0r", {"img_mean": FILL[channels]})
     return transforms.AutoAugment(transforms.AutoAugmentPolicy(found_for))

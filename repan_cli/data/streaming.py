@@ -113,7 +113,7 @@ class StreamingLoader(Loader):
         else:
             steps += [transforms.RandomCrop(self.size, chosen.padding)] if chosen.padding else []
             steps += [transforms.RandomHorizontalFlip()] if chosen.flip else []
-        steps += [policy(chosen.policy, self.policy_of)] if chosen.policy else []
+        steps += [policy(chosen.policy, self.policy_of, self.channels)] if chosen.policy else []
         return transforms.Compose([*steps, functional.pil_to_tensor])
 
     def _plain_transform(self) -> Any:

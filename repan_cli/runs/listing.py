@@ -76,12 +76,15 @@ def _whole(path: Path) -> Path | None:
 
 
 def _state(status: dict[str, Any]) -> str:
-    """Return the state of a run; one that is recorded as 'running' without a process was killed."""
+    """Return the state of a run; one that is recorded as 'running' without a process was killed.
+
+    After a reboot, or in another container, its number may be that of another process, so its heartbeat counts too.
+    """
     state = str(status.get("state", UNKNOWN))
     if state != "running":
         return state
-    if status.get("host") == platform.node():
-        return state if _lives(status.get("pid")) else KILLED
+    if status.get("host") == platform.node() and not _lives(status.get("pid")):
+        return KILLED
     beat = _seconds(status.get("heartbeat"))
     return state if beat is None or time.time() - beat < 10 * HEARTBEAT else KILLED
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
-from repan_cli.system.files import to_json, write_atomically, write_bytes
+from repan_cli.system.files import flush, to_json, write_atomically, write_bytes
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import how_to_install, missing
 from repan_cli.system.text import count, first_line
@@ -38,27 +38,33 @@ class Tracker(Protocol):
         """Release files and connections."""
 
 
-class JsonLines:
-    """metrics.jsonl: one object per epoch, flushed; the authoritative record of the run."""
+class Lines:
+    """A text file to which a run appends its epochs."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8", newline="")
+
+    def keep(self) -> None:
+        """Write all lines to the disk, before a state is saved that counts on them: the power may fail."""
+        flush(self.file)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class JsonLines(Lines):
+    """metrics.jsonl: one object per epoch, flushed; the authoritative record of the run."""
 
     def log(self, kind: str, epochs: int, figures: Mapping[str, Any]) -> None:
         if kind == "epoch":
             self.file.write(to_json(figures) + "\n")
             self.file.flush()
 
-    def close(self) -> None:
-        self.file.close()
 
-
-class Csv:
+class Csv(Lines):
     """metrics.csv: the same for spreadsheets; its columns are the keys of the first record."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8", newline="")
-        self.writer: csv.DictWriter[str] | None = None
+    writer: csv.DictWriter[str] | None = None
 
     def log(self, kind: str, epochs: int, figures: Mapping[str, Any]) -> None:
         if kind != "epoch":
@@ -69,9 +75,6 @@ class Csv:
                 self.writer.writeheader()
         self.writer.writerow(figures)
         self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -39,11 +39,8 @@ class Record:
         self.saved_at, self.saving = time.perf_counter(), 0.0
         rewind(folder.path, *self.position())
         self.requested = open_requested(session.config.run.trackers, _tracked(session, folder))
-        self.trackers: list[Tracker] = [
-            JsonLines(folder / "metrics.jsonl"),
-            Csv(folder / "metrics.csv"),
-            *self.requested,
-        ]
+        self.tables = JsonLines(folder / "metrics.jsonl"), Csv(folder / "metrics.csv")
+        self.trackers: list[Tracker] = [*self.tables, *self.requested]
 
     @property
     def seconds(self) -> float:
@@ -143,6 +140,8 @@ class Record:
         card = self.session.card(cycle=cycle, epoch=min(epoch, training.plan[-1].epochs), metrics=self.epoch)
         card = dataclasses.replace(card, run=RunState(plain, begun, finished=self.session.start is not None))
         content = checkpoint.as_bytes(Checkpoint(weights_of(training.scored), card, tensors), ".pt")
+        for table in self.tables:
+            table.keep()
         self.folder.replace_last(lambda file: file.write(content))
         self.saved_at = time.perf_counter()
         self.saving = self.saved_at - began

@@ -119,7 +119,7 @@ def temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     _flush_folder(path.parent)
 
 
-def flush(file: IO[bytes]) -> None:
+def flush(file: IO[Any]) -> None:
     """Write buffered data to the disk."""
     file.flush()
     os.fsync(file.fileno())
