@@ -366,6 +366,20 @@ def test_a_stop_while_the_test_set_is_scored_changes_nothing(digits, monkeypatch
     assert stopped.progress.since_best == whole.progress.since_best
 
 
+def test_a_restart_draws_nothing_from_what_ran_before(digits):
+    """Dropout in the looks at a restart, and a user's own branches, may draw from the global generators."""
+    found = []
+    for seed in (1, 2):
+        run = training(digits, plan(baseline__epochs="1", epochs="1"), model=fresh())
+        run.model.head = nn.Sequential(nn.Dropout(0.5), run.model.head)
+        for event in fit(run):
+            if isinstance(event, CycleEnd) and event.cycle == 0:
+                torch.manual_seed(seed)
+            if isinstance(event, CycleStart) and event.cycle == 1:
+                found.append((event.loss_before, event.loss_after_restart, torch.rand(1).item()))
+    assert found[0] == found[1]
+
+
 def test_the_speed_is_that_of_this_process_whatever_the_sums_hold(digits):
     """Rank 0 collects the images of all ranks when the run is saved within an epoch."""
     run = training(digits, plan(baseline__epochs="1"))

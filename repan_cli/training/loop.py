@@ -119,6 +119,7 @@ def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
         run.progress.begun = True
         return CycleStart(0)
     run.progress.whole, began = False, time.perf_counter()
+    seed_generators(run.runtime.device, seed_for("restart", run.seed, phase.cycle))  # for dropout, a user's own blocks
     with doing("scoring before"):
         before = _look(run, phase, task)
     with doing("regrowing"):
