@@ -58,7 +58,7 @@ def _on_meta(name: str) -> tuple[nn.Module, int, int]:
         return timm.create_model(name.removeprefix(TIMM)), size, channels
 
 
-def _rows() -> Iterator[tuple[str, int, int, int]]:
+def _rows() -> Iterator[tuple[str, int, int, int, int]]:
     logging.getLogger("timm").setLevel(logging.ERROR)
     for name in (*BUILTIN, *foreign()):
         try:
