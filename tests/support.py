@@ -63,7 +63,8 @@ def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
             if module.affine:
                 with torch.no_grad():
                     module.weight.copy_(torch.randn(shape, generator=draw))
-                    module.bias.copy_(torch.randn(shape, generator=draw))
+                    if module.bias is not None:
+                        module.bias.copy_(torch.randn(shape, generator=draw))
                     module.weight[0] = 0
     return model
 

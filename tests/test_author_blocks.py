@@ -180,6 +180,23 @@ def test_the_authors_blocks_load_into_blocks_of_their_family(name, family):
     assert blocks[names[0]].trunk.conv.weight.std() > 0
 
 
+@pytest.mark.parametrize(
+    ("eps", "merged"), [(1e-3, False), (0.1, False), pytest.param(0.1, True, marks=pytest.mark.soak)]
+)
+def test_the_networks_own_epsilon_counts_behind_the_authors_blocks(eps, merged):
+    model, names = with_blocks("resnet10t", "acb")
+    weights = authors_merge(model, names, "fused_conv") if merged else model.state_dict()
+    found = plain("resnet10t").eval()
+    for module in found.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = eps
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and not name.startswith(tuple(names)):
+            module.eps = eps
+    models.load_foreign(found, weights, "theirs")
+    assert relative(found(X), model(X)) < 1e-4
+
+
 def test_a_files_own_bn_behind_a_block_is_kept():
     model = gentle(plain("resnet10t"))
     conv, norm = model.layer1[0].conv1, model.layer1[0].bn1

@@ -14,7 +14,7 @@ from torch import nn
 from repan_cli import export, models
 from repan_cli.blocks import RepBlock, rep_blocks
 from repan_cli.errors import InputError, MergeError
-from repan_cli.export import onnx_file
+from repan_cli.export import file_check, onnx_file
 from repan_cli.export.trace import trace
 from repan_cli.models.expand import expand
 from repan_cli.models.outputs import all_leaves, difference, leaves
@@ -261,12 +261,50 @@ def test_a_detector_that_finds_nothing_is_not_written(detector, tmp_path, capsys
     assert not (tmp_path / "out.onnx").exists()
 
 
+@pytest.mark.parametrize("side", [64, pytest.param(41, marks=pytest.mark.soak), 97])
+def test_a_detector_resizes_in_onnx_runtime_to_the_size_of_pytorch(detector, side):
+    """For 41 and 97 pixels, 64 * (1 / side) in float32 is just too small, and gives 63."""
+    _, model = detector
+    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    content = onnx_file.model_for_one_image(model, image).SerializeToString()
+    assert model.transform.fixed_size is None
+    network = onnx_file.OnnxNetwork(content, several=True)
+    assert difference(all_leaves(network(image)), all_leaves(model(image))) < 1e-4
+
+
+class Detector(nn.Module):
+    """Returns the places of the largest values, which tie if the images have few values."""
+
+    one_by_one = True
+
+    def forward(self, images):
+        found = images.flatten().topk(5)
+        return {"scores": found.values, "places": found.indices}
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-7])
+def test_results_that_jump_with_rounding_are_told_from_a_wrong_file(spread):
+    torch.manual_seed(0)
+    images = 1 + spread * torch.randn(2, 3, 8, 8)
+    why = file_check.why_different(Detector(), Detector(), images, 1e-4)
+    assert why.endswith("raise its score threshold)") == (spread < 1e-6)
+    assert file_check.error_of(Detector(), images, Detector(), images, (None, None)) == 0
+    assert not file_check.why_different(nn.Identity(), nn.Identity(), images, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("own", "bound"), [(0.0, 1e-4), (1e-6, 1e-4), (5e-4, 5e-3), (0.3, 1e-2), (float("inf"), 1e-4), (float("nan"), 1e-4)]
+)
+def test_no_rounding_of_its_own_lets_a_wrong_file_pass(own, bound):
+    assert file_check.bound(own) == bound
+
+
 def given_size(network):
     return network.session.get_inputs()[0].shape[2:]
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("side", [320, 640])
+@pytest.mark.parametrize("side", [320, 640, 800])
 def test_torchvisions_faster_rcnn_agrees_in_onnx_runtime(side):
     model = small("fasterrcnn_mobilenet_v3_large_320_fpn", num_classes=5)
     images = torch.rand(2, 3, side, side)

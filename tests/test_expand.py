@@ -229,6 +229,111 @@ def test_a_hook_may_do_anything_so_its_conv_is_left_alone():
     assert "it has hooks" in left(model, "a")
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_norm_with_hooks_is_no_part_of_a_block(register):
+    """At attach rate 0 the hook acts as before; merged, it would be lost."""
+    model = net(a=conv(), n=nn.BatchNorm2d(8))
+    getattr(model.n, register)(lambda *_: None)
+    assert left(model, "a") == "its BN has hooks"
+
+
+class TwoNames(nn.Module):
+    """A network whose layers have two names each; the forward pass uses the first, or the second."""
+
+    def __init__(self, holder: str, first: bool):
+        super().__init__()
+        self.stem, self.norm = conv(), nn.BatchNorm2d(8)
+        parts = [self.stem, self.norm]
+        self.kept = {
+            "sequential": nn.Sequential(*parts),
+            "list": nn.ModuleList(parts),
+            "dictionary": nn.ModuleDict(dict(zip("ab", parts, strict=True))),
+        }[holder]
+        self.first = first
+
+    def forward(self, x):
+        parts = [self.stem, self.norm] if self.first else self.kept.children()
+        for part in parts:
+            x = part(x)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("holder", ["sequential", "list", "dictionary"])
+def test_a_layer_with_two_names_becomes_one_block_under_both(holder, first):
+    model = randomize_norms(TwoNames(holder, first)).double().eval()
+    expected = model(X.double())
+    expand(model, images=X)
+    block, norm = model.kept.children()
+    assert model.stem is block
+    assert [name for name, _ in rep_blocks(model)] == ["stem"]
+    assert isinstance(norm, nn.Identity)
+    assert relative(model(X.double()), expected) < 1e-12
+    set_attach_rate(model, 1.0)
+    assert relative(model(X.double()), expected) > 1e-3  # so the branches are used
+    fused, report = export.fuse(model, X)
+    assert (report.blocks, report.folded, report.left) == (1, 0, {})
+    assert {*fused.state_dict()} >= {"stem.weight", "stem.bias"}
+    assert fused.stem is next(fused.kept.children())
+
+
+def test_layers_keep_their_mode_precision_and_gradients():
+    """BN in eval mode in a network that trains, BN in float32 behind convolutions in bfloat16, and frozen weights."""
+    model = nn.Sequential(conv(), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8)).train()
+    model[1].eval()
+    model[3].requires_grad_(False)
+    randomize_norms(model)
+    for each in (0, 3):
+        model[each].bfloat16()
+    norm, mean = model[1], model[1].running_mean.clone()
+    expand(model, "dbb", images=X)
+    block, last = model[0], model[3]
+    assert block.trunk.norm is norm
+    assert (norm.training, block.training, block.branches[1].norm.training) == (False, True, True)
+    assert torch.equal(norm.running_mean, mean)
+    assert {part.weight.dtype for part in block.modules() if isinstance(part, nn.Conv2d)} == {torch.bfloat16}
+    assert {part.weight.dtype for part in block.modules() if isinstance(part, nn.BatchNorm2d)} == {torch.float32}
+    assert (last.trunk.conv.weight.requires_grad, last.trunk.conv.bias.requires_grad) == (False, False)
+
+
+def test_own_blocks_of_timm_keep_the_mode_of_their_norms(small_timm):
+    model = timm.create_model("repvgg_a0", num_classes=5).train()
+    for module in model.modules():
+        module.training = not isinstance(module, nn.BatchNorm2d)
+    expand(model, images=torch.randn(2, 3, 32, 32))
+    parts = [part for _, block in rep_blocks(model) for part in block.modules()]
+    assert {part.training for part in parts if isinstance(part, nn.BatchNorm2d)} == {False}
+    assert {part.training for part in parts if not isinstance(part, nn.BatchNorm2d)} == {True}
+
+
+@pytest.mark.parametrize("affine", [{"bias": False}, {"affine": False}])
+@pytest.mark.parametrize("family", ["repvgg", "qarep"])
+def test_a_norm_without_bias_or_factors_gets_them(affine, family):
+    model = net(a=conv(), n=nn.BatchNorm2d(8, **affine))
+    expected = model(X.double())
+    expand(model, family, images=X)
+    assert relative(model(X.double()), expected) < 1e-12
+    block = model.a
+    restart(model, rule="calibrate", images=X.double(), attach="zero-gamma")
+    assert (block.trunk.batch_norm or block.post_norm).bias is not None
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, functools.partial(torch.compile, backend="eager")])
+def test_a_network_in_a_wrapper_is_expanded_and_fused_itself(wrap):
+    model = net(a=conv(), n=nn.BatchNorm2d(8)).float()
+    wrapped = wrap(model)
+    expected = wrapped(X)
+    assert expand(wrapped, images=X) is wrapped
+    assert [name for name, _ in rep_blocks(model)] == ["a"]
+    assert wrapped.repan_report is model.repan_report
+    assert wrapped.repan_report.changes == (Change("expand", "a", "n", "repvgg"),)
+    assert relative(wrapped(X), expected) < 1e-5
+    fused, report = export.fuse(wrapped, X)
+    assert report.blocks == 1
+    assert {*fused.state_dict()} == {"a.weight", "a.bias"}
+    assert relative(fused(X), expected) < 1e-5
+
+
 def test_a_second_expansion_is_added_to_the_first(tmp_path):
     model = net(conv=conv(), norm=nn.BatchNorm2d(8), act=nn.ReLU(), again=conv(8, 8, 1), after=nn.BatchNorm2d(8))
     expected = model(X.double())

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from support import run, small_net
+from support import randomize_norms, relative, run, small_net
+from torch import nn
+from torch.nn.utils import parametrizations
 
 from repan_cli import export
 from repan_cli.blocks import FAMILIES, RepBlock, branches, kernel, rep_block, rep_blocks, set_attach_rate
@@ -77,6 +79,82 @@ def test_a_network_that_is_not_finite_is_refused():
         model.head.weight[0, 0] = float("nan")
     with pytest.raises(InputError, match="'head.weight' holds values that are not finite"):
         export.fuse(model, X)
+
+
+class Repeats(nn.Module):
+    """Layers that are called twice in a pass: by a mirrored image, or in a row; the norm may differ in each."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.norm, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.how = how
+
+    def forward(self, x):
+        if self.how == "mirrored":
+            found = self.norm(self.conv(x)) - self.norm(self.conv(x.flip(-1))).flip(-1)
+        elif self.how == "in a row":
+            found = self.norm(self.conv(torch.relu(self.norm(self.conv(x)))))
+        elif self.how == "two norms":
+            found = self.other(self.conv(torch.relu(self.norm(self.conv(x)))))
+        else:
+            found = self.norm(self.conv(torch.relu(self.norm(x))))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("how", "left"),
+    [
+        ("mirrored", {"other": "the forward pass does not reach it"}),
+        ("in a row", {"other": "the forward pass does not reach it"}),
+        ("two norms", dict.fromkeys(("norm", "other"), "its convolution cannot absorb it: its BN is shared")),
+        (
+            "one norm elsewhere",
+            {
+                "norm": "its convolution cannot absorb it: its BN is shared",
+                "other": "the forward pass does not reach it",
+            },
+        ),
+    ],
+)
+def test_a_convolution_that_is_called_twice_absorbs_the_norm_that_always_follows(how, left):
+    torch.manual_seed(0)
+    model = randomize_norms(nn.Sequential(Repeats(how), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).eval()
+    fused, report = export.fuse(model, X)
+    assert report.folded == 3 - len(left)
+    assert {name.removeprefix("0."): why for name, why in report.left.items()} == left
+    assert relative(fused(X), model(X)) < 1e-5
+
+
+class Own(nn.BatchNorm2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("conv", "norm", "why"),
+    [
+        (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), "its BN keeps no running statistics"),
+        (nn.Conv2d(3, 8, 3), Own(8), "its norm is a Own"),
+        (parametrizations.spectral_norm(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8), "it is a ParametrizedConv2d"),
+        (nn.ConvTranspose2d(3, 8, 3), nn.BatchNorm2d(8), "it is a ConvTranspose2d"),
+    ],
+)
+def test_a_norm_that_stays_is_reported_with_the_reason(conv, norm, why):
+    model = nn.Sequential(conv, norm, nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)).eval()
+    _, report = export.fuse(model, X)
+    assert report.folded == 1
+    assert report.left.keys() == {"1"}
+    assert report.left["1"].startswith(f"its convolution cannot absorb it: {why}")
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_a_norm_folds_whatever_the_padding(mode):
+    """Padding 'same' of an even kernel is larger on one side, which rules out branches, not folding."""
+    conv = nn.Conv2d(3, 8, (2, 4), padding="same", padding_mode=mode, bias=False)
+    model = randomize_norms(nn.Sequential(conv, nn.BatchNorm2d(8))).eval()
+    fused, report = export.fuse(model, X)
+    assert (report.folded, report.left) == (1, {})
+    assert relative(fused(X), model(X)) < 1e-5
 
 
 def test_a_plain_network_has_nothing_to_merge():

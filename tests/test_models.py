@@ -8,7 +8,7 @@ from support import relative, small_net
 from repan_cli.blocks import FAMILIES, reparameterize
 from repan_cli.config import names
 from repan_cli.errors import InputError
-from repan_cli.models import BUILTIN, catalog, resolve
+from repan_cli.models import BUILTIN, catalog, create, resolve
 
 DEPLOYED = {"a0": 0.387, "a1": 0.644, "a2": 1.373, "b0": 0.741, "b1": 2.844, "b2": 4.434, "b3": 6.258}
 
@@ -98,6 +98,22 @@ def test_the_catalog_agrees_with_the_networks(name):
     assert (found.own, found.pairs) == (listed.own, listed.pairs)
     assert found == listed
     assert found.cycles == (name != "timm:nf_resnet50")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("timm:resnet18", "11.7 M parameters; cycles (17 convolutions), fuses"),
+        ("torchvision:googlenet", "6.62 M parameters; cycles (20 convolutions), fuses"),
+    ],
+)
+def test_the_catalog_tells_the_size_of_the_network_that_commands_build(name, says):
+    """torchvision's GoogLeNet has auxiliary classifiers, unless it is told otherwise."""
+    listed = names.catalog()[name]
+    assert listed.describe() == says
+    with torch.device("meta"):
+        model = create(name, num_classes=1000, in_chans=3)
+    assert listed.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_the_table_has_most_of_the_networks_that_are_installed():

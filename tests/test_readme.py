@@ -53,7 +53,7 @@ def build(num_classes, in_chans):
 def own_block(folder):
     """The block of the manual in its file, and runs with it, of which one is stopped."""
     piece = next(piece for piece in blocks("python") if "def build(geometry" in piece)
-    (folder / "my_block.py").write_text(piece.partition("repan_cli.register_block(")[0])
+    (folder / "my_block.py").write_text(piece)
     words = "--model repvgg_a0_cifar --dataset digits --baseline-epochs 1 --epochs 1 --cycles 1 cycle.schedule=restart"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -151,7 +151,7 @@ def test_python_works(capsys, workplace, monkeypatch):
         if not missing(
             *(package for package in OPTIONAL if f"import {package}" in piece or f"from {package}" in piece)
         ):
-            exec(compile(piece, "README", "exec"), {})
+            exec(compile(piece, "README", "exec"), {"__name__": "__main__"})
 
 
 def test_the_changelog_has_this_version():

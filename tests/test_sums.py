@@ -13,6 +13,7 @@ from torch import nn
 from repan_cli import export, models
 from repan_cli.blocks.kernel import BatchNorm
 from repan_cli.checkpoint.card import Change
+from repan_cli.models import sums
 
 C = 8
 
@@ -412,6 +413,77 @@ def test_a_network_that_adds_by_itself_is_returned_merged():
     assert {*fused.state_dict()} == {"a.0.weight", "a.0.bias", "c.0.weight", "c.0.bias", "head.weight", "head.bias"}
     assert fused.repan_report.changes == (Change("merge", "", "a.0"), Change("merge", "", "c.0"))
     assert relative(pickle.loads(pickle.dumps(fused))(X), model(X)) < 1e-5
+
+
+class Asked(nn.Module):
+    """A network that asks a part for an attribute, for something of a type of its own, or for a method."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.part, self.what, self.head = VggLike(3), what, nn.Linear(C, 5)
+        self.part.width, self.part.sizes, self.part.loss = C, {"out": [C, 1.0]}, nn.MSELoss
+        self.part.double_width = self.doubled
+        self.other = VggLike()
+
+    def doubled(self):
+        return 2 * C
+
+    def forward(self, x):
+        found = self.other(self.part(x)).mean((2, 3))
+        if self.what == "method":
+            return self.head(found) * self.part.double_width()
+        return self.head(found) * (self.part.sizes["out"][0] if self.what == "sizes" else self.part.width)
+
+
+@pytest.mark.parametrize("what", ["width", "sizes", "method"])
+def test_what_a_network_asks_of_its_parts_stays(what):
+    torch.manual_seed(0)
+    model = randomize_norms(Asked(what)).eval()
+    fused, report = export.fuse(model, X)
+    assert report.left.keys() == ({"part"} if what == "method" else set())
+    assert all("has no attribute 'double_width'" in why for why in report.left.values())
+    assert report.blocks == (1 if what == "method" else 2)
+    assert relative(copy.deepcopy(fused)(X), model(X)) < 1e-5
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = VggLike(3)
+
+    def forward(self, x):
+        return self.part(x) * self.part(x.flip(-1)).mean((2, 3), keepdim=True)
+
+
+def test_a_sum_in_a_module_that_is_called_twice_merges():
+    torch.manual_seed(0)
+    model = randomize_norms(Twice()).eval()
+    fused, report = export.fuse(model, X)
+    assert (report.blocks, report.left) == (1, {})
+    assert relative(fused(X), model(X)) < 1e-5
+
+
+class Stacked(nn.Module):
+    """A sum over a stack; with `keepdim` it has one dimension more, which is no sum of images."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.a, self.b, self.c, self.d = conv(), conv(), conv(), conv()
+        self.args, self.kwargs = args, kwargs
+
+    def forward(self, x):
+        y = self.a(x) + self.b(x)
+        return torch.stack([self.d(y), self.c(y)]).sum(*self.args, **self.kwargs)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "merges"),
+    [((0,), {}, 1), ((0, False), {}, 1), ((0, True), {}, 0), ((0,), {"keepdim": True}, 0), ((), {"dim": 0}, 1)],
+)
+def test_a_sum_over_a_stack_keeps_its_dimensions(args, kwargs, merges):
+    module = Stacked(*args, **kwargs).eval()
+    places = [each.place for each in sums.find(module, sums.trace(module))[0]]
+    assert len(places) == 1 + merges
 
 
 def test_the_same_module_merges_the_same_way_again():

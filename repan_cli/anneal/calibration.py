@@ -12,7 +12,7 @@ from repan_cli.anneal.restoration import Moments
 from repan_cli.blocks import RepBlock, rep_blocks
 from repan_cli.blocks.kernel import conv_kernel, exact, running_stats
 from repan_cli.errors import InputError
-from repan_cli.system.copies import deep_copy
+from repan_cli.system.copies import deep_copy, unwrapped
 from repan_cli.system.images import ImagesLike, image_batches
 from repan_cli.system.ranks import summed
 
@@ -100,17 +100,6 @@ def calibrate(model: nn.Module, images: ImagesLike) -> dict[str, Moments]:
 
 def _output_to(collect: ChannelSums) -> Seen:
     return lambda x, y: collect(y)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network inside torch.compile and data-parallel wrappers, which share its parameters."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
 
 
 def calibrate_branch_norms(

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from repan_cli.anneal.calibration import ChannelSums, MergedProbe, calibrate, calibrate_branch_norms, through, unwrapped
+from repan_cli.anneal.calibration import ChannelSums, MergedProbe, calibrate, calibrate_branch_norms, through
 from repan_cli.anneal.coordinates import CoordinateChange, change_since, coordinates_of
 from repan_cli.anneal.restoration import TINY_GAMMA, Moments, restored_trunk, unit_gamma, write_trunk
 from repan_cli.blocks import RepBlock, chosen_blocks, reinit_branches
 from repan_cli.blocks.kernel import Kernel
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
+from repan_cli.system.copies import unwrapped
 from repan_cli.system.images import ImagesLike, image_batches
 
 CHOICES = {

@@ -157,9 +157,9 @@ def _disturb(branch: Branch) -> None:
         if isinstance(module, BatchNorm) and module.running_mean is not None and module.running_var is not None:
             module.running_mean.normal_()
             module.running_var.uniform_(0.2, 2.2)
-            if module.affine:
-                module.weight.normal_()
-                module.bias.normal_()
+            for value in (module.weight, module.bias):
+                if value is not None:
+                    value.normal_()
     for value in (each for module in branch.modules() for each in module.parameters(recurse=False)):
         if not value.any():
             value.normal_(std=0.1)

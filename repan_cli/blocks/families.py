@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from repan_cli.blocks.branches import (
     conv_bn,
 )
 from repan_cli.blocks.geometry import Geometry
-from repan_cli.blocks.kernel import BatchNorm
+from repan_cli.blocks.kernel import BatchNorm, size_of
 from repan_cli.blocks.rep_block import RepBlock
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry
@@ -88,11 +88,33 @@ def block_around(conv: nn.Conv2d, norm: BatchNorm | None, name: str, *, copies: 
 
     The side branches are fresh, on the convolution's device, in its dtype and memory format.
     """
-    geometry = Geometry.of(conv)
     behind = norm is not None and FAMILIES[name].post_norm
-    trunk = ConvBN(conv, None if behind else norm, canvas=geometry.kernel_size)
-    block = RepBlock(trunk, side_branches(name, geometry, copies), family=name, post_norm=norm if behind else None)
-    return placed_as(conv.weight, block).train(conv.training)
+    trunk = ConvBN(conv, None if behind else norm, canvas=size_of(conv.kernel_size))
+    sides = [] if name == "plain" else side_branches(name, Geometry.of(conv), copies)
+    block = RepBlock(trunk, sides, family=name, post_norm=norm if behind else None)
+    return fitted(block, [conv, *([] if norm is None else [norm])])
+
+
+def fitted(block: RepBlock, kept: Iterable[nn.Module]) -> RepBlock:
+    """Give the new parts of a block the device, dtype, memory format and mode of its convolution.
+
+    The layers `kept`, which the network had before, stay as they are: BN in float32 behind a convolution in bfloat16,
+    or BN in eval mode in a network that trains. New BN get the dtype of the block's BN.
+    """
+    conv, norm = block.trunk.conv, block.trunk.batch_norm or block.post_norm
+    dtype = norm.weight.dtype if isinstance(norm, BatchNorm) else conv.weight.dtype
+    old = {id(part) for layer in kept for part in layer.modules()}
+    for branch in block.branches:
+        if old.isdisjoint(map(id, branch.modules())):
+            placed_as(conv.weight, branch)
+            for part in branch.modules():
+                if isinstance(part, BatchNorm):
+                    part.to(dtype)
+    block.attach_rate = block.attach_rate.to(conv.weight)
+    for part in block.modules():
+        if id(part) not in old:
+            part.training = conv.training
+    return block
 
 
 def placed_as(weight: Tensor, module: AnyModule) -> AnyModule:

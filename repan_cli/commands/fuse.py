@@ -24,24 +24,17 @@ from repan_cli.config.conventions import GRAPH_FORMATS, OPSET, RUNTIME_FORMATS, 
 from repan_cli.config.names import TIMM, TORCHVISION
 from repan_cli.display.console import print_line, print_table
 from repan_cli.errors import InputError, MergeError
-from repan_cli.export import half, model_card, onnx_file, pt2_file, runtimes, timm_folder
+from repan_cli.export import file_check, half, model_card, onnx_file, pt2_file, runtimes, timm_folder
 from repan_cli.export.conv_bn import as_plain
 from repan_cli.export.fuse import check_finite, untrained_norms
 from repan_cli.export.trace import Normalized, trace
 from repan_cli.models import user_file
 from repan_cli.models.changes import changes_of
-from repan_cli.models.outputs import all_leaves, difference
 from repan_cli.session.artifact import Artifact, open_artifact
 from repan_cli.session.artifact_images import noise, real_images
 from repan_cli.system.files import make_folder, to_json
 from repan_cli.system.notices import warn
 from repan_cli.system.text import by_reason, count, file_size, percent, quoted, short
-
-FILE_TOLERANCE = 1e-4
-"""The limit on the relative error of a file's network in float32; if ten times the network's own rounding is larger,
-that is the limit. The error of a wrong file is above 1e-2.
-"""
-
 
 HALF_IMAGES, HALF_NOISE, BATCH = 256, 64, 32
 """Numbers of images for the check of float16: of the network's data, of noise if there are none, and per batch."""
@@ -76,7 +69,7 @@ def run(options: FuseOptions) -> None:
         result = checkpoint.capture_fused(fused, saved, changes_of(fused))
     else:
         result = dataclasses.replace(saved, card=for_others(saved.card))
-    bound = max(FILE_TOLERANCE, 10 * (report.rel_error_fp32 if report else 0.0))
+    bound = file_check.bound(report.rel_error_fp32 if report else 0.0)
     proof = dataclasses.asdict(report) if report else {}
     job = _Job(artifact, fused, result, images, options, bound, proof)
     contents = [job.content(target, options.form) for target in targets]
@@ -252,8 +245,12 @@ class _Job:
             target.write(content, copy)
             network, opened_by = self._opened(target.kind, copy)
             error = None if network is None else self._error(network)
-        if error is not None and not error <= (self.half_bound if self.options.half else self.bound):
-            raise MergeError(f"{target.path} would differ from the network: relative error {error:.1e}; not written")
+        allowed = self.half_bound if self.options.half else self.bound
+        if network is not None and error is not None and not error <= allowed:
+            why = file_check.why_different(network, self.fused, self.images, allowed)
+            raise MergeError(
+                f"{target.path} would differ from the network: relative error {error:.1e}{why}; not written"
+            )
         size = sum(map(len, content.values())) if isinstance(content, dict) else len(content)
         use = _use(target, form, dataclasses.replace(self.result.card, model=self.artifact.card.model))
         images = _images_of(target.kind, network)
@@ -269,18 +266,8 @@ class _Job:
         opened = open_artifact(str(copy), model, trusted=True)
         return opened.network, opened.runtime
 
-    @torch.no_grad()
     def _error(self, network: nn.Module) -> float:
-        """Return the larger of the relative errors for batches of two sizes."""
-        given = self._given(self.images)
-        if getattr(network, "one_by_one", False):
-            pairs = [
-                (network(one), self.fused(image))
-                for one, image in zip(given.split(1), self.images.split(1), strict=True)
-            ]
-        else:
-            pairs = [*zip((network(given), network(given[:1])), self.expected, strict=True)]
-        return max(difference(all_leaves(found), all_leaves(wanted)) for found, wanted in pairs)
+        return file_check.error_of(network, self._given(self.images), self.fused, self.images, self.expected)
 
     def _given(self, images: Tensor) -> Tensor:
         """Return normalized images as the graph takes them."""
@@ -365,7 +352,7 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
 
 def _images_of(kind: str, network: nn.Module | None) -> str | None:
     """Return the number of images that a graph takes at once; None for a format that is not a graph."""
-    if getattr(network, "one_by_one", False):
+    if network is not None and file_check.takes_one(network):
         return "one at a time"
     if kind in RUNTIME_FORMATS:
         return "any N" if runtimes.KINDS[kind].any_batch else "one at a time"

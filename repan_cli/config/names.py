@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
-from repan_cli.system.text import count
+from repan_cli.system.text import count, short
 from repan_cli.system.user_code import names_a_file
 
 PACKAGE = Path(__file__).parents[1]
@@ -44,15 +44,16 @@ def names_a_repository(source: str) -> bool:
 
 
 class Support(NamedTuple):
-    """Three counts that show how far a network can be expanded.
+    """Counts that show how far a network can be expanded, and its size.
 
-    They are the numbers of multi-branch blocks of its own, of convolutions that become blocks by default, and of
-    convolutions that a BN reads.
+    They are the numbers of multi-branch blocks of its own, of convolutions that become blocks by default, of
+    convolutions that a BN reads, and of parameters.
     """
 
     own: int
     convs: int
     pairs: int
+    parameters: int
 
     @property
     def cycles(self) -> bool:
@@ -63,6 +64,9 @@ class Support(NamedTuple):
         return bool(self.own or self.convs or self.pairs)
 
     def describe(self) -> str:
+        return f"{short(self.parameters)} parameters; {self._use()}"
+
+    def _use(self) -> str:
         if self.cycles:
             what = f"{count(self.own, 'block')} of its own" if self.own else count(self.convs, "convolution")
             return f"cycles ({what}), fuses"

@@ -86,7 +86,7 @@ def _place_in_block(name: str, trunk: ConvBN) -> tuple[str, str | None]:
 
 def _identity(norm: BatchNorm, name: str, bias: Tensor) -> dict[str, Tensor]:
     """Return the state of a BN that adds `bias` and does nothing else. Its counter says that it is not fresh."""
-    if norm.weight is None:
+    if norm.weight is None or norm.bias is None:
         raise InputError(f"--form conv-bn: {name} of the plain network has no affine parameters to take the bias")
     ones = torch.ones_like(bias)
     state = {"running_mean": torch.zeros_like(bias), "running_var": ones, "bias": bias}

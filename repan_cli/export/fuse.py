@@ -23,6 +23,7 @@ from repan_cli.models.outputs import Leaves, difference, leaves
 from repan_cli.models.probe import copied
 from repan_cli.models.rebuild import NothingIsDrawn, load
 from repan_cli.models.twins import cut, twin
+from repan_cli.system.copies import unwrapped
 from repan_cli.system.images import ImagesLike, first_batch
 from repan_cli.system.notices import doing
 from repan_cli.system.text import count, first_line
@@ -104,6 +105,7 @@ def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, 
     began = time.perf_counter()
     if not isinstance(model, nn.Module):
         model = load(model)
+    model = unwrapped(model)
     images = first_batch(images).detach().cpu().float()
     check_finite(model)
     exact = copied(model).cpu().float().double().eval()

@@ -84,6 +84,7 @@ def model_for_one_image(network: nn.Module, images: Tensor, opset: int = OPSET) 
                 if not all(value.numel() for value in found.values()):
                     raise ValueError("it finds nothing in the images that it was tried on")
                 names = _checked([*found])
+                _fix_size(network, image)
                 torch.onnx.export(
                     network, (image,), file, dynamo=False, opset_version=OPSET, input_names=[INPUT], output_names=names
                 )
@@ -92,6 +93,25 @@ def model_for_one_image(network: nn.Module, images: Tensor, opset: int = OPSET) 
         except Exception as error:
             raise InputError(f"cannot be written as ONNX: {first_line(error)}") from error
         return at_opset(onnx.load(file), opset)
+
+
+def _fix_size(network: nn.Module, image: Tensor) -> None:
+    """Let torchvision's detectors resize an image (1, C, H, W) to the size that they compute for it, as a constant.
+
+    The exporter would write 320 * (1 / 800) for 320 / 800, of which 800 pixels give 319.99997, so 319 pixels.
+    """
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+    def fix(module: nn.Module, inputs: Any, output: Any) -> None:
+        ((height, width),) = output[0].image_sizes
+        vars(module)["fixed_size"] = (width, height)
+
+    parts = [module for module in network.modules() if isinstance(module, GeneralizedRCNNTransform)]
+    hooks = [module.register_forward_hook(fix) for module in parts if module.fixed_size is None]
+    if hooks:
+        network(image)
+    for hook in hooks:
+        hook.remove()
 
 
 def seal(model: Any, header: dict[str, Any]) -> bytes:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from repan_cli.anneal.calibration import unwrapped
 from repan_cli.anneal.restart import CHOICES, RestartReport, restart
 from repan_cli.blocks import rep_blocks, set_attach_rate
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
+from repan_cli.system.copies import unwrapped
 from repan_cli.system.images import ImagesLike, first_batch, image_batches
 from repan_cli.system.ranks import average_buffers, joined
 from repan_cli.system.seeding import generator_for

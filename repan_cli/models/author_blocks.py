@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,9 @@ def blocks_in_place(weights: Weights, model: nn.Module) -> Weights:
         if place in blocks and not is_merged:
             new = _as_block(part, blocks[place])
         elif place in convs:
-            new = _as_conv(part, convs[place], place, norms.get(place), weights)
+            norm = norms.get(place)
+            eps = EPS if norm is None else cast("BatchNorm", model.get_submodule(norm)).eps
+            new = _as_conv(part, convs[place], norm, weights, eps)
         else:
             continue
         found = {name: value for name, value in found.items() if not name.startswith(f"{place}.")} | new_names(
@@ -107,8 +110,11 @@ def _as_block(part: Weights, block: RepBlock) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------- as one convolution
 
 
-def _as_conv(part: Weights, conv: nn.Conv2d, place: str, norm: str | None, weights: Weights) -> dict[str, Tensor]:
-    """Return the weights of one convolution, and of the BN behind it if the file lacks that, with the same function."""
+def _as_conv(part: Weights, conv: nn.Conv2d, norm: str | None, weights: Weights, eps: float) -> dict[str, Tensor]:
+    """Return the weights of one convolution, and of the BN behind it if the file lacks that, with the same function.
+
+    `eps` is that of the network's BN.
+    """
     kernel, bias = _kernel(part, conv)
     like = next(iter(part.values()))
     found = {"weight": kernel.to(like)}
@@ -118,12 +124,12 @@ def _as_conv(part: Weights, conv: nn.Conv2d, place: str, norm: str | None, weigh
         return found if not bias.any() else {}
     if f"{norm}.running_mean" in weights:  # the network's own BN is there too
         return {**found, f":{norm}.running_mean": (exact(weights[f"{norm}.running_mean"]) - bias).to(like)}
-    return {**found, **{f":{norm}.{name}": value for name, value in _identity(bias, like).items()}}
+    return {**found, **{f":{norm}.{name}": value for name, value in _identity(bias, like, eps).items()}}
 
 
-def _identity(bias: Tensor, like: Tensor) -> dict[str, Tensor]:
+def _identity(bias: Tensor, like: Tensor, eps: float) -> dict[str, Tensor]:
     ones = torch.ones_like(bias)
-    state = {"weight": ones * (1 + EPS) ** 0.5, "bias": bias, "running_mean": ones * 0, "running_var": ones}
+    state = {"weight": ones * (1 + eps) ** 0.5, "bias": bias, "running_mean": ones * 0, "running_var": ones}
     return {**{name: value.to(like) for name, value in state.items()}, "num_batches_tracked": torch.tensor(1)}
 
 

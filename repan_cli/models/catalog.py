@@ -1,4 +1,4 @@
-"""Tell what each network of timm or torchvision can be used for: train in cycles, fuse, or neither.
+"""Tell the size of each network of timm or torchvision, and its use: train in cycles, fuse, or neither.
 
 The table `catalog.csv` next to this file was made by `python -m repan_cli.models.catalog`, and serves completion. A
 name that it lacks is examined when it is asked for: the network is built on the meta device and one forward pass is
@@ -22,7 +22,7 @@ from repan_cli.blocks import RepBlock
 from repan_cli.config.conventions import LARGE_IMAGE
 from repan_cli.config.names import TIMM, TORCHVISION, Support, foreign
 from repan_cli.models.changes import Selection
-from repan_cli.models.create import BUILTIN
+from repan_cli.models.create import BUILTIN, WITH_AUXILIARY_HEADS
 from repan_cli.models.expand import to_expand
 from repan_cli.models.probe import watch
 from repan_cli.models.timm_blocks import is_own_block
@@ -40,14 +40,16 @@ def look(name: str) -> Support:
     with torch.no_grad():
         changes, _ = to_expand(model, watch(model, images), "rep", Selection())
         pairs = sum(1 for norms in watch(model, images).norms.values() if norms)
-    return Support(own, len(changes), pairs)
+    return Support(own, len(changes), pairs, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _on_meta(name: str) -> tuple[nn.Module, int, int]:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if name.startswith(TORCHVISION):
-            model = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None)
+            short = name.removeprefix(TORCHVISION)
+            main = {"aux_logits": False} if short in WITH_AUXILIARY_HEADS else {}
+            model = torchvision.models.get_model(short, weights=None, **main)
             return model, 299 if "inception" in name else LARGE_IMAGE, 3
         if name in BUILTIN:
             return timm.create_model(name), 32, 3
@@ -56,7 +58,7 @@ def _on_meta(name: str) -> tuple[nn.Module, int, int]:
         return timm.create_model(name.removeprefix(TIMM)), size, channels
 
 
-def _rows() -> Iterator[tuple[str, int, int, int]]:
+def _rows() -> Iterator[tuple[str, int, int, int, int]]:
     logging.getLogger("timm").setLevel(logging.ERROR)
     for name in (*BUILTIN, *foreign()):
         try:

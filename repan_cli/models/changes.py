@@ -19,6 +19,7 @@ from repan_cli.errors import InputError
 from repan_cli.models.norms import split_norm
 from repan_cli.models.sums import merge
 from repan_cli.models.timm_blocks import adapt
+from repan_cli.system.copies import modules_of
 
 
 class NotChosen(str):
@@ -167,14 +168,20 @@ def _block_of(model: nn.Module, module: nn.Module, change: Change) -> RepBlock:
             norm, rest = split_norm(model.get_submodule(change.norm))
             put(model, change.norm, rest.train(norm.training))
         elif conv.bias is None:  # the branches' BN will need one when they are merged
-            conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
+            conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), conv.weight.requires_grad)
     return block_around(conv, norm, change.family, copies=change.copies)
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Replace the module of a name, and return the network; the name '' replaces the network itself."""
-    parent, _, leaf = name.rpartition(".")
-    if not leaf:
+    """Replace a module, under its name and under all others that it has, and return the network.
+
+    The name '' replaces the network itself.
+    """
+    if not name:
         return module
-    setattr(model.get_submodule(parent), leaf, module)
+    old = model.get_submodule(name)
+    for parent in modules_of(model, {}):
+        for key, child in [*parent._modules.items()]:
+            if child is old:
+                setattr(parent, key, module)
     return model

@@ -22,6 +22,7 @@ from repan_cli.models.norms import check_norm
 from repan_cli.models.probe import Probe, Sightings, watch
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.registry import did_you_mean
+from repan_cli.system.copies import unwrapped
 from repan_cli.system.images import ImagesLike, first_batch
 
 DEFAULT_FAMILY = "repvgg"
@@ -45,7 +46,8 @@ def expand(
     the `changes`, and in `left` why other convolutions stay as they are.
 
     Args:
-        model: the network, changed in place.
+        model: the network, changed in place. Inside torch.compile or a data-parallel wrapper, the network itself gets
+            the blocks and the report.
         block: the block family: a built-in or registered name, or `file.py:function`. None means the network's own
             multi-branch blocks if it has any, else repvgg.
         images: images (N, C, H, W) for a forward pass, which may be noise; or a batch, or a loader.
@@ -62,12 +64,15 @@ def expand(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expand works in place, on a network, not on {model!r}: load it first, by repan_cli.load")
+    network = unwrapped(model)
     selection = Selection(kernel, include, exclude, limit)
-    expansion = plan(model, first_batch(images), family=use_block(block), selection=selection, copies=branches)
-    if not expansion.changes and not any(rep_blocks(model)):
+    expansion = plan(network, first_batch(images), family=use_block(block), selection=selection, copies=branches)
+    if not expansion.changes and not any(rep_blocks(network)):
         raise InputError(f"no convolution of the network can become a block: {summary(expansion.left)}")
-    apply(model, expansion.changes, attach=attach)
-    set_report(model, expansion.after(report_of(model)))
+    apply(network, expansion.changes, attach=attach)
+    report = expansion.after(report_of(network))
+    for each in (network, model):
+        set_report(each, report)
     return model
 
 
@@ -132,11 +137,14 @@ def _to_grow(model: nn.Module, family: str, selection: Selection) -> Iterator[Ch
 
 
 def to_expand(
-    model: nn.Module, seen: Sightings, family: str, selection: Selection
+    model: nn.Module, seen: Sightings, family: str, selection: Selection, *, trains: bool = True
 ) -> tuple[list[Change], dict[str, str]]:
-    """Return the convolutions outside of blocks that suit a family, and the reason for each of the others."""
+    """Return the convolutions outside of blocks that suit a family, and the reason for each of the others.
+
+    A block that `trains` is called once in a pass, and its BN has no hooks.
+    """
     convs = _free_convs(model)
-    left = {name: reason for name, conv in convs.items() if (reason := _unsuited(conv, seen))}
+    left = {name: reason for name, conv in convs.items() if (reason := _unsuited(conv, seen, family, trains=trains))}
     kept_plain = dict.fromkeys(getattr(model, "plain_convs", ()), NotChosen("plain by the network's definition"))
     left |= {name: reason for name, reason in kept_plain.items() if name in convs and not selection.include}
     suited = {name: conv for name, conv in convs.items() if isinstance(conv, nn.Conv2d) and name not in left}
@@ -150,21 +158,24 @@ def to_expand(
     return changes, left
 
 
-def _unsuited(conv: _ConvNd, seen: Sightings) -> str | None:
+def _unsuited(conv: _ConvNd, seen: Sightings, family: str, *, trains: bool) -> str | None:
     """Return why a convolution cannot become a block, whatever the selection."""
-    norms = seen.norms[conv]
+    norms, calls = seen.norms[conv], seen.calls[conv]
     if type(conv) is not nn.Conv2d:
         return f"it is a {type(conv).__name__}, not a plain Conv2d"
     if conv._forward_pre_hooks or conv._forward_hooks or "forward" in vars(conv):
         return "it has hooks, such as those of weight norm, or a forward of its own"
-    if seen.calls[conv] != 1:
-        return f"it is called {seen.calls[conv]} times" if seen.calls[conv] else "the forward pass does not reach it"
+    if not calls or (calls > 1 and trains):
+        return f"it is called {calls} times" if calls else "the forward pass does not reach it"
     if seen.owners[id(conv.weight)] > 1:
         return "it shares its weight with another layer"
-    if len(norms) > 1 or any(seen.calls[norm] > 1 for norm in norms):
+    if len(norms) > 1 or any(seen.calls[norm] != calls for norm in norms):
         return "its BN is shared"
+    if trains and any(norm._forward_pre_hooks or norm._forward_hooks for norm in norms):
+        return "its BN has hooks"
     try:
-        Geometry.of(conv)
+        if family != "plain":
+            Geometry.of(conv)
         for norm in norms:
             check_norm(norm)
     except ValueError as error:

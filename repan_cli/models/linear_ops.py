@@ -111,8 +111,9 @@ class Reader:
 
     @staticmethod
     def _first_dimension(node: fx.Node, *, default: bool = False) -> bool:
-        given = [*node.args[1:2], *(node.kwargs[key] for key in ("dim", "axis") if key in node.kwargs)]
-        return given in ([0], [[0]], [(0,)]) or (default and not given)
+        named = [value for key, value in node.kwargs.items() if key not in ("input", "tensors")]
+        given = [*node.args[1:], *named]
+        return given in ([0], [[0]], [(0,)], [0, False]) or (default and not given)
 
     def _read(self, node: fx.Node, known: dict[fx.Node, ConvMap]) -> ConvMap:
         if node not in known:

@@ -6,7 +6,9 @@ is carried out.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from repan_cli.models.norms import is_norm
 from repan_cli.models.observing import Observed, observe
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.models.twins import twin, without_arithmetic
+from repan_cli.system.text import first_line
 
 
 @dataclass
@@ -64,18 +67,34 @@ def plan_merge(model: nn.Module, images: Tensor) -> MergePlan:
         for name, module in list(found.adapted.named_modules()):
             if is_own_block(module):
                 _adapt(found.adapted, name, found)
-    seen, wanted = without_arithmetic(found.adapted, one, _look)
-    merged = _with_sums(found, seen)
+    seen = without_arithmetic(found.adapted, one, _look)
+    merged = _with_sums(found, seen.pass_)
     if found.sums:
-        seen, wanted = without_arithmetic(merged, one, _look)
-    found.folds = _folds(merged, wanted, seen, found)
+        try:
+            seen = without_arithmetic(merged, one, _look)
+        except Exception:  # a network that lost a layer may raise anything
+            merged = _without_misfits(found, one)
+            seen = without_arithmetic(merged, one, _look)
+    found.folds = _folds(merged, seen, found)
     return found
 
 
-def _look(model: nn.Module, images: Tensor) -> tuple[Observed, list[Change]]:
-    """Observe one forward pass; also return the convolutions into which a BN may be folded."""
+class _Seen(NamedTuple):
+    """The findings of one forward pass: the convolutions into which a norm may be folded, and why others may not, by
+    the name of the norm.
+    """
+
+    pass_: Observed
+    wanted: list[Change]
+    why_not: dict[str, str]
+
+
+def _look(model: nn.Module, images: Tensor) -> _Seen:
     seen, sightings = observe(model, images)
-    return seen, to_expand(model, sightings, "plain", EVERYTHING)[0]
+    wanted, left = to_expand(model, sightings, "plain", EVERYTHING, trains=False)
+    names = {module: name for name, module in model.named_modules()}
+    reads = {names[norm]: left.get(names[conv]) for conv, norms in sightings.norms.items() for norm in norms}
+    return _Seen(seen, wanted, {name: why for name, why in reads.items() if why is not None})
 
 
 def _adapt(model: nn.Module, name: str, found: MergePlan) -> None:
@@ -108,12 +127,29 @@ def _with_sums(found: MergePlan, seen: Observed) -> nn.Module:
     return model
 
 
+def _without_misfits(found: MergePlan, images: Tensor) -> nn.Module:
+    """Return the network with those sums merged with which it still runs; the others leave the plan.
+
+    A module may ask another for a method that the merged one lacks.
+    """
+    model, kept = found.adapted, list[Change]()
+    for name, group in itertools.groupby(found.sums, key=lambda change: change.name):
+        changes = [*group]
+        try:
+            tried = apply(twin(found.adapted, blocks=lambda block: block), [*kept, *changes])
+            without_arithmetic(tried, images, lambda network, some: network(some))
+        except Exception as error:  # a network that lost a layer may raise anything
+            found.left[name or type(model).__name__] = f"a sum of branches stays: {first_line(error)}"
+            continue
+        model, kept = tried, [*kept, *changes]
+    found.sums = kept
+    return model
+
+
 def _sums_of(module: nn.Module, seen: Observed, name: str) -> tuple[list[str], dict[str, str]]:
     """Return the sums that a module computes, by place, and why others stay. Raises ValueError if it computes none."""
     if next(module.parameters(), None) is None:
         return [], {}
-    if seen.calls[name] != 1:
-        raise ValueError(f"it is called {seen.calls[name]} times")
     graph = sums.trace(module)
     if seen.arguments[name] != sum(node.op == "placeholder" for node in graph.nodes):
         raise ValueError("it is called with keyword arguments, or with more arguments than it needs")
@@ -121,13 +157,13 @@ def _sums_of(module: nn.Module, seen: Observed, name: str) -> tuple[list[str], d
     return list(dict.fromkeys(each.place for each in merged)), left
 
 
-def _folds(model: nn.Module, wanted: list[Change], seen: Observed, found: MergePlan) -> list[Change]:
+def _folds(model: nn.Module, found_in: _Seen, found: MergePlan) -> list[Change]:
     """Return the changes that fold a norm into the convolution that it, and nothing else, reads."""
-    folds = []
-    for change in wanted:
+    folds, seen = [], found_in.pass_
+    for change in found_in.wanted:
         if change.norm is None:
             continue
-        if seen.readers[change.name] > 1:
+        if seen.readers[change.name] > seen.calls[change.name]:
             found.left[change.norm] = "its input is also used elsewhere"
         elif seen.uses[change.name] or seen.uses[change.norm]:
             found.left[change.norm] = "its weights, or those of its convolution, are also used elsewhere"
@@ -137,11 +173,13 @@ def _folds(model: nn.Module, wanted: list[Change], seen: Observed, found: MergeP
     inside = {id(part) for _, block in rep_blocks(model) for part in block.modules()}
     for name, module in model.named_modules():
         if is_norm(module) and name not in folded and id(module) not in inside:
-            found.left.setdefault(name, _why_left(name, seen))
+            found.left.setdefault(name, _why_left(name, found_in))
     return folds
 
 
-def _why_left(name: str, seen: Observed) -> str:
-    if not seen.calls[name]:
+def _why_left(name: str, seen: _Seen) -> str:
+    if not seen.pass_.calls[name]:
         return "the forward pass does not reach it"
+    if name in seen.why_not:
+        return f"its convolution cannot absorb it: {seen.why_not[name]}"
     return "its input is not the output of a single convolution"

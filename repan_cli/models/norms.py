@@ -72,11 +72,12 @@ def split_norm(module: nn.Module) -> tuple[BatchNorm, nn.Module]:
     Raises ValueError for a norm that cannot be folded.
     """
     norm = check_norm(module)
+    _, var = running_stats(norm)
     if norm.weight is None:
-        _, var = running_stats(norm)
         norm.weight = nn.Parameter(var.new_ones(norm.num_features))
-        norm.bias = nn.Parameter(var.new_zeros(norm.num_features))
         norm.affine = True
+    if norm.bias is None:
+        norm.bias = nn.Parameter(var.new_zeros(norm.num_features), norm.weight.requires_grad)
     rest = activation_of(module)
     if isinstance(norm, BatchNormAct2d):
         plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)

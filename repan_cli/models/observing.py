@@ -33,7 +33,7 @@ class Observed:
         adders: modules that add images in their own forward; True if all terms come from linear layers.
         readers: the number of calls that read the output of a convolution.
         uses: the number of reads of a layer's tensors from outside of the layer.
-        arguments: the number of arguments of a module's call, -1 if one was given by name.
+        arguments: the number of arguments of a module's calls, -1 if it differs or one was given by name.
     """
 
     adders: dict[str, bool] = field(default_factory=dict)
@@ -108,7 +108,8 @@ def _hooked(model: nn.Module, mode: _Watch) -> Iterator[None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             mode.stack.append(name)
             mode.found.calls[name] += 1
-            mode.found.arguments[name] = -1 if kwargs else len(args)
+            same = mode.found.arguments.setdefault(name, len(args)) == len(args)
+            mode.found.arguments[name] = len(args) if same and not kwargs else -1
 
         return enter
 

@@ -226,6 +226,7 @@ def _disturb(model: nn.Module, images: Tensor) -> None:
         running_var.copy_(torch.where(var > 0, var, 1.0) * (0.5 + torch.rand(shape, generator=draw)))
         if norm.weight is not None:
             norm.weight.copy_(0.5 + torch.rand(shape, generator=draw))
+        if norm.bias is not None:
             norm.bias.copy_(0.1 * torch.randn(shape, generator=draw))
 
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]

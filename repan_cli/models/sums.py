@@ -299,12 +299,42 @@ def merge(module: nn.Module, places: list[str] | None = None, *, whole: bool = F
         return with_merged(module, layers[PLACE])
     attributes = {str(node.target): node for node in graph.nodes if node.op in ("call_module", "get_attr")}
     held = {name: layers[name] if name in layers else _attribute(module, name) for name in attributes}
-    merged = fx.GraphModule(held, graph, class_name=type(module).__name__)
+    merged = MergedModule(held, graph, class_name=type(module).__name__)
+    _keep_attributes(module, merged)
     merged.training = module.training
     for name, layer in merged.named_modules():
         if name and not isinstance(layer, fx.GraphModule) and type(layer) is nn.Module:
             layer.training = module.training  # a holder that fx made
     return merged
+
+
+class MergedModule(fx.GraphModule):
+    """A module as it was traced, with its sums merged.
+
+    It keeps the plain attributes of the module, such as a number of channels that other modules read, also in copies.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        copied = super().__deepcopy__(memo)
+        _keep_attributes(self, copied)
+        return copied
+
+
+PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _keep_attributes(module: nn.Module, merged: nn.Module) -> None:
+    for name, value in vars(module).items():
+        if name not in vars(merged) and _is_plain(value):
+            vars(merged)[name] = value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return isinstance(value, PLAIN)
 
 
 def _replace(graph: fx.Graph, found: Sum) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from torch import nn
 
 from repan_cli.blocks import NATIVE, Branch, ConvBN, Geometry, IdentityBN, RepBlock, ScaledIdentity
+from repan_cli.blocks.families import fitted
 from repan_cli.blocks.kernel import BatchNorm
 from repan_cli.models.norms import split_norm
 
@@ -84,12 +85,15 @@ def _block(
         ConvBN(side, side_norm, canvas=geometry.kernel_size, offset=geometry.offset_of(Geometry.of(side).padding))
         for side, side_norm in others
     ]
+    kept: list[nn.Module | None] = [conv, norm, post_norm, *(part for pair in others for part in pair)]
     if identity is not None:
-        branches.append(IdentityBN(geometry, split_norm(identity)[0]))
+        own, _ = split_norm(identity)
+        branches.append(IdentityBN(geometry, own))
+        kept.append(own)
     if extra is not None:
         branches.append(extra(geometry))
     block = RepBlock(ConvBN(conv, norm, canvas=geometry.kernel_size), branches, family=NATIVE, post_norm=post_norm)
-    return block.to(conv.weight.device, conv.weight.dtype).train(conv.training)
+    return fitted(block, [layer for layer in kept if layer is not None])
 
 
 @_adapts(

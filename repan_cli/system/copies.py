@@ -1,4 +1,4 @@
-"""Copies of networks, faster than `copy.deepcopy` makes them."""
+"""Copies of networks, faster than `copy.deepcopy` makes them, and networks inside of wrappers."""
 
 from __future__ import annotations
 
@@ -38,3 +38,14 @@ def modules_of(model: nn.Module, known: Mapping[int, Any]) -> list[nn.Module]:
             found[id(module)] = module
             pending += module._modules.values()
     return [*found.values()]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network inside torch.compile and data-parallel wrappers, which share its parameters."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
