@@ -130,7 +130,7 @@ def _answer(name: str, value: str, command: str, flags: dict[str, bool], options
         return f"; did you mean {OTHER_FLAGS[word]}?"
     trains, others = command in TRAINING, [other for other, theirs in options.items() if name in _flags(theirs)]
     elsewhere = f": it belongs to other commands than 'repan {command}', such as 'repan {(others or [''])[0]}'"
-    if trains and set(others) & TRAINING.keys():
+    if trains and "cycle" in others:
         return elsewhere
     leaf = word.removeprefix("no_")
     keys = [key for key in SCHEMA if key.rpartition(".")[2] == word]
