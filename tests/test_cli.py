@@ -221,6 +221,12 @@ def test_info(capsys, small_run):
     code, out, _ = run(capsys, "info", small_run.folder / "fused.pt")
     assert code == 0
     assert "fused" in out
+    code, out, _ = run(capsys, "info", small_run.folder / "best.pt")
+    assert code == 0
+    facts = dict(line.split(maxsplit=1) for line in out.partition("\n\n")[0].splitlines()[1:])
+    assert facts["metrics"].startswith("val top-1 ")
+    assert not facts.keys() & {"teachers", "attach_rate"}, "what says nothing is not shown"
+    assert [*facts][-3:] == ["split_digest", "labels_digest", "digest"]
 
 
 @pytest.mark.parametrize(

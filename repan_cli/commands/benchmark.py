@@ -19,7 +19,8 @@ from repan_cli.checkpoint.card import FUSED
 from repan_cli.commands.options import BenchmarkOptions
 from repan_cli.config.conventions import ARTIFACT_ENDINGS
 from repan_cli.config.names import names_a_repository
-from repan_cli.display.console import print_line, print_table
+from repan_cli.display.console import print_line
+from repan_cli.display.tables import print_table
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
 from repan_cli.export.runtimes.openvino_files import OpenVinoNetwork
