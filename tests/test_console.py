@@ -306,7 +306,7 @@ def test_a_table_that_is_too_wide_is_a_list(monkeypatch, capsys):
         ["preset", "what it does"], [("reference/a_long_name", "one two three four five six seven eight")]
     )
     assert capsys.readouterr().out == (
-        "preset, what\nreference/a_long_name\n  one two three four five\n  six seven eight\n"
+        "preset, what it does\nreference/a_long_name\n  one two three four five\n  six seven eight\n"
     )
 
 
