@@ -7,9 +7,13 @@ import sys
 import pytest
 from support import ROOT, run
 
+from repan_cli import config
 from repan_cli.cli import suggestions
 from repan_cli.cli.app import COMMANDS
+from repan_cli.commands import early
+from repan_cli.commands.options import FuseOptions
 from repan_cli.config.settings import SCHEMA
+from repan_cli.errors import InputError
 
 D = "-m repvgg -d digits"
 OPTIONS = [
@@ -118,3 +122,40 @@ def test_help_into_a_pipe_that_closes_is_no_error(words):
     command = f"set -o pipefail; {sys.executable} -m repan_cli {words} | true"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_several_formats_in_one_option(tmp_path):
+    for given in (("onnx,pt",), ("onnx", "pt")):
+        options = FuseOptions("a.pt", out=tmp_path / "plain", formats=given)
+        assert [target.kind for target in early.fuse_targets(options)] == ["onnx", "pt"]
+    with pytest.raises(InputError, match="cannot write the format 'onx'; did you mean onnx"):
+        early.fuse_targets(FuseOptions("a.pt", out=tmp_path / "plain", formats=("pt,onx",)))
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        (f"cycle {D} --epochs 2", True),
+        (f"cycle {D} --epochs 2 --baseline-epochs 9", False),
+        (f"cycle {D} --epochs 15", False),
+        (f"cycle {D} --cycles 3", False),
+        (f"train {D} --epochs 2", False),
+    ],
+)
+def test_a_baseline_that_stays_longer_than_the_given_epochs_is_reported(monkeypatch, words, warned):
+    told = []
+    monkeypatch.setattr(early, "warn", told.append)
+    command, *rest = words.split()
+    given = {"model.name": "repvgg", "data.name": "digits"}
+    keys = {"--epochs": "epochs", "--baseline-epochs": "baseline.epochs", "--cycles": "cycle.count"}
+    given |= {keys[name]: value for name, value in zip(rest[4::2], rest[5::2], strict=True)}
+    early._check_training(command, config.resolve(command, None, given))
+    expected = "--epochs is the length of a cycle; the baseline keeps its 15 epochs: set --baseline-epochs"
+    assert told == [expected] * warned
+
+
+def test_help_says_each_default(capsys):
+    _, out, _ = run(capsys, "train", "--help")
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
+    for text in ("augmentation; default 0.", "or mps; default auto.", "itself); default data.", "(default: the recipe"):
+        assert text in said

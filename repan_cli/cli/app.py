@@ -14,8 +14,8 @@ import repan_cli
 from repan_cli.cli.dispatch import debugging, dispatch, fail, say_error
 from repan_cli.cli.options import ReadableCommand, ReadableGroup, filled, signature_of
 from repan_cli.cli.streams import accept_any_text, open_streams, say
-from repan_cli.cli.suggestions import ADVICE, unknown_command, unknown_options
 from repan_cli.cli.training import train
+from repan_cli.cli.usage import usage_errors
 from repan_cli.cli.words import as_typed
 from repan_cli.commands import options
 from repan_cli.config.conventions import SPLITS
@@ -57,10 +57,10 @@ def _version(context: typer.Context, wanted: bool) -> None:
 
 @app.callback()
 def repan(
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and exit.")] = False,
     verbose: Annotated[
         bool, typer.Option("-v", is_eager=True, help="With --version: print packages and machine, for bug reports.")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and exit.")] = False,
 ) -> None:
     """RepAn: train re-parameterizable networks in annealing cycles, then merge them into plain, fast ones."""
     if verbose:
@@ -85,7 +85,7 @@ COMMANDS = {
 
     [bold]repan cycle --model repvgg --dataset digits[/bold]
 
-    [bold]repan cycle --model repvgg --dataset cifar100 --cycles 5 --epochs 20 --seed 1[/bold]
+    [bold]repan cycle --model repvgg --dataset cifar100 --baseline-epochs 40 --cycles 5 --epochs 20[/bold]
 
     [bold]repan cycle --init runs/train/NAME/best.pt --dataset cifar100 cycle.rule=running[/bold]
     """,
@@ -348,41 +348,7 @@ def _refuse_unreadable_words() -> None:
 
 def _usage(error: Any) -> int:
     """Explain a command line that cannot be understood, in a line for each fault; return the exit code."""
-    message = error.format_message().partition(" (Possible options")[0].replace("\n", " ").strip().rstrip(".?")
-    lines = _unknown(error)
-    if message and not lines:  # without arguments the help was already shown
-        message = (message[0].lower() + message[1:]).replace(". Did you mean", "; did you mean")
-        lines = [f"{message}{_mend(error, message)}"]
     with contextlib.suppress(OSError):  # stderr may be closed
-        for line in lines:
+        for line in usage_errors(error, {name: command.options for name, command in COMMANDS.items()}):
             say_error(shown(line))
     return error.exit_code
-
-
-def _unknown(error: Any) -> list[str]:
-    """Return a line for each option, or one for the command, that does not exist."""
-    words = as_typed(sys.argv[1:])
-    command = next((word for word in words if not word.startswith("-")), "")
-    kind = type(error).__name__
-    if kind == "NoSuchOption" and words[0] == command:
-        return unknown_options(command, words[1:], {name: each.options for name, each in COMMANDS.items()})
-    if kind == "NoSuchOption" and command in COMMANDS:
-        return [f"no such option: {error.option_name}: options follow the command, as in 'repan {command} OPTIONS'"]
-    if kind == "NoSuchOption" and (told := ADVICE.get(error.option_name.lstrip("-").replace("-", "_"))):
-        return [f"no such option: {error.option_name}; {told}"]
-    if kind == "NoSuchCommand" or error.format_message().startswith("No such command"):
-        after = words[words.index(command) + 1 :]
-        return [f"no such command '{command}'{unknown_command(command, after, COMMANDS)}"]
-    return []
-
-
-def _mend(error: Any, message: str) -> str:
-    command = next((word for word in sys.argv[1:] if word in COMMANDS), None)
-    told = getattr(getattr(error, "param", None), "help", None)
-    if message.startswith("missing argument") and command and told:
-        told = told.strip().partition("  [")[0].rstrip(".")
-        return f": {told[0].lower()}{told[1:]}; see 'repan {command} --help'"
-    hint = did_you_mean(getattr(error, "option_name", None) or "", getattr(error, "possibilities", None) or ())
-    if hint or "did you mean" in message:
-        return hint or "?"
-    return f"; see 'repan {command} --help'" if command else "; see 'repan --help'"

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from repan_cli.cli.options import text_of
 from repan_cli.cli.words import TRAINING
 from repan_cli.commands.declaration import Option, declared
 from repan_cli.config import names
@@ -155,6 +156,14 @@ def _as_option(key: str, word: str, value: str, flags: dict[str, bool], *, train
     if flag is not None:
         return f"{flag} {quoted(value)}" if value and flags[flag] else flag
     return f"{key}={SWITCHES.get(word) or value or 'VALUE'}" if trains else None
+
+
+def argument_of(flag: str, options: type) -> str:
+    """Return the end of the message for an option without its argument: the argument's name, and its help."""
+    how = next((how for _, _, how, _ in declared(options) if isinstance(how, Option) and flag in how.flags), None)
+    told = text_of(how).rstrip(".") if how else ""
+    first = told[:1] if told[:2].isupper() else told[:1].lower()
+    return f", {how.metavar}: {first}{told[1:]}" if how else ""
 
 
 def refuse_bare_words(words: Iterable[str]) -> None:
