@@ -11,11 +11,16 @@ from repan_cli.errors import InputError
 T = TypeVar("T")
 
 
+def closest(name: str, choices: Iterable[str]) -> list[str]:
+    """Return up to three of `choices` that are spelled like `name`, the closest first."""
+    choices = list(choices)
+    same = [choice for choice in choices if choice.lower() == name.lower()]
+    return same or difflib.get_close_matches(name.lower(), choices, n=3, cutoff=0.6)
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return the end of an error message: the closest of `choices`, or nothing when none is close."""
-    choices = list(choices)
-    close = [choice for choice in choices if choice.lower() == name.lower()]
-    close = close or difflib.get_close_matches(name.lower(), choices, n=3, cutoff=0.6)
+    close = closest(name, choices)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

@@ -8,6 +8,8 @@ import sys
 import pytest
 from support import ROOT, one_line, run
 
+from repan_cli.commands import early
+from repan_cli.commands.options import BenchmarkOptions
 from repan_cli.system import timing
 from repan_cli.system.packages import missing
 
@@ -63,7 +65,10 @@ def test_bad_words(capsys, small_run):
     assert "--block is for a network given by name" in one_line(
         capsys, "benchmark", small_run.folder / "best.pt", "--block", "acb"
     )
-    assert "--batch" in one_line(capsys, "benchmark", "repvgg", "-b", "0")
+    for wrong in ("0", "1,x", "-3", "1,,2"):
+        assert "is not a batch size: give whole" in one_line(capsys, "benchmark", "repvgg", "-b", wrong)
+    assert early.batch_sizes(BenchmarkOptions("repvgg", batches=("1,4", "16"))) == (1, 4, 16)
+    assert early.batch_sizes(BenchmarkOptions("repvgg")) == early.BATCHES
 
 
 # ---------------------------------------------------------------------------------------------- the suite

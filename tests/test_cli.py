@@ -221,6 +221,12 @@ def test_info(capsys, small_run):
     code, out, _ = run(capsys, "info", small_run.folder / "fused.pt")
     assert code == 0
     assert "fused" in out
+    code, out, _ = run(capsys, "info", small_run.folder / "best.pt")
+    assert code == 0
+    facts = dict(line.split(maxsplit=1) for line in out.partition("\n\n")[0].splitlines()[1:])
+    assert facts["metrics"].startswith("val top-1 ")
+    assert not facts.keys() & {"teachers", "attach_rate"}, "what says nothing is not shown"
+    assert [*facts][-3:] == ["split_digest", "labels_digest", "digest"]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +289,8 @@ def test_the_rate_and_length_of_cycles_are_the_baselines_too_as_help_says(capsys
     assert {phase.epochs for phase in others} == {3}
     _, out, _ = run(capsys, "cycle", "--help")
     words = " ".join(out.replace("│", " ").split())
-    assert words.count("of the baseline unless it has its own.") == 2
+    assert "Peak learning rate; if the baseline has its own (--baseline-lr), only that of the cycles." in words
+    assert "Epochs of each cycle. Recipes give the baseline its own: --baseline-epochs." in words
 
 
 @pytest.mark.parametrize("command", ["cycle", "train", "fuse", "evaluate", "info", "list"])
@@ -347,7 +354,7 @@ def test_gpus_are_those_of_the_driver(monkeypatch):
             "no configuration file or preset 'recipes/digit'; did you mean recipes/digits",
         ),
         ((*DIGITS, "run.sync_bn=true"), "run.sync_bn is for several GPUs under torchrun"),
-        ((*DIGITS, "--device", "gpu"), "unknown device 'gpu'; give auto, cpu, cuda, cuda:N or mps"),
+        ((*DIGITS, "--device", "gpu"), "unknown device 'gpu'; did you mean cuda?"),
         ((*DIGITS, "--device", "cuda:99"), "device cuda:99 is not available"),
         ((*DIGITS, "--init", "nowhere.pt"), "no checkpoint nowhere.pt"),
         (

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from repan_cli.display import console, live
+from repan_cli.display import console, live, tables
 from repan_cli.runs import directory
 from repan_cli.system.text import SPARKLINE_WIDTH, count, duration, loss_text, sparkline, wrapped
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, LossLog, StepEnd
@@ -280,3 +280,45 @@ def test_sentences_break_between_words_and_commands_stay_whole():
 def test_losses_fit_their_column(loss, text):
     assert loss_text(loss) == text
     assert len(text) <= 7
+
+
+TITLES = ["arm", "test top-1", "over the control", "time"]
+FIGURES = ["zero", "14.48 ± 0.39", "-4.60 [-13.44, +4.25]", "1 h 05 min"]
+
+
+@pytest.mark.parametrize("width", range(20, 100, 7))
+def test_no_table_breaks_a_figure(monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    tables.print_table(TITLES, [FIGURES])
+    out = capsys.readouterr().out
+    assert set(" ".join([*TITLES, *FIGURES]).split()) <= set(out.split())
+    assert all(len(line) <= width for line in out.splitlines()) or width < 30
+
+
+def test_a_table_that_is_too_wide_is_a_list(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "26")
+    tables.print_table(TITLES, [FIGURES])
+    assert capsys.readouterr().out == (
+        "arm zero\n  test top-1        14.48 ± 0.39\n  over the control  -4.60 [-13.44,\n"
+        "                    +4.25]\n  time              1 h 05 min\n"
+    )
+    tables.print_table(
+        ["preset", "what it does"], [("reference/a_long_name", "one two three four five six seven eight")]
+    )
+    assert capsys.readouterr().out == (
+        "preset, what it does\nreference/a_long_name\n  one two three four five\n  six seven eight\n"
+    )
+
+
+def test_the_phases_of_a_run_are_a_list_on_a_narrow_terminal(tmp_path):
+    row = {"cycle": 1, "top1_before": 50.0, "top1_after_restart": 50.0, "top1": 61.0, "test_top1": 62.0, "seconds": 3.0}
+    baseline = {"top1": 50.0, "test_top1": 51.0, "seconds": 2.0}
+    said = {}
+    for width in (40, 100):
+        shown = display(tmp_path, width=width)
+        shown.table({"baseline": baseline, "cycles": [row]})
+        said[width] = shown.console.file.getvalue()
+    assert "phase cycle 1/1\n  val before       50.00\n" in said[40]
+    assert max(map(len, said[40].splitlines())) <= 40
+    for text in said.values():
+        assert {"50.00", "51.00", "61.00", "62.00", "3.0"} <= set(text.split())

@@ -10,7 +10,7 @@ import pytest
 from support import DIGITS, metrics, run
 
 from repan_cli import runs
-from repan_cli.display import console, plots
+from repan_cli.display import console, plots, tables
 from repan_cli.runs import trackers
 from repan_cli.session import runner, summary
 from repan_cli.system.signals import StopSignals
@@ -175,5 +175,5 @@ def test_a_terminal_that_is_gone_ends_nothing(monkeypatch, number):
     console.on_stderr.cache_clear()
     monkeypatch.setattr(sys, "stderr", Gone())
     console.tell("hello")
-    console.print_table(["a"], [["b"]], to_stderr=True)
+    tables.print_table(["a"], [["b"]], to_stderr=True)
     console.on_stderr.cache_clear()

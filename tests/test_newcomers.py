@@ -13,7 +13,8 @@ from repan_cli import config, door
 from repan_cli.compare import results, table
 from repan_cli.compare.groups import compare
 from repan_cli.data import datasets
-from repan_cli.display.console import Display, print_table
+from repan_cli.display.console import Display
+from repan_cli.display.tables import print_table
 from repan_cli.errors import InputError
 from repan_cli.models import own_block
 from repan_cli.session import build, summary, teachers

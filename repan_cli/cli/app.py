@@ -15,9 +15,9 @@ from repan_cli.cli.dispatch import debugging, dispatch, fail, say_error
 from repan_cli.cli.options import ReadableCommand, ReadableGroup, filled, signature_of
 from repan_cli.cli.streams import accept_any_text, open_streams, say
 from repan_cli.cli.training import train
+from repan_cli.cli.usage import usage_errors
 from repan_cli.cli.words import as_typed
 from repan_cli.commands import options
-from repan_cli.commands.declaration import shortcuts
 from repan_cli.config.conventions import SPLITS
 from repan_cli.errors import InputError, RepanError
 from repan_cli.registry import did_you_mean
@@ -57,10 +57,10 @@ def _version(context: typer.Context, wanted: bool) -> None:
 
 @app.callback()
 def repan(
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and exit.")] = False,
     verbose: Annotated[
         bool, typer.Option("-v", is_eager=True, help="With --version: print packages and machine, for bug reports.")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and exit.")] = False,
 ) -> None:
     """RepAn: train re-parameterizable networks in annealing cycles, then merge them into plain, fast ones."""
     if verbose:
@@ -85,7 +85,7 @@ COMMANDS = {
 
     [bold]repan cycle --model repvgg --dataset digits[/bold]
 
-    [bold]repan cycle --model repvgg --dataset cifar100 --cycles 5 --epochs 20 --seed 1[/bold]
+    [bold]repan cycle --model repvgg --dataset cifar100 --baseline-epochs 40 --cycles 5 --epochs 20[/bold]
 
     [bold]repan cycle --init runs/train/NAME/best.pt --dataset cifar100 cycle.rule=running[/bold]
     """,
@@ -288,6 +288,9 @@ def _check_split(chosen: Any) -> None:
 
 def main() -> None:
     """Run the `repan` command."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reports to its makers, and warns if it cannot
+    if sys.argv[1:2] == ["help"]:
+        sys.argv[1:] = [*sys.argv[2:], "--help"]
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv):
         styles = importlib.import_module("typer.rich_utils")
         for name, style in HELP_STYLES.items():
@@ -297,7 +300,9 @@ def main() -> None:
     try:
         code = app(as_typed(sys.argv[1:]), standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:  # the reader of stdout has seen enough: then rich exits
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         code = 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RepanError as error:  # an error of stdout itself: all others were printed
@@ -342,25 +347,8 @@ def _refuse_unreadable_words() -> None:
 
 
 def _usage(error: Any) -> int:
-    """Explain in one line a command line that cannot be understood; return the exit code."""
-    message = error.format_message().partition(" (Possible options")[0].replace("\n", " ").strip().rstrip(".?")
-    if message:  # without arguments the help was already shown
-        message = (message[0].lower() + message[1:]).replace(". Did you mean", "; did you mean")
-        say_error(f"{shown(message)}{_mend(error, message)}")
+    """Explain a command line that cannot be understood, in a line for each fault; return the exit code."""
+    with contextlib.suppress(OSError):  # stderr may be closed
+        for line in usage_errors(error, {name: command.options for name, command in COMMANDS.items()}):
+            say_error(shown(line))
     return error.exit_code
-
-
-def _mend(error: Any, message: str) -> str:
-    option = getattr(error, "option_name", None) or ""
-    command = next((word for word in sys.argv[1:] if word in COMMANDS), None)
-    elsewhere = option.removeprefix("--").replace("-", "_") in shortcuts(options.CycleOptions)
-    if getattr(error, "possibilities", None) is not None and elsewhere:
-        return f": it belongs to other commands than 'repan {command}', such as 'repan cycle'"
-    told = getattr(getattr(error, "param", None), "help", None)
-    if message.startswith("missing argument") and command and told:
-        told = told.strip().partition("  [")[0].rstrip(".")
-        return f": {told[0].lower()}{told[1:]}; see 'repan {command} --help'"
-    hint = did_you_mean(option, getattr(error, "possibilities", None) or ())
-    if hint or "did you mean" in message:
-        return hint or "?"
-    return f"; see 'repan {command} --help'" if command else "; see 'repan --help'"

@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from repan_cli import config
 from repan_cli.cli import completion
 from repan_cli.commands.declaration import Argument, Option, declared
+from repan_cli.commands.options import RUN, WHAT
 from repan_cli.system.text import at_home
 
 
@@ -80,9 +81,7 @@ def _argument(how: Argument) -> Any:
 
 
 def _option(how: Option, default: Any) -> Any:
-    text = how.help
-    if how.setting and not text:
-        text = (config.SCHEMA.get(how.setting) or config.OVERLAY[how.setting]).text
+    text = text_of(how)
     return typer.Option(
         *how.flags,
         metavar=how.metavar,
@@ -91,6 +90,18 @@ def _option(how: Option, default: Any) -> Any:
         autocompletion=_offers(how),
         rich_help_panel=how.panel,
     )
+
+
+def text_of(how: Option) -> str:
+    """Return the help of an option, which is that of its setting unless it has its own."""
+    if how.setting is None:
+        return how.help
+    setting = config.SCHEMA.get(how.setting) or config.OVERLAY[how.setting]
+    text = how.help or setting.text
+    given = how.panel in (WHAT, RUN)  # recipes set the defaults of the others
+    if given and isinstance(setting.default, (int, str)) and setting.default is not False:
+        return f"{text.rstrip('.')}; default {setting.default}."
+    return text
 
 
 def _offers(how: Option | Argument) -> Callable[[str], list[str]] | None:

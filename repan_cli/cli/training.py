@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from repan_cli import config
 from repan_cli.cli.dispatch import dispatch, fail, notices_shown
+from repan_cli.cli.suggestions import refuse_bare_words
 from repan_cli.commands.declaration import shortcuts
 from repan_cli.commands.options import CycleOptions, TrainOptions
 from repan_cli.errors import InputError, RepanError
@@ -56,6 +57,7 @@ def train(
 
 def _given(options: TrainOptions | CycleOptions) -> dict[str, Any]:
     """Return the settings that the command line gives, as KEY=VALUE or as shortcuts."""
+    refuse_bare_words(options.settings)
     given = config.parse_assignments(list(options.settings))
     for name, key in shortcuts(type(options)).items():
         value = getattr(options, name)

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from repan_cli import checkpoint, export, models, runs
 from repan_cli.blocks import rep_blocks
 from repan_cli.checkpoint.card import FUSED
+from repan_cli.commands.early import batch_sizes
 from repan_cli.commands.options import BenchmarkOptions
 from repan_cli.config.conventions import ARTIFACT_ENDINGS
 from repan_cli.config.names import names_a_repository
-from repan_cli.display.console import print_line, print_table
+from repan_cli.display.console import print_line
+from repan_cli.display.tables import print_table
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file
 from repan_cli.export.runtimes.openvino_files import OpenVinoNetwork
@@ -37,15 +39,14 @@ from repan_cli.system.text import count, first_line, short
 from repan_cli.system.timing import Timing, interleaved
 from repan_cli.system.user_code import names_a_file
 
-BATCHES = (1, 32, 128)
 COMPILED, ONNX, OPENVINO = "compiled", "ONNX Runtime", "OpenVINO"
 
 
 def run(options: BenchmarkOptions) -> None:
     """Time a network: all forms in turn at every batch size, then a training step."""
-    batches = options.batches or BATCHES
-    if min([*batches, options.training_batch + 1]) < 1:
-        raise InputError("--batch and --training-batch must be at least 1 (--training-batch 0 skips training)")
+    batches = batch_sizes(options)
+    if options.training_batch < 0:
+        raise InputError("--training-batch must be at least 1, or 0 to skip training")
     if options.precision == "tf32":
         raise InputError("--precision tf32 is only for training: give fp32, bf16, fp16 or auto")
     machine = start_runtime(options.device, options.precision)

@@ -13,7 +13,8 @@ import torch
 from repan_cli import export
 from repan_cli.blocks import rep_blocks
 from repan_cli.config.resolve import Resolved
-from repan_cli.display.console import print_line, print_table
+from repan_cli.display.console import print_line
+from repan_cli.display.tables import print_table
 from repan_cli.errors import InputError
 from repan_cli.session import summary
 from repan_cli.session.build import Session, prepare

@@ -22,7 +22,7 @@ from repan_cli.commands.options import (
     QuantizeOptions,
 )
 from repan_cli.config import names
-from repan_cli.config.advice import unusual, without_effect
+from repan_cli.config.advice import longer, unusual, without_effect
 from repan_cli.config.conventions import (
     ARTIFACT_ENDINGS,
     FOLDER_FORMATS,
@@ -81,7 +81,12 @@ def _check_training(command: str, resolved: Resolved | str, given: Layer | None 
     for phase in (config, baseline_phase(config)):
         _check_phase(phase)
     asked = {**resolved.own, **resolved.given}
-    for text in (*unusual(config), *without_effect(config, asked, cycles=command == "cycle")):
+    cycles = command == "cycle"
+    for text in (
+        *unusual(config),
+        *without_effect(config, asked, cycles=cycles),
+        *longer(config, asked, cycles=cycles),
+    ):
         warn(text)
 
 
@@ -222,7 +227,21 @@ def images_in(paths: Sequence[Path]) -> Iterator[Path]:
             raise InputError(f"no such image or folder: {path}")
 
 
+BATCHES = (1, 32, 128)
+"""The batch sizes of a benchmark, unless others are given."""
+
+
+def batch_sizes(options: BenchmarkOptions) -> tuple[int, ...]:
+    """Return the batch sizes to time. Raises InputError for text that is not a positive number."""
+    words = [word.strip() for given in options.batches for word in given.split(",")]
+    for word in words:
+        if not word.isdecimal() or int(word) < 1:
+            raise InputError(f"--batch {word} is not a batch size: give whole numbers from 1, such as 1,32")
+    return tuple(map(int, words)) or BATCHES
+
+
 def _check_benchmark(options: BenchmarkOptions) -> None:
+    batch_sizes(options)
     source = options.checkpoint
     if names.names_a_repository(source) or Path(source).exists() or Path(source).suffix in ARTIFACT_ENDINGS:
         sources.check(source, options.model)
@@ -267,7 +286,7 @@ def fuse_targets(options: FuseOptions) -> list[Target]:
     if out and out.is_dir():
         raise InputError(f"{out} is a folder: name a file in it")
     ending = out.suffix.removeprefix(".") if out else ""
-    endings = options.formats or (ending or "pt",)
+    endings = tuple(part for given in options.formats for part in given.split(",")) or (ending or "pt",)
     for wanted in endings:
         if wanted not in FORMATS:
             hint = did_you_mean(wanted, FORMATS) or f"; choose {', '.join(FORMATS)}"

@@ -12,7 +12,8 @@ from repan_cli.checkpoint.card import FUSED
 from repan_cli.commands.options import EvaluateOptions
 from repan_cli.data.build import eval_loader
 from repan_cli.display import plots
-from repan_cli.display.console import print_line, print_table, tell
+from repan_cli.display.console import print_line, tell
+from repan_cli.display.tables import print_table
 from repan_cli.errors import InputError
 from repan_cli.export.fuse import check_finite
 from repan_cli.session import artifact_images

@@ -22,7 +22,8 @@ from repan_cli.commands.early import Content, Target, fuse_targets
 from repan_cli.commands.options import FuseOptions
 from repan_cli.config.conventions import GRAPH_FORMATS, OPSET, RUNTIME_FORMATS, WEIGHT_FORMATS
 from repan_cli.config.names import TIMM, TORCHVISION
-from repan_cli.display.console import print_line, print_table
+from repan_cli.display.console import print_line
+from repan_cli.display.tables import print_table
 from repan_cli.errors import InputError, MergeError
 from repan_cli.export import file_check, half, model_card, onnx_file, pt2_file, runtimes, timm_folder
 from repan_cli.export.conv_bn import as_plain

@@ -18,7 +18,8 @@ from repan_cli.commands.early import info_source
 from repan_cli.commands.options import InfoOptions
 from repan_cli.config.conventions import GRAPH_ENDINGS
 from repan_cli.config.settings import SCHEMA
-from repan_cli.display.console import print_line, print_table
+from repan_cli.display.console import print_line
+from repan_cli.display.tables import print_table
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file, pt2_file, runtimes
 from repan_cli.models import own_block, user_file
@@ -39,10 +40,10 @@ def run(options: InfoOptions) -> None:
         return
     layers, left, settings = (facts.pop(name, {}) for name in ("layers", "left_alone", "config"))
     changed = {key: value for key, value in settings.items() if _is_changed(key, value)}
-    print_table(["", str(path)], [(name, _fact(name, value)) for name, value in facts.items()])
+    print_table(["", str(path)], [(name, _fact(name, value)) for name, value in _for_people(facts).items()])
     settings = [(key, _text(value)) for key, value in changed.items()]
     for titles, rows in (
-        (["block", "convolution"], [*layers.items()]),
+        (["convolution", "blocks"], [(what, names) for names, what in by_reason(layers)]),
         (["left alone", "why"], [*by_reason(left)]),
         (["setting", "where it is not the default"], settings),
     ):
@@ -51,13 +52,28 @@ def run(options: InfoOptions) -> None:
             print_table(titles, rows)
 
 
+FIGURES = {"val_top1": "val top-1", "train_top1": "train top-1", "loss": "loss", "lr": "lr"}
+"""The figures of an epoch that people are shown. The others are in the run's metrics.csv, and in `--json`."""
+
+
+def _for_people(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts without those that say nothing, with digests at the end."""
+    figures = facts.get("metrics") or {}
+    seen = {text: figures[name] for name, text in FIGURES.items() if figures.get(name) is not None}
+    known = {name: seen if name == "metrics" else value for name, value in facts.items()}
+    known = {name: value for name, value in known.items() if value not in (None, "", [], {})}
+    if known.get("attach_rate") == 1:
+        del known["attach_rate"]
+    return dict(sorted(known.items(), key=lambda fact: "digest" in fact[0] or fact[0] == "fused_from"))
+
+
 def _fact(name: str, value: Any) -> str:
     """Return a fact as text, with large numbers in readable form."""
     if isinstance(value, int) and name == "bytes":
         return f"{value:,} ({file_size(value)})"
     if isinstance(value, int) and name == "parameters":
         return f"{value:,}"
-    return _text({key: each for key, each in value.items() if each is not None} if name == "metrics" else value)
+    return _text(value)
 
 
 def _is_changed(key: str, value: Any) -> bool:
@@ -211,4 +227,4 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         shown = ", ".join(_text(inner) for inner in value[:10])
         return f"{len(value)}: {shown}, ..." if len(value) > 10 else shown
-    return f"{value:.6g}" if isinstance(value, float) else "-" if value is None or value == "" else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None or value == "" else str(value)

@@ -16,7 +16,7 @@ from repan_cli.config.grid import grids, read_grid
 from repan_cli.config.renamed import as_given
 from repan_cli.config.schema import as_text
 from repan_cli.config.settings import OVERLAY, SCHEMA
-from repan_cli.display.console import print_table
+from repan_cli.display.tables import print_table
 from repan_cli.errors import InputError
 from repan_cli.registry import Registry, did_you_mean
 from repan_cli.runs.listing import Run, runs_below

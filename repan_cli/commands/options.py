@@ -13,7 +13,7 @@ from typing import Annotated
 from repan_cli.commands.declaration import Argument, Option
 from repan_cli.config.grid import grids
 
-WHAT, HOW_LONG, RUN = "Model and data", "Length and learning rate", "The run"
+WHAT, HOW_LONG, RUN = "Model and data", "Length and learning rate (default: the recipe of the data set)", "The run"
 """Headings under which the help of the training commands lists options."""
 
 
@@ -46,7 +46,8 @@ ClassOrder = Annotated[
 Split = Annotated[str, Option(("--split",), "test, val or train.", "PART", "splits")]
 TrustCode = Annotated[bool, Option(("--trust-code",), "Run the code in a TorchScript file.")]
 Overwrite = Annotated[bool, Option(("--overwrite",), "Replace existing files.")]
-AsJson = Annotated[bool, Option(("--json",), "Print the result as JSON on stdout.")]
+AS_JSON = "Print the result as JSON on stdout."
+AsJson = Annotated[bool, Option(("--json",), AS_JSON)]
 Opset = Annotated[int | None, Option(("--opset",), "ONNX operator set version, for older runtimes; default 18.", "N")]
 Block = Annotated[str | None, Option(("--block",), metavar="NAME", setting="block.name", panel=WHAT)]
 
@@ -66,8 +67,8 @@ class FuseOptions:
         tuple[str, ...],
         Option(
             ("--format", "-f"),
-            "pt, safetensors, onnx, pt2, timm, torchscript, openvino, ncnn, tflite or coreml; repeatable.",
-            "FORMAT",
+            "pt, safetensors, onnx, pt2, timm, torchscript, openvino, ncnn, tflite or coreml; several: pt,onnx.",
+            "FORMAT,...",
             "formats",
         ),
     ] = ()
@@ -151,8 +152,8 @@ class BenchmarkOptions:
     """Options of `repan benchmark`."""
 
     checkpoint: Annotated[str, Argument("MODEL|FILE", "Name of a network, or any file of one.")]
-    block: Block = None
-    batches: Annotated[tuple[int, ...], Option(("--batch", "-b"), "Batch size; default 1, 32 and 128.", "N")] = ()
+    block: Annotated[str | None, Option(("--block",), metavar="NAME", setting="block.name")] = None
+    batches: Annotated[tuple[str, ...], Option(("--batch", "-b"), "Batch sizes; default 1,32,128.", "N,N,...")] = ()
     training_batch: Annotated[int, Option(("--training-batch",), "Batch size of a training step; 0 skips it.", "N")] = (
         128
     )
@@ -180,7 +181,9 @@ class EvaluateOptions:
     fused: Annotated[bool, Option(("--fused",), "Also merge the network, and show both forms side by side.")] = False
     model: Network = None
     block: OwnBlock = None
-    out: Annotated[Path | None, Option(("--out", "-o"), "Write confusion.csv, .png and classes.csv.", "FOLDER")] = None
+    out: Annotated[
+        Path | None, Option(("--out", "-o"), "Write confusion.csv, confusion.png and classes.csv there.", "FOLDER")
+    ] = None
     trust_code: TrustCode = False
     device: Device = "auto"
     as_json: AsJson = False
@@ -267,11 +270,11 @@ Settings = Annotated[
 Model = Annotated[str | None, Option(("--model", "-m"), metavar="NAME", setting="model.name", panel=WHAT)]
 Dataset = Annotated[str | None, Option(("--dataset", "-d"), metavar="NAME", setting="data.name", panel=WHAT)]
 Root = Annotated[str | None, Option(("--data-root",), metavar="FOLDER", setting="data.root", panel=WHAT)]
-TOO = ", and of the baseline unless it has its own."
-RATE_OF_CYCLES = f"Peak learning rate of cycles{TOO} If it has, and cycle.schedule=continuous, give --baseline-lr."
-RATE_OF_ALL = "Peak learning rate of the baseline, and of all cycles with cycle.schedule=continuous."
+EPOCHS_OF_CYCLES = "Epochs of each cycle. Recipes give the baseline its own: --baseline-epochs."
+RATE_OF_CYCLES = "Peak learning rate; if the baseline has its own (--baseline-lr), only that of the cycles."
+RATE_OF_ALL = "Peak learning rate of the baseline, and with one schedule over all (the default) of the cycles."
 Rate = Annotated[str | None, Option(("--lr",), metavar="RATE", setting="optim.lr", panel=HOW_LONG)]
-Epochs = Annotated[str | None, Option(("--epochs",), "Length of the run.", "N", setting="epochs", panel=HOW_LONG)]
+Epochs = Annotated[str | None, Option(("--epochs",), "Number of epochs.", "N", setting="epochs", panel=HOW_LONG)]
 Init = Annotated[str | None, Option(("--init",), "Start from these weights.", "FILE", setting="model.init", panel=WHAT)]
 Pretrained = Annotated[
     bool,
@@ -307,6 +310,7 @@ Seeds = Annotated[
     str | None, Option(("--seeds",), "Run once with each of these seeds and compare.", "N,N,...", panel=RUN)
 ]
 Control = Annotated[bool, Option(("--control",), "Also train without restarts, as a control, and compare.", panel=RUN)]
+RunAsJson = Annotated[bool, Option(("--json",), AS_JSON, panel=RUN)]
 PrintConfig = Annotated[bool, Option(("--print-config",), "Print the settings as YAML and exit.", panel=RUN)]
 DryRun = Annotated[
     bool, Option(("--dry-run",), "Try every part of the run once, describe the run, write nothing.", panel=RUN)
@@ -336,7 +340,7 @@ class TrainOptions:
     seeds: Seeds = None
     print_config: PrintConfig = False
     dry_run: DryRun = False
-    as_json: AsJson = False
+    as_json: RunAsJson = False
 
 
 @dataclass(frozen=True)
@@ -350,15 +354,13 @@ class CycleOptions:
     data_root: Root = None
     baseline_epochs: Annotated[
         str | None,
-        Option(("--baseline-epochs",), "Length of the baseline.", "N", setting="baseline.epochs", panel=HOW_LONG),
+        Option(("--baseline-epochs",), "Epochs of the baseline.", "N", setting="baseline.epochs", panel=HOW_LONG),
     ] = None
     baseline_lr: Annotated[
         str | None, Option(("--baseline-lr",), RATE_OF_ALL, "RATE", setting="baseline.optim.lr", panel=HOW_LONG)
     ] = None
     cycles: Annotated[str | None, Option(("--cycles",), metavar="N", setting="cycle.count", panel=HOW_LONG)] = None
-    epochs: Annotated[
-        str | None, Option(("--epochs",), f"Length of each cycle{TOO}", "N", setting="epochs", panel=HOW_LONG)
-    ] = None
+    epochs: Annotated[str | None, Option(("--epochs",), EPOCHS_OF_CYCLES, "N", setting="epochs", panel=HOW_LONG)] = None
     lr: Annotated[str | None, Option(("--lr",), RATE_OF_CYCLES, "RATE", setting="optim.lr", panel=HOW_LONG)] = None
     init: Annotated[
         str | None,
@@ -384,4 +386,4 @@ class CycleOptions:
     control: Control = False
     print_config: PrintConfig = False
     dry_run: DryRun = False
-    as_json: AsJson = False
+    as_json: RunAsJson = False

@@ -15,7 +15,8 @@ from repan_cli.commands.early import images_in
 from repan_cli.commands.options import PredictOptions
 from repan_cli.data.image_files import UnreadableImageError, open_image
 from repan_cli.display import pictures
-from repan_cli.display.console import print_table, tell
+from repan_cli.display.console import tell
+from repan_cli.display.tables import print_table
 from repan_cli.errors import InputError
 from repan_cli.export.fuse import check_finite
 from repan_cli.session.artifact import Artifact, open_artifact

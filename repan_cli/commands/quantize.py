@@ -18,7 +18,8 @@ from repan_cli.commands.options import QuantizeOptions
 from repan_cli.config.conventions import OPSET
 from repan_cli.data.batches import Loader
 from repan_cli.data.build import eval_loader
-from repan_cli.display.console import print_line, print_table
+from repan_cli.display.console import print_line
+from repan_cli.display.tables import print_table
 from repan_cli.errors import InputError
 from repan_cli.export import int8, onnx_file
 from repan_cli.export.fuse import check_finite

@@ -22,7 +22,8 @@ from repan_cli.compare.results import read_all
 from repan_cli.config.conventions import ARM_FILE, CONFIG_FILE, SAME_RESULT
 from repan_cli.config.grid import Arm, Grid, find_grid, parse_seeds, read_grid
 from repan_cli.display.comparison import show
-from repan_cli.display.console import print_table, tell
+from repan_cli.display.console import tell
+from repan_cli.display.tables import print_table
 from repan_cli.errors import DivergedError, InputError, InterruptedRunError, PreemptedRunError, RepanError
 from repan_cli.runs import state_of, studies
 from repan_cli.runs.processes import Job, Pool

@@ -35,6 +35,14 @@ def without_effect(config: Config, given: Mapping[str, Any], *, cycles: bool) ->
             yield f"{key} has no effect {why}"
 
 
+def longer(config: Config, given: Mapping[str, Any], *, cycles: bool) -> Iterator[str]:
+    """Yield a baseline that is longer than the given epochs, which are those of a cycle."""
+    baseline = baseline_phase(config).epochs
+    only = cycles and "epochs" in given and "baseline.epochs" not in given and config.model.init is None
+    if only and baseline > config.epochs:
+        yield f"--epochs is the length of a cycle; the baseline keeps its {baseline} epochs: set --baseline-epochs"
+
+
 def _why_not(config: Config, key: str, *, cycles: bool) -> str | None:
     section, _, name = key.rpartition(".")
     cycle = config.cycle

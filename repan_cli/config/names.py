@@ -118,7 +118,15 @@ TORCHVISIONS = r"^@register_model\(\)\n(?:@.*\n)*def (\w+)"
 
 
 def unknown_model(name: str, choices: list[str]) -> InputError:
-    return InputError(f"unknown model '{name}'{did_you_mean(name, choices) or '; repan list models shows all'}")
+    hint = _in_a_file(name) or did_you_mean(name, choices) or "; repan list models shows all"
+    return InputError(f"unknown model '{name}'{hint}")
+
+
+def _in_a_file(name: str) -> str:
+    """Return the end of an error message for `net:build` or `net.build`, if there is a file net.py."""
+    module, _, function = name.replace(":", ".").rpartition(".")
+    file = Path(*module.split(".")).with_suffix(".py") if module else None
+    return f"; did you mean {file}:{function}?" if file and file.is_file() else ""
 
 
 def check_model(name: str) -> None:

@@ -40,7 +40,7 @@ def typed(*layers: Layer) -> dict[str, Any]:
     for key, text in {key: text for layer in layers for key, text in layer.items()}.items():
         entry = SCHEMA.get(key) or OVERLAY.get(key)
         if entry is None:
-            problems.append(_unknown_key(key))
+            problems.append(_unknown_key(key, text))
             continue
         try:
             values[key] = entry.parse(text)
@@ -53,32 +53,47 @@ def typed(*layers: Layer) -> dict[str, Any]:
 
 OTHER_WORDS = {
     **dict.fromkeys(("cycles", "num_cycles", "n_cycles"), "cycle.count"),
-    **dict.fromkeys(("dataset", "data_set"), "data.name"),
+    **dict.fromkeys(("dataset", "data_set", "data"), "data.name"),
     **dict.fromkeys(("data_root", "data_dir", "data_path"), "data.root"),
-    **dict.fromkeys(("batch", "bs", "batchsize"), "data.batch_size"),
-    **dict.fromkeys(("img_size", "imgsz", "resolution"), "data.image_size"),
-    **dict.fromkeys(("learning_rate", "base_lr"), "optim.lr"),
-    **dict.fromkeys(("wd", "decay_rate"), "optim.weight_decay"),
-    **dict.fromkeys(("optimizer", "opt"), "optim.name"),
-    **dict.fromkeys(("scheduler", "lr_schedule", "sched"), "optim.schedule"),
-    **dict.fromkeys(("warmup", "warmup_epoch"), "optim.warmup_epochs"),
-    **dict.fromkeys(("num_epochs", "max_epochs", "n_epochs"), "epochs"),
-    **dict.fromkeys(("arch", "architecture", "backbone", "network"), "model.name"),
-    **dict.fromkeys(("weights", "checkpoint"), "model.init"),
-    **dict.fromkeys(("gpu", "gpus", "accelerator"), "run.device"),
+    **dict.fromkeys(("batch", "bs", "batchsize", "train_batch_size"), "data.batch_size"),
+    **dict.fromkeys(("img_size", "imgsz", "resolution", "input_size", "size"), "data.image_size"),
+    **dict.fromkeys(("aa", "auto_augment", "augmentation", "aug"), "data.augment"),
+    **dict.fromkeys(("reprob", "random_erase", "random_erasing"), "data.erase"),
     **dict.fromkeys(("num_workers", "n_workers"), "data.workers"),
-    **dict.fromkeys(("out_dir", "output", "output_dir", "save_dir"), "run.out"),
-    **dict.fromkeys(("logger", "loggers"), "run.trackers"),
-    "amp": "run.precision",
+    **dict.fromkeys(("learning_rate", "base_lr", "lr0"), "optim.lr"),
+    **dict.fromkeys(("wd",), "optim.weight_decay"),
+    **dict.fromkeys(("optimizer", "opt"), "optim.name"),
+    **dict.fromkeys(("scheduler", "lr_schedule", "lr_scheduler", "sched"), "optim.schedule"),
+    **dict.fromkeys(("warmup", "warmup_epoch", "lr_warmup_epochs"), "optim.warmup_epochs"),
+    **dict.fromkeys(("smoothing",), "optim.label_smoothing"),
+    **dict.fromkeys(("clip_grad", "grad_clip", "clip_grad_norm"), "optim.clip"),
+    **dict.fromkeys(("grad_accum_steps", "grad_accum", "accum_iter", "accumulate_grad_batches"), "optim.accumulate"),
+    **dict.fromkeys(("num_epochs", "max_epochs", "n_epochs"), "epochs"),
+    **dict.fromkeys(("arch", "architecture", "backbone", "network", "net"), "model.name"),
+    **dict.fromkeys(("weights", "checkpoint", "ckpt", "initial_checkpoint", "load"), "model.init"),
+    **dict.fromkeys(("model_ema", "ema"), "ema.enabled"),
+    **dict.fromkeys(("model_ema_decay", "ema_decay"), "ema.decay"),
+    **dict.fromkeys(("gpu", "gpus", "accelerator"), "run.device"),
+    **dict.fromkeys(("amp", "fp16", "bf16", "half", "mixed_precision", "dtype"), "run.precision"),
+    **dict.fromkeys(("torchcompile", "torch_compile"), "run.compile"),
+    **dict.fromkeys(("out_dir", "output", "output_dir", "save_dir", "logdir", "log_dir", "work_dir"), "run.out"),
+    **dict.fromkeys(("logger", "loggers", "log_wandb", "wandb", "tensorboard"), "run.trackers"),
+    **dict.fromkeys(("log_interval", "print_freq"), "run.log_every"),
+    **dict.fromkeys(("random_seed", "manual_seed"), "run.seed"),
 }
 """Other tools' words for our settings."""
+
+NAMED = ("model", "data", "block", "teacher")
+"""Sections that are named after the thing that they describe."""
 
 SEVERAL = 3
 """The largest number of settings that a message suggests."""
 
 
-def _unknown_key(key: str) -> str:
+def _unknown_key(key: str, value: Any) -> str:
     sections = {known.partition(".")[0] for known in SCHEMA if "." in known} | {"baseline"}
+    if key in sections and isinstance(value, str) and key in NAMED and not value.isdigit():
+        return f"{key} is a section; did you mean {key}.name={value}?"
     if key in sections:
         return f"{key} is a section: give {key}.SETTING=VALUE, see 'repan list settings \"{key}.*\"'"
     leaf = key.rpartition(".")[2].lower()

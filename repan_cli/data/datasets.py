@@ -9,6 +9,7 @@ small images) or read on demand (`LazyImages`).
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,9 @@ MARKS = ("train", "test", "val", "cifar-10*", "*_32x32.mat", "MNIST", "FashionMN
 
 
 def check_name(name: str) -> None:
-    """Raise InputError for an unknown data set."""
+    """Raise InputError for an unknown data set, and for a folder that is missing."""
+    if name.partition("/")[0] not in PREFIXES and {"/", os.sep} & set(name):
+        raise InputError(f"no folder {name}: give --dataset FOLDER with a folder of images for each class")
     _specification(name)
 
 

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from repan_cli.compare import table
 from repan_cli.compare.groups import Comparison
-from repan_cli.display.console import print_table, tell
+from repan_cli.display.console import tell
+from repan_cli.display.tables import fits, print_table
 from repan_cli.system.notices import warn
 
 
@@ -17,13 +18,14 @@ def show(comparison: Comparison, *, to_stderr: bool = False) -> None:
     for warning in comparison.warnings:
         warn(warning)
     titles, rows = table.titles(comparison), table.rows(comparison)
-    if _width([titles, *rows]) <= Console(stderr=to_stderr).width:
-        print_table(list(titles), rows, to_stderr=to_stderr)
+    width = Console(stderr=to_stderr).width
+    numbers = [str(number) for number in range(1, len(rows) + 1)]
+    figures = [(number, *row[1:]) for number, row in zip(numbers, rows, strict=True)]
+    if _width([titles, *rows]) <= width or not fits(["", *titles[1:]], figures, width):
+        print_table(titles, rows, to_stderr=to_stderr)
     else:  # names on their own lines
-        numbers = [str(number) for number in range(1, len(rows) + 1)]
         names = ((number, row[0]) for number, row in zip(numbers, rows, strict=True))
         print_table(["", titles[0]], names, to_stderr=to_stderr)
-        figures = ((number, *row[1:]) for number, row in zip(numbers, rows, strict=True))
         print_table(["", *titles[1:]], figures, to_stderr=to_stderr)
     tell(table.legend(comparison))
 

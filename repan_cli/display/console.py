@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -26,6 +25,8 @@ from rich.text import Text
 from repan_cli.display.activity import Activity
 from repan_cli.display.live import Position, View, figures
 from repan_cli.display.notebook import NotebookLive
+from repan_cli.display.streams import Stderr
+from repan_cli.display.tables import as_list, fits
 from repan_cli.runs import felt
 from repan_cli.runs.directory import Heartbeat
 from repan_cli.system.notices import LOGGER, watched_by
@@ -35,34 +36,12 @@ from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, LossLo
 SECONDS_BETWEEN_LINES = 30
 REFRESHES = 5
 NAME_WIDTH = 14
-WIDE = 1000
 LOSS_JUMP = 0.5
 JUMPED = "the restart kept the function in eval mode only"
 COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8}{:>8} {:>7}"
 WITHOUT_RATE = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7}"
 WARNING = "bold magenta"
 """Readable on white and on black, unlike yellow."""
-
-
-class Stderr:
-    """The current standard error of the process. A closed reader or terminal does not end a run."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-    def write(self, text: str) -> int:
-        self._try(lambda: sys.stderr.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(lambda: sys.stderr.flush())
-
-    def _try(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except OSError:
-            with contextlib.suppress(OSError, ValueError):  # the rest of its buffer is discarded
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @functools.cache
@@ -259,7 +238,6 @@ class Display:
 
         The `records` of the epochs give the number of steps over which losses were averaged.
         """
-        table = Table(box=None, pad_edge=False, header_style="bold")
         cycles = [[each for each in records if each["cycle"] == row["cycle"]] for row in summary["cycles"]]
         windows = [felt.covered(cycles, window) for window in felt.HEADS]
         if len(set(windows)) == 1:  # short phases, whose windows are the same steps
@@ -267,16 +245,28 @@ class Display:
         else:
             after = [f"first\n{window}\nsteps" for window in windows]
         titles = ("phase", "val\nbefore", "after\nrestart", "loss\nbefore", *after, "val\nat end", "test", "time")
-        for title in titles:
-            table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
         unknown = [""] * (3 + len(after))
-        table.add_row(self.name(0) if 0 in self.epochs else "start", *unknown, *_figures(summary["baseline"]))
+        rows = [(self.name(0) if 0 in self.epochs else "start", *unknown, *_figures(summary["baseline"]))]
         for row in summary["cycles"]:
             around = percent(row["top1_before"]), percent(row["top1_after_restart"])
             around_it = ["-" if loss is None else loss_text(loss) for loss in _felt(row)][: 1 + len(after)]
-            table.add_row(self.name(row["cycle"]), *around, *around_it, *_figures(row))
+            rows.append((self.name(row["cycle"]), *around, *around_it, *_figures(row)))
         self.say()
-        self.say(table)
+        self.say(
+            _right_aligned(titles, rows)
+            if fits(titles, rows, self.console.width)
+            else as_list(titles, rows, self.console.width)
+        )
+
+
+def _right_aligned(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table of figures, with the names of their rows on the left."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="left" if title == titles[0] else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _felt(row: Mapping[str, Any]) -> Iterable[float | None]:
@@ -286,29 +276,6 @@ def _felt(row: Mapping[str, Any]) -> Iterable[float | None]:
 
 def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return percent(row["top1"]), percent(row["test_top1"]), duration(row["seconds"])
-
-
-def print_table(title: list[str], rows: Iterable[Iterable[str]], *, to_stderr: bool = False) -> None:
-    """Print a table, on stdout for commands whose result it is, else on stderr.
-
-    Without a terminal, each row is one line.
-    """
-    cells = [[shown(cell) for cell in row] for row in rows]
-    console = Console(file=cast("TextIO", Stderr()) if to_stderr else None, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = WIDE
-    longest = max((len(row[0]) for row in cells), default=0)
-    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(title))
-    for number, name in enumerate(title):  # a name that fits is kept whole, to be copied
-        table.add_column(name, overflow="fold", no_wrap=not number and longest <= console.width // 2)
-    for row in cells:
-        table.add_row(*map(Text, row))
-    if console.is_terminal or console.is_jupyter:
-        console.print(table)
-        return
-    with console.capture() as drawn:
-        console.print(table)
-    console.file.write("".join(f"{line.rstrip()}\n" for line in drawn.get().removesuffix("\n").split("\n")))
 
 
 def print_line(text: str, *, whole: bool = False) -> None:

@@ -117,7 +117,9 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"unknown device '{name}'; give auto, cpu, cuda, cuda:N or mps") from None
+        meant = f"cuda:{name}" if name.isdigit() else "cuda" if name.lower().startswith("gpu") else None
+        hint = f"did you mean {meant}?" if meant else "give auto, cpu, cuda, cuda:N or mps"
+        raise InputError(f"unknown device '{name}'; {hint}") from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"device {name} is not supported; give auto, cpu, cuda, cuda:N or mps")
     if device.type == "mps" and not torch.backends.mps.is_available():
