@@ -48,6 +48,14 @@ class ForbiddenImageError(UnreadableImageError):
     may_be_skipped = False
 
 
+NETWORK = {"requests", "urllib3", "httpx", "aiohttp"}
+"""Packages all of whose errors are failures of the network."""
+
+
+def _is_of_network(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in NETWORK
+
+
 def failure(error: Exception, name: str) -> RepanError:
     """Return the error to raise for the image `name` that could not be read, by whether the image itself is the reason.
 
@@ -66,7 +74,7 @@ def failure(error: Exception, name: str) -> RepanError:
         )
     if number in FULL:
         return OutOfSpaceError(f"cannot read the image {name}: {why}: free some space")
-    if number in OUT_OF_REACH:
+    if number in OUT_OF_REACH or isinstance(error, (ConnectionError, TimeoutError)) or _is_of_network(error):
         return OutOfReachError(f"cannot read the image {name}: {why}: its disk or network drive does not deliver")
     if number in FORBIDDEN:
         return ForbiddenImageError(f"cannot read the image {name}: {why}")
