@@ -133,7 +133,7 @@ def ignore_signals(worker: int) -> None:
 
 
 Problems = dict[str, type[RepanError] | None]
-"""What could not be read, each with the kind of the error that ends the run, or None."""
+"""The images that could not be read, each with the kind of the error that ends the run, or None."""
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, Problems]:
