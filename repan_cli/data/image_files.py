@@ -66,7 +66,7 @@ def failure(error: Exception, name: str) -> RepanError:
     why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     of_decoder = isinstance(error, OSError) and str(error).startswith("out of memory")  # Pillow's code -9
     if is_out_of_memory(error) or of_decoder:
-        mend = "set data.workers=0, or a smaller --batch-size or data.image_size"
+        mend = "set data.workers=0, or a smaller --batch-size or data.image_size; if only this image does so, remove it"
         return OutOfSpaceError(f"out of memory while reading the image {name}: {mend}")
     if number in TOO_MANY:
         return OutOfSpaceError(
