@@ -36,7 +36,7 @@ from repan_cli.config import files
 from repan_cli.data import image_files
 from repan_cli.errors import InputError
 from repan_cli.export import onnx_file, pt2_file
-from repan_cli.session.artifact import written_into
+from repan_cli.session.artifact import written_in
 
 CORPUS = Path(__file__).with_name("corpus")
 MOST_SECONDS = 20
@@ -209,13 +209,13 @@ def _weights_in(path: Path) -> None:
 
 
 def _graph_in(path: Path) -> None:
-    written_into(path)
+    written_in(pt2_file.header(path))
     pt2_file.open_file(path)
 
 
 def _onnx_in(path: Path) -> None:
     onnx_file.graph(path)
-    written_into(path)
+    written_in(onnx_file.header(path))
 
 
 def _image_in(path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torchvision
+from PIL import Image
 
 from repan_cli.data import datasets
 from repan_cli.errors import InputError
@@ -162,3 +163,29 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, monkeypatch,
     with pytest.raises(InputError, match=f"{name} is not under .* and cannot be downloaded"):
         datasets.load(name, tmp_path / "data")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+class OfTimm:
+    """A data set as timm returns it, with these labels."""
+
+    classes = ("ant", "bee")
+
+    def __init__(self, targets):
+        self.targets = targets
+
+    def __getitem__(self, index):
+        return Image.new("RGB", (8, 8)), self.targets[index]
+
+
+@pytest.mark.parametrize("validation", [[0, 1], [-1, -1]])
+def test_a_test_part_without_labels_is_not_used(tmp_path, monkeypatch, caplog, validation):
+    """That of ImageNet on the Hub has -1 for each image."""
+    parts = {"train": [0, 1] * 5, "validation": validation, "test": [-1] * 4}
+    monkeypatch.setattr("timm.data.create_dataset", lambda name, *, split, **_: OfTimm(parts[split]))
+    if validation == [0, 1]:
+        found = datasets.load("hfds/someone/insects", tmp_path, val_fraction=0.2)
+        assert (len(found.train.labels), len(found.val.labels), len(found.test.labels)) == (8, 2, 2)
+        assert "the test part of hfds/someone/insects has no labels and is not used" in caplog.text
+    else:
+        with pytest.raises(InputError, match="hfds/someone/insects has no validation or test part with labels"):
+            datasets.load("hfds/someone/insects", tmp_path)

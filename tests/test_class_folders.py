@@ -1,6 +1,8 @@
 """Image folders in common layouts, the order of their classes, and the classes that a weights file stores."""
 
+import errno
 import json
+import os
 import unicodedata
 
 import numpy as np
@@ -220,3 +222,19 @@ def test_a_folder_is_taken_as_the_data_set(capsys, hub, tmp_path, monkeypatch, c
         assert code == 0, err
     both = one_line(capsys, command, hub, "--dataset", tmp_path / "d", "--data-root", tmp_path, *more)
     assert "is a folder, and data.root=" in both
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    """Python's walk through folders leaves such a one out."""
+    write_folders(tmp_path)
+    picture(tmp_path / "train" / "bee" / "deep" / "one.png")
+    scandir = os.scandir
+
+    def fails(path):
+        if str(path).endswith("deep"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(OSError, match="Input/output error: .*deep"):
+        datasets.load("folder", tmp_path)

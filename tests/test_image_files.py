@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from PIL import Image, PngImagePlugin
 from support import write_folders
 
@@ -197,6 +198,8 @@ def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, failure
         (OSError(errno.ENOSPC, "No space left on device"), OutOfSpaceError, "a.png: No space left"),
         (OSError(errno.EIO, "Input/output error"), OutOfReachError, "a.png: Input/output error: its disk or network"),
         (OSError(errno.ESTALE, "Stale file handle"), OutOfReachError, "a.png: Stale file handle: its disk or network"),
+        (TimeoutError("timed out"), OutOfReachError, "a.png: timed out: its disk or network"),
+        (requests.ConnectionError("no route"), OutOfReachError, "a.png: no route: its disk or network"),
         (PermissionError(errno.EACCES, "Permission denied"), ForbiddenImageError, "a.png: Permission denied$"),
     ],
 )

@@ -200,6 +200,10 @@ class KeepsAList(torch.optim.SGD):
 def test_an_optimizer_that_cannot_be_used_or_resumed_is_refused_before_the_first_step(monkeypatch):
     with pytest.raises(InputError, match="optim.name=adahessian cannot be used here: .*grad"):
         optim.build_optimizer(small_net(), OptimConfig(name="adahessian"))
-    monkeypatch.setattr("timm.optim.create_optimizer_v2", lambda params, **_: KeepsAList(params))
+    tried = []
+    monkeypatch.setattr(
+        "timm.optim.create_optimizer_v2", lambda params, **_: tried.append(params) or KeepsAList(params)
+    )
     with pytest.raises(InputError, match="optim.name=adamw has a state that a checkpoint cannot hold"):
-        optim.build_optimizer(small_net(), OptimConfig(name="adamw"))
+        optim.build_optimizer(small_net().to("meta"), OptimConfig(name="adamw"))
+    assert tried[0][0].device.type == "meta", "that of the network: some optimizers work only on GPUs"

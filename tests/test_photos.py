@@ -223,6 +223,24 @@ def test_images_that_break_are_skipped_as_the_message_advises(tmp_path, monkeypa
     assert code == 0, err
 
 
+def test_images_that_break_after_others_were_left_out_are_skipped_on_resume(tmp_path, monkeypatch, capsys, few_blocks):
+    """The run knows which images it began without; the positions of all others stay."""
+    monkeypatch.chdir(tmp_path)
+    flat(tmp_path / "photos")
+    files = sorted((tmp_path / "photos").rglob("*.*"))
+    files[1].write_bytes(b"no image")
+    stopped(capsys, "--dataset", "photos", "--out", "run", "data.crop=resized", "data.on_error=skip")
+    train = datasets.load("folder", "photos", image_size=8, crop="resized", on_error="skip").train
+    path = Path(train.read.name(int(train.index[-1])))
+    path.write_bytes(b"no image either")
+    code, _, err = run(capsys, "train", "--resume", "run")
+    assert code == 0, err
+    assert f"cannot read the image {path}" in err
+    files[1].write_bytes(files[2].read_bytes())  # a repaired image does not join later
+    (tmp_path / "run" / "summary.json").unlink()
+    assert run(capsys, "train", "--resume", "run")[0] == 0
+
+
 def test_the_home_folder_is_known_in_every_path(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     flat(tmp_path / "photos")

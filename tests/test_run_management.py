@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def several(tmp_path, monkeypatch):
     status(runs / "elsewhere", state="running", host="far away", pid=1, heartbeat="2026-01-01T00:00:00+00:00")
     status(runs / "seeds" / "seed_0", state="preempted")
     status(runs / "never saved", state="failed")
+    shutil.copytree(runs / "seeds" / "seed_0", runs / "seeds" / ".control_seed_0")
     return runs
 
 

@@ -5,6 +5,8 @@ import os
 import platform
 import shutil
 import stat
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from repan_cli import runs
 from repan_cli.errors import InputError
 from repan_cli.runs import directory
+from repan_cli.system import files
 from repan_cli.system.files import write_atomically
 
 
@@ -64,6 +67,31 @@ def test_files_are_readable_as_the_umask_says(tmp_path):
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("linux", [True, False])
+def test_threads_that_write_at_once_leave_the_umask_as_it_is(tmp_path, monkeypatch, linux):
+    """The heartbeat writes from its own thread."""
+    set_mask, found = os.umask, set()
+
+    def slow(mask):
+        before = set_mask(mask)
+        time.sleep(0.001)  # other threads run
+        return before
+
+    monkeypatch.setattr(os, "umask", slow)
+    if not linux:
+        monkeypatch.setattr(files, "STATUS", tmp_path / "none", raising=False)
+    old = set_mask(0o022)
+    try:
+        threads = [threading.Thread(target=lambda: found.update(files._umask() for _ in range(5))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        left = set_mask(old)
+    assert (found, left) == ({0o022}, 0o022)
 
 
 def test_status_and_software(tmp_path):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from repan_cli.cli import dispatch
 from repan_cli.data import workers
 from repan_cli.data.image_files import ArrayReader
 from repan_cli.data.streaming import StreamingLoader
 from repan_cli.data.types import LazyImages
-from repan_cli.errors import InputError, StoppedError, StuckLoaderError
+from repan_cli.errors import InputError, OutOfSpaceError, StoppedError, StuckLoaderError, is_out_of_memory
 
 
 class Stuck(ArrayReader):
@@ -78,6 +79,31 @@ def test_a_lost_process_is_one_line(loader):
     with pytest.raises((StuckLoaderError, RuntimeError), match=r"process that loads images has died|DataLoader worker"):
         list(loader.batches(4))
         time.sleep(1)
+
+
+class Fails(ArrayReader):
+    """A reader that raises an error with this text for one image."""
+
+    text = ""
+
+    def __call__(self, index):
+        if index == 5:
+            raise RuntimeError(self.text)
+        return super().__call__(index)
+
+
+@pytest.mark.parametrize("text", ["a bug", "the server timed out", "DefaultCPUAllocator: can't allocate memory"])
+def test_an_error_within_a_process_is_neither_a_lost_process_nor_a_wait(loader, text):
+    """As a wait, it would lose the batch."""
+    loader.part = LazyImages(Fails(np.zeros((8, 8, 8, 3), dtype=np.uint8)), np.arange(8), np.arange(8))
+    loader.part.read.text = text
+    with pytest.raises(RuntimeError, match=text) as caught:
+        list(loader.batches(4))
+    assert not isinstance(caught.value, StuckLoaderError)
+    assert is_out_of_memory(caught.value) == ("memory" in text)
+    known = dispatch._as_known(caught.value)
+    assert isinstance(known, OutOfSpaceError) if "memory" in text else known is None
+    assert are_gone()
 
 
 def test_a_small_shared_memory_is_refused_with_its_size(monkeypatch, tmp_path):

@@ -140,7 +140,7 @@ def _as_known(error: Exception) -> RepanError | None:
         return LostRankError(
             f"another rank is gone or does not answer ({first_line(error)}); continue from the last save with --resume"
         )
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return StuckLoaderError(
             f"a process that loads images was lost ({first_line(error)}); continue from the last save with "
             "--resume; if it happens again, set data.workers=0 or provide more memory"

@@ -249,7 +249,12 @@ def _load_timm(name: str) -> Callable[[Path, ReadOptions], RawDataset]:
         parts: dict[str, Part] = {}
         for part, dataset in found.items():
             _, labels = _classes_and_labels(name, dataset)
+            if len(labels) and part != "train" and (labels < 0).all():
+                warn(f"the {part} part of {name} has no labels and is not used")
+                continue
             parts[part] = LazyImages(_TimmReader(dataset, reading.channels), labels, np.arange(len(labels)))
+        if len(parts) < 2:
+            raise InputError(f"{name} has no validation or test part with labels")
         return RawDataset(classes, parts)
 
     return load

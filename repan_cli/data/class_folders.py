@@ -66,11 +66,18 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not is_junk(entry.name))
 
 
+def _refuse(error: OSError) -> None:
+    raise error
+
+
 def files_below(folder: Path) -> list[Path]:
-    """Return all files in and below a folder, sorted, following links, without those that are never data."""
+    """Return all files in and below a folder, sorted, following links, without those that are never data.
+
+    Raises OSError for a folder that cannot be listed: its files would silently be missing.
+    """
     found = []
     seen: set[tuple[int, int]] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         known = Path(place).stat()
         if (known.st_dev, known.st_ino) in seen:  # a link to a folder that contains it
             folders.clear()

@@ -58,7 +58,7 @@ def load(
     only: str | None = None,
     download: bool = True,
     network_size: int | None = None,
-    keep: bool = False,
+    left_out: tuple[str, ...] | None = None,
     known_split: str = "",
 ) -> Dataset:
     """Read a data set, or one part of it, and hold out its validation part.
@@ -68,8 +68,8 @@ def load(
     Both draws are stratified and depend only on `split_seed`. A split whose digest is `known_split` is not reported.
 
     `classes` keeps the first classes by name, `per_class` the first training images of each. With `only`, just that
-    part of image folders is read. `network_size` is the side for folders without a common size. With `keep`, the loader
-    skips unreadable images. Raises InputError for data that are missing, damaged, or do not fit the arguments.
+    part of image folders is read. `network_size` is the side for folders without a common size; `left_out` is that of
+    `ReadOptions`. Raises InputError for data that are missing, damaged, or do not fit the arguments.
     """
     spec = _specification(name)
     mean, std = _statistics(spec, channels)
@@ -81,7 +81,7 @@ def load(
         order=class_order if isinstance(class_order, str) else tuple(class_order),
         only=only,
         network_size=network_size,
-        keep=keep,
+        left_out=left_out,
     )
     raw, digest, drawn = _read(name, spec, Path(root), reading, classes), "", ""
     if only is not None:

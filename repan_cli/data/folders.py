@@ -45,7 +45,7 @@ def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
     for part, (paths, labels, _) in listed.items():
         skip, mend = reading.skip and part == "train", MEND if part == "train" else MEND_SCORED
         if reading.streams(size):
-            parts[part] = _pictures(paths, labels, reading, skip=skip, whole=part != "train", mend=mend)
+            parts[part] = _pictures(root, paths, labels, reading, skip=skip, whole=part != "train", mend=mend)
         else:
             parts[part] = _read_images(paths, labels, size, reading, skip=skip, mend=mend)
     return RawDataset(classes, parts, size)
@@ -103,7 +103,7 @@ def _read_images(
 
 
 def _pictures(
-    paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: bool, whole: bool, mend: str
+    root: Path, paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: bool, whole: bool, mend: str
 ) -> LazyImages:
     """Return images that are read on demand, and check them now, so that a run does not fail near its end.
 
@@ -116,9 +116,17 @@ def _pictures(
         return True
 
     kept = np.ones(len(paths), dtype=bool)
-    if len(paths) <= LOOKED_AT and (whole or not reading.keep):
+    if reading.left_out is not None and not whole:
+        known = set(reading.left_out)
+        kept = np.array([_named(path, root) not in known for path in paths])
+    elif len(paths) <= LOOKED_AT:
         kept = np.array([found is not None for found in _outcomes(look, len(paths), skip=skip, mend=mend)])
-    return LazyImages(image_files.FileReader(paths, reading.channels), labels[kept], np.flatnonzero(kept))
+    left_out = tuple(_named(paths[number], root) for number in np.flatnonzero(~kept))
+    return LazyImages(image_files.FileReader(paths, reading.channels), labels[kept], np.flatnonzero(kept), left_out)
+
+
+def _named(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
 
 
 def _outcomes(read: Callable[[int], T], count: int, *, skip: bool, mend: str) -> list[T | None]:

@@ -48,6 +48,14 @@ class ForbiddenImageError(UnreadableImageError):
     may_be_skipped = False
 
 
+NETWORK = {"requests", "urllib3", "httpx", "aiohttp"}
+"""Packages all of whose errors are failures of the network."""
+
+
+def _is_of_network(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in NETWORK
+
+
 def failure(error: Exception, name: str) -> RepanError:
     """Return the error to raise for the image `name` that could not be read, by whether the image itself is the reason.
 
@@ -58,7 +66,7 @@ def failure(error: Exception, name: str) -> RepanError:
     why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     of_decoder = isinstance(error, OSError) and str(error).startswith("out of memory")  # Pillow's code -9
     if is_out_of_memory(error) or of_decoder:
-        mend = "set data.workers=0, or a smaller --batch-size or data.image_size"
+        mend = "set data.workers=0, or a smaller --batch-size or data.image_size; if only this image does so, remove it"
         return OutOfSpaceError(f"out of memory while reading the image {name}: {mend}")
     if number in TOO_MANY:
         return OutOfSpaceError(
@@ -66,7 +74,7 @@ def failure(error: Exception, name: str) -> RepanError:
         )
     if number in FULL:
         return OutOfSpaceError(f"cannot read the image {name}: {why}: free some space")
-    if number in OUT_OF_REACH:
+    if number in OUT_OF_REACH or isinstance(error, (ConnectionError, TimeoutError)) or _is_of_network(error):
         return OutOfReachError(f"cannot read the image {name}: {why}: its disk or network drive does not deliver")
     if number in FORBIDDEN:
         return ForbiddenImageError(f"cannot read the image {name}: {why}")

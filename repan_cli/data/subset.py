@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
-from repan_cli.data.types import ArrayImages, Labels, LazyImages, Mask, Part, RawDataset
+from repan_cli.data.types import ArrayImages, Labels, Mask, Part, RawDataset
 from repan_cli.errors import InputError
 
 
@@ -28,7 +30,7 @@ def _renumbered(part: Part, numbers: Labels) -> Part:
     kept = part.take(numbers[part.labels] >= 0)
     labels = numbers[kept.labels]
     return (
-        ArrayImages(kept.images, labels) if isinstance(kept, ArrayImages) else LazyImages(kept.read, labels, kept.index)
+        ArrayImages(kept.images, labels) if isinstance(kept, ArrayImages) else dataclasses.replace(kept, labels=labels)
     )
 
 

@@ -44,15 +44,19 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class LazyImages:
-    """Images that are read on access: image `index[i]` of the reader, of class `labels[i]`."""
+    """Images that are read on access: image `index[i]` of the reader, of class `labels[i]`.
+
+    `left_out` holds the names, relative to the root, of files that are not among them because they cannot be read.
+    """
 
     read: Reader
     labels: Labels
     index: npt.NDArray[np.int64]
+    left_out: tuple[str, ...] = ()
 
     def take(self, chosen: Mask) -> LazyImages:
         """Return the pictures that a mask (N,) chooses."""
-        return LazyImages(self.read, self.labels[chosen], self.index[chosen])
+        return LazyImages(self.read, self.labels[chosen], self.index[chosen], self.left_out)
 
 
 Part = ArrayImages | LazyImages
@@ -75,7 +79,8 @@ class ReadOptions:
         channels: 1 or 3.
         crop: as the setting `data.crop`.
         skip: leave out training images that cannot be read.
-        keep: keep unreadable training images in the list, and leave skipping to the loader.
+        left_out: the names, relative to the root, of images that are left out of the training part, whose loader skips
+            others that cannot be read; None leaves out those that cannot be read now.
         classes: the number of classes of synthetic data.
         download: fetch a missing set. If false, no folder is made either.
         order: the order of the classes of image folders: as the setting `data.class_order`, or a list of names.
@@ -87,7 +92,7 @@ class ReadOptions:
     channels: int = 3
     crop: str = "auto"
     skip: bool = False
-    keep: bool = False
+    left_out: tuple[str, ...] | None = None
     classes: int = 10
     download: bool = True
     order: str | tuple[str, ...] = "text"

@@ -133,7 +133,7 @@ def ignore_signals(worker: int) -> None:
 
 
 Problems = dict[str, type[RepanError] | None]
-"""What could not be read, each with the kind of the error that ends the run, or None."""
+"""The images that could not be read, each with the kind of the error that ends the run, or None."""
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, Problems]:
@@ -167,7 +167,7 @@ def loading(samples: Samples, rows: Sequence[Tensor], workers: int, *, pin: bool
     iterator = iter(loader)
     try:
         yield Loading(samples, iterator, len(rows))
-    except RepanError:
+    except Exception:
         _kill(iterator)
         raise
 
@@ -191,10 +191,10 @@ class Loading:
         while True:
             try:
                 return next(self.iterator)
-            except RuntimeError as error:
-                if "DataLoader worker" in str(error):
+            except RuntimeError as error:  # PyTorch's own begin so; an error within a process is quoted behind "Caught"
+                if str(error).startswith("DataLoader worker"):
                     raise StuckLoaderError(f"a process that loads images has died; {self._where()}") from None
-                if "timed out" not in str(error):
+                if not str(error).startswith("DataLoader timed out"):
                     raise
             if stop():
                 raise StoppedError

@@ -246,7 +246,7 @@ def _latest(command: str) -> Path:
 
     Raises InputError, with the command that continues it, if that run belongs to a study with runs left.
     """
-    begun = [path.parent for path in Path("runs").rglob("config.yaml")]
+    begun = [path.parent for path in Path("runs").rglob("config.yaml") if not path.parent.name.startswith(".")]
     of_series = {path.parent for path in Path("runs").rglob(SERIES)}
     found = [path for path in begun if goes_on(path) and path.parent not in of_series and command_of(path) == command]
     if not found:

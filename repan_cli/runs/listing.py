@@ -46,8 +46,9 @@ class Run:
 
 
 def runs_below(root: Path) -> list[Run]:
-    """Return the runs below a folder, the most recently active first."""
-    found = [_run(file.parent) for file in root.rglob("config.yaml") if not (file.parent / SERIES).exists()]
+    """Return the runs below a folder, the most recently active first; hidden folders are drafts that a kill left."""
+    folders = [file.parent for file in root.rglob("config.yaml") if not file.parent.name.startswith(".")]
+    found = [_run(folder) for folder in folders if not (folder / SERIES).exists()]
     return sorted(found, key=lambda run: run.age)
 
 

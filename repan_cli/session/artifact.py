@@ -146,11 +146,6 @@ def written_in(header: str | None) -> tuple[ModelCard, str] | None:
         return None
 
 
-def written_into(path: Path) -> tuple[ModelCard, str] | None:
-    """Return the card and the digest in an exported file, without running it; None if repan did not write it."""
-    return written_in(onnx_file.header(path) if path.suffix == ".onnx" else pt2_file.header(path))
-
-
 def _described(path: Path, header: str | None) -> ModelCard:
     written = written_in(header)
     if written is None:

@@ -70,6 +70,9 @@ from repan_cli.training.snapshot import restore
 FEW_TO_CHOOSE, FRACTION_OF_FEW = 50, 0.3
 """The number of validation images below which chance chooses the epoch, and the fraction to hold out then."""
 
+LEFT_OUT, MOST_LEFT_OUT = "left_out", 10_000
+"""The key under which a run notes the images that it began without, and how many it notes at most."""
+
 
 @dataclass(frozen=True)
 class Session:
@@ -204,15 +207,23 @@ def surroundings(machine: Runtime) -> dict[str, Any]:
 def load_dataset(config: Config, network_size: int | None, saved: Checkpoint | None = None) -> Dataset:
     """Read the data of a run. Image folders without a common size get that of the network.
 
-    A resumed run with `data.on_error=skip` that began with all images keeps their positions.
+    A resumed run with `data.on_error=skip` keeps the positions of the images that it began with.
     """
     arguments = {**datasets.settings_of(config.data), "network_size": network_size}
     if saved is not None:
         arguments["known_split"] = saved.card.split_digest
+        if config.data.on_error == "skip" and (known := _left_out(saved)) is not None:
+            return datasets.load(**arguments, left_out=known)
     data = datasets.load(**arguments)
     if saved is None or config.data.on_error == "stop" or data.labels_digest == saved.card.labels_digest:
         return data
-    return datasets.load(**arguments, keep=True)
+    return datasets.load(**arguments, left_out=())
+
+
+def _left_out(saved: Checkpoint) -> tuple[str, ...] | None:
+    """Return the images that a run began without; None if it did not record them, as in older versions."""
+    names = saved.card.run.begun.get(LEFT_OUT) if saved.card.run is not None else None
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def _warn_of_few_to_choose(fraction: float, data: Dataset) -> None:

@@ -13,10 +13,11 @@ from repan_cli import checkpoint, runs
 from repan_cli.checkpoint.card import RunState
 from repan_cli.checkpoint.format import Checkpoint, weights_of
 from repan_cli.config.settings import flatten
+from repan_cli.data.types import LazyImages
 from repan_cli.runs import felt
 from repan_cli.runs.trackers import Csv, JsonLines, TrackedRun, Tracker, open_requested, read_metrics, rewind
 from repan_cli.session import control
-from repan_cli.session.build import Session
+from repan_cli.session.build import LEFT_OUT, MOST_LEFT_OUT, Session
 from repan_cli.training.events import CycleEnd, CycleStart, Epoch, Event, StepEnd
 from repan_cli.training.snapshot import snapshot
 
@@ -137,6 +138,7 @@ class Record:
         tensors, plain = snapshot(training)
         cycle, epoch = self.position()
         begun = {"summary": self.summary, "start": self.start, "epoch": self.epoch, "seconds": self.seconds}
+        begun |= _left_out(self.session)
         card = self.session.card(cycle=cycle, epoch=min(epoch, training.plan[-1].epochs), metrics=self.epoch)
         card = dataclasses.replace(card, run=RunState(plain, begun, finished=self.session.start is not None))
         content = checkpoint.as_bytes(Checkpoint(weights_of(training.scored), card, tensors), ".pt")
@@ -163,6 +165,14 @@ class Record:
             self._save_best()
         for tracker in self.trackers:
             tracker.close()
+
+
+def _left_out(session: Session) -> dict[str, Any]:
+    """Return the note of the images that a run of `data.on_error=skip` began without."""
+    part = session.dataset.train
+    if session.config.data.on_error != "skip" or not isinstance(part, LazyImages) or len(part.left_out) > MOST_LEFT_OUT:
+        return {}
+    return {LEFT_OUT: list(part.left_out)}
 
 
 def _metrics(event: Epoch | CycleEnd) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -125,9 +126,22 @@ def flush(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
+STATUS = Path("/proc/self/status")
+_ASKING = threading.Lock()
+
+
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    """Return the process's mask of file modes.
+
+    Linux tells it. Elsewhere it can only be read by setting it: of two threads that do so at once, one would read and
+    leave behind the other's 0, with which every later file could be written by everybody.
+    """
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = STATUS.read_text(encoding="utf-8", errors="replace").splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+    with _ASKING:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 

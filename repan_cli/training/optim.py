@@ -50,7 +50,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
         known = [str(name) for name in timm.optim.list_optimizers()]
         if optim.name not in known:
             raise unknown_optimizer(optim.name, known)
-        _refuse_unusable(optim)
+        _refuse_unusable(optim, next(model.parameters()).device)
         optimizer = timm.optim.create_optimizer_v2(groups, opt=optim.name, lr=optim.lr, momentum=optim.momentum)
     apply_settings(optimizer, optim)
     return optimizer
@@ -60,14 +60,14 @@ PLAIN = (int, float, bool, str, type(None))
 """The types of a state's values, besides tensors, that checkpoints hold."""
 
 
-def _refuse_unusable(optim: OptimConfig) -> None:
+def _refuse_unusable(optim: OptimConfig, device: torch.device) -> None:
     """Raise InputError for an optimizer that needs more than gradients, or whose state a checkpoint cannot hold.
 
-    It makes two steps on a small parameter of its own.
+    It makes two steps on a small parameter of its own, on the device of the network: some work only on GPUs.
     """
     import timm.optim
 
-    trial = nn.Parameter(torch.ones(2, 2))
+    trial = nn.Parameter(torch.ones(2, 2, device=device))
     try:
         with torch.random.fork_rng(devices=[]):
             optimizer = timm.optim.create_optimizer_v2([trial], opt=optim.name, lr=optim.lr, momentum=optim.momentum)
