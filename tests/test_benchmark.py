@@ -6,9 +6,13 @@ import runpy
 import sys
 
 import pytest
+import torch
 from support import ROOT, one_line, run
+from torch import nn
 
+from repan_cli.commands import benchmark
 from repan_cli.system import timing
+from repan_cli.system.device import start_runtime
 from repan_cli.system.packages import missing
 
 
@@ -46,6 +50,17 @@ def test_a_network_by_its_name(capsys):
     assert found["versions"]["torch"]
     for row in found["inference"]:
         assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["milliseconds"])
+
+
+def test_the_memory_of_a_step_counts_weights_once():
+    """Weights, gradients and momentum are three times the weights, which the layers also keep for the backward pass."""
+    network = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64, 64))
+    images, labels = torch.randn(1, 64, 3, 3), torch.zeros(1, dtype=torch.long)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    machine = start_runtime("cpu", "fp32")
+    step = benchmark._step(network, optimizer, images, labels, machine)
+    weights = 4 * sum(parameter.numel() for parameter in network.parameters())
+    assert 3 * weights < benchmark._memory(network, step, machine) < 3 * weights + 8 * images.nbytes
 
 
 @pytest.mark.soak

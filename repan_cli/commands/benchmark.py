@@ -265,6 +265,8 @@ def _memory(network: nn.Module, step: Callable[[], object], machine: Runtime) ->
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
+    for parameter in network.parameters():  # most layers keep their weights, which count below
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(kept.values()) + 3 * sum(p.numel() * p.element_size() for p in network.parameters())
 
 
