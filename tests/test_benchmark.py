@@ -7,12 +7,14 @@ import sys
 
 import pytest
 import torch
-from support import ROOT, one_line, run
+from support import ROOT, card_of, one_line, run
 from torch import nn
 
 from repan_cli.commands import benchmark
+from repan_cli.errors import InputError
+from repan_cli.session.artifact import Artifact
 from repan_cli.system import timing
-from repan_cli.system.device import start_runtime
+from repan_cli.system.device import Runtime, start_runtime
 from repan_cli.system.packages import missing
 
 
@@ -50,6 +52,24 @@ def test_a_network_by_its_name(capsys):
     assert found["versions"]["torch"]
     for row in found["inference"]:
         assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["milliseconds"])
+
+
+@pytest.mark.parametrize(("runtime", "where"), [("PyTorch", "cuda"), ("torch.export", "cuda"), ("ONNX Runtime", "cpu")])
+def test_a_program_that_runs_on_the_cpu_is_not_timed_as_a_gpu(runtime, where):
+    artifact = Artifact("x.onnx", nn.Identity(), card_of(nn.Identity(), block=None), runtime)
+    machine = Runtime(torch.device("cuda"), "fp32")
+    assert benchmark._machine_for(artifact, machine, "auto").device.type == where
+    if where == "cpu":
+        with pytest.raises(InputError, match="x.onnx is run by ONNX Runtime, on the CPU: give --device cpu"):
+            benchmark._machine_for(artifact, machine, "cuda")
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(bool(missing("onnx", "onnxscript", "onnxruntime")), reason="the onnx extra is missing")
+def test_a_program_in_another_precision_says_so(capsys):
+    code, out, err = run(capsys, "benchmark", "repvgg_a0", *QUICK, "--precision", "bf16")
+    assert code == 0, err
+    assert "ONNX Runtime fp32" in [row["form"] for row in json.loads(out)["inference"]]
 
 
 def test_the_memory_of_a_step_counts_weights_once():

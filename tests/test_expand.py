@@ -295,6 +295,17 @@ def test_layers_keep_their_mode_precision_and_gradients():
     assert (last.trunk.conv.weight.requires_grad, last.trunk.conv.bias.requires_grad) == (False, False)
 
 
+@pytest.mark.parametrize("family", ["dbb", "mobileone"])
+def test_branches_share_their_norms_between_processes_as_the_network_does(family):
+    group = object()
+    model = nn.Sequential(conv(8, 8), nn.SyncBatchNorm(8, process_group=group), nn.ReLU()).eval()
+    expand(model, family, images=torch.randn(2, 8, 16, 16))
+    norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) > 4
+    assert {type(norm) for norm in norms} == {nn.SyncBatchNorm}
+    assert {norm.process_group for norm in norms} == {group}
+
+
 def test_own_blocks_of_timm_keep_the_mode_of_their_norms(small_timm):
     model = timm.create_model("repvgg_a0", num_classes=5).train()
     for module in model.modules():

@@ -36,6 +36,20 @@ def test_rounding_to_256_levels():
     assert int8.quantized(values[values > 0.5], torch.tensor(0.5), torch.tensor(3.0)).min() > 0.49
 
 
+@pytest.mark.parametrize("columns", [2, 8])
+def test_large_inputs_are_sampled_in_all_columns(columns, monkeypatch):
+    """Values in one column of several are seen as often as they occur."""
+    monkeypatch.setattr(int8, "SAMPLED", 2**12)
+    images = torch.zeros(2, 4, 64, 64)
+    images[..., 1::columns] = torch.rand(2, 4, 64, 64 // columns, generator=torch.Generator().manual_seed(0)) + 1
+    layer = nn.Conv2d(4, 4, 3)
+    with int8._inputs_of({"a": layer}) as seen:
+        layer(images)
+    (values,) = seen["a"]
+    assert len(values) == 2**12 + 2
+    assert abs((values > 0).float().mean().item() - 1 / columns) < 0.03
+
+
 def test_signal_to_noise_of_uniform_values():
     """6.02 dB a bit: 8 bits of uniform values are 48.2 dB (any text on quantization)."""
     values = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -40,6 +40,9 @@ from repan_cli.system.user_code import names_a_file
 BATCHES = (1, 32, 128)
 COMPILED, ONNX, OPENVINO = "compiled", "ONNX Runtime", "OpenVINO"
 
+ON_DEVICES = ("PyTorch", "torch.export")
+"""The programs that run on the device that is asked for; all others run on the CPU, in the precision of their file."""
+
 
 def run(options: BenchmarkOptions) -> None:
     """Time a network: all forms in turn at every batch size, then a training step."""
@@ -50,6 +53,7 @@ def run(options: BenchmarkOptions) -> None:
         raise InputError("--precision tf32 is only for training: give fp32, bf16, fp16 or auto")
     machine = start_runtime(options.device, options.precision)
     artifact = _artifact(options)
+    machine = _machine_for(artifact, machine, options.device)
     size = options.image_size or artifact.card.image_size
     images = noise(2, artifact.card.in_chans, size, size)
     result = {
@@ -120,10 +124,20 @@ def _artifact(options: BenchmarkOptions) -> Artifact:
     return dataclasses.replace(artifact, card=dataclasses.replace(artifact.card, block=report.family))
 
 
+def _machine_for(artifact: Artifact, machine: Runtime, asked: str) -> Runtime:
+    """Return the machine that runs a network. Raises InputError for a GPU if the file's program runs on the CPU."""
+    if artifact.runtime in ON_DEVICES or machine.device.type == "cpu":
+        return machine
+    if asked != "auto":
+        raise InputError(f"{artifact.source} is run by {artifact.runtime}, on the CPU: give --device cpu")
+    return dataclasses.replace(machine, device=torch.device("cpu"))
+
+
 def _forms(artifact: Artifact, images: Tensor, machine: Runtime, *, compiled: bool) -> list[_Form]:
     """Return the available forms of the network: multi-branch, fused, compiled, ONNX Runtime, OpenVINO."""
+    of_file = artifact.card.precision or ("" if machine.precision == "fp32" else "fp32")
     if artifact.runtime != "PyTorch":
-        name = f"{artifact.runtime} {artifact.card.precision or ''}".rstrip()
+        name = artifact.runtime if artifact.runtime in ON_DEVICES else f"{artifact.runtime} {of_file}".rstrip()
         return [_Form(name, artifact.network.to(machine.device))]
     multi = artifact.network.eval()
     forms, fused = [], multi
@@ -144,9 +158,9 @@ def _forms(artifact: Artifact, images: Tensor, machine: Runtime, *, compiled: bo
         saved = checkpoint.Checkpoint({}, artifact.card)
         with quiet():
             content = onnx_file.write(trace(fused, images, artifact.source), checkpoint.header(saved))
-        forms.append(_Form(ONNX, onnx_file.OnnxNetwork(content)))
+        forms.append(_Form(f"{ONNX} {of_file}".rstrip(), onnx_file.OnnxNetwork(content)))
         if not missing(*RUNTIME_PACKAGES["openvino"]):
-            forms.append(_Form(OPENVINO, OpenVinoNetwork(content)))
+            forms.append(_Form(f"{OPENVINO} {of_file}".rstrip(), OpenVinoNetwork(content)))
     return forms
 
 
