@@ -64,6 +64,33 @@ def test_a_program_that_runs_on_the_cpu_is_not_timed_as_a_gpu(runtime, where):
             benchmark._machine_for(artifact, machine, "cuda")
 
 
+class Returns(nn.Module):
+    """A network that returns logits beside feature maps, or one that trains only on boxes."""
+
+    def __init__(self, boxes):
+        super().__init__()
+        self.conv, self.boxes = nn.Conv2d(3, 4, 3), boxes
+
+    def forward(self, images):
+        if self.boxes and self.training:
+            raise ValueError("targets should not be none")
+        if self.boxes and float(images.sum()) > 1e9:  # no graph can follow this
+            return {}
+        found = self.conv(images)
+        return {"maps": found, "logits": found.mean((2, 3))}
+
+
+@pytest.mark.parametrize("boxes", [False, True])
+def test_networks_that_return_several_tensors_are_timed(boxes, capsys):
+    network, machine, images = Returns(boxes), start_runtime("cpu", "fp32"), torch.randn(2, 3, 16, 16)
+    forms = [benchmark._Form("fused", network, trains=True)]
+    rows = benchmark._training(forms, images, 2, 5, machine, 0.0)
+    assert [row["form"] for row in rows] == ([] if boxes else ["fused"])
+    if boxes and not missing("onnx", "onnxscript", "onnxruntime"):
+        artifact = Artifact("x.pt", network, card_of(nn.Identity(), block=None))
+        assert benchmark._in_other_programs(network.eval(), artifact, images, "") == []
+
+
 @pytest.mark.soak
 @pytest.mark.skipif(bool(missing("onnx", "onnxscript", "onnxruntime")), reason="the onnx extra is missing")
 def test_a_program_in_another_precision_says_so(capsys):

@@ -20,11 +20,12 @@ from repan_cli.commands.options import BenchmarkOptions
 from repan_cli.config.conventions import ARTIFACT_ENDINGS
 from repan_cli.config.names import names_a_repository
 from repan_cli.display.console import print_line, print_table
-from repan_cli.errors import InputError
+from repan_cli.errors import InputError, is_out_of_memory
 from repan_cli.export import onnx_file
 from repan_cli.export.runtimes.openvino_files import OpenVinoNetwork
 from repan_cli.export.trace import quiet, trace
 from repan_cli.models.changes import report_of
+from repan_cli.models.outputs import leaves
 from repan_cli.models.probe import noise
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.session.artifact import Artifact, open_artifact
@@ -155,12 +156,22 @@ def _forms(artifact: Artifact, images: Tensor, machine: Runtime, *, compiled: bo
         assert isinstance(network, nn.Module), "PyTorch compiles a module into a module"
         forms.append(_Form(COMPILED, network))
     if machine.device.type == "cpu" and not missing(*onnx_file.PACKAGES):
-        saved = checkpoint.Checkpoint({}, artifact.card)
+        forms += _in_other_programs(fused, artifact, images, of_file)
+    return forms
+
+
+def _in_other_programs(fused: nn.Module, artifact: Artifact, images: Tensor, precision: str) -> list[_Form]:
+    """Return the merged network in ONNX Runtime and OpenVINO; nothing, with a warning, if it has no graph."""
+    saved = checkpoint.Checkpoint({}, artifact.card)
+    try:
         with quiet():
             content = onnx_file.write(trace(fused, images, artifact.source), checkpoint.header(saved))
-        forms.append(_Form(f"{ONNX} {of_file}".rstrip(), onnx_file.OnnxNetwork(content)))
-        if not missing(*RUNTIME_PACKAGES["openvino"]):
-            forms.append(_Form(f"{OPENVINO} {of_file}".rstrip(), OpenVinoNetwork(content)))
+    except InputError as error:
+        warn(str(error))
+        return []
+    forms = [_Form(f"{ONNX} {precision}".rstrip(), onnx_file.OnnxNetwork(content))]
+    if not missing(*RUNTIME_PACKAGES["openvino"]):
+        forms.append(_Form(f"{OPENVINO} {precision}".rstrip(), OpenVinoNetwork(content)))
     return forms
 
 
@@ -237,8 +248,17 @@ def _training(
         if form.trains:
             network = copy.deepcopy(form.network).train().requires_grad_(True)
             optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=True)
-            steps[form.name] = _step(network, optimizer, given, labels, machine)
-            memory[form.name] = _memory(network, steps[form.name], machine)
+            step = _step(network, optimizer, given, labels, machine)
+            try:
+                memory[form.name] = _memory(network, step, machine)
+            except Exception as error:  # a detector wants boxes to train
+                if is_out_of_memory(error):
+                    raise
+                warn(f"a training step of the form {form.name} is not timed: {first_line(error)}")
+                continue
+            steps[form.name] = step
+    if not steps:
+        return []
     timings = interleaved(steps, seconds=seconds, device=machine.device)
     return [
         {"form": name, "batch": batch, **_figures(timing, batch), "step_bytes": memory[name]}
@@ -252,11 +272,18 @@ def _step(
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with machine.autocast():
-            loss = F.cross_entropy(network(given), labels)
+            loss = _loss(network(given), labels)
         loss.backward()
         optimizer.step()
 
     return step
+
+
+def _loss(output: Any, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of logits (N, classes), or for other outputs a loss that depends on every number."""
+    if isinstance(output, Tensor) and output.ndim == 2:
+        return F.cross_entropy(output, labels)
+    return torch.stack([part.float().square().mean() for part in leaves(output).values()]).sum()
 
 
 def _memory(network: nn.Module, step: Callable[[], object], machine: Runtime) -> int:
