@@ -6,11 +6,16 @@ import runpy
 import sys
 
 import pytest
-from support import ROOT, one_line, run
+import torch
+from support import ROOT, card_of, one_line, run
+from torch import nn
 
-from repan_cli.commands import early
+from repan_cli.commands import benchmark, early
 from repan_cli.commands.options import BenchmarkOptions
+from repan_cli.errors import InputError
+from repan_cli.session.artifact import Artifact
 from repan_cli.system import timing
+from repan_cli.system.device import Runtime, start_runtime
 from repan_cli.system.packages import missing
 
 
@@ -48,6 +53,62 @@ def test_a_network_by_its_name(capsys):
     assert found["versions"]["torch"]
     for row in found["inference"]:
         assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["milliseconds"])
+
+
+@pytest.mark.parametrize(("runtime", "where"), [("PyTorch", "cuda"), ("torch.export", "cuda"), ("ONNX Runtime", "cpu")])
+def test_a_program_that_runs_on_the_cpu_is_not_timed_as_a_gpu(runtime, where):
+    artifact = Artifact("x.onnx", nn.Identity(), card_of(nn.Identity(), block=None), runtime)
+    machine = Runtime(torch.device("cuda"), "fp32")
+    assert benchmark._machine_for(artifact, machine, "auto").device.type == where
+    if where == "cpu":
+        with pytest.raises(InputError, match="x.onnx is run by ONNX Runtime, on the CPU: give --device cpu"):
+            benchmark._machine_for(artifact, machine, "cuda")
+
+
+class Returns(nn.Module):
+    """A network that returns logits beside feature maps, or one that trains only on boxes."""
+
+    def __init__(self, boxes):
+        super().__init__()
+        self.conv, self.boxes = nn.Conv2d(3, 4, 3), boxes
+
+    def forward(self, images):
+        if self.boxes and self.training:
+            raise ValueError("targets should not be none")
+        if self.boxes and float(images.sum()) > 1e9:  # no graph can follow this
+            return {}
+        found = self.conv(images)
+        return {"maps": found, "logits": found.mean((2, 3))}
+
+
+@pytest.mark.parametrize("boxes", [False, True])
+def test_networks_that_return_several_tensors_are_timed(boxes, capsys):
+    network, machine, images = Returns(boxes), start_runtime("cpu", "fp32"), torch.randn(2, 3, 16, 16)
+    forms = [benchmark._Form("fused", network, trains=True)]
+    rows = benchmark._training(forms, images, 2, 5, machine, 0.0)
+    assert [row["form"] for row in rows] == ([] if boxes else ["fused"])
+    if boxes and not missing("onnx", "onnxscript", "onnxruntime"):
+        artifact = Artifact("x.pt", network, card_of(nn.Identity(), block=None))
+        assert benchmark._in_other_programs(network.eval(), artifact, images, "") == []
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(bool(missing("onnx", "onnxscript", "onnxruntime")), reason="the onnx extra is missing")
+def test_a_program_in_another_precision_says_so(capsys):
+    code, out, err = run(capsys, "benchmark", "repvgg_a0", *QUICK, "--precision", "bf16")
+    assert code == 0, err
+    assert "ONNX Runtime fp32" in [row["form"] for row in json.loads(out)["inference"]]
+
+
+def test_the_memory_of_a_step_counts_weights_once():
+    """Weights, gradients and momentum are three times the weights, which the layers also keep for the backward pass."""
+    network = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64, 64))
+    images, labels = torch.randn(1, 64, 3, 3), torch.zeros(1, dtype=torch.long)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    machine = start_runtime("cpu", "fp32")
+    step = benchmark._step(network, optimizer, images, labels, machine)
+    weights = 4 * sum(parameter.numel() for parameter in network.parameters())
+    assert 3 * weights < benchmark._memory(network, step, machine) < 3 * weights + 8 * images.nbytes
 
 
 @pytest.mark.soak

@@ -20,6 +20,7 @@ from repan_cli import checkpoint, export, models
 from repan_cli.anneal.restart import restart
 from repan_cli.blocks import FAMILIES, make_block, rep_blocks, reparameterize, set_attach_rate
 from repan_cli.errors import InputError
+from repan_cli.export.conv_bn import as_plain
 from repan_cli.models import mobilenet_cifar, repvgg_cifar
 from repan_cli.models.changes import Change, Selection
 from repan_cli.models.expand import expand, plan
@@ -275,6 +276,20 @@ def test_a_layer_with_two_names_becomes_one_block_under_both(holder, first):
     assert (report.blocks, report.folded, report.left) == (1, 0, {})
     assert {*fused.state_dict()} >= {"stem.weight", "stem.bias"}
     assert fused.stem is next(fused.kept.children())
+    plain = as_plain(fused, TwoNames(holder, first).double())
+    assert relative(plain(X.double()), fused(X).double()) < 1e-6
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_keeps_layers_with_two_names(tmp_path, suffix):
+    model = randomize_norms(TwoNames("list", first=False)).eval()
+    expand(model, "dbb", images=X)
+    set_attach_rate(model, 0.5)
+    card = card_of(model, structure=model.repan_report.structure({}))
+    checkpoint.save(checkpoint.capture(model, card), tmp_path / f"a{suffix}")
+    again = models.load(tmp_path / f"a{suffix}", TwoNames("list", first=False))
+    assert again.stem is again.kept[0]
+    assert torch.equal(again(X), model(X))
 
 
 def test_layers_keep_their_mode_precision_and_gradients():
@@ -294,6 +309,17 @@ def test_layers_keep_their_mode_precision_and_gradients():
     assert {part.weight.dtype for part in block.modules() if isinstance(part, nn.Conv2d)} == {torch.bfloat16}
     assert {part.weight.dtype for part in block.modules() if isinstance(part, nn.BatchNorm2d)} == {torch.float32}
     assert (last.trunk.conv.weight.requires_grad, last.trunk.conv.bias.requires_grad) == (False, False)
+
+
+@pytest.mark.parametrize("family", ["dbb", "mobileone"])
+def test_branches_share_their_norms_between_processes_as_the_network_does(family):
+    group = object()
+    model = nn.Sequential(conv(8, 8), nn.SyncBatchNorm(8, process_group=group), nn.ReLU()).eval()
+    expand(model, family, images=torch.randn(2, 8, 16, 16))
+    norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) > 4
+    assert {type(norm) for norm in norms} == {nn.SyncBatchNorm}
+    assert {norm.process_group for norm in norms} == {group}
 
 
 def test_own_blocks_of_timm_keep_the_mode_of_their_norms(small_timm):

@@ -5,6 +5,7 @@ images.
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from shared_fixtures import FEW
@@ -15,6 +16,7 @@ from repan_cli import checkpoint
 from repan_cli.blocks import reparameterize
 from repan_cli.commands import quantize
 from repan_cli.data import build
+from repan_cli.data.types import ArrayImages
 from repan_cli.export import int8, onnx_file
 from repan_cli.export.trace import trace
 from repan_cli.models import repvgg_cifar
@@ -32,6 +34,20 @@ def test_rounding_to_256_levels():
     assert (found - values).abs().max() <= 4 / 255 * 0.51
     assert (found == 0).any()  # zero is kept: padding stays what it is
     assert int8.quantized(values[values > 0.5], torch.tensor(0.5), torch.tensor(3.0)).min() > 0.49
+
+
+@pytest.mark.parametrize("columns", [2, 8])
+def test_large_inputs_are_sampled_in_all_columns(columns, monkeypatch):
+    """Values in one column of several are seen as often as they occur."""
+    monkeypatch.setattr(int8, "SAMPLED", 2**12)
+    images = torch.zeros(2, 4, 64, 64)
+    images[..., 1::columns] = torch.rand(2, 4, 64, 64 // columns, generator=torch.Generator().manual_seed(0)) + 1
+    layer = nn.Conv2d(4, 4, 3)
+    with int8._inputs_of({"a": layer}) as seen:
+        layer(images)
+    (values,) = seen["a"]
+    assert len(values) == 2**12 + 2
+    assert abs((values > 0).float().mean().item() - 1 / columns) < 0.03
 
 
 def test_signal_to_noise_of_uniform_values():
@@ -78,14 +94,18 @@ def test_quantize(capsys, few_blocks, small_run, tmp_path):
     assert again.read_bytes() == out.read_bytes()
 
 
-@pytest.mark.parametrize("wanted", [1, 64, 100, 1000, 5000])
-def test_calibration_takes_training_images_evenly(digit_images, wanted):
-    batches = list(quantize._calibration(digit_images, wanted))
-    assert sum(map(len, batches)) == min(wanted, digit_images.count)
-    whole = torch.cat([batch.images for batch in digit_images.batches(quantize.BATCH)])
-    places = [next(n for n, image in enumerate(whole) if image.equal(batch[0])) for batch in batches]
+@pytest.mark.parametrize("wanted", [1, 6, 64, 100, 599, 5000])
+def test_calibration_takes_training_images_evenly(wanted):
+    """Of a part in the order of its classes, as image folders are, every class is among few images."""
+    labels = np.repeat(np.arange(6), 100)
+    found = quantize.spread(
+        ArrayImages(np.arange(600, dtype=np.uint16).view(np.uint8).reshape(600, 1, 1, 2), labels), wanted
+    )
+    assert len(found.labels) == len(found.images) == min(wanted, 600)
+    assert len(set(found.labels.tolist())) == min(6, wanted)
+    places = found.images.reshape(-1).view(np.uint16).tolist()
     assert places[0] == 0
-    assert len({b - a for a, b in itertools.pairwise(places)} or {0}) <= 2  # evenly, as far as batches allow
+    assert len({b - a for a, b in itertools.pairwise(places)} or {0}) <= 2
 
 
 def test_calibration_is_asked_for_the_training_part_alone(capsys, few_blocks, small_run, tmp_path, monkeypatch):
@@ -93,12 +113,16 @@ def test_calibration_is_asked_for_the_training_part_alone(capsys, few_blocks, sm
     original = build.eval_loader
 
     def watched(data, part, machine, **more):
-        asked.append(part)
+        asked.append((part, len(data.part(part).labels)))
         return original(data, part, machine, **more)
 
     monkeypatch.setattr(quantize, "eval_loader", watched)
-    assert run(capsys, "quantize", small_run.folder, "-o", tmp_path / "a.onnx", "--split", "val")[0] == 0
-    assert asked == ["train", "val"]
+    words = ["quantize", small_run.folder, "-o", tmp_path / "a.onnx", "--split", "val", "--images", "40", "--json"]
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert json.loads(out)["calibration_images"] == 40
+    assert [part for part, _ in asked] == ["train", "val"]
+    assert asked[0] == ("train", 40)  # no other picture is read
 
 
 # ---------------------------------------------------------------------------------------------- for other programs

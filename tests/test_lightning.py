@@ -72,6 +72,13 @@ def test_restarts_keep_the_function_and_merging_is_exact(tmp_path, images, setti
     assert model.rates == pytest.approx([1.0] * 4 + (ramp * 2 if settings.get("attach") == "ramp" else [1.0] * 8))
 
 
+def test_a_callback_serves_several_runs(tmp_path, images):
+    callback, model = RepanCallback([1], network="net", calibration_images=64), Classifier()
+    for runs in (1, 2):
+        trainer(tmp_path, [callback], max_epochs=2).fit(model, loader(images))
+        assert [each.epoch for each in callback.restarts] == [1] * runs
+
+
 class Look(lightning.Callback):
     """Keeps what is there as an epoch begins."""
 

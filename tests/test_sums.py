@@ -446,6 +446,32 @@ def test_what_a_network_asks_of_its_parts_stays(what):
     assert relative(copy.deepcopy(fused)(X), model(X)) < 1e-5
 
 
+class Chain(nn.Module):
+    """Sums one directly after another, which are no sum together, because the later ones pad."""
+
+    def __init__(self, length, norm):
+        super().__init__()
+        self.first = nn.ModuleList([conv(3 if not number else C) for number in range(length)])
+        self.second = nn.ModuleList([conv(3 if not number else C, kernel=1) for number in range(length)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(C) if norm else nn.Identity() for _ in range(length)])
+
+    def forward(self, x):
+        for first, second, norm in zip(self.first, self.second, self.norms, strict=True):
+            x = norm(first(x) + second(x))
+        return x
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("length", [2, 3])
+def test_sums_in_a_row_merge_one_by_one(length, norm):
+    torch.manual_seed(0)
+    model = randomize_norms(Chain(length, norm)).eval()
+    fused, report = export.fuse(model, X)
+    assert (report.blocks, report.left) == (length, {})
+    assert len(fused.state_dict()) == 2 * length
+    assert relative(fused(X), model(X)) < 1e-5
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()

@@ -98,15 +98,18 @@ def block_around(conv: nn.Conv2d, norm: BatchNorm | None, name: str, *, copies: 
 def fitted(block: RepBlock, kept: Iterable[nn.Module]) -> RepBlock:
     """Give the new parts of a block the device, dtype, memory format and mode of its convolution.
 
-    The layers `kept`, which the network had before, stay as they are: BN in float32 behind a convolution in bfloat16,
-    or BN in eval mode in a network that trains. New BN get the dtype of the block's BN.
+    The layers `kept`, which the network had before, stay as they are, such as BN in float32 behind a convolution in
+    bfloat16, or BN in eval mode in a network that trains. New BN get the dtype of the block's BN. If that is a
+    SyncBatchNorm, they are, too.
     """
     conv, norm = block.trunk.conv, block.trunk.batch_norm or block.post_norm
     dtype = norm.weight.dtype if isinstance(norm, BatchNorm) else conv.weight.dtype
     old = {id(part) for layer in kept for part in layer.modules()}
-    for branch in block.branches:
+    for number, branch in enumerate(block.branches):
         if old.isdisjoint(map(id, branch.modules())):
             placed_as(conv.weight, branch)
+            if isinstance(norm, nn.SyncBatchNorm) and not isinstance(branch, BatchNorm):
+                block.branches[number] = nn.SyncBatchNorm.convert_sync_batchnorm(branch, norm.process_group)
             for part in branch.modules():
                 if isinstance(part, BatchNorm):
                     part.to(dtype)

@@ -22,11 +22,12 @@ from repan_cli.config.conventions import ARTIFACT_ENDINGS
 from repan_cli.config.names import names_a_repository
 from repan_cli.display.console import print_line
 from repan_cli.display.tables import print_table
-from repan_cli.errors import InputError
+from repan_cli.errors import InputError, is_out_of_memory
 from repan_cli.export import onnx_file
 from repan_cli.export.runtimes.openvino_files import OpenVinoNetwork
 from repan_cli.export.trace import quiet, trace
 from repan_cli.models.changes import report_of
+from repan_cli.models.outputs import leaves
 from repan_cli.models.probe import noise
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.session.artifact import Artifact, open_artifact
@@ -41,6 +42,9 @@ from repan_cli.system.user_code import names_a_file
 
 COMPILED, ONNX, OPENVINO = "compiled", "ONNX Runtime", "OpenVINO"
 
+ON_DEVICES = ("PyTorch", "torch.export")
+"""The programs that run on the device that is asked for; all others run on the CPU, in the precision of their file."""
+
 
 def run(options: BenchmarkOptions) -> None:
     """Time a network: all forms in turn at every batch size, then a training step."""
@@ -51,6 +55,7 @@ def run(options: BenchmarkOptions) -> None:
         raise InputError("--precision tf32 is only for training: give fp32, bf16, fp16 or auto")
     machine = start_runtime(options.device, options.precision)
     artifact = _artifact(options)
+    machine = _machine_for(artifact, machine, options.device)
     size = options.image_size or artifact.card.image_size
     images = noise(2, artifact.card.in_chans, size, size)
     result = {
@@ -121,10 +126,20 @@ def _artifact(options: BenchmarkOptions) -> Artifact:
     return dataclasses.replace(artifact, card=dataclasses.replace(artifact.card, block=report.family))
 
 
+def _machine_for(artifact: Artifact, machine: Runtime, asked: str) -> Runtime:
+    """Return the machine that runs a network. Raises InputError for a GPU if the file's program runs on the CPU."""
+    if artifact.runtime in ON_DEVICES or machine.device.type == "cpu":
+        return machine
+    if asked != "auto":
+        raise InputError(f"{artifact.source} is run by {artifact.runtime}, on the CPU: give --device cpu")
+    return dataclasses.replace(machine, device=torch.device("cpu"))
+
+
 def _forms(artifact: Artifact, images: Tensor, machine: Runtime, *, compiled: bool) -> list[_Form]:
     """Return the available forms of the network: multi-branch, fused, compiled, ONNX Runtime, OpenVINO."""
+    of_file = artifact.card.precision or ("" if machine.precision == "fp32" else "fp32")
     if artifact.runtime != "PyTorch":
-        name = f"{artifact.runtime} {artifact.card.precision or ''}".rstrip()
+        name = artifact.runtime if artifact.runtime in ON_DEVICES else f"{artifact.runtime} {of_file}".rstrip()
         return [_Form(name, artifact.network.to(machine.device))]
     multi = artifact.network.eval()
     forms, fused = [], multi
@@ -142,12 +157,22 @@ def _forms(artifact: Artifact, images: Tensor, machine: Runtime, *, compiled: bo
         assert isinstance(network, nn.Module), "PyTorch compiles a module into a module"
         forms.append(_Form(COMPILED, network))
     if machine.device.type == "cpu" and not missing(*onnx_file.PACKAGES):
-        saved = checkpoint.Checkpoint({}, artifact.card)
+        forms += _in_other_programs(fused, artifact, images, of_file)
+    return forms
+
+
+def _in_other_programs(fused: nn.Module, artifact: Artifact, images: Tensor, precision: str) -> list[_Form]:
+    """Return the merged network in ONNX Runtime and OpenVINO; nothing, with a warning, if it has no graph."""
+    saved = checkpoint.Checkpoint({}, artifact.card)
+    try:
         with quiet():
             content = onnx_file.write(trace(fused, images, artifact.source), checkpoint.header(saved))
-        forms.append(_Form(ONNX, onnx_file.OnnxNetwork(content)))
-        if not missing(*RUNTIME_PACKAGES["openvino"]):
-            forms.append(_Form(OPENVINO, OpenVinoNetwork(content)))
+    except InputError as error:
+        warn(str(error))
+        return []
+    forms = [_Form(f"{ONNX} {precision}".rstrip(), onnx_file.OnnxNetwork(content))]
+    if not missing(*RUNTIME_PACKAGES["openvino"]):
+        forms.append(_Form(f"{OPENVINO} {precision}".rstrip(), OpenVinoNetwork(content)))
     return forms
 
 
@@ -224,8 +249,17 @@ def _training(
         if form.trains:
             network = copy.deepcopy(form.network).train().requires_grad_(True)
             optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=True)
-            steps[form.name] = _step(network, optimizer, given, labels, machine)
-            memory[form.name] = _memory(network, steps[form.name], machine)
+            step = _step(network, optimizer, given, labels, machine)
+            try:
+                memory[form.name] = _memory(network, step, machine)
+            except Exception as error:  # a detector wants boxes to train
+                if is_out_of_memory(error):
+                    raise
+                warn(f"a training step of the form {form.name} is not timed: {first_line(error)}")
+                continue
+            steps[form.name] = step
+    if not steps:
+        return []
     timings = interleaved(steps, seconds=seconds, device=machine.device)
     return [
         {"form": name, "batch": batch, **_figures(timing, batch), "step_bytes": memory[name]}
@@ -239,11 +273,18 @@ def _step(
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with machine.autocast():
-            loss = F.cross_entropy(network(given), labels)
+            loss = _loss(network(given), labels)
         loss.backward()
         optimizer.step()
 
     return step
+
+
+def _loss(output: Any, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of logits (N, classes), or for other outputs a loss that depends on every number."""
+    if isinstance(output, Tensor) and output.ndim == 2:
+        return F.cross_entropy(output, labels)
+    return torch.stack([part.float().square().mean() for part in leaves(output).values()]).sum()
 
 
 def _memory(network: nn.Module, step: Callable[[], object], machine: Runtime) -> int:
@@ -266,6 +307,8 @@ def _memory(network: nn.Module, step: Callable[[], object], machine: Runtime) ->
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
+    for parameter in network.parameters():  # most layers keep their weights, which count below
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(kept.values()) + 3 * sum(p.numel() * p.element_size() for p in network.parameters())
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from repan_cli import checkpoint, export
@@ -18,6 +19,7 @@ from repan_cli.commands.options import QuantizeOptions
 from repan_cli.config.conventions import OPSET
 from repan_cli.data.batches import Loader
 from repan_cli.data.build import eval_loader
+from repan_cli.data.types import Part
 from repan_cli.display.console import print_line
 from repan_cli.display.tables import print_table
 from repan_cli.errors import InputError
@@ -56,8 +58,9 @@ def run(options: QuantizeOptions) -> None:
     machine = start_runtime("cpu", "fp32")
     data = artifact_images.load(artifact, options.dataset, options.data_root, split=None, order=options.classes)
     network, saved = _merged(artifact, artifact_images.noise(artifact))
-    training = eval_loader(data, "train", machine, crop=artifact.preparation.crop)
-    layers = int8.health(network, _calibration(training, options.images))
+    chosen = dataclasses.replace(data, train=spread(data.train, options.images))
+    training = eval_loader(chosen, "train", machine, crop=artifact.preparation.crop)
+    layers = int8.health(network, _images_of(training))
     header = checkpoint.header(saved)
     graph = onnx_file.write(trace(network, artifact_images.noise(artifact), artifact.source), header, opset)
     card = dataclasses.replace(saved.card, precision="int8")
@@ -82,7 +85,7 @@ def run(options: QuantizeOptions) -> None:
         "latency": latency,
         "left_out": list(left_out),
         "per_channel": not options.per_tensor,
-        "calibration_images": min(options.images, training.count),
+        "calibration_images": training.count,
         "dataset": data.name,
         "split": options.split,
         "layers": [dataclasses.asdict(layer) for layer in layers],
@@ -95,7 +98,9 @@ def run(options: QuantizeOptions) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """A network that is written in int8: its file in float32, the description of the new file, and training images."""
+    """A network that is written in int8: its file in float32, the description of the new file, and the training images
+    for calibration.
+    """
 
     options: QuantizeOptions
     graph: bytes
@@ -106,7 +111,7 @@ class _Job:
         """Return the file in int8, with some layers in float32."""
         return int8.quantize(
             self.graph,
-            _calibration(self.training, self.options.images),
+            _images_of(self.training),
             self.header,
             per_channel=not self.options.per_tensor,
             target=self.options.target,
@@ -163,15 +168,17 @@ def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, checkpoint.C
     return network, checkpoint.capture_fused(network, artifact.checkpoint(), changes_of(network))
 
 
-def _calibration(source: Loader, images: int) -> Iterator[Tensor]:
-    """Yield unchanged training images, `images` of them or all, in batches evenly spaced over the part."""
-    batches = -(-source.count // BATCH)
-    wanted = min(-(-images // BATCH), batches)
-    chosen = {number * batches // wanted for number in range(wanted)}
-    for number, batch in enumerate(source.batches(BATCH)):
-        if number in chosen and images > 0:
-            yield batch.images[:images]
-            images -= len(batch.images)
+def spread(part: Part, images: int) -> Part:
+    """Return `images` of a part, or all, evenly spaced: image folders are in the order of their classes."""
+    count_of = len(part.labels)
+    wanted = min(images, count_of)
+    chosen = np.zeros(count_of, dtype=bool)
+    chosen[np.arange(wanted) * count_of // wanted] = True
+    return part.take(chosen)
+
+
+def _images_of(source: Loader) -> Iterator[Tensor]:
+    return (batch.images for batch in source.batches(BATCH))
 
 
 PROGRAMS = {int8.ORT: "ONNX Runtime", int8.TENSORRT: "TensorRT", int8.OPENVINO: "OpenVINO"}

@@ -43,8 +43,7 @@ def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
         plain = timm.utils.reparameterize_model(plain)
     plain.eval()
     places = _places(changes, plain)
-    state = dict(fused.state_dict())
-    own = plain.state_dict()
+    state, own = _state_of(fused), _state_of(plain)
     for merged, (conv, norm) in places.items():
         weight, bias = state.pop(f"{merged}.weight"), state.pop(f"{merged}.bias")
         state[f"{conv}.weight"] = weight
@@ -59,8 +58,14 @@ def as_plain(fused: nn.Module, plain: nn.Module) -> nn.Module:
     state |= {f"{name}.attach_rate": block.attach_rate for name, block in rep_blocks(plain)}
     if differing := sorted(state.keys() ^ own.keys()):
         raise _no_place(differing[0])
-    plain.load_state_dict(state)
+    plain.load_state_dict(state, strict=False)  # without second names of the same tensors
     return plain
+
+
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a network, each under the first of its names."""
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: value for name, value in model.state_dict().items() if name in names}
 
 
 def _no_place(name: str) -> InputError:

@@ -111,8 +111,10 @@ def _inputs_of(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tenso
 
     def look(name: str, values: Tensor) -> None:
         flat = values.detach().float().flatten()
-        step = -(-flat.numel() // SAMPLED)
-        seen[name].append(torch.cat([flat[::step], flat.min()[None], flat.max()[None]]))
+        some = flat
+        if len(flat) > SAMPLED:  # even steps could meet the same columns of every row
+            some = flat[torch.randint(len(flat), (SAMPLED,), generator=torch.Generator().manual_seed(0))]
+        seen[name].append(torch.cat([some, flat.min()[None], flat.max()[None]]))
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0]))

@@ -30,8 +30,10 @@ class RepanCallback(Callback):
         self.restarts: list[Restarted] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a model without blocks before the first step."""
+        """Refuse a model without blocks before the first step; a run that does not resume has restarted nothing yet."""
         self.settings.network_in(pl_module)
+        if trainer.ckpt_path is None:
+            self.done.clear()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         epoch = trainer.current_epoch

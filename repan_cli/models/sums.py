@@ -291,8 +291,9 @@ def merge(module: nn.Module, places: list[str] | None = None, *, whole: bool = F
     for each in sums:
         conv = as_convolution(each.found).to(like.device, like.dtype).requires_grad_(like.requires_grad)
         layers[each.place] = _layer_of(module, graph, each) if whole else conv
+    merged_nodes: dict[fx.Node, fx.Node] = {}
     for each in sums:
-        _replace(graph, each)
+        merged_nodes[each.sink] = _replace(graph, each, merged_nodes.get(each.source, each.source))
     for layer in layers.values():
         layer.train(module.training)
     if has_place_for_merged(module):
@@ -337,15 +338,17 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN)
 
 
-def _replace(graph: fx.Graph, found: Sum) -> None:
+def _replace(graph: fx.Graph, found: Sum, source: fx.Node) -> fx.Node:
+    """Replace a sum in a graph, and return its node; `source` is the present node of its source, which may be a sum."""
     with graph.inserting_before(found.sink):
-        node = graph.call_module(found.place, (found.source,))
+        node = graph.call_module(found.place, (source,))
     found.sink.replace_all_uses_with(node)
     for inner in reversed(found.inner):
         graph.erase_node(inner)
-    for node in reversed(graph.nodes):  # constants that only it has read
-        if not node.users and (node.op == "get_attr" or (node.op in CALLS and not _has_inputs(node))):
-            graph.erase_node(node)
+    for each in reversed(graph.nodes):  # constants that only it has read
+        if not each.users and (each.op == "get_attr" or (each.op in CALLS and not _has_inputs(each))):
+            graph.erase_node(each)
+    return node
 
 
 def _has_inputs(node: fx.Node) -> bool:
