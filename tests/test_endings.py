@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from support import DIGITS, metrics, run
+from support import DIGITS, ROOT, metrics, run
 
 from repan_cli import runs
 from repan_cli.display import console, plots, tables
@@ -177,3 +177,21 @@ def test_a_terminal_that_is_gone_ends_nothing(monkeypatch, number):
     console.tell("hello")
     tables.print_table(["a"], [["b"]], to_stderr=True)
     console.on_stderr.cache_clear()
+
+
+def test_libraries_say_nothing_without_a_home(tmp_path):
+    """Neither matplotlib, whose folder cannot be made, nor ONNX Runtime, which would report to its makers."""
+    code = (
+        "import sys; sys.argv = ['repan', '--version']\n"
+        "from repan_cli.cli import app\n"
+        "try: app.main()\nexcept SystemExit: pass\n"
+        "from pathlib import Path; from repan_cli.display import plots\n"
+        "plots.draw_confusion([[1, 0], [0, 1]], ['a', 'b'], Path('c.png'), title='t')\n"
+        "import onnxruntime"
+    )
+    (tmp_path / "file").touch()
+    nowhere = {"HOME": str(tmp_path / "file"), "MPLCONFIGDIR": str(tmp_path / "file" / "x"), "PATH": os.environ["PATH"]}
+    nowhere |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "file")}
+    done = subprocess.run([sys.executable, "-c", code], env=nowhere, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "c.png").exists()

@@ -82,6 +82,10 @@ MISTAKES = [
     (f"train {D} --device 1", r"unknown device '1'; did you mean cuda:1\?$"),
     (f"train {D} --device tpux", r"unknown device 'tpux'; give auto, cpu, cuda, cuda:N or mps"),
     ("train -m repvgg -d no/where", r"no folder no/where: give --dataset FOLDER"),
+    ("train -m repvgg -d text.pt", r"text.pt is a file: give --dataset FOLDER with a folder of images for each class"),
+    ("train -m repvgg -d data.py:make", r"data.py:make is a file: give --dataset FOLDER"),
+    ("train -m repvgg -d photos/test/cat", r"photos/test/cat holds 0.png and no class folders; did you mean --data-r"),
+    ("train -m gray.py:build -d folder --data-root photos", r"gray.py:build does not run .*; .* data.channels=1$"),
     ("train -m net:build -d digits", r"unknown model 'net:build'; did you mean net.py:build\?"),
     ("train -m net.build -d digits", r"unknown model 'net.build'; did you mean net.py:build\?"),
     (f"train {D} --device cuda:99", r"device cuda:99 is not available: PyTorch sees \d+ GPUs?; try --device auto"),
@@ -146,6 +150,8 @@ def desk(tmp_path_factory):
                 picture.save(folder / "photos" / part / name / f"{number}.png")
     (folder / "text.pt").write_text("hello")
     (folder / "net.py").write_text("x = 1\n")
+    net = "from torch import nn\ndef build(): return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))\n"
+    (folder / "gray.py").write_text(net)
     (folder / "twice.yaml").write_text("optim:\n  lr: 0.1\n  lr: 0.2\n")
     torch.save(torch.nn.Linear(3, 3), folder / "pickled.pt")
     return folder

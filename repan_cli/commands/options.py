@@ -296,7 +296,7 @@ Out = Annotated[str | None, Option(("--out", "-o"), metavar="FOLDER", setting="r
 ConfigFile = Annotated[
     str | None,
     Option(
-        ("-c", "--config"),
+        ("--config", "-c"),
         "Settings from a YAML file or preset (recipes/cifar); default: the recipe of the data set.",
         "FILE",
         "presets",

@@ -82,7 +82,7 @@ def run(options: QuantizeOptions) -> None:
         "float32": {**before.score.figures(), "bytes": len(graph)},
         "int8": {**after.score.figures(), "bytes": len(content)},
         "agreement": agreement(before, after),
-        "latency": latency,
+        "milliseconds": latency,
         "left_out": list(left_out),
         "per_channel": not options.per_tensor,
         "calibration_images": training.count,
@@ -215,7 +215,7 @@ def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth])
 
 def _report_latency(result: dict[str, Any]) -> None:
     """Report the speed of both files, and warn if int8 is slower."""
-    found, program = result["latency"], PROGRAMS[result["target"]]
+    found, program = result["milliseconds"], PROGRAMS[result["target"]]
     if found is None:
         print_line(f"one image        not timed: {program} is not installed")
         return

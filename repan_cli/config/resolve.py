@@ -76,7 +76,9 @@ OTHER_WORDS = {
     **dict.fromkeys(("gpu", "gpus", "accelerator"), "run.device"),
     **dict.fromkeys(("amp", "fp16", "bf16", "half", "mixed_precision", "dtype"), "run.precision"),
     **dict.fromkeys(("torchcompile", "torch_compile"), "run.compile"),
-    **dict.fromkeys(("out_dir", "output", "output_dir", "save_dir", "logdir", "log_dir", "work_dir"), "run.out"),
+    **dict.fromkeys(
+        ("out_dir", "output", "output_dir", "save_dir", "logdir", "log_dir", "work_dir", "project"), "run.out"
+    ),
     **dict.fromkeys(("logger", "loggers", "log_wandb", "wandb", "tensorboard"), "run.trackers"),
     **dict.fromkeys(("log_interval", "print_freq"), "run.log_every"),
     **dict.fromkeys(("random_seed", "manual_seed"), "run.seed"),

@@ -158,9 +158,10 @@ def training_folder(root: Path, parts: dict[str, Path]) -> Path:
         return parts["train"]
     if not root.is_dir():
         raise InputError(f"no folder {root}: expected {EXPECTED.format(root)}; --data-root names another place")
-    if (meant := _meant(root)) is not None:
-        raise InputError(f"{root} is not a data set of image folders; did you mean --data-root {quoted(meant)}?")
     loose = next((entry for entry in _entries(root) if is_image(entry)), None)
+    if (meant := _meant(root)) is not None:
+        what = f"holds {loose.name} and no class folders" if loose else "is not a data set of image folders"
+        raise InputError(f"{root} {what}; did you mean --data-root {quoted(meant)}?")
     if loose:
         raise InputError(f"{root} holds {loose.name} and no class folders: expected {EXPECTED.format(root)}")
     folders = _folders(root)

@@ -37,6 +37,7 @@ from repan_cli.data.types import (
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
 from repan_cli.system.text import quoted
+from repan_cli.system.user_code import names_a_file
 
 Numbers = tuple[float, ...]
 
@@ -180,7 +181,9 @@ MARKS = ("train", "test", "val", "cifar-10*", "*_32x32.mat", "MNIST", "FashionMN
 
 
 def check_name(name: str) -> None:
-    """Raise InputError for an unknown data set, and for a folder that is missing."""
+    """Raise InputError for an unknown data set, for a file, and for a folder that is missing."""
+    if name not in DATASETS and (names_a_file(name) or Path(name).is_file()):
+        raise InputError(f"{name} is a file: give --dataset FOLDER with a folder of images for each class, or a name")
     if name.partition("/")[0] not in PREFIXES and {"/", os.sep} & set(name):
         raise InputError(f"no folder {name}: give --dataset FOLDER with a folder of images for each class")
     _specification(name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,18 @@ def how_to_get() -> str:
     return f"it needs matplotlib, {how_to_install('matplotlib')}"
 
 
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Import matplotlib within the context without its remarks on its font cache and its folders."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def draw_curves(
     records: list[dict[str, Any]], target: Path, *, title: str, tests: Mapping[int, float] | None = None
 ) -> None:
@@ -37,8 +51,9 @@ def draw_curves(
     A star marks the best epoch, diamonds the test top-1 at the end of each cycle in `tests`, dotted lines where cycles
     begin.
     """
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    from matplotlib.ticker import LogLocator
+    with _without_remarks():
+        from matplotlib.figure import Figure  # not pyplot: no window, no global state
+        from matplotlib.ticker import LogLocator
 
     epochs = range(1, len(records) + 1)
     changing = [key for key in RATES if _changes(records, key)]
@@ -158,7 +173,8 @@ def draw_confusion(
 
     Returns the letters of the names that no available font has.
     """
-    from matplotlib.figure import Figure
+    with _without_remarks():
+        from matplotlib.figure import Figure
 
     classes = [shown(name, but="") for name in classes]
     fonts, lacking = _fonts_for("".join([*classes, title]))

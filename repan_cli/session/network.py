@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -295,7 +296,7 @@ def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
         except Exception as error:
             line = first_line(error).rstrip(". ")
             size = f"{dataset.channels}x{dataset.image_size}x{dataset.image_size}"
-            raise InputError(f"{name} does not run on images of {size}: {line}; {_mend(name)}") from error
+            raise InputError(f"{name} does not run on images of {size}: {line}; {_mend(name, line)}") from error
         found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         if found != expected:
             raise InputError(
@@ -304,8 +305,14 @@ def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
             )
 
 
-def _mend(name: str) -> str:
-    """Suggest a fix for a network that does not run on the images."""
+CHANNELS = re.compile(r"to have (1|3) channels, but got (?:1|3) channels")
+"""What PyTorch says of images with other channels than the first convolution reads."""
+
+
+def _mend(name: str, line: str) -> str:
+    """Suggest a fix for a network that does not run on the images, given the line of its error."""
+    if channels := CHANNELS.search(line):
+        return f"let it take in_chans as an argument, or set data.channels={channels[1]}"
     if user_file.names_a_file(name):
         return "let it take in_chans as an argument, or set data.image_size"
     cfg = timm.get_pretrained_cfg(name.removeprefix("timm:"), allow_unregistered=True)

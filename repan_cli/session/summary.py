@@ -39,10 +39,11 @@ def header(session: Session, resolved: Resolved) -> dict[str, str]:
     blocks = describe_blocks(training.model)
     parts = {"training": data.train, "validation": data.val, "test": data.test}
     counts = ", ".join(f"{len(part.labels):,} {which}" for which, part in parts.items() if part)
+    source = config.data.root if data.name == "folder" else data.name
     size = f"{data.image_size}x{data.image_size}" + ("" if data.channels == 3 else " gray")
     return {
         f"repan {session.command}": f"{network}: {blocks}, {export.count_parameters(training.model):,} parameters",
-        "data": f"{data.name}: {counts} images of {size}, {len(data.classes)} classes",
+        "data": f"{source}: {counts} images of {size}, {len(data.classes)} classes",
         **_describe_classes(session),
         **_describe_augmentation(training.train),
         "plan": _describe_plan(training.plan),
