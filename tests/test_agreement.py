@@ -9,6 +9,7 @@ import torch
 from support import small_net
 from torch import distributed
 
+from repan_cli import config
 from repan_cli.data import streaming
 from repan_cli.errors import InputError, LostRankError, lost_rank
 from repan_cli.session import agreement
@@ -167,3 +168,12 @@ def test_ranks_that_share_a_batch_unevenly_take_no_whole_batch_for_a_ragged_one(
 def test_a_lost_rank_is_told_from_a_fault_of_the_program():
     assert lost_rank(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
     assert not lost_rank(RuntimeError("shapes do not match"))
+
+
+def test_files_may_have_other_places_on_each_machine(monkeypatch):
+    """Their contents are compared."""
+    places = dict.fromkeys(("data.root", "data.class_order", "teacher.name", "baseline.teacher.name"), "/here")
+    settings = {"data.name": "folder", "model.name": "repvgg_a0_cifar", **places}
+    found = facts_of(monkeypatch, agreement.agree_on_settings, config.build(settings))
+    assert "setting data.name" in found
+    assert "/here" not in found.values()

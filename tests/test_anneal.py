@@ -437,3 +437,13 @@ def test_a_block_that_is_not_there_is_named(act):
     with pytest.raises(InputError, match=f"the network has no block '{name}s'; did you mean {name}"):
         act(model, only=[name, f"{name}s"])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("attach", CHOICES["attach"])
+def test_a_restart_without_images_leaves_the_network_as_it_was(attach):
+    model = trained("repvgg")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="need images that reach every block"):
+        restart(model, attach=attach)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -149,6 +149,14 @@ def test_labels_name_what_differs(tmp_path):
     ]
 
 
+def test_settings_of_the_machine_part_no_seeds(tmp_path):
+    for seed, hours in enumerate(("null", "8", "24")):
+        write_run(tmp_path / str(seed), seed=seed, run__max_hours=hours, data__workers=str(seed))
+    assert [group.seeds for group in compare([read_result(path) for path in find_runs([str(tmp_path)])]).groups] == [
+        [0, 1, 2]
+    ]
+
+
 def test_a_long_label_of_a_control_says_that_it_has_no_restart(tmp_path):
     """It does not read how branches attach, but a label that only lacks that setting says nothing."""
     others = {"optim__weight_decay": "0.0005", "cycle__start_from": "best", "optim__label_smoothing": "0.1"}

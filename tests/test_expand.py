@@ -168,7 +168,7 @@ def test_a_conv_without_a_norm_becomes_a_block_without_one():
     for bias in (True, False):
         model = net(conv=conv(bias=bias), act=nn.GELU(), again=nn.Conv2d(8, 8, 3))
         expected = model(X.double())
-        expand(model, images=X)
+        expand(model, images=X, attach="ramp")
         assert relative(model(X.double()), expected) < 1e-12
         assert not model.conv.trunk.has_norm
         set_attach_rate(model, 0.5)
@@ -624,7 +624,7 @@ def test_a_compiled_network_survives_a_restart_without_a_second_compilation():
         for rate in (0.5, 0.7):
             set_attach_rate(compiled, rate)
             expected = compiled(X)
-            restart(compiled, images=[X])
+            restart(compiled, images=[X], attach="ramp")
             assert relative(compiled(X), expected) < 1e-5
     assert len(compiled_graphs) == 1
     assert compiled._orig_mod is model

@@ -151,10 +151,13 @@ def test_zeroing_momentum_forgets_the_past(name):
         assert torch.equal(a, b)
 
 
-def test_carrying_momentum_removes_what_a_restart_makes_wrong():
-    """MADGRAD keeps a copy of the first weights: after a restart it would undo the trunk's new coordinates."""
+@pytest.mark.parametrize("name", ["madgrad", "novograd"])
+def test_carrying_momentum_removes_what_a_restart_makes_wrong(name):
+    """MADGRAD keeps a copy of the first weights: after a restart it would undo the trunk's new coordinates. NovoGrad
+    averages one square for all weights of a layer.
+    """
     model = small_net("rep")
-    optimizer = optim.build_optimizer(model, OptimConfig(name="madgrad", lr=0.01))
+    optimizer = optim.build_optimizer(model, OptimConfig(name=name, lr=0.01))
     with_gradients(model, 1.0)
     optimizer.step()
     changes = restart(model, rule="reset", attach="zero-gamma").changes

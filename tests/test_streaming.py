@@ -305,3 +305,18 @@ def test_autoaugment_works_on_gray_and_on_color(channels, policy_of):
         **kinds,
     )
     assert sum(len(batch.labels) for batch in epoch(loader, 60)) == 120
+
+
+@pytest.mark.parametrize("size", [(30, 30), (40, 30), (48, 32), (30, 40)])
+def test_images_that_are_not_augmented_are_those_that_are_scored(tmp_path, size):
+    """A random crop of the whole area would squash an image that is not square."""
+    write_folders(tmp_path, size=size)
+    for name in ("ant", "bee"):
+        shutil.rmtree(tmp_path / "test" / name)
+        shutil.copytree(tmp_path / "train" / name, tmp_path / "test" / name)
+    data = datasets.load("folder", tmp_path, image_size=16, crop="resized", val_fraction=0)
+    loader = build.train_loader(data, config.build({"data.augment": "none", "data.workers": "0"}).data, FP32)
+    scored = torch.cat([batch.images for batch in build.eval_loader(data, "test", FP32, 0).batches(5)])
+    for batch in epoch(loader, 5):
+        assert torch.equal(batch.images, scored[batch.index])
+    assert loader.unnumbered is None

@@ -100,7 +100,7 @@ def test_expand_restart_and_fuse_keep_the_function(name, record_property):
     record_property("pair", paired)
     own = any(is_own_block(module) for module in model.modules())
     try:
-        expand(model, None if own else BLOCKS[NETWORKS.index(name) % len(BLOCKS)], images=images)
+        expand(model, None if own else BLOCKS[NETWORKS.index(name) % len(BLOCKS)], images=images, attach="ramp")
     except InputError as error:
         record_property("refused", str(error))
         pytest.skip(f"refused ({'has' if paired else 'no'} conv + BN pair): {error}")
@@ -110,7 +110,7 @@ def test_expand_restart_and_fuse_keep_the_function(name, record_property):
     if not own:
         set_attach_rate(model, 0.3)
         expected, bound = model(images), bound_of(model, images)
-    restart(model, images=[images])
+    restart(model, images=[images], attach="ramp")
     assert relative(model(images), expected) < bound
     set_attach_rate(model, 0.3)
     attached, bound = model(images), bound_of(model, images)

@@ -123,6 +123,7 @@ def _compensated(
     block's. A last pass over the images measures `conv(x; K - sum K_i)`, the trunk's part.
     """
     probe = MergedProbe(model)
+    probe.run(images[:1], dict.fromkeys(blocks, lambda x, y: None))  # an error leaves the network as it was
     left = {name: block.sum_kernel() for name, block in blocks.items()}
     for block in blocks.values():
         reinit_branches(block, "one", branch_init=branch_init, generator=generator)

@@ -15,22 +15,14 @@ from typing import Any, NamedTuple
 
 from repan_cli.compare.results import Result
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread, difference
+from repan_cli.config.conventions import SAME_RESULT
 from repan_cli.config.settings import OVERLAY, SCHEMA
 from repan_cli.errors import InputError
 from repan_cli.runs.felt import HEADS, Pace, Records, loss_after
 
 WITHOUT_EFFECT = {
-    *(
-        "run.seed",
-        "run.out",
-        "run.device",
-        "run.log_every",
-        "run.save_every",
-        "run.trackers",
-        "run.channels_last",
-        "run.threads",
-    ),
-    *("run.compile", "run.graph", "data.workers", "teacher.cache"),
+    *(key for key in SAME_RESULT if key != "data.root"),
+    *("run.seed", "run.out", "run.channels_last", "run.threads", "run.compile", "teacher.cache"),
 }
 """Settings that may differ within a group: the seed, the output folder, the speed of computation, and the display."""
 

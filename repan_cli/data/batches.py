@@ -81,6 +81,7 @@ class Augmentation:
         mixup: alpha of mixup (Zhang et al. 2017).
         cutmix: alpha of CutMix (Yun et al. 2019).
         least_area: the smallest share of an image's area that a crop may have, for images that are cropped and resized.
+        random_crop: false prepares such images as for scoring, by a crop in the middle.
     """
 
     padding: int = 0
@@ -91,6 +92,7 @@ class Augmentation:
     mixup: float = 0.0
     cutmix: float = 0.0
     least_area: float = 0.08
+    random_crop: bool = True
 
     @property
     def unnumbered(self) -> str | None:

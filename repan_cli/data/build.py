@@ -73,4 +73,5 @@ def _augmentation(dataset: Dataset, data: config.DataConfig) -> Augmentation:
         mixup=data.mixup,
         cutmix=data.cutmix,
         least_area=least_area,
+        random_crop=data.augment != "none",
     )

@@ -63,7 +63,8 @@ class StreamingLoader(Loader):
 
     @property
     def unnumbered(self) -> str | None:
-        return "data.crop=resized" if self.resized else self.augmentation.unnumbered
+        crops_at_random = self.resized and self.augmentation.random_crop
+        return "data.crop=resized" if crops_at_random else self.augmentation.unnumbered
 
     def _training(self, rows: Sequence[Tensor], plan: EpochPlan, position: tuple[int, ...]) -> Iterator[Batch]:
         samples = Samples(self.part, self._training_transform(), position, skip=self.skip)
@@ -99,6 +100,8 @@ class StreamingLoader(Loader):
 
     def _training_transform(self) -> Any:
         chosen, steps = self.augmentation, []
+        if not chosen.random_crop:
+            return self._plain_transform()
         if self.resized:
             whole = create_transform(
                 self.size,

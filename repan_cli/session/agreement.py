@@ -27,7 +27,10 @@ from repan_cli.training.progress import POSITION
 from repan_cli.training.run import Training
 from repan_cli.training.snapshot import SUMS, snapshot
 
-MAY_DIFFER = ("data.root", "data.workers", "run.out", "run.trackers", "teacher.name", "model.name", "model.init")
+MAY_DIFFER = (
+    *("data.root", "data.class_order", "data.workers", "run.out", "run.trackers", "model.name", "model.init"),
+    *("teacher.name", "baseline.teacher.name"),
+)
 """Settings that may differ between machines because they are locations. The contents are compared instead."""
 
 DIGITS = 12

@@ -174,7 +174,7 @@ def carry_momentum(optimizer: torch.optim.Optimizer, changes: Iterable[Coordinat
     for change in changes:
         trunk, state = change.block.trunk, optimizer.state
         for parameter in trunk.parameters():
-            if not state.get(parameter, {}).keys() <= {*MEANS, *SQUARES, "step"}:
+            if not _can_be_carried(state.get(parameter, {}), parameter):
                 del state[parameter]
         if (norm := trunk.batch_norm) is not None:
             for key, value in dict(_carried_gamma(state, norm.weight, change)).items():
@@ -185,6 +185,14 @@ def carry_momentum(optimizer: torch.optim.Optimizer, changes: Iterable[Coordinat
                 value.mul_(factor.to(value).view(-1, 1, 1, 1))
         for parameter in change.block.branches.parameters():
             _forget(optimizer, parameter)
+
+
+def _can_be_carried(state: Mapping[str, Any], parameter: Tensor) -> bool:
+    """Return whether a state holds nothing but counts, and averages with a number for each weight."""
+    averages = {key: value for key, value in state.items() if key != "step"}
+    return averages.keys() <= {*MEANS, *SQUARES} and all(
+        isinstance(value, Tensor) and value.shape == parameter.shape for value in averages.values()
+    )
 
 
 def _carried_gamma(
