@@ -12,11 +12,11 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from repan_cli.anneal.calibration import unwrapped
 from repan_cli.anneal.restart import RestartReport
 from repan_cli.blocks import RepBlock, rep_blocks
 from repan_cli.blocks.kernel import exact, running_stats
 from repan_cli.errors import InputError
+from repan_cli.system.copies import unwrapped
 
 
 @torch.no_grad()
