@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from support import card_of, randomize_norms, relative
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, DropPath
 from timm.utils.model import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -398,6 +398,29 @@ def test_an_activation_between_conv_and_norm_keeps_them_apart():
     assert model.repan_report.changes == (Change("expand", "conv", None, "repvgg"),)
     assert isinstance(model.norm, nn.BatchNorm2d)
     assert relative(model(X.double()), expected) < 1e-12
+
+
+class DropsByFunction(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout2d(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.Dropout2d(0.5), DropPath(0.5), DropsByFunction()])
+def test_what_drops_values_in_training_keeps_conv_and_norm_apart(layer):
+    """As in wide residual networks: in eval mode the layer does nothing, in training the BN sees what is left."""
+    model = net(a=conv(), drop=layer, norm=nn.BatchNorm2d(8))
+    expected = model(X.double())
+    expand(model, images=X)
+    assert model.repan_report.changes == (Change("expand", "a", None, "repvgg"),)
+    assert isinstance(model.norm, nn.BatchNorm2d)
+    fused, report = export.fuse(model, X)
+    assert (report.folded, report.left) == (1, {})
+    assert relative(fused.double()(X.double()), expected) < 1e-5
+
+
+def test_an_identity_keeps_nothing_apart():
+    model = net(a=conv(), nothing=nn.Identity(), norm=nn.BatchNorm2d(8))
+    assert plan(model, X, family="rep", selection=Selection()).changes == (Change("expand", "a", "norm", "rep"),)
 
 
 def test_a_network_that_uses_its_conv_as_a_conv_is_left_alone():

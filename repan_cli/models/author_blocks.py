@@ -209,7 +209,7 @@ def _norms_behind(model: nn.Module, convs: Mapping[str, nn.Conv2d]) -> dict[str,
 
 
 def _pairs(model: nn.Module, images: Tensor) -> dict[str, str]:
-    seen = watch(model, images)
+    seen = watch(model, images, trains=False)
     names = {module: name for name, module in model.named_modules()}
     return {
         names[conv]: names[found[0]]
