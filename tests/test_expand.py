@@ -308,6 +308,9 @@ def test_layers_keep_their_mode_precision_and_gradients():
     assert {part.weight.dtype for part in block.modules() if isinstance(part, nn.Conv2d)} == {torch.bfloat16}
     assert {part.weight.dtype for part in block.modules() if isinstance(part, nn.BatchNorm2d)} == {torch.float32}
     assert (last.trunk.conv.weight.requires_grad, last.trunk.conv.bias.requires_grad) == (False, False)
+    frozen = nn.Sequential(conv(), nn.BatchNorm2d(8, affine=False)).requires_grad_(False)
+    expand(frozen, images=X)
+    assert not any(parameter.requires_grad for parameter in frozen[0].trunk.parameters())
 
 
 @pytest.mark.parametrize("family", ["dbb", "mobileone"])
@@ -518,6 +521,35 @@ def test_selection():
 def test_names_that_are_not_there(include, says):
     with pytest.raises(InputError, match=says):
         chosen(include=(include,))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"attach": "zero_gamma"},
+            "attach='zero_gamma' is not a choice; did you mean zero-gamma?: ramp, zero-gamma, one",
+        ),
+        ({"attach": "compensated"}, "attach='compensated' is not a choice: ramp, zero-gamma, one"),
+        ({"block": "mobileone", "branches": 0}, "block.branches=0: give at least 1"),
+    ],
+)
+def test_a_wrong_word_is_not_taken_for_another(given, says):
+    """A misspelled attach would start the branches at rate 1, which changes the function."""
+    model = net(a=conv(), n=nn.BatchNorm2d(8))
+    with pytest.raises(InputError) as error:
+        expand(model, images=X, **given)
+    assert str(error.value) == says
+    assert isinstance(model.a, nn.Conv2d)
+
+
+@pytest.mark.parametrize(
+    "given", [{"kernel": 3}, {"include": "b*"}, {"exclude": "a"}, {"include": ["b"], "kernel": [3]}]
+)
+def test_one_size_or_glob_needs_no_tuple(given):
+    model = net(a=conv(kernel=5), b=conv(8, 8))
+    expand(model, images=X, **given)
+    assert [name for name, _ in rep_blocks(model)] == ["b"]
 
 
 def test_a_layer_that_was_asked_for_and_cannot_be_had_is_an_error():
