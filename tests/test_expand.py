@@ -346,6 +346,25 @@ def test_a_norm_without_bias_or_factors_gets_them(affine, family):
     assert (block.trunk.batch_norm or block.post_norm).bias is not None
 
 
+def test_a_compiled_part_of_a_network_is_fused():
+    model = net(part=nn.Sequential(conv(), nn.BatchNorm2d(8)), again=conv(8, 8), norm=nn.BatchNorm2d(8)).float()
+    expected = model(X)
+    model.part = torch.compile(model.part, backend="eager")
+    model(X)
+    fused, report = export.fuse(model, X)
+    assert (report.folded, report.left) == (2, {})
+    assert {*fused.state_dict()} == {"part.0.weight", "part.0.bias", "again.weight", "again.bias"}
+    assert relative(fused(X), expected) < 1e-5
+
+
+@pytest.mark.parametrize("act", [lambda model: expand(model, images=X), lambda model: export.fuse(model, X)])
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript_is_refused_by_name(act):
+    model = nn.Sequential(torch.jit.script(nn.Sequential(conv(), nn.BatchNorm2d(8)).eval()), nn.ReLU())
+    with pytest.raises(InputError, match="^0 is TorchScript, which cannot be changed: give what it was made of$"):
+        act(model)
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, functools.partial(torch.compile, backend="eager")])
 def test_a_network_in_a_wrapper_is_expanded_and_fused_itself(wrap):
     model = net(a=conv(), n=nn.BatchNorm2d(8)).float()

@@ -221,7 +221,12 @@ class Probe:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a network. Raises InputError for one whose weights are computed by hooks."""
+    """Return a copy of a network. Raises InputError for TorchScript, and for weights that are computed by hooks."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{name or 'the network'} is TorchScript, which cannot be changed: give what it was made of"
+            )
     try:
         return deep_copy(model)
     except RuntimeError as error:
