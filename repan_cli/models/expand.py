@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from repan_cli.blocks import NATIVE, Geometry, check_family, rep_blocks, use_block
 from repan_cli.checkpoint.card import Change
@@ -146,7 +147,8 @@ def to_expand(
 ) -> tuple[list[Change], dict[str, str]]:
     """Return the convolutions outside of blocks that suit a family, and the reason for each of the others.
 
-    A block that `trains` is called once in a pass, and its BN has no hooks.
+    A block that `trains` is called once in a pass, is a plain convolution, and its BN has no hooks. To merge, any type
+    of convolution is tried, such as one that pads as TensorFlow does; the proof shows whether it may absorb a BN.
     """
     convs = _free_convs(model)
     left = {name: reason for name, conv in convs.items() if (reason := _unsuited(conv, seen, family, trains=trains))}
@@ -166,7 +168,7 @@ def to_expand(
 def _unsuited(conv: _ConvNd, seen: Sightings, family: str, *, trains: bool) -> str | None:
     """Return why a convolution cannot become a block, whatever the selection."""
     norms, calls = seen.norms[conv], seen.calls[conv]
-    if type(conv) is not nn.Conv2d:
+    if type(conv) is not nn.Conv2d and (trains or not isinstance(conv, nn.Conv2d) or is_parametrized(conv)):
         return f"it is a {type(conv).__name__}, not a plain Conv2d"
     if conv._forward_pre_hooks or conv._forward_hooks or "forward" in vars(conv):
         return "it has hooks, such as those of weight norm, or a forward of its own"
