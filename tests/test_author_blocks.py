@@ -181,11 +181,12 @@ def test_the_authors_blocks_load_into_blocks_of_their_family(name, family):
 
 
 @pytest.mark.parametrize(
-    ("eps", "merged"), [(1e-3, False), (0.1, False), pytest.param(0.1, True, marks=pytest.mark.soak)]
+    ("eps", "into"),
+    [(1e-3, "convs"), (0.1, "convs"), (0.1, "blocks"), pytest.param(0.1, "merged", marks=pytest.mark.soak)],
 )
-def test_the_networks_own_epsilon_counts_behind_the_authors_blocks(eps, merged):
+def test_the_networks_own_epsilon_counts_behind_the_authors_blocks(eps, into):
     model, names = with_blocks("resnet10t", "acb")
-    weights = authors_merge(model, names, "fused_conv") if merged else model.state_dict()
+    weights = authors_merge(model, names, "fused_conv") if into == "merged" else model.state_dict()
     found = plain("resnet10t").eval()
     for module in found.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -193,6 +194,8 @@ def test_the_networks_own_epsilon_counts_behind_the_authors_blocks(eps, merged):
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d) and not name.startswith(tuple(names)):
             module.eps = eps
+    if into == "blocks":
+        expand(found, "acb", images=X)
     models.load_foreign(found, weights, "theirs")
     assert relative(found(X), model(X)) < 1e-4
 

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from support import card_of, randomize_norms, relative
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, DropPath
 from timm.utils.model import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -309,6 +309,9 @@ def test_layers_keep_their_mode_precision_and_gradients():
     assert {part.weight.dtype for part in block.modules() if isinstance(part, nn.Conv2d)} == {torch.bfloat16}
     assert {part.weight.dtype for part in block.modules() if isinstance(part, nn.BatchNorm2d)} == {torch.float32}
     assert (last.trunk.conv.weight.requires_grad, last.trunk.conv.bias.requires_grad) == (False, False)
+    frozen = nn.Sequential(conv(), nn.BatchNorm2d(8, affine=False)).requires_grad_(False)
+    expand(frozen, images=X)
+    assert not any(parameter.requires_grad for parameter in frozen[0].trunk.parameters())
 
 
 @pytest.mark.parametrize("family", ["dbb", "mobileone"])
@@ -342,6 +345,25 @@ def test_a_norm_without_bias_or_factors_gets_them(affine, family):
     block = model.a
     restart(model, rule="calibrate", images=X.double(), attach="zero-gamma")
     assert (block.trunk.batch_norm or block.post_norm).bias is not None
+
+
+def test_a_compiled_part_of_a_network_is_fused():
+    model = net(part=nn.Sequential(conv(), nn.BatchNorm2d(8)), again=conv(8, 8), norm=nn.BatchNorm2d(8)).float()
+    expected = model(X)
+    model.part = torch.compile(model.part, backend="eager")
+    model(X)
+    fused, report = export.fuse(model, X)
+    assert (report.folded, report.left) == (2, {})
+    assert {*fused.state_dict()} == {"part.0.weight", "part.0.bias", "again.weight", "again.bias"}
+    assert relative(fused(X), expected) < 1e-5
+
+
+@pytest.mark.parametrize("act", [lambda model: expand(model, images=X), lambda model: export.fuse(model, X)])
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript_is_refused_by_name(act):
+    model = nn.Sequential(torch.jit.script(nn.Sequential(conv(), nn.BatchNorm2d(8)).eval()), nn.ReLU())
+    with pytest.raises(InputError, match="^0 is TorchScript, which cannot be changed: give what it was made of$"):
+        act(model)
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, functools.partial(torch.compile, backend="eager")])
@@ -399,6 +421,29 @@ def test_an_activation_between_conv_and_norm_keeps_them_apart():
     assert model.repan_report.changes == (Change("expand", "conv", None, "repvgg"),)
     assert isinstance(model.norm, nn.BatchNorm2d)
     assert relative(model(X.double()), expected) < 1e-12
+
+
+class DropsByFunction(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout2d(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.Dropout2d(0.5), DropPath(0.5), DropsByFunction()])
+def test_what_drops_values_in_training_keeps_conv_and_norm_apart(layer):
+    """As in wide residual networks: in eval mode the layer does nothing, in training the BN sees what is left."""
+    model = net(a=conv(), drop=layer, norm=nn.BatchNorm2d(8))
+    expected = model(X.double())
+    expand(model, images=X)
+    assert model.repan_report.changes == (Change("expand", "a", None, "repvgg"),)
+    assert isinstance(model.norm, nn.BatchNorm2d)
+    fused, report = export.fuse(model, X)
+    assert (report.folded, report.left) == (1, {})
+    assert relative(fused.double()(X.double()), expected) < 1e-5
+
+
+def test_an_identity_keeps_nothing_apart():
+    model = net(a=conv(), nothing=nn.Identity(), norm=nn.BatchNorm2d(8))
+    assert plan(model, X, family="rep", selection=Selection()).changes == (Change("expand", "a", "norm", "rep"),)
 
 
 def test_a_network_that_uses_its_conv_as_a_conv_is_left_alone():
@@ -496,6 +541,35 @@ def test_selection():
 def test_names_that_are_not_there(include, says):
     with pytest.raises(InputError, match=says):
         chosen(include=(include,))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"attach": "zero_gamma"},
+            "attach='zero_gamma' is not a choice; did you mean zero-gamma?: ramp, zero-gamma, one",
+        ),
+        ({"attach": "compensated"}, "attach='compensated' is not a choice: ramp, zero-gamma, one"),
+        ({"block": "mobileone", "branches": 0}, "block.branches=0: give at least 1"),
+    ],
+)
+def test_a_wrong_word_is_not_taken_for_another(given, says):
+    """A misspelled attach would start the branches at rate 1, which changes the function."""
+    model = net(a=conv(), n=nn.BatchNorm2d(8))
+    with pytest.raises(InputError) as error:
+        expand(model, images=X, **given)
+    assert str(error.value) == says
+    assert isinstance(model.a, nn.Conv2d)
+
+
+@pytest.mark.parametrize(
+    "given", [{"kernel": 3}, {"include": "b*"}, {"exclude": "a"}, {"include": ["b"], "kernel": [3]}]
+)
+def test_one_size_or_glob_needs_no_tuple(given):
+    model = net(a=conv(kernel=5), b=conv(8, 8))
+    expand(model, images=X, **given)
+    assert [name for name, _ in rep_blocks(model)] == ["b"]
 
 
 def test_a_layer_that_was_asked_for_and_cannot_be_had_is_an_error():

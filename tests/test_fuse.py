@@ -1,13 +1,25 @@
 """Merging proves itself: right merges pass; wrong ones are refused, and nothing is written."""
 
+import copy
+
 import pytest
 import torch
 from support import randomize_norms, relative, run, small_net
+from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from repan_cli import export
-from repan_cli.blocks import FAMILIES, RepBlock, branches, kernel, rep_block, rep_blocks, set_attach_rate
+from repan_cli import export, models
+from repan_cli.blocks import (
+    FAMILIES,
+    RepBlock,
+    branches,
+    kernel,
+    rep_block,
+    rep_blocks,
+    reparameterize,
+    set_attach_rate,
+)
 from repan_cli.errors import InputError, MergeError
 
 X = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -123,6 +135,45 @@ def test_a_convolution_that_is_called_twice_absorbs_the_norm_that_always_follows
     assert report.folded == 3 - len(left)
     assert {name.removeprefix("0."): why for name, why in report.left.items()} == left
     assert relative(fused(X), model(X)) < 1e-5
+
+
+class Standardized(nn.Conv2d):
+    """Its kernel has the same scale whatever its weights are, so it cannot absorb a factor."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
+
+class Flipped(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight.flip(-1), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("conv", "folds"),
+    [
+        (Conv2dSame(3, 8, 3, stride=2, bias=False), True),
+        (Conv2dSame(3, 8, 5, stride=3, groups=1, dilation=2), True),
+        (nn.Sequential(Conv2dSame(3, 8, 1, stride=2, bias=False)), True),
+        (Flipped(3, 8, (1, 3)), True),
+        (Standardized(3, 8, 3), False),
+    ],
+)
+def test_convolutions_of_other_types_absorb_a_norm_if_the_proof_says_so(conv, folds, tmp_path):
+    torch.manual_seed(0)
+    model = randomize_norms(nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)))
+    model.eval()
+    fused, report = export.fuse(model, X)
+    assert report.folded == 1 + folds
+    assert [*report.left.values()] == ([] if folds else ["as one convolution it changes the network's function"])
+    for image in (X, X[..., :31, :30]):
+        assert relative(fused(image), model(image)) < 1e-5
+    if folds:
+        assert {type(part) for part in conv.modules()} <= {type(part) for part in fused.modules()}
+        plain = copy.deepcopy(model)
+        again = reparameterize(models.apply(plain, fused.repan_report.changes))  # as when a file is opened
+        again.load_state_dict(fused.state_dict())
+        assert torch.equal(again(X), fused(X))
 
 
 class Own(nn.BatchNorm2d):

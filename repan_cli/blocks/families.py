@@ -64,6 +64,8 @@ def check_family(name: str, copies: int | None = None) -> None:
     build = FAMILIES[name].branches
     if copies is not None and "copies" not in inspect.signature(build).parameters:
         raise InputError(f"block.branches={copies}: the block family {name} has a fixed number of branches")
+    if copies is not None and copies < 1:
+        raise InputError(f"block.branches={copies}: give at least 1")
 
 
 def side_branches(name: str, geometry: Geometry, copies: int | None = None) -> list[Branch]:

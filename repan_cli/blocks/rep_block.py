@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Collection, Iterator, Sequence
 from typing import cast
 
@@ -88,31 +89,38 @@ class RepBlock(nn.Module):
         return weight, bias
 
     def merged(self, kernel: Kernel) -> nn.Conv2d:
-        """Return a convolution with this kernel and the trunk's geometry, device, dtype and memory format."""
+        """Return a convolution with this kernel and the trunk's type, geometry, device, dtype and memory format."""
         conv, (weight, bias) = self.trunk.conv, kernel
-        merged = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            size_of(conv.kernel_size),
-            stride=size_of(conv.stride),
-            padding=conv.padding if isinstance(conv.padding, str) else size_of(conv.padding),
-            dilation=size_of(conv.dilation),
-            groups=conv.groups,
-            padding_mode=conv.padding_mode,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-        )
+        merged = _fresh(conv) if type(conv) is nn.Conv2d else copy.deepcopy(conv)
+        if merged.bias is None:
+            merged.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
         if conv.weight.is_contiguous(memory_format=torch.channels_last):
             merged = merged.to(memory_format=torch.channels_last)
         with torch.no_grad():
             merged.weight.copy_(weight)
-            assert merged.bias is not None, "it was made with one"
+            assert merged.bias is not None, "it has got one"
             merged.bias.copy_(bias)
         merged.requires_grad_(conv.weight.requires_grad)
         return merged.train(self.training)
 
     def extra_repr(self) -> str:
         return f"family={self.family}"
+
+
+def _fresh(conv: nn.Conv2d) -> nn.Conv2d:
+    """Return a new convolution with a bias and the geometry, device and dtype of another."""
+    return nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        size_of(conv.kernel_size),
+        stride=size_of(conv.stride),
+        padding=conv.padding if isinstance(conv.padding, str) else size_of(conv.padding),
+        dilation=size_of(conv.dilation),
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
 
 
 def rep_blocks(model: nn.Module) -> Iterator[tuple[str, RepBlock]]:

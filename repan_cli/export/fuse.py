@@ -23,7 +23,7 @@ from repan_cli.models.outputs import Leaves, difference, leaves
 from repan_cli.models.probe import copied
 from repan_cli.models.rebuild import NothingIsDrawn, load
 from repan_cli.models.twins import cut, twin
-from repan_cli.system.copies import unwrapped
+from repan_cli.system.copies import unwrap_parts, unwrapped
 from repan_cli.system.images import ImagesLike, first_batch
 from repan_cli.system.notices import doing
 from repan_cli.system.text import count, first_line
@@ -108,7 +108,7 @@ def fuse(model: nn.Module | str | Path, images: ImagesLike) -> tuple[nn.Module, 
     model = unwrapped(model)
     images = first_batch(images).detach().cpu().float()
     check_finite(model)
-    exact = copied(model).cpu().float().double().eval()
+    exact = unwrap_parts(copied(model)).cpu().float().double().eval()
     blocks = [name for name, _ in rep_blocks(exact)]
     try:
         found = plan_merge(exact, images.double())

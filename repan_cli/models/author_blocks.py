@@ -97,6 +97,10 @@ def _as_block(part: Weights, block: RepBlock) -> dict[str, Tensor]:
         start = next((each for each in names if name == each or (each.endswith(".") and name.startswith(each))), None)
         if start is not None:
             found[names[start] + name[len(start) :]] = value
+    norm, var = block.trunk.batch_norm, found.get("trunk.norm.running_var")
+    if norm is not None and norm.eps != EPS and var is not None:  # the network's own BN, of another epsilon
+        gamma = found["trunk.norm.weight"]
+        found["trunk.norm.weight"] = (exact(gamma) * ((exact(var) + norm.eps) / (exact(var) + EPS)).sqrt()).to(gamma)
     if (inner := part.get("dbb_1x1_kxk.conv1.weight")) is not None and block.family == "dbb":
         own = dict(block.named_buffers())["branches.1.inner_conv.identity"]
         found["branches.1.inner_conv.weight"] = inner - own.to(inner)
@@ -205,7 +209,7 @@ def _norms_behind(model: nn.Module, convs: Mapping[str, nn.Conv2d]) -> dict[str,
 
 
 def _pairs(model: nn.Module, images: Tensor) -> dict[str, str]:
-    seen = watch(model, images)
+    seen = watch(model, images, trains=False)
     names = {module: name for name, module in model.named_modules()}
     return {
         names[conv]: names[found[0]]

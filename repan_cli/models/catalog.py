@@ -39,7 +39,7 @@ def look(name: str) -> Support:
     images = torch.empty(2, channels, size, size, device="meta")
     with torch.no_grad():
         changes, _ = to_expand(model, watch(model, images), "rep", Selection())
-        pairs = sum(1 for norms in watch(model, images).norms.values() if norms)
+        pairs = sum(1 for norms in watch(model, images, trains=False).norms.values() if norms)
     return Support(own, len(changes), pairs, sum(parameter.numel() for parameter in model.parameters()))
 
 

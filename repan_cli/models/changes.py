@@ -165,7 +165,11 @@ def _block_of(model: nn.Module, module: nn.Module, change: Change) -> RepBlock:
     else:
         conv = module.reparameterize() if isinstance(module, RepBlock) else cast("nn.Conv2d", module)
         if change.norm is not None:
-            norm, rest = split_norm(model.get_submodule(change.norm))
+            before = model.get_submodule(change.norm)
+            missing = [name for name in ("weight", "bias") if getattr(before, name, None) is None]
+            norm, rest = split_norm(before)
+            for name in missing:
+                getattr(norm, name).requires_grad_(conv.weight.requires_grad)
             put(model, change.norm, rest.train(norm.training))
         elif conv.bias is None:  # the branches' BN will need one when they are merged
             conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), conv.weight.requires_grad)

@@ -8,11 +8,12 @@ randomized, so that no mistake hides behind fresh ones. Changes that alter the o
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from repan_cli.blocks import NATIVE, Geometry, check_family, rep_blocks, use_block
 from repan_cli.checkpoint.card import Change
@@ -26,6 +27,7 @@ from repan_cli.system.copies import unwrapped
 from repan_cli.system.images import ImagesLike, first_batch
 
 DEFAULT_FAMILY = "repvgg"
+ATTACH = ("ramp", "zero-gamma", "one")
 
 
 def expand(
@@ -33,9 +35,9 @@ def expand(
     block: str | None = None,
     *,
     images: ImagesLike,
-    kernel: tuple[int, ...] = (),
-    include: tuple[str, ...] = (),
-    exclude: tuple[str, ...] = (),
+    kernel: int | Iterable[int] = (),
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     limit: int | None = None,
     branches: int | None = None,
     attach: str = "zero-gamma",
@@ -51,9 +53,9 @@ def expand(
         block: the block family: a built-in or registered name, or `file.py:function`. None means the network's own
             multi-branch blocks if it has any, else repvgg.
         images: images (N, C, H, W) for a forward pass, which may be noise; or a batch, or a loader.
-        kernel: the sizes of the kernels that become blocks; an empty tuple means every size above 1x1.
-        include: globs of the layers that become blocks; none means all.
-        exclude: globs of the layers that stay as they are.
+        kernel: the size or sizes of the kernels that become blocks; none means every size above 1x1.
+        include: a glob or globs of the layers that become blocks; none means all.
+        exclude: a glob or globs of the layers that stay as they are.
         limit: the largest number of blocks; layers with the most weights come first.
         branches: the number of k x k side branches, for families that allow a choice.
         attach: how the branches start. `ramp` sets attach rate 0, which `set_attach_rate` raises; at rate 0 they do not
@@ -64,8 +66,12 @@ def expand(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expand works in place, on a network, not on {model!r}: load it first, by repan_cli.load")
+    if attach not in ATTACH:
+        raise InputError(f"attach={attach!r} is not a choice{did_you_mean(str(attach), ATTACH)}: {', '.join(ATTACH)}")
     network = unwrapped(model)
-    selection = Selection(kernel, include, exclude, limit)
+    kernels = (kernel,) if isinstance(kernel, int) else tuple(kernel)
+    chosen, left_out = ((globs,) if isinstance(globs, str) else tuple(globs) for globs in (include, exclude))
+    selection = Selection(kernels, chosen, left_out, limit)
     expansion = plan(network, first_batch(images), family=use_block(block), selection=selection, copies=branches)
     if not expansion.changes and not any(rep_blocks(network)):
         raise InputError(f"no convolution of the network can become a block: {summary(expansion.left)}")
@@ -141,7 +147,8 @@ def to_expand(
 ) -> tuple[list[Change], dict[str, str]]:
     """Return the convolutions outside of blocks that suit a family, and the reason for each of the others.
 
-    A block that `trains` is called once in a pass, and its BN has no hooks.
+    A block that `trains` is called once in a pass, is a plain convolution, and its BN has no hooks. To merge, any type
+    of convolution is tried, such as one that pads as TensorFlow does; the proof shows whether it may absorb a BN.
     """
     convs = _free_convs(model)
     left = {name: reason for name, conv in convs.items() if (reason := _unsuited(conv, seen, family, trains=trains))}
@@ -161,7 +168,7 @@ def to_expand(
 def _unsuited(conv: _ConvNd, seen: Sightings, family: str, *, trains: bool) -> str | None:
     """Return why a convolution cannot become a block, whatever the selection."""
     norms, calls = seen.norms[conv], seen.calls[conv]
-    if type(conv) is not nn.Conv2d:
+    if type(conv) is not nn.Conv2d and (trains or not isinstance(conv, nn.Conv2d) or is_parametrized(conv)):
         return f"it is a {type(conv).__name__}, not a plain Conv2d"
     if conv._forward_pre_hooks or conv._forward_hooks or "forward" in vars(conv):
         return "it has hooks, such as those of weight norm, or a forward of its own"

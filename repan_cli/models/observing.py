@@ -99,7 +99,7 @@ def observe(model: nn.Module, images: Tensor) -> tuple[Observed, Sightings]:
     found = Observed()
     mode = _Watch(found, model)
     with _hooked(model, mode), mode:
-        return found, watch(model, images, is_norm=is_norm)
+        return found, watch(model, images, is_norm=is_norm, trains=False)
 
 
 @contextmanager

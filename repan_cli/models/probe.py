@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
 from repan_cli.blocks import rep_blocks
 from repan_cli.blocks.kernel import BatchNorm, running_stats
@@ -61,12 +63,34 @@ class Sightings(NamedTuple):
     owners: Counter[int]
 
 
+class _Dropouts(TorchFunctionMode):
+    """Remove the mark of a convolution from outputs that pass a dropout, which returns its input in eval mode."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if "dropout" in getattr(function, "__name__", "") and isinstance(result, Tensor):
+            vars(result).pop(SOURCE, None)
+        return result
+
+
+def _unmark(module: nn.Module, inputs: Any, output: Any) -> None:
+    """Remove the mark from an output that a module passed through, as stochastic depth does in eval mode."""
+    if inputs and output is inputs[0] and isinstance(output, Tensor):
+        vars(output).pop(SOURCE, None)
+
+
 @torch.no_grad()
-def watch(model: nn.Module, images: Tensor, *, is_norm: Callable[[nn.Module], bool] = is_batch_norm) -> Sightings:
+def watch(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    is_norm: Callable[[nn.Module], bool] = is_batch_norm,
+    trains: bool = True,
+) -> Sightings:
     """Observe one forward pass of a network; on the meta device it costs no arithmetic.
 
     `is_norm` decides which modules are sought behind convolutions. A frozen BN cannot be part of a block that is
-    trained.
+    trained. For a network that `trains`, a dropout or a similar layer parts a convolution from the BN after it.
     """
     calls: Counter[nn.Module] = Counter()
     convs = [module for module in model.modules() if isinstance(module, _ConvNd)]
@@ -87,8 +111,12 @@ def watch(model: nn.Module, images: Tensor, *, is_norm: Callable[[nn.Module], bo
     free_norms = [m for m in model.modules() if is_norm(m) and id(m) not in inside]
     hooks = [conv.register_forward_hook(after_conv) for conv in convs]
     hooks += [norm.register_forward_pre_hook(before_norm) for norm in free_norms]
+    if trains:
+        leaves_of = [module for module in model.modules() if not module._modules and type(module) is not nn.Identity]
+        hooks += [module.register_forward_hook(_unmark) for module in leaves_of]
     try:
-        model(images)
+        with _Dropouts() if trains else contextlib.nullcontext():
+            model(images)
     finally:
         for hook in hooks:
             hook.remove()
@@ -193,7 +221,12 @@ class Probe:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a network. Raises InputError for one whose weights are computed by hooks."""
+    """Return a copy of a network. Raises InputError for TorchScript, and for weights that are computed by hooks."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{name or 'the network'} is TorchScript, which cannot be changed: give what it was made of"
+            )
     try:
         return deep_copy(model)
     except RuntimeError as error:

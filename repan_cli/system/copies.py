@@ -49,3 +49,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def unwrap_parts(model: Network) -> Network:
+    """Replace the wrappers inside a network by what they hold, in place, and return it."""
+    for parent in modules_of(model, {}):
+        for name, child in [*parent._modules.items()]:
+            if child is not None and unwrapped(child) is not child:
+                setattr(parent, name, unwrapped(child))
+    return model
