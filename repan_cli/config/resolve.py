@@ -85,6 +85,9 @@ OTHER_WORDS = {
 }
 """Other tools' words for our settings."""
 
+SECTIONS = {known.partition(".")[0] for known in SCHEMA if "." in known} | {"baseline"}
+"""The words before the dot in the keys of settings."""
+
 NAMED = ("model", "data", "block", "teacher")
 """Sections that are named after the thing that they describe."""
 
@@ -93,10 +96,9 @@ SEVERAL = 3
 
 
 def _unknown_key(key: str, value: Any) -> str:
-    sections = {known.partition(".")[0] for known in SCHEMA if "." in known} | {"baseline"}
-    if key in sections and isinstance(value, str) and key in NAMED and not value.isdigit():
+    if key in SECTIONS and isinstance(value, str) and key in NAMED and not value.isdigit():
         return f"{key} is a section; did you mean {key}.name={value}?"
-    if key in sections:
+    if key in SECTIONS:
         return f"{key} is a section: give {key}.SETTING=VALUE, see 'repan list settings \"{key}.*\"'"
     leaf = key.rpartition(".")[2].lower()
     same = [known for known in SCHEMA if known.rpartition(".")[2] == leaf]
