@@ -11,6 +11,7 @@ from support import randomize_norms, relative, small_net
 
 from repan_cli import config
 from repan_cli.anneal.calibration import calibrate
+from repan_cli.anneal.rescaling import rescale
 from repan_cli.anneal.restart import CHOICES, restart
 from repan_cli.anneal.restoration import MOST_GROWTH
 from repan_cli.blocks import FAMILIES, Geometry, make_block, rep_blocks, set_attach_rate
@@ -76,6 +77,34 @@ def test_calibrate_keeps_the_function_in_train_mode(family, trunk_scale, attach)
     expected = model(x)
     restart(model, images=[x[:25], x[25:]], attach=attach, trunk_scale=trunk_scale)
     assert relative(model.train()(x), expected) < 1e-3
+
+
+@pytest.mark.usefixtures("few_blocks")
+@pytest.mark.parametrize("family", ["repvgg", "acb", "dbb", "plain"])
+@torch.no_grad()
+def test_rescaling_takes_the_trunks_scale_of_a_restart_and_nothing_else(family):
+    """The function stays, every side branch stays, and each channel has the norm that a restart gives it."""
+    model, x = trained(family).double(), images(count=32).double()
+    merged = copy.deepcopy(model)
+    restart(merged, images=[x])
+    expected, in_train = model(x), copy.deepcopy(model).train()(x)
+    sides = {name: p.clone() for name, p in model.named_parameters() if ".branches." in name}
+    before = [block.trunk.conv.weight.clone() for _, block in rep_blocks(model)]
+    assert rescale(model).blocks == 5
+    assert relative(model(x), expected) < 1e-9
+    for old, (_, block), (_, restarted) in zip(before, rep_blocks(model), rep_blocks(merged), strict=True):
+        old, new, goal = (weight.flatten(1) for weight in (old, block.trunk.conv.weight, restarted.trunk.conv.weight))
+        merged_away = goal.norm(dim=1, keepdim=True) == 0  # such a channel keeps its weights
+        scale = torch.where(merged_away, 1.0, goal.norm(dim=1, keepdim=True) / old.norm(dim=1, keepdim=True))
+        torch.testing.assert_close(new, scale * old)
+        assert not torch.allclose(new, old, rtol=0.05)
+    assert all(torch.equal(p, sides[name]) for name, p in model.named_parameters() if name in sides)
+    assert relative(model.train()(x), in_train) < 1e-3
+
+
+def test_rescaling_needs_a_norm_behind_the_trunk():
+    with pytest.raises(InputError, match="nothing to rescale"):
+        rescale(small_net("qarep"))
 
 
 DEEP = [name for name in FAMILIES if not FAMILIES[name].post_norm]

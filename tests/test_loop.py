@@ -86,6 +86,17 @@ def test_the_control_is_training_on_with_zeroed_momentum(digits):
     assert same(weights(control), weights(by_hand))
 
 
+def test_the_rescaled_control_changes_the_course_and_no_function(digits):
+    """Training goes another way than without rescaling; the logits stay, and no block is merged."""
+    none, rescaled = (training(digits, plan(cycle__restart=how)) for how in ("none", "rescale"))
+    starts = [event for event in fit(rescaled) if isinstance(event, CycleStart) and event.cycle]
+    list(fit(none))
+    assert [(start.restarted, start.blocks) for start in starts] == [(False, 5)] * len(starts)
+    assert starts
+    assert max(start.logit_error for start in starts) < 1e-4
+    assert not same(weights(none), weights(rescaled))
+
+
 def test_a_restart_keeps_accuracy_and_logits(digits):
     start = next(event for event in fit(training(digits, plan(baseline=False))))
     assert start.restarted

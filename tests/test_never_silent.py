@@ -39,6 +39,7 @@ def advice(command="cycle", **given):
         ({"teacher__alpha": "0.9"}, "teacher.alpha has no effect without a teacher"),
         ({"ema__decay": "0.9"}, "ema.decay has no effect while ema.enabled is false"),
         ({"cycle__restart": "none", "cycle__rule": "running"}, "cycle.rule has no effect with cycle.restart=none"),
+        ({"cycle__restart": "rescale", "cycle__rule": "reset"}, "cycle.rule has no effect with cycle.restart=rescale"),
         ({"cycle__rule": "reset", "cycle__calibration_images": "9"}, "cycle.calibration_images has no effect with"),
         (
             {"optim__name": "lion", "optim__lr": "0.001", "baseline__optim__lr": "0.001", "optim__momentum": "0.5"},
@@ -61,6 +62,7 @@ def test_what_few_want_is_reported(given, said):
         {"ema__enabled": "true", "ema__decay": "0.9"},
         {"cycle__rule": "running"},
         {"cycle__restart": "none", "cycle__schedule": "continuous", "cycle__reseed": "same"},
+        {"cycle__restart": "none", "cycle__momentum": "carry"},
     ],
 )
 def test_settings_with_an_effect_are_not_reported(given):

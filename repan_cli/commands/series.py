@@ -98,8 +98,8 @@ def refuse(resolved: Resolved, *, with_control: bool) -> None:
         raise InputError(
             "--seeds and --control run in one process: start each run separately under torchrun, then compare"
         )
-    if with_control and resolved.config.cycle.restart == "none":
-        raise InputError("cycle.restart=none and --control both ask for a run without restarts: give one")
+    if with_control and (restart := resolved.config.cycle.restart) != "repan":
+        raise InputError(f"cycle.restart={restart} and --control both ask for a run without restarts: give one")
 
 
 def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:

@@ -213,7 +213,7 @@ def _kind(result: Result) -> tuple[Any, ...]:
 
 def _is_control(result: Result) -> bool:
     """Return whether a run has no restarts, like those of other commands than cycle."""
-    return result.command != "cycle" or result.settings.get("cycle.restart") == "none"
+    return result.command != "cycle" or result.settings.get("cycle.restart") in ("none", "rescale")
 
 
 def _different_problems(results: Sequence[Result]) -> list[str]:

@@ -13,10 +13,7 @@ ADAPTIVE = ("adam", "nadam", "radam", "adan", "adabelief", "lion", "lamb", "soph
 
 LARGE_RATE, USUAL_RATE = 0.02, 0.001
 
-OF_RESTARTS = (
-    *("rule", "calibration_images", "attach", "attach_epochs", "freeze_trunk", "branch_init", "trunk_scale"),
-    "momentum",
-)
+OF_RESTARTS = ("rule", "calibration_images", "attach", "attach_epochs", "freeze_trunk", "branch_init", "trunk_scale")
 """Settings of `cycle` that only a restart reads."""
 
 
@@ -50,8 +47,8 @@ def _why_not(config: Config, key: str, *, cycles: bool) -> str | None:
     section, _, name = key.rpartition(".")
     cycle = config.cycle
     if section == "cycle" and cycles:
-        if cycle.restart == "none" and name in OF_RESTARTS:
-            return "with cycle.restart=none"
+        if cycle.restart != "repan" and name in OF_RESTARTS:
+            return f"with cycle.restart={cycle.restart}"
         if name == "attach_epochs" and cycle.attach != "ramp" and not cycle.freeze_trunk:
             return f"with cycle.attach={cycle.attach}, which has no ramp"
         if name == "calibration_images" and cycle.rule != "calibrate":

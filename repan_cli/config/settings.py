@@ -177,7 +177,9 @@ class OptimConfig:
 class CycleConfig:
     count: int = setting(4, "Number of annealing cycles after the baseline.", low=1)
     restart: str = setting(
-        "repan", "Restart of each cycle: repan merges and regrows; none is the control.", choices=("repan", "none")
+        "repan",
+        "Restart of each cycle: repan merges and regrows. Controls: none; rescale: trunks take the merged scale only.",
+        choices=("repan", "none", "rescale"),
     )
     schedule: str = setting(
         "continuous",
@@ -231,6 +233,8 @@ class CycleConfig:
             yield f"cycle.trunk_scale={self.trunk_scale} belongs to cycle.rule=calibrate, not {self.rule}"
         if self.schedule == "continuous" and self.lr_decay != 1:
             yield "cycle.lr_decay belongs to cycle.schedule=restart; with continuous set it to 1"
+        if self.restart == "rescale" and self.momentum == "carry":
+            yield "cycle.restart=rescale zeroes momentum, as restarts do: leave out cycle.momentum=carry"
 
 
 PREVIOUS = "previous"

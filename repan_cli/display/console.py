@@ -178,7 +178,8 @@ class Display:
             if after > before + LOSS_JUMP:
                 self.say(_warning(self.jumped))
         elif event.cycle:
-            self.say(f"{name}: no merging (control), momentum {'kept' if event.carried else 'zeroed'}")
+            done = f"rescaled {count(event.blocks, 'trunk')}" if event.blocks else "no merging"
+            self.say(f"{name}: {done} (control), momentum {'kept' if event.carried else 'zeroed'}")
         if event.zero_gammas:
             self.say(f"{event.zero_gammas} channels had gamma 0, which rule=running cannot divide by: set to 1")
         if self.compiles:

@@ -97,7 +97,7 @@ def build(command: str, config: Config, dataset: Dataset, weights: Weights = Non
             raise InputError(f"{_source(config)} is a plain network: give --block NAME (see 'repan list blocks')")
         left = models.summary(network.expansion.left)
         raise InputError(f"no convolution of {name} can become a block: {left}")
-    if command == "cycle" and config.cycle.restart != "none" and models.form_of(network.model) == checkpoint.PLAIN:
+    if command == "cycle" and config.cycle.restart == "repan" and models.form_of(network.model) == checkpoint.PLAIN:
         warn("its blocks have no side branches to regrow: give --block NAME, see 'repan list blocks'")
     return network
 

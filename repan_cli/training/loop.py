@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from repan_cli.anneal.rescaling import rescale
 from repan_cli.anneal.restart import RestartReport, restart
 from repan_cli.config.settings import CycleConfig
 from repan_cli.data.batches import Batch
@@ -116,7 +117,7 @@ def _begin(run: Training, phase: Phase, task: Task) -> CycleStart:
     with doing("scoring before"):
         before = _look(run, phase, task)
     with doing("regrowing"):
-        report = _restart(run, phase.cycle, phase.restart) if phase.restart else RestartReport(blocks=0)
+        report = _boundary(run, phase)
     if phase.carries_momentum:
         optim.carry_momentum(run.optimizer, report.changes)
     else:
@@ -157,6 +158,13 @@ def _look(run: Training, phase: Phase, task: Task) -> _Look:
     loss, _ = task(deep_copy(run.model).train(), batch)
     top1 = evaluate(run.model, run.val, run.stop).top1 if run.val else None
     return _Look(top1, loss.item(), run.model.eval()(batch.images))
+
+
+def _boundary(run: Training, phase: Phase) -> RestartReport:
+    """Restart the network or rescale its trunks, whichever the phase begins with."""
+    if phase.restart:
+        return _restart(run, phase.cycle, phase.restart)
+    return rescale(run.model, only=run.restarted) if phase.rescales else RestartReport(blocks=0)
 
 
 def _restart(run: Training, cycle: int, settings: CycleConfig) -> RestartReport:

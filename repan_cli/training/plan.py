@@ -33,13 +33,18 @@ class Phase:
 
     @property
     def restart(self) -> CycleConfig | None:
-        """Return the settings of the restart before this phase; None for the baseline and the control."""
+        """Return the settings of the restart before this phase; None for the baseline and for controls."""
         return self.settings if self.settings is not None and self.settings.restart == "repan" else None
 
     @property
     def restarts(self) -> bool:
         """Return whether blocks are merged and regrown before this phase."""
         return self.restart is not None
+
+    @property
+    def rescales(self) -> bool:
+        """Return whether trunks are rescaled before this phase, as a control for restarts."""
+        return self.settings is not None and self.settings.restart == "rescale"
 
     @property
     def carries_momentum(self) -> bool:
