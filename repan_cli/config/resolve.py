@@ -13,7 +13,7 @@ from repan_cli.config.files import find_preset, presets, read_file
 from repan_cli.config.schema import Layer
 from repan_cli.config.settings import OVERLAY, PREVIOUS, RECIPES, SCHEMA, Config, baseline_phase, from_flat
 from repan_cli.errors import InputError
-from repan_cli.registry import did_you_mean
+from repan_cli.registry import closest, did_you_mean
 from repan_cli.system.text import at_home, on_one_line
 
 # ---------------------------------------------------------------------------------------------- building
@@ -102,7 +102,7 @@ def _unknown_key(key: str, value: Any) -> str:
         return f"{key} is a section: give {key}.SETTING=VALUE, see 'repan list settings \"{key}.*\"'"
     leaf = key.rpartition(".")[2].lower()
     same = [known for known in SCHEMA if known.rpartition(".")[2] == leaf]
-    same = same[:SEVERAL] or ([OTHER_WORDS[leaf]] if leaf in OTHER_WORDS else [])
+    same = (closest(key, same) or same)[:SEVERAL] or ([OTHER_WORDS[leaf]] if leaf in OTHER_WORDS else [])
     hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, [*SCHEMA, *OVERLAY])
     return f"unknown setting '{key}'{hint or '; see repan list settings'}"
 
