@@ -15,8 +15,9 @@ from repan_cli.cli import training
 from repan_cli.commands import early
 from repan_cli.commands.declaration import Option, declared
 from repan_cli.commands.options import CycleOptions, TrainOptions
+from repan_cli.config.resolve import OTHER_WORDS, SECTIONS
 from repan_cli.config.schema import as_text
-from repan_cli.config.settings import OVERLAY, SCHEMA
+from repan_cli.config.settings import SCHEMA
 from repan_cli.errors import InputError, InterruptedRunError
 from repan_cli.registry import did_you_mean
 from repan_cli.runs.trackers import read_metrics
@@ -240,7 +241,12 @@ def _setting(command: str, name: str, value: Any, names: list[str]) -> dict[str,
         return {found: each for some in inner for found, each in some.items()}
     if "." in key or key in SCHEMA:
         return {key: value}
-    same = [known for known in [*SCHEMA, *OVERLAY] if known.rpartition(".")[2] == key and known in SCHEMA]
+    same = [known for known in SCHEMA if known.rpartition(".")[2] == key]
+    if key in OTHER_WORDS and not same:
+        leaf = OTHER_WORDS[key].rpartition(".")[2]
+        same = [leaf if leaf in names else OTHER_WORDS[key]]
+    if key in SECTIONS:
+        raise InputError(f"repan_cli.{command}: {name} is a section of settings: give a dictionary, {name}={{...}}")
     hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, names)
     raise InputError(f"repan_cli.{command} has no argument '{name}'{hint or '; see repan list settings'}")
 

@@ -11,11 +11,11 @@ from repan_cli.errors import InputError
 T = TypeVar("T")
 
 
-def closest(name: str, choices: Iterable[str]) -> list[str]:
+def closest(name: str, choices: Iterable[str], *, likeness: float = 0.6) -> list[str]:
     """Return up to three of `choices` that are spelled like `name`, the closest first."""
     choices = list(choices)
     same = [choice for choice in choices if choice.lower() == name.lower()]
-    return same or difflib.get_close_matches(name.lower(), choices, n=3, cutoff=0.6)
+    return same or difflib.get_close_matches(name.lower(), choices, n=3, cutoff=likeness)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

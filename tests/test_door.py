@@ -141,6 +141,9 @@ def test_values_are_written_as_users_type_them(given, words, shortcuts):
     ("given", "says"),
     [
         ({"epochz": 3}, "repan_cli.train has no argument 'epochz'; did you mean epochs?"),
+        ({"bs": 3}, "repan_cli.train has no argument 'bs'; did you mean batch_size?"),
+        ({"num_workers": 3}, "repan_cli.train has no argument 'num_workers'; did you mean data.workers?"),
+        ({"optim": "adam"}, "repan_cli.train: optim is a section of settings: give a dictionary, optim={...}"),
         ({"weight_decay": 1}, "did you mean optim.weight_decay?"),
         ({"dry_run": True}, "no argument 'dry_run'"),
         ({"cycles": 2}, "no argument 'cycles'"),

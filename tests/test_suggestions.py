@@ -36,6 +36,7 @@ OPTIONS = [
     (f"train {D} --weights a.pt", "--weights; did you mean --init a.pt?"),
     (f"train {D} --num-classes 10", "--num-classes; the data set sets the number of classes"),
     (f"train {D} -q", "-q; progress and warnings are on stderr: add 2>/dev/null"),
+    (f"train {D} --dropout 0.1", "--dropout; see 'repan train --help'"),
     (f"train {D} --dist-bn reduce", "--dist-bn; see 'repan train --help'"),
     ("fuse a.pt --fp16", "--fp16; did you mean --half?"),
     ("fuse a.pt --force", "--force; did you mean --overwrite?"),
@@ -101,6 +102,32 @@ def test_a_section_that_is_given_a_name(capsys):
     assert first == "Error: model is a section; did you mean model.name=repvgg?"
     assert second == "Error: data is a section; did you mean data.name=digits?"
     assert third.startswith("Error: optim is a section: give optim.SETTING=VALUE, see ")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("fuse a.pt onnx", "(onnx); did you mean --format onnx?"),
+        ("fuse a.pt plain.onnx", "(plain.onnx); did you mean --out plain.onnx?"),
+        ("evaluate a.pt digits", "(digits); did you mean --dataset digits?"),
+        ("evaluate a.pt b.pt", "(b.pt); see 'repan evaluate --help'"),
+        ("quantize a.pt b c", "(b c); see 'repan quantize --help'"),
+    ],
+)
+def test_an_argument_too_many(capsys, words, says):
+    code, _, err = run(capsys, *words.split())
+    assert (code, err) == (2, f"Error: got unexpected extra argument(s) {says}\n")
+
+
+def test_names_that_match_nothing_are_answered_with_a_wider_glob(capsys):
+    for words, says in {
+        "models repvgg": "; try '*repvgg*'",
+        "settings optim": "; try 'optim.*'",
+        "settings lr": "; try '*lr*'",
+        "blocks abc": "; did you mean acb?",
+    }.items():
+        _, _, err = run(capsys, "list", *words.split())
+        assert err.endswith(f"{says}\n"), err
 
 
 def test_help_is_a_command_too(capsys):

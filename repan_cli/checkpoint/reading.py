@@ -25,6 +25,7 @@ from repan_cli.checkpoint.card import ModelCard
 from repan_cli.checkpoint.contents import are_plain, foreign_weights
 from repan_cli.checkpoint.format import CHECKSUM, CONTENT, DIGITS, FORMAT, Checkpoint, has_digest, sum_around
 from repan_cli.errors import InputError
+from repan_cli.system.text import quoted
 from repan_cli.system.weight_files import file_in, no_checkpoint, refuse_other_kinds, split_key
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
@@ -83,7 +84,10 @@ def load(path: str | Path) -> Checkpoint:
     """
     saved = load_any(path)
     if not isinstance(saved, Checkpoint):
-        raise InputError(f"{path} was not written by repan")
+        raise InputError(
+            f"{path} was not written by repan: 'repan fuse {quoted(path)} --model NAME' writes its network in a form "
+            "that opens here"
+        )
     return saved
 
 

@@ -10,7 +10,7 @@ from repan_cli.cli.options import text_of
 from repan_cli.cli.words import TRAINING
 from repan_cli.commands.declaration import Option, declared
 from repan_cli.config import names
-from repan_cli.config.conventions import WEIGHT_ENDINGS
+from repan_cli.config.conventions import FORMATS, WEIGHT_ENDINGS
 from repan_cli.config.resolve import OTHER_WORDS
 from repan_cli.config.settings import RECIPES, SCHEMA
 from repan_cli.errors import InputError
@@ -138,11 +138,11 @@ def _answer(name: str, value: str, command: str, flags: dict[str, bool], options
     keys = keys or [OTHER_WORDS[each] for each in (word, leaf) if each in OTHER_WORDS][:1]
     if len(keys) == 1 and (said := _as_option(keys[0], word, value, flags, trains=trains)):
         return f"; did you mean {said}?"
-    if near := closest(name.lstrip("-"), [flag[2:] for flag in flags if flag.startswith("--")]):
+    if near := closest(name.lstrip("-"), [flag[2:] for flag in flags if flag.startswith("--")], likeness=0.66):
         return f"; did you mean --{' or --'.join(near)}?"
     if others:
         return elsewhere
-    if trains and (near := closest(word, {key.rpartition(".")[2] for key in SCHEMA})):
+    if trains and (near := closest(word, {key.rpartition(".")[2] for key in SCHEMA}, likeness=0.75)):
         meant = [key for key in SCHEMA if key.rpartition(".")[2] == near[0]]
         return f"; did you mean {' or '.join(f'{key}=' + (value or 'VALUE') for key in meant)}?"
     return f"; see 'repan {command} --help'"
@@ -164,6 +164,15 @@ def argument_of(flag: str, options: type) -> str:
     told = text_of(how).rstrip(".") if how else ""
     first = told[:1] if told[:2].isupper() else told[:1].lower()
     return f", {how.metavar}: {first}{told[1:]}" if how else ""
+
+
+def option_of(word: str, command: str, options: type) -> str:
+    """Return the end of the message for an argument too many: the option that takes it, if that is clear."""
+    written = "--out" if command in ("fuse", "quantize") and Path(word).suffix else None
+    wanted = "--format" if word in FORMATS else written or _option_for(word)
+    return (
+        f"; did you mean {wanted} {quoted(word)}?" if wanted in _flags(options) else f"; see 'repan {command} --help'"
+    )
 
 
 def refuse_bare_words(words: Iterable[str]) -> None:

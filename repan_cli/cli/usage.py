@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
-from repan_cli.cli.suggestions import ADVICE, argument_of, unknown_command, unknown_options
+from repan_cli.cli.suggestions import ADVICE, argument_of, option_of, unknown_command, unknown_options
 from repan_cli.cli.words import as_typed
 from repan_cli.registry import did_you_mean
+
+EXTRA = re.compile(r"unexpected extra argument\(?s?\)? \(([^ ]+)\)")
+"""Click's message of a single argument too many."""
 
 
 def usage_errors(error: Any, options: dict[str, type]) -> list[str]:
@@ -43,6 +47,9 @@ def _mend(error: Any, message: str, options: dict[str, type]) -> str:
     if message.startswith("missing argument") and command and told:
         told = told.strip().partition("  [")[0].rstrip(".")
         return f": {told[0].lower()}{told[1:]}; see 'repan {command} --help'"
+    extra = EXTRA.search(message)
+    if extra and command:
+        return option_of(extra[1], command, options[command])
     if "requires an argument" in message and command:
         return argument_of(error.option_name, options[command])
     hint = did_you_mean(getattr(error, "option_name", None) or "", getattr(error, "possibilities", None) or ())

@@ -166,8 +166,10 @@ def run(options: ListOptions) -> None:
             (pattern,) = as_given({pattern: ""})
         listed = {name: text for name, text in rows.items() if fnmatch.fnmatch(name, pattern)}
         if not listed:
-            hint = did_you_mean(pattern, rows)
-            raise InputError(f"no {options.kind} match '{pattern}'{hint}; try '*{pattern.strip('*')}*'")
+            wider = (f"{pattern}.*", f"*{pattern.strip('*')}*")
+            found = next((glob for glob in wider if fnmatch.filter(rows, glob)), None)
+            hint = f"; try '{found}'" if found else did_you_mean(pattern, rows)
+            raise InputError(f"no {options.kind} match '{pattern}'{hint}")
         listed = {name: text or _look(name) for name, text in listed.items()}
     else:
         listed = {name: text for name, text in rows.items() if not name.startswith(FOREIGN)}

@@ -13,7 +13,7 @@ from repan_cli.config.files import find_preset, presets, read_file
 from repan_cli.config.schema import Layer
 from repan_cli.config.settings import OVERLAY, PREVIOUS, RECIPES, SCHEMA, Config, baseline_phase, from_flat
 from repan_cli.errors import InputError
-from repan_cli.registry import did_you_mean
+from repan_cli.registry import closest, did_you_mean
 from repan_cli.system.text import at_home, on_one_line
 
 # ---------------------------------------------------------------------------------------------- building
@@ -85,6 +85,9 @@ OTHER_WORDS = {
 }
 """Other tools' words for our settings."""
 
+SECTIONS = {known.partition(".")[0] for known in SCHEMA if "." in known} | {"baseline"}
+"""The words before the dot in the keys of settings."""
+
 NAMED = ("model", "data", "block", "teacher")
 """Sections that are named after the thing that they describe."""
 
@@ -93,14 +96,13 @@ SEVERAL = 3
 
 
 def _unknown_key(key: str, value: Any) -> str:
-    sections = {known.partition(".")[0] for known in SCHEMA if "." in known} | {"baseline"}
-    if key in sections and isinstance(value, str) and key in NAMED and not value.isdigit():
+    if key in SECTIONS and isinstance(value, str) and key in NAMED and not value.isdigit():
         return f"{key} is a section; did you mean {key}.name={value}?"
-    if key in sections:
+    if key in SECTIONS:
         return f"{key} is a section: give {key}.SETTING=VALUE, see 'repan list settings \"{key}.*\"'"
     leaf = key.rpartition(".")[2].lower()
     same = [known for known in SCHEMA if known.rpartition(".")[2] == leaf]
-    same = same[:SEVERAL] or ([OTHER_WORDS[leaf]] if leaf in OTHER_WORDS else [])
+    same = (closest(key, same) or same)[:SEVERAL] or ([OTHER_WORDS[leaf]] if leaf in OTHER_WORDS else [])
     hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, [*SCHEMA, *OVERLAY])
     return f"unknown setting '{key}'{hint or '; see repan list settings'}"
 

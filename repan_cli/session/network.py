@@ -306,7 +306,7 @@ def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
 
 
 CHANNELS = re.compile(r"to have (1|3) channels, but got (?:1|3) channels")
-"""What PyTorch says of images with other channels than the first convolution reads."""
+"""PyTorch's words for images with other channels than the first convolution reads."""
 
 
 def _mend(name: str, line: str) -> str:
