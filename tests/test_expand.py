@@ -264,7 +264,7 @@ class TwoNames(nn.Module):
 def test_a_layer_with_two_names_becomes_one_block_under_both(holder, first):
     model = randomize_norms(TwoNames(holder, first)).double().eval()
     expected = model(X.double())
-    expand(model, images=X)
+    expand(model, images=X, attach="ramp")
     block, norm = model.kept.children()
     assert model.stem is block
     assert [name for name, _ in rep_blocks(model)] == ["stem"]
@@ -283,7 +283,7 @@ def test_a_layer_with_two_names_becomes_one_block_under_both(holder, first):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_file_keeps_layers_with_two_names(tmp_path, suffix):
     model = randomize_norms(TwoNames("list", first=False)).eval()
-    expand(model, "dbb", images=X)
+    expand(model, "dbb", images=X, attach="ramp")
     set_attach_rate(model, 0.5)
     card = card_of(model, structure=model.repan_report.structure({}))
     checkpoint.save(checkpoint.capture(model, card), tmp_path / f"a{suffix}")
