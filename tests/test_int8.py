@@ -84,6 +84,8 @@ def test_quantize(capsys, few_blocks, small_run, tmp_path):
     assert found["int8"]["bytes"] == out.stat().st_size < 0.4 * found["float32"]["bytes"]
     assert len(found["layers"]) == 6
     _, text, _ = run(capsys, "evaluate", out, "--json")
+    times = found["milliseconds"]
+    assert found["speedup"] == times["float32"] / times["int8"]
     assert json.loads(text)["top1"] == found["int8"]["top1"]
     assert json.loads(text)["precision"] == "int8"
     assert "already exists" in one_line(capsys, "quantize", small_run.folder / "best.pt", "-o", out)

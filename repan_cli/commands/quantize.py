@@ -83,6 +83,7 @@ def run(options: QuantizeOptions) -> None:
         "int8": {**after.score.figures(), "bytes": len(content)},
         "agreement": agreement(before, after),
         "milliseconds": latency,
+        "speedup": latency and latency["float32"] / latency["int8"],
         "left_out": list(left_out),
         "per_channel": not options.per_tensor,
         "calibration_images": training.count,
@@ -156,8 +157,7 @@ class _Job:
             return None
         networks = {"float32": self.opened(self.graph), "int8": self.opened(content)}
         cases = {name: functools.partial(network, image) for name, network in networks.items()}
-        found = {name: 1000 * timing.median for name, timing in interleaved(cases, seconds=SECONDS).items()}
-        return {**found, "speedup": found["float32"] / found["int8"]}
+        return {name: 1000 * timing.median for name, timing in interleaved(cases, seconds=SECONDS).items()}
 
 
 def _merged(artifact: Artifact, images: Tensor) -> tuple[nn.Module, checkpoint.Checkpoint]:
@@ -219,7 +219,7 @@ def _report_latency(result: dict[str, Any]) -> None:
     if found is None:
         print_line(f"one image        not timed: {program} is not installed")
         return
-    single, small, ratio = found["float32"], found["int8"], found["speedup"]
+    single, small, ratio = found["float32"], found["int8"], result["speedup"]
     print_line(f"one image        {single:.2f} ms in float32, {small:.2f} ms in int8 ({ratio:.2f}x), by {program} here")
     if ratio < SLOWER:
         warn(f"int8 is {1 / ratio:.1f}x slower than float32 by {program} on this machine: use the float32 file")
