@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from support import small_net
 from repan_cli.anneal import coordinates
 from repan_cli.anneal.restart import restart
 from repan_cli.blocks import rep_blocks
+from repan_cli.config import names
 from repan_cli.config.settings import OptimConfig
 from repan_cli.errors import InputError
 from repan_cli.training import optim, snapshot
@@ -210,3 +212,19 @@ def test_an_optimizer_that_cannot_be_used_or_resumed_is_refused_before_the_first
     with pytest.raises(InputError, match="optim.name=adamw has a state that a checkpoint cannot hold"):
         optim.build_optimizer(small_net().to("meta"), OptimConfig(name="adamw"))
     assert tried[0][0].device.type == "meta", "that of the network: some optimizers work only on GPUs"
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore")
+def test_the_optimizers_that_are_listed_can_be_used_and_the_others_cannot():
+    """All but those that need a GPU, or a package that is not installed."""
+
+    def refusal(name):
+        try:
+            optim.build_optimizer(small_net(), OptimConfig(name=name))
+        except InputError as error:
+            return str(error)
+
+    assert all(map(refusal, names.UNUSABLE))
+    refused = filter(None, map(refusal, names.optimizers()))
+    assert [line for line in refused if not re.search("CUDA required|install", line)] == []

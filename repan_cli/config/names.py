@@ -172,9 +172,13 @@ def blocks() -> dict[str, str]:
     }
 
 
+UNUSABLE = ("adahessian", "kron", "kronc", "kronw")
+"""timm's optimizers that need second derivatives, or whose state no checkpoint holds."""
+
+
 @cache
 def optimizers() -> dict[str, str]:
-    """Return the optimizers of the installed timm with their descriptions."""
+    """Return the usable optimizers of the installed timm with their descriptions."""
     folder = _package("timm", "optim")
     source = folder / "_optim_factory.py" if folder else None
     if source is None or not source.is_file():
@@ -189,7 +193,7 @@ def optimizers() -> dict[str, str]:
         elif isinstance(call, ast.Call) and _called(call) == "register_alias" and len(call.args) > 1:
             aliases[_text_of(call.args[0])] = _text_of(call.args[1])
     found |= {alias: found[name] for alias, name in aliases.items() if name in found}
-    return dict(sorted((name, text) for name, text in found.items() if name))
+    return dict(sorted((name, text) for name, text in found.items() if name and name not in UNUSABLE))
 
 
 def _text_of(node: ast.expr | None) -> str:
