@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 
 import numpy as np
@@ -236,6 +237,24 @@ def test_foreign_weights_need_the_name_of_their_network(digits, tmp_path):
     torch.save(tiny().state_dict(), tmp_path / "theirs.pth")
     with pytest.raises(InputError, match="does not name its network: give --model NAME"):
         made(digits, model__init=tmp_path / "theirs.pth")
+
+
+@pytest.mark.parametrize(
+    ("noted", "says"),
+    [
+        ({"arch": "test_resnet"}, "give --model timm:test_resnet (the file says 'test_resnet')"),
+        ({"architecture": "resnet18.a1_in1k"}, "give --model timm:resnet18.a1_in1k (the file says 'resnet18.a1_in1k')"),
+        ({"model_name": "googlenet"}, "give --model torchvision:googlenet (the file says 'googlenet')"),
+        ({"arch": "their own net"}, "give --model NAME"),
+        ({"arch": 3, "model_name": "theirs"}, "give --model NAME"),
+    ],
+)
+def test_a_name_that_a_file_notes_is_suggested(digits, tmp_path, capsys, noted, says):
+    """As timm's trainer notes it; the name decides nothing, because it does not tell the library."""
+    torch.save({"state_dict": tiny().state_dict(), **noted}, tmp_path / "theirs.pth.tar")
+    with pytest.raises(InputError, match=re.escape(f"does not name its network: {says}") + "$"):
+        made(digits, model__init=tmp_path / "theirs.pth.tar")
+    assert one_line(capsys, "fuse", tmp_path / "theirs.pth.tar").endswith(f"does not name its network: {says}\n")
 
 
 # ---------------------------------------------------------------------------------------------- pretrained

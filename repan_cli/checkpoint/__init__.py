@@ -10,7 +10,7 @@ from repan_cli.checkpoint.format import (
     save,
     sealed,
 )
-from repan_cli.checkpoint.reading import check_seal, chosen_in, load, load_any
+from repan_cli.checkpoint.reading import check_seal, chosen_in, load, load_any, noted_name
 from repan_cli.checkpoint.weights import load_weights
 from repan_cli.system.weight_files import split_key
 
@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "load_any",
     "load_weights",
+    "noted_name",
     "save",
     "sealed",
     "split_key",

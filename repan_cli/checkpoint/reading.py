@@ -119,6 +119,19 @@ def load_any(source: str | Path) -> Checkpoint | dict[str, Tensor]:
     return checkpoint
 
 
+NOTED = ("arch", "architecture", "model_name")
+"""The keys under which other programs note the name of a network beside its weights."""
+
+
+def noted_name(source: str | Path) -> str | None:
+    """Return the name of the network that another program noted in its file, or None."""
+    path, _ = split_key(source)
+    path = file_in(path) if path.is_dir() else path
+    content = None if path.suffix == ".safetensors" else _read_pt(path)
+    noted = [content.get(key) for key in NOTED] if isinstance(content, Mapping) else []
+    return next((name for name in noted if isinstance(name, str) and re.fullmatch(r"[\w.-]{1,80}", name)), None)
+
+
 def check_seal(path: Path) -> bool:
     """Return whether a file of any format carries a checksum. Raises InputError if it does not match the bytes."""
     with path.open("rb") as file:

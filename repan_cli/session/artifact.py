@@ -35,6 +35,7 @@ from repan_cli.models.foreign import fit
 from repan_cli.models.inspect import classifier_layers, wanted_images
 from repan_cli.models.timm_blocks import is_own_block
 from repan_cli.session import hub_folder
+from repan_cli.session.noted_name import how_to_name
 from repan_cli.session.sources import file_of
 from repan_cli.system.notices import doing, warn
 from repan_cli.system.weight_files import RUNTIME_DESCRIPTION
@@ -183,7 +184,7 @@ def open_weights(path: Path, weights: Mapping[str, Tensor], name: str | None) ->
     told = hub_folder.described(path)
     if name is None:
         if told is None:
-            raise InputError(f"{path} was not written by repan and does not name its network: give --model NAME")
+            raise InputError(f"{path} was not written by repan and does not name its network: {how_to_name(str(path))}")
         name = told.network
     full = name if user_file.names_a_file(name) else models.resolve(name, LARGE_IMAGE)
     with torch.random.fork_rng(devices=[]):

@@ -26,6 +26,7 @@ from repan_cli.models import Expansion, Selection, own_block, probe, user_file
 from repan_cli.models.inspect import classifier_layers
 from repan_cli.models.probe import PROBE_IMAGES
 from repan_cli.session import hub_folder
+from repan_cli.session.noted_name import how_to_name
 from repan_cli.system.copies import deep_copy
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
@@ -133,7 +134,7 @@ def _full_name(config: Config, dataset: Dataset, weights: Weights) -> str:
     told = hub_folder.described(checkpoint.split_key(hub_folder.file_of(_source(config)))[0])
     if told is not None:
         return told.network
-    raise InputError(f"{config.model.init} does not name its network: give --model NAME")
+    raise InputError(f"{_source(config)} does not name its network: {how_to_name(_source(config))}")
 
 
 def _created(config: Config, dataset: Dataset, name: str, weights: Mapping[str, Tensor] | None) -> Network:
