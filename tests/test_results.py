@@ -66,3 +66,9 @@ def test_the_table_of_the_readme():
     assert difference(figures("small", "continuous_zero")[0], control[0]) in words
     less, more = (statistics.mean(figures("quick", arm)[1]) for arm in ("continuous_zero", "one_cosine"))
     assert f"restarts cost {more - less:.1f} points: {less:.1f} % against {more:.1f} %" in words
+
+
+def test_the_run_of_the_longer_study():
+    (path,) = (RECORDS / "whole").rglob("*.json")
+    assert (path.parent.name, path.stem) == ("one_cosine", "0")
+    assert f"`one_cosine` with seed 0 has {figures('whole', 'one_cosine')[0][0]:.2f} % test top-1." in PAGE
