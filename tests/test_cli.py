@@ -432,6 +432,9 @@ def test_places_that_cannot_be_written(capsys, small_run, tmp_path):
     last = small_run.folder / "last.pt"
     assert "cannot write /proc/x.pt: " in one_line(capsys, "fuse", last, "-o", "/proc/x.pt")
     assert "is a folder: name a file in it" in one_line(capsys, "fuse", last, "-o", tmp_path)
+    for words in (("fuse", last, "-o"), ("quantize", last, "--out"), ("compare", small_run.folder, "--html")):
+        assert "new/ is a folder: name a file in it" in one_line(capsys, *words, f"{tmp_path}/new/")
+    assert not list(tmp_path.iterdir())
     other = tmp_path / "thesis.pt"
     other.write_text("years of work")
     assert "already exists: give another --out, or --overwrite" in one_line(capsys, "fuse", last, "-o", other)

@@ -195,3 +195,21 @@ def test_libraries_say_nothing_without_a_home(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=nowhere, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "settings", "expected"),
+    [
+        ("run", (), 1),
+        ("run", ("cycle.restart=none",), 0),
+        ("run", ("cycle.restart=rescale",), 0),
+        ("study/arm/seed_0", (), 0),  # a study's own table compares
+    ],
+)
+def test_a_control_is_suggested_only_to_runs_that_have_none(capsys, tmp_path, few_blocks, out, settings, expected):
+    (tmp_path / "study" / "arm").mkdir(parents=True)
+    (tmp_path / "study" / "arm" / "arm.yaml").write_text("epochs: 1\n")
+    given = ("cycle", *RUN[1:], "--baseline-epochs", "1", "--cycles", "1", *settings)
+    code, _, err = run(capsys, *given, "--out", tmp_path / out)
+    assert code == 0, err
+    assert err.count("--control trains the same epochs") == expected

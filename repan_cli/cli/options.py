@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import MISSING
 from pathlib import Path
@@ -49,7 +50,7 @@ def signature_of(options: type) -> inspect.Signature:
         shown: Any = list[get_args(kind)[0]] if many else kind  # type: ignore[misc]
         if many and default is not MISSING:
             shown = shown | None
-        given = _argument(how) if isinstance(how, Argument) else _option(how, default)
+        given = _argument(how) if isinstance(how, Argument) else _option(how, kind, default)
         parameters.append(
             inspect.Parameter(
                 name,
@@ -80,8 +81,9 @@ def _argument(how: Argument) -> Any:
     return typer.Argument(metavar=how.metavar, help=how.help, show_default=False, autocompletion=_offers(how))
 
 
-def _option(how: Option, default: Any) -> Any:
+def _option(how: Option, kind: Any, default: Any) -> Any:
     text = text_of(how)
+    is_written = how.metavar == "FILE" and Path in get_args(kind)
     return typer.Option(
         *how.flags,
         metavar=how.metavar,
@@ -89,7 +91,15 @@ def _option(how: Option, default: Any) -> Any:
         show_default=not (default is None or default == () or how.setting),
         autocompletion=_offers(how),
         rich_help_panel=how.panel,
+        parser=_file if is_written else None,
     )
+
+
+def _file(word: str) -> Path:
+    """Return the path of a file. Raises BadParameter for a folder, whose slash at the end a Path loses."""
+    if isinstance(word, str) and word.endswith(("/", os.sep)):
+        raise typer.BadParameter(f"{word} is a folder: name a file in it")
+    return Path(word)
 
 
 def text_of(how: Option) -> str:

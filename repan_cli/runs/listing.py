@@ -56,7 +56,7 @@ def _run(path: Path) -> Run:
     status: dict[str, Any] = {}
     with contextlib.suppress(InputError):
         status = read_json(path / "status.json")
-    command, state, whole = command_of(path), _state(status), _whole(path)
+    command, state, whole = command_of(path), _state(status), whole_of(path)
     scores = [record.get("val_top1") for record in read_metrics(path / "metrics.jsonl")]
     known = [float(score) for score in scores if isinstance(score, (int, float))]
     return Run(
@@ -71,8 +71,8 @@ def _run(path: Path) -> Run:
     )
 
 
-def _whole(path: Path) -> Path | None:
-    """Return the folder of the study or series that a run belongs to."""
+def whole_of(path: Path) -> Path | None:
+    """Return the folder of the study, or of the series of seeds and controls, that a run belongs to; else None."""
     return path.parent if (path.parent / SERIES).exists() else studies.study_of(path)
 
 

@@ -19,6 +19,7 @@ from repan_cli.display import plots
 from repan_cli.display.console import Display
 from repan_cli.errors import InputError
 from repan_cli.models.changes import changes_of
+from repan_cli.runs.listing import whole_of
 from repan_cli.runs.trackers import read_metrics
 from repan_cli.session.build import Session
 from repan_cli.session.network import describe_blocks
@@ -91,7 +92,9 @@ def _describe_plan(plan: tuple[Phase, ...]) -> str:
         rate = "" if continuous else f" at lr {plan[0].optim.lr:g}"
         parts.append(f"{count(plan[0].epochs, 'epoch')}{rate}" + (" as baseline" if cycles else ""))
     if settings is not None:
-        what = f"restart by {settings.rule}, {settings.attach}" if cycles[0].restarts else "no restart (control)"
+        what = f"restart by {settings.rule}, {settings.attach}"
+        if not cycles[0].restarts:
+            what = "no restart, trunks rescaled (control)" if cycles[0].rescales else "no restart (control)"
         rate = "" if continuous else f" at lr {cycles[0].optim.lr:g}"
         parts.append(f"{count(len(cycles), 'cycle')} of {count(cycles[0].epochs, 'epoch')}{rate}, {what}")
         shape = f"{cycles[0].optim.schedule} schedule"
@@ -200,7 +203,8 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
         rows["chosen"] += ", the first with the best validation top-1"
         rows["validation"] = f"{sparkline(validation)}  best epoch {percent(max(validation))}"
     rows["test"] = _test_text(test)
-    if summary["cycles"] and runs.read_series(folder.path.parent) is None:
+    is_compared = whole_of(folder.path) is not None  # a study or a series ends with its own table
+    if summary["cycles"] and session.config.cycle.restart == "repan" and not is_compared:
         rows["gain"] = (
             "not known from one run: --control trains the same epochs without restarts, --seeds 0,1,2 repeats"
         )
