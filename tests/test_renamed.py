@@ -10,8 +10,9 @@ from support import ROOT, as_older_version, card_of, one_line, run, small_net, w
 import repan_cli
 from repan_cli import checkpoint, config, door
 from repan_cli.checkpoint import ModelCard
-from repan_cli.cli import completion, training
+from repan_cli.cli import completion
 from repan_cli.commands import info, series
+from repan_cli.commands.declaration import given_settings
 from repan_cli.commands.options import CycleOptions
 from repan_cli.compare.groups import compare
 from repan_cli.compare.results import read_result
@@ -105,7 +106,7 @@ def test_two_values_are_one_line(capsys, tmp_path):
 
 
 def test_python_takes_old_names_too(capsys):
-    given = training._given(door._options("cycle", CycleOptions, {"cycle": {"lr": "restart"}}))
+    given = given_settings(door._options("cycle", CycleOptions, {"cycle": {"lr": "restart"}}))
     assert given == {"cycle.schedule": "restart"}
     assert capsys.readouterr().err == f"Warning: {NOTICE}\n"
     with pytest.raises(InputError, match="are the same setting: give cycle.schedule alone"):

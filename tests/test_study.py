@@ -150,7 +150,7 @@ def test_a_run_that_fails_ends_the_study(study, tmp_path):
 
 
 def test_it_stops_in_time_and_the_same_command_continues(study, tmp_path):
-    code, _, err, calls = study("--minutes", "0")
+    code, _, err, calls = study("--minutes", "1e-9")
     assert (code, calls) == (75, [])
     assert "Stopped: with 4 runs to go; continue with: repan" in err
     (tmp_path / "restarts_seed_0").write_text("75")
@@ -253,6 +253,9 @@ def test_the_folder_of_an_older_version_is_continued(study, tmp_path):
         (["--seeds", "a"], "--seeds: expected numbers such as 0, 1, 2"),
         (["--seeds", "1,1"], "--seeds: a seed is given twice"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--minutes", "0"], "--minutes must be above 0, got 0"),
+        (["--minutes", "nan"], "--minutes must be above 0, got nan"),
+        (["--data-root", "a", "data.root=b"], "--data-root and data.root= are the same setting: give one"),
         (["lr=1"], "arm plain: unknown setting 'lr'; did you mean optim.lr?"),
         (["run.seed=1"], "run.seed is set for each run of a study: give --seeds"),
         (["cycle.count=1", "--arms", "plain"], "cycle.count has no effect: none of the chosen arms reads it"),

@@ -47,6 +47,7 @@ OPTIONS = [
     ("evaluate a.pt --gpu 1", "--gpu; did you mean --device cuda:1?"),
     ("predict a.pt b.png --topk 1", "--topk; did you mean --top?"),
     ("--list-models", "--list-models; use 'repan list models'"),
+    (f"train {D} --workers -1", "--workers; did you mean data.workers=-1?"),
     ("--json info a.pt", "--json: options follow the command, as in 'repan info OPTIONS'"),
 ]
 

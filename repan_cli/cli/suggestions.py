@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from repan_cli.config.settings import RECIPES, SCHEMA
 from repan_cli.errors import InputError
 from repan_cli.registry import closest
 from repan_cli.system.text import at_home, quoted
+
+NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
+"""A number, which is the value of the option before it even if it is negative."""
 
 OTHER_COMMANDS = {
     **dict.fromkeys(("val", "test", "eval", "validate", "score", "accuracy"), "evaluate"),
@@ -117,8 +121,8 @@ def _strange(words: Iterable[str], flags: dict[str, bool]) -> Iterator[tuple[str
             if flags.get(name) and not equals and rest:
                 rest.popleft()
             continue
-        if not equals and rest and not rest[0].startswith("-") and "=" not in rest[0]:
-            value = rest[0]
+        if not equals and rest and "=" not in rest[0] and (rest[0][:1] != "-" or NUMBER.fullmatch(rest[0])):
+            value = rest.popleft()
         yield name, value
 
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from repan_cli import config
 from repan_cli.cli.dispatch import dispatch, fail, notices_shown
 from repan_cli.cli.suggestions import refuse_bare_words
-from repan_cli.commands.declaration import shortcuts
+from repan_cli.commands.declaration import given_settings
 from repan_cli.commands.options import CycleOptions, TrainOptions
 from repan_cli.errors import InputError, RepanError
 from repan_cli.system.launcher import rank_count, restarts
@@ -31,7 +31,8 @@ def train(
     numbers: tuple[int, ...] = ()
     try:
         with notices_shown():
-            given = _given(options)
+            refuse_bare_words(options.settings)
+            given = given_settings(options)
             if resume is not None:
                 _check_resume(given, options)
             else:
@@ -53,20 +54,6 @@ def train(
         dispatch("series", command, resolved, seeds=numbers, with_control=control, as_json=as_json)
     else:
         dispatch("train", command, resolved, as_json=as_json)
-
-
-def _given(options: TrainOptions | CycleOptions) -> dict[str, Any]:
-    """Return the settings that the command line gives, as KEY=VALUE or as shortcuts."""
-    refuse_bare_words(options.settings)
-    given = config.parse_assignments(list(options.settings))
-    for name, key in shortcuts(type(options)).items():
-        value = getattr(options, name)
-        if value in (None, False):
-            continue
-        if key in given:
-            raise InputError(f"--{name.replace('_', '-')} and {key}= are the same setting: give one")
-        given[key] = str(value)
-    return given
 
 
 def _seeds(text: str | None, given: dict[str, Any]) -> tuple[int, ...]:

@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
+from repan_cli import config
+from repan_cli.errors import InputError
+from repan_cli.system.text import on_one_line
+
 
 @dataclass(frozen=True)
 class Option:
@@ -40,7 +44,24 @@ def declared(options: type) -> Iterator[tuple[str, Any, Option | Argument, Any]]
         yield entry.name, kind, how, entry.default
 
 
-def shortcuts(options: type) -> dict[str, str]:
-    """Return the settings that options are shortcuts for, by the name of the option."""
-    named = ((name, how) for name, _, how, _ in declared(options) if isinstance(how, Option))
-    return {name: how.setting for name, how in named if how.setting is not None}
+def given_settings(options: Any) -> dict[str, Any]:
+    """Return the layer of settings that a command line gives, as KEY=VALUE or by options that are shortcuts for them.
+
+    Raises InputError for a setting that is given twice, and, with one line for each, for values that options refuse.
+    """
+    given, problems = config.parse_assignments(list(options.settings)), []
+    for name, _, how, _ in declared(type(options)):
+        value = getattr(options, name)
+        if not isinstance(how, Option) or how.setting is None or value in (None, False):
+            continue
+        flag = how.flags[0]
+        if how.setting in given:
+            raise InputError(f"{flag} and {how.setting}= are the same setting: give one")
+        try:
+            (config.SCHEMA.get(how.setting) or config.OVERLAY[how.setting]).parse(str(value))
+        except ValueError as error:
+            problems.append(f"{flag}: {error}")
+        given[how.setting] = str(value)
+    if problems:
+        raise InputError("\n".join(map(on_one_line, problems)))
+    return given

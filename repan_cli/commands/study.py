@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from repan_cli import config
-from repan_cli.commands.declaration import shortcuts
+from repan_cli.commands.declaration import given_settings
 from repan_cli.commands.options import StudyOptions
 from repan_cli.compare import page, table
 from repan_cli.compare.groups import Comparison, as_data, compare
@@ -101,17 +101,14 @@ def run(options: StudyOptions) -> None:
 def _read(options: StudyOptions) -> tuple[Study, Grid]:
     """Check everything that can be known before a run begins."""
     grid = read_grid(find_grid(options.grid))
-    given = config.parse_assignments(list(options.settings))
-    for name, key in shortcuts(StudyOptions).items():
-        if getattr(options, name) is not None:
-            if key in given:
-                raise InputError(f"--{name.replace('_', '-')} and {key}= are the same setting: give one")
-            given[key] = str(getattr(options, name))
+    given = given_settings(options)
     for key, instead in (("run.seed", "--seeds"), ("run.out", "--out"), ("run.device", "--device")):
         if key in given:
             raise InputError(f"{key} is set for each run of a study: give {instead}")
     if options.jobs is not None and options.jobs < 1:
         raise InputError(f"--jobs must be at least 1, got {options.jobs}")
+    if options.minutes is not None and not options.minutes > 0:
+        raise InputError(f"--minutes must be above 0, got {options.minutes:g}")
     if rank_count() > 1:
         raise InputError("'repan study' starts its runs itself: call it without torchrun")
     seeds = grid.seeds if options.seeds is None else parse_seeds(options.seeds.split(","), "--seeds")
