@@ -89,7 +89,7 @@ def test_rescaling_takes_the_trunks_scale_of_a_restart_and_nothing_else(family):
     """The function stays, every side branch stays, and each channel has the norm that a restart gives it."""
     model, x = trained(family).double(), images(count=32).double()
     merged = copy.deepcopy(model)
-    restart(merged, images=[x])
+    restart(merged, images=[x], trunk_scale="merged")
     expected, in_train = model(x), copy.deepcopy(model).train()(x)
     sides = {name: p.clone() for name, p in model.named_parameters() if ".branches." in name}
     before = [block.trunk.conv.weight.clone() for _, block in rep_blocks(model)]

@@ -65,7 +65,6 @@ def test_mistakes_are_named(key, text, says):
 @pytest.mark.parametrize(
     "given",
     [
-        {"cycle.trunk_scale": "keep", "cycle.rule": "reset"},
         {"cycle.schedule": "continuous", "cycle.lr_decay": "0.5"},
         {"data.val_fraction": "0", "cycle.start_from": "best"},
     ],

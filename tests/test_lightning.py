@@ -91,7 +91,8 @@ class Look(lightning.Callback):
 
 
 def test_it_is_the_restart_of_the_package_and_draws_nothing_from_the_loop(tmp_path, images):
-    callback, before, after = RepanCallback([1], network="net", calibration_images=256), Look(), Look()
+    callback = RepanCallback([1], network="net", momentum="zero", calibration_images=256)
+    before, after = Look(), Look()
     trainer(tmp_path, [before, callback, after], max_epochs=2).fit(Classifier(), loader(images))
     again = network()
     again.load_state_dict(before.weights)
@@ -152,7 +153,7 @@ def test_a_state_from_the_midst_of_an_epoch_restarts_nothing_again(tmp_path, ima
     ("settings", "says"),
     [
         ({"rule": "calibrat"}, "rule='calibrat' is not a choice; did you mean calibrate?"),
-        ({"momentum": "keep"}, "momentum='keep' is not a choice: zero, carry"),
+        ({"momentum": "keep"}, "momentum='keep' is not a choice: carry, zero"),
         ({"epochs": []}, "give the epochs"),
         ({"epochs": [-1]}, "give the epochs"),
         ({"calibration_images": 1}, "calibration_images must be at least 2"),

@@ -57,9 +57,9 @@ def test_the_same_seed_gives_the_same_bits(digits, precision):
 
 
 def test_cycles_from_a_baseline_file_are_the_cycles_behind_that_baseline(digits):
-    """What makes controls comparable: nothing leaks from the baseline into the cycles but its weights."""
-    whole = training(digits, plan())
-    later = training(digits, plan(baseline=False))
+    """With zeroed momentum nothing leaks from the baseline into the cycles but its weights."""
+    whole = training(digits, plan(cycle__momentum="zero"))
+    later = training(digits, plan(cycle__momentum="zero", baseline=False))
     for event in fit(whole):
         if isinstance(event, CycleEnd) and event.cycle == 0:
             later.model.load_state_dict(weights(whole))
@@ -68,7 +68,7 @@ def test_cycles_from_a_baseline_file_are_the_cycles_behind_that_baseline(digits)
 
 
 def test_the_control_is_training_on_with_zeroed_momentum(digits):
-    control = training(digits, plan(cycle__restart="none", baseline__optim__lr="0.05"))
+    control = training(digits, plan(cycle__restart="none", cycle__momentum="zero", baseline__optim__lr="0.05"))
     list(fit(control))
     by_hand = training(digits, ())
     for phase in plan():
@@ -319,7 +319,7 @@ def test_a_skipped_first_step_leaves_momentum_at_zero():
 @pytest.mark.parametrize("name", ["adamw", "lamb", "nadamw", "rmsprop"])
 def test_optimizers_of_timm_train_and_are_zeroed(digits, name):
     settings = {"optim.name": name, "optim.lr": "0.001", "baseline.optim.lr": "0.001", "baseline.epochs": "4"}
-    phases = plan(**settings)
+    phases = plan(**settings, cycle__momentum="zero")
     run = training(digits, phases, model=fresh(), settings=phases[0].optim)
     losses = []
     for event in fit(run):

@@ -40,6 +40,8 @@ def advice(command="cycle", **given):
         ({"ema__decay": "0.9"}, "ema.decay has no effect while ema.enabled is false"),
         ({"cycle__restart": "none", "cycle__rule": "running"}, "cycle.rule has no effect with cycle.restart=none"),
         ({"cycle__restart": "rescale", "cycle__rule": "reset"}, "cycle.rule has no effect with cycle.restart=rescale"),
+        ({"cycle__rule": "reset", "cycle__trunk_scale": "keep"}, "cycle.trunk_scale has no effect with cycle.rule"),
+        ({"cycle__restart": "rescale", "cycle__momentum": "carry"}, "cycle.momentum has no effect with cycle.restart="),
         ({"cycle__rule": "reset", "cycle__calibration_images": "9"}, "cycle.calibration_images has no effect with"),
         (
             {"optim__name": "lion", "optim__lr": "0.001", "baseline__optim__lr": "0.001", "optim__momentum": "0.5"},
@@ -63,6 +65,7 @@ def test_what_few_want_is_reported(given, said):
         {"cycle__rule": "running"},
         {"cycle__restart": "none", "cycle__schedule": "continuous", "cycle__reseed": "same"},
         {"cycle__restart": "none", "cycle__momentum": "carry"},
+        {"cycle__restart": "rescale", "cycle__momentum": "zero"},
     ],
 )
 def test_settings_with_an_effect_are_not_reported(given):

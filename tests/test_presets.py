@@ -8,7 +8,7 @@ import pytest
 
 from repan_cli import checkpoint, config
 from repan_cli.commands import dry_run
-from repan_cli.commands.declaration import shortcuts
+from repan_cli.commands.declaration import Option, declared
 from repan_cli.commands.options import CycleOptions
 from repan_cli.data import builtin
 from repan_cli.session.build import prepare
@@ -36,9 +36,8 @@ def test_the_command_in_its_header_uses_it(name):
     options = [word for word in words[1:] if "=" not in word and word != "--pretrained"]
     given = dict(zip(options[::2], options[1::2], strict=True))
     file = given.pop("-c", None)
-    layer = {
-        shortcuts(CycleOptions)[option.removeprefix("--").replace("-", "_")]: value for option, value in given.items()
-    }
+    keys = {flag: how.setting for *_, how, _ in declared(CycleOptions) if isinstance(how, Option) for flag in how.flags}
+    layer = {keys[option]: value for option, value in given.items()}
     resolved = config.resolve(words[0], file, layer)
     assert resolved.source.startswith(f"{name},")
 

@@ -27,7 +27,7 @@ CHOICES = {
     "rule": ("calibrate", "running", "reset"),
     "attach": ("zero-gamma", "compensated", "ramp", "one"),
     "branch_init": ("kaiming", "small"),
-    "trunk_scale": ("merged", "keep", "pace"),
+    "trunk_scale": ("pace", "keep", "merged"),
 }
 """The values that `restart` accepts for these arguments; the settings `cycle.*` of the same names accept the same."""
 
@@ -54,7 +54,7 @@ def restart(
     images: ImagesLike = (),
     attach: str = "zero-gamma",
     branch_init: str = "kaiming",
-    trunk_scale: str = "merged",
+    trunk_scale: str = "pace",
     only: Collection[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> RestartReport:
@@ -73,8 +73,9 @@ def restart(
         attach: how fresh branches start. `ramp` sets attach rate 0, at which they do not train. The others set 1:
             `zero-gamma` with silent branches, `compensated` with branches that the trunk offsets, `one` as they are.
         branch_init: the weights of the fresh branches, `kaiming` or `small`.
-        trunk_scale: under `calibrate`, `merged` writes the merged kernel. `keep` scales its channels to the trunk's old
-            norm, `pace` to the old gamma / sigma, so that a step of the trunk changes the kernel as before.
+        trunk_scale: under `calibrate`, `pace` scales each channel of the merged kernel to the trunk's old gamma /
+            sigma, so that a step of the trunk changes the kernel as before. `keep` scales it to the old norm, and
+            `merged` writes the kernel as it is.
         only: the names of the blocks to restart, as `blocks.rep_blocks` gives them; None means all.
         generator: the random generator for the fresh weights.
 

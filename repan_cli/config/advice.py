@@ -51,8 +51,10 @@ def _why_not(config: Config, key: str, *, cycles: bool) -> str | None:
             return f"with cycle.restart={cycle.restart}"
         if name == "attach_epochs" and cycle.attach != "ramp" and not cycle.freeze_trunk:
             return f"with cycle.attach={cycle.attach}, which has no ramp"
-        if name == "calibration_images" and cycle.rule != "calibrate":
+        if name in ("calibration_images", "trunk_scale") and cycle.rule != "calibrate":
             return f"with cycle.rule={cycle.rule}"
+        if name == "momentum" and cycle.momentum == "carry" and cycle.restart == "rescale":
+            return "with cycle.restart=rescale, which zeroes the momentum"
     taught = config.teacher.name or config.baseline.get("teacher.name")
     if section == "teacher" and name != "name" and not taught:
         return "without a teacher: give --teacher"

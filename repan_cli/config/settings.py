@@ -208,15 +208,15 @@ class CycleConfig:
         "kaiming", "Initial weights of new branches: kaiming, or small (std 0.01).", choices=("kaiming", "small")
     )
     trunk_scale: str = setting(
-        "merged",
-        "Scale of the trunk's weights under calibrate: merged: the kernel as it is; keep: each channel's old norm; "
-        "pace: each channel's old gamma / sigma, so the trunk learns as fast as before.",
-        choices=("merged", "keep", "pace"),
+        "pace",
+        "Scale of the trunk's weights under calibrate: pace: each channel's old gamma / sigma, so the trunk learns as "
+        "fast as before; keep: each channel's old norm; merged: the kernel as it is.",
+        choices=("pace", "keep", "merged"),
     )
     momentum: str = setting(
-        "zero",
-        "Optimizer state at the start of a cycle: zero it, or carry it over, converted for the merged trunk.",
-        choices=("zero", "carry"),
+        "carry",
+        "Optimizer state at the start of a cycle: carry it over, converted for the merged trunk, or zero it.",
+        choices=("carry", "zero"),
     )
     start_from: str = setting(
         "last",
@@ -229,12 +229,8 @@ class CycleConfig:
     )
 
     def problems(self) -> Iterator[str]:
-        if self.trunk_scale != "merged" and self.rule != "calibrate":
-            yield f"cycle.trunk_scale={self.trunk_scale} belongs to cycle.rule=calibrate, not {self.rule}"
         if self.schedule == "continuous" and self.lr_decay != 1:
             yield "cycle.lr_decay belongs to cycle.schedule=restart; with continuous set it to 1"
-        if self.restart == "rescale" and self.momentum == "carry":
-            yield "cycle.restart=rescale zeroes momentum, as restarts do: leave out cycle.momentum=carry"
 
 
 PREVIOUS = "previous"

@@ -27,7 +27,7 @@ from repan_cli.system.ranks import average_buffers, joined
 from repan_cli.system.seeding import generator_for
 from repan_cli.training.optim import carry_momentum, zero_momentum
 
-MOMENTUM = ("zero", "carry")
+MOMENTUM = ("carry", "zero")
 USUAL_BATCH = 128
 """The number of images at once, for loaders that do not tell their batch size."""
 
@@ -54,7 +54,7 @@ class Restarts:
         branch_init: the weights of the fresh branches, as for `repan_cli.restart`.
         trunk_scale: the scale of the trunk's weights, as for `repan_cli.restart`.
         attach_epochs: with `attach="ramp"`, the number of epochs in which the attach rate grows from 0 to 1.
-        momentum: the optimizer's state after a restart: `zero`, or `carry` to convert it for the merged trunks.
+        momentum: the optimizer's state after a restart: `carry` converts it for the merged trunks, `zero` zeroes it.
         calibration_images: the number of training images, over all processes, that `calibrate` measures on.
         seed: determines the fresh branches and the choice of those images.
         network: the name of the module that takes images and holds the blocks; by default the model itself.
@@ -65,8 +65,8 @@ class Restarts:
     attach: str = "zero-gamma"
     attach_epochs: float = 5.0
     branch_init: str = "kaiming"
-    trunk_scale: str = "merged"
-    momentum: str = "zero"
+    trunk_scale: str = "pace"
+    momentum: str = "carry"
     calibration_images: int = 1000
     seed: int = 0
     network: str = ""

@@ -49,7 +49,7 @@ class Phase:
     @property
     def carries_momentum(self) -> bool:
         """Return whether the optimizer's state is carried into this phase."""
-        return self.settings is not None and self.settings.momentum == "carry"
+        return self.settings is not None and self.settings.momentum == "carry" and not self.rescales
 
     def attach_rate(self, elapsed: float) -> float | None:
         """Return the attach rate `elapsed` epochs into this phase; None if it does not change."""
