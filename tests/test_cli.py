@@ -137,7 +137,7 @@ def test_cycles_start_from_a_checkpoint(capsys, small_run, tmp_path):
     assert summary["model"] == "repvgg_a0_cifar"
     assert summary["baseline"]["test_top1"] == small_run.summary["baseline"]["test_top1"]
     assert (tmp_path / "run" / "best.pt").exists()
-    assert "no merging (control)" in err
+    assert "no restart (control)" in err
 
 
 def test_fuse_writes_every_format_with_its_proof(capsys, small_run, tmp_path):
@@ -206,7 +206,7 @@ def test_networks_trained_on_a_part_of_a_data_set_are_scored_on_that_part(capsys
     assert "data.classes=11, but digits has 10" in one_line(
         capsys, "train", "--model", "repvgg", "-d", "digits", "data.classes=11"
     )
-    assert "data.classes: 1 must be at least 2" in one_line(
+    assert "data.classes: must be at least 2, got 1" in one_line(
         capsys, "train", "--model", "repvgg", "-d", "digits", "data.classes=1"
     )
 
@@ -347,7 +347,7 @@ def test_gpus_are_those_of_the_driver(monkeypatch):
         ((*DIGITS, "optim.schedule=cosin"), "unknown schedule 'cosin'; did you mean cosine"),
         ((*DIGITS, "cycle.rule=calib"), "cycle.rule: 'calib' is not a choice; did you mean calibrate"),
         ((*DIGITS, "--lr", "fast"), "--lr: 'fast' is not a finite number"),
-        ((*DIGITS, "--epochs", "-1"), "--epochs: -1 must be at least 1"),
+        ((*DIGITS, "--epochs", "-1"), "--epochs: must be at least 1, got -1"),
         ((*DIGITS, "--lr", "1", "optim.lr=1"), "--lr and optim.lr= are the same setting: give one"),
         ((*DIGITS, "epochs"), "'epochs' is not KEY=VALUE"),
         (

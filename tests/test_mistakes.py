@@ -40,9 +40,9 @@ MISTAKES = [
     (f"train {D} optim.lr=1 optim.lr=2", r"optim.lr is given twice on the command line"),
     (f"train {D} --lr 1 optim.lr=1", r"--lr and optim.lr= are the same setting: give one"),
     (f"train {D} --lr 0,1", r"--lr: '0,1' is not a finite number"),
-    (f"cycle {D} --baseline-epochs 0", r"--baseline-epochs: 0 must be at least 1"),
+    (f"cycle {D} --baseline-epochs 0", r"--baseline-epochs: must be at least 1, got 0"),
     (f"train {D} --epochs 2.5", r"--epochs: '2.5' is not a whole number"),
-    (f"train {D} --batch-size 1", r"--batch-size: 1 must be at least 2"),
+    (f"train {D} --batch-size 1", r"--batch-size: must be at least 2, got 1"),
     (
         f"cycle {D} --lr 0.05 --baseline-lr 0.1",
         "optim.lr=0.05 has no effect with cycle.schedule=continuous, .*: give --baseline-lr instead of --lr",

@@ -256,11 +256,11 @@ def test_few_images_that_choose_the_epoch_are_reported_with_the_setting(
     [
         (
             {"cycle__schedule": "continuous"},
-            "3 epochs as baseline; 2 cycles of 4 epochs, {}; one cosine schedule over all, from lr 0.2",
+            "baseline of 3 epochs; 2 cycles of 4 epochs, {}; one cosine schedule over all, from lr 0.2",
         ),
         (
             {"cycle__schedule": "restart", "cycle__restart": "none", "optim__schedule": "linear"},
-            "3 epochs at lr 0.2 as baseline; 2 cycles of 4 epochs at lr 0.05, no restart (control); a new linear "
+            "baseline of 3 epochs at lr 0.2; 2 cycles of 4 epochs at lr 0.05, no restarts (control); a new linear "
             "schedule in each cycle",
         ),
     ],
@@ -268,7 +268,7 @@ def test_few_images_that_choose_the_epoch_are_reported_with_the_setting(
 def test_the_plan_of_a_run_is_told_with_its_schedule(settings, told):
     given = {"baseline__epochs": "3", "epochs": "4", "cycle__count": "2", "baseline__optim__lr": "0.2"}
     phases = plan(**given, optim__lr="0.05", **settings)
-    assert summary._describe_plan(phases) == told.format("restart by calibrate, ramp")
+    assert summary._describe_plan(phases) == told.format("each begins with a restart (calibrate, ramp)")
     (only,) = training_plan(config.build({"epochs": "3", "optim.lr": "0.1"}))
     assert summary._describe_plan((only,)) == "3 epochs at lr 0.1"
 

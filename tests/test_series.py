@@ -101,7 +101,7 @@ def test_every_run_and_every_control_is_the_same_as_alone(capsys, tmp_path, cont
 def test_the_control_does_not_train_the_baseline_again(capsys, controlled):
     folder, _, err = controlled(capsys)
     log = (folder / "control_seed_3" / "log.txt").read_text()
-    assert "cycle 1/1: no merging (control)" in log
+    assert "cycle 1/1: no restart (control)" in log
     assert not re.search(r"baseline +1/1", log)
     assert "continues from the end of the baseline of seed_3" in err
 

@@ -107,7 +107,7 @@ class Setting:
             (self.high, operator.gt, "at most"),
         ):
             if bound is not None and broken(value, bound):
-                raise ValueError(f"{value:g} must be {words} {bound:g}")
+                raise ValueError(f"must be {words} {bound:g}, got {value:g}")
 
 
 def _optional(kind: Any) -> tuple[Any, bool]:
