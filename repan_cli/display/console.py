@@ -170,7 +170,8 @@ class Display:
         self.position.cycle, self.position.epoch, self.position.step = event.cycle, 1, 0
         self.position.doing = "training"
         if event.restarted:
-            self.say(f"{name}: merged and regrew {count(event.blocks, 'block')}; logits moved by {event.logit_error:.0e}")
+            blocks = count(event.blocks, "block")
+            self.say(f"{name}: merged and regrew {blocks}; logits moved by {event.logit_error:.0e}")
             before, after = event.loss_before or 0.0, event.loss_after_restart or 0.0
             loss = f"training loss {loss_text(before)} -> {loss_text(after)}"
             val = f", val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}"

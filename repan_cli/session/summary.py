@@ -205,9 +205,7 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     rows["test"] = _test_text(test)
     is_compared = whole_of(folder.path) is not None  # a study or a series ends with its own table
     if summary["cycles"] and session.config.cycle.restart == "repan" and not is_compared:
-        rows["gain"] = (
-            "not known from one run; --control also trains without restarts, --seeds 0,1,2 repeats both"
-        )
+        rows["gain"] = "not known from one run; --control also trains without restarts, --seeds 0,1,2 repeats both"
     if fused:
         rows["merged"] = (
             f"top-1 {percent(fused['test_top1'])} from {fused['params_after']:,} parameters instead of "
