@@ -495,7 +495,7 @@ def test_a_ramp_longer_than_its_cycle_is_reported(capsys, tmp_path):
     words = ["--cycles", 1, "--epochs", 1, "--baseline-epochs", 1, "cycle.attach=ramp", "cycle.attach_epochs=4"]
     code, _, err = run(capsys, "cycle", *DIGITS, *words, "--out", tmp_path / "run", "data.batch_size=256")
     assert code == 0
-    assert "Warning: cycle.attach_epochs=4 is longer than a cycle: branches reach rate 0.25" in err
+    assert "Warning: cycle.attach_epochs=4 is longer than a cycle: branches reach the attach rate 0.25, not 1" in err
 
 
 def test_a_trunk_that_is_never_trained_in_a_cycle_is_reported(capsys):
@@ -503,7 +503,7 @@ def test_a_trunk_that_is_never_trained_in_a_cycle_is_reported(capsys):
     code, _, err = run(capsys, "cycle", *DIGITS, *words, "cycle.attach_epochs=2")
     assert (
         code,
-        "fixed in the whole of each cycle: cycle.attach_epochs=2 is not shorter" in " ".join(err.split()),
+        "fixed for the whole of each cycle, as cycle.attach_epochs=2 is not shorter" in " ".join(err.split()),
     ) == (0, True)
     code, _, err = run(capsys, "cycle", *DIGITS, *words, "cycle.attach_epochs=1")
     assert (code, "fixed in the whole" in " ".join(err.split())) == (0, False)

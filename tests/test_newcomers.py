@@ -234,9 +234,9 @@ def test_a_summary_shows_its_figures(tmp_path):
 @pytest.mark.parametrize(
     ("held", "fraction", "digest", "mend"),
     [
-        (1, 0.1, "drawn", "1 validation image only, so chance decides much: set data.val_fraction=0.3"),
-        (49, 0.3, "drawn", "49 validation images only, so chance decides much: more images help"),
-        (49, 0.1, "", "49 validation images only, so chance decides much: more images help"),  # a folder `val`
+        (1, 0.1, "drawn", "1 validation image, so it is partly chance: set data.val_fraction=0.3"),
+        (49, 0.3, "drawn", "49 validation images, so it is partly chance: more images help"),
+        (49, 0.1, "", "49 validation images, so it is partly chance: more images help"),  # a folder `val`
         (50, 0.1, "drawn", None),
         (None, 0, "", None),
     ],
@@ -248,7 +248,7 @@ def test_few_images_that_choose_the_epoch_are_reported_with_the_setting(
     val = held and SimpleNamespace(labels=range(held))
     for _ in range(2):  # of a series, too, it is said once
         build._warn_of_few_to_choose(fraction, SimpleNamespace(val=val, split_digest=digest))
-    assert caplog.messages == ([f"the best epoch is chosen on {mend}"] if mend else [])
+    assert caplog.messages == ([f"the best epoch is chosen on only {mend}"] if mend else [])
 
 
 @pytest.mark.parametrize(

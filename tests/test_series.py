@@ -317,7 +317,9 @@ def test_a_seed_that_diverges_does_not_keep_the_others_from_training(capsys, tmp
 def test_settings_that_change_the_result_cannot_change_in_the_middle(capsys, controlled):
     folder, _, _ = controlled(capsys)
     for words in (["--lr", "0.5"], ["--cycles", "2"], ["--model", "resnet18"], ["--teacher", "other.pt"]):
-        assert "cannot change in a resumed series" in one_line(capsys, "cycle", "--resume", folder, *words)
+        assert "cannot change when --seeds or --control is resumed" in one_line(
+            capsys, "cycle", "--resume", folder, *words
+        )
     done(capsys, "cycle", "--resume", folder, "data.workers=0", "--lr", "0.001")
     assert "resume it with that command" in one_line(capsys, "train", "--resume", folder)
     for option, value in (("--seeds", "1"), ("--control", None)):

@@ -109,7 +109,7 @@ def _check_mergeable(artifact: Artifact, targets: Sequence[Target], form: str) -
     check_finite(artifact.network)
     if fresh := untrained_norms(artifact.network):
         told = f"{count(len(fresh), 'BN')} of {artifact.source} never saw an image, such as {fresh[0]}"
-        warn(f"{told}: is the network trained?")
+        warn(f"{told}: the network seems to be untrained")
 
 
 def _images(artifact: Artifact, data_root: str | None) -> tuple[Tensor, dict[str, Any]]:

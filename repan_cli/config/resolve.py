@@ -139,7 +139,7 @@ def data_given(name: str, root: str | None) -> tuple[str, str | None]:
     if known or not name or not Path(at_home(name)).is_dir():
         return name, root
     if root is not None:
-        raise InputError(f"data.name={name} is a folder, and data.root={root} another: give one of them")
+        raise InputError(f"data.name={name} is a folder, and data.root={root} is another: give one of them")
     return "folder", at_home(name)
 
 

@@ -230,9 +230,9 @@ class CycleConfig:
 
     def problems(self) -> Iterator[str]:
         if self.trunk_scale != "merged" and self.rule != "calibrate":
-            yield f"cycle.trunk_scale={self.trunk_scale} belongs to cycle.rule=calibrate, not {self.rule}"
+            yield f"cycle.trunk_scale={self.trunk_scale} needs cycle.rule=calibrate, got {self.rule}"
         if self.schedule == "continuous" and self.lr_decay != 1:
-            yield "cycle.lr_decay belongs to cycle.schedule=restart; with continuous set it to 1"
+            yield "cycle.lr_decay needs cycle.schedule=restart; with continuous set it to 1"
         if self.restart == "rescale" and self.momentum == "carry":
             yield "cycle.restart=rescale zeroes momentum, as restarts do: leave out cycle.momentum=carry"
 
