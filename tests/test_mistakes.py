@@ -72,7 +72,7 @@ MISTAKES = [
     ("train -m repvgg -d cifar-100", r"unknown data set 'cifar-100'; did you mean cifar100"),
     ("train -m repvgg -d empty", r"no folder empty/train, nor classes in empty: expected .*; --data-root names"),
     ("train -m repvgg -d one", r"one holds only one class \('cat'\), at least two are needed: expected .*"),
-    ("train -m repvgg -d photos --data-root empty", r"data.name=photos is a folder, and data.root=empty is another: give"),
+    ("train -m repvgg -d photos --data-root empty", r"data.name=photos is a folder, and data.root=empty is another"),
     (
         "train -m repvgg -d folder --data-root empty",
         r"no folder empty/train, nor classes in empty: expected .*; --data-root names another",
