@@ -396,7 +396,7 @@ def test_without_out_the_folder_is_named_after_the_run(capsys, tmp_path, monkeyp
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["seed_7"]
     out, err = done(capsys, "train", "--resume", "latest", "--json")
     assert json.loads(out)["runs"][0]["seed"] == 7
-    assert err.startswith(f"all runs of runs/train/{folder.name} are finished; here is their comparison again")
+    assert err.startswith(f"all runs of runs/train/{folder.name} are finished already; their comparison:")
 
 
 def test_a_dry_run_is_one_run_and_says_of_how_many(capsys, tmp_path, monkeypatch):

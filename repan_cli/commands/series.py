@@ -96,7 +96,7 @@ def refuse(resolved: Resolved, *, with_control: bool) -> None:
     """Raise InputError for settings that cannot be made into a series."""
     if rank_count() > 1:
         raise InputError(
-            "--seeds and --control work in one process only: under torchrun start each run separately, then use "
+            "--seeds and --control work in one process only: start each run separately under torchrun, then use "
             "'repan compare'"
         )
     if with_control and (restart := resolved.config.cycle.restart) != "repan":
