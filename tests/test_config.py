@@ -46,7 +46,7 @@ def test_text_is_read_as_users_mean_it(key, text, value):
         ("epochs", "0", "epochs: must be at least 1, got 0"),
         ("optim.nesterov", "maybe", "optim.nesterov: 'maybe' is neither true nor false"),
         ("cycle.rule", "calibrat", "cycle.rule: 'calibrat' is not a choice; did you mean calibrate?"),
-        ("cycle.rule", "xyz", "choose calibrate or running or reset"),
+        ("cycle.rule", "xyz", "choose calibrate, running or reset"),
         ("optim.lrr", "1", "unknown setting 'optim.lrr'; did you mean optim.lr"),
         ("optim", "1", "optim is a section"),
         ("baseline.cycle.count", "1", "unknown setting 'baseline.cycle.count'"),

@@ -47,7 +47,7 @@ MISTAKES = [
         f"cycle {D} --lr 0.05 --baseline-lr 0.1",
         "optim.lr=0.05 has no effect with cycle.schedule=continuous, .*: give --baseline-lr instead of --lr",
     ),
-    (f"train {D} run.compile=maybe", r"run.compile: 'maybe' is not a choice; choose auto, on, off"),
+    (f"train {D} run.compile=maybe", r"run.compile: 'maybe' is not a choice; choose auto, on or off"),
     (f"train {D} data.augment=autoaugmnt", r"data.augment: 'autoaugmnt' is not a choice; did you mean autoaugment"),
     (f"train {D} optim.schedule=cosin", r"unknown schedule 'cosin'; did you mean cosine\?"),
     (f"train {D} optim.name=sgdd", r"unknown optimizer 'sgdd'; did you mean sgd"),
