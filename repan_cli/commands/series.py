@@ -112,7 +112,7 @@ def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | Non
     if about is None:
         return resume.run(command, name, given, as_json=as_json)
     if about["command"] != command:
-        raise InputError(f"{path} is a series of 'repan {about['command']}': resume it with that command")
+        raise InputError(f"{path} holds runs of 'repan {about['command']}': resume them with that command")
     resolved = _settings_of(command, path, given, about)
     resolved = dataclasses.replace(resolved, source=about["settings"])
     refuse(resolved, with_control=about["control"])
