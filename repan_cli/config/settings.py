@@ -192,7 +192,7 @@ class CycleConfig:
     )
     rule: str = setting(
         "calibrate",
-        "Restoration of the trunk: calibrate also preserves train mode; running (as released) and reset do not.",
+        "Restoration of the trunk: calibrate keeps train mode too; running (as released) and reset only eval mode.",
         choices=("calibrate", "running", "reset"),
     )
     calibration_images: int = setting(1000, "Number of augmented training images that calibrate measures on.", low=2)
