@@ -321,7 +321,7 @@ def test_settings_that_change_the_result_cannot_change_in_the_middle(capsys, con
             capsys, "cycle", "--resume", folder, *words
         )
     done(capsys, "cycle", "--resume", folder, "data.workers=0", "--lr", "0.001")
-    assert "resume it with that command" in one_line(capsys, "train", "--resume", folder)
+    assert "resume them with that command" in one_line(capsys, "train", "--resume", folder)
     for option, value in (("--seeds", "1"), ("--control", None)):
         words = [option] if value is None else [option, value]
         assert f"{option} cannot be combined with --resume" in one_line(capsys, "cycle", "--resume", folder, *words)
