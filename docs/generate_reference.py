@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from repan_cli.cli.app import COMMANDS
+from repan_cli.cli.options import text_of
 from repan_cli.commands.declaration import Argument, declared
-from repan_cli.config import OVERLAY, SCHEMA, as_text, presets
+from repan_cli.config import SCHEMA, as_text, presets
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -27,7 +28,8 @@ def on_files(files: Any, config: Any) -> Any:
 def commands() -> Iterator[str]:
     """Yield the lines of the page of all commands, with their options."""
     yield "# Commands\n"
-    yield "`repan COMMAND --help` shows the same. [Exit codes](../exit-codes.md) tell how a command ended.\n"
+    yield "`repan COMMAND --help` shows the same. A word in capitals stands for a value: `--epochs N` is typed as"
+    yield "`--epochs 30`. [Exit codes](../exit-codes.md) tell how a command ended.\n"
     for name, command in COMMANDS.items():
         text, _, examples = command.help.partition("Examples:" if "Examples:" in command.help else "Example:")
         yield f"## repan {name}\n\n{_joined(text)}\n"
@@ -43,18 +45,19 @@ def _option_row(how: Any, default: Any) -> str:
     if isinstance(how, Argument):
         return f"| `{_cell(how.metavar)}` | {_cell(how.help)} |"
     flags = ", ".join(f"`{flag}`" for flag in how.flags) + (f" `{_cell(how.metavar)}`" if how.metavar else "")
-    entry = (SCHEMA.get(how.setting) or OVERLAY[how.setting]) if how.setting else None
-    text = how.help or (entry.text if entry else "")
     also = f" The setting `{how.setting}`." if how.setting else ""
     shown = "" if default in (None, (), False) or how.setting else f" Default: `{default}`."
-    return f"| {flags} | {_cell(text)}{also}{shown} |"
+    return f"| {flags} | {_cell(text_of(how))}{also}{shown} |"
 
 
 def settings() -> Iterator[str]:
     """Yield the lines of the page of all settings."""
     yield "# Settings\n"
-    yield "Every setting is `KEY=VALUE` on the command line, or stands in a YAML file (`-c FILE`). `baseline.epochs`,"
-    yield "`baseline.optim.*` and `baseline.teacher.*` are those of the baseline of `repan cycle`, where they differ.\n"
+    yield "Give a setting as `KEY=VALUE` on the command line, or in a YAML file (`-c FILE`): see"
+    yield "[Train](../training.md#settings). `null` means that a setting is not set.\n"
+    yield "- A [recipe](presets.md) may set other values than these defaults. `--print-config` shows those of a run."
+    yield "- `baseline.epochs`, `baseline.optim.*` and `baseline.teacher.*` are the settings of the baseline of"
+    yield "  `repan cycle`, where they differ from those of the cycles.\n"
     section = None
     for key, entry in SCHEMA.items():
         if key.rpartition(".")[0] != section:

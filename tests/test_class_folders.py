@@ -91,7 +91,7 @@ def test_files_of_the_system_are_never_data(tmp_path, caplog, junk):
 def test_a_training_part_alone_gives_a_test_part(tmp_path, caplog):
     write_folders(tmp_path, parts=("train",), count=20)
     data = datasets.load("folder", tmp_path, val_fraction=0.1)
-    assert "8 of the 40 training images of folder are drawn as its test part" in caplog.text
+    assert "8 of the 40 training images of folder become the test part" in caplog.text
     assert [np.bincount(part.labels).tolist() for part in (data.train, data.val, data.test)] == [
         [14, 14],
         [2, 2],

@@ -137,7 +137,7 @@ def test_cycles_start_from_a_checkpoint(capsys, small_run, tmp_path):
     assert summary["model"] == "repvgg_a0_cifar"
     assert summary["baseline"]["test_top1"] == small_run.summary["baseline"]["test_top1"]
     assert (tmp_path / "run" / "best.pt").exists()
-    assert "no merging (control)" in err
+    assert "no restart (control)" in err
 
 
 def test_fuse_writes_every_format_with_its_proof(capsys, small_run, tmp_path):
@@ -206,7 +206,7 @@ def test_networks_trained_on_a_part_of_a_data_set_are_scored_on_that_part(capsys
     assert "data.classes=11, but digits has 10" in one_line(
         capsys, "train", "--model", "repvgg", "-d", "digits", "data.classes=11"
     )
-    assert "data.classes: 1 must be at least 2" in one_line(
+    assert "data.classes: must be at least 2, got 1" in one_line(
         capsys, "train", "--model", "repvgg", "-d", "digits", "data.classes=1"
     )
 
@@ -347,7 +347,7 @@ def test_gpus_are_those_of_the_driver(monkeypatch):
         ((*DIGITS, "optim.schedule=cosin"), "unknown schedule 'cosin'; did you mean cosine"),
         ((*DIGITS, "cycle.rule=calib"), "cycle.rule: 'calib' is not a choice; did you mean calibrate"),
         ((*DIGITS, "--lr", "fast"), "--lr: 'fast' is not a finite number"),
-        ((*DIGITS, "--epochs", "-1"), "--epochs: -1 must be at least 1"),
+        ((*DIGITS, "--epochs", "-1"), "--epochs: must be at least 1, got -1"),
         ((*DIGITS, "--lr", "1", "optim.lr=1"), "--lr and optim.lr= are the same setting: give one"),
         ((*DIGITS, "epochs"), "'epochs' is not KEY=VALUE"),
         (
@@ -495,7 +495,7 @@ def test_a_ramp_longer_than_its_cycle_is_reported(capsys, tmp_path):
     words = ["--cycles", 1, "--epochs", 1, "--baseline-epochs", 1, "cycle.attach=ramp", "cycle.attach_epochs=4"]
     code, _, err = run(capsys, "cycle", *DIGITS, *words, "--out", tmp_path / "run", "data.batch_size=256")
     assert code == 0
-    assert "Warning: cycle.attach_epochs=4 is longer than a cycle: branches reach rate 0.25" in err
+    assert "Warning: cycle.attach_epochs=4 is longer than a cycle: branches reach the attach rate 0.25, not 1" in err
 
 
 def test_a_trunk_that_is_never_trained_in_a_cycle_is_reported(capsys):
@@ -503,7 +503,7 @@ def test_a_trunk_that_is_never_trained_in_a_cycle_is_reported(capsys):
     code, _, err = run(capsys, "cycle", *DIGITS, *words, "cycle.attach_epochs=2")
     assert (
         code,
-        "fixed in the whole of each cycle: cycle.attach_epochs=2 is not shorter" in " ".join(err.split()),
+        "fixed for the whole of each cycle, as cycle.attach_epochs=2 is not shorter" in " ".join(err.split()),
     ) == (0, True)
     code, _, err = run(capsys, "cycle", *DIGITS, *words, "cycle.attach_epochs=1")
     assert (code, "fixed in the whole" in " ".join(err.split())) == (0, False)

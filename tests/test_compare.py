@@ -320,7 +320,7 @@ def test_runs_are_found_by_name_file_folder_and_glob(runs, monkeypatch):
 
 def test_a_folder_that_is_not_a_run_is_one_line(capsys, tmp_path):
     assert f"no run directory {tmp_path / 'nothing'}" in one_line(capsys, "compare", tmp_path / "nothing")
-    assert f"no run directory in {tmp_path}" in one_line(capsys, "compare", tmp_path)
+    assert f"{tmp_path} holds no run directory" in one_line(capsys, "compare", tmp_path)
     write_run(tmp_path / "a")
     assert "give one" in one_line(capsys, "compare", tmp_path, "--json", "--csv")
     assert "cannot write" in one_line(capsys, "compare", tmp_path, "--html", tmp_path / "no" / "page.html")

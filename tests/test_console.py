@@ -150,7 +150,7 @@ def test_on_a_terminal_the_live_display_follows_the_run(tmp_path):
 def test_compiling_is_shown_while_it_lasts(tmp_path):
     shown = display(tmp_path, compiles=True)
     shown.show(CycleStart(0))
-    assert "compiling the training pass (run.compile)" in shown.console.file.getvalue()
+    assert "compiling the training pass (run.compile=on)" in shown.console.file.getvalue()
     assert "compiling" in screen(shown)[0]
     shown.show(StepEnd(0, 1, 1))
     shown.show(CycleStart(1))
@@ -205,7 +205,7 @@ def test_zero_gammas_are_reported(tmp_path):
     assert "3 channels had gamma 0" in shown.console.file.getvalue()
 
 
-@pytest.mark.parametrize(("blocks", "told"), [(1, "1 block,"), (22, "22 blocks,")])
+@pytest.mark.parametrize(("blocks", "told"), [(1, "1 block;"), (22, "22 blocks;")])
 def test_the_blocks_of_a_restart_are_counted(tmp_path, blocks, told):
     shown = display(tmp_path)
     shown.show(CycleStart(1, True, blocks, 0, None, None, 0.5, 0.51, 3e-7))

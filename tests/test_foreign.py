@@ -77,7 +77,7 @@ def test_what_is_left_out_and_what_was_chosen_is_reported(capsys, theirs, tmp_pa
     monkeypatch.chdir(tmp_path)
     weights = theirs.state_dict()
     torch.save(FILES["criterion-bare"](weights), "c.pth")
-    assert "skipped 2 tensors of c.pth outside of the network: criterion, val_acc" in told(capsys, "c.pth")
+    assert "skipped 2 tensors of c.pth that are not part of the network: criterion, val_acc" in told(capsys, "c.pth")
     torch.save(FILES["ema-key"](weights), "e.pth")
     assert "using 'state_dict_ema', the average, not 'state_dict'" in told(capsys, "e.pth")
     assert "several" not in told(capsys, "e.pth::state_dict")

@@ -512,7 +512,7 @@ def test_a_file_makes_no_folder_and_fetches_nothing(capsys, tmp_path, monkeypatc
         ({"data.name": "digits", "data.image_size": "x"}, "describes its data with data.image_size: 'x' is not"),
         (
             {"data.name": "digits", "data.split_seed": -1},
-            "describes its data with data.split_seed: -1 must be at least 0",
+            "describes its data with data.split_seed: must be at least 0, got -1",
         ),
     ],
 )

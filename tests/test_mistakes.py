@@ -40,14 +40,14 @@ MISTAKES = [
     (f"train {D} optim.lr=1 optim.lr=2", r"optim.lr is given twice on the command line"),
     (f"train {D} --lr 1 optim.lr=1", r"--lr and optim.lr= are the same setting: give one"),
     (f"train {D} --lr 0,1", r"--lr: '0,1' is not a finite number"),
-    (f"cycle {D} --baseline-epochs 0", r"--baseline-epochs: 0 must be at least 1"),
+    (f"cycle {D} --baseline-epochs 0", r"--baseline-epochs: must be at least 1, got 0"),
     (f"train {D} --epochs 2.5", r"--epochs: '2.5' is not a whole number"),
-    (f"train {D} --batch-size 1", r"--batch-size: 1 must be at least 2"),
+    (f"train {D} --batch-size 1", r"--batch-size: must be at least 2, got 1"),
     (
         f"cycle {D} --lr 0.05 --baseline-lr 0.1",
         "optim.lr=0.05 has no effect with cycle.schedule=continuous, .*: give --baseline-lr instead of --lr",
     ),
-    (f"train {D} run.compile=maybe", r"run.compile: 'maybe' is not a choice; choose auto or on or off"),
+    (f"train {D} run.compile=maybe", r"run.compile: 'maybe' is not a choice; choose auto, on or off"),
     (f"train {D} data.augment=autoaugmnt", r"data.augment: 'autoaugmnt' is not a choice; did you mean autoaugment"),
     (f"train {D} optim.schedule=cosin", r"unknown schedule 'cosin'; did you mean cosine\?"),
     (f"train {D} optim.name=sgdd", r"unknown optimizer 'sgdd'; did you mean sgd"),
@@ -72,7 +72,7 @@ MISTAKES = [
     ("train -m repvgg -d cifar-100", r"unknown data set 'cifar-100'; did you mean cifar100"),
     ("train -m repvgg -d empty", r"no folder empty/train, nor classes in empty: expected .*; --data-root names"),
     ("train -m repvgg -d one", r"one holds only one class \('cat'\), at least two are needed: expected .*"),
-    ("train -m repvgg -d photos --data-root empty", r"data.name=photos is a folder, and data.root=empty another: give"),
+    ("train -m repvgg -d photos --data-root empty", r"data.name=photos is a folder, and data.root=empty is another"),
     (
         "train -m repvgg -d folder --data-root empty",
         r"no folder empty/train, nor classes in empty: expected .*; --data-root names another",
@@ -116,7 +116,7 @@ MISTAKES = [
     ("list runs", r"no runs below runs yet: 'repan cycle' begins one$"),
     ("list runs empty", r"no runs below empty yet"),
     ("list runs x*", r"no runs below runs match 'x\*'; give a folder instead of a glob to search it"),
-    ("cycle --resume latest", r"no run of 'repan cycle' under runs: name its directory"),
+    ("cycle --resume latest", r"no run of 'repan cycle' under runs: give its directory instead of 'latest'"),
     ("train --resume run", r"run is finished; begin another run from its weights with --init run/last.pt"),
     ("cycle --resume run", r"run is a run of 'repan train': resume it with that command"),
     ("fuse nowhere.pt", r"nowhere.pt"),
@@ -184,9 +184,12 @@ def test_an_optional_package_is_not_there(capsys, desk, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "a.pt"), "no space left to write a.pt; free some, or give"),
-        (MemoryError(), "out of memory; set a smaller --batch-size (with a larger optim.accumulate to match)"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory; set a smaller"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.pt"),
+            "no space left to write a.pt: free some space, or give",
+        ),
+        (MemoryError(), "out of memory: set a smaller --batch-size (with a larger optim.accumulate to match)"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory: set a smaller"),
     ],
 )
 def test_no_room(capsys, desk, monkeypatch, error, says):
@@ -214,7 +217,7 @@ def test_no_words_at_all_show_the_help(capsys):
     [
         (f"train {D}", "before the run began; nothing was written"),
         ("train --resume run", "before the run continued; its last save is whole"),
-        ("evaluate best.pt", "before the end"),
+        ("evaluate best.pt", "before the command finished"),
     ],
 )
 def test_ctrl_c_in_the_first_seconds_is_one_line(capsys, desk, monkeypatch, words, says):

@@ -103,8 +103,8 @@ def test_the_catalog_agrees_with_the_networks(name):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("timm:resnet18", "11.7 M parameters; cycles (17 convolutions), fuses"),
-        ("torchvision:googlenet", "6.62 M parameters; cycles (20 convolutions), fuses"),
+        ("timm:resnet18", "11.7 M parameters; 17 convolutions become blocks"),
+        ("torchvision:googlenet", "6.62 M parameters; 20 convolutions become blocks"),
     ],
 )
 def test_the_catalog_tells_the_size_of_the_network_that_commands_build(name, says):

@@ -381,7 +381,7 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(capsys, place):
     assert facts["estimated_seconds"] > 0
     code, out, _ = run(capsys, *words)
     assert code == 0
-    for text in ("nothing was written", "left alone", "kernel 1x1", "about", "MiB"):
+    for text in ("nothing was written", "left unchanged", "kernel 1x1", "about", "MiB"):
         assert text in out
     assert sorted(place.iterdir()) == before
 

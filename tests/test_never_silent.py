@@ -216,12 +216,12 @@ def test_a_slowdown_is_reported_once_until_it_recovers(watch, caplog):
     assert not caplog.text
     for _ in range(4):
         epoch(watch, clock, 10.0)
-    assert caplog.text.count("images/s, 32 before: other processes use the cores (load 7.5, 2 cores)") == 1
+    assert caplog.text.count("images/s from 32: other processes use the cores (load 7.5, 2 cores)") == 1
     assert "run.threads=1 on --resume" in caplog.text
     for _ in range(3):
         epoch(watch, clock, 1.0)
     epoch(watch, clock, 10.0)
-    assert caplog.text.count("images/s, 32 before") == 2
+    assert caplog.text.count("images/s from 32") == 2
 
 
 def test_short_or_small_slowdowns_are_not_reported(watch, caplog):

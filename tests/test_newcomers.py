@@ -234,9 +234,9 @@ def test_a_summary_shows_its_figures(tmp_path):
 @pytest.mark.parametrize(
     ("held", "fraction", "digest", "mend"),
     [
-        (1, 0.1, "drawn", "1 validation image only, so chance decides much: set data.val_fraction=0.3"),
-        (49, 0.3, "drawn", "49 validation images only, so chance decides much: more images help"),
-        (49, 0.1, "", "49 validation images only, so chance decides much: more images help"),  # a folder `val`
+        (1, 0.1, "drawn", "1 validation image, so it is partly chance: set data.val_fraction=0.3"),
+        (49, 0.3, "drawn", "49 validation images, so it is partly chance: more images help"),
+        (49, 0.1, "", "49 validation images, so it is partly chance: more images help"),  # a folder `val`
         (50, 0.1, "drawn", None),
         (None, 0, "", None),
     ],
@@ -248,7 +248,7 @@ def test_few_images_that_choose_the_epoch_are_reported_with_the_setting(
     val = held and SimpleNamespace(labels=range(held))
     for _ in range(2):  # of a series, too, it is said once
         build._warn_of_few_to_choose(fraction, SimpleNamespace(val=val, split_digest=digest))
-    assert caplog.messages == ([f"the best epoch is chosen on {mend}"] if mend else [])
+    assert caplog.messages == ([f"the best epoch is chosen on only {mend}"] if mend else [])
 
 
 @pytest.mark.parametrize(
@@ -256,11 +256,11 @@ def test_few_images_that_choose_the_epoch_are_reported_with_the_setting(
     [
         (
             {"cycle__schedule": "continuous"},
-            "3 epochs as baseline; 2 cycles of 4 epochs, {}; one cosine schedule over all, from lr 0.2",
+            "baseline of 3 epochs; 2 cycles of 4 epochs, {}; one cosine schedule over all, from lr 0.2",
         ),
         (
             {"cycle__schedule": "restart", "cycle__restart": "none", "optim__schedule": "linear"},
-            "3 epochs at lr 0.2 as baseline; 2 cycles of 4 epochs at lr 0.05, no restart (control); a new linear "
+            "baseline of 3 epochs at lr 0.2; 2 cycles of 4 epochs at lr 0.05, no restarts (control); a new linear "
             "schedule in each cycle",
         ),
     ],
@@ -268,7 +268,7 @@ def test_few_images_that_choose_the_epoch_are_reported_with_the_setting(
 def test_the_plan_of_a_run_is_told_with_its_schedule(settings, told):
     given = {"baseline__epochs": "3", "epochs": "4", "cycle__count": "2", "baseline__optim__lr": "0.2"}
     phases = plan(**given, optim__lr="0.05", **settings)
-    assert summary._describe_plan(phases) == told.format("restart by calibrate, ramp")
+    assert summary._describe_plan(phases) == told.format("each begins with a restart (calibrate, ramp)")
     (only,) = training_plan(config.build({"epochs": "3", "optim.lr": "0.1"}))
     assert summary._describe_plan((only,)) == "3 epochs at lr 0.1"
 

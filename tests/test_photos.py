@@ -41,7 +41,7 @@ def test_classes_without_parts_are_split_by_the_seed_alone(tmp_path, caplog):
     assert np.array_equal(first.test.images, again.test.images)
     seen = [image.tobytes() for part in (first.train, first.val, first.test) for image in part.images]
     assert len(set(seen)) == 20
-    assert f"{root} has no parts: 4 of the 20 images are drawn as its test part" in caplog.text
+    assert f"{root} has no folders train and test: 4 of the 20 images become the test part" in caplog.text
 
 
 @pytest.mark.parametrize("inside", ["set", "deep/set"])
@@ -100,7 +100,7 @@ def test_a_folder_is_a_data_set(tmp_path, monkeypatch, capsys):
     assert (found.config.data.name, found.config.data.root) == ("folder", "photos")
     assert found.source.startswith("recipes/folder")
     both = ("train", "--dataset", "photos", "--data-root", "photos", "--model", "repvgg")
-    assert "data.name=photos is a folder, and data.root=photos another: give one" in one_line(capsys, *both)
+    assert "data.name=photos is a folder, and data.root=photos is another: give one" in one_line(capsys, *both)
     (tmp_path / "digits").mkdir()
     assert config.resolve("train", None, {"data.name": "digits", "model.name": "repvgg"}).config.data.name == "digits"
 
@@ -176,7 +176,7 @@ def test_data_are_found_again_from_another_folder(tmp_path, monkeypatch, capsys,
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     flat(tmp_path / "here" / "photos")
-    assert stopped(capsys, "--dataset", "photos", "--out", "my run").count("drawn as its test part") == 1
+    assert stopped(capsys, "--dataset", "photos", "--out", "my run").count("become the test part") == 1
     card = checkpoint.load("my run/last.pt").card
     assert card.config["data.root"] == "photos"
     env = json.loads(Path("my run/env.json").read_text())
@@ -186,13 +186,13 @@ def test_data_are_found_again_from_another_folder(tmp_path, monkeypatch, capsys,
     code, _, err = run(capsys, "train", "--resume", tmp_path / "here" / "my run")
     assert code == 0, err
     assert "repan evaluate '" in err  # a path with a space, quoted
-    assert "drawn as its test part" not in err  # as was told when the run began
+    assert "become the test part" not in err  # as was told when the run began
     code, _, err = run(capsys, "evaluate", tmp_path / "here" / "my run" / "fused.pt")
     assert code == 0, err
-    assert "drawn as its test part" not in err
+    assert "become the test part" not in err
     Image.new("RGB", (16, 16)).save(tmp_path / "here" / "photos" / "ant" / "more.png")
     err = run(capsys, "evaluate", tmp_path / "here" / "my run" / "fused.pt")[2]
-    assert "4 of the 21 images are drawn as its test part" in err  # another split
+    assert "4 of the 21 images become the test part" in err  # another split
     assert "is not the one" in err
 
 

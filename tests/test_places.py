@@ -230,12 +230,12 @@ def test_a_finished_run_is_refused_before_anything_is_loaded(tmp_path, monkeypat
         early.check("series", command, str(tmp_path), given or {})
 
     write(2, cycle__count=2, cycle__schedule="restart")
-    with pytest.raises(InputError, match="is finished; for more than its 2 cycles give --cycles"):
+    with pytest.raises(InputError, match="is finished; to train more than its 2 cycles, give --cycles N"):
         refused()
     refused(given={"cycle.count": "3"})
     refused("train")  # told by what reads the run
     write(6, cycle__count=2, cycle__schedule="restart")  # which were asked for once
-    with pytest.raises(InputError, match="for more than its 6 cycles give --cycles"):
+    with pytest.raises(InputError, match="to train more than its 6 cycles, give --cycles N"):
         refused()
     write(2, cycle__count=2)
     with pytest.raises(InputError, match="begin another run from its weights with --init"):

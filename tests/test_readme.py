@@ -132,6 +132,24 @@ def test_links_lead_somewhere():
             assert made or "://" in target or (page.parent / target).exists(), (page, target)
 
 
+def test_settings_that_the_pages_name_exist():
+    code = [*re.findall(r"`([^`\n]+)`", PAGES), *blocks("bash")]
+    sections = "|".join({key.partition(".")[0] for key in config.SCHEMA if "." in key} - {"model"})
+    keys = rf"(?<![\w./-])(?:baseline\.)?(?:{sections})\.[a-z_]+"
+    named = {key for text in code for key in re.findall(keys, text)} - {"run.pth"}
+    assert len(named) > 50
+    assert named - {*config.SCHEMA, *config.OVERLAY} == {"cycle.lr"}  # the old name of cycle.schedule
+
+
+def test_files_that_the_architecture_page_names_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = [f"/{path.as_posix()}" for part in ("repan_cli", "tests") for path in (ROOT / part).rglob("*.py")]
+    for name in {*re.findall(r"`([\w/]+\.py)`", page)} - {"commands/NAME.py"}:
+        assert any(file.endswith(f"/{name}") for file in files), name
+    for word, name in re.findall(r"`([A-Z_]+)` in `([\w/]+\.py)`", page):
+        assert re.search(rf"^{word}\b", (ROOT / "repan_cli" / name).read_text(), re.M), (word, name)
+
+
 def test_presets_it_names_exist():
     named = set(re.findall(r"\b((?:reference|recipes)/\w+\b)(?!\.md)", PAGES))
     assert len(named) > 5

@@ -166,7 +166,9 @@ def test_the_settings_of_an_older_run_are_read_in_silence(capsys, older):
     assert "cycle.lr: restart" in (older / "config.yaml").read_text()
     assert schedule(capsys, "-c", older / "config.yaml") == ("restart", "")
     assert [each.state for each in runs_below(older.parent)] == ["done"]
-    assert "is finished; for more than its 4 cycles give --cycles" in one_line(capsys, "cycle", "--resume", older)
+    assert "is finished; to train more than its 4 cycles, give --cycles N" in one_line(
+        capsys, "cycle", "--resume", older
+    )
     (older / "config.yaml").rename(older.parent / "config.yaml")
     _, err = schedule(capsys, "-c", older.parent / "config.yaml")
     assert err.endswith(f"config.yaml: {NOTICE}\n"), "no run is beside it"
@@ -175,7 +177,9 @@ def test_the_settings_of_an_older_run_are_read_in_silence(capsys, older):
 def test_an_older_series_has_its_settings(capsys, older):
     found = series._settings_of("cycle", older, config.parse_assignments([]), {}).config
     assert found.cycle.schedule == "restart"
-    with pytest.raises(InputError, match=r"cycle.schedule cannot change in a resumed series \(it was restart\)"):
+    with pytest.raises(
+        InputError, match=r"cycle.schedule cannot change when --seeds or --control is resumed \(it was restart\)"
+    ):
         series._settings_of("cycle", older, {"cycle.schedule": "continuous"}, {})
     assert capsys.readouterr().err == ""
 

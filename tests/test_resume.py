@@ -229,7 +229,7 @@ def test_the_same_value_more_cycles_and_workers_may_be_given(capsys, begun):
     )
     assert len(json.loads((begun / "summary.json").read_text())["cycles"]) == 2
     refused = one_line(capsys, "cycle", "--resume", begun)
-    assert "is finished; for more than its 2 cycles give --cycles" in refused
+    assert "is finished; to train more than its 2 cycles, give --cycles N" in refused
     resumed(capsys, "cycle", begun, "--cycles", "3")
     assert len(json.loads((begun / "summary.json").read_text())["cycles"]) == 3
     assert [(row["cycle"], row["epoch"]) for row in metrics(begun)] == [(0, 1), (1, 1), (2, 1), (3, 1)]
@@ -477,5 +477,5 @@ def test_out_of_memory_names_the_setting(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "update", too_much)
     code, _, err = run(capsys, "train", *SMALL, "--epochs", "1", "--out", tmp_path / "run")
     assert code == 4
-    assert "out of memory; set a smaller --batch-size" in err.splitlines()[-1]
+    assert "out of memory: set a smaller --batch-size" in err.splitlines()[-1]
     assert checkpoint.load(tmp_path / "run" / "last.pt").card.run.progress["step"] == 0

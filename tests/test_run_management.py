@@ -146,8 +146,8 @@ def test_a_study_is_continued_as_a_whole(stopped_study, capsys):
     said = sorted(line for line in out.splitlines() if line.startswith("continue with"))
     assert said == ["continue with: repan cycle --resume runs/cycle/older", f"continue with: {AGAIN}"]
     assert one_line(capsys, "cycle", "--resume", "latest") == (
-        "Error: the newest run, runs/study/quick/plain/seed_1, is one of a study: name it to continue it alone, or "
-        f"continue the study with: {AGAIN}\n"
+        "Error: the newest run, runs/study/quick/plain/seed_1, belongs to a study: give its directory to continue it "
+        f"alone, or continue the study with: {AGAIN}\n"
     )
     assert f"continue it with: {AGAIN}" in one_line(capsys, "cycle", "--resume", stopped_study)
 

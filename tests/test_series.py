@@ -101,7 +101,7 @@ def test_every_run_and_every_control_is_the_same_as_alone(capsys, tmp_path, cont
 def test_the_control_does_not_train_the_baseline_again(capsys, controlled):
     folder, _, err = controlled(capsys)
     log = (folder / "control_seed_3" / "log.txt").read_text()
-    assert "cycle 1/1: no merging (control)" in log
+    assert "cycle 1/1: no restart (control)" in log
     assert not re.search(r"baseline +1/1", log)
     assert "continues from the end of the baseline of seed_3" in err
 
@@ -317,9 +317,11 @@ def test_a_seed_that_diverges_does_not_keep_the_others_from_training(capsys, tmp
 def test_settings_that_change_the_result_cannot_change_in_the_middle(capsys, controlled):
     folder, _, _ = controlled(capsys)
     for words in (["--lr", "0.5"], ["--cycles", "2"], ["--model", "resnet18"], ["--teacher", "other.pt"]):
-        assert "cannot change in a resumed series" in one_line(capsys, "cycle", "--resume", folder, *words)
+        assert "cannot change when --seeds or --control is resumed" in one_line(
+            capsys, "cycle", "--resume", folder, *words
+        )
     done(capsys, "cycle", "--resume", folder, "data.workers=0", "--lr", "0.001")
-    assert "resume it with that command" in one_line(capsys, "train", "--resume", folder)
+    assert "resume them with that command" in one_line(capsys, "train", "--resume", folder)
     for option, value in (("--seeds", "1"), ("--control", None)):
         words = [option] if value is None else [option, value]
         assert f"{option} cannot be combined with --resume" in one_line(capsys, "cycle", "--resume", folder, *words)
@@ -394,7 +396,7 @@ def test_without_out_the_folder_is_named_after_the_run(capsys, tmp_path, monkeyp
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["seed_7"]
     out, err = done(capsys, "train", "--resume", "latest", "--json")
     assert json.loads(out)["runs"][0]["seed"] == 7
-    assert err.startswith(f"all runs of runs/train/{folder.name} are finished; here is their comparison again")
+    assert err.startswith(f"all runs of runs/train/{folder.name} are finished already; their comparison:")
 
 
 def test_a_dry_run_is_one_run_and_says_of_how_many(capsys, tmp_path, monkeypatch):

@@ -185,5 +185,10 @@ def test_a_baseline_that_stays_longer_than_the_given_epochs_is_reported(monkeypa
 def test_help_says_each_default(capsys):
     _, out, _ = run(capsys, "train", "--help")
     said = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
-    for text in ("augmentation; default 0.", "or mps; default auto.", "itself); default data.", "(default: the recipe"):
+    for text in (
+        "augmentation; default 0.",
+        "or mps; default auto.",
+        "ROOT itself; default data.",
+        "default: the recipe",
+    ):
         assert text in said

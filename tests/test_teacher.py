@@ -271,7 +271,7 @@ def test_a_teacher_from_a_file_of_others(capsys, tmp_path):
         (("distill", "--teacher", "timm:resnet19"), "unknown model 'timm:resnet19'"),
         (("train", "teacher.name=a.pt"), "teacher.name has no effect in 'repan train'"),
         (("cycle", "teacher.model=resnet18"), "teacher.model needs teacher.name"),
-        (("cycle", "--teacher", "a.pt", "teacher.alpha=2"), "teacher.alpha: 2 must be at most 1"),
+        (("cycle", "--teacher", "a.pt", "teacher.alpha=2"), "teacher.alpha: must be at most 1, got 2"),
     ],
 )
 def test_teachers_that_cannot_be_used(capsys, tmp_path, monkeypatch, words, says):

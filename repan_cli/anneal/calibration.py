@@ -87,7 +87,8 @@ class MergedProbe:
         for handle in handles:
             handle.remove()
         if missing:
-            raise InputError("rule=calibrate and attach=compensated need images that reach every block, and got none")
+            needed = "rule=calibrate and attach=compensated need images that reach every block"
+            raise InputError(f"{needed}: none did; give images=...")
 
 
 def calibrate(model: nn.Module, images: ImagesLike) -> dict[str, Moments]:

@@ -91,7 +91,7 @@ def restart(
     model = unwrapped(model)
     blocks = chosen_blocks(model, only)
     if not blocks:
-        raise InputError("the network has no re-parameterizable block, so there is nothing to restart")
+        raise InputError("the network has no re-parameterizable block to restart: call repan_cli.expand first")
     before = {name: coordinates_of(block, taken_over=attach != "compensated") for name, block in blocks.items()}
     if attach == "compensated":
         kernels, moments = _compensated(model, blocks, list(image_batches(images)), branch_init, generator)

@@ -79,7 +79,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "cycle": Command(
         options.CycleOptions,
-        """Train with RepAn: a baseline, then cycles of merging, regrowing and further training.
+        """Train with RepAn: a baseline, then cycles that each begin by merging the branches and growing new ones.
 
     Examples:
 
@@ -117,7 +117,7 @@ COMMANDS = {
     ),
     "fuse": Command(
         options.FuseOptions,
-        """Merge a trained network into plain convolutions, prove that it is equal, and write it.
+        """Merge a trained network into plain convolutions, check that it computes the same, and write it.
 
     Examples:
 
@@ -132,7 +132,7 @@ COMMANDS = {
     ),
     "quantize": Command(
         options.QuantizeOptions,
-        """Write an int8 network (ONNX Runtime), with its accuracy before and after, and the layers that lose most.
+        """Quantize a network to int8, and show its accuracy before and after, and the layers that lose most precision.
 
     Examples:
 
@@ -145,7 +145,7 @@ COMMANDS = {
     ),
     "push": Command(
         options.PushOptions,
-        """Upload a folder of 'repan fuse --format timm' to the Hugging Face Hub.
+        """Upload a folder written by 'repan fuse --format timm' to the Hugging Face Hub.
 
     Examples:
 
@@ -171,7 +171,7 @@ COMMANDS = {
     ),
     "benchmark": Command(
         options.BenchmarkOptions,
-        """Time a network: multi-branch, fused, compiled, ONNX Runtime, OpenVINO, and a step of training, in turns.
+        """Time a network: multi-branch, fused, compiled, ONNX Runtime, OpenVINO, and a training step.
 
     Examples:
 
@@ -199,7 +199,7 @@ COMMANDS = {
     ),
     "info": Command(
         options.InfoOptions,
-        """Show the contents of a file: network, form, classes, results, settings. Also for files of other programs.
+        """Show what a file holds: network, form, classes, results, settings. Works for files of other programs, too.
 
     Example:
 
@@ -210,7 +210,7 @@ COMMANDS = {
     ),
     "compare": Command(
         options.CompareOptions,
-        """Compare runs: mean and spread over the seeds of each configuration, and its difference from the control.
+        """Compare runs: mean and spread over seeds of each configuration, and its difference from the control.
 
     Examples:
 

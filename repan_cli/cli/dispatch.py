@@ -59,7 +59,7 @@ def _stopped(module: str, entry: str) -> InterruptedRunError:
         return InterruptedRunError("stopped before the run continued; its last save is whole")
     if module in ("train", "series"):
         return InterruptedRunError("stopped before the run began; nothing was written")
-    return InterruptedRunError("stopped before the end")
+    return InterruptedRunError("stopped before the command finished")
 
 
 @contextlib.contextmanager
@@ -130,11 +130,12 @@ def _as_known(error: Exception) -> RepanError | None:
         return error
     if isinstance(error, OSError) and error.errno in FULL:
         return OutOfSpaceError(
-            f"no space left to write {error.filename or 'a file of the run'}; free some, or give another --out"
+            f"no space left to write {error.filename or 'a file of the run'}: free some space, or give another --out"
         )
     if is_out_of_memory(error):
         return OutOfSpaceError(
-            "out of memory; set a smaller --batch-size (with a larger optim.accumulate to match), or data.image_size"
+            "out of memory: set a smaller --batch-size (with a larger optim.accumulate to match), or a smaller "
+            "data.image_size"
         )
     if rank_count() > 1 and lost_rank(error):
         return LostRankError(

@@ -140,15 +140,16 @@ def _report(session: Session, resolved: Resolved, facts: Mapping[str, Any]) -> N
         "network": f"{facts['model']}, {facts['parameters']:,} parameters{merged}",
         "blocks": f"{describe_blocks(session.training.model)}: {some(facts['blocks'])}".removesuffix(": "),
         "length": f"{count(sum(phase.epochs for phase in plan), 'epoch')} of {count(facts['steps_per_epoch'], 'step')}",
-        "step": f"{1000 * facts['step_seconds']:.0f} ms, batch {session.config.data.batch_size}",
-        "memory": f"{peak / 2**20:,.0f} MiB at most" if peak else "not reported by this system",
+        "step": f"{1000 * facts['step_seconds']:.0f} ms for {count(session.config.data.batch_size, 'image')}",
+        "memory": f"peak {peak / 2**20:,.0f} MiB" if peak else "not reported by this system",
         "time": f"about {duration(facts['estimated_seconds'])}"
         + (f" for each of {facts['runs']} runs" if facts["runs"] > 1 else ""),
     }
     if "logits_moved" in facts:
-        rows["restart"] = f"moves the logits by {facts['logits_moved']:.0e}, {duration(facts['restart_seconds'])}"
-    rows["merge"] = facts.get("fuse") or f"exact to {facts['rel_error_fp64']:.0e} in float64"
+        moved = f"the logits move by {facts['logits_moved']:.0e}"
+        rows["restart"] = f"{duration(facts['restart_seconds'])}; {moved}"
+    rows["merge"] = facts.get("fuse") or f"relative error {facts['rel_error_fp64']:.0e} in float64"
     print_line(f"dry run of repan {session.command}: nothing was written")
     print_table(["", ""], rows.items())
     if facts["left_alone"]:
-        print_table(["left alone", "why"], by_reason(facts["left_alone"]))
+        print_table(["left unchanged", "reason"], by_reason(facts["left_alone"]))

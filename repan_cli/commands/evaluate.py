@@ -51,7 +51,7 @@ def run(options: EvaluateOptions) -> None:
         with doing(f"scoring {count(images.count, 'image')}, {form}"):
             found[form], size = examine(machine.place(network), images, len(data.classes))
         if size < eval_batch(images):
-            warn(f"only batches of {size} images fit in memory, which took longer")
+            warn(f"only batches of {size} images fit in memory, so scoring took longer")
     how = {"runtime": artifact.runtime, "precision": artifact.card.precision or "float32"}
     result = _result(found, data.classes) | {"dataset": data.name, "split": options.split, **how}
     if options.out:
@@ -145,7 +145,7 @@ def _report(source: str, result: dict[str, Any], found: dict[str, Details], clas
         rows.append((form, *(f"{figures[name]:.4f}" if name == "loss" else percent(figures[name]) for name in names)))
     print_table(["form", *names.values()], rows)
     if "agreement" in result:
-        print_line(f"both forms name the same class for {percent(result['agreement'])} % of the images")
+        print_line(f"both forms predict the same class for {percent(result['agreement'])} % of the images")
     details = found[result["form"]]
     scored = [(top1, name) for name, top1 in result["class_top1"].items() if top1 is not None]
     if len(scored) > 2:

@@ -109,7 +109,7 @@ def _check_mergeable(artifact: Artifact, targets: Sequence[Target], form: str) -
     check_finite(artifact.network)
     if fresh := untrained_norms(artifact.network):
         told = f"{count(len(fresh), 'BN')} of {artifact.source} never saw an image, such as {fresh[0]}"
-        warn(f"{told}: is the network trained?")
+        warn(f"{told}: the network seems to be untrained")
 
 
 def _images(artifact: Artifact, data_root: str | None) -> tuple[Tensor, dict[str, Any]]:
@@ -329,7 +329,7 @@ def _report(source: str, facts: dict[str, Any], artifact: Artifact, *, with_norm
         folded = f", folded {count(facts['folded'], 'BN')} outside of blocks" if facts["folded"] else ""
         print_line(f"merged {count(facts['blocks'], 'block')} of {source}{folded} in {facts['seconds']:.2f} s")
         for names, reason in by_reason(facts["left"]):
-            print_line(f"left alone      {names}: {reason}")
+            print_line(f"left unchanged  {names}: {reason}")
         double, single = facts["rel_error_fp64"], facts["rel_error_fp32"]
         print_line(f"relative error  {double:.1e} in float64 (bound {export.TOLERANCE:.0e}), {single:.1e} in float32")
         print_line(f"parameters      {facts['params_before']:,} before, {facts['params_after']:,} after")

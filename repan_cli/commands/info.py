@@ -44,7 +44,7 @@ def run(options: InfoOptions) -> None:
     settings = [(key, _text(value)) for key, value in changed.items()]
     for titles, rows in (
         (["convolution", "blocks"], [(what, names) for names, what in by_reason(layers)]),
-        (["left alone", "why"], [*by_reason(left)]),
+        (["left unchanged", "reason"], [*by_reason(left)]),
         (["setting", "where it is not the default"], settings),
     ):
         if rows:

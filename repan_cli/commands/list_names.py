@@ -11,7 +11,7 @@ from typing import Any
 
 from repan_cli.commands.options import ListOptions
 from repan_cli.config import names
-from repan_cli.config.files import presets
+from repan_cli.config.files import about, presets
 from repan_cli.config.grid import grids, read_grid
 from repan_cli.config.renamed import as_given
 from repan_cli.config.schema import as_text
@@ -33,9 +33,8 @@ KINDS: Registry[Callable[[], Rows]] = Registry("kind of name")
 
 @KINDS.register("models")
 def _models() -> Rows:
-    ours = {name: f"{text} Cycles, fuses." for name, text in names.builtin().items()}
     known = names.catalog()
-    return {**ours, **{name: known[name].describe() if name in known else "" for name in names.foreign()}}
+    return {**names.builtin(), **{name: known[name].describe() if name in known else "" for name in names.foreign()}}
 
 
 @KINDS.register("blocks")
@@ -62,7 +61,7 @@ def _optimizers() -> Rows:
 
 @KINDS.register("presets")
 def _presets() -> Rows:
-    return {name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, path in presets().items()}
+    return {name: about(path) for name, path in presets().items()}
 
 
 @KINDS.register("studies")

@@ -43,7 +43,7 @@ ClassOrder = Annotated[
     str | None,
     Option(("--classes",), "Class order of image folders: text, natural, or a file with one name per line.", "FILE"),
 ]
-Split = Annotated[str, Option(("--split",), "test, val or train.", "PART", "splits")]
+Split = Annotated[str, Option(("--split",), "Part of the data: test, val or train.", "PART", "splits")]
 TrustCode = Annotated[bool, Option(("--trust-code",), "Run the code in a TorchScript file.")]
 Overwrite = Annotated[bool, Option(("--overwrite",), "Replace existing files.")]
 AS_JSON = "Print the result as JSON on stdout."
@@ -73,13 +73,13 @@ class FuseOptions:
         ),
     ] = ()
     form: Annotated[
-        str, Option(("--form",), "conv, or conv-bn, which loads into the plain timm network.", "FORM", "forms")
+        str, Option(("--form",), "conv, or conv-bn: with BN, as the plain network has it.", "FORM", "forms")
     ] = "conv"
     with_normalize: Annotated[
-        bool, Option(("--with-normalize",), "Include the normalization of images in the graph.")
+        bool, Option(("--with-normalize",), "Normalize within the graph, which then takes values from 0 to 1.")
     ] = False
-    unproven: Annotated[bool, Option(("--unproven",), "Also write unverified files (Core ML).")] = False
-    half: Annotated[bool, Option(("--half",), "Write the ONNX file in float16 and measure its cost.")] = False
+    unproven: Annotated[bool, Option(("--unproven",), "Also write files that cannot be verified (Core ML).")] = False
+    half: Annotated[bool, Option(("--half",), "Write the ONNX file in float16, and measure the cost.")] = False
     opset: Opset = None
     model: Network = None
     block: OwnBlock = None
@@ -102,9 +102,11 @@ class QuantizeOptions:
     per_tensor: Annotated[bool, Option(("--per-tensor",), "One weight scale per layer instead of one per channel.")] = (
         False
     )
-    target: Annotated[str, Option(("--target",), "ort, tensorrt or openvino.", "PROGRAM", "int8_targets")] = "ort"
+    target: Annotated[
+        str, Option(("--target",), "ort (ONNX Runtime), tensorrt or openvino.", "PROGRAM", "int8_targets")
+    ] = "ort"
     max_drop: Annotated[
-        float | None, Option(("--max-drop",), "Keep layers in float32 until top-1 falls by at most this.", "POINTS")
+        float | None, Option(("--max-drop",), "Keep layers in float32 until top-1 falls by at most POINTS.", "POINTS")
     ] = None
     opset: Opset = None
     dataset: DatasetName = None
@@ -160,8 +162,8 @@ class BenchmarkOptions:
     image_size: Annotated[
         int | None, Option(("--image-size",), "Image side in pixels; default the network's own.", "N")
     ] = None
-    seconds: Annotated[float, Option(("--seconds",), "Measuring time for each result.", "S")] = 2.0
-    precision: Annotated[str, Option(("--precision",), "fp32, bf16, fp16 or auto.", "P")] = "fp32"
+    seconds: Annotated[float, Option(("--seconds",), "Seconds of measurement for each result.", "S")] = 2.0
+    precision: Annotated[str, Option(("--precision",), "Precision: fp32, bf16, fp16 or auto.", "P")] = "fp32"
     compiled: Annotated[bool, Option(("--compile",), "Also time torch.compile.")] = False
     model: Network = None
     trust_code: TrustCode = False
@@ -230,11 +232,11 @@ class StudyOptions:
     settings: Annotated[
         tuple[str, ...], Argument("[KEY=VALUE]...", "Settings of every arm; they override the grid's.", "words")
     ] = ()
-    out: Annotated[Path | None, Option(("--out", "-o"), "Default: runs/study/GRID.", "FOLDER")] = None
+    out: Annotated[Path | None, Option(("--out", "-o"), "Study folder; default runs/study/GRID.", "FOLDER")] = None
     arms: Annotated[str, Option(("--arms",), "Run only arms whose names match, comma-separated.", "GLOB,...")] = "*"
     seeds: Annotated[str | None, Option(("--seeds",), "Seeds, instead of the grid's.", "N,N,...")] = None
     jobs: Annotated[int | None, Option(("--jobs", "-j"), "Parallel runs; default: one per device.", "N")] = None
-    minutes: Annotated[float | None, Option(("--minutes",), "Save and stop after this time.", "M")] = None
+    minutes: Annotated[float | None, Option(("--minutes",), "Save and stop after this many minutes.", "M")] = None
     data_root: Annotated[str | None, Option(("--data-root",), metavar="FOLDER", setting="data.root")] = None
     device: Annotated[str | None, Option(("--device",), "cpu, cuda, or several: cuda:0,cuda:1.", "NAME,...")] = None
     dry_run: Annotated[bool, Option(("--dry-run",), "Show the arms and their progress; start nothing.")] = False
@@ -286,9 +288,10 @@ Pretrained = Annotated[
     ),
 ]
 Teacher = Annotated[
-    str | None, Option(("--teacher",), "A file of weights, or timm:NAME.", "NAME", setting="teacher.name", panel=WHAT)
+    str | None,
+    Option(("--teacher",), "A file of weights, a run, or timm:NAME.", "NAME", setting="teacher.name", panel=WHAT),
 ]
-TEACHER_OF_CYCLES = "A file of weights, timm:NAME, or 'previous': the merged network of the cycle before."
+TEACHER_OF_CYCLES = "A file of weights, a run, timm:NAME, or 'previous': the merged network of the cycle before."
 BatchSize = Annotated[str | None, Option(("--batch-size",), metavar="N", setting="data.batch_size", panel=HOW_LONG)]
 Seed = Annotated[str | None, Option(("--seed",), metavar="N", setting="run.seed", panel=RUN)]
 RunDevice = Annotated[str | None, Option(("--device",), metavar="NAME", setting="run.device", panel=RUN)]
@@ -307,9 +310,9 @@ Resume = Annotated[
     str | None, Option(("--resume",), "Resume a run: its directory, or 'latest'.", "RUN", "runs", panel=RUN)
 ]
 Seeds = Annotated[
-    str | None, Option(("--seeds",), "Run once with each of these seeds and compare.", "N,N,...", panel=RUN)
+    str | None, Option(("--seeds",), "Train once with each of these seeds, and compare.", "N,N,...", panel=RUN)
 ]
-Control = Annotated[bool, Option(("--control",), "Also train without restarts, as a control, and compare.", panel=RUN)]
+Control = Annotated[bool, Option(("--control",), "Also train without restarts, and compare.", panel=RUN)]
 RunAsJson = Annotated[bool, Option(("--json",), AS_JSON, panel=RUN)]
 PrintConfig = Annotated[bool, Option(("--print-config",), "Print the settings as YAML and exit.", panel=RUN)]
 DryRun = Annotated[

@@ -148,7 +148,7 @@ class _Job:
             left = tuple(worst[: max(1, 2 * len(left))])
             content = self.content(left)
         if drop > most:
-            warn(f"even with every layer in float32, top-1 falls by {drop:.2f} points: more than --max-drop {most:g}")
+            warn(f"even with every layer in float32, top-1 falls by {drop:.2f} points, more than --max-drop {most:g}")
         return content, left
 
     def latency(self, content: bytes, image: Tensor) -> dict[str, float] | None:
@@ -192,7 +192,7 @@ def _scores(figures: Mapping[str, Any]) -> list[str]:
 def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth]) -> None:
     per_channel = result["per_channel"]
     worst = sorted(layers, key=lambda layer: layer.worst(per_channel=per_channel))[:SHOWN]
-    print_line(f"{source}: the {count(len(worst), 'layer')} of {len(layers)} that lose most in int8")
+    print_line(f"{source}: the {count(len(worst), 'layer')} of {len(layers)} that lose most precision in int8")
     titles = ["layer", "channel spread", "input outlier", "weights dB", "by channel dB", "input dB"]
     rows = [(layer.name, *(f"{value:.1f}" for value in dataclasses.astuple(layer)[1:])) for layer in worst]
     print_table(titles, rows)
@@ -208,7 +208,7 @@ def _report(source: str, result: dict[str, Any], layers: list[int8.LayerHealth])
     if result["left_out"]:
         print_line(f"in float32       {count(len(result['left_out']), 'layer')}: {', '.join(result['left_out'])}")
     _report_latency(result)
-    print_line(f"both name the same class for {percent(result['agreement'])} % of the images")
+    print_line(f"float32 and int8 predict the same class for {percent(result['agreement'])} % of the images")
     print_line(f"wrote            {result['out']}")
     print_line(f"next             repan evaluate {quoted(result['out'])}")
 

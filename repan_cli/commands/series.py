@@ -96,7 +96,8 @@ def refuse(resolved: Resolved, *, with_control: bool) -> None:
     """Raise InputError for settings that cannot be made into a series."""
     if rank_count() > 1:
         raise InputError(
-            "--seeds and --control run in one process: start each run separately under torchrun, then compare"
+            "--seeds and --control work in one process only: start each run separately under torchrun, then use "
+            "'repan compare'"
         )
     if with_control and (restart := resolved.config.cycle.restart) != "repan":
         raise InputError(f"cycle.restart={restart} and --control both ask for a run without restarts: give one")
@@ -111,7 +112,7 @@ def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | Non
     if about is None:
         return resume.run(command, name, given, as_json=as_json)
     if about["command"] != command:
-        raise InputError(f"{path} is a series of 'repan {about['command']}': resume it with that command")
+        raise InputError(f"{path} holds runs of 'repan {about['command']}': resume them with that command")
     resolved = _settings_of(command, path, given, about)
     resolved = dataclasses.replace(resolved, source=about["settings"])
     refuse(resolved, with_control=about["control"])
@@ -138,7 +139,10 @@ def _settings_of(command: str, path: Path, given: Layer, about: Mapping[str, Any
     may_change = may_change | {key for key in resume.OF_TEACHERS if names_a_file(before.get(key))}
     for key, value in asked.items():
         if key not in may_change and value != before.get(key):
-            raise InputError(f"{key} cannot change in a resumed series (it was {before.get(key)}): start a new one")
+            raise InputError(
+                f"{key} cannot change when --seeds or --control is resumed (it was {before.get(key)}): start anew with "
+                "another --out"
+            )
     changed = {**before, **places.found(before, about), **asked}
     return dataclasses.replace(stored, config=config.from_flat(changed))
 
@@ -167,7 +171,7 @@ def _carry_out(series: Series, folder: runs.RunDirectory, given: Layer, ready: l
         folder.status("failed")
         raise
     if not made:
-        tell(f"all runs of {series.path} are finished; here is their comparison again")
+        tell(f"all runs of {series.path} are finished already; their comparison:")
     folder.status("done")
     _finish(series, folder, as_json=as_json)
 

@@ -164,7 +164,7 @@ def compare(
     name.
     """
     if not results:
-        raise InputError("no finished run to compare")
+        raise InputError("no finished run to compare: 'repan list runs' shows the state of each")
     kinds: dict[Any, list[Result]] = {}
     for result in results:
         kinds.setdefault(_folder(result) if by_folder else _kind(result), []).append(result)

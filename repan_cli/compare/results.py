@@ -79,7 +79,7 @@ def find_runs(words: Iterable[str]) -> list[Path]:
         except OSError as error:
             raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
         if not runs:
-            raise InputError(f"no run directory {word}" if not paths else f"no run directory in {word}")
+            raise InputError(f"no run directory {word}" if not paths else f"{word} holds no run directory")
         for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,12 @@ def named_files() -> list[tuple[str, Path]]:
 def presets() -> dict[str, Path]:
     """Return the shipped presets by name, such as recipes/cifar, without the grids of studies."""
     return {name: path for name, path in named_files() if not name.startswith("studies/")}
+
+
+def about(preset: Path) -> str:
+    """Return the text that a preset begins with: its comment up to the first empty line."""
+    lines = (line.removeprefix("#").strip() for line in preset.read_text(encoding="utf-8").splitlines())
+    return " ".join(itertools.takewhile(bool, lines))
 
 
 def find_preset(name: str, *, near: Path | None = None) -> Path:

@@ -67,10 +67,11 @@ class Support(NamedTuple):
         return f"{short(self.parameters)} parameters; {self._use()}"
 
     def _use(self) -> str:
-        if self.cycles:
-            what = f"{count(self.own, 'block')} of its own" if self.own else count(self.convs, "convolution")
-            return f"cycles ({what}), fuses"
-        return f"fuses only ({self.pairs} BN to fold)" if self.fuses else "trains only"
+        if self.own:
+            return f"has {count(self.own, 'multi-branch block')}"
+        if self.convs:
+            return "1 convolution becomes a block" if self.convs == 1 else f"{self.convs} convolutions become blocks"
+        return f"no blocks; fuse folds {self.pairs} BN" if self.fuses else "no blocks, nothing to merge"
 
 
 @cache

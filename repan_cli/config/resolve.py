@@ -14,7 +14,7 @@ from repan_cli.config.schema import Layer
 from repan_cli.config.settings import OVERLAY, PREVIOUS, RECIPES, SCHEMA, Config, baseline_phase, from_flat
 from repan_cli.errors import InputError
 from repan_cli.registry import closest, did_you_mean
-from repan_cli.system.text import at_home, on_one_line
+from repan_cli.system.text import at_home, count, on_one_line
 
 # ---------------------------------------------------------------------------------------------- building
 
@@ -139,7 +139,7 @@ def data_given(name: str, root: str | None) -> tuple[str, str | None]:
     if known or not name or not Path(at_home(name)).is_dir():
         return name, root
     if root is not None:
-        raise InputError(f"data.name={name} is a folder, and data.root={root} another: give one of them")
+        raise InputError(f"data.name={name} is a folder, and data.root={root} is another: give one of them")
     return "folder", at_home(name)
 
 
@@ -209,7 +209,8 @@ def resolve_layer(command: str, layer: Layer, given: Layer, *, source: str) -> R
         _refuse_two_rates(config, given)
     if command == "distill" and config.teacher.name in (None, PREVIOUS):
         raise InputError("no teacher: give --teacher FILE or timm:NAME ('previous' is for 'repan cycle')")
-    return Resolved(config, f"{source}, {len(given)} given", given)
+    by_hand = f", and {count(len(given), 'setting')} from the command line" if given else ""
+    return Resolved(config, f"{source}{by_hand}", given)
 
 
 def _refuse_two_rates(config: Config, given: Layer) -> None:

@@ -99,7 +99,7 @@ class Setting:
 
     def _check_bounds(self, value: Any) -> None:
         if self.choices and value not in self.choices:
-            hint = did_you_mean(value, self.choices) or f"; choose {' or '.join(self.choices)}"
+            hint = did_you_mean(value, self.choices) or f"; choose {', '.join(self.choices[:-1])} or {self.choices[-1]}"
             raise ValueError(f"'{value}' is not a choice{hint}")
         for bound, broken, words in (
             (self.low, operator.lt, "at least"),
@@ -107,7 +107,7 @@ class Setting:
             (self.high, operator.gt, "at most"),
         ):
             if bound is not None and broken(value, bound):
-                raise ValueError(f"{value:g} must be {words} {bound:g}")
+                raise ValueError(f"must be {words} {bound:g}, got {value:g}")
 
 
 def _optional(kind: Any) -> tuple[Any, bool]:

@@ -31,7 +31,7 @@ POLICIES = ("autoaugment", "randaugment", "trivialaugment")
 class ModelConfig:
     name: str | None = setting(
         None,
-        "Network: repvgg, repvgg_a1_cifar, timm:NAME, torchvision:NAME, or your own as file.py:function.",
+        "Network: repvgg (see 'repan list models'), timm:NAME, torchvision:NAME, or your own as file.py:function.",
         path=True,
     )
     pretrained: bool = setting(False, "Start from the pretrained weights of timm or torchvision.")
@@ -55,8 +55,8 @@ class ModelConfig:
 class BlockConfig:
     name: str | None = setting(
         None,
-        "Block family, see 'repan list blocks', or your own as file.py:function; null: the network's own blocks if "
-        "it has any, else repvgg.",
+        "Block family: a name from 'repan list blocks', or your own as file.py:function; null, the default: the "
+        "network's own blocks if it has any, else repvgg.",
         path=True,
     )
     kernel: tuple[int, ...] = setting(
@@ -74,8 +74,8 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: str | None = setting(None, "Data set, see 'repan list datasets'.", path=True)
-    root: str = setting("data", "Folder of the data sets; ROOT/NAME is read ('folder' reads ROOT itself).", path=True)
+    name: str | None = setting(None, "Data set: see 'repan list datasets'; or a folder of class folders.", path=True)
+    root: str = setting("data", "Folder of the data sets, each in ROOT/NAME; for 'folder', ROOT itself.", path=True)
     image_size: int | None = setting(
         None,
         "Side of the images in pixels; null: the data set's own; for image folders the network's, unless all images "
@@ -84,8 +84,8 @@ class DataConfig:
     )
     batch_size: int = setting(
         128,
-        "Images per training step; auto: the largest power of two that fits the device, with 16 steps an epoch or "
-        "more.",
+        "Images per training step; auto: the largest power of two that fits the device, with at least 16 steps per "
+        "epoch.",
         low=2,
         words={"auto": AUTO_BATCH},
     )
@@ -116,7 +116,7 @@ class DataConfig:
     augment: str = setting(
         "standard",
         "standard: random crop, and flip where that makes sense; autoaugment, randaugment or trivialaugment: the "
-        "same and a policy; none.",
+        "same, then a policy; none.",
         choices=("standard", *POLICIES, "none"),
     )
     crop: str = setting(
@@ -154,11 +154,11 @@ class OptimConfig:
     nesterov: bool = setting(True, "Nesterov momentum (no effect without momentum).")
     weight_decay: float = setting(5e-4, "Weight decay.", low=0)
     decay: str = setting(
-        "weights", "Decayed parameters: weights (not BN, biases, classifier), or all.", choices=("weights", "all")
+        "weights", "What decays: weights (not BN, biases, classifier), or all.", choices=("weights", "all")
     )
-    clip: float | None = setting(10.0, "Largest norm of the gradient; null turns clipping off.", above=0)
+    clip: float | None = setting(10.0, "Norm to which larger gradients are clipped; null turns clipping off.", above=0)
     clip_params: str = setting(
-        "all", "Clipped gradients: of all parameters, or of convolution weights.", choices=("all", "convs")
+        "all", "Clipped gradients: of all parameters, or of convolution weights (convs).", choices=("all", "convs")
     )
     schedule: str = setting("cosine", "Learning-rate schedule, see 'repan list schedules'.")
     warmup_epochs: float = setting(0.0, "Epochs of linear warm-up at the start of each schedule.", low=0)
@@ -192,7 +192,7 @@ class CycleConfig:
     )
     rule: str = setting(
         "calibrate",
-        "Restoration of the trunk: calibrate also preserves train mode; running (as released) and reset do not.",
+        "Restoration of the trunk: calibrate keeps train mode too; running (as released) and reset only eval mode.",
         choices=("calibrate", "running", "reset"),
     )
     calibration_images: int = setting(1000, "Number of augmented training images that calibrate measures on.", low=2)
@@ -230,7 +230,7 @@ class CycleConfig:
 
     def problems(self) -> Iterator[str]:
         if self.schedule == "continuous" and self.lr_decay != 1:
-            yield "cycle.lr_decay belongs to cycle.schedule=restart; with continuous set it to 1"
+            yield "cycle.lr_decay needs cycle.schedule=restart; with continuous set it to 1"
 
 
 PREVIOUS = "previous"
@@ -317,7 +317,7 @@ class Config:
     block: BlockConfig = field(default_factory=BlockConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    epochs: int = setting(30, "Length of the run, or of one cycle.", low=1)
+    epochs: int = setting(30, "Number of epochs of the run; in cycle, of each cycle.", low=1)
     baseline: Mapping[str, Any] = field(default_factory=dict)
     """`epochs`, `optim.*` and `teacher.*` keys that the baseline phase of `cycle` lays over the main ones."""
     cycle: CycleConfig = field(default_factory=CycleConfig)

@@ -132,10 +132,10 @@ def _with_test_part(name: str, root: Path, raw: RawDataset, fraction: float, see
     if not drawn.any():
         raise InputError(f"{root} has one training image per class and no val or test part: add images to test on")
     flat = name == "folder" and not class_folders.named_parts(root)
-    lacks = f"{root} has no parts" if flat else f"neither {root / 'val'} nor {root / 'test'}"
+    lacks = f"{root} has no folders train and test" if flat else f"there is neither {root / 'val'} nor {root / 'test'}"
     of = "images" if flat else f"training images of {name}"
     told = (
-        f"{lacks}: {drawn.sum():,} of the {len(drawn):,} {of} are drawn as its test part, evenly over the classes "
+        f"{lacks}: {drawn.sum():,} of the {len(drawn):,} {of} become the test part, evenly over the classes "
         "(data.test_fraction, data.split_seed)"
     )
     parts = {"train": train.take(~drawn), "test": train.take(drawn)}

@@ -170,7 +170,8 @@ class Display:
         self.position.cycle, self.position.epoch, self.position.step = event.cycle, 1, 0
         self.position.doing = "training"
         if event.restarted:
-            self.say(f"{name}: merged and regrew {count(event.blocks, 'block')}, logits moved {event.logit_error:.0e}")
+            blocks = count(event.blocks, "block")
+            self.say(f"{name}: merged and regrew {blocks}; logits moved by {event.logit_error:.0e}")
             before, after = event.loss_before or 0.0, event.loss_after_restart or 0.0
             loss = f"training loss {loss_text(before)} -> {loss_text(after)}"
             val = f", val {percent(event.top1_before)} -> {percent(event.top1_after_restart)}"
@@ -178,12 +179,13 @@ class Display:
             if after > before + LOSS_JUMP:
                 self.say(_warning(self.jumped))
         elif event.cycle:
-            done = f"rescaled {count(event.blocks, 'trunk')}" if event.blocks else "no merging"
+            done = f"rescaled {count(event.blocks, 'trunk')}" if event.blocks else "no restart"
             self.say(f"{name}: {done} (control), momentum {'kept' if event.carried else 'zeroed'}")
         if event.zero_gammas:
-            self.say(f"{event.zero_gammas} channels had gamma 0, which rule=running cannot divide by: set to 1")
+            channels = count(event.zero_gammas, "channel")
+            self.say(f"{channels} had gamma 0, by which cycle.rule=running cannot divide: gamma set to 1")
         if self.compiles:
-            self.say("compiling the training pass (run.compile): the first step waits for it")
+            self.say("compiling the training pass (run.compile=on); the first step waits for it")
             self.position.doing, self.began = "compiling", time.monotonic()
         self._title()
 

@@ -113,7 +113,7 @@ def _tell(fitted: Fitted, source: str) -> None:
     left = [name for name in fitted.outside if not name.startswith(fitted.rivals)]
     if left:
         named = ", ".join(dict.fromkeys(name.partition(".")[0] for name in left))
-        warn(f"skipped {count(len(left), 'tensor')} of {source} outside of the network: {named[:100]}")
+        warn(f"skipped {count(len(left), 'tensor')} of {source} that are not part of the network: {named[:100]}")
 
 
 def _nested(one: str, other: str) -> bool:

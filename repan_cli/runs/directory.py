@@ -223,7 +223,7 @@ def existing(path: Path) -> str:
     elif goes_on(path):
         mend = f"continue with --resume {quoted(path)}, or {mend}"
     elif studies.is_study(path):
-        mend += f"; it is the folder of a study, which goes on with: {studies.how_to_continue(path)}"
+        mend += f"; it is the folder of a study, which you continue with: {studies.how_to_continue(path)}"
     return f"the run directory {path} already exists; nothing was changed: {mend}"
 
 
@@ -250,14 +250,14 @@ def _latest(command: str) -> Path:
     of_series = {path.parent for path in Path("runs").rglob(SERIES)}
     found = [path for path in begun if goes_on(path) and path.parent not in of_series and command_of(path) == command]
     if not found:
-        raise InputError(f"no run of 'repan {command}' under runs: name its directory")
+        raise InputError(f"no run of 'repan {command}' under runs: give its directory instead of 'latest'")
     newest = max(found, key=lambda path: (_has_work_left(path), (path / "config.yaml").stat().st_mtime))
     study = studies.study_of(newest)
     if study is None or not _has_work_left(newest):
         return newest
     raise InputError(
-        f"the newest run, {newest}, is one of a study: name it to continue it alone, or continue the study with: "
-        f"{studies.how_to_continue(study)}"
+        f"the newest run, {newest}, belongs to a study: give its directory to continue it alone, or continue the study "
+        f"with: {studies.how_to_continue(study)}"
     )
 
 
@@ -288,7 +288,7 @@ def state_of(path: Path) -> str | None:
 def is_finished(path: Path, cycles: int | None) -> InputError:
     """Return the error for resuming a finished run. A run of `cycles` may get more of them, others may not."""
     begin = f"; begin another run from its weights with --init {quoted(path / LAST)}"
-    more = begin if cycles is None else f"; for more than its {count(cycles, 'cycle')} give --cycles"
+    more = begin if cycles is None else f"; to train more than its {count(cycles, 'cycle')}, give --cycles N"
     return InputError(f"{path} is finished{more}")
 
 

@@ -43,8 +43,8 @@ def resolved(config: Config, network: nn.Module, dataset: Dataset, machine: Runt
     most = _power(len(dataset.train.labels) // STEPS)
     chosen = max(2 * machine.ranks, min(number, most, MOST))
     fits = f"{number:,} images fit {SHARE:.0%} of the {free / 2**30:.1f} GiB that {machine.device} has free"
-    steps = f", and {chosen} leave an epoch {STEPS} steps" if chosen == most < number else ""
-    warn(f"data.batch_size=auto is {chosen}: {fits}{steps}; optim.lr={config.optim.lr:g} stays as it is")
+    steps = f", and {chosen} give {STEPS} steps per epoch" if chosen == most < number else ""
+    warn(f"data.batch_size=auto is {chosen}: {fits}{steps}; optim.lr={config.optim.lr:g} is unchanged")
     return replace(config, {"data.batch_size": chosen})
 
 
@@ -62,7 +62,9 @@ def _fitting(network: nn.Module, dataset: Dataset, machine: Runtime) -> tuple[in
         if machine.device.type == "cuda":  # includes memory besides activations
             number = largest(min(number, MOST), lambda count: _fits(trial, images, machine, count))
     if number < 2:
-        raise InputError("not even two images fit the device: set a smaller data.image_size, or another network")
+        raise InputError(
+            "not even two images fit into the device's memory: set a smaller data.image_size, or use a smaller network"
+        )
     return number, free
 
 

@@ -233,14 +233,14 @@ def _warn_of_few_to_choose(fraction: float, data: Dataset) -> None:
     drawn = data.split_digest and fraction < FRACTION_OF_FEW
     mend = f"set data.val_fraction={FRACTION_OF_FEW}" if drawn else "more images help"
     held = count(len(data.val.labels), "validation image")
-    warn_once(f"the best epoch is chosen on {held} only, so chance decides much: {mend}")
+    warn_once(f"the best epoch is chosen on only {held}, so it is partly chance: {mend}")
 
 
 def _training(command: str, config: Config, dataset: Dataset, network: Network, machine: Runtime) -> Training:
     plan = cycle_plan(config, baseline=not network.finished) if command == "cycle" else training_plan(config)
     _warn_of_a_short_cycle(plan[-1])
     if plan[-1].start_from == "best-test":
-        warn("cycle.start_from=best-test: the test set chooses the epochs, so its results are too optimistic")
+        warn("cycle.start_from=best-test: the test set chooses the epochs, so the test results are too good")
     for phase in plan:
         SCHEDULES[phase.optim.schedule]  # an unknown schedule is an error before the first step
     train = train_loader(dataset, config.data, machine)
@@ -249,7 +249,8 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
     with doing("preparing the teacher"):
         task_of.prepare(plan)
     if config.data.batch_size > train.count:
-        warn(f"data.batch_size={config.data.batch_size}, and {train.count:,} training images: an epoch is one step")
+        batch = config.data.batch_size
+        warn(f"data.batch_size={batch} is more than the {train.count:,} training images: an epoch is one step")
     optimizer = build_optimizer(network.model, config.optim)
     val = eval_loader(dataset, "val", machine, config.data.workers) if dataset.val else None
     test = eval_loader(dataset, "test", machine, config.data.workers)
@@ -335,7 +336,7 @@ def share_statistics(model: nn.Module, images: Tensor) -> nn.Module:
     for name, module in shared.named_modules():
         module.training = modes.get(name, True)
     if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().max().item()):
-        raise InputError("this network changes if BN is synchronized across GPUs: set run.sync_bn=false")
+        raise InputError("synchronized BN would change the function of this network: set run.sync_bn=false")
     return shared
 
 
@@ -351,11 +352,11 @@ def _warn_of_a_short_cycle(last: Phase) -> None:
     settings, reached = last.settings, last.attach_rate(last.epochs)
     if settings is not None and reached is not None and reached < 1:
         longer = f"cycle.attach_epochs={settings.attach_epochs:g} is longer than a cycle"
-        warn(f"{longer}: branches reach rate {reached:.2f}")
+        warn(f"{longer}: branches reach the attach rate {reached:.2f}, not 1")
     elif settings is not None and settings.freeze_trunk and settings.attach_epochs >= last.epochs:
         warn(
-            f"cycle.freeze_trunk keeps the trunk fixed in the whole of each cycle: cycle.attach_epochs="
-            f"{settings.attach_epochs:g} is not shorter"
+            f"cycle.freeze_trunk keeps the trunk fixed for the whole of each cycle, as cycle.attach_epochs="
+            f"{settings.attach_epochs:g} is not shorter than a cycle"
         )
 
 

@@ -99,7 +99,7 @@ def build(command: str, config: Config, dataset: Dataset, weights: Weights = Non
         left = models.summary(network.expansion.left)
         raise InputError(f"no convolution of {name} can become a block: {left}")
     if command == "cycle" and config.cycle.restart == "repan" and models.form_of(network.model) == checkpoint.PLAIN:
-        warn("its blocks have no side branches to regrow: give --block NAME, see 'repan list blocks'")
+        warn("this network's blocks have no side branches to regrow: give --block NAME, see 'repan list blocks'")
     return network
 
 
@@ -109,7 +109,7 @@ def restarted(config: Config, model: nn.Module) -> frozenset[str] | None:
     block = config.block
     left_out = Selection(block.kernel or None, block.include, block.exclude, block.limit).left_out(convs)
     if convs and len(left_out) == len(convs):
-        raise InputError(f"the settings of block leave no block to restart: {models.summary(left_out)}")
+        raise InputError(f"the settings block.* leave no block to restart: {models.summary(left_out)}")
     return frozenset(convs) - left_out.keys() if left_out else None
 
 
@@ -182,7 +182,7 @@ def _take(model: nn.Module, weights: Mapping[str, Tensor], config: Config) -> bo
     source, layers = _source(config), classifier_layers(model)
     new = models.load_foreign(model, weights, source, may_be_new=layers)
     if new:
-        warn(f"{source} has other classes: {', '.join(layers)} is re-initialized")
+        warn(f"{source} was trained with other classes: {', '.join(layers)} is re-initialized")
     return new
 
 
@@ -199,7 +199,10 @@ def _continued(config: Config, dataset: Dataset, name: str, saved: Checkpoint) -
         layers = classifier_layers(model)
         own = {n: value for n, value in model.state_dict().items() if n.rpartition(".")[0] in layers}
         weights = {**weights, **own}
-        warn(f"{source} has other classes{_other_names(card.classes, saved)}: {', '.join(layers)} is re-initialized")
+        warn(
+            f"{source} was trained with other classes{_other_names(card.classes, saved)}: {', '.join(layers)} is "
+            "re-initialized"
+        )
     checkpoint.load_weights(model, weights, source)
     _check_output(model, name, dataset)
     expansion = Expansion.from_card(saved.card)
@@ -351,7 +354,7 @@ def safe_precision(machine: Runtime, network: Network, dataset: Dataset, *, chos
     if chosen != "auto":
         warn(f"{why}: set run.precision=fp32, or a larger data.image_size")
         return machine
-    warn(f"{why}: this run is in fp32 (a larger data.image_size would allow bf16)")
+    warn(f"{why}: this run uses fp32 (a larger data.image_size would allow bf16)")
     return dataclasses.replace(machine, precision="fp32")
 
 

@@ -63,7 +63,7 @@ class PaceWatch:
         self._slow = self._slow + 1 if speed < SLOW * self.best else 0
         if self._slow >= 2 and not self.collapsed:
             self.collapsed = True
-            warn(f"{speed:,.0f} images/s, {self.best:,.0f} before: {self._why()}")
+            warn(f"the run has slowed down to {speed:,.0f} images/s from {self.best:,.0f}: {self._why()}")
         elif speed > RECOVERED * self.best:
             self.collapsed = False
         self.best = max(self.best, speed)

@@ -215,7 +215,7 @@ def _check_cycles(whole: Config, cycles: int, phase: int) -> None:
             f"{count(whole.cycle.count, 'cycle')}: begin another run from its weights with --init"
         )
     if cycles < phase:
-        raise InputError(f"cycle.count={cycles} is less than the {phase} that were begun")
+        raise InputError(f"cycle.count={cycles} is less than the number of cycles that have begun, {phase}")
 
 
 def _warn_of_edits(saved: Checkpoint, path: Path) -> None:

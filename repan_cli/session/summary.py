@@ -90,11 +90,11 @@ def _describe_plan(plan: tuple[Phase, ...]) -> str:
     continuous = settings is not None and settings.schedule == "continuous"
     if plan[0].cycle == 0:
         rate = "" if continuous else f" at lr {plan[0].optim.lr:g}"
-        parts.append(f"{count(plan[0].epochs, 'epoch')}{rate}" + (" as baseline" if cycles else ""))
+        parts.append(("baseline of " if cycles else "") + f"{count(plan[0].epochs, 'epoch')}{rate}")
     if settings is not None:
-        what = f"restart by {settings.rule}, {settings.attach}"
+        what = f"each begins with a restart ({settings.rule}, {settings.attach})"
         if not cycles[0].restarts:
-            what = "no restart, trunks rescaled (control)" if cycles[0].rescales else "no restart (control)"
+            what = "no restarts, trunks rescaled (control)" if cycles[0].rescales else "no restarts (control)"
         rate = "" if continuous else f" at lr {cycles[0].optim.lr:g}"
         parts.append(f"{count(len(cycles), 'cycle')} of {count(cycles[0].epochs, 'epoch')}{rate}, {what}")
         shape = f"{cycles[0].optim.schedule} schedule"
@@ -103,7 +103,7 @@ def _describe_plan(plan: tuple[Phase, ...]) -> str:
         )
         if settings.start_from != "last":
             judge = "the test set" if settings.start_from == "best-test" else "validation"
-            parts.append(f"each cycle ends with the epoch that is best on {judge}")
+            parts.append(f"each cycle starts from the epoch that was best on {judge}")
     return "; ".join(parts)
 
 
@@ -205,9 +205,7 @@ def _report(folder: runs.RunDirectory, display: Display, summary: dict[str, Any]
     rows["test"] = _test_text(test)
     is_compared = whole_of(folder.path) is not None  # a study or a series ends with its own table
     if summary["cycles"] and session.config.cycle.restart == "repan" and not is_compared:
-        rows["gain"] = (
-            "not known from one run: --control trains the same epochs without restarts, --seeds 0,1,2 repeats"
-        )
+        rows["gain"] = "not known from one run; --control also trains without restarts, --seeds 0,1,2 repeats both"
     if fused:
         rows["merged"] = (
             f"top-1 {percent(fused['test_top1'])} from {fused['params_after']:,} parameters instead of "

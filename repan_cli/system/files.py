@@ -113,7 +113,7 @@ def temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
         if error.errno not in FULL:
             raise
         free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
-        raise OutOfSpaceError(f"no space left to write {path}: {free}; free some, and resume") from None
+        raise OutOfSpaceError(f"no space left to write {path}: {free}; free some space, and resume") from None
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

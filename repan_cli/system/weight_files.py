@@ -109,7 +109,7 @@ def refuse_text(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(LOOKED_AT)
     if not start:
-        raise InputError(f"{path} is empty: was it downloaded, or the disk full?")
+        raise InputError(f"{path} is empty, as after a failed download or on a full disk: use another copy")
     for pattern, what in KINDS:
         if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
             raise InputError(f"{path} {what}")

@@ -94,7 +94,9 @@ class Totals:
 
 def _check(loss: float, skipped: float) -> None:
     if skipped or not math.isfinite(loss):
-        raise DivergedError("the loss or a gradient is no longer finite; lower optim.lr, or set optim.clip")
+        raise DivergedError(
+            "the loss or a gradient is no longer finite; lower optim.lr (--lr), or set a smaller optim.clip"
+        )
 
 
 @dataclass

@@ -93,8 +93,8 @@ def _examined(model: nn.Module, images: Loader, classes: int, size: int) -> Deta
         true.append(labels.cpu())
     if broken:
         raise InputError(
-            f"no finite logits for {broken:,} of {count(images.count, 'image')}, so the results are meaningless: take "
-            "a checkpoint from before the network diverged"
+            f"the network gives no finite logits for {broken:,} of {count(images.count, 'image')}, so the results are "
+            "meaningless: use a checkpoint from before it diverged"
         )
     counts, sure, right = bins
     error = 100 * ((sure - right).abs().sum() / counts.sum()).item()

@@ -224,6 +224,6 @@ def _reserve(file: int, size: int, folder: Path) -> None:
         if error.errno not in FULL:  # a file system without this function
             return
         raise OutOfSpaceError(
-            f"no space left in {folder} for the teacher's logits of all views, {size:,} bytes: free some, or set "
+            f"no space left in {folder} for the teacher's logits of all views, {size:,} bytes: free some space, or set "
             "teacher.cache=none"
         ) from None
