@@ -123,7 +123,7 @@ class Display:
         self.console.print(text, soft_wrap=not isinstance(text, Table), markup=False)
         self.spoke = time.monotonic()
         if self.log:
-            Console(file=self.log, width=120, no_color=True, force_jupyter=False).print(
+            Console(file=self.log, width=120, no_color=True, force_jupyter=False, force_terminal=False).print(
                 text, soft_wrap=True, markup=False
             )
             self.log.flush()
