@@ -135,6 +135,7 @@ class Session:
             repan=repan_cli.__version__,
             command=self.command,
             labels_digest=data.labels_digest,
+            names_digests=data.names_digests or None,
             surroundings={**surroundings(self.training.runtime), **places.noted(self.config)},
             teachers=dict(self.training.task_of.digests),
         )
