@@ -13,6 +13,7 @@ from support import StopAt, one_line, run, write_flat_folders, write_folders
 from repan_cli import checkpoint
 from repan_cli.checkpoint.card import ModelCard
 from repan_cli.data import datasets
+from repan_cli.data.batches import Loader
 from repan_cli.errors import OutOfReachError
 from repan_cli.session import agreement, same_data
 
@@ -213,6 +214,15 @@ def test_a_run_goes_on_with_the_images_that_it_began_with_only(tmp_path, capsys,
     assert "are not those held out for" not in run(capsys, "evaluate", tmp_path / "run", "--data-root", moved)[2]
     rename(moved)
     assert "are not those held out for" in run(capsys, "evaluate", tmp_path / "run", "--data-root", moved)[2]
+
+
+def test_too_few_images_for_the_ranks_are_told_before_the_first_step(tmp_path, capsys, monkeypatch, few_blocks):
+    """An epoch without a step divided by zero."""
+    root = write_folders(tmp_path / "photos", count=1)
+    monkeypatch.setattr(Loader, "steps", lambda loader, batch_size: 0)  # as with 2 images for 2 ranks
+    words = (*TRAIN, root, "data.val_fraction=0", "--out", tmp_path / "run")
+    assert "2 training images do not give each of 1 processes two" in one_line(capsys, *words)
+    assert not (tmp_path / "run").exists()
 
 
 def card_of(data):

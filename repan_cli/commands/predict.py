@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,16 @@ def _targets(folder: Path, files: Sequence[Path]) -> dict[Path, Path]:
     Raises InputError if a file exists already, or if the folder cannot be made.
     """
     taken: set[str] = set()
+    tried: Counter[str] = Counter()  # by stem, since many folders may hold images of one name
     targets: dict[Path, Path] = {}
     for file in files:
-        names = (f"{file.stem}{f'_{number}' if number else ''}.png" for number in itertools.count())
-        name = next(name for name in names if name.lower() not in taken)  # some systems do not distinguish A from a
+        stem = file.stem.lower()  # some systems do not distinguish A from a
+        while True:
+            number = tried[stem]
+            tried[stem] += 1
+            name = f"{file.stem}{f'_{number}' if number else ''}.png"
+            if name.lower() not in taken:
+                break
         taken.add(name.lower())
         targets[file] = folder / name
     for target in (*targets.values(), folder / TABLE):

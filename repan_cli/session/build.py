@@ -249,6 +249,10 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
     task_of = PhaseTasks(ema.module if ema else network.model, dataset, train, machine)
     with doing("preparing the teacher"):
         task_of.prepare(plan)
+    if not train.steps(config.data.batch_size):
+        raise InputError(
+            f"{train.count} training images do not give each of {machine.ranks} processes two, as BN needs: start fewer"
+        )
     if config.data.batch_size > train.count:
         warn(f"data.batch_size={config.data.batch_size}, and {train.count:,} training images: an epoch is one step")
     optimizer = build_optimizer(network.model, config.optim)
