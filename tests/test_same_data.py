@@ -1,6 +1,7 @@
 """Images are recognized by their names: a rename within a class, which changes their order, is never silent."""
 
 import dataclasses
+import json
 import shutil
 import sys
 import unicodedata
@@ -211,6 +212,8 @@ def test_a_run_goes_on_with_the_images_that_it_began_with_only(tmp_path, capsys,
     (root / "ant" / "99.png").rename(root / "ant" / "0.png")
     moved = root.rename(tmp_path / "moved")
     assert run(capsys, "train", "--resume", tmp_path / "run", "--data-root", moved)[0] == 0
+    test_set = json.loads((tmp_path / "run" / "summary.json").read_text())["test_set"]
+    assert test_set == load(moved).digest_of("test"), "by which runs are compared only if they share it"
     assert "are not those held out for" not in run(capsys, "evaluate", tmp_path / "run", "--data-root", moved)[2]
     rename(moved)
     assert "are not those held out for" in run(capsys, "evaluate", tmp_path / "run", "--data-root", moved)[2]

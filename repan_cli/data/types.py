@@ -201,6 +201,11 @@ class Dataset:
         found = {name: digest_of_names(part) for name, part in self.parts.items()}
         return {name: digest for name, digest in found.items() if digest is not None}
 
+    def digest_of(self, part: str) -> str:
+        """Return a short digest of the labels of a part and, if they are known, of the names of its images."""
+        content = self.parts[part].labels.tobytes() + self.names_digests.get(part, "").encode()
+        return hashlib.sha256(content).hexdigest()[:16]
+
     @property
     def channels(self) -> int:
         return len(self.mean)
