@@ -26,7 +26,7 @@ def test_views_are_crops_flips_and_normalisation(padding, seed):
     draw = np.random.default_rng(seed)
     index = torch.from_numpy(draw.integers(0, 40, 10))
     views = torch.from_numpy(draw.integers(0, (2 * padding + 1) ** 2 * 2, 10))
-    found = data.gather(index, views)
+    found = data.batch(index, views).images
     expected = torch.stack([by_hand(images[i], padding, v) for i, v in zip(index, views.tolist(), strict=True)])
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 

@@ -49,7 +49,7 @@ def test_every_view_is_that_of_the_picture_pipeline_to_1e_6():
     assert resident.view_count == 162
     for view in range(162):
         row, column, flip = view // 2 // 9, view // 2 % 9, view % 2
-        found = resident.gather(torch.arange(4), torch.full((4,), view))
+        found = resident.batch(torch.arange(4), torch.full((4,), view)).images
         for image, pixels in zip(found, part.images, strict=True):
             padded = transforms.functional.pad(Image.fromarray(pixels), 4)
             picture = transforms.functional.crop(padded, row, column, 32, 32)

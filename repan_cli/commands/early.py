@@ -268,10 +268,6 @@ class Target:
     kind: str
     path: Path
 
-    @property
-    def is_folder(self) -> bool:
-        return self.kind in FOLDER_FORMATS
-
     def write(self, content: Content, path: Path | None = None) -> None:
         """Write the content, or a copy of it at `path`."""
         if isinstance(content, dict):

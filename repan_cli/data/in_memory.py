@@ -46,10 +46,6 @@ class InMemoryLoader(Loader):
         padding = self.augmentation.padding
         return (padding * self.side + padding) * 2
 
-    def gather(self, index: Tensor, views: Tensor) -> Tensor:
-        """Return the given views of the given images, float32 (B, C, H, W), normalized."""
-        return self._cut(index, *self._places(views))
-
     def _places(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the row and the column of the crop of each view, and whether it is mirrored."""
         crop = views // 2
@@ -59,8 +55,8 @@ class InMemoryLoader(Loader):
         batch = self.windows[index, row, column]
         if self.augmentation.flip:
             batch = torch.where(mirrored.view(-1, 1, 1, 1), batch.flip(2), batch)
-        normalised = torch.addcmul(self.shift, batch.float(), self.scale)
-        return normalised.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
+        normalized = torch.addcmul(self.shift, batch.float(), self.scale)
+        return normalized.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
 
     def batch(self, index: Tensor, views: Tensor) -> Batch:
         """Return the given views of the given images, with their labels."""

@@ -79,7 +79,7 @@ class StreamingLoader(Loader):
             for images, labels, index, problems in coming.taken(lambda: self.stop()):
                 self._note(problems, mend)
                 images, labels = (each.to(self.device, non_blocking=True) for each in (images, labels))
-                yield Batch(self._normalised(images), labels, index, torch.zeros_like(index))
+                yield Batch(self._normalized(images), labels, index, torch.zeros_like(index))
 
     def check_room(self, batch_size: int) -> None:
         share = -(-batch_size // self.ranks)
@@ -94,7 +94,7 @@ class StreamingLoader(Loader):
                 self.skipped.add(problem)
                 warn(f"{problem}; left out of training ({len(self.skipped)} so far)")
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _normalized(self, images: Tensor) -> Tensor:
         scale, shift = (each.view(1, -1, 1, 1) for each in (self.scale, self.shift))
         return torch.addcmul(shift, images.float(), scale).contiguous(memory_format=self.memory_format)
 
