@@ -2,6 +2,7 @@
 
 import csv
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,19 @@ def test_many_images_of_one_name_get_names_at_once(tmp_path):
     assert len({str(target).lower() for target in targets.values()}) == 20_002
     names = [target.name for target in targets.values()]
     assert (names[:3], names[-2:]) == (["Image.png", "Image_1.png", "Image_2.png"], ["image_1_1.png", "b.png"])
+
+
+def test_images_are_decoded_side_by_side(capsys, saved, monkeypatch):
+    opened = predict.open_image
+    threads = set()
+
+    def noted(file, channels):
+        threads.add(threading.current_thread().name)
+        return opened(file, channels)
+
+    monkeypatch.setattr(predict, "open_image", noted)
+    assert run(capsys, "predict", "net.pt", "photos")[0] == 2, "one cannot be read"
+    assert "MainThread" not in threads
 
 
 def test_nothing_is_overwritten(capsys, saved):
