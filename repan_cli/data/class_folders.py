@@ -46,9 +46,12 @@ LIST = "classes.txt"
 
 
 class Listed(NamedTuple):
-    """The images of a part with their class numbers, and a count of other files by ending."""
+    """The images of a part with their class numbers, and a count of other files by ending.
 
-    paths: list[Path]
+    The paths are text: a million `Path` objects take half a gigabyte.
+    """
+
+    paths: list[str]
     labels: npt.NDArray[np.int64]
     others: Counter[str]
 
@@ -304,7 +307,7 @@ def list_images(folder: Path, classes: Sequence[str], *, whole: bool = True) -> 
     if strange:
         found = count_of(len(strange), "class folder")
         raise InputError(f"{folder} has {found} that the training set lacks, such as '{min(strange)}'")
-    paths: list[Path] = []
+    paths: list[str] = []
     labels: list[int] = []
     others: Counter[str] = Counter()
     for label, name in enumerate(classes):
@@ -313,7 +316,7 @@ def list_images(folder: Path, classes: Sequence[str], *, whole: bool = True) -> 
         if not images and name in there:
             raise InputError(f"{there[name][0]} holds no images ({', '.join(sorted(EXTENSIONS))})")
         others.update(path.suffix.lower() or "no ending" for path in files if not is_image(path))
-        paths += images
+        paths += map(str, images)
         labels += [label] * len(images)
     return Listed(paths, np.array(labels, dtype=np.int64), others)
 

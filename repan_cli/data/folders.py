@@ -59,7 +59,7 @@ def _side(listed: Iterable[class_folders.Listed], reading: ReadOptions) -> int:
     It is the images' own side if all are small, square and equal in size; otherwise that of the network. Raises
     InputError if neither is known.
     """
-    own = image_files.common_side(path for part in listed for path in part.paths)
+    own = image_files.common_side(Path(path) for part in listed for path in part.paths)
     if isinstance(own, int) and (own <= SMALL_IMAGE or reading.network_size is None):
         return own
     if reading.network_size is None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +185,7 @@ class FileReader:
     relative to `folder`.
     """
 
-    def __init__(self, paths: list[Path], channels: int, folder: Path | None = None) -> None:
+    def __init__(self, paths: Sequence[Path | str], channels: int, folder: Path | None = None) -> None:
         names = [os.fsencode(path) for path in paths]
         self.letters = np.frombuffer(b"".join(names), dtype=np.uint8)
         self.ends = np.cumsum([0, *map(len, names)])
