@@ -21,6 +21,9 @@ from repan_cli.registry import Registry
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+SHORT = 16
+"""The number of digits of a digest that is no protection, but tells sets of images apart."""
+
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -197,14 +200,14 @@ class Dataset:
 
     @cached_property
     def names_digests(self) -> dict[str, str]:
-        """SHA-256 of the names of the images of each part, in order, for parts whose images have names."""
+        """Short digests of the names of the images of each part, in order, for parts whose images have names."""
         found = {name: digest_of_names(part) for name, part in self.parts.items()}
-        return {name: digest for name, digest in found.items() if digest is not None}
+        return {name: digest[:SHORT] for name, digest in found.items() if digest is not None}
 
     def digest_of(self, part: str) -> str:
         """Return a short digest of the labels of a part and, if they are known, of the names of its images."""
         content = self.parts[part].labels.tobytes() + self.names_digests.get(part, "").encode()
-        return hashlib.sha256(content).hexdigest()[:16]
+        return hashlib.sha256(content).hexdigest()[:SHORT]
 
     @property
     def channels(self) -> int:

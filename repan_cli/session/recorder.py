@@ -15,6 +15,7 @@ from repan_cli.checkpoint.format import Checkpoint, weights_of
 from repan_cli.config.conventions import TEST_SET
 from repan_cli.config.settings import flatten
 from repan_cli.data.types import LazyImages
+from repan_cli.errors import OutOfSpaceError
 from repan_cli.runs import felt
 from repan_cli.runs.trackers import Csv, JsonLines, TrackedRun, Tracker, open_requested, read_metrics, rewind
 from repan_cli.session import control
@@ -162,7 +163,7 @@ class Record:
         return checkpoint.capture(self.session.training.scored, card)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # the run has failed: no other error may hide the first
+        with contextlib.suppress(OSError, OutOfSpaceError):  # the run has failed: no other error may hide the first
             self._save_best()
         for tracker in self.trackers:
             tracker.close()
