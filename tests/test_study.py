@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from support import ROOT, run, start
+from support import ROOT, run, start, write_run
 
 from repan_cli import config
 from repan_cli.config.grid import grids, read_grid
@@ -141,6 +141,25 @@ def test_a_run_that_diverged_is_noted_and_left(study, tmp_path):
         code, _, err, calls = study()
         assert (code, len(calls)) == (3, runs_made)
         assert "1 run of 4 diverged: plain seed 0" in err
+
+
+def test_the_results_name_the_runs_that_are_missing(study, tmp_path):
+    """The mean of an arm without the seed that diverged looks better than the arm is."""
+    for arm, restart in (("plain", "none"), ("restarts", "repan")):
+        for seed in (0, 1):
+            write_run(tmp_path / "out" / arm / f"seed_{seed}", seed, 70 + seed, cycle__restart=restart)
+    lost = tmp_path / "out" / "restarts" / "seed_1" / "status.json"
+    lost.write_text('{"state": "diverged"}')
+    assert study()[0] == 3
+    for name in ("results.md", "results.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "left out: out/restarts/seed_1: its loss diverged" in text
+        assert "not finished" not in text
+    lost.write_text('{"state": "failed"}')
+    (lost.parent / "last.pt").touch()
+    (tmp_path / "restarts_seed_1").write_text("2")
+    assert study("--minutes", "1e-9")[0] == 75
+    assert "left out: out: 1 run of 4 not finished" in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_a_run_that_fails_ends_the_study(study, tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -164,17 +166,38 @@ def common_side(paths: Iterable[Path]) -> int | str:
     Pictures that cannot be read are ignored. The search ends at the first difference.
     """
     side = None
-    for path in paths:
-        try:
-            width, height = size_in(path)
-        except UnreadableImageError:
-            continue
+    for path, (width, height) in _sizes_in(iter(paths)):
         if width != height:
             return f"{path} is {width}x{height} pixels: set data.image_size, images are cropped to a square"
         if side not in (None, width):
             return f"{path} is {width}x{height} pixels, others are {side}x{side}: set data.image_size"
         side = width
     return side or "no image can be read"
+
+
+def _sizes_in(paths: Iterator[Path]) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """Yield the sizes of the pictures that can be read, in order; in threads, as a network drive answers late.
+
+    The first picture is read alone, then ever more at once, since photographs already differ in the first ones.
+    """
+
+    def size(path: Path) -> tuple[int, int] | None:
+        try:
+            return size_in(path)
+        except UnreadableImageError:
+            return None
+
+    number = 1
+    with ThreadPoolExecutor() as pool:
+        while some := [*itertools.islice(paths, number)]:
+            for path, found in zip(some, pool.map(size, some), strict=True):
+                if found is not None:
+                    yield path, found
+            number = min(2 * number, MOST_AHEAD)
+
+
+MOST_AHEAD = 1024
+"""The largest number of pictures whose sizes are read at once."""
 
 
 class FileReader:
