@@ -116,6 +116,17 @@ def test_the_limit_of_a_container_or_of_a_job_is_the_memory_there_is(tmp_path, m
     assert (host.memory_bytes(), host.memory_bytes(free=True)) == (1000, 500)
 
 
+def test_memory_that_holds_files_is_free(tmp_path, monkeypatch):
+    """A teacher's cache went to a file in the run's folder although nearly all memory could be had."""
+    (tmp_path / "meminfo").write_text("MemTotal:  8000 kB\nMemFree:  10 kB\nMemAvailable:    7000 kB\n")
+    monkeypatch.setattr(host, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(host, "OWN_GROUPS", tmp_path / "none")
+    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 10, "SC_PAGE_SIZE": 1024}.__getitem__)
+    assert host.memory_bytes(free=True) == 7000 * 1024
+    monkeypatch.setattr(host, "MEMORY", tmp_path / "none")
+    assert host.memory_bytes(free=True) == 10 * 1024
+
+
 def test_without_a_limit_the_machine_s_memory_counts(tmp_path, monkeypatch):
     write_group(tmp_path, "max", 700, 200, host.OF_GROUPS_2)
     (tmp_path / "own").write_text("0::/\n")

@@ -16,6 +16,9 @@ from pathlib import Path
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """The folder of Linux's control groups, by which containers and clusters set limits, and the list of one's own."""
 
+MEMORY = Path("/proc/meminfo")
+"""The file in which Linux tells the use of its memory."""
+
 PROC_STAT, CPU_MAX = Path("/proc/stat"), GROUPS / "cpu.max"
 """The files in which Linux gives the used time of each core, and the CPU limit of a container."""
 
@@ -79,15 +82,31 @@ def _container_limit() -> int | None:
 def memory_bytes(*, free: bool = False) -> int | None:
     """Return the machine's memory in bytes, total or free; None on systems that do not report it, such as Windows.
 
-    The limit of a container, or of a job of a cluster, counts: a process that takes more is killed.
+    Memory that only holds files which can be read again is free. The limit of a container, or of a job of a cluster,
+    counts: a process that takes more is killed.
     """
     if sys.platform == "win32":
         return None
     try:
-        pages = os.sysconf("SC_AVPHYS_PAGES" if free else "SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there = os.sysconf("SC_AVPHYS_PAGES" if free else "SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # macOS does not report free memory
         return None
-    return min([pages, *(left if free else limit for limit, left in _memory_limits())])
+    if free:
+        there = max(there, _available())
+    return min([there, *(left if free else limit for limit, left in _memory_limits())])
+
+
+def _available() -> int:
+    """Return the memory that Linux can give to programs, in bytes; 0 on other systems.
+
+    After an epoch of images from disk nearly all memory holds files, and little of it counts as unused.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in MEMORY.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return 1024 * int(value.split()[0])
+    return 0
 
 
 def _memory_limits() -> list[tuple[int, int]]:
