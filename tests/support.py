@@ -139,6 +139,17 @@ def write_folders(root, *, parts=("train", "test"), classes=("ant", "bee"), coun
     return root
 
 
+def write_flat_folders(root, classes=("ant", "bee"), *, images=10, size=16):
+    """Write `root/<class>/<number>.png`."""
+    draw = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for number in range(images):
+            picture = draw.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(root / name / f"{number}.png")
+    return root
+
+
 def digit_loader(digits, padding=1):
     return InMemoryLoader(
         digits.train, mean=digits.mean, std=digits.std, device=CPU, augmentation=Augmentation(padding=padding)
@@ -286,7 +297,7 @@ def as_older_version(folder):
 
 
 def part(images: ArrayImages, count: int) -> ArrayImages:
-    return ArrayImages(*(array[:count] for array in images))
+    return ArrayImages(images.images[:count], images.labels[:count])
 
 
 def training(digits, plan, *, model=None, val=True, runtime=FP32, settings=None, batch_size=64, lr=0.05, **options):

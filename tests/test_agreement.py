@@ -144,11 +144,42 @@ def test_the_first_rank_of_each_machine_fetches_before_the_others(monkeypatch):
 
         def gathered(text, limit=None, rank=rank):
             order.extend([f"{rank} waits"] if limit else [])
-            return ["a", "b", "a"]
+            return ["", "", ""] if limit else ["a", "b", "a"]
 
         monkeypatch.setattr(ranks, "gathered", gathered)
         ranks.first_on_each_machine(lambda rank=rank: order.append(f"{rank} reads") or "data")
     assert order == ["0 reads", "0 waits", "1 reads", "1 waits", "2 waits", "2 reads"]
+
+
+def test_a_rank_that_cannot_read_its_data_ends_those_that_wait_for_it(monkeypatch):
+    """They waited for a day, since other machines do not notice that it has ended."""
+    store, own, found = distributed.HashStore(), threading.local(), {}
+    monkeypatch.setattr(ranks, "joined", lambda: True)
+    monkeypatch.setattr(ranks._Ours, "store", store)
+    monkeypatch.setattr(ranks, "platform", type("Each", (), {"node": lambda: f"machine-{own.rank}"}))
+    monkeypatch.setattr(distributed, "get_rank", lambda: own.rank)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(ranks._Ours, "meetings", type("Each", (), {"__next__": lambda _: next(own.meetings)})())
+
+    def come(rank):
+        own.rank, own.meetings = rank, iter(range(9))
+
+        def read():
+            if rank == 1:
+                raise InputError("no folder photos")
+            return "data"
+
+        try:
+            found[rank] = ranks.first_on_each_machine(read)
+        except (InputError, LostRankError) as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=come, args=(rank,), daemon=True) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert found == {1: "no folder photos", 0: "rank 1 on machine-1 has ended: no folder photos"}
 
 
 def test_ranks_that_share_a_batch_unevenly_take_no_whole_batch_for_a_ragged_one():

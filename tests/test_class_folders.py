@@ -11,7 +11,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
-from support import one_line, run, write_folders
+from support import one_line, run, write_flat_folders, write_folders
 
 from repan_cli.data import class_folders, datasets
 from repan_cli.errors import InputError
@@ -238,3 +238,22 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, 
     monkeypatch.setattr(os, "scandir", fails)
     with pytest.raises(OSError, match="Input/output error: .*deep"):
         datasets.load("folder", tmp_path)
+
+
+def test_no_image_is_asked_whether_it_is_a_folder(tmp_path, monkeypatch):
+    """With a million images on a network drive that took minutes, at each of several looks."""
+    root, asked = write_flat_folders(tmp_path / "photos", ("ant", "bee", "cow")), []
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: (asked.append(str(path)), stat(path, **options))[1])
+    assert class_folders.part_folders(root) == {"train": root}
+    assert [*class_folders.class_folders(root)] == ["ant", "bee", "cow"]
+    assert asked
+    assert not [path for path in asked if path.endswith(".png")]
+
+
+def test_a_folder_may_be_a_link(tmp_path):
+    root = write_flat_folders(tmp_path / "photos", ("ant", "bee"))
+    (root / "ant").rename(tmp_path / "elsewhere")
+    (root / "ant").symlink_to(tmp_path / "elsewhere")
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    assert [*class_folders.class_folders(root)] == ["ant", "bee"]

@@ -14,6 +14,7 @@ from support import one_line, page_of, run, write_run
 
 from repan_cli import config
 from repan_cli.compare import page as report_page
+from repan_cli.compare import verdict
 from repan_cli.compare.groups import WITHOUT_EFFECT, compare
 from repan_cli.compare.page import render
 from repan_cli.compare.results import find_runs, read_result
@@ -596,3 +597,57 @@ def test_a_damaged_record_is_left_out(capsys, tmp_path):
     code, _, err = run(capsys, "compare", tmp_path)
     assert code == 2
     assert "left out" in err and "not what repan writes (KeyError: 'settings')" in err
+
+
+# ---------------------------------------------------------------------------------------------- the same test images
+
+
+def note(folder, **facts):
+    """Change the summary of a run."""
+    path = folder / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+@pytest.mark.parametrize("facts", [{"images": {"train": 45000, "test": 360}}, {"test_set": "b" * 16}])
+def test_runs_that_were_scored_on_other_images_are_not_compared(capsys, runs, facts):
+    for seed in range(3):
+        note(runs / f"none_{seed}", images={"train": 45000, "test": 297}, test_set="a" * 16)
+        note(runs / f"repan_{seed}", images={"train": 45000, "test": 297}, test_set="a" * 16)
+    whole, _ = as_json(capsys, runs)
+    assert whole["groups"][1]["difference"]["test_top1"]["mean"] == 2
+    assert whole["warnings"] == []
+    note(runs / "repan_1", **facts)
+    found, _ = as_json(capsys, runs)
+    assert found["groups"][1]["difference"] is None
+    counts = " (297 and 360)" if "images" in facts else ""
+    assert found["warnings"] == [
+        f"these runs were scored on different test images{counts}: groups that differ in them are not compared"
+    ]
+
+
+def test_runs_that_did_not_record_their_test_images_are_compared_as_before(capsys, runs):
+    note(runs / "repan_1", images={"train": 45000, "test": 297}, test_set="a" * 16)
+    found, _ = as_json(capsys, runs)
+    assert (found["groups"][1]["difference"]["test_top1"]["mean"], found["warnings"]) == (2, [])
+
+
+def test_a_page_says_that_runs_share_their_images_only_if_they_do(runs):
+    def told(*test_sets):
+        for name, known in zip(("repan_0", "none_0"), test_sets, strict=True):
+            note(runs / name, images={"train": 45000, "test": 297}, test_set=known)
+        return verdict.sampling(compare([read_result(runs / name) for name in ("repan_0", "none_0")]))
+
+    assert "All runs share these images" in told("a", "a")
+    assert "All runs share these images" not in told("a", "b")
+
+
+def test_runs_of_unequal_length_within_a_group_are_told_of(capsys, tmp_path):
+    """The means of both groups are alike."""
+    for seed, val in enumerate([(50.0, 60.0, 70.0, 69.0, 70.0), (50.0, 60.0, 70.0, 69.0)]):
+        write_run(tmp_path / f"ours_{seed}", seed, 71, val=val)
+        write_run(tmp_path / f"none_{seed}", seed, 70, cycle__restart="none")
+    records = (tmp_path / "ours_1" / "metrics.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "ours_1" / "metrics.jsonl").write_text("\n".join(records) + "\n")
+    found, _ = as_json(capsys, tmp_path)
+    assert found["groups"][0]["epochs"] == found["groups"][1]["epochs"] == 4
+    assert "these runs differ in length (3 and 5 epochs), which alone may explain a difference" in found["warnings"]

@@ -231,6 +231,23 @@ def test_an_image_without_permission_is_not_left_out_when_a_folder_is_listed(tmp
         datasets.load("folder", tmp_path, image_size=8, on_error="skip")
 
 
+def test_sizes_are_read_in_order_and_no_further_than_the_first_difference(tmp_path, monkeypatch):
+    read = []
+
+    def size_in(path):
+        read.append(path.name)
+        if path.name == "3":
+            raise image_files.UnreadableImageError("damaged")
+        return (9, 9) if path.name in ("5", "6") else (8, 8)
+
+    monkeypatch.setattr(image_files, "size_in", size_in)
+    paths = [tmp_path / str(number) for number in range(5000)]
+    assert "5 is 9x9 pixels, others are 8x8" in image_files.common_side(paths)
+    assert len(read) <= 7, "1, 2 and 4 at once"
+    assert image_files.common_side([*paths[:5], *paths[7:]]) == 8
+    assert image_files.common_side(paths[3:4]) == "no image can be read"
+
+
 def test_the_names_of_files_are_kept_as_they_are(tmp_path):
     paths = [tmp_path / "a.png", tmp_path / "long" / ("ß" * 50 + ".png"), Path(os.fsdecode(b"b\xff.png"))]
     reader = pickle.loads(pickle.dumps(image_files.FileReader(paths, 3)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import StopAt, one_line, run, write_folders
+from support import StopAt, one_line, run, write_flat_folders, write_folders
 
 from repan_cli import checkpoint, config, models
 from repan_cli.data import class_folders, datasets
@@ -17,19 +17,8 @@ from repan_cli.errors import InputError
 from repan_cli.runs import directory
 
 
-def flat(root, classes=("ant", "bee"), *, images=10, size=16):
-    """Write `root/<class>/<number>.png`."""
-    draw = np.random.default_rng(0)
-    for name in classes:
-        (root / name).mkdir(parents=True)
-        for number in range(images):
-            picture = draw.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            Image.fromarray(picture).save(root / name / f"{number}.png")
-    return root
-
-
 def test_classes_without_parts_are_split_by_the_seed_alone(tmp_path, caplog):
-    root = flat(tmp_path / "photos")
+    root = write_flat_folders(tmp_path / "photos")
     first, again = (datasets.load("folder", root, val_fraction=0.25) for _ in range(2))
     other = datasets.load("folder", root, val_fraction=0.25, split_seed=1)
     assert [np.bincount(part.labels).tolist() for part in (first.train, first.val, first.test)] == [
@@ -49,7 +38,7 @@ def test_a_root_one_or_two_levels_too_high_is_answered_with_the_folder(tmp_path,
     write_folders(tmp_path / "up" / inside)
     with pytest.raises(InputError, match=f"is not a data set of image folders; did you mean --data-root .*up/{inside}"):
         datasets.load("folder", tmp_path / "up")
-    flat(tmp_path / "flat" / inside)
+    write_flat_folders(tmp_path / "flat" / inside)
     with pytest.raises(InputError, match=f"did you mean --data-root .*flat/{inside}"):
         datasets.check("folder", tmp_path / "flat")
 
@@ -65,7 +54,7 @@ def test_a_root_too_deep_is_answered_with_the_folder(tmp_path, monkeypatch, insi
 
 
 def test_a_class_of_a_set_without_parts_is_answered_with_the_set(tmp_path):
-    flat(tmp_path / "photos")
+    write_flat_folders(tmp_path / "photos")
     with pytest.raises(InputError, match="did you mean --data-root .*photos"):
         datasets.check("folder", tmp_path / "photos" / "ant")
 
@@ -78,14 +67,14 @@ def test_several_sets_in_a_folder_are_no_classes(tmp_path):
 
 
 def test_parts_inside_of_classes_are_no_set(tmp_path):
-    flat(tmp_path / "ant", ("train", "test"))
-    flat(tmp_path / "bee", ("train", "test"))
+    write_flat_folders(tmp_path / "ant", ("train", "test"))
+    write_flat_folders(tmp_path / "bee", ("train", "test"))
     with pytest.raises(InputError, match=r"expected .*/train/<class>/\* and"):
         datasets.check("folder", tmp_path)
 
 
 def test_loose_images_need_class_folders(tmp_path):
-    root = flat(tmp_path / "photos" / "inner") / "ant"
+    root = write_flat_folders(tmp_path / "photos" / "inner") / "ant"
     shutil.move(root, tmp_path / "loose")
     shutil.rmtree(tmp_path / "photos")
     tmp_path /= "loose"
@@ -94,7 +83,7 @@ def test_loose_images_need_class_folders(tmp_path):
 
 
 def test_a_folder_is_a_data_set(tmp_path, monkeypatch, capsys):
-    flat(tmp_path / "photos")
+    write_flat_folders(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     found = config.resolve("train", None, {"data.name": "photos", "model.name": "repvgg"})
     assert (found.config.data.name, found.config.data.root) == ("folder", "photos")
@@ -106,7 +95,7 @@ def test_a_folder_is_a_data_set(tmp_path, monkeypatch, capsys):
 
 
 def test_the_names_of_parts_are_no_classes(tmp_path):
-    flat(tmp_path / "photos", ("ant", "train"))
+    write_flat_folders(tmp_path / "photos", ("ant", "train"))
     assert not class_folders.is_flat(tmp_path / "photos")
 
 
@@ -140,9 +129,9 @@ def test_the_size_that_a_network_is_made_for(name, size):
 
 
 def test_small_pictures_of_one_size_keep_it(tmp_path):
-    flat(tmp_path / "small", size=20)
+    write_flat_folders(tmp_path / "small", size=20)
     assert datasets.load("folder", tmp_path / "small", network_size=224).image_size == 20
-    flat(tmp_path / "large", size=80)
+    write_flat_folders(tmp_path / "large", size=80)
     assert datasets.load("folder", tmp_path / "large", network_size=32).image_size == 32
     assert datasets.load("folder", tmp_path / "large", network_size=32, image_size=40).image_size == 40
 
@@ -175,7 +164,7 @@ def test_data_are_found_again_from_another_folder(tmp_path, monkeypatch, capsys,
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    flat(tmp_path / "here" / "photos")
+    write_flat_folders(tmp_path / "here" / "photos")
     assert stopped(capsys, "--dataset", "photos", "--out", "my run").count("become the test part") == 1
     card = checkpoint.load("my run/last.pt").card
     assert card.config["data.root"] == "photos"
@@ -193,7 +182,7 @@ def test_data_are_found_again_from_another_folder(tmp_path, monkeypatch, capsys,
     Image.new("RGB", (16, 16)).save(tmp_path / "here" / "photos" / "ant" / "more.png")
     err = run(capsys, "evaluate", tmp_path / "here" / "my run" / "fused.pt")[2]
     assert "4 of the 21 images become the test part" in err  # another split
-    assert "is not the one" in err
+    assert "are not those held out for" in err
 
 
 def test_the_commit_of_the_folder_is_noted(tmp_path, monkeypatch):
@@ -209,7 +198,7 @@ def test_the_commit_of_the_folder_is_noted(tmp_path, monkeypatch):
 @pytest.mark.parametrize("harm", [pytest.param("header", marks=pytest.mark.soak), "pixels"])
 def test_images_that_break_are_skipped_as_the_message_advises(tmp_path, monkeypatch, capsys, few_blocks, harm):
     monkeypatch.chdir(tmp_path)
-    flat(tmp_path / "photos")
+    write_flat_folders(tmp_path / "photos")
     stopped(capsys, "--dataset", "photos", "--out", "run", "data.crop=resized")
     train = datasets.load("folder", "photos", image_size=8, crop="resized").train
     path = Path(train.read.name(int(train.index[-1])))
@@ -226,7 +215,7 @@ def test_images_that_break_are_skipped_as_the_message_advises(tmp_path, monkeypa
 def test_images_that_break_after_others_were_left_out_are_skipped_on_resume(tmp_path, monkeypatch, capsys, few_blocks):
     """The run knows which images it began without; the positions of all others stay."""
     monkeypatch.chdir(tmp_path)
-    flat(tmp_path / "photos")
+    write_flat_folders(tmp_path / "photos")
     files = sorted((tmp_path / "photos").rglob("*.*"))
     files[1].write_bytes(b"no image")
     stopped(capsys, "--dataset", "photos", "--out", "run", "data.crop=resized", "data.on_error=skip")
@@ -243,7 +232,7 @@ def test_images_that_break_after_others_were_left_out_are_skipped_on_resume(tmp_
 
 def test_the_home_folder_is_known_in_every_path(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    flat(tmp_path / "photos")
+    write_flat_folders(tmp_path / "photos")
     Path(tmp_path / "mine.yaml").write_text("base: ~/other.yaml\ndata:\n  root: ~/photos\n  name: folder\n")
     Path(tmp_path / "other.yaml").write_text("model:\n  name: ~/net.py:build\nteacher:\n  name: ~/t.pt\n")
     found = config.resolve("distill", "~/mine.yaml", {"run.out": "~/run"}).config

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image, ImageFont
 from support import assert_same, card_of, one_line, run, small_net
 
 from repan_cli import checkpoint
+from repan_cli.commands import predict
 from repan_cli.data.batches import Augmentation, Batch
 from repan_cli.data.in_memory import InMemoryLoader
 from repan_cli.display import pictures, plots
@@ -144,6 +147,28 @@ def test_pictures_are_written_with_their_classes(capsys, saved):
     picture = Image.open(saved / "seen" / "two.png")
     assert picture.width == 360, "in whole pixels"
     assert picture.height > 270, "with room for the classes"
+
+
+def test_many_images_of_one_name_get_names_at_once(tmp_path):
+    """Names were tried from the first on for every image, which took minutes for some ten thousand."""
+    files = [Path("photos", str(number), "Image.jpg") for number in range(20_000)]
+    targets = predict._targets(tmp_path / "seen", [*files, Path("image_1.jpg"), Path("b.jpg")])
+    assert len({str(target).lower() for target in targets.values()}) == 20_002
+    names = [target.name for target in targets.values()]
+    assert (names[:3], names[-2:]) == (["Image.png", "Image_1.png", "Image_2.png"], ["image_1_1.png", "b.png"])
+
+
+def test_images_are_decoded_side_by_side(capsys, saved, monkeypatch):
+    opened = predict.open_image
+    threads = set()
+
+    def noted(file, channels):
+        threads.add(threading.current_thread().name)
+        return opened(file, channels)
+
+    monkeypatch.setattr(predict, "open_image", noted)
+    assert run(capsys, "predict", "net.pt", "photos")[0] == 2, "one cannot be read"
+    assert "MainThread" not in threads
 
 
 def test_nothing_is_overwritten(capsys, saved):

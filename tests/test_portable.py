@@ -91,6 +91,50 @@ def test_memory_is_told_where_it_can_be():
     assert host.peak_memory() > 2**20
 
 
+def write_group(folder, limit, used, files, names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, used, f"anon 5\n{names[2]} {files}"), strict=True):
+        (folder / ("memory.stat" if name == names[2] else name)).write_text(f"{value}\n")
+
+
+@pytest.mark.parametrize(
+    ("listed", "place"),
+    [
+        ("0::/slurm/job_7/step_0\n", "slurm/job_7"),  # a limit of a group above one's own
+        ("0::/\n", "."),  # in a container
+        ("9:name=systemd:/\n4:cpu,memory:/docker/a1\n0::/\n", "memory"),  # version 1, whose own folder is not seen
+        ("4:memory:/slurm/job_7\n", "memory/slurm/job_7"),
+    ],
+)
+def test_the_limit_of_a_container_or_of_a_job_is_the_memory_there_is(tmp_path, monkeypatch, listed, place):
+    """A cache of half the host's memory, or a batch that fits it, would be killed."""
+    names = host.OF_GROUPS_1 if "memory" in place else host.OF_GROUPS_2
+    write_group(tmp_path / "groups" / place, 1000, 700, 200, names)
+    (tmp_path / "own").write_text(listed)
+    monkeypatch.setattr(host, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(host, "OWN_GROUPS", tmp_path / "own")
+    assert (host.memory_bytes(), host.memory_bytes(free=True)) == (1000, 500)
+
+
+def test_memory_that_holds_files_is_free(tmp_path, monkeypatch):
+    """A teacher's cache went to a file in the run's folder although nearly all memory could be had."""
+    (tmp_path / "meminfo").write_text("MemTotal:  8000 kB\nMemFree:  10 kB\nMemAvailable:    7000 kB\n")
+    monkeypatch.setattr(host, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(host, "OWN_GROUPS", tmp_path / "none")
+    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 10, "SC_PAGE_SIZE": 1024}.__getitem__)
+    assert host.memory_bytes(free=True) == 7000 * 1024
+    monkeypatch.setattr(host, "MEMORY", tmp_path / "none")
+    assert host.memory_bytes(free=True) == 10 * 1024
+
+
+def test_without_a_limit_the_machine_s_memory_counts(tmp_path, monkeypatch):
+    write_group(tmp_path, "max", 700, 200, host.OF_GROUPS_2)
+    (tmp_path / "own").write_text("0::/\n")
+    monkeypatch.setattr(host, "GROUPS", tmp_path)
+    monkeypatch.setattr(host, "OWN_GROUPS", tmp_path / "own")
+    assert host.memory_bytes() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def test_a_processor_without_a_table_has_a_name(monkeypatch):
     def none(*args, **kwargs):
         raise FileNotFoundError

@@ -98,6 +98,19 @@ def test_tables_and_both_forms(capsys, few_blocks, small_run, tmp_path):
     assert (tmp_path / "tables" / "confusion.png").exists() or missing("matplotlib")
 
 
+def test_a_new_evaluation_replaces_the_tables_and_the_picture_of_an_earlier_one(
+    capsys, few_blocks, small_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("repan_cli.display.plots.available", lambda: False)
+    (tmp_path / "confusion.png").write_bytes(b"of another network")
+    (tmp_path / "mine.txt").write_text("mine")
+    words = ["evaluate", small_run.folder / "fused.pt", "--out", tmp_path]
+    err = run(capsys, *words)[2]
+    assert f"replacing confusion.png of an earlier evaluation in {tmp_path}" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["classes.csv", "confusion.csv", "mine.txt"]
+    assert "replacing confusion.csv, classes.csv of an earlier evaluation" in run(capsys, *words)[2]
+
+
 def test_tables_that_cannot_be_written_are_told_before_anything_is_scored(capsys, few_blocks, small_run, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/tables"):

@@ -1,6 +1,7 @@
 """Images read one by one: the right pixels, drawn from position alone, whichever process loads them."""
 
 import errno
+import random
 import shutil
 
 import numpy as np
@@ -71,6 +72,16 @@ def test_an_epoch_depends_neither_on_workers_nor_on_what_ran_before(resized):
     other = epoch(streamed(**options), position=(0, 1, 2))
     assert not torch.equal(first[0].images, other[0].images)
     assert sorted(torch.cat([batch.index for batch in first]).tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_generators_of_the_process_as_they_are(workers):
+    """Dropout and users' blocks in a restart drew other numbers with data.workers=0, which changes no result."""
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    epoch(streamed(workers=workers, policy="trivialaugment"))
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
 
 @pytest.mark.parametrize("mix", [{}, {"mixup": 0.4, "cutmix": 1.0}, {"erase": 0.5, "cutout": 3}])

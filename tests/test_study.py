@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from support import ROOT, run, start
+from support import ROOT, run, start, write_run
 
 from repan_cli import config
 from repan_cli.config.grid import grids, read_grid
@@ -53,6 +53,8 @@ signal.signal(signal.SIGTERM, lambda *_: leave("preempted", 75))
 end = here / f"{run.parent.name}_{run.name}"
 if end.exists() and "--resume" not in words:
     code = int(end.read_text())
+    if code == -75:
+        leave("preempted", 75)
     if code == 75:
         (here / "waits").touch()
         time.sleep(60)
@@ -141,12 +143,52 @@ def test_a_run_that_diverged_is_noted_and_left(study, tmp_path):
         assert "1 run of 4 diverged: plain seed 0" in err
 
 
+def test_the_results_name_the_runs_that_are_missing(study, tmp_path):
+    """The mean of an arm without the seed that diverged looks better than the arm is."""
+    for arm, restart in (("plain", "none"), ("restarts", "repan")):
+        for seed in (0, 1):
+            write_run(tmp_path / "out" / arm / f"seed_{seed}", seed, 70 + seed, cycle__restart=restart)
+    lost = tmp_path / "out" / "restarts" / "seed_1" / "status.json"
+    lost.write_text('{"state": "diverged"}')
+    assert study()[0] == 3
+    for name in ("results.md", "results.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "left out: out/restarts/seed_1: its loss diverged" in text
+        assert "not finished" not in text
+    lost.write_text('{"state": "failed"}')
+    (lost.parent / "last.pt").touch()
+    (tmp_path / "restarts_seed_1").write_text("2")
+    assert study("--minutes", "1e-9")[0] == 75
+    assert "left out: out: 1 run of 4 not finished" in (tmp_path / "out" / "results.md").read_text()
+
+
 def test_a_run_that_fails_ends_the_study(study, tmp_path):
     (tmp_path / "plain_seed_0").write_text("2")
     code, _, err, calls = study()
     assert (code, len(calls)) == (1, 1)
     assert "failed with exit code 2: Error: the last line" in err
     assert "Error: plain seed 0 failed, see out/plain/seed_0.log; continue the study with: repan" in err
+
+
+def test_a_run_that_stopped_by_itself_is_no_failure(study, tmp_path):
+    """Such as one with `run.max_hours`, or one that a scheduler stopped: the others are made, and it is continued."""
+    (tmp_path / "plain_seed_0").write_text("-75")
+    code, _, err, calls = study()
+    assert (code, made(calls)) == (75, ALL)
+    assert "Stopped: with 1 run to go; continue with: repan" in err
+    code, *_, calls = study()
+    assert (code, made(calls)) == (0, [("train", True, "plain/seed_0")])
+
+
+def test_records_without_a_state_are_no_run_to_begin_again(study, tmp_path):
+    folder = tmp_path / "out" / "plain" / "seed_0"
+    folder.mkdir(parents=True)
+    (folder / "best.pt").touch()
+    (folder / "metrics.jsonl").write_text("{}\n")
+    code, _, err, calls = study()
+    assert (code, calls) == (2, [])
+    assert "seed_0 holds records of epochs but no last.pt to continue from: bring that back, or move the folder" in err
+    assert (folder / "best.pt").exists()
 
 
 def test_it_stops_in_time_and_the_same_command_continues(study, tmp_path):

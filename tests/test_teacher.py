@@ -288,6 +288,17 @@ def test_a_teacher_of_other_classes_is_refused(capsys, small_run, tmp_path):
     assert "knows 10 classes, folder has 2" in line
 
 
+def test_the_ranks_of_a_machine_share_its_memory_for_their_caches(tmp_path, monkeypatch):
+    """Each has a table of its own; together they took four times the free memory of a machine of eight ranks."""
+    reserved = []
+    monkeypatch.setattr("repan_cli.training.teacher.memory_bytes", lambda free: 100)
+    monkeypatch.setattr("repan_cli.training.teacher._reserve", lambda *_: reserved.append(True))
+    for ranks, in_file in (("1", 0), ("2", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert allocate((4, 3, 2), CPU, tmp_path).shape == (4, 3, 2)  # 48 bytes
+        assert len(reserved) == in_file
+
+
 def test_a_disk_without_room_for_the_cache_is_an_error_at_once(tmp_path, monkeypatch):
     """A mapped file with holes would end the process by a signal, in the middle of a run."""
 

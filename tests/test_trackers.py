@@ -4,11 +4,12 @@ import importlib.util
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import DIGITS, ROOT, one_line, repan, run
 
-from repan_cli.errors import InputError
+from repan_cli.errors import InputError, OutOfSpaceError
 from repan_cli.runs import RunDirectory, trackers
 from repan_cli.session import recorder
 from repan_cli.system.packages import how_to_install
@@ -267,3 +268,27 @@ def test_lines_are_on_the_disk_before_the_state_that_counts_on_them(capsys, tmp_
     run(capsys, "train", *words, "--epochs", "1", "--out", tmp_path / "run")
     assert done[:3] == ["metrics.jsonl", "metrics.csv", "state"]
     assert len(done) == 3 * done.count("state")
+
+
+def test_a_table_that_an_earlier_version_began_keeps_its_columns(tmp_path):
+    """Rows with more figures than the header would stand under the wrong titles."""
+    path = tmp_path / "metrics.csv"
+    path.write_text("cycle,epoch,loss\r\n0,1,2.5\r\n")
+    table = trackers.Csv(path)
+    table.log("epoch", 2, {"cycle": 0, "first_loss": 9.0, "epoch": 2, "loss": 1.5, "steps": 7})
+    table.close()
+    assert path.read_text().splitlines() == ["cycle,epoch,loss", "0,1,2.5", "0,2,1.5"]
+
+
+def test_a_full_disk_hides_no_other_error_and_leaves_no_tracker_open(tmp_path, monkeypatch):
+    closed = []
+
+    def full(*_):
+        raise OutOfSpaceError("no space left")
+
+    monkeypatch.setattr(recorder.checkpoint, "save", full)
+    record = recorder.Record.__new__(recorder.Record)
+    record.best, record.folder = object(), tmp_path
+    record.trackers = [SimpleNamespace(close=lambda: closed.append(True))]
+    record.close()
+    assert closed == [True]

@@ -98,7 +98,8 @@ class ModelCard:
     `config` holds the run's settings under the names of the version that wrote them; use `settings` to read one.
     `metrics` holds the run's figures at this point, `teachers` the digests of its teachers. `surroundings` lists what
     the last bits may depend on, `float16` what the conversion to that precision lost. `split_digest` identifies the
-    images that were held out, and `labels_digest` the labels of all images.
+    images that were held out, `labels_digest` the labels of all images, and `names_digests` the names of the images of
+    each part, in order.
     """
 
     model: str
@@ -125,6 +126,7 @@ class ModelCard:
     repan: str | None = None
     command: str | None = None
     labels_digest: str | None = None
+    names_digests: Mapping[str, str] | None = None
     surroundings: Mapping[str, Any] | None = None
     teachers: Mapping[str, str] | None = None
     run: RunState | None = None
@@ -177,7 +179,7 @@ NEEDED = ("model", "block", "form", "structure", "classes", "in_chans", "image_s
 WRITTEN = (*NEEDED, "config", "split_digest", "cycle", "epoch", "metrics")
 IF_KNOWN = (
     *("crop_share", "crop_mode", "interpolation", "normalizes", "precision", "float16", "fused_from", "repan"),
-    *("command", "labels_digest", "surroundings", "teachers"),
+    *("command", "labels_digest", "names_digests", "surroundings", "teachers"),
 )
 OF_RUNS = ("progress", "begun", "finished")
 
@@ -265,6 +267,7 @@ FITS: dict[str, Fits] = {
     "repan": _text,
     "command": _text,
     "labels_digest": _text,
+    "names_digests": _texts,
     "surroundings": _mapping,
     "teachers": _texts,
     "progress": _mapping,

@@ -26,6 +26,8 @@ from repan_cli.training.evaluation import eval_batch
 from repan_cli.training.scoring import Details, agreement, examine, worst_confusions
 
 WORST = 5
+PICTURE = "confusion.png"
+WRITTEN = ("confusion.csv", "classes.csv", PICTURE)
 MOST_IN_A_TABLE = 2000
 """The largest number of classes for tables; above it a table would have millions of fields, nearly all of them 0."""
 
@@ -95,7 +97,10 @@ def _title(source: str, result: dict[str, Any]) -> str:
 
 
 def _write(folder: Path, details: Details, classes: tuple[str, ...], title: str) -> list[str]:
-    """Write tables and picture; return the names of the files."""
+    """Write tables and picture, in place of earlier ones; return the names of the files."""
+    if replaced := [name for name in WRITTEN if (folder / name).exists()]:
+        tell(f"replacing {', '.join(replaced)} of an earlier evaluation in {folder}")
+    (folder / PICTURE).unlink(missing_ok=True)  # it may not be drawn again, and would show another network
     many = len(classes) > MOST_IN_A_TABLE
     if many:
         counts = []
@@ -121,16 +126,16 @@ def _write(folder: Path, details: Details, classes: tuple[str, ...], title: str)
     written = [str(folder / name) for name in tables]
     if many:
         tell(
-            "confusion.csv has one line per pair of classes, and confusion.png is not written: "
+            f"confusion.csv has one line per pair of classes, and {PICTURE} is not written: "
             f"{len(classes):,} classes are too many"
         )
         return written
     if plots.available():
-        lacking = plots.draw_confusion(counts, classes, folder / "confusion.png", title=title)
+        lacking = plots.draw_confusion(counts, classes, folder / PICTURE, title=title)
         if lacking:
-            warn(f"confusion.png: no installed font has {' '.join(lacking[:10])}: it is drawn as a box")
-        return [*written, str(folder / "confusion.png")]
-    tell(f"no confusion.png: {plots.how_to_get()}")
+            warn(f"{PICTURE}: no installed font has {' '.join(lacking[:10])}: it is drawn as a box")
+        return [*written, str(folder / PICTURE)]
+    tell(f"no {PICTURE}: {plots.how_to_get()}")
     return written
 
 

@@ -184,7 +184,8 @@ class EvaluateOptions:
     model: Network = None
     block: OwnBlock = None
     out: Annotated[
-        Path | None, Option(("--out", "-o"), "Write confusion.csv, confusion.png and classes.csv there.", "FOLDER")
+        Path | None,
+        Option(("--out", "-o"), "Write or replace confusion.csv, confusion.png and classes.csv there.", "FOLDER"),
     ] = None
     trust_code: TrustCode = False
     device: Device = "auto"

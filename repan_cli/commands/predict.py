@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from repan_cli.commands.early import images_in
 from repan_cli.commands.options import PredictOptions
@@ -75,10 +77,16 @@ def _targets(folder: Path, files: Sequence[Path]) -> dict[Path, Path]:
     Raises InputError if a file exists already, or if the folder cannot be made.
     """
     taken: set[str] = set()
+    tried: Counter[str] = Counter()  # by stem, since many folders may hold images of one name
     targets: dict[Path, Path] = {}
     for file in files:
-        names = (f"{file.stem}{f'_{number}' if number else ''}.png" for number in itertools.count())
-        name = next(name for name in names if name.lower() not in taken)  # some systems do not distinguish A from a
+        stem = file.stem.lower()  # some systems do not distinguish A from a
+        while True:
+            number = tried[stem]
+            tried[stem] += 1
+            name = f"{file.stem}{f'_{number}' if number else ''}.png"
+            if name.lower() not in taken:
+                break
         taken.add(name.lower())
         targets[file] = folder / name
     for target in (*targets.values(), folder / TABLE):
@@ -116,16 +124,22 @@ def _predicted(
     artifact: Artifact, files: Sequence[Path], top: int, machine: Runtime, unreadable: list[str]
 ) -> list[dict[str, Any]]:
     """Return an entry for each readable file; the errors of the others go into `unreadable`."""
-    images, read = [], []
-    for file in files:
+    prepared = artifact.preparation
+
+    def opened(file: Path) -> Tensor | UnreadableImageError:
         try:
-            images.append(artifact.preparation.file(file))
-            read.append(file)
+            return prepared.picture(open_image(file, prepared.channels))
         except UnreadableImageError as error:
-            unreadable.append(str(error))
-    if not images:
+            return error
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        found = [*pool.map(opened, files)]
+    unreadable += [str(each) for each in found if isinstance(each, UnreadableImageError)]
+    read = [file for file, each in zip(files, found, strict=True) if isinstance(each, Tensor)]
+    if not read:
         return []
-    batch = torch.stack(images).to(machine.device).contiguous(memory_format=machine.memory_format)
+    images = prepared.normalized(torch.stack([each for each in found if isinstance(each, Tensor)]))
+    batch = images.to(machine.device).contiguous(memory_format=machine.memory_format)
     logits = artifact.network(batch)
     check_logits(logits, len(batch), len(artifact.card.classes))
     logits = logits.float().cpu()

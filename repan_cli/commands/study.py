@@ -166,12 +166,18 @@ def _preview(study: Study, grid: Grid, jobs: Sequence[Job], *, as_json: bool) ->
 
 
 def _compare(study: Study, jobs: Sequence[Job]) -> Comparison | None:
-    """Compare the finished runs, on screen and in the study's folder; None if there are none."""
+    """Compare the finished runs, on screen and in the study's folder; None if there are none.
+
+    The files name the runs that are missing: a mean without a seed that diverged is better than the arm is.
+    """
     results, left_out = read_all([job.folder for job in jobs if job.state == "done"])
     if not results:
         return None
     for path, why in left_out:
         warn(f"left out: {path}: {why}")
+    left_out += [(str(job.folder), "its loss diverged") for job in jobs if job.state == "diverged"]
+    if to_do := sum(not job.is_over for job in jobs):
+        left_out.append((str(study.out), f"{count(to_do, 'run')} of {len(jobs)} not finished"))
     arms = {arm.name for arm in study.arms if arm.is_control}
     controls = {
         str(study.out / name): found

@@ -119,11 +119,12 @@ class Comparison:
     def gain(self, group: Group, figure: str = "test_top1", *, over: Group | None = None) -> Difference | None:
         """Return the difference from a control, by default the first.
 
-        It is None for the control itself, and for a group on other data, with which a control cannot be compared.
+        It is None for the control itself, and for a group that was scored on other images, with which a control cannot
+        be compared.
         """
         control = over or self.control
-        ours, theirs = group.results[0], control.results[0]
-        if group is control or ours.dataset != theirs.dataset or ours.classes != theirs.classes:
+        scored = [*control.results, *group.results]
+        if group is control or not all(result.is_scored_as(scored[0]) for result in scored):
             return None
         return difference(group.by_seed(figure), control.by_seed(figure))
 
@@ -189,11 +190,11 @@ def compare(
 
 
 def _unequal_lengths(groups: Sequence[Group]) -> list[str]:
-    """Warn if groups trained for different numbers of epochs."""
-    lengths = sorted({group.cost().epochs for group in groups})
+    """Warn if runs trained for different numbers of epochs, within a group or in different ones."""
+    lengths = sorted({result.epochs for group in groups for result in group.results})
     if len(lengths) < 2:
         return []
-    told = " and ".join(f"{length:g}" for length in (lengths[0], lengths[-1]))
+    told = " and ".join(map(str, (lengths[0], lengths[-1])))
     return [f"these runs differ in length ({told} epochs), which alone may explain a difference"]
 
 
@@ -215,7 +216,16 @@ def _different_problems(results: Sequence[Result]) -> list[str]:
         return [f"these runs use different data sets: {', '.join(names)}"]
     if len(classes) > 1:
         return [f"these runs have different numbers of classes: {', '.join(map(str, classes))}"]
+    if not all(result.is_scored_as(each) for each in _distinct(results) for result in results):
+        sizes = sorted({result.test_images for result in results if result.test_images})
+        counts = f" ({' and '.join(f'{size:,}' for size in sizes)})" if len(sizes) > 1 else ""
+        return [f"these runs were scored on different test images{counts}: groups that differ in them are not compared"]
     return []
+
+
+def _distinct(results: Sequence[Result]) -> list[Result]:
+    """Return one run for each test set."""
+    return list({(result.test_images, result.test_set): result for result in results}.values())
 
 
 def _folder(result: Result) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repan_cli import config
+from repan_cli.config.conventions import TEST_SET
 from repan_cli.config.renamed import present
 from repan_cli.errors import InputError
 from repan_cli.runs.directory import SERIES
@@ -22,7 +23,8 @@ from repan_cli.system.text import count
 class Result:
     """A finished run. Accuracies are in percent; `test_top1` is that of the network that validation chose.
 
-    `classes`, `images` (of an epoch), `device` and `test_images` are None for runs that did not record them. `records`
+    `classes`, `images` (of an epoch), `device`, `test_images` and `test_set` (a digest of the test images) are None for
+    runs that did not record them. `records`
     holds the cycle, validation top-1, rate and losses of each epoch. Rate and losses are given as far as they were
     recorded.
     """
@@ -40,6 +42,7 @@ class Result:
     seconds: float
     device: str | None
     test_images: int | None
+    test_set: str | None
     records: list[dict[str, Any]]
 
     @property
@@ -51,6 +54,13 @@ class Result:
         """Return the size of an epoch; None if the run did not record the number of its images."""
         sizes = self.settings["data.batch_size"], self.settings["optim.accumulate"]
         return Pace(self.images, *sizes) if self.images else None
+
+    def is_scored_as(self, other: Result) -> bool:
+        """Return whether two runs were scored on the same test images, as far as both recorded them."""
+        if (self.dataset, self.classes) != (other.dataset, other.classes):
+            return False
+        facts = (self.test_images, other.test_images), (self.test_set, other.test_set)
+        return all(None in pair or pair[0] == pair[1] for pair in facts)
 
     @property
     def images_seen(self) -> int | None:
@@ -180,6 +190,7 @@ def _result(
         seconds=_finite(float(summary["seconds"])),
         device=_device(machine),
         test_images=_test_images(summary),
+        test_set=str(summary[TEST_SET]) if summary.get(TEST_SET) else None,
         records=course,
     )
 

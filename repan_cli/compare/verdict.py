@@ -129,7 +129,8 @@ def sampling(comparison: Comparison) -> str | None:
     errors = _errors(comparison)
     if not errors:
         return None
-    shared = " All runs share these images, so differences are known more precisely." if len(errors) == 1 else ""
+    is_one = len(errors) == 1 and len({result.test_set for result in _results(comparison)}) == 1
+    shared = " All runs share these images, so differences are known more precisely." if is_one else ""
     kind = ", one standard deviation" if any("±" in error for error in errors) else ""
     return f"Sampling error{kind} of a network's test top-1: {'; '.join(errors)}.{shared}"
 

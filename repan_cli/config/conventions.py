@@ -77,6 +77,9 @@ CONFIG_FILE, ARM_FILE = "config.yaml", "arm.yaml"
 BESIDE_CONFIG = ("status.json", "env.json", "summary.json")
 """The files of a run, one of which at least lies beside its settings."""
 
+TEST_SET = "test_set"
+"""In the summary of a run, the key of the digest by which its test images are recognized."""
+
 PLACES = "places"
 """In the notes beside a run's settings, the key of the absolute paths of settings that are relative."""
 

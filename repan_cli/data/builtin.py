@@ -13,21 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from repan_cli.config.conventions import DATASET_PREFIXES, LARGE_IMAGE
+from repan_cli.config.conventions import LARGE_IMAGE
 from repan_cli.data import digits, pickled_arrays
 from repan_cli.data.folders import load_folders
-from repan_cli.data.image_files import as_mode, failure
 from repan_cli.data.types import (
     DATASETS,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    PREFIXES,
     ArrayImages,
     DatasetSpec,
-    Labels,
-    LazyImages,
     Part,
     RawDataset,
     ReadOptions,
@@ -35,7 +30,7 @@ from repan_cli.data.types import (
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
 from repan_cli.system.packages import how_to_install
-from repan_cli.system.text import first_line, quoted
+from repan_cli.system.text import quoted
 
 # ---------------------------------------------------------------------------------------------- torchvision's
 
@@ -154,9 +149,11 @@ def _load_imagenet16(classes: int) -> Callable[[Path, ReadOptions], RawDataset]:
         if (folder / "train").is_dir():
             return load_folders(folder, reading)
         train = [_read_batch(folder / f"train_data_batch_{number}", classes) for number in range(1, 11)]
-        joined = ArrayImages(*(np.concatenate(arrays) for arrays in zip(*train, strict=True)))
+        images, labels = (np.concatenate([batch[place] for batch in train]) for place in (0, 1))
         names = tuple(f"{number:04d}" for number in range(1, classes + 1))
-        return RawDataset(names, {"train": joined, "test": _read_batch(folder / "val_data", classes)})
+        return RawDataset(
+            names, {"train": ArrayImages(images, labels), "test": _read_batch(folder / "val_data", classes)}
+        )
 
     return load
 
@@ -207,100 +204,6 @@ def _load_noise(root: Path, reading: ReadOptions) -> RawDataset:
         images = draw.integers(0, 256, (count, size, size, reading.channels), dtype=np.uint8)
         parts[part] = ArrayImages(images, np.arange(count) % reading.classes)
     return RawDataset(tuple(f"class {number}" for number in range(reading.classes)), parts)
-
-
-# ---------------------------------------------------------------------------------------------- timm's own names
-
-IN_ORDER = DATASET_PREFIXES[2:]
-"""Data sets of timm that can only be read sequentially: no part can be held out, and no epoch repeated."""
-
-
-class _TimmReader:
-    """Reads the pictures of one of timm's or torchvision's data sets by number."""
-
-    def __init__(self, dataset: Any, channels: int) -> None:
-        self.dataset, self.channels = dataset, channels
-
-    def __call__(self, index: int) -> Image.Image:
-        try:
-            return as_mode(self.dataset[index][0], self.channels)
-        except (MemoryError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise failure(error, self._numbered(index)) from None
-
-    def name(self, index: int) -> str:
-        return f"image {self._numbered(index)}"
-
-    def _numbered(self, index: int) -> str:
-        return f"{index} of {type(self.dataset).__name__}"
-
-
-def _load_timm(name: str) -> Callable[[Path, ReadOptions], RawDataset]:
-    def load(root: Path, reading: ReadOptions) -> RawDataset:
-        if not reading.download:
-            raise InputError(f"{name} is opened by timm, which may download it: allow that with --dataset {name}")
-        train = _timm_part(name, root, "train")
-        others = {part: _timm_part(name, root, split) for part, split in (("val", "validation"), ("test", "test"))}
-        if name.startswith("torch/"):
-            others.pop("test" if others["val"] else "val")  # torchvision's have two parts
-        found = {part: dataset for part, dataset in {"train": train, **others}.items() if dataset is not None}
-        if len(found) < 2 or train is None:
-            raise InputError(f"timm finds no training and validation part of {name} in {root}")
-        classes, _ = _classes_and_labels(name, train)
-        parts: dict[str, Part] = {}
-        for part, dataset in found.items():
-            _, labels = _classes_and_labels(name, dataset)
-            if len(labels) and part != "train" and (labels < 0).all():
-                warn(f"the {part} part of {name} has no labels and is not used")
-                continue
-            parts[part] = LazyImages(_TimmReader(dataset, reading.channels), labels, np.arange(len(labels)))
-        if len(parts) < 2:
-            raise InputError(f"{name} has no validation or test part with labels")
-        return RawDataset(classes, parts)
-
-    return load
-
-
-def _timm_part(name: str, root: Path, split: str) -> Any:
-    """Load one part of a timm data set; return None for a validation or test part that it does not have."""
-    from timm.data import create_dataset
-
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return create_dataset(name, root=str(root), split=split, download=name.startswith("torch/"))
-    except ImportError as error:
-        raise InputError(f"{name} needs the package {error.name}: pip install {error.name}") from None
-    except Exception as error:  # from timm, torchvision, datasets, or the network
-        if split != "train":
-            return None
-        raise InputError(f"timm cannot open {name} in {root}: {first_line(error)}") from None
-
-
-def _classes_and_labels(name: str, dataset: Any) -> tuple[tuple[str, ...], Labels]:
-    """Return the class names, and the class numbers of the images, without reading the images."""
-    table = getattr(getattr(dataset, "reader", None), "dataset", None)  # a Hugging Face data set
-    if table is not None:
-        key = dataset.reader.label_key
-        classes, labels = getattr(table.features[key], "names", None), table[key]
-    else:
-        classes = getattr(dataset, "classes", None)
-        labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    if labels is None:
-        raise InputError(f"{name} gives the labels only by reading its images, which is not supported")
-    labels = np.asarray(labels, dtype=np.int64)
-    return tuple(map(str, classes or range(labels.max() + 1))), labels
-
-
-def _timm_spec(name: str) -> DatasetSpec:
-    prefix = name.partition("/")[0]
-    if prefix in IN_ORDER:
-        raise InputError(
-            f"{name} can only be read in order, so nothing could be held out or resumed: unpack it into class "
-            "folders (--dataset folder), or use hfds/ for sets of the Hugging Face hub"
-        )
-    return DatasetSpec(f"timm's {name}", _load_timm(name), IMAGENET_MEAN, IMAGENET_STD, image_size=LARGE_IMAGE)
-
-
-PREFIXES.update(dict.fromkeys(DATASET_PREFIXES, _timm_spec))
 
 
 # ---------------------------------------------------------------------------------------------- specifications

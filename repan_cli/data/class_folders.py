@@ -46,9 +46,12 @@ LIST = "classes.txt"
 
 
 class Listed(NamedTuple):
-    """The images of a part with their class numbers, and a count of other files by ending."""
+    """The images of a part with their class numbers, and a count of other files by ending.
 
-    paths: list[Path]
+    The paths are text: a million `Path` objects take half a gigabyte.
+    """
+
+    paths: list[str]
     labels: npt.NDArray[np.int64]
     others: Counter[str]
 
@@ -201,7 +204,14 @@ def _as_typed(folder: Path, root: Path) -> Path:
 
 
 def _folders(root: Path) -> list[Path]:
-    return [entry for entry in _entries(root) if entry.is_dir()] if root.is_dir() else []
+    """Return the folders in a folder, sorted; none if there is no such folder.
+
+    The folder itself tells the kind of its entries: a question for each image would take minutes on a network drive.
+    """
+    if not root.is_dir():
+        return []
+    with os.scandir(root) as entries:
+        return sorted(root / entry.name for entry in entries if not is_junk(entry.name) and entry.is_dir())
 
 
 def _some(names: Sequence[str]) -> str:
@@ -221,12 +231,10 @@ def class_name(folder: Path) -> str:
 def class_folders(folder: Path) -> dict[str, list[Path]]:
     """Return the folder of each class of a part, by class name, sorted. Raises InputError for fewer than two."""
     classes: dict[str, list[Path]] = {}
-    entries = _entries(folder)
-    for entry in entries:
-        if entry.is_dir():
-            classes.setdefault(class_name(entry), []).append(entry)
+    for entry in _folders(folder):
+        classes.setdefault(class_name(entry), []).append(entry)
     if len(classes) < 2:
-        loose = next((entry for entry in entries if is_image(entry)), None)
+        loose = next((entry for entry in _entries(folder) if is_image(entry)), None)
         mend = f": {loose.name} and the others must be in one folder per class" if loose else ""
         raise InputError(f"{folder} holds {count_of(len(classes), 'class folder')}; at least two are needed{mend}")
     return dict(sorted(classes.items()))
@@ -299,7 +307,7 @@ def list_images(folder: Path, classes: Sequence[str], *, whole: bool = True) -> 
     if strange:
         found = count_of(len(strange), "class folder")
         raise InputError(f"{folder} has {found} that the training set lacks, such as '{min(strange)}'")
-    paths: list[Path] = []
+    paths: list[str] = []
     labels: list[int] = []
     others: Counter[str] = Counter()
     for label, name in enumerate(classes):
@@ -308,7 +316,7 @@ def list_images(folder: Path, classes: Sequence[str], *, whole: bool = True) -> 
         if not images and name in there:
             raise InputError(f"{there[name][0]} holds no images ({', '.join(sorted(EXTENSIONS))})")
         others.update(path.suffix.lower() or "no ending" for path in files if not is_image(path))
-        paths += images
+        paths += map(str, images)
         labels += [label] * len(images)
     return Listed(paths, np.array(labels, dtype=np.int64), others)
 

@@ -248,11 +248,11 @@ def _fitted(part: Part, reading: ReadOptions) -> Part:
     images = _with_channels(part.images, reading.channels)
     size = reading.image_size or images.shape[1]
     if reading.streams(size):
-        return LazyImages(image_files.ArrayReader(images), part.labels, np.arange(len(images)))
+        return LazyImages(image_files.ArrayReader(images, part.names), part.labels, np.arange(len(images)))
     if images.shape[1:3] != (size, size):
         resized = [np.asarray(image_files.square(image_files.as_picture(image), size)) for image in images]
         images = np.stack(resized).reshape(-1, size, size, reading.channels)
-    return ArrayImages(images, part.labels)
+    return ArrayImages(images, part.labels, part.names)
 
 
 def _with_channels(images: Pixels, channels: int) -> Pixels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,8 @@ import numpy as np
 
 from repan_cli.config.conventions import SMALL_IMAGE
 from repan_cli.data import class_folders, image_files
-from repan_cli.data.image_files import UnreadableImageError
-from repan_cli.data.types import ArrayImages, Labels, LazyImages, Part, Pixels, RawDataset, ReadOptions
+from repan_cli.data.image_files import FileReader, UnreadableImageError
+from repan_cli.data.types import ArrayImages, Labels, LazyImages, Part, RawDataset, ReadOptions
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn
 from repan_cli.system.text import count as count_of
@@ -44,10 +45,11 @@ def load_folders(root: Path, reading: ReadOptions) -> RawDataset:
     parts: dict[str, Part] = {}
     for part, (paths, labels, _) in listed.items():
         skip, mend = reading.skip and part == "train", MEND if part == "train" else MEND_SCORED
+        reader = FileReader(paths, reading.channels, folders[part])
         if reading.streams(size):
-            parts[part] = _pictures(root, paths, labels, reading, skip=skip, whole=part != "train", mend=mend)
+            parts[part] = _pictures(root, reader, labels, reading, skip=skip, whole=part != "train", mend=mend)
         else:
-            parts[part] = _read_images(paths, labels, size, reading, skip=skip, mend=mend)
+            parts[part] = _read_images(reader, labels, size, skip=skip, mend=mend)
     return RawDataset(classes, parts, size)
 
 
@@ -57,7 +59,7 @@ def _side(listed: Iterable[class_folders.Listed], reading: ReadOptions) -> int:
     It is the images' own side if all are small, square and equal in size; otherwise that of the network. Raises
     InputError if neither is known.
     """
-    own = image_files.common_side(path for part in listed for path in part.paths)
+    own = image_files.common_side(Path(path) for part in listed for path in part.paths)
     if isinstance(own, int) and (own <= SMALL_IMAGE or reading.network_size is None):
         return own
     if reading.network_size is None:
@@ -84,26 +86,26 @@ def _only(root: Path, folders: dict[str, Path], part: str) -> Path:
     raise InputError(f"{root} has no folder for the part {part}; --data-root names another place")
 
 
-def _read_images(
-    paths: list[Path], labels: Labels, size: int, reading: ReadOptions, *, skip: bool, mend: str
-) -> ArrayImages:
-    if len(paths) * size * size * reading.channels > LARGEST_RESIDENT:
+def _read_images(reader: FileReader, labels: Labels, size: int, *, skip: bool, mend: str) -> ArrayImages:
+    shape = (len(labels), size, size, reader.channels)
+    if math.prod(shape) > LARGEST_RESIDENT:
         raise InputError(
-            f"{len(paths):,} images of {size} pixels do not fit in memory: set a smaller data.image_size, or "
+            f"{len(labels):,} images of {size} pixels do not fit in memory: set a smaller data.image_size, or "
             "data.crop=resized, which reads them one by one"
         )
+    images = np.empty(shape, dtype=np.uint8)  # filled in place: a list of images to stack would take twice the memory
 
-    def read(index: int) -> Pixels:
-        return np.asarray(image_files.square(image_files.open_image(paths[index], reading.channels), size))
+    def read(index: int) -> bool:
+        images[index] = np.asarray(image_files.square(reader(index), size)).reshape(shape[1:])
+        return True
 
-    images = _outcomes(read, len(paths), skip=skip, mend=mend)
-    kept = np.array([image is not None for image in images])
-    stacked = np.stack([image for image in images if image is not None])
-    return ArrayImages(stacked.reshape(-1, size, size, reading.channels), labels[kept])
+    kept = np.array([found is not None for found in _outcomes(read, len(labels), skip=skip, mend=mend)])
+    names = np.array([*reader.names(np.flatnonzero(kept))])
+    return ArrayImages(images if kept.all() else images[kept], labels[kept], names)
 
 
 def _pictures(
-    root: Path, paths: list[Path], labels: Labels, reading: ReadOptions, *, skip: bool, whole: bool, mend: str
+    root: Path, reader: FileReader, labels: Labels, reading: ReadOptions, *, skip: bool, whole: bool, mend: str
 ) -> LazyImages:
     """Return images that are read on demand, and check them now, so that a run does not fail near its end.
 
@@ -112,17 +114,18 @@ def _pictures(
     """
 
     def look(index: int) -> bool:
-        image_files.check(paths[index], whole=whole)
+        image_files.check(reader.path(index), whole=whole)
         return True
 
-    kept = np.ones(len(paths), dtype=bool)
+    count = len(labels)
+    kept = np.ones(count, dtype=bool)
     if reading.left_out is not None and not whole:
         known = set(reading.left_out)
-        kept = np.array([_named(path, root) not in known for path in paths])
-    elif len(paths) <= LOOKED_AT:
-        kept = np.array([found is not None for found in _outcomes(look, len(paths), skip=skip, mend=mend)])
-    left_out = tuple(_named(paths[number], root) for number in np.flatnonzero(~kept))
-    return LazyImages(image_files.FileReader(paths, reading.channels), labels[kept], np.flatnonzero(kept), left_out)
+        kept = np.array([_named(reader.path(number), root) not in known for number in range(count)])
+    elif count <= LOOKED_AT:
+        kept = np.array([found is not None for found in _outcomes(look, count, skip=skip, mend=mend)])
+    left_out = tuple(_named(reader.path(number), root) for number in np.flatnonzero(~kept).tolist())
+    return LazyImages(reader, labels[kept], np.flatnonzero(kept), left_out)
 
 
 def _named(path: Path, root: Path) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +50,11 @@ class ForbiddenImageError(UnreadableImageError):
     may_be_skipped = False
 
 
-NETWORK = {"requests", "urllib3", "httpx", "aiohttp"}
+NETWORK = {"requests", "urllib3", "httpx", "aiohttp", "huggingface_hub"}
 """Packages all of whose errors are failures of the network."""
 
 
-def _is_of_network(error: Exception) -> bool:
+def is_of_network(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in NETWORK
 
 
@@ -74,7 +76,7 @@ def failure(error: Exception, name: str) -> RepanError:
         )
     if number in FULL:
         return OutOfSpaceError(f"cannot read the image {name}: {why}: free some space")
-    if number in OUT_OF_REACH or isinstance(error, (ConnectionError, TimeoutError)) or _is_of_network(error):
+    if number in OUT_OF_REACH or isinstance(error, (ConnectionError, TimeoutError)) or is_of_network(error):
         return OutOfReachError(f"cannot read the image {name}: {why}: its disk or network drive does not deliver")
     if number in FORBIDDEN:
         return ForbiddenImageError(f"cannot read the image {name}: {why}")
@@ -164,11 +166,7 @@ def common_side(paths: Iterable[Path]) -> int | str:
     Pictures that cannot be read are ignored. The search ends at the first difference.
     """
     side = None
-    for path in paths:
-        try:
-            width, height = size_in(path)
-        except UnreadableImageError:
-            continue
+    for path, (width, height) in _sizes_in(iter(paths)):
         if width != height:
             return f"{path} is {width}x{height} pixels: set data.image_size, images are cropped to a square"
         if side not in (None, width):
@@ -177,18 +175,45 @@ def common_side(paths: Iterable[Path]) -> int | str:
     return side or "no image can be read"
 
 
+def _sizes_in(paths: Iterator[Path]) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """Yield the sizes of the pictures that can be read, in order; in threads, as a network drive answers late.
+
+    The first picture is read alone, then ever more at once, since photographs already differ in the first ones.
+    """
+
+    def size(path: Path) -> tuple[int, int] | None:
+        try:
+            return size_in(path)
+        except UnreadableImageError:
+            return None
+
+    number = 1
+    with ThreadPoolExecutor() as pool:
+        while some := [*itertools.islice(paths, number)]:
+            for path, found in zip(some, pool.map(size, some), strict=True):
+                if found is not None:
+                    yield path, found
+            number = min(2 * number, MOST_AHEAD)
+
+
+MOST_AHEAD = 1024
+"""The largest number of pictures whose sizes are read at once."""
+
+
 class FileReader:
     """Reads pictures from a list of files, by number.
 
     The names are one array of bytes, not a list of objects. Forked processes share it: reading an object would count a
-    reference in it, and so copy its page of memory into every process.
+    reference in it, and so copy its page of memory into every process. Other machines know the images by their names
+    relative to `folder`.
     """
 
-    def __init__(self, paths: list[Path], channels: int) -> None:
+    def __init__(self, paths: Sequence[Path | str], channels: int, folder: Path | None = None) -> None:
         names = [os.fsencode(path) for path in paths]
-        self.names = np.frombuffer(b"".join(names), dtype=np.uint8)
+        self.letters = np.frombuffer(b"".join(names), dtype=np.uint8)
         self.ends = np.cumsum([0, *map(len, names)])
         self.channels = channels
+        self.skipped = len(os.fsencode(folder / "_")) - 1 if folder else 0
 
     def __call__(self, index: int) -> Image.Image:
         path = self.path(index)
@@ -202,23 +227,31 @@ class FileReader:
             raise
 
     def path(self, index: int) -> Path:
-        return Path(os.fsdecode(self.names[self.ends[index] : self.ends[index + 1]].tobytes()))
+        return Path(os.fsdecode(self.letters[self.ends[index] : self.ends[index + 1]].tobytes()))
 
     def name(self, index: int) -> str:
         return str(self.path(index))
+
+    def names(self, index: npt.NDArray[np.int64]) -> Iterator[bytes]:
+        whole = self.letters.tobytes()
+        for start, end in zip(self.ends[index].tolist(), self.ends[index + 1].tolist(), strict=True):
+            yield whole[start + self.skipped : end]
 
 
 class ArrayReader:
     """Makes pictures of images (N, H, W, C) in memory, by number."""
 
-    def __init__(self, images: npt.NDArray[np.uint8]) -> None:
-        self.images = images
+    def __init__(self, images: npt.NDArray[np.uint8], names: npt.NDArray[np.bytes_] | None = None) -> None:
+        self.images, self.known = images, names
 
     def __call__(self, index: int) -> Image.Image:
         return as_picture(self.images[index])
 
     def name(self, index: int) -> str:
         return f"image {index}"
+
+    def names(self, index: npt.NDArray[np.int64]) -> Iterable[bytes] | None:
+        return None if self.known is None else self.known[index]
 
 
 def as_picture(image: npt.NDArray[np.uint8]) -> Image.Image:

@@ -56,7 +56,7 @@ class StreamingLoader(Loader):
     ) -> None:
         super().__init__(count=len(part.labels), **options)
         if isinstance(part, ArrayImages):
-            part = LazyImages(ArrayReader(part.images), part.labels, np.arange(len(part.labels)))
+            part = LazyImages(ArrayReader(part.images, part.names), part.labels, np.arange(len(part.labels)))
         self.part, self.resized, self.policy_of = part, resized, policy_of
         self.workers, self.skip, self.crop = workers, skip, crop or MiddleCrop()
         self.skipped: set[str] = set()

@@ -29,9 +29,7 @@ def _renumbered(part: Part, numbers: Labels) -> Part:
     """Keep the images whose class has a new number in `numbers` (classes,); -1 drops the class."""
     kept = part.take(numbers[part.labels] >= 0)
     labels = numbers[kept.labels]
-    return (
-        ArrayImages(kept.images, labels) if isinstance(kept, ArrayImages) else dataclasses.replace(kept, labels=labels)
-    )
+    return kept._replace(labels=labels) if isinstance(kept, ArrayImages) else dataclasses.replace(kept, labels=labels)
 
 
 def first_images(raw: RawDataset, count: int) -> RawDataset:

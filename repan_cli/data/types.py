@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+import unicodedata
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,20 +21,31 @@ from repan_cli.registry import Registry
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+SHORT = 16
+"""The number of digits of a digest that is no protection, but tells sets of images apart."""
+
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
+Names = npt.NDArray[np.bytes_]
+
+
 class ArrayImages(NamedTuple):
-    """Images as uint8 (N, H, W, C) and their class numbers as int64 (N,)."""
+    """Images as uint8 (N, H, W, C) and their class numbers as int64 (N,).
+
+    `names` (N,) holds the names of their files relative to the folder of the part; None if they have none.
+    """
 
     images: Pixels
     labels: Labels
+    names: Names | None = None
 
     def take(self, chosen: Mask) -> ArrayImages:
         """Return the images that a mask (N,) chooses."""
-        return ArrayImages(self.images[chosen], self.labels[chosen])
+        names = None if self.names is None else self.names[chosen]
+        return ArrayImages(self.images[chosen], self.labels[chosen], names)
 
 
 class Reader(Protocol):
@@ -39,7 +53,11 @@ class Reader(Protocol):
 
     def __call__(self, index: int) -> Image.Image: ...
 
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """Return the name of an image for messages."""
+
+    def names(self, index: npt.NDArray[np.int64]) -> Iterable[bytes] | None:
+        """Return names by which images are recognized wherever their data are; None if they have none."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,31 @@ class LazyImages:
 
 
 Part = ArrayImages | LazyImages
+
+
+def digest_of_names(part: Part) -> str | None:
+    """Return the SHA-256 of the names of a part's images, in order; None if they have none.
+
+    Systems that compose accents differently, or separate folders by another sign, give the same digest.
+    """
+    names = part.names if isinstance(part, ArrayImages) else part.read.names(part.index)
+    if names is None:
+        return None
+    total = hashlib.sha256()
+    for name in names:
+        total.update(_portable(name) + b"\0")
+    return total.hexdigest()
+
+
+def _portable(name: bytes) -> bytes:
+    if os.sep != "/":
+        name = name.replace(os.fsencode(os.sep), b"/")
+    if name.isascii():
+        return name
+    try:
+        return unicodedata.normalize("NFC", name.decode()).encode()
+    except UnicodeDecodeError:
+        return name
 
 
 class RawDataset(NamedTuple):
@@ -145,10 +188,26 @@ class Dataset:
     split_digest: str
 
     @property
+    def parts(self) -> dict[str, Part]:
+        """Return the parts that there are, by name."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @cached_property
     def labels_digest(self) -> str:
         """SHA-256 of the labels of all parts, in order."""
-        parts = (part.labels.tobytes() for part in (self.train, self.val, self.test) if part is not None)
-        return hashlib.sha256(b"|".join(parts)).hexdigest()
+        return hashlib.sha256(b"|".join(part.labels.tobytes() for part in self.parts.values())).hexdigest()
+
+    @cached_property
+    def names_digests(self) -> dict[str, str]:
+        """Short digests of the names of the images of each part, in order, for parts whose images have names."""
+        found = {name: digest_of_names(part) for name, part in self.parts.items()}
+        return {name: digest[:SHORT] for name, digest in found.items() if digest is not None}
+
+    def digest_of(self, part: str) -> str:
+        """Return a short digest of the labels of a part and, if they are known, of the names of its images."""
+        content = self.parts[part].labels.tobytes() + self.names_digests.get(part, "").encode()
+        return hashlib.sha256(content).hexdigest()[:SHORT]
 
     @property
     def channels(self) -> int:

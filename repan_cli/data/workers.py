@@ -125,6 +125,21 @@ def _seed(key: int) -> None:
     torch.default_generator.manual_seed(key)  # torch.manual_seed, which seeds every device, takes 0.1 ms
 
 
+@contextlib.contextmanager
+def _kept_generators() -> Iterator[None]:
+    """Give this process its generators back after it has loaded images itself.
+
+    Dropout, or a user's own blocks, would otherwise draw other numbers with `data.workers=0` than with processes.
+    """
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
 def ignore_signals(worker: int) -> None:
     """Ignore signals in a worker: the main process decides when a run stops, and its workers must not die first."""
     for number in STOP_SIGNALS:
@@ -190,7 +205,8 @@ class Loading:
         began, said = time.monotonic(), False
         while True:
             try:
-                return next(self.iterator)
+                with contextlib.nullcontext() if self.samples.at else _kept_generators():
+                    return next(self.iterator)
             except RuntimeError as error:  # PyTorch's own begin so; an error within a process is quoted behind "Caught"
                 if str(error).startswith("DataLoader worker"):
                     raise StuckLoaderError(f"a process that loads images has died; {self._where()}") from None

@@ -295,12 +295,18 @@ def is_finished(path: Path, cycles: int | None) -> InputError:
 def discard_unsaved(path: Path) -> None:
     """Remove the folder of a run that was killed before it saved a state, so that the run can start again.
 
-    Raises InputError if the run is still alive, or if the folder holds results.
+    Raises InputError if the run is still alive, or if the folder holds results: a run saves a state before its first
+    step, so that one with records of epochs has lost it.
     """
     if not path.exists() or goes_on(path):
         return
     if (path / "summary.json").exists():
         raise InputError(f"{path} holds a summary but no state to continue from: move it away, or keep it as done")
+    records = path / "metrics.jsonl"
+    if records.exists() and records.stat().st_size:
+        raise InputError(
+            f"{path} holds records of epochs but no {LAST} to continue from: bring that back, or move the folder away"
+        )
     with RunDirectory(path, reopen=True):
         shutil.rmtree(path)
 

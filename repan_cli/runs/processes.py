@@ -112,7 +112,7 @@ class Pool:
                 continue
             del self._running[slot]
             self.tell(f"{job.name}: {outcome(job, process.returncode)}")
-            if process.returncode not in (0, DivergedError.exit_code):
+            if process.returncode not in (0, DivergedError.exit_code, PreemptedRunError.exit_code):
                 failed = failed or job
         return failed
 

@@ -62,16 +62,26 @@ class JsonLines(Lines):
 
 
 class Csv(Lines):
-    """metrics.csv: the same for spreadsheets; its columns are the keys of the first record."""
+    """metrics.csv: the same for spreadsheets; its columns are the keys of the first record.
+
+    A file that an earlier version began keeps its columns.
+    """
 
     writer: csv.DictWriter[str] | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.columns: list[str] = []
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as begun:
+                self.columns = next(csv.reader(begun), [])
+        super().__init__(path)
 
     def log(self, kind: str, epochs: int, figures: Mapping[str, Any]) -> None:
         if kind != "epoch":
             return
         if self.writer is None:
-            self.writer = csv.DictWriter(self.file, list(figures))
-            if self.file.tell() == 0:
+            self.writer = csv.DictWriter(self.file, self.columns or list(figures), extrasaction="ignore")
+            if not self.columns:
                 self.writer.writeheader()
         self.writer.writerow(figures)
         self.file.flush()

@@ -20,7 +20,7 @@ import repan_cli
 from repan_cli.checkpoint.format import digest_of, weights_of
 from repan_cli.config.settings import Config, flatten
 from repan_cli.data.image_files import ArrayReader
-from repan_cli.data.types import ArrayImages, Dataset, Part
+from repan_cli.data.types import ArrayImages, Dataset, Part, digest_of_names
 from repan_cli.system.ranks import agree, joined, of_first_rank
 from repan_cli.system.text import count
 from repan_cli.training.progress import POSITION
@@ -96,11 +96,8 @@ def _facts(part: Part) -> dict[str, str]:
         return {**facts, "pixels": _short(part.images)}
     if isinstance(part.read, ArrayReader):
         return {**facts, "pixels": _short(part.read.images)}
-    names = hashlib.sha256()
-    for index in part.index.tolist():
-        names.update("/".join(part.read.name(index).replace("\\", "/").rsplit("/", 2)[-2:]).encode("utf-8", "replace"))
-        names.update(b"\0")
-    return {**facts, "names of images": names.hexdigest()[:DIGITS]}
+    names = digest_of_names(part)
+    return facts if names is None else {**facts, "names of images": names[:DIGITS]}
 
 
 def _short(content: Any) -> str:

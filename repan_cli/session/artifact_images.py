@@ -20,7 +20,7 @@ from repan_cli.errors import InputError
 from repan_cli.models import probe
 from repan_cli.session import places
 from repan_cli.session.artifact import Artifact, are_of_imagenet
-from repan_cli.session.network import check_classes
+from repan_cli.session.same_data import check_classes, is_split_otherwise
 from repan_cli.system.notices import warn
 from repan_cli.system.text import first_line
 
@@ -58,8 +58,11 @@ def load(
     prepared = artifact.preparation
     data = dataclasses.replace(data, mean=prepared.mean, std=prepared.std)
     _check(artifact, data, told=order is not None)
-    if card.knows_its_data and data.split_digest != card.split_digest and not alone:
-        warn(f"the validation part of this data is not the one {artifact.source} was trained with")
+    if card.knows_its_data and not alone and is_split_otherwise(card, data):
+        warn(
+            f"the images held out of this data are not those held out for {artifact.source}: some of them may be its "
+            "training images"
+        )
     return data
 
 

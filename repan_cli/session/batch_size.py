@@ -116,7 +116,7 @@ def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     whole = host.memory_bytes() or 2**32
-    return max(host.memory_bytes(free=True) or 0, whole // 4)  # the file cache can be freed
+    return max(host.memory_bytes(free=True) or 0, whole // 4)  # macOS does not tell what is free
 
 
 def _power(number: int) -> int:

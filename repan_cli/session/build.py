@@ -135,6 +135,7 @@ class Session:
             repan=repan_cli.__version__,
             command=self.command,
             labels_digest=data.labels_digest,
+            names_digests=data.names_digests or None,
             surroundings={**surroundings(self.training.runtime), **places.noted(self.config)},
             teachers=dict(self.training.task_of.digests),
         )
@@ -248,6 +249,10 @@ def _training(command: str, config: Config, dataset: Dataset, network: Network, 
     task_of = PhaseTasks(ema.module if ema else network.model, dataset, train, machine)
     with doing("preparing the teacher"):
         task_of.prepare(plan)
+    if not train.steps(config.data.batch_size):
+        raise InputError(
+            f"{train.count} training images do not give each of {machine.ranks} processes two, as BN needs: start fewer"
+        )
     if config.data.batch_size > train.count:
         batch = config.data.batch_size
         warn(f"data.batch_size={batch} is more than the {train.count:,} training images: an epoch is one step")

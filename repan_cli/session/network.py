@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -25,7 +26,8 @@ from repan_cli.export.fuse import check_finite
 from repan_cli.models import Expansion, Selection, own_block, probe, user_file
 from repan_cli.models.inspect import classifier_layers
 from repan_cli.models.probe import PROBE_IMAGES
-from repan_cli.session import hub_folder
+from repan_cli.runs.directory import LAST
+from repan_cli.session import hub_folder, same_data
 from repan_cli.session.noted_name import how_to_name
 from repan_cli.system.copies import deep_copy
 from repan_cli.system.device import Runtime
@@ -231,11 +233,8 @@ def _other_names(classes: Sequence[str], saved: Checkpoint) -> str:
 
 def restore_network(config: Config, dataset: Dataset, saved: Checkpoint) -> Network:
     """Build the network of a resumed run. Raises InputError if the run's data have changed."""
-    check_classes("the run", saved.card.classes, dataset)
-    if saved.card.labels_digest != dataset.labels_digest:
-        raise InputError(
-            f"the images of {dataset.name} are not those that the run began with: some were added, removed or moved"
-        )
+    same_data.check_classes("the run", saved.card.classes, dataset)
+    same_data.check_images(saved.card, dataset, Path(config.run.out or "") / LAST)
     name = config.model.name
     assert name is not None, "a resumed run has the full name of its network"
     saved = _with_own_blocks(config, saved, "the run")
@@ -268,21 +267,8 @@ def _check_origin(config: Config, dataset: Dataset, name: str, saved: Checkpoint
             f"{source} holds blocks of the family {card.block}, not {config.block.name}: give --block as it was "
             "trained (only a network trained with --block plain may get others)"
         )
-    if card.split_digest != dataset.split_digest:
+    if same_data.is_split_otherwise(card, dataset):
         warn(f"{source} was trained with another validation part: some of its training images are now held out")
-
-
-def check_classes(source: object, classes: Sequence[str], dataset: Dataset) -> None:
-    """Check that a checkpoint has the classes of the data set. Raises InputError if not."""
-    if tuple(classes) == tuple(dataset.classes):
-        return
-    if len(classes) != len(dataset.classes):
-        counts = f"{source} knows {len(classes)} classes, {dataset.name} has {len(dataset.classes)}"
-        raise InputError(f"{counts}: give the data it was trained on")
-    first = next((a, b) for a, b in zip(classes, dataset.classes, strict=True) if a != b)
-    raise InputError(
-        f"{source} and {dataset.name} name their classes differently, such as '{first[0]}' and '{first[1]}'"
-    )
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ from typing import Any
 from repan_cli import checkpoint, runs
 from repan_cli.checkpoint.card import RunState
 from repan_cli.checkpoint.format import Checkpoint, weights_of
+from repan_cli.config.conventions import TEST_SET
 from repan_cli.config.settings import flatten
 from repan_cli.data.types import LazyImages
+from repan_cli.errors import OutOfSpaceError
 from repan_cli.runs import felt
 from repan_cli.runs.trackers import Csv, JsonLines, TrackedRun, Tracker, open_requested, read_metrics, rewind
 from repan_cli.session import control
@@ -161,7 +163,7 @@ class Record:
         return checkpoint.capture(self.session.training.scored, card)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # the run has failed: no other error may hide the first
+        with contextlib.suppress(OSError, OutOfSpaceError):  # the run has failed: no other error may hide the first
             self._save_best()
         for tracker in self.trackers:
             tracker.close()
@@ -188,14 +190,14 @@ def _tracked(session: Session, folder: runs.RunDirectory) -> TrackedRun:
 
 def _new_summary(session: Session) -> dict[str, Any]:
     config, data = session.config, session.dataset
-    parts = {"train": data.train, "val": data.val, "test": data.test}
     return {
         "command": session.command,
         "model": config.model.name,
         "block": config.block.name,
         "dataset": config.data.name,
         "classes": len(data.classes),
-        "images": {name: len(part.labels) for name, part in parts.items() if part},
+        "images": {name: len(part.labels) for name, part in data.parts.items()},
+        TEST_SET: data.digest_of("test"),
         "seed": config.run.seed,
         "baseline": session.start,
         "cycles": [],

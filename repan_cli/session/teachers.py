@@ -22,7 +22,7 @@ from repan_cli.models.inspect import wanted_images
 from repan_cli.models.probe import noise
 from repan_cli.session import hub_folder
 from repan_cli.session.agreement import file_of_first_rank
-from repan_cli.session.network import check_classes
+from repan_cli.session.same_data import check_classes, is_split_otherwise
 from repan_cli.system.device import Runtime
 from repan_cli.system.notices import warn
 from repan_cli.system.user_code import names_a_file
@@ -169,7 +169,7 @@ def _ours(name: str, settings: config.TeacherConfig, dataset: Dataset, saved: Ch
     check_classes(f"the teacher {name}", card.classes, dataset)
     if card.in_chans != dataset.channels:
         raise InputError(f"the teacher {name} reads {card.in_chans} channels, {dataset.name} has {dataset.channels}")
-    if card.split_digest != dataset.split_digest:
+    if is_split_otherwise(card, dataset):
         warn(
             f"the teacher {name} was trained with another validation part: some of its training images are now held out"
         )

@@ -10,9 +10,16 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-PROC_STAT, CPU_MAX = Path("/proc/stat"), Path("/sys/fs/cgroup/cpu.max")
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""The folder of Linux's control groups, by which containers and clusters set limits, and the list of one's own."""
+
+MEMORY = Path("/proc/meminfo")
+"""The file in which Linux tells the use of its memory."""
+
+PROC_STAT, CPU_MAX = Path("/proc/stat"), GROUPS / "cpu.max"
 """The files in which Linux gives the used time of each core, and the CPU limit of a container."""
 
 SAMPLE = 0.2
@@ -73,13 +80,65 @@ def _container_limit() -> int | None:
 
 
 def memory_bytes(*, free: bool = False) -> int | None:
-    """Return the machine's memory in bytes, total or free; None on systems that do not report it, such as Windows."""
+    """Return the machine's memory in bytes, total or free; None on systems that do not report it, such as Windows.
+
+    Memory that only holds files which can be read again is free. The limit of a container, or of a job of a cluster,
+    counts: a process that takes more is killed.
+    """
     if sys.platform == "win32":
         return None
     try:
-        return os.sysconf("SC_AVPHYS_PAGES" if free else "SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there = os.sysconf("SC_AVPHYS_PAGES" if free else "SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # macOS does not report free memory
         return None
+    if free:
+        there = max(there, _available())
+    return min([there, *(left if free else limit for limit, left in _memory_limits())])
+
+
+def _available() -> int:
+    """Return the memory that Linux can give to programs, in bytes; 0 on other systems.
+
+    After an epoch of images from disk nearly all memory holds files, and little of it counts as unused.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in MEMORY.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return 1024 * int(value.split()[0])
+    return 0
+
+
+def _memory_limits() -> list[tuple[int, int]]:
+    """Return the limit of each control group that holds this process, and what is left of it, in bytes.
+
+    Files that the group has read count as used, but are dropped when memory is needed.
+    """
+    found = []
+    for folder, (limit, used, files) in _memory_groups():
+        with contextlib.suppress(OSError, ValueError):  # no such folder, as in a container, or no limit
+            most = int((folder / limit).read_text(encoding="utf-8"))
+            taken = int((folder / used).read_text(encoding="utf-8"))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+            found.append((most, max(0, most - taken + int(stat.get(files, 0)))))
+    return found
+
+
+OF_GROUPS_2 = ("memory.max", "memory.current", "inactive_file")
+OF_GROUPS_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+"""The files of the limit and of the used bytes of a control group, and the entry of its files' bytes in memory.stat."""
+
+
+def _memory_groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Yield the folders of the control groups that hold this process, and the names of their files."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            top, own = GROUPS / "memory" if kinds else GROUPS, Path(path.lstrip("/"))
+            for inner in (own, *own.parents):
+                yield top / inner, OF_GROUPS_1 if kinds else OF_GROUPS_2
 
 
 def peak_memory() -> int | None:

@@ -18,6 +18,7 @@ from torch import Tensor, distributed
 from repan_cli.errors import InputError, LostRankError
 from repan_cli.system.files import to_json
 from repan_cli.system.launcher import local_rank, local_ranks, own_rank, rank_count
+from repan_cli.system.text import first_line
 
 START_LIMIT, STEP_LIMIT, DATA_LIMIT = timedelta(minutes=5), timedelta(minutes=10), timedelta(hours=24)
 """The time that ranks wait for each other: to begin, within a run, and while one of them downloads a data set."""
@@ -150,15 +151,22 @@ def gathered(text: str, limit: timedelta = STEP_LIMIT) -> list[str]:
     """
     if _Ours.store is None:
         return [text]
-    number, ranks = next(_Ours.meetings), distributed.get_world_size()
-    keys = [f"said/{number}/{rank}" for rank in range(ranks)]
-    _Ours.store.set(keys[distributed.get_rank()], text)
+    keys = _said(text)
     try:
         _Ours.store.wait(keys, limit)
         return [_Ours.store.get(key).decode() for key in keys]
     except RuntimeError:
-        silent = [rank for rank in range(ranks) if not _there(keys[rank])]
+        silent = [rank for rank, key in enumerate(keys) if not _there(key)]
         raise LostRankError(f"rank {', '.join(map(str, silent))} is lost or does not answer") from None
+
+
+def _said(text: str) -> list[str]:
+    """Give the others a value without waiting for theirs; return the keys of all."""
+    assert _Ours.store is not None, "ranks that have joined have a store"
+    number = next(_Ours.meetings)
+    keys = [f"said/{number}/{rank}" for rank in range(distributed.get_world_size())]
+    _Ours.store.set(keys[distributed.get_rank()], text)
+    return keys
 
 
 def _there(key: str) -> bool:
@@ -186,13 +194,21 @@ def agree(facts: Mapping[str, str], mend: str) -> None:
 
 def first_on_each_machine(work: Callable[[], Result]) -> Result:
     """Return the result of `work`, which the first rank of each machine runs before the others, since it may download
-    files.
+    files. Raises LostRankError, with the reason, if that failed on another machine: nobody waits there any more.
     """
     if not joined():
         return work()
     machines, rank = gathered(platform.node()), distributed.get_rank()
-    done = work() if machines.index(machines[rank]) == rank else None
-    gathered("", DATA_LIMIT)
+    done = None
+    if machines.index(machines[rank]) == rank:
+        try:
+            done = work()
+        except BaseException as error:
+            _said(first_line(error))
+            raise
+    for other, failure in enumerate(gathered("", DATA_LIMIT)):
+        if failure:
+            raise LostRankError(f"rank {other} on {machines[other]} has ended: {failure}")
     return work() if done is None else done
 
 

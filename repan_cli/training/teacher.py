@@ -22,6 +22,7 @@ from repan_cli.data.batches import Batch
 from repan_cli.errors import FULL, InputError, OutOfSpaceError
 from repan_cli.system.device import Runtime
 from repan_cli.system.host import memory_bytes
+from repan_cli.system.launcher import local_ranks
 from repan_cli.training import casts
 
 CACHE_TOLERANCE = 0.05
@@ -204,7 +205,7 @@ def allocate(shape: tuple[int, int, int], device: torch.device, folder: Path) ->
     size = 2 * shape[0] * shape[1] * shape[2]
     if device.type == "cuda" and size <= SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
         return torch.empty(shape, dtype=torch.float16, device=device)
-    if size <= SHARE_OF_HOST * (memory_bytes(free=True) or 0):
+    if size <= SHARE_OF_HOST * (memory_bytes(free=True) or 0) / local_ranks():  # each rank has a table
         return torch.empty(shape, dtype=torch.float16)
     with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives its name
         _reserve(file.fileno(), size, folder)
