@@ -73,9 +73,8 @@ def restart(
         attach: how fresh branches start. `ramp` sets attach rate 0, at which they do not train. The others set 1:
             `zero-gamma` with silent branches, `compensated` with branches that the trunk offsets, `one` as they are.
         branch_init: the weights of the fresh branches, `kaiming` or `small`.
-        trunk_scale: under `calibrate`, `pace` scales each channel of the merged kernel to the trunk's old gamma /
-            sigma, so that a step of the trunk changes the kernel as before. `keep` scales it to the old norm, and
-            `merged` writes the kernel as it is.
+        trunk_scale: under `calibrate`, `pace` scales each channel of the merged kernel to the trunk's old gamma / sigma
+            (a step then moves it as before), `keep` to its old norm. `merged` writes the kernel as it is.
         only: the names of the blocks to restart, as `blocks.rep_blocks` gives them; None means all.
         generator: the random generator for the fresh weights.
 
