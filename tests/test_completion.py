@@ -139,5 +139,5 @@ def test_list_describes_settings_and_presets(capsys):
     assert rows["block.kernel"]["type"] == "list of int"
     assert rows["baseline.epochs"]["default"] is None
     shown = run(capsys, "list", "settings", "cycle.rule")[1]
-    assert "reset do not. (str, default calibrate)" in shown
+    assert "only eval mode. (str, default calibrate)" in shown
     assert "digits" in json.loads(run(capsys, "list", "presets", "--json")[1])["recipes/digits"]

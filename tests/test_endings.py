@@ -212,4 +212,4 @@ def test_a_control_is_suggested_only_to_runs_that_have_none(capsys, tmp_path, fe
     given = ("cycle", *RUN[1:], "--baseline-epochs", "1", "--cycles", "1", *settings)
     code, _, err = run(capsys, *given, "--out", tmp_path / out)
     assert code == 0, err
-    assert err.count("--control trains the same epochs") == expected
+    assert err.count("--control also trains without restarts") == expected
