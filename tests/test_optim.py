@@ -228,3 +228,15 @@ def test_the_optimizers_that_are_listed_can_be_used_and_the_others_cannot():
     assert all(map(refusal, names.UNUSABLE))
     refused = filter(None, map(refusal, names.optimizers()))
     assert [line for line in refused if not re.search("CUDA required|install", line)] == []
+
+
+@pytest.mark.parametrize("live", [0.0, 1.0])
+def test_gradients_of_frozen_trunks_are_zero_even_if_they_overflow(live):
+    model = small_net().train()
+    optimizer = optim.build_optimizer(model, OptimConfig())
+    trunks = optim._trunk_parameters(optimizer)
+    for parameter in trunks:
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    optim.mask_trunk_gradients(optimizer, torch.tensor(live))
+    assert trunks
+    assert all(bool((p.grad == (0 if live == 0 else float("inf"))).all()) for p in trunks)

@@ -217,13 +217,15 @@ def drop_trunk_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def mask_trunk_gradients(optimizer: torch.optim.Optimizer, live: Tensor) -> None:
-    """Multiply the gradients of trunks by `live`, 0 or 1, on the device.
+    """Zero the gradients of trunks if `live`, 0 or 1 on the device, is 0; also those that overflowed.
 
     This is for a recorded step with frozen trunks, whose learning rate is 0 already. `mask_trunk_momentum` has to
     follow: otherwise weight decay would let momentum grow, and the weights would jump when trunks train again.
     """
-    if gradients := [p.grad for p in _trunk_parameters(optimizer) if p.grad is not None]:
-        torch._foreach_mul_(gradients, live)
+    frozen = live == 0
+    for parameter in _trunk_parameters(optimizer):
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(frozen, 0)  # a product with 0 would keep infinity as NaN, and skip the step
 
 
 def mask_trunk_momentum(optimizer: torch.optim.Optimizer, live: Tensor) -> None:
