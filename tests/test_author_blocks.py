@@ -153,6 +153,7 @@ SLOW = ("regnety_002", "mobilenetv3_small_050")
 ROWS = [pytest.param(*case, marks=pytest.mark.soak) if case[0] in SLOW else case for case in CASES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), ROWS)
 def test_the_authors_blocks_load_into_the_plain_network(name, family):
     model, names = with_blocks(name, family)

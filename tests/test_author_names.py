@@ -148,6 +148,7 @@ def gentle(model, seed=0):
 SMALL = list(FAMILIES)[:6]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_timm")
 @pytest.mark.parametrize("form", ["multi-branch", "merged", "merged timm"])
 @pytest.mark.parametrize("family", SMALL)

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("few_blocks")
 QUICK = ("--seconds", "0", "-b", "1", "-b", "3", "--training-batch", "4", "--json")
 
 
+@pytest.mark.slow
 def test_a_network_by_its_name(capsys):
     code, out, err = run(capsys, "benchmark", "repvgg_a0", *QUICK)
     assert code == 0, err
@@ -149,6 +150,7 @@ def suite(capsys, *words):
     return 0, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_the_suite_measures_against_the_targets(capsys):
     code, out, err = suite(
         capsys, "--quick", "--device", "cpu", "--only", "ceilings,losses,step,loader,inference,start"

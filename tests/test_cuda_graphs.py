@@ -90,6 +90,7 @@ def agree(eager, recorded, *, rel=1e-5):
         torch.testing.assert_close(recorded.model.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.soak) for case in CASES]
 )
@@ -114,6 +115,7 @@ def test_bfloat16_too(digits):
     assert losses(recorded) == pytest.approx(losses(eager), rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "steps"),
     [("zero-gamma", 6), *(pytest.param(case, None, marks=pytest.mark.soak) for case in ("zero-gamma", "frozen trunk"))],
@@ -139,6 +141,7 @@ def test_float16_whose_scale_falls_and_grows_is_recorded(digits, case, steps):
         torch.testing.assert_close(recorded.model.state_dict()[name], value, rtol=1e-2, atol=1e-2, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cached", "live"])
 def test_a_teacher_is_part_of_the_recording_or_of_its_input(digits, how):
     def make(**options):
@@ -149,6 +152,7 @@ def test_a_teacher_is_part_of_the_recording_or_of_its_input(digits, how):
     agree(*pair(digits, make))
 
 
+@pytest.mark.slow
 def test_a_weight_average_and_accumulated_batches(digits):
     def make(**options):
         run = training(digits, plan(**SHORT), batch_size=32, log_every=1, accumulate=2, **options)
@@ -177,6 +181,7 @@ def test_other_rules_are_another_recording(digits):
     assert counts == [1, 4, 4, 4]
 
 
+@pytest.mark.slow
 def test_the_tape_notices_what_a_graph_would_miss(digits):
     """A learning rate that the host puts in stays what it was: such a run goes another way."""
 
@@ -198,6 +203,7 @@ def test_a_tensor_that_has_moved_is_noticed_before_the_next_phase(digits):
                 first.data = first.data.clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["plain", "cached"])
 def test_a_recorded_step_never_waits_for_the_host(digits, how):
     run = training(digits, plan(**SHORT), batch_size=80, log_every=1000, graphs=Graphs(Tapes()))
@@ -219,6 +225,7 @@ class Refuses(Tapes):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
+@pytest.mark.slow
 def test_work_that_cannot_be_recorded_is_done_without_recording(digits):
     def make(**options):
         return training(digits, plan(**SHORT), batch_size=80, log_every=1, **options)
@@ -264,6 +271,7 @@ def test_switches_may_be_given_as_booleans(said, meant):
     assert dataclasses.asdict(chosen.run) | {"graph": meant, "compile": meant} == dataclasses.asdict(chosen.run)
 
 
+@pytest.mark.slow
 def test_three_cycles_compile_one_graph(digits):
     """Of whole batches; ragged ones are done as they are. Attach rates and restarts change tensors in place."""
     found = []

@@ -252,6 +252,7 @@ def test_a_detector_goes_into_onnx_for_one_image_at_a_time(detector, tmp_path, c
         assert "cannot be exported as a graph" in one_line(capsys, *words, *more)
 
 
+@pytest.mark.slow
 def test_a_detector_that_finds_nothing_is_not_written(detector, tmp_path, capsys):
     name, _ = detector
     (tmp_path / "net.py").write_text(DETECTOR.replace("THRESH", "2.0"))
@@ -331,6 +332,7 @@ NETWORKS = {
 FAST = ("lraspp_mobilenet_v3_large",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.soak) for name in NETWORKS]
 )

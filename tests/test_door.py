@@ -224,6 +224,7 @@ def words_of_agent(form, chosen):
     return words[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_an_agent_of_wandb_may_write_arguments_as_it_likes(capsys, form):
     chosen = {key: value for key, value in CHOSEN.items() if "." in key} if form == "args_no_hyphens" else CHOSEN

@@ -179,6 +179,7 @@ def test_a_terminal_that_is_gone_ends_nothing(monkeypatch, number):
     console.on_stderr.cache_clear()
 
 
+@pytest.mark.slow
 def test_libraries_say_nothing_without_a_home(tmp_path):
     """Neither matplotlib, whose folder cannot be made, nor ONNX Runtime, which would report to its makers."""
     code = (

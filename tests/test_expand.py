@@ -520,6 +520,7 @@ def chosen(**settings: object) -> set[str]:
     return {change.name for change in plan(resnet(), x, family="rep", selection=selection).changes}
 
 
+@pytest.mark.slow
 def test_selection():
     everything = chosen()
     assert len(everything) == 16
@@ -609,6 +610,7 @@ OWN_BLOCKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, pytest.param(64, marks=pytest.mark.soak)])
 def test_own_blocks_are_kept_on_small_images_too(size):
     """Fresh MobileOne on 1x1 maps amplifies rounding; that is no change of its function."""

@@ -104,6 +104,7 @@ NAMES, PRECISIONS = ("resnet18_cifar", "repvgg_a0_cifar", "mobilenetv3_small_050
 CASES = list(itertools.product(NAMES, PRECISIONS, (False, True), (False, True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "precision", "everything", "recorded"),
     [pytest.param(*case, marks=() if case in QUICK else pytest.mark.soak) for case in CASES],
@@ -159,6 +160,7 @@ def test_the_fake_gpu_notices(fault, error):
 # ---------------------------------------------------------------------------------------------- batch sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.soak)])
 def test_the_batch_size_is_tried_on_the_gpu(few_blocks, monkeypatch, precision):
     """Steps run on the device alone; one that finds no memory is halved, with its memory given back."""

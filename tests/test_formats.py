@@ -68,6 +68,7 @@ X = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 QUICK_FAMILIES = ("dbb",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [
@@ -89,6 +90,7 @@ def test_every_family_agrees_in_every_format(capsys, tmp_path, family):
         assert opened.card.classes[3] == "class 3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_same_network_gives_the_same_bytes(capsys, net, exported, tmp_path, kind):
     assert run(capsys, "fuse", net[0], "-o", tmp_path / f"again.{kind}")[0] == 0
@@ -111,6 +113,7 @@ def test_a_damaged_export_is_refused(exported, tmp_path, kind):
             artifact.open_artifact(str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pt2", pytest.param("onnx", marks=needs_onnx)])
 def test_the_normalisation_goes_into_the_graph(capsys, net, tmp_path, kind):
     path = tmp_path / f"net.{kind}"
@@ -129,6 +132,7 @@ ALONE = {
 }
 
 
+@pytest.mark.slow
 def test_a_machine_without_repan_opens_them(exported, net, tmp_path):
     code = "import sys, torch\nsys.modules['repan_cli'] = sys.modules['timm'] = None\n"
     kinds = [kind for kind in ALONE if kind in exported]
@@ -359,6 +363,7 @@ def test_no_file_runs_code(good_pt2, tmp_path, monkeypatch, what):
 # ---------------------------------------------------------------------------------------------- using what was written
 
 
+@pytest.mark.slow
 def test_predict_and_evaluate_take_every_format(capsys, small_run, tmp_path):
     from PIL import Image
     from sklearn.datasets import load_digits

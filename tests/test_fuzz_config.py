@@ -195,6 +195,7 @@ def refusal(file: Path, command: str) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [range(150), pytest.param(range(150, 1000), marks=pytest.mark.soak)], ids=len)
 def test_every_mistake_is_read_or_refused_with_its_place(tmp_path, numbers):
     refused = 0

@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [(), pytest.param(("--with-normalize",), marks=pytest.mark.soak)])
 def test_a_file_in_float16(capsys, small_run, tmp_path, normalize):
     path, whole = tmp_path / "half.onnx", tmp_path / "whole.onnx"

@@ -75,6 +75,7 @@ def test_the_report_finds_the_layer_that_was_made_bad():
     assert not others
 
 
+@pytest.mark.slow
 def test_quantize(capsys, few_blocks, small_run, tmp_path):
     out = tmp_path / "int8.onnx"
     code, text, err = run(capsys, "quantize", small_run.folder / "best.pt", "-o", out, "--images", "100", "--json")
@@ -110,6 +111,7 @@ def test_calibration_takes_training_images_evenly(wanted):
     assert len({b - a for a, b in itertools.pairwise(places)} or {0}) <= 2
 
 
+@pytest.mark.slow
 def test_calibration_is_asked_for_the_training_part_alone(capsys, few_blocks, small_run, tmp_path, monkeypatch):
     asked = []
     original = build.eval_loader
@@ -156,6 +158,7 @@ def zero_points(model):
             yield node, values.get(node.input[0]), values[node.input[2]]
 
 
+@pytest.mark.slow
 def test_files_for_tensorrt_have_its_scales_and_biases(few_blocks, graph):
     """Signed and symmetric: no zero point but 0, no bias in 32 bits."""
     content, model = quantized(graph, target="tensorrt")
@@ -195,6 +198,7 @@ def test_openvino_runs_its_file(few_blocks, graph):
     assert relative(OpenVinoNetwork(content)(X), onnx_file.OnnxNetwork(content)(X)) < 0.1
 
 
+@pytest.mark.slow
 def test_what_int8_costs_and_brings_is_reported(capsys, few_blocks, small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "interleaved", lambda cases, seconds: dict(zip(cases, (fast, slow), strict=True)))
     fast, slow = timing.Timing(0.001, 0.001, 0.001, 5), timing.Timing(0.002, 0.002, 0.002, 5)

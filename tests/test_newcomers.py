@@ -63,6 +63,7 @@ def test_a_full_stdout_is_one_line(words):
     assert (done.returncode, done.stderr) == (4, "Error: cannot write to stdout: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_closed_streams_are_one_line_or_none():
     repan = f"{sys.executable} -m repan_cli"
     commands = {"list blocks >&-": 4, "info gone.pt 2>&-": 2, "info gone.pt >&- 2>&-": 2}

@@ -57,6 +57,7 @@ def test_a_dry_run_records(recorded, capsys):
     assert recorded[0].recorded >= 1
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_and_resumes_records(recorded, capsys, tmp_path):
     """Catches tensors that loading a saved state replaces."""
     with pytest.MonkeyPatch.context() as patch:
@@ -67,12 +68,14 @@ def test_a_run_that_stops_and_resumes_records(recorded, capsys, tmp_path):
     assert [graphs.recorded > 0 for graphs in recorded] == [True, True]
 
 
+@pytest.mark.slow
 def test_a_series_records(recorded, capsys, tmp_path):
     """Catches recordings that outlive their run."""
     done(capsys, "train", *DIGITS, *SHORT, "--seeds", "0,1", "--out", tmp_path / "runs")
     assert [graphs.recorded > 0 for graphs in recorded] == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["views", pytest.param("none", marks=pytest.mark.soak)])
 def test_distillation_records_the_losses_of_steps_that_are_not(recorded, small_run, capsys, tmp_path, cache):
     """Catches a teacher's logits, live or cached, of another batch than the one that is trained on."""

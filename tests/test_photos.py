@@ -136,6 +136,7 @@ def test_small_pictures_of_one_size_keep_it(tmp_path):
     assert datasets.load("folder", tmp_path / "large", network_size=32, image_size=40).image_size == 40
 
 
+@pytest.mark.slow
 def test_a_run_on_photographs_has_the_size_of_its_network(tmp_path, capsys):
     words = ("train", "--model", "repvgg_a0_cifar", "--dataset", mixed(tmp_path / "photos"), "--epochs", "1", "--out")
     code, _, err = run(capsys, *words, tmp_path / "run", "data.batch_size=4", "optim.lr=0.01")
@@ -195,6 +196,7 @@ def test_the_commit_of_the_folder_is_noted(tmp_path, monkeypatch):
     assert directory.git_commit() == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [pytest.param("header", marks=pytest.mark.soak), "pixels"])
 def test_images_that_break_are_skipped_as_the_message_advises(tmp_path, monkeypatch, capsys, few_blocks, harm):
     monkeypatch.chdir(tmp_path)
@@ -212,6 +214,7 @@ def test_images_that_break_are_skipped_as_the_message_advises(tmp_path, monkeypa
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_images_that_break_after_others_were_left_out_are_skipped_on_resume(tmp_path, monkeypatch, capsys, few_blocks):
     """The run knows which images it began without; the positions of all others stay."""
     monkeypatch.chdir(tmp_path)

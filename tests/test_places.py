@@ -106,6 +106,7 @@ def stopped(capsys, command, *words):
     return err
 
 
+@pytest.mark.slow
 def test_a_teacher_is_found_again_from_another_folder(here, tmp_path, monkeypatch, capsys, few_blocks):
     Path("files").mkdir()
     net = small_net(in_chans=1)
@@ -118,6 +119,7 @@ def test_a_teacher_is_found_again_from_another_folder(here, tmp_path, monkeypatc
     assert checkpoint.load(here / "run" / "last.pt").card.config["teacher.name"] == f"{here}/files/t.pt"
 
 
+@pytest.mark.slow
 def test_a_teacher_of_a_users_own_network_is_given_again(here, tmp_path, monkeypatch, capsys, few_blocks):
     Path("net.py").write_text(NET)
     code, _, err = run(capsys, "train", "--model", "net.py:net", *TINY[2:], "--dataset", "digits", "--out", "teacher")

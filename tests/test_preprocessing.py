@@ -143,6 +143,7 @@ def told_by(path):
     return as_texts(torch.load(path, weights_only=True)["preprocessing"])
 
 
+@pytest.mark.slow
 def test_files_of_a_hub_folder_carry_its_preparation_in_every_format(capsys, hub, tmp_path):
     kinds = ["pt", "safetensors", "pt2"] + ([] if missing("onnx", "onnxscript", "onnxruntime") else ["onnx"])
     code, _, err = run(capsys, "fuse", hub, *(word for kind in kinds for word in ("-f", kind)), "-o", tmp_path / "net")

@@ -74,6 +74,7 @@ def made_by(start, folder):
     return folder, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "depths"), [("together", FEW), pytest.param("deep", repvgg_cifar.DEPTHS_A, marks=pytest.mark.soak)]
 )

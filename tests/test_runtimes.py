@@ -145,6 +145,7 @@ def test_info_runs_nothing(capsys, script, monkeypatch):
     assert found["files"] == {"model.torchscript": (script / "model.torchscript").stat().st_size}
 
 
+@pytest.mark.slow
 def test_libtorch_alone_opens_it(script, tmp_path):
     code = (
         "import sys, torch\nsys.modules['repan_cli'] = sys.modules['timm'] = None\n"

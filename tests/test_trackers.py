@@ -143,6 +143,7 @@ def test_each_has_its_extra():
         assert f'\n{name} = ["{name}>=' in extras
 
 
+@pytest.mark.slow
 @needs("wandb")
 def test_nobody_is_logged_in(tmp_path):
     words = ["train", *DIGITS, "run.trackers=wandb", "--out", tmp_path / "run"]
@@ -184,6 +185,7 @@ def reopened(folder, name, epochs):
     return trackers.open_requested((name,), tracked(folder))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in trackers.TRACKERS])
 def test_nothing_is_doubled_or_lost_over_a_resume(tmp_path, offline, name):
     folder = tmp_path / "run"
@@ -232,6 +234,7 @@ def killed_in(capsys, monkeypatch, *words, cycle, epoch):
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs("tensorboard")
 def test_a_run_of_cycles_is_tracked_and_so_is_its_resume(capsys, tmp_path, monkeypatch):
     words = "--baseline-epochs 1 --cycles 1 --epochs 2 data.batch_size=256 run.trackers=tensorboard,tensorboard --out"
@@ -250,6 +253,7 @@ def test_a_run_of_cycles_is_tracked_and_so_is_its_resume(capsys, tmp_path, monke
     assert "final/fused_params_after" in shown
 
 
+@pytest.mark.slow
 @needs("tensorboard")
 def test_a_tracker_that_is_asked_for_in_a_resume_gets_what_was_before(capsys, tmp_path, monkeypatch):
     words = "--epochs 2 data.batch_size=256 --out"
