@@ -45,7 +45,7 @@ def epoch(**changes):
         "cycle": 1,
         "epoch": 2,
         "loss": 1.5,
-        "first_loss": 2.0,
+        "first_loss": 0.9,
         "train_top1": 50.0,
         "val_top1": 60.0,
         "val_loss": 1.0,
@@ -233,6 +233,16 @@ def test_a_restart_that_breaks_train_mode_is_reported(tmp_path, after, warned):
     shown = display(tmp_path)
     shown.show(CycleStart(1, True, 22, 0, None, None, 0.5, after, 3e-7))
     assert ("Warning: the restart kept the function in eval mode only" in shown.console.file.getvalue()) == warned
+
+
+@pytest.mark.parametrize(("restarted", "first", "warned"), [(True, 1.1, False), (True, 1.3, True), (False, 1.3, False)])
+def test_a_loss_that_rises_after_a_restart_is_reported_once(tmp_path, restarted, first, warned):
+    shown = display(tmp_path)
+    shown.show(epoch(cycle=0, loss=0.7))
+    shown.show(CycleStart(1, restarted, 22, 0, None, None, 0.2, 0.2, 3e-7))
+    for number in (1, 2):
+        shown.show(epoch(epoch=number, first_loss=first))
+    assert shown.console.file.getvalue().count("the training loss rose from 0.700 to 1.300") == warned
 
 
 def test_counts():

@@ -13,7 +13,7 @@ from support import run, write_run
 from repan_cli import config
 from repan_cli.commands.early import fuse_targets
 from repan_cli.commands.options import FuseOptions
-from repan_cli.config.advice import unusual, why_loss_jumped, without_effect
+from repan_cli.config.advice import how_to_restart_smoothly, unusual, why_loss_jumped, without_effect
 from repan_cli.display.activity import Activity
 from repan_cli.errors import InputError
 from repan_cli.session import pace
@@ -251,3 +251,20 @@ def test_a_loss_that_jumped_is_explained_by_the_settings_of_the_run(given, image
     text = why_loss_jumped(found, images)
     assert said in text
     assert unsaid not in text.replace("raise cycle.", "raise ")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "a lower learning rate keeps it lower"),
+        ({"cycle.trunk_scale": "keep"}, "with cycle.trunk_scale=pace or a lower learning rate it rises less"),
+        (
+            {"cycle.schedule": "restart", "cycle.rule": "running", "cycle.trunk_scale": "merged"},
+            "with cycle.schedule=continuous, cycle.rule=calibrate, cycle.trunk_scale=pace or a lower",
+        ),
+        ({"cycle.momentum": "zero"}, "with cycle.momentum=carry or a lower"),
+    ],
+)
+def test_a_loss_that_rose_after_a_restart_is_answered_by_settings_that_the_run_does_not_have(given, said):
+    found = config.resolve("cycle", None, {**DIGITS, "data.batch_size": "128", **given}).config
+    assert how_to_restart_smoothly(found).startswith(said)

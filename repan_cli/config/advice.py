@@ -87,3 +87,12 @@ def why_loss_jumped(config: Config, images: int) -> str:
     causes.append("Or train longer before the restart" if causes else "train longer before it")
     kept = "the restart kept the function in eval mode only, as the BN statistics had not settled"
     return f"{kept}{': ' if len(causes) == 1 else '. '}{'. '.join(causes)}"
+
+
+def how_to_restart_smoothly(config: Config) -> str:
+    """Name the settings with which the training loss rises less in the first steps after a restart."""
+    wanted = {"schedule": "continuous", "rule": "calibrate", "trunk_scale": "pace", "momentum": "carry"}
+    others = [f"cycle.{key}={value}" for key, value in wanted.items() if getattr(config.cycle, key) != value]
+    if not others:
+        return "a lower learning rate keeps it lower"
+    return f"with {', '.join(others)} or a lower learning rate it rises less"

@@ -38,6 +38,7 @@ REFRESHES = 5
 NAME_WIDTH = 14
 LOSS_JUMP = 0.5
 JUMPED = "the restart kept the function in eval mode only"
+ROSE = "a lower learning rate keeps it lower"
 COLUMNS = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8}{:>8} {:>7}"
 WITHOUT_RATE = "{:<11} {:>7} {:>7} {:>6} {:>7} {:>8} {:>7}"
 WARNING = "bold magenta"
@@ -59,6 +60,7 @@ class Display:
         compiles: whether the first step takes long.
         ramps: whether the attach rate changes.
         jumped: explains a training loss that rose across a restart.
+        rose: explains one that rose in the first steps after it.
     """
 
     def __init__(
@@ -70,9 +72,12 @@ class Display:
         compiles: bool = False,
         ramps: bool = True,
         jumped: str = JUMPED,
+        rose: str = ROSE,
     ) -> None:
         self.epochs, self.compiles, self.ramps, self.titled = epochs, compiles, ramps, False
-        self.jumped = jumped
+        self.jumped, self.rose = jumped, rose
+        self.loss = 0.0  # of the last epoch
+        self.loss_restarted: float | None = None  # what it was at a restart, until the first epoch after it ends
         self.position = Position(epochs, steps, cycle=min(epochs))
         self.view = View(self.position, self.name)
         self.console = on_stderr()
@@ -169,6 +174,7 @@ class Display:
         name = self.name(event.cycle)
         self.position.cycle, self.position.epoch, self.position.step = event.cycle, 1, 0
         self.position.doing = "training"
+        self.loss_restarted = max(self.loss, event.loss_after_restart or 0.0) if event.restarted else None
         if event.restarted:
             blocks = count(event.blocks, "block")
             self.say(f"{name}: merged and regrew {blocks}; logits moved by {event.logit_error:.0e}")
@@ -229,6 +235,10 @@ class Display:
         ]
         line = self._row(cells)
         self.say(Text(line, style="bold" if event.best else ""))
+        before, self.loss_restarted, self.loss = self.loss_restarted, None, event.loss
+        if before is not None and event.first_loss > before + LOSS_JUMP:
+            rise = f"from {loss_text(before)} to {loss_text(event.first_loss)}"
+            self.say(_warning(f"the training loss rose {rise} in the first steps after the restart: {self.rose}"))
 
     def _end(self, event: CycleEnd) -> None:
         val = f"val {percent(event.top1)}, " if event.top1 is not None else ""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from repan_cli import runs
-from repan_cli.config.advice import why_loss_jumped
+from repan_cli.config.advice import how_to_restart_smoothly, why_loss_jumped
 from repan_cli.config.files import dump
 from repan_cli.config.resolve import Resolved
 from repan_cli.data.batches import Batch
@@ -105,6 +105,7 @@ def carry_out(
         compiles=session.config.run.compile == "on",
         ramps=any(phase.attach_rate(0.0) not in (None, 1.0) for phase in training.plan),
         jumped=why_loss_jumped(session.config, training.train.count),
+        rose=how_to_restart_smoothly(session.config),
     )
     display.facts({**header(session, resolved), "run": str(folder.path)})
     record = Record(session, folder, begun)
