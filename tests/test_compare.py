@@ -233,6 +233,28 @@ def test_runs_can_be_grouped_and_named_by_their_folders(capsys, arms):
     assert found["warnings"] == [f"the runs in {arms / 'repan'} differ in block.name"]
 
 
+def test_controls_of_a_series_are_a_group_of_their_own_and_have_records(capsys, tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "demo" / f"seed_{seed}", seed, 72)
+        write_run(tmp_path / "demo" / f"control_seed_{seed}", seed, 70, cycle__restart="none")
+    found, _ = as_json(capsys, tmp_path / "demo", "--by-folder")
+    assert [(group["label"], group["seeds"], group["control"]) for group in found["groups"]] == [
+        ("control", [0, 1], True),
+        ("demo", [0, 1], False),
+    ]
+    assert found["warnings"] == []
+    assert run(capsys, "compare", tmp_path / "demo", "--records", tmp_path / "kept")[0] == 0
+    kept = sorted(path.relative_to(tmp_path / "kept").as_posix() for path in (tmp_path / "kept").rglob("*.json"))
+    assert kept == ["control/0.json", "control/1.json", "demo/0.json", "demo/1.json"]
+
+
+def test_a_control_is_named_by_its_folder_as_the_table_names_it(capsys, arms):
+    found, _ = as_json(capsys, arms, "--by-folder", "--control", "same")
+    assert [(group["label"], group["control"]) for group in found["groups"]][0] == ("same", True)
+    code, _, err = run(capsys, "compare", arms, "--by-folder", "--control", "ame")
+    assert (code, "no run directory ame" in err) == (2, True)
+
+
 def test_there_can_be_several_controls(capsys, arms, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     words = ("compare", arms, "--by-folder", "--control", arms / "repan", "--control", arms / "cosine")

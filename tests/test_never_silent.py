@@ -116,9 +116,10 @@ def test_a_run_that_lost_its_best_weights_says_so(tmp_path, caplog):
 
 
 def test_a_folder_of_runs_is_answered_with_one_of_them(tmp_path):
-    (tmp_path / "seed_0").mkdir()
-    (tmp_path / "seed_0" / "best.pt").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"the runs are in it, such as .*seed_0"):
+    for name in ("control_seed_0", "seed_0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"the runs are in it, such as [^']*/seed_0$"):
         file_in(tmp_path)
 
 

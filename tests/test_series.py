@@ -366,6 +366,7 @@ def test_a_damaged_description_of_a_series_is_one_line(capsys, tmp_path):
             ["--control", "cycle.restart=none"],
             "cycle.restart=none and --control both ask for a run without restarts: give one",
         ),
+        (["--control", "cycle.restart=rescale", "--dry-run"], "cycle.restart=rescale and --control both ask"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, monkeypatch, words, says):

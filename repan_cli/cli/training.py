@@ -38,6 +38,8 @@ def train(
             else:
                 numbers = _seeds(options.seeds, given)
                 resolved = config.resolve(command, options.config_file, given)
+                if control:
+                    _check_control(resolved.config.cycle.restart)
                 if rank_count() == 1 and _begun_anew(resolved.config.run.out):  # several ranks agree on it
                     resume, given = resolved.config.run.out, {}
     except RepanError as error:
@@ -54,6 +56,11 @@ def train(
         dispatch("series", command, resolved, seeds=numbers, with_control=control, as_json=as_json)
     else:
         dispatch("train", command, resolved, as_json=as_json)
+
+
+def _check_control(restart: str) -> None:
+    if restart != "repan":
+        raise InputError(f"cycle.restart={restart} and --control both ask for a run without restarts: give one")
 
 
 def _seeds(text: str | None, given: dict[str, Any]) -> tuple[int, ...]:

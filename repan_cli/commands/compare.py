@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from repan_cli.commands.options import CompareOptions
 from repan_cli.compare import page, records, table
 from repan_cli.compare.groups import as_data, compare
-from repan_cli.compare.results import find_runs, read_all
+from repan_cli.compare.results import find_runs, folder_of, read_all
 from repan_cli.display.comparison import show
 from repan_cli.display.console import tell
 from repan_cli.errors import InputError
@@ -23,8 +25,10 @@ def run(options: CompareOptions) -> None:
     """Print the comparison of the runs that the arguments name, and write it as a page or a table if asked."""
     if options.as_json and options.as_csv:
         raise InputError("--json and --csv both write to stdout: give one")
-    controls = {word: find_runs([word]) for word in options.control}
-    results, left_out = read_all(find_runs([*options.runs, *options.control]))
+    compared = find_runs(options.runs)
+    named = {word: _in_folder(word, compared) if options.by_folder else [] for word in options.control}
+    controls = {word: found or find_runs([word]) for word, found in named.items()}
+    results, left_out = read_all(find_runs(map(str, [*compared, *itertools.chain(*controls.values())])))
     for path, why in left_out:
         warn(f"left out: {path}: {why}")
     comparison = compare(results, controls, by_folder=options.by_folder)
@@ -43,6 +47,12 @@ def run(options: CompareOptions) -> None:
         print(_as_csv(as_data(comparison)), end="")
     else:
         show(comparison)
+
+
+def _in_folder(name: str, compared: Sequence[Path]) -> list[Path]:
+    """Return the runs in the folder that the table names so; none if the word is a path."""
+    inside = [run for run in compared if f"/{folder_of(run).as_posix()}".endswith(f"/{name}")]
+    return [] if Path(name).exists() else inside
 
 
 def _as_csv(data: Mapping[str, Any]) -> str:

@@ -72,7 +72,7 @@ class Series:
 
 def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_control: bool, as_json: bool) -> Path:
     """Train with each seed, with a control also without restarts, and compare; return the folder of all runs."""
-    refuse(resolved, with_control=with_control)
+    refuse()
     out = resolved.config.run.out
     runs.check_free(out)
     shared = config.replace(resolved.config, {"run.seed": seeds[0], "run.out": None})
@@ -92,15 +92,13 @@ def run(command: str, resolved: Resolved, *, seeds: tuple[int, ...], with_contro
     return path
 
 
-def refuse(resolved: Resolved, *, with_control: bool) -> None:
-    """Raise InputError for settings that cannot be made into a series."""
+def refuse() -> None:
+    """Raise InputError for one of several processes."""
     if rank_count() > 1:
         raise InputError(
             "--seeds and --control work in one process only: start each run separately under torchrun, then use "
             "'repan compare'"
         )
-    if with_control and (restart := resolved.config.cycle.restart) != "repan":
-        raise InputError(f"cycle.restart={restart} and --control both ask for a run without restarts: give one")
 
 
 def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
@@ -115,7 +113,7 @@ def go_on(command: str, name: str, given: Layer, *, as_json: bool) -> Path | Non
         raise InputError(f"{path} holds runs of 'repan {about['command']}': resume them with that command")
     resolved = _settings_of(command, path, given, about)
     resolved = dataclasses.replace(resolved, source=about["settings"])
-    refuse(resolved, with_control=about["control"])
+    refuse()
     with runs.RunDirectory(path, reopen=True) as folder:
         series = Series(command, path, resolved, tuple(about["seeds"]), about["control"])
         _carry_out(series, folder, given, [], as_json=as_json)

@@ -168,14 +168,14 @@ def compare(
         raise InputError("no finished run to compare: 'repan list runs' shows the state of each")
     kinds: dict[Any, list[Result]] = {}
     for result in results:
-        kinds.setdefault(_folder(result) if by_folder else _kind(result), []).append(result)
+        kinds.setdefault(result.folder if by_folder else _kind(result), []).append(result)
     members, warnings = [], [*_different_problems(results)]
     for runs in kinds.values():
         single = {run.seed: run for run in runs}
         if len(single) < len(runs):
             warnings.append(f"several runs of one seed ({runs[0].path} and others): the last one of each is used")
         if by_folder and (differing := _differing(runs)):
-            warnings.append(f"the runs in {runs[0].path.parent} differ in {', '.join(differing)}")
+            warnings.append(f"the runs in {runs[0].folder} differ in {', '.join(differing)}")
         members.append(tuple(single[seed] for seed in sorted(single)))
     chosen, doubts = _controls(members, controls or {})
     firsts = [runs[0] for runs in members]
@@ -228,14 +228,9 @@ def _distinct(results: Sequence[Result]) -> list[Result]:
     return list({(result.test_images, result.test_set): result for result in results}.values())
 
 
-def _folder(result: Result) -> Path:
-    """Return the folder that contains a run, next to those with other seeds."""
-    return result.path.resolve().parent
-
-
 def _named_by_folder(groups: Sequence[Group]) -> tuple[Group, ...]:
     """Label groups with their folders, relative to the folder that contains them all."""
-    folders = [_folder(group.results[0]) for group in groups]
+    folders = [group.results[0].folder for group in groups]
     common = Path(os.path.commonpath(folders))
     names = [folder.relative_to(common).as_posix() if folder != common else folder.name for folder in folders]
     return tuple(replace(group, label=name) for group, name in zip(groups, names, strict=True))

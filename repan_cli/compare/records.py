@@ -34,7 +34,7 @@ def write(results: Sequence[Result], folder: Path) -> list[Path]:
     """
     targets: dict[Path, Result] = {}
     for result in results:
-        path = folder / result.path.resolve().parent.name / f"{result.seed}.json"
+        path = folder / result.folder.name / f"{result.seed}.json"
         if path in targets:
             raise InputError(
                 f"{result.path} and {targets[path].path} would both be written to the record {path}: name one of them"

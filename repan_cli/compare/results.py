@@ -50,6 +50,10 @@ class Result:
         return len(self.records)
 
     @property
+    def folder(self) -> Path:
+        return folder_of(self.path)
+
+    @property
     def pace(self) -> Pace | None:
         """Return the size of an epoch; None if the run did not record the number of its images."""
         sizes = self.settings["data.batch_size"], self.settings["optim.accumulate"]
@@ -65,6 +69,16 @@ class Result:
     @property
     def images_seen(self) -> int | None:
         return self.images * self.epochs if self.images else None
+
+
+def folder_of(run: Path) -> Path:
+    """Return the folder that contains a run, next to those with other seeds.
+
+    If its name says more than the seed, like that of the control in runs/demo/control_seed_0, return the name without
+    the seed: runs/demo/control.
+    """
+    path = run.resolve()
+    return path.parent / path.name.rpartition("seed_")[0].rstrip("_")
 
 
 def is_run(folder: Path) -> bool:

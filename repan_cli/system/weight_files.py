@@ -77,7 +77,8 @@ def file_in(folder: Path) -> Path:
         return weights
     if (folder / RUNTIME_DESCRIPTION).is_file():
         return folder / RUNTIME_DESCRIPTION
-    inside = [str(best.parent) for name in OF_A_RUN for best in sorted(folder.glob(f"*/{name}"))]
+    found = [best.parent for name in OF_A_RUN for best in sorted(folder.glob(f"*/{name}"))]
+    inside = [str(run) for run in sorted(found, key=lambda run: run.name.startswith("control_"))]
     mend = f": the runs are in it, such as {quoted(inside[0])}" if inside else ": name a file in it"
     raise InputError(f"{folder} is a folder without best.pt or last.pt{mend}")
 
