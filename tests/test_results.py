@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import re
 import statistics
 
 import pytest
 from scipy.stats import t
 from support import ROOT
+
+from repan_cli.compare.results import read_result
+from repan_cli.runs.felt import loss_after
 
 RECORDS = ROOT / "docs" / "results"
 PAGE = (ROOT / "docs" / "experiments.md").read_text()
@@ -76,6 +80,43 @@ def test_the_table_of_learning_rates():
         assert values == ending(RATES[rate], arm), (arm, rate)
 
 
+def losses_after_restarts(arm, control):
+    """The loss of 200 steps after each restart of `small`, divided by the control's; the mean over seeds."""
+
+    def loss(name, seed, cycle):
+        result = read_result(RECORDS / "small" / name / f"{seed}.json")
+        return loss_after(result.records[15 * cycle : 15 * (cycle + 1)], 200, result.pace)
+
+    return [statistics.mean(loss(arm, s, c) / loss(control, s, c) for s in range(3)) for c in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("arm", "control", "low", "high"),
+    [
+        ("continuous_rescale", "one_cosine", 1.01, 1.01),
+        ("continuous_none", "one_cosine", 1.00, 1.00),
+        ("continuous_zero", "continuous_none", 1.13, 1.17),
+        ("continuous_pace", "continuous_none", 0.99, 0.99),
+    ],
+)
+def test_the_losses_after_restarts(arm, control, low, high):
+    ratios = losses_after_restarts(arm, control)
+    assert (round(min(ratios), 2), round(max(ratios), 2)) == (low, high)
+    words = " ".join(PAGE.split())
+    for said in (
+        "change is 1.01 times that of `one_cosine` (1.00 times with `continuous_none`)",
+        "that loss is 1.13 to 1.17 times that of `continuous_none`, and 0.99 times with `continuous_pace`",
+    ):
+        assert said in words
+
+
+def test_the_difference_in_the_picture_of_a_comparison():
+    picture = (ROOT / "docs" / "assets" / "run.svg").read_text().replace("&#160;", " ")
+    (gain,) = re.findall(r"([+-]\d+\.\d\d) \[", picture)
+    for page in ("first-run.md", "compare.md"):
+        assert f"{gain} points" in (ROOT / "docs" / page).read_text(), page
+
+
 def test_the_table_of_the_readme():
     readme = (ROOT / "README.md").read_text()
     rows = {"0.1": ("one_cosine", "continuous_zero", "continuous_pace"), "0.4": ("one_cosine", "continuous_pace")}
@@ -89,11 +130,9 @@ def test_the_table_of_the_readme():
 
 
 def test_the_runs_of_the_longer_study():
-    arms = ("one_cosine", "continuous_zero")
-    found = sorted(str(path.relative_to(RECORDS / "whole")) for path in (RECORDS / "whole").rglob("*.json"))
-    assert found == sorted(f"{arm}/0.json" for arm in arms)
-    for arm in arms:
-        assert f"| `{arm}` | {' | '.join(ending('whole', arm))} |" in PAGE, arm
+    for arm in (path.name for path in (RECORDS / "whole").iterdir()):
+        seeds = len(figures("whole", arm)[0])
+        assert f"| `{arm}` | {seeds} | {' | '.join(ending('whole', arm))} |" in PAGE, arm
 
 
 def test_the_first_run_of_the_smooth_restart_on_all_classes():

@@ -19,6 +19,7 @@ from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
 from repan_cli.system.text import count, short
 from repan_cli.system.user_code import names_a_file
+from repan_cli.system.weight_files import with_an_ending
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -119,7 +120,7 @@ TORCHVISIONS = r"^@register_model\(\)\n(?:@.*\n)*def (\w+)"
 
 
 def unknown_model(name: str, choices: list[str]) -> InputError:
-    hint = _in_a_file(name) or did_you_mean(name, choices) or "; repan list models shows all"
+    hint = _in_a_file(name) or with_an_ending(name) or did_you_mean(name, choices) or "; repan list models shows all"
     return InputError(f"unknown model '{name}'{hint}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 
@@ -81,6 +82,13 @@ def file_in(folder: Path) -> Path:
     inside = [str(run) for run in sorted(found, key=lambda run: run.name.startswith("control_"))]
     mend = f": the runs are in it, such as {quoted(inside[0])}" if inside else ": name a file in it"
     raise InputError(f"{folder} is a folder without best.pt or last.pt{mend}")
+
+
+def with_an_ending(name: str) -> str:
+    """Return the end of an error message for `plain`, if there is a file such as plain.onnx."""
+    files = [path for path in sorted(Path(name).parent.glob(f"{glob.escape(Path(name).name)}.*")) if path.is_file()]
+    found = [path for path in files if path.suffix not in NEVER_WEIGHTS]
+    return f"; did you mean {found[0]}?" if found and name else ""
 
 
 def _warn_of_last(folder: Path, name: str) -> None:
