@@ -204,7 +204,7 @@ def epoch(watch, clock, seconds_a_step, steps=20):
 
 @pytest.fixture
 def watch(monkeypatch):
-    monkeypatch.setattr(pace.host, "usable_cores", lambda: 2)
+    monkeypatch.setattr(pace.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(pace.os, "getloadavg", lambda: (7.5, 0, 0), raising=False)
     clock = Clock()
     return pace.PaceWatch(32, threads=2, now=clock), clock

@@ -231,7 +231,9 @@ def cores(tmp_path, monkeypatch):
 
     def have(*shares, nice=0.0, limit="max 100000"):
         (tmp_path / "cpu.max").write_text(limit)
-        monkeypatch.setattr(host, "CPU_MAX", tmp_path / "cpu.max")
+        (tmp_path / "own").write_text("0::/\n")
+        monkeypatch.setattr(host, "GROUPS", tmp_path)
+        monkeypatch.setattr(host, "OWN_GROUPS", tmp_path / "own")
         monkeypatch.setattr(host, "PROC_STAT", tmp_path / "stat")
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(len(shares))), raising=False)
 
@@ -267,8 +269,8 @@ def test_free_cores_are_those_that_nobody_uses(cores, shares, given, free):
 
 def test_without_proc_the_load_tells_of_free_cores(monkeypatch, tmp_path):
     monkeypatch.setattr(host, "PROC_STAT", tmp_path / "none")
-    monkeypatch.setattr(host, "CPU_MAX", tmp_path / "none")
-    monkeypatch.setattr(host, "usable_cores", lambda: 8)
+    monkeypatch.setattr(host, "OWN_GROUPS", tmp_path / "none")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(os, "getloadavg", lambda: (2.6, 0, 0), raising=False)
     assert host.free_cores() == 5
     monkeypatch.delattr(os, "getloadavg")
@@ -289,3 +291,38 @@ def test_threads_are_those_asked_for_else_the_free_cores(monkeypatch, caplog):
         in caplog.text
     )
     assert (device.use_threads(7), used) == (7, [3, 7])
+
+
+def test_threads_that_a_container_forbids_are_not_blamed_on_others(monkeypatch, caplog):
+    used = []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(host, "usable_cores", lambda: 2)
+    monkeypatch.setattr(host, "free_cores", lambda: 2)
+    assert (device.use_threads(None), used, caplog.text) == (2, [2], "")
+
+
+@pytest.mark.parametrize(
+    ("listed", "files", "cores"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000"}, 2),
+        ("0::/kubepods/pod_1/a\n", {"kubepods/pod_1/cpu.max": "300000 100000", "kubepods/cpu.max": "max 100000"}, 3),
+        ("4:cpu,cpuacct:/docker/a1\n", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ("4:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("0::/\n", {"cpu.max": "6400000 100000"}, 8),
+        ("0::/\n", {}, 8),
+    ],
+)
+def test_the_limit_of_a_container_counts_as_cores(monkeypatch, tmp_path, listed, files, cores):
+    """64 workers read images for a process that may use two cores."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    (tmp_path / "own").write_text(listed)
+    monkeypatch.setattr(host, "GROUPS", tmp_path)
+    monkeypatch.setattr(host, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert host.usable_cores() == cores
+    monkeypatch.setattr(streaming, "local_ranks", lambda: 1)
+    assert streaming.default_workers(torch.device("cuda")) == min(cores, streaming.MOST_WORKERS)

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable
 
-from repan_cli.system import host
 from repan_cli.system.notices import warn
 from repan_cli.training.events import Event, LossLog, StepEnd
 
@@ -69,7 +68,7 @@ class PaceWatch:
         self.best = max(self.best, speed)
 
     def _why(self) -> str:
-        cores = host.usable_cores()
+        cores = os.cpu_count() or 1  # as the load, those of the whole machine
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         if load <= cores:
             return "the machine is slower, or waits for its disk"

@@ -98,7 +98,7 @@ def use_threads(asked: int | None) -> int:
         if any(os.environ.get(name) for name in THREAD_VARIABLES):
             return torch.get_num_threads()
         asked, usable = min(host.free_cores(), torch.get_num_threads()), host.usable_cores()
-        if asked < torch.get_num_threads():
+        if asked < min(usable, torch.get_num_threads()):
             warn(
                 f"training uses {count(asked, 'thread')}, because other processes use this machine's "
                 f"{count(usable, 'core')}; run.threads={usable} uses all"

@@ -19,28 +19,29 @@ GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 MEMORY = Path("/proc/meminfo")
 """The file in which Linux tells the use of its memory."""
 
-PROC_STAT, CPU_MAX = Path("/proc/stat"), GROUPS / "cpu.max"
-"""The files in which Linux gives the used time of each core, and the CPU limit of a container."""
+PROC_STAT = Path("/proc/stat")
+"""The file in which Linux gives the used time of each core."""
 
 SAMPLE = 0.2
 """Seconds over which the use of cores is measured."""
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use: those it is bound to, if the system can bind processes."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of cores that this process may use: those it is bound to, or fewer by a container's limit."""
+    return min([_bound_cores(), *_core_limits()])
+
+
+def _bound_cores() -> int:
+    """Return the number of cores that this process is bound to, or that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_cores() -> int:
     """Return the number of usable cores that are idle now, at least 1.
 
-    A container's limit counts as cores. Low-priority work (nice) counts as idle. This takes 0.2 s on Linux.
+    Low-priority work (nice) counts as idle. This takes 0.2 s on Linux.
     """
-    cores = usable_cores()
-    busy = _busy_cores()
-    return max(1, min(cores - busy, _container_limit() or cores))
+    return max(1, min(_bound_cores() - _busy_cores(), usable_cores()))
 
 
 def _busy_cores() -> int:
@@ -70,13 +71,16 @@ def _core_times() -> dict[int, tuple[int, int]]:
     return times
 
 
-def _container_limit() -> int | None:
-    """Return the number of cores that a container may use at once, rounded up; None without a limit."""
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = CPU_MAX.read_text(encoding="utf-8").split()
-        if quota != "max":
-            return -(-int(quota) // int(period))
-    return None
+def _core_limits() -> list[int]:
+    """Return the limit of each control group that holds this process, in cores used at once, rounded up."""
+    found = []
+    for folder, is_first in _groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # no such folder, as in a container, or "max": no limit
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_first else ("cpu.max",)
+            quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
+            if int(quota) > 0:
+                found.append(-(-int(quota) // int(period)))
+    return found
 
 
 def memory_bytes(*, free: bool = False) -> int | None:
@@ -115,7 +119,8 @@ def _memory_limits() -> list[tuple[int, int]]:
     Files that the group has read count as used, but are dropped when memory is needed.
     """
     found = []
-    for folder, (limit, used, files) in _memory_groups():
+    for folder, is_first in _groups("memory"):
+        limit, used, files = OF_GROUPS_1 if is_first else OF_GROUPS_2
         with contextlib.suppress(OSError, ValueError):  # no such folder, as in a container, or no limit
             most = int((folder / limit).read_text(encoding="utf-8"))
             taken = int((folder / used).read_text(encoding="utf-8"))
@@ -129,16 +134,19 @@ OF_GROUPS_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive
 """The files of the limit and of the used bytes of a control group, and the entry of its files' bytes in memory.stat."""
 
 
-def _memory_groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """Yield the folders of the control groups that hold this process, and the names of their files."""
+def _groups(kind: str) -> Iterator[tuple[Path, bool]]:
+    """Yield the folders of the control groups that hold this process, and whether they are of version 1.
+
+    Groups of version 1 limit one `kind` each, "cpu" or "memory".
+    """
     with contextlib.suppress(OSError, ValueError):
         for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
             _, kinds, path = line.split(":", 2)
-            if kinds and "memory" not in kinds.split(","):
+            if kinds and kind not in kinds.split(","):
                 continue
-            top, own = GROUPS / "memory" if kinds else GROUPS, Path(path.lstrip("/"))
+            top, own = GROUPS / kind if kinds else GROUPS, Path(path.lstrip("/"))
             for inner in (own, *own.parents):
-                yield top / inner, OF_GROUPS_1 if kinds else OF_GROUPS_2
+                yield top / inner, bool(kinds)
 
 
 def peak_memory() -> int | None:
