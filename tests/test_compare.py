@@ -251,6 +251,8 @@ def test_controls_of_a_series_are_a_group_of_their_own_and_have_records(capsys, 
 def test_a_control_is_named_by_its_folder_as_the_table_names_it(capsys, arms):
     found, _ = as_json(capsys, arms, "--by-folder", "--control", "same")
     assert (found["groups"][0]["label"], found["groups"][0]["control"]) == ("same", True)
+    code, _, err = run(capsys, "compare", arms, "--control", "same")
+    assert (code, "no run directory same: it names a group only with --by-folder" in err) == (2, True)
     code, _, err = run(capsys, "compare", arms, "--by-folder", "--control", "ame")
     assert (code, "no run directory ame" in err) == (2, True)
 

@@ -87,7 +87,7 @@ MISTAKES = [
     ("train -m repvgg -d data.py:make", r"data.py:make is a file: give --dataset FOLDER"),
     ("train -m repvgg -d photos/test/cat", r"photos/test/cat holds 0.png and no class folders; did you mean --data-r"),
     ("train -m gray.py:build -d folder --data-root photos", r"gray.py:build does not run .*; .* data.channels=1$"),
-    ("evaluate plain", r"unknown model 'plain'; did you mean plain.onnx\?"),
+    ("evaluate plain", r"unknown model 'plain'; did you mean plain.onnx or plain.pt2\?"),
     ("train -m net:build -d digits", r"unknown model 'net:build'; did you mean net.py:build\?"),
     ("train -m net.build -d digits", r"unknown model 'net.build'; did you mean net.py:build\?"),
     (f"train {D} --device cuda:99", r"device cuda:99 is not available: PyTorch sees \d+ GPUs?; try --device auto"),
@@ -152,7 +152,8 @@ def desk(tmp_path_factory):
                 picture.save(folder / "photos" / part / name / f"{number}.png")
     (folder / "text.pt").write_text("hello")
     (folder / "net.py").write_text("x = 1\n")
-    (folder / "plain.onnx").touch()
+    for ending in ("json", "onnx", "pt2"):
+        (folder / f"plain.{ending}").touch()
     net = "from torch import nn\ndef build(): return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))\n"
     (folder / "gray.py").write_text(net)
     (folder / "twice.yaml").write_text("optim:\n  lr: 0.1\n  lr: 0.2\n")

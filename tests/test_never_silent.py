@@ -117,10 +117,11 @@ def test_a_run_that_lost_its_best_weights_says_so(tmp_path, caplog):
 
 def test_a_folder_of_runs_is_answered_with_one_of_them(tmp_path):
     for name in ("control_seed_0", "seed_0"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "best.pt").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"the runs are in it, such as [^']*/seed_0$"):
-        file_in(tmp_path)
+        (tmp_path / "demo" / name).mkdir(parents=True)
+        (tmp_path / "demo" / name / "best.pt").write_bytes(b"x")
+    for folder in (tmp_path / "demo", tmp_path):
+        with pytest.raises(InputError, match=r"the runs are in it, such as [^']*/seed_0$"):
+            file_in(folder)
 
 
 # ---------------------------------------------------------------------------------------------- what takes long

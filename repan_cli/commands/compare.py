@@ -26,8 +26,7 @@ def run(options: CompareOptions) -> None:
     if options.as_json and options.as_csv:
         raise InputError("--json and --csv both write to stdout: give one")
     compared = find_runs(options.runs)
-    named = {word: _in_folder(word, compared) if options.by_folder else [] for word in options.control}
-    controls = {word: found or find_runs([word]) for word, found in named.items()}
+    controls = {word: _runs_of(word, compared, options) for word in options.control}
     results, left_out = read_all(find_runs(map(str, [*compared, *itertools.chain(*controls.values())])))
     for path, why in left_out:
         warn(f"left out: {path}: {why}")
@@ -49,10 +48,14 @@ def run(options: CompareOptions) -> None:
         show(comparison)
 
 
-def _in_folder(name: str, compared: Sequence[Path]) -> list[Path]:
-    """Return the runs in the folder that the table names so; none if the word is a path."""
-    inside = [run for run in compared if f"/{folder_of(run).as_posix()}".endswith(f"/{name}")]
-    return [] if Path(name).exists() else inside
+def _runs_of(control: str, compared: Sequence[Path], options: CompareOptions) -> list[Path]:
+    """Return the runs that `--control` names by a path or, with `--by-folder`, by the folder's name in the table."""
+    inside = [run for run in compared if f"/{folder_of(run).as_posix()}".endswith(f"/{control}")]
+    if not inside or Path(control).exists():
+        return find_runs([control])
+    if not options.by_folder:
+        raise InputError(f"no run directory {control}: it names a group only with --by-folder")
+    return inside
 
 
 def _as_csv(data: Mapping[str, Any]) -> str:

@@ -78,7 +78,7 @@ def file_in(folder: Path) -> Path:
         return weights
     if (folder / RUNTIME_DESCRIPTION).is_file():
         return folder / RUNTIME_DESCRIPTION
-    found = [best.parent for name in OF_A_RUN for best in sorted(folder.glob(f"*/{name}"))]
+    found = [best.parent for way in ("*", "*/*") for name in OF_A_RUN for best in sorted(folder.glob(f"{way}/{name}"))]
     inside = [str(run) for run in sorted(found, key=lambda run: run.name.startswith("control_"))]
     mend = f": the runs are in it, such as {quoted(inside[0])}" if inside else ": name a file in it"
     raise InputError(f"{folder} is a folder without best.pt or last.pt{mend}")
@@ -88,7 +88,7 @@ def with_an_ending(name: str) -> str:
     """Return the end of an error message for `plain`, if there is a file such as plain.onnx."""
     files = [path for path in sorted(Path(name).parent.glob(f"{glob.escape(Path(name).name)}.*")) if path.is_file()]
     found = [path for path in files if path.suffix not in NEVER_WEIGHTS]
-    return f"; did you mean {found[0]}?" if found and name else ""
+    return f"; did you mean {' or '.join(map(str, found))}?" if found and name else ""
 
 
 def _warn_of_last(folder: Path, name: str) -> None:
