@@ -116,6 +116,7 @@ def settled(digits):
     return run.model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "jumps"), [("calibrate", False), ("running", True), ("reset", True)])
 def test_the_loss_across_a_restart_tells_the_rules_apart(digits, settled, rule, jumps):
     """`calibrate` keeps the training loss, the others do not."""

@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from repan_cli.data import datasets
 from repan_cli.errors import InputError
 from repan_cli.session import network
 from repan_cli.system.device import Runtime
+from repan_cli.system.user_code import function_of
 
 NET = """
 from torch import nn
@@ -401,3 +404,14 @@ def test_repans_own_weights_of_other_classes_start_a_new_classifier(capsys, digi
     assert "is re-initialized" in capsys.readouterr().err
     x = torch.randn(4, 1, 8, 8)
     assert relative(found.model.eval().forward_features(x), model.eval().forward_features(x)) < 1e-5
+
+
+def test_an_edit_within_a_second_is_read_and_no_cache_is_written(tmp_path, monkeypatch):
+    """Python takes a file of the same size and second for the one in __pycache__."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "net.py"
+    for value in (1, 2):
+        path.write_text(f"def build(): return {value}\n")
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        assert function_of(f"{path}:build", what="a network")() == value
+    assert list(tmp_path.iterdir()) == [path]

@@ -107,6 +107,7 @@ def test_the_first_screen_has_the_two_commands():
     assert README.index(second) < 3000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_commands_work(capsys, workplace, monkeypatch, command):
     monkeypatch.chdir(workplace)
@@ -159,6 +160,7 @@ def test_presets_it_names_exist():
     assert offered - set(config.presets()) == {"reference/repvgg_cifar10_distill", "reference/acb_imagenet_cycle"}
 
 
+@pytest.mark.slow
 def test_python_works(capsys, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     assert run(capsys, "fuse", "runs/demo/best.pt", "-o", "plain.onnx", "--overwrite")[0] == 0

@@ -98,6 +98,7 @@ def test_a_run_stopped_after_any_update_ends_with_the_same_bits(capsys, tmp_path
     assert_same(folder, expected)
 
 
+@pytest.mark.slow
 def test_a_run_with_short_epochs_saves_few_of_them_and_loses_nothing(capsys, tmp_path, whole, monkeypatch):
     """Saving takes a small share of the time; what a crash leaves out is trained again, to the same bits."""
     expected, folder = whole("cycle"), tmp_path / "run"

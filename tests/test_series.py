@@ -106,6 +106,7 @@ def test_the_control_does_not_train_the_baseline_again(capsys, controlled):
     assert "continues from the end of the baseline of seed_3" in err
 
 
+@pytest.mark.slow
 def test_the_end_compares(capsys, controlled):
     folder, found, err = controlled(capsys)
     assert found["out"] == str(folder)

@@ -231,6 +231,7 @@ QUICK = [
 ]
 
 
+@pytest.mark.slow
 def test_distill_and_cycle_with_a_teacher(capsys, small_run, tmp_path):
     teacher = small_run.folder / "best.pt"
     words = ["--model", "repvgg_a0_cifar", "--teacher", teacher, *QUICK]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from repan_cli.errors import InputError
@@ -54,10 +55,18 @@ def function_of(name: str, *, what: str) -> Callable[..., Any]:
     return found
 
 
+class _FromSource(importlib.machinery.SourceFileLoader):
+    """Compiles a file each time. Python's cache would be written beside it, and misses an edit within a second."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _imported(path: Path, what: str) -> ModuleType:
     if not path.is_file():
         raise InputError(f"no file {path} to load {what} from")
-    spec = importlib.util.spec_from_file_location(f"repan_user_{path.stem}", path)
+    name = f"repan_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path, loader=_FromSource(name, str(path)))
     assert spec is not None and spec.loader is not None, "every name that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look it up
