@@ -5,6 +5,8 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one a core
+for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):  # on a GPU the same run twice has not the same bits
+    os.environ[name] = ""
 for name in ("COLUMNS", "LINES"):  # readline, which pytest imports, sets them: then tables would have that width
     os.environ.pop(name, None)
 pytest.register_assert_rewrite("support", "shared_fixtures")

@@ -328,7 +328,8 @@ def test_an_archive_above_4_gib_is_parsed_as_pytorch_writes_it(tmp_path):
         anew.seek(0)
         reader = torch._C.PyTorchFileReader(anew)
         assert reader.get_record("data/1") == torch.arange(4.0).numpy().tobytes()
-        assert reader.get_record_size("data/0") == 2**32 + 100
+        if hasattr(reader, "get_record_size"):  # since PyTorch 2.12
+            assert reader.get_record_size("data/0") == 2**32 + 100
 
 
 def test_torch_gets_the_bytes_that_were_checked(tmp_path):

@@ -23,6 +23,12 @@ def figures(study, arm):
     return [each["test"]["top1"] for each in summaries], last
 
 
+def by_seed(study, arm):
+    """Test top-1 of the network that validation chose, with its seed."""
+    seeds = sorted(int(path.stem) for path in (RECORDS / study / arm).glob("*.json"))
+    return list(zip(seeds, figures(study, arm)[0], strict=True))
+
+
 def spread(values):
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
@@ -124,15 +130,75 @@ def test_the_table_of_the_readme():
         for arm in arms:
             assert f"| {rate} | {ending(RATES[rate], arm)[1]} |" in readme, (arm, rate)
     words = " ".join(readme.split())
-    for study in ("quick", "whole"):
+    for study in ("quick", "whole_h200"):
         less, more = (statistics.mean(figures(study, arm)[1]) for arm in ("continuous_zero", "one_cosine"))
         assert f"{less:.1f} % against {more:.1f} %" in words, study
 
 
-def test_the_runs_of_the_longer_study():
-    for arm in (path.name for path in (RECORDS / "whole").iterdir()):
-        seeds = len(figures("whole", arm)[0])
-        assert f"| `{arm}` | {seeds} | {' | '.join(ending('whole', arm))} |" in PAGE, arm
+LONGER = {"whole": "one CPU core", "whole_h200": "NVIDIA H200"}
+
+
+@pytest.mark.parametrize(("study", "device"), LONGER.items())
+def test_the_runs_of_the_longer_study(study, device):
+    control, seen = dict(by_seed(study, "one_cosine")), 0
+    for arm in (path.name for path in (RECORDS / study).iterdir()):
+        own = dict(by_seed(study, arm))
+        pairs = [own[seed] for seed in own], [control[seed] for seed in own]
+        over = difference(*pairs) if len(own) > 1 else f"{pairs[0][0] - pairs[1][0]:+.2f}"
+        over = "control" if arm == "one_cosine" else over
+        row = f"| {device} | `{arm}` | {len(own)} | {' | '.join(ending(study, arm))} | {over} |"
+        assert row in PAGE.replace("**", ""), row
+        seen += 1
+    _, _, below = PAGE.partition("a longer run\n")
+    assert below.count(f"| {device}") == seen
+
+
+def test_three_seeds_of_the_longer_study():
+    for arm in ("one_cosine", "continuous_zero"):
+        assert [seed for seed, _ in by_seed("whole_h200", arm)] == [0, 1, 2]
+
+
+def mean_felt(study, arm, cycle, key):
+    files = sorted((RECORDS / study / arm).glob("*.json"))
+    return statistics.mean(json.loads(file.read_text())["summary"]["cycles"][cycle]["felt"][key] for file in files)
+
+
+@pytest.mark.parametrize(
+    ("study", "arm", "said"),
+    [
+        ("whole_h200", "continuous_zero", "from {} (the 200 steps before) to {} (the 200 steps after); guessing"),
+        ("whole_h200", "continuous_zero", "from {2} to {3}, and from {4} to {5}."),
+        ("whole", "continuous_pace", "{} before its first restart and {} after it, {} and {}, {} and {}."),
+    ],
+)
+def test_the_losses_around_restarts_of_the_longer_study(study, arm, said):
+    losses = [f"{mean_felt(study, arm, cycle, key):.2f}" for cycle in range(3) for key in ("before_200", "first_200")]
+    assert said.format(*losses) in " ".join(PAGE.split())
+
+
+def test_the_training_accuracy_at_the_end_of_the_longer_study():
+    with_restarts, without = (
+        statistics.mean(
+            json.loads(file.read_text())["epochs"][-1]["train_top1"]
+            for file in (RECORDS / "whole_h200" / arm).glob("*.json")
+        )
+        for arm in ("continuous_zero", "one_cosine")
+    )
+    assert f"its accuracy is {with_restarts:.1f} %, against {without:.1f} % without" in " ".join(PAGE.split())
+
+
+def test_the_speed_on_a_gpu():
+    page = " ".join((ROOT / "docs" / "speed.md").read_text().split())
+    found = json.loads((RECORDS / "speed" / "h200.json").read_text())
+    first, *others = found["step"].values()
+    assert f"{first['images_per_second']:,.0f} | |" in page
+    for row in others:
+        assert f"| {row['images_per_second']:,.0f} | {row['ratio']:.1f}x |" in page
+    alone, taught = (each["seconds_an_epoch"] for each in found["epoch"].values())
+    assert f"An epoch of 50,000 images takes {alone:.2f} s, and {taught:.2f} s with a cached teacher" in page
+    assert f"has {found['counts']['launched']} kernels" in page
+    product, copy = found["ceilings"]["matmul bf16 TFLOP/s"], found["ceilings"]["copy GB/s"]
+    assert f"did {product:.0f} TFLOP/s in a large bfloat16 matrix product, and copied {copy:,.0f} GB/s" in page
 
 
 def test_the_first_run_of_the_smooth_restart_on_all_classes():

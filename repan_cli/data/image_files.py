@@ -50,7 +50,7 @@ class ForbiddenImageError(UnreadableImageError):
     may_be_skipped = False
 
 
-NETWORK = {"requests", "urllib3", "httpx", "aiohttp", "huggingface_hub"}
+NETWORK = {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "huggingface_hub"}
 """Packages all of whose errors are failures of the network."""
 
 
