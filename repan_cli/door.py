@@ -173,6 +173,8 @@ def _as_before() -> Iterator[None]:
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     allowed = matmul.allow_tf32, cudnn.allow_tf32
+    fixed = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     handlers, propagate = list(LOGGER.handlers), LOGGER.propagate
     try:
         yield
@@ -182,6 +184,7 @@ def _as_before() -> Iterator[None]:
         if gpus is not None:
             torch.cuda.set_rng_state_all(gpus)
         matmul.allow_tf32, cudnn.allow_tf32 = allowed
+        torch.use_deterministic_algorithms(fixed, warn_only=warns)
         LOGGER.handlers[:], LOGGER.propagate = handlers, propagate
 
 

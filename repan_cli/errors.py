@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 
@@ -66,6 +67,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     said = isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in NO_MEMORY)
     by_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or said or by_system
+
+
+UNORDERED = re.compile(r"(\S+) does not have a deterministic implementation, but you set")
+
+
+def unordered(error: BaseException) -> InputError | None:
+    """Return the error to raise if PyTorch refused an operator because of `run.deterministic`, else None."""
+    found = UNORDERED.match(str(error)) if isinstance(error, RuntimeError) else None
+    return found and InputError(f"run.deterministic: {found[1]} has no deterministic kernel; set it to false")
 
 
 class OutOfSpaceError(RepanError):

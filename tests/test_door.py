@@ -78,6 +78,39 @@ def test_several_seeds_are_a_summary_of_summaries(tmp_path):
         repan_cli.cycle(resume=summary.runs[0].path)
 
 
+UNPOOLS = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes, in_chans):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(in_chans, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        return self.head(self.unpool(*self.pool(self.norm(self.conv(images)))).mean((2, 3)))
+"""
+
+
+@pytest.mark.slow
+def test_deterministic_kernels(tmp_path):
+    """They are used during the run only, and an operator without one is refused by name."""
+    flags, seen = torch.are_deterministic_algorithms_enabled, []
+    repan_cli.train(**NET, **QUICK, out=tmp_path / "a")
+    given = {**NET, **QUICK, "run.deterministic": True}
+    repan_cli.train(**given, out=tmp_path / "b", on_epoch=lambda epoch: seen.append(flags()))
+    assert (seen, flags()) == ([True], False)
+    assert_same(tmp_path / "b", tmp_path / "a")
+    (tmp_path / "net.py").write_text(UNPOOLS)
+    given = {**QUICK, "dataset": "digits", "model": f"{tmp_path / 'net.py'}:Net"}
+    with pytest.raises(InputError, match=r"^run.deterministic: max_unpool\S+ has no deterministic kernel; set"):
+        repan_cli.train(**given, **{"run.deterministic": True}, out=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    assert not flags()
+    repan_cli.train(**given, out=tmp_path / "c")
+
+
 def test_an_interrupt_saves_and_says_how_to_continue(tmp_path):
     before, stopped = handlers(), []
 

@@ -24,6 +24,7 @@ from repan_cli.errors import (
     StuckLoaderError,
     is_out_of_memory,
     lost_rank,
+    unordered,
 )
 from repan_cli.system.launcher import own_rank, rank_count
 from repan_cli.system.lean import lean_imports
@@ -141,6 +142,8 @@ def _as_known(error: Exception) -> RepanError | None:
         return LostRankError(
             f"another rank is gone or does not answer ({first_line(error)}); continue from the last save with --resume"
         )
+    if refused := unordered(error):
+        return refused
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return StuckLoaderError(
             f"a process that loads images was lost ({first_line(error)}); continue from the last save with "

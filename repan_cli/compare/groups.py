@@ -22,7 +22,7 @@ from repan_cli.runs.felt import HEADS, Pace, Records, loss_after
 
 WITHOUT_EFFECT = {
     *(key for key in SAME_RESULT if key != "data.root"),
-    *("run.seed", "run.out", "run.channels_last", "run.threads", "run.compile", "teacher.cache"),
+    *("run.seed", "run.out", "run.channels_last", "run.threads", "run.deterministic", "run.compile", "teacher.cache"),
 }
 """Settings that may differ within a group: the seed, the output folder, the speed of computation, and the display."""
 

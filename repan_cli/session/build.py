@@ -153,7 +153,8 @@ def prepare(
         if saved is None:
             runs.check_free(config.run.out)
         trackers.check(config.run.trackers)
-    machine = start_runtime(config.run.device, config.run.precision, channels_last=config.run.channels_last)
+    run = config.run
+    machine = start_runtime(run.device, run.precision, channels_last=run.channels_last, deterministic=run.deterministic)
     if machine.device.type == "cpu" and machine.ranks == 1:  # a launcher gives each rank its threads
         before = saved.card.surroundings or {} if saved else {}
         config = replace(config, {"run.threads": use_threads(config.run.threads or before.get("threads"))})

@@ -21,7 +21,7 @@ from repan_cli.checkpoint.format import Checkpoint
 from repan_cli.config.conventions import LARGE_IMAGE
 from repan_cli.config.settings import Config, replace
 from repan_cli.data.types import Dataset
-from repan_cli.errors import InputError
+from repan_cli.errors import InputError, unordered
 from repan_cli.export.fuse import check_finite
 from repan_cli.models import Expansion, Selection, own_block, probe, user_file
 from repan_cli.models.inspect import classifier_layers
@@ -286,7 +286,8 @@ def _check_output(model: nn.Module, name: str, dataset: Dataset) -> None:
         except Exception as error:
             line = first_line(error).rstrip(". ")
             size = f"{dataset.channels}x{dataset.image_size}x{dataset.image_size}"
-            raise InputError(f"{name} does not run on images of {size}: {line}; {_mend(name, line)}") from error
+            refused = InputError(f"{name} does not run on images of {size}: {line}; {_mend(name, line)}")
+            raise unordered(error) or refused from error
         found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         if found != expected:
             raise InputError(

@@ -29,8 +29,9 @@ from repan_cli.system.text import count, quoted
 from repan_cli.system.user_code import names_a_file
 
 OF_TEACHERS = ("teacher.name", "teacher.model", "baseline.teacher.name", "baseline.teacher.model")
-MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "data.on_error", "run.patience", "run.threads", *OF_TEACHERS)
-"""Settings that may differ in a resumed run. They do not change the result, but for the last bits by `run.threads` and
+LAST_BITS = ("run.threads", "run.deterministic")
+MAY_CHANGE = (*sorted(SAME_RESULT), "cycle.count", "data.on_error", "run.patience", *LAST_BITS, *OF_TEACHERS)
+"""Settings that may differ in a resumed run. They do not change the result, but for the last bits by `LAST_BITS` and
 images that cannot be read any more by `data.on_error`; a teacher must be the same one."""
 
 

@@ -71,12 +71,17 @@ class Runtime:
         return f"cpu, {many}{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, {self.precision}"
 
 
-def start_runtime(device: str = "auto", precision: str = "auto", *, channels_last: bool = True) -> Runtime:
-    """Return the runtime that the settings describe on this machine. From now on float32 is computed in full float32.
+def start_runtime(
+    device: str = "auto", precision: str = "auto", *, channels_last: bool = True, deterministic: bool = False
+) -> Runtime:
+    """Return the runtime that the settings describe on this machine. From now on float32 is computed in full float32,
+    and with `deterministic` only by kernels that give the same bits every time.
 
     Raises InputError for a device or a precision that is not available.
     """
     _allow_tf32(False)
+    if deterministic:
+        _use_deterministic_kernels()
     rank, ranks = join_ranks(device)
     found = (own_gpu(device) if ranks > 1 else None) or find_device(device)
     return Runtime(found, find_precision(precision, found), channels_last, rank, ranks)
@@ -86,6 +91,12 @@ def _allow_tf32(allowed: bool) -> None:
     """Let GPUs compute float32 with 10 bits of mantissa, or not; by default PyTorch does so for convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+def _use_deterministic_kernels() -> None:
+    """Let PyTorch choose deterministic kernels, and raise RuntimeError for an operator that has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+    torch.use_deterministic_algorithms(True)
 
 
 def use_threads(asked: int | None) -> int:
