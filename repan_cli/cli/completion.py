@@ -135,7 +135,7 @@ NAMES: dict[str, Callable[..., list[str]]] = {
 
 def values(key: str, start: str = "") -> list[str]:
     """Return the possible values after KEY=, if known: the choices, names, or the default."""
-    entry = config.SCHEMA.get(key) or config.OVERLAY.get(key)
+    entry = config.DECLARED.get(key)
     if entry is None:
         return []
     if entry.key in NAMES:
@@ -156,7 +156,7 @@ def settings(start: str = "") -> list[str]:
     key, equals, value = start.partition("=")
     if equals:
         return [f"{key}={word}" for word in values(key, value)]
-    keys = [known for known in [*config.SCHEMA, *config.OVERLAY] if known.startswith(key)]
+    keys = [known for known in config.DECLARED if known.startswith(key)]
     offered = [f"{known}=" for known in keys]
     return offered if len(keys) != 1 else [*offered, *(f"{keys[0]}={word}" for word in values(keys[0]))]
 
@@ -181,7 +181,7 @@ def of_setting(key: str) -> Callable[[str], list[str]]:
     """
 
     def complete(incomplete: str) -> list[str]:
-        entry = config.SCHEMA.get(key) or config.OVERLAY[key]
+        entry = config.DECLARED[key]
         if entry.key not in NAMES and not entry.choices:
             return []
         return list(dict.fromkeys(word for word in values(key, incomplete) if word.startswith(incomplete)))

@@ -106,7 +106,7 @@ def text_of(how: Option) -> str:
     """Return the help of an option, which is that of its setting unless it has its own."""
     if how.setting is None:
         return how.help
-    setting = config.SCHEMA.get(how.setting) or config.OVERLAY[how.setting]
+    setting = config.DECLARED[how.setting]
     text = how.help or setting.text
     given = how.panel in (WHAT, RUN)  # recipes set the defaults of the others
     if given and isinstance(setting.default, (int, str)) and setting.default is not False:

@@ -58,7 +58,7 @@ def given_settings(options: Any) -> dict[str, Any]:
         if how.setting in given:
             raise InputError(f"{flag} and {how.setting}= are the same setting: give one")
         try:
-            (config.SCHEMA.get(how.setting) or config.OVERLAY[how.setting]).parse(str(value))
+            config.DECLARED[how.setting].parse(str(value))
         except ValueError as error:
             problems.append(f"{flag}: {error}")
         given[how.setting] = str(value)

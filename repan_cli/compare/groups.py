@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from repan_cli.compare.results import Result
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread, difference
 from repan_cli.config.conventions import SAME_RESULT
-from repan_cli.config.settings import OVERLAY, SCHEMA
+from repan_cli.config.settings import DECLARED, OVERLAY
 from repan_cli.errors import InputError
 from repan_cli.runs.felt import HEADS, Pace, Records, loss_after
 
@@ -307,7 +307,7 @@ def _telling(firsts: Sequence[Result], keys: list[str]) -> list[str]:
 def _differing(firsts: Sequence[Result]) -> list[str]:
     """Return the settings in which groups differ, in the order of their declaration."""
     present = {key for first in firsts for key in first.settings}
-    order = {key: place for place, key in enumerate([*SCHEMA, *OVERLAY])}
+    order = {key: place for place, key in enumerate(DECLARED)}
     differing = []
     for key in sorted(present, key=lambda key: (order.get(key, len(order)), key)):
         values = {repr(setting_of(first, key)) for first in firsts if _reads(first, key)}

@@ -257,7 +257,7 @@ def _typed(layer: Mapping[str, Any], command: str) -> dict[str, Any]:
     cycles = command == "cycle"
     settings = {key: entry.default for key, entry in config.SCHEMA.items() if cycles or not key.startswith("cycle.")}
     for key, text in present(layer).items():
-        entry = config.SCHEMA.get(key) or config.OVERLAY.get(key)
+        entry = config.DECLARED.get(key)
         try:
             settings[key] = entry.parse(text) if entry else _frozen(text)
         except ValueError:  # a choice that another version knows

@@ -8,7 +8,7 @@ from repan_cli.compare.groups import WITHOUT_EFFECT, Comparison, Group, has_sett
 from repan_cli.compare.results import Result
 from repan_cli.compare.statistics import CONFIDENCE, Difference, Spread
 from repan_cli.config.schema import as_text
-from repan_cli.config.settings import OVERLAY, SCHEMA
+from repan_cli.config.settings import DECLARED, SCHEMA
 from repan_cli.system.sampling import is_extreme, standard_error, with_error
 from repan_cli.system.text import count
 
@@ -159,7 +159,7 @@ def common_settings(comparison: Comparison) -> dict[str, str]:
     """
     results = _results(comparison)
     present = {key for result in results for key in result.settings} - WITHOUT_EFFECT - {"data.root"}
-    ordered = [*SCHEMA, *OVERLAY, *sorted(present - SCHEMA.keys() - OVERLAY.keys())]
+    ordered = [*DECLARED, *sorted(present - DECLARED.keys())]
     shared: dict[str, str] = {}
     for key in ordered:
         if key not in present or not all(has_setting(result, key) for result in results):

@@ -9,6 +9,7 @@ from repan_cli.config.files import dump, find_preset, parse_assignments, parse_y
 from repan_cli.config.resolve import Resolved, build, data_given, resolve, typed
 from repan_cli.config.schema import Layer, as_text
 from repan_cli.config.settings import (
+    DECLARED,
     OVERLAY,
     POLICIES,
     PREVIOUS,
@@ -30,6 +31,7 @@ from repan_cli.config.settings import (
 )
 
 __all__ = [
+    "DECLARED",
     "OVERLAY",
     "POLICIES",
     "PREVIOUS",

@@ -18,7 +18,7 @@ from repan_cli.config.files import find_preset, flatten_tree, named_files, parse
 from repan_cli.config.renamed import as_given
 from repan_cli.config.resolve import Resolved, resolve_layer
 from repan_cli.config.schema import Layer
-from repan_cli.config.settings import OVERLAY, SCHEMA
+from repan_cli.config.settings import DECLARED
 from repan_cli.errors import InputError
 from repan_cli.registry import did_you_mean
 from repan_cli.system.text import at_home
@@ -179,7 +179,7 @@ def _flag(text: Any, where: str) -> bool:
 def _check_keys(tree: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in tree:
         if key not in known:
-            is_setting = key.partition(".")[0] in {name.partition(".")[0] for name in (*SCHEMA, *OVERLAY)}
+            is_setting = key.partition(".")[0] in {name.partition(".")[0] for name in DECLARED}
             belongs = "; it belongs below 'settings:'" if is_setting else ""
             belongs = "; it belongs into an arm" if key == "command" else belongs
             hint = belongs or did_you_mean(key, known) or f"; known are {', '.join(known)}"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import repan_cli
 from repan_cli.config.schema import as_text
-from repan_cli.config.settings import OVERLAY, SCHEMA
+from repan_cli.config.settings import DECLARED
 from repan_cli.errors import InputError
 from repan_cli.system.notices import warn_once
 from repan_cli.system.text import on_one_line
@@ -36,7 +36,7 @@ def present_name(key: str) -> str:
     start = BASELINE if key.startswith(BASELINE) else ""
     entry = RENAMED.get(key.removeprefix(start))
     name = f"{start}{entry.key}" if entry else key
-    return name if name in SCHEMA or name in OVERLAY else key
+    return name if name in DECLARED else key
 
 
 def present(values: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _is_number(value: Any) -> bool:
 
 def _same(name: str, one: Any, other: Any) -> bool:
     """Return whether two values of a setting, typed or as text, mean the same."""
-    entry = SCHEMA.get(name) or OVERLAY[name]
+    entry = DECLARED[name]
     try:
         return bool(entry.parse(as_text(one)) == entry.parse(as_text(other)))
     except ValueError:

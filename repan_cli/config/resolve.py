@@ -11,7 +11,7 @@ from typing import Any
 from repan_cli.config.conventions import DATASET_PREFIXES
 from repan_cli.config.files import find_preset, presets, read_file
 from repan_cli.config.schema import Layer
-from repan_cli.config.settings import OVERLAY, PREVIOUS, RECIPES, SCHEMA, Config, baseline_phase, from_flat
+from repan_cli.config.settings import DECLARED, OVERLAY, PREVIOUS, RECIPES, SCHEMA, Config, baseline_phase, from_flat
 from repan_cli.errors import InputError
 from repan_cli.registry import closest, did_you_mean
 from repan_cli.system.text import at_home, count, on_one_line
@@ -38,7 +38,7 @@ def typed(*layers: Layer) -> dict[str, Any]:
     """
     problems, values = [], {}
     for key, text in {key: text for layer in layers for key, text in layer.items()}.items():
-        entry = SCHEMA.get(key) or OVERLAY.get(key)
+        entry = DECLARED.get(key)
         if entry is None:
             problems.append(_unknown_key(key, text))
             continue
@@ -103,7 +103,7 @@ def _unknown_key(key: str, value: Any) -> str:
     leaf = key.rpartition(".")[2].lower()
     same = [known for known in SCHEMA if known.rpartition(".")[2] == leaf]
     same = (closest(key, same) or same)[:SEVERAL] or ([OTHER_WORDS[leaf]] if leaf in OTHER_WORDS else [])
-    hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, [*SCHEMA, *OVERLAY])
+    hint = f"; did you mean {' or '.join(same)}?" if same else did_you_mean(key, DECLARED)
     return f"unknown setting '{key}'{hint or '; see repan list settings'}"
 
 

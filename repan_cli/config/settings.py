@@ -295,9 +295,7 @@ class RunConfig:
         "Run a training step as one CUDA graph: auto, on a GPU where possible; on; off.",
         choices=("auto", "on", "off"),
     )
-    deterministic: bool = setting(
-        False, "Use only kernels that add in a fixed order, so a run on a GPU repeats exactly."
-    )
+    deterministic: bool = setting(False, "Use kernels that add in a fixed order: a run on a GPU repeats exactly.")
     out: str | None = setting(None, "Run directory; default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.", path=True)
     log_every: int = setting(20, "Training steps between two readings of the loss (each is a host-device sync).", low=1)
     save_every: int | None = setting(
@@ -357,6 +355,9 @@ OVERLAY: dict[str, Setting] = {
     if key == "epochs" or key.startswith(("optim.", "teacher."))
 }
 """The keys of the baseline phase, typed as the settings they are laid over."""
+
+DECLARED: dict[str, Setting] = {**SCHEMA, **OVERLAY}
+"""The settings of `SCHEMA` and `OVERLAY`."""
 
 
 def from_flat(values: Mapping[str, Any]) -> Config:
