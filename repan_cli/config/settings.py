@@ -295,7 +295,7 @@ class RunConfig:
         "Run a training step as one CUDA graph: auto, on a GPU where possible; on; off.",
         choices=("auto", "on", "off"),
     )
-    deterministic: bool = setting(False, "Use kernels that add in a fixed order: a run on a GPU repeats exactly.")
+    deterministic: bool = setting(False, "Only kernels that add in a fixed order, to repeat runs on a GPU.")
     out: str | None = setting(None, "Run directory; default runs/COMMAND/TIME-MODEL-BLOCK-DATASET.", path=True)
     log_every: int = setting(20, "Training steps between two readings of the loss (each is a host-device sync).", low=1)
     save_every: int | None = setting(
