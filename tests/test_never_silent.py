@@ -226,6 +226,24 @@ def test_a_slowdown_is_reported_once_until_it_recovers(watch, caplog):
     assert caplog.text.count("images/s from 32") == 2
 
 
+@pytest.mark.parametrize(
+    ("device", "usable", "why"),
+    [
+        ("cpu", 2, "the machine is slower or waits for its disk"),
+        ("cpu", 1, "the machine is slower, is held to its limit of 1 core, or waits for its disk"),
+        ("cuda", 2, "other processes use the GPU, or the machine is slower or waits for its disk"),
+    ],
+)
+def test_a_slowdown_on_free_cores_has_another_reason(watch, caplog, monkeypatch, device, usable, why):
+    watch, clock = watch
+    watch.device = device
+    monkeypatch.setattr(pace.os, "getloadavg", lambda: (1.5, 0, 0), raising=False)
+    monkeypatch.setattr(pace, "usable_cores", lambda: usable)
+    for seconds in (1.0, 10.0, 10.0):
+        epoch(watch, clock, seconds)
+    assert caplog.text.rstrip().endswith(why)
+
+
 def test_short_or_small_slowdowns_are_not_reported(watch, caplog):
     watch, clock = watch
     epoch(watch, clock, 1.0)

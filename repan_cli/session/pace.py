@@ -6,7 +6,9 @@ import os
 import time
 from collections.abc import Callable
 
+from repan_cli.system.host import usable_cores
 from repan_cli.system.notices import warn
+from repan_cli.system.text import count
 from repan_cli.training.events import Event, LossLog, StepEnd
 
 WINDOW, SLOW, RECOVERED = 15.0, 0.25, 0.5
@@ -35,8 +37,10 @@ class PaceWatch:
     `now` returns the time in seconds.
     """
 
-    def __init__(self, batch_size: int, *, threads: int, now: Callable[[], float] = time.monotonic) -> None:
-        self.batch_size, self.threads, self.now = batch_size, threads, now
+    def __init__(
+        self, batch_size: int, *, threads: int, device: str = "cpu", now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.batch_size, self.threads, self.device, self.now = batch_size, threads, device, now
         self.best = 0.0
         self.collapsed = False
         self._last: tuple[int, float] | None = None
@@ -70,7 +74,11 @@ class PaceWatch:
     def _why(self) -> str:
         cores = os.cpu_count() or 1  # as the load, those of the whole machine
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        if load <= cores:
-            return "the machine is slower, or waits for its disk"
-        fewer = "; with run.threads=1 on --resume it may be faster" if self.threads > 1 else ""
-        return f"other processes use the cores (load {load:.1f}, {cores} cores){fewer}"
+        if load > cores:
+            fewer = "; with run.threads=1 on --resume it may be faster" if self.threads > 1 else ""
+            return f"other processes use the cores (load {load:.1f}, {cores} cores){fewer}"
+        if self.device != "cpu":
+            return "other processes use the GPU, or the machine is slower or waits for its disk"
+        usable = usable_cores()
+        limit = f", is held to its limit of {count(usable, 'core')}," if usable < cores else ""
+        return f"the machine is slower{limit} or waits for its disk"

@@ -157,7 +157,8 @@ def _train(
     if math.isfinite(session.training.progress.best_top1):  # score of the initial weights, or from before a stop
         display.position.best = session.training.progress.best_top1
     told = False
-    pace = PaceWatch(session.config.data.batch_size, threads=torch.get_num_threads())
+    device = session.training.runtime.device.type
+    pace = PaceWatch(session.config.data.batch_size, threads=torch.get_num_threads(), device=device)
     try:
         with display:
             for event in fit(session.training):
