@@ -592,6 +592,18 @@ def test_records_compare_like_the_runs_they_were_made_of(capsys, arms, tmp_path)
         assert (tmp_path / "copy" / name).read_bytes() == (kept / name).read_bytes()
 
 
+def test_a_run_that_was_resumed_on_another_device_names_both(capsys, arms, tmp_path):
+    began = {"gpu": "H100", "device": "cuda", "cwd": "/home"}
+    later = [{"gpu": None, "device": "cpu", "threads": threads, "cwd": "/home"} for threads in (1, 2)]
+    (arms / "repan" / "seed_0" / "env.json").write_text(json.dumps({**began, "resumed": later}))
+    code, _, err = run(capsys, "compare", "--by-folder", arms, "--records", tmp_path / "kept")
+    assert code == 0, err
+    assert "/home" not in (tmp_path / "kept" / "repan" / "0.json").read_text()
+    for place in (arms, tmp_path / "kept"):
+        groups = {each["label"]: each["devices"] for each in as_json(capsys, place, "--by-folder")[0]["groups"]}
+        assert groups["repan"] == ["H100, then cpu", "cpu"]
+
+
 def test_a_record_tells_no_folder_of_its_author(capsys, tmp_path):
     paths = {
         "teacher__name": "/home/someone/t.pt",

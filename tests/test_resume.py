@@ -236,6 +236,25 @@ def test_the_same_value_more_cycles_and_workers_may_be_given(capsys, begun):
     assert [(row["cycle"], row["epoch"]) for row in metrics(begun)] == [(0, 1), (1, 1), (2, 1), (3, 1)]
 
 
+@pytest.mark.slow
+def test_a_resume_on_another_machine_is_noted(capsys, begun):
+    """Once for each change, and not for a resume in the same place."""
+    file = begun / "env.json"
+    first = {**json.loads(file.read_text()), "gpu": "H100"}
+    file.write_text(json.dumps(first))
+    for before in ({}, {"python": "3.1"}):
+        for _ in range(2):
+            stopped(capsys, "cycle", "--resume", begun, at=1)
+        found = json.loads(file.read_text())
+        assert found == {**first, "resumed": found["resumed"]}
+        assert [each["gpu"] for each in found["resumed"]] == [None] * (1 + len(before))
+        first["resumed"] = [{**found["resumed"][0], "python": "3.1"}]
+        file.write_text(json.dumps(first))
+    file.write_text("damaged")
+    resumed(capsys, "cycle", begun)
+    assert file.read_text() == "damaged"
+
+
 def test_cycles_that_a_resume_adds_are_among_the_settings_of_the_run(capsys, begun):
     resumed(capsys, "cycle", begun, "--cycles", "2")
     written = (begun / "config.yaml").read_text()

@@ -9,6 +9,7 @@ from typing import Any
 from repan_cli import config
 from repan_cli.compare.results import Result, is_record
 from repan_cli.errors import InputError
+from repan_cli.runs import MACHINE
 from repan_cli.runs.felt import KEYS
 from repan_cli.runs.trackers import read_metrics
 from repan_cli.system.files import read_json, to_json, write_bytes
@@ -16,9 +17,6 @@ from repan_cli.system.text import last_part
 
 KEPT = ("cycle", "epoch", "loss", "train_top1", "val_top1", "lr", "steps", *KEYS)
 """The figures of an epoch that a record keeps."""
-
-MACHINE = ("versions", "python", "device", "gpu", "cuda", "precision", "threads")
-"""The facts of env.json that a record keeps. None names a user's machine or folders."""
 
 PRIVATE = ("run.out", "data.root")
 """Settings that are folders of the machine that made the run. Other absolute paths are cut to their last part."""
@@ -58,10 +56,16 @@ def _record(result: Result) -> dict[str, Any]:
     return {
         "command": result.command,
         "settings": {key: last_part(value) for key, value in layer.items() if key not in PRIVATE},
-        "machine": {key: machine[key] for key in MACHINE if key in machine},
+        "machine": _machine(machine),
         "summary": summary,
         "epochs": [_epoch(record) for record in read_metrics(result.path / "metrics.jsonl")],
     }
+
+
+def _machine(facts: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: facts[key] for key in MACHINE if key in facts}
+    resumed = [_machine(each) for each in facts.get("resumed", [])]
+    return {**kept, "resumed": resumed} if resumed else kept
 
 
 def _epoch(record: Mapping[str, Any]) -> dict[str, Any]:

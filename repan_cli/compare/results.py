@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -228,9 +229,11 @@ def _record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _device(machine: Mapping[str, Any]) -> str | None:
-    """Return the device on which a run began: a GPU's name, or cpu."""
-    name = machine.get("gpu") or machine.get("device")
-    return str(name) if name else None
+    """Return the device of a run: a GPU's name, or cpu. If it was resumed on others, they follow in their order."""
+    facts = [machine, *machine.get("resumed", [])]
+    names = [str(name) for each in facts if (name := each.get("gpu") or each.get("device"))]
+    changes = [name for name, _ in itertools.groupby(names)]
+    return ", then ".join(changes) or None
 
 
 def _number(value: Any) -> float | None:

@@ -3,6 +3,7 @@
 from repan_cli.runs.directory import (
     HEARTBEAT,
     LAST,
+    MACHINE,
     PREVIOUS,
     SERIES,
     Heartbeat,
@@ -21,6 +22,7 @@ from repan_cli.runs.directory import (
 __all__ = [
     "HEARTBEAT",
     "LAST",
+    "MACHINE",
     "PREVIOUS",
     "SERIES",
     "Heartbeat",

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,9 @@ from repan_cli.system.files import flush, read_json, temporary_file, to_json, wr
 from repan_cli.system.text import count, quoted
 
 PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "scipy", "pillow", "typer", "rich")
+
+MACHINE = ("versions", "python", "device", "gpu", "cuda", "precision", "threads")
+"""The facts of env.json that a result may depend on. None names a user's machine or folders."""
 
 LOCKED = 2**30
 """The byte that is locked on Windows: far after the text, since other processes cannot read a locked range."""
@@ -154,6 +157,14 @@ class RunDirectory:
 
     def write_json(self, name: str, content: Any) -> None:
         self.write_text(name, to_json(content, indent=2) + "\n")
+
+    def note_machine(self, here: Mapping[str, Any]) -> None:
+        """Add the machine of a resume to env.json, under `resumed`, unless it and its software are those before."""
+        with contextlib.suppress(InputError, TypeError, AttributeError):  # without a readable env.json, runs resume too
+            facts = read_json(self.path / "env.json")
+            machines = [facts, *facts.get("resumed", [])]
+            if any(here.get(key) != machines[-1].get(key) for key in MACHINE):
+                self.write_json("env.json", {**facts, "resumed": [*machines[1:], dict(here)]})
 
     def status(self, state: str, **position: Any) -> None:
         """Record the run's state for scripts: running, done, failed, diverged, interrupted, preempted.

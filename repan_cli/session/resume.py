@@ -21,6 +21,7 @@ from repan_cli.session import places, runner
 from repan_cli.session.agreement import file_of_first_rank
 from repan_cli.session.build import Session, prepare, surroundings
 from repan_cli.session.network import state_of
+from repan_cli.system.device import describe_machine
 from repan_cli.system.files import read_json
 from repan_cli.system.launcher import own_rank
 from repan_cli.system.notices import warn
@@ -58,6 +59,7 @@ def run(command: str, name: str, given: Layer, *, as_json: bool) -> Path | None:
         _warn_of_edits(saved, path)
         _warn_of_changes(saved, surroundings(session.training.runtime))
         _write_changes(saved, resolved.config, folder)
+        folder.note_machine({**runs.software(), **describe_machine(session.training.runtime)})
         if source.name == runs.PREVIOUS:
             _set_aside(path / runs.LAST)
         runner.carry_out(session, folder, resolved, begun=state_of(saved, str(path)).begun, as_json=as_json)
