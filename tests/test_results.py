@@ -146,15 +146,24 @@ def test_the_runs_of_the_longer_study(study, device):
         pairs = [own[seed] for seed in own], [control[seed] for seed in own]
         over = difference(*pairs) if len(own) > 1 else f"{pairs[0][0] - pairs[1][0]:+.2f}"
         over = "control" if arm == "one_cosine" else over
-        row = f"| {device} | `{arm}` | {len(own)} | {' | '.join(ending(study, arm))} | {over} |"
+        place = f"{device}, then CPU" if (study, arm) == ("whole_h200", "continuous_pace") else device
+        row = f"| {place} | `{arm}` | {len(own)} | {' | '.join(ending(study, arm))} | {over} |"
         assert row in PAGE.replace("**", ""), row
         seen += 1
     _, _, below = PAGE.partition("a longer run\n")
     assert below.count(f"| {device}") == seen
 
 
+def test_the_default_restart_at_the_end_of_the_longer_study():
+    last = {arm: figures("whole_h200", arm)[1] for arm in ("continuous_pace", "one_cosine")}
+    apart = difference(last["continuous_pace"], last["one_cosine"])
+    assert f"the difference is {apart}, below zero with every seed" in " ".join(PAGE.split())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"they ended at {statistics.mean(last['continuous_pace']):.1f} %" in readme
+
+
 def test_three_seeds_of_the_longer_study():
-    for arm in ("one_cosine", "continuous_zero"):
+    for arm in ("one_cosine", "continuous_zero", "continuous_pace"):
         assert [seed for seed, _ in by_seed("whole_h200", arm)] == [0, 1, 2]
 
 
@@ -168,7 +177,7 @@ def mean_felt(study, arm, cycle, key):
     [
         ("whole_h200", "continuous_zero", "from {} (the 200 steps before) to {} (the 200 steps after); guessing"),
         ("whole_h200", "continuous_zero", "from {2} to {3}, and from {4} to {5}."),
-        ("whole", "continuous_pace", "{} before its first restart and {} after it, {} and {}, {} and {}."),
+        ("whole_h200", "continuous_pace", "{} before its first restart and {} after it, {} and {}, {} and {}."),
     ],
 )
 def test_the_losses_around_restarts_of_the_longer_study(study, arm, said):
@@ -177,13 +186,14 @@ def test_the_losses_around_restarts_of_the_longer_study(study, arm, said):
 
 
 def test_the_training_accuracy_at_the_end_of_the_longer_study():
-    with_restarts, without = (
+    with_restarts, without, paced = (
         statistics.mean(
             json.loads(file.read_text())["epochs"][-1]["train_top1"]
             for file in (RECORDS / "whole_h200" / arm).glob("*.json")
         )
-        for arm in ("continuous_zero", "one_cosine")
+        for arm in ("continuous_zero", "one_cosine", "continuous_pace")
     )
+    assert f"its training accuracy has caught up ({paced:.1f} %)" in " ".join(PAGE.split())
     assert f"its accuracy is {with_restarts:.1f} %, against {without:.1f} % without" in " ".join(PAGE.split())
 
 
