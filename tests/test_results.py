@@ -125,14 +125,20 @@ def test_the_difference_in_the_picture_of_a_comparison():
 
 def test_the_table_of_the_readme():
     readme = (ROOT / "README.md").read_text()
-    rows = {"0.1": ("one_cosine", "continuous_zero", "continuous_pace"), "0.4": ("one_cosine", "continuous_pace")}
-    for rate, arms in rows.items():
-        for arm in arms:
-            assert f"| {rate} | {ending(RATES[rate], arm)[1]} |" in readme, (arm, rate)
-    words = " ".join(readme.split())
-    for study in ("quick", "whole_h200"):
-        less, more = (statistics.mean(figures(study, arm)[1]) for arm in ("continuous_zero", "one_cosine"))
-        assert f"{less:.1f} % against {more:.1f} %" in words, study
+    control = figures("whole_h200", "one_cosine")[1]
+    assert f"| {spread(control)} | | " in readme
+    for arm in ("continuous_zero", "continuous_pace"):
+        own = figures("whole_h200", arm)[1]
+        assert f"| {spread(own)} | {difference(own, control)} |" in readme, arm
+    gain = difference(*(figures("small", arm)[1] for arm in ("continuous_zero", "one_cosine")))
+    assert f"gained {gain[1:].replace(' [', ' points [')} at a rate of 0.1" in " ".join(readme.split())
+
+
+@pytest.mark.parametrize("arm", ["one_cosine", "continuous_zero"])
+def test_the_times_of_the_readme(arm):
+    files = (RECORDS / "whole_h200" / arm).glob("*.json")
+    minutes = statistics.mean(json.loads(file.read_text())["summary"]["seconds"] / 60 for file in files)
+    assert f"| {minutes:.1f} min on an NVIDIA H200 |" in (ROOT / "README.md").read_text()
 
 
 LONGER = {"whole": "one CPU core", "whole_h200": "NVIDIA H200"}
@@ -158,8 +164,6 @@ def test_the_default_restart_at_the_end_of_the_longer_study():
     last = {arm: figures("whole_h200", arm)[1] for arm in ("continuous_pace", "one_cosine")}
     apart = difference(last["continuous_pace"], last["one_cosine"])
     assert f"the difference is {apart}, below zero with every seed" in " ".join(PAGE.split())
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"they ended at {statistics.mean(last['continuous_pace']):.1f} %" in readme
 
 
 def test_three_seeds_of_the_longer_study():
