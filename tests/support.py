@@ -179,6 +179,7 @@ def _exit_code(*words):
         patch.setattr(sys, "argv", ["repan", *map(str, words)])
         with pytest.raises(SystemExit) as left:
             app.main()
+    torch.use_deterministic_algorithms(False)  # run.deterministic is for the rest of a process, which ends here
     return left.value.code or 0
 
 
